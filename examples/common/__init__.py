@@ -1,0 +1,1 @@
+"""What the training scripts share: data, models, metrics, figures and the training loop."""

@@ -1,0 +1,239 @@
+"""Images and small tables for the training scripts, read from disk. Nothing is ever downloaded.
+
+Layouts (``root`` is ``--data-dir``; each IDX file may also be gzipped, as ``.gz``)::
+
+    root/MNIST/raw/train-images-idx3-ubyte ...                    MNIST, as torchvision keeps it
+    root/FashionMNIST/raw/train-images-idx3-ubyte ...             FashionMNIST, likewise
+    root/cifar10-jpeg/{train,test}/<class>/*.jpg                  CIFAR-10, or
+    root/cifar10-jpeg/cifar10-jpeg.tar.xz                         the same folders in one archive
+
+``digits`` (1797 images of 8x8 pixels) and ``iris`` come with scikit-learn and need no folder.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NAMES = ("digits", "mnist", "fashion", "cifar10")
+IDX_FOLDERS = {"mnist": "MNIST", "fashion": "FashionMNIST"}
+IDX_FILES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+DIGITS_TEST = 500
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Images with labels, split into train and test. Bytes, because floats take four times more."""
+
+    name: str
+    train: Tensor  # (N, C, H, W) uint8
+    train_labels: Tensor  # (N,) int64
+    test: Tensor  # (M, C, H, W) uint8
+    test_labels: Tensor  # (M,) int64
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one image."""
+        channels, height, width = self.train.shape[1:]
+        return channels, height, width
+
+    def to(self, device: torch.device | str) -> ImageData:
+        """The same images on ``device``."""
+        fields = ("train", "train_labels", "test", "test_labels")
+        return replace(self, **{name: getattr(self, name).to(device) for name in fields})
+
+    def limited(self, n: int | None) -> ImageData:
+        """Only the first ``n`` training images; ``None`` keeps all. The test split stays whole."""
+        return replace(self, train=self.train[:n], train_labels=self.train_labels[:n])
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Bytes 0..255 to floats in [-1, 1], the range of the generators' tanh."""
+    return images.float().div_(127.5).sub_(1.0)
+
+
+def default_dir() -> Path | None:
+    """``$OTLOSS_DATA``, else ``../shared/datasets`` next to the checkout, else ``None``."""
+    if named := os.environ.get("OTLOSS_DATA"):
+        return Path(named)
+    neighbour = Path(__file__).resolve().parents[2].parent / "shared" / "datasets"
+    return neighbour if neighbour.is_dir() else None
+
+
+def available(name: str, root: Path | None) -> bool:
+    """Whether ``load(name, root)`` would find its files."""
+    if name == "digits":
+        return True
+    if root is None:
+        return False
+    if name == "cifar10":
+        return _cifar_source(root) is not None
+    return _idx_paths(name, root) is not None
+
+
+def load(name: str, root: Path | str | None = None) -> ImageData:
+    """Read the data set called ``name`` from under ``root`` (default: :func:`default_dir`)."""
+    if name not in NAMES:
+        raise ValueError(f"data is {name!r}, expected one of {', '.join(NAMES)}")
+    if name == "digits":
+        return _load_digits()
+    base = Path(root) if root is not None else default_dir()
+    if base is None:
+        raise FileNotFoundError(_missing(name, base))
+    return _load_cifar10(base) if name == "cifar10" else _load_idx_pair(name, base)
+
+
+def load_iris() -> tuple[Tensor, Tensor]:
+    """Fisher's iris: measurements (150, 4) float32 and species (150,) int64."""
+    from sklearn.datasets import load_iris as sklearn_iris
+
+    table = sklearn_iris()
+    return torch.from_numpy(table.data).float(), torch.from_numpy(table.target).long()
+
+
+class Batches:
+    """Shuffled minibatches as a pure function of the step.
+
+    ``batches(step)`` is row indices of batch ``step``; each epoch is a new permutation and its
+    incomplete last batch is dropped. Since nothing but the step number decides, a resumed run
+    sees exactly the batches that an uninterrupted one would have seen.
+    """
+
+    def __init__(self, n: int, batch: int, seed: int) -> None:
+        if not 1 <= batch <= n:
+            raise ValueError(f"--batch is {batch}, expected 1..{n}, the number of training images")
+        self.n, self.batch, self.seed = n, batch, seed
+        self.per_epoch = n // batch
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def __call__(self, step: int) -> Tensor:
+        epoch, i = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch)
+            self._epoch, self._order = epoch, torch.randperm(self.n, generator=generator)
+        return self._order[i * self.batch : (i + 1) * self.batch]
+
+
+def read_idx(path: Path) -> Tensor:
+    """An IDX file of unsigned bytes (plain, or gzipped when the name ends in ``.gz``)."""
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
+        raise ValueError(f"{path} begins with {raw[:4]!r}, expected an IDX file of unsigned bytes")
+    header = 4 + 4 * raw[3]
+    shape = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, header, 4)]
+    expected = header + int(np.prod(shape, dtype=np.int64))
+    if len(raw) != expected:
+        raise ValueError(f"{path} has {len(raw)} bytes, expected {expected} for shape {shape}")
+    return torch.frombuffer(bytearray(raw[header:]), dtype=torch.uint8).reshape(shape)
+
+
+def _idx_paths(name: str, root: Path) -> list[Path] | None:
+    """Train images and labels, test images and labels; ``None`` when one of the four is missing."""
+    raw = root / IDX_FOLDERS[name] / "raw"
+    paths = []
+    for file in (file for split in IDX_FILES.values() for file in split):
+        found = [path for path in (raw / file, raw / f"{file}.gz") if path.is_file()]
+        if not found:
+            return None
+        paths.append(found[0])
+    return paths
+
+
+def _load_idx_pair(name: str, root: Path) -> ImageData:
+    paths = _idx_paths(name, root)
+    if paths is None:
+        raise FileNotFoundError(_missing(name, root))
+    train, train_labels, test, test_labels = (read_idx(path) for path in paths)
+    for path, images, labels in ((paths[0], train, train_labels), (paths[2], test, test_labels)):
+        if images.dim() != 3 or labels.shape != images.shape[:1]:
+            shapes = f"{tuple(images.shape)} with labels {tuple(labels.shape)}"
+            raise ValueError(f"{path} has shape {shapes}, expected (N, H, W) with labels (N,)")
+    return ImageData(
+        name, train.unsqueeze(1), train_labels.long(), test.unsqueeze(1), test_labels.long()
+    )
+
+
+def _load_digits() -> ImageData:
+    from sklearn.datasets import load_digits
+
+    table = load_digits()
+    images = torch.from_numpy(np.rint(table.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
+    labels = torch.from_numpy(table.target).long()
+    # The file groups writers, so a plain head/tail split would test on other hands.
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    test, train = order[:DIGITS_TEST], order[DIGITS_TEST:]
+    return ImageData("digits", images[train], labels[train], images[test], labels[test])
+
+
+def _cifar_source(root: Path) -> Path | None:
+    folder = root / "cifar10-jpeg"
+    if all((folder / split).is_dir() for split in ("train", "test")):
+        return folder
+    archive = folder / "cifar10-jpeg.tar.xz"
+    return archive if archive.is_file() else None
+
+
+def _jpegs(source: Path) -> Iterator[tuple[str, bytes]]:
+    """Pairs (``split/class/file.jpg``, contents) from the folders or from the archive."""
+    if source.is_dir():
+        for path in source.glob("*/*/*.jpg"):
+            yield path.relative_to(source).as_posix(), path.read_bytes()
+        return
+    with tarfile.open(source, "r|xz") as archive:
+        for member in archive:
+            if member.isfile() and (contents := archive.extractfile(member)):
+                yield member.name.removeprefix("./"), contents.read()
+
+
+def _load_cifar10(root: Path) -> ImageData:
+    from PIL import Image
+
+    source = _cifar_source(root)
+    if source is None:
+        raise FileNotFoundError(_missing("cifar10", root))
+    found: dict[str, list[tuple[str, np.ndarray]]] = {"train": [], "test": []}
+    for name, contents in _jpegs(source):
+        split = name.split("/")[0]
+        if split in found and name.endswith(".jpg"):
+            found[split].append((name, np.asarray(Image.open(io.BytesIO(contents)).convert("RGB"))))
+    if not all(found.values()):
+        raise FileNotFoundError(_missing("cifar10", root))
+    classes = sorted({name.split("/")[1] for name, _ in found["train"]})
+    return ImageData(
+        "cifar10", *_labelled(found["train"], classes), *_labelled(found["test"], classes)
+    )
+
+
+def _labelled(files: list[tuple[str, np.ndarray]], classes: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Images and labels in a fixed shuffle: folders come class by class, a head must not."""
+    files = sorted(files, key=lambda item: item[0])
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))
+    pixels = torch.from_numpy(np.stack([array for _, array in files])).permute(0, 3, 1, 2)
+    labels = torch.tensor([classes.index(name.split("/")[1]) for name, _ in files])
+    return pixels[order].contiguous(), labels[order]
+
+
+def _missing(name: str, root: Path | None) -> str:
+    if name == "cifar10":
+        files = ["cifar10-jpeg/{train,test}/<class>/*.jpg, or", "cifar10-jpeg/cifar10-jpeg.tar.xz"]
+    else:
+        raw = f"{IDX_FOLDERS[name]}/raw"
+        files = [f"{raw}/{file}[.gz]" for split in IDX_FILES.values() for file in split]
+    where = f"is {root}" if root is not None else "is not given and $OTLOSS_DATA is not set"
+    listing = "\n  ".join(files)
+    return (
+        f"data {name!r}: --data-dir {where}, expected a folder that holds\n  {listing}\n"
+        "Nothing is downloaded; --data digits needs no files."
+    )
