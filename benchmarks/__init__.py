@@ -1,0 +1,1 @@
+"""Benchmarks of otloss and its peers: ``python -m benchmarks.run --help``."""

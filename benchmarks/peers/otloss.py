@@ -1,0 +1,64 @@
+"""otloss itself."""
+
+from __future__ import annotations
+
+from functools import partial
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers import IterationVariant, ValueAndGradient, Variant, importable
+from benchmarks.workloads import Problem
+
+TOLERANCES = (3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6)
+
+
+def available() -> tuple[bool, str]:
+    return importable("otloss")
+
+
+def version() -> str:
+    return metadata.version("otloss")
+
+
+def iteration(C: Tensor, eps: float) -> list[IterationVariant]:
+    import otloss
+
+    def run(k: int) -> Any:
+        with torch.no_grad():
+            return otloss.solve(C, eps, n_iters=k).potentials
+
+    return [IterationVariant("otloss", run, tuple)]
+
+
+def _value_and_gradient(problem: Problem, **options: Any) -> ValueAndGradient:
+    import otloss
+
+    x = problem.x.detach().requires_grad_()
+    weights = {} if problem.uniform else {"a": problem.a, "b": problem.b}
+    value = otloss.sinkhorn_divergence(
+        x, problem.y, problem.eps, cost=problem.cost, **weights, **options
+    )
+    return value.detach(), torch.autograd.grad(value, x)[0]
+
+
+def overhead(problem: Problem, n_iters: int) -> list[Variant]:
+    def call(**options: Any) -> partial[ValueAndGradient]:
+        return partial(_value_and_gradient, problem, **options)
+
+    return [
+        Variant("otloss, envelope", call(n_iters=n_iters, backward="envelope")),
+        Variant("otloss, unrolled", call(n_iters=n_iters)),
+        Variant("otloss, default call", call()),
+    ]
+
+
+def divergence(problem: Problem) -> list[Variant]:
+    def at(tol: float) -> Variant:
+        call = partial(_value_and_gradient, problem, tol=tol, max_iters=5000)
+        return Variant(f"tol={tol:g}", call)
+
+    ladder = [at(tol) for tol in TOLERANCES]
+    return [Variant("default", partial(_value_and_gradient, problem)), *ladder]

@@ -1,0 +1,98 @@
+"""Run benchmark suites: ``python -m benchmarks.run iteration overhead``.
+
+Writes ``<out>/<device>/<suite>.json`` and ``.png``, and prints each suite's table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks.threads import set_thread_variables
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def _parser(suites: list[str]) -> argparse.ArgumentParser:
+    from benchmarks.suites import NAMES
+
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("suites", nargs="+", choices=NAMES, metavar="suite", help=", ".join(NAMES))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repetitions", type=int, default=15, help="interleaved rounds")
+    parser.add_argument("--peers", help="comma-separated; default: every one that can run")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--no-plot", action="store_true")
+    for name in suites:
+        importlib.import_module(f"benchmarks.suites.{name}").add_arguments(parser)
+    return parser
+
+
+def _threads_from_command_line() -> int:
+    """The thread count, before anything is imported that reads it from the environment."""
+    early = argparse.ArgumentParser(add_help=False)
+    early.add_argument("--threads", type=int, default=1)
+    return early.parse_known_args()[0].threads
+
+
+def _slug(device: str, name: str) -> str:
+    """The results folder: ``cpu``, or the GPU's name in lower case."""
+    return device if device == "cpu" else re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _run_suite(name: str, context: Any, environment: dict[str, Any], folder: Path) -> Path:
+    from benchmarks import plot
+
+    suite = importlib.import_module(f"benchmarks.suites.{name}")
+    print(f"\n{suite.TITLE}", flush=True)
+    result = suite.run(context)
+    document = {
+        "suite": name,
+        "title": suite.TITLE,
+        "environment": {**environment, "load_average_after": list(os.getloadavg())},
+        "skipped_peers": context.skipped,
+        "result": result,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    print(suite.table(result))
+    print(f"-> {path.name}", flush=True)
+    if not context.options.no_plot:
+        plot.draw(path)
+    return path
+
+
+def main() -> None:
+    # BLAS and OpenMP read their thread counts when loaded: set them before torch is imported.
+    threads = _threads_from_command_line()
+    set_thread_variables(threads)
+    import torch
+
+    from benchmarks import environment, peers
+    from benchmarks.suites import NAMES, Context
+
+    options = _parser(list(NAMES)).parse_args()
+    torch.set_num_threads(threads)
+    device = torch.device(options.device)
+    wanted = options.peers.split(",") if options.peers else None
+    usable, skipped = peers.load(wanted)
+    for name, reason in skipped.items():
+        print(f"{name}: skipped, {reason}")
+    record = environment.record(usable, device)
+    folder = options.out / _slug(device.type, environment.device_name(device))
+    for name in options.suites:
+        context = Context(usable, device, options, dict(skipped))
+        _run_suite(name, context, record, folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Timing of several calls against one another: interleaved, repeated, with robust statistics."""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Hashable
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Call = Callable[[], object]
+Key = TypeVar("Key", bound=Hashable)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _sample(call: Call, count: int, device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    synchronize(device)
+    return (time.perf_counter() - start) / count
+
+
+def _calls_per_sample(call: Call, shortest: float, device: torch.device) -> int:
+    """How many calls make a sample that lasts: a clock read costs, and so does a cold cache."""
+    once = min(_sample(call, 1, device) for _ in range(2))
+    return max(1, min(1000, round(shortest / once)))
+
+
+def interleaved(
+    calls: dict[Key, Call],
+    repetitions: int,
+    device: torch.device,
+    shortest: float = 2e-3,
+    seed: int = 0,
+) -> dict[Key, np.ndarray]:
+    """Seconds per call, ``repetitions`` samples of each, in rounds of shuffled order.
+
+    Every round times every call once, so that a busy spell of the machine hits all of them; the
+    two or more warm-up calls that set the sample length are not counted.
+    """
+    counts = {key: _calls_per_sample(call, shortest, device) for key, call in calls.items()}
+    samples: dict[Key, list[float]] = {key: [] for key in calls}
+    order, rng = list(calls), random.Random(seed)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(repetitions):
+            rng.shuffle(order)
+            for key in order:
+                samples[key].append(_sample(calls[key], counts[key], device))
+            gc.collect()
+    finally:
+        if collecting:
+            gc.enable()
+    return {key: np.asarray(values) for key, values in samples.items()}
+
+
+def statistics(samples: np.ndarray, scale: float = 1.0) -> dict[str, float]:
+    """Median, quartiles and minimum, times ``scale``."""
+    q1, median, q3 = (np.quantile(samples, q) * scale for q in (0.25, 0.5, 0.75))
+    return {
+        "median": float(median),
+        "q1": float(q1),
+        "q3": float(q3),
+        "min": float(samples.min() * scale),
+        "repetitions": len(samples),
+    }
+
+
+def copy_call(nbytes: int, device: torch.device) -> Call:
+    """A copy of ``nbytes`` from one buffer to another: 2 ``nbytes`` of traffic."""
+    source = torch.ones(nbytes // 4, device=device)
+    target = torch.empty_like(source)
+
+    def copy() -> Tensor:
+        return target.copy_(source)
+
+    return copy
