@@ -1,0 +1,362 @@
+// The bridge between torch and the kernels: checks layout, allocates outputs, fills the argument
+// structs of kernels.h, calls a launcher. Schemas and gradients belong to Python (otloss/ops.py).
+//
+// Only LibTorch's stable ABI is used, so one build serves every later torch.
+#include <Python.h>
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <csignal>
+#include <string>
+#include <thread>
+#include <tuple>
+#include <vector>
+
+#include "cpu/parallel.h"
+#include "kernels.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using Ints = std::vector<int64_t>;
+
+namespace otloss {
+
+// ------------------------------------------------------------------------ threads, interruption
+
+namespace {
+std::thread::id main_thread;
+std::atomic<bool> stop_requested{false};
+std::atomic<int64_t> next_check_ns{0};
+
+int64_t now_ns() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
+
+// Called where an operation starts.
+void clear_interruption() {
+  constexpr int64_t kQuietNs = 50'000'000;
+  stop_requested = false;
+  next_check_ns = now_ns() + kQuietNs;
+}
+}  // namespace
+
+namespace cpu {
+
+void run_parallel(int64_t begin, int64_t end, int64_t grain, RangeFunction function,
+                  void* context) {
+  if (end - begin <= grain) return function(begin, end, context);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, function, context));
+}
+
+int64_t thread_count() { return torch::stable::get_num_threads(); }
+
+// Python runs signal handlers on its main thread only, between bytecodes: a long operation has to
+// ask. The handler's exception is dropped and the signal raised again, so that it reaches Python's
+// own loop as soon as the operation has returned.
+bool interrupted() {
+  constexpr int64_t kIntervalNs = 50'000'000;
+  if (stop_requested.load(std::memory_order_relaxed)) return true;
+  const int64_t now = now_ns();
+  if (now < next_check_ns.load(std::memory_order_relaxed)) return false;
+  if (std::this_thread::get_id() != main_thread) return false;
+  next_check_ns = now + kIntervalNs;
+  const PyGILState_STATE state = PyGILState_Ensure();
+  if (PyErr_CheckSignals() != 0) {
+    PyErr_Clear();
+    PyErr_SetInterruptEx(SIGINT);
+    stop_requested = true;
+  }
+  PyGILState_Release(state);
+  return stop_requested;
+}
+
+}  // namespace cpu
+
+// ------------------------------------------------------------------------------------ tensors
+
+namespace {
+
+std::string describe(const Tensor& t) {
+  std::string text = "(";
+  for (int64_t k = 0; k < t.dim(); ++k) text += (k ? ", " : "") + std::to_string(t.size(k));
+  return text + ")";
+}
+
+void check(const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dtype,
+           const char* name) {
+  bool good = t.dim() == static_cast<int64_t>(shape.size()) && t.is_contiguous() &&
+              t.scalar_type() == dtype;
+  int64_t k = 0;
+  for (const int64_t size : shape) good = good && t.size(k++) == size;
+  if (good) return;
+  std::string expected;
+  for (const int64_t size : shape) expected += (expected.empty() ? "" : ", ") + std::to_string(size);
+  STD_TORCH_CHECK(false, "otloss: ", name, " must be contiguous, of shape (", expected,
+                  ") and of one dtype with the other tensors, but is ", describe(t));
+}
+
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape));
+}
+
+Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape) {
+  return torch::stable::new_zeros(like, torch::headeronly::IntHeaderOnlyArrayRef(shape));
+}
+
+template <typename T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// out = left right, batched. The out= form, because autocast leaves it in the inputs' precision.
+void multiply(const Tensor& left, const Tensor& right, const Tensor& out) {
+  const bool single = out.size(0) == 1;
+  const auto flat = [&](const Tensor& t) { return single ? torch::stable::select(t, 0, 0) : t; };
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(flat(left)),
+                                    torch::stable::detail::from(flat(right)),
+                                    torch::stable::detail::from(flat(out))};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(single ? "aten::mm" : "aten::bmm", "out",
+                                                      stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // takes ownership of the returned reference
+}
+
+Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 1, 2); }
+
+// Calls function(T{}) for the tensors' dtype.
+template <typename F>
+auto dispatch_dtype(const Tensor& t, F&& function) {
+  if (t.scalar_type() == ScalarType::Float) return function(float{});
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double,
+                  "otloss: kernels take float32 and float64 tensors");
+  return function(double{});
+}
+
+// ------------------------------------------------------------------------- cost, cost_backward
+
+// The clouds made ready for products: z (B, n, d) and norms (B, n).
+struct Prepared {
+  Tensors z, norm;
+};
+
+template <typename T>
+Prepared prepare(const Tensors& points, const Tensors& weights, CostKind kind) {
+  Prepared prepared;
+  std::vector<CloudGroup<T>> clouds;
+  for (size_t c = 0; c < points.size(); ++c) {
+    const Tensor& x = points[c];
+    const int64_t B = points[0].size(0), n = x.size(1), d = points[0].size(2);
+    check(x, {B, n, d}, points[0].scalar_type(), "points");
+    if (!weights.empty()) check(weights.at(c), {B, n}, points[0].scalar_type(), "weights");
+    prepared.z.push_back(empty(x, {B, n, d}));
+    prepared.norm.push_back(empty(x, {B, n}));
+    clouds.push_back({B, n, d, data<T>(x), weights.empty() ? nullptr : data<T>(weights[c]),
+                      data<T>(prepared.z.back()), data<T>(prepared.norm.back())});
+  }
+  cpu::prepare_clouds(clouds, kind);
+  return prepared;
+}
+
+Tensors cost(Tensors points, Tensors weights, Ints pairs, int64_t kind_index) {
+  const CostKind kind = static_cast<CostKind>(kind_index);
+  return dispatch_dtype(points.at(0), [&](auto zero) {
+    using T = decltype(zero);
+    const Prepared clouds = prepare<T>(points, weights, kind);
+    const int64_t B = points[0].size(0), d = points[0].size(2);
+    Tensors costs;
+    for (size_t p = 0; p + 1 < pairs.size(); p += 2) {
+      const size_t i = pairs[p], j = pairs[p + 1];
+      const Tensor &zx = clouds.z.at(i), &zy = clouds.z.at(j);
+      const int64_t n = zx.size(1), m = zy.size(1);
+      Tensor C = empty(zx, {B, n, m});
+      if (d > kDirectDims) multiply(zx, transposed(zy), C);
+      cpu::cost_epilogue(CostGroup<T>{B, n, m, d, i == j, data<T>(zx), data<T>(zy),
+                                      data<T>(clouds.norm[i]), data<T>(clouds.norm[j]),
+                                      data<T>(C)},
+                         kind);
+      costs.push_back(C);
+    }
+    return costs;
+  });
+}
+
+// Gradients of the clouds listed in `wanted`, in that order.
+Tensors cost_backward(Tensors grad_costs, Tensors costs, Tensors points, Tensors weights,
+                      Ints pairs, int64_t kind_index, Ints wanted) {
+  const CostKind kind = static_cast<CostKind>(kind_index);
+  return dispatch_dtype(points.at(0), [&](auto zero) {
+    using T = decltype(zero);
+    const Prepared clouds = prepare<T>(points, weights, kind);
+    const int64_t B = points[0].size(0), d = points[0].size(2);
+    Tensors grads(points.size()), result;
+    for (const int64_t c : wanted)
+      grads.at(c) = zeros(points[c], {B, points[c].size(1), d});
+    const auto add = [&](size_t c, const Tensor& sum, const Tensor& Vy) {
+      cpu::cost_gradient(
+          CostGradientGroup<T>{B, points[c].size(1), d, data<T>(clouds.z[c]),
+                               data<T>(clouds.norm[c]), data<T>(sum), data<T>(Vy),
+                               data<T>(grads[c])},
+          kind);
+    };
+    const auto is_wanted = [&](int64_t c) {
+      for (const int64_t w : wanted)
+        if (w == c) return true;
+      return false;
+    };
+    for (size_t p = 0; p < costs.size(); ++p) {
+      const size_t i = pairs.at(2 * p), j = pairs.at(2 * p + 1);
+      const int64_t n = points.at(i).size(1), m = points.at(j).size(1);
+      check(costs[p], {B, n, m}, points[0].scalar_type(), "costs");
+      check(grad_costs.at(p), {B, n, m}, points[0].scalar_type(), "grad_costs");
+      const Tensor V = empty(costs[p], {B, n, m});
+      const Tensor row_sum = empty(costs[p], {B, n}), col_sum = empty(costs[p], {B, m});
+      cpu::cost_weights(CostWeightGroup<T>{B, n, m, i == j, data<T>(grad_costs[p]),
+                                           data<T>(costs[p]), data<T>(V), data<T>(row_sum),
+                                           data<T>(col_sum)},
+                        kind);
+      if (is_wanted(i)) {
+        const Tensor Vy = empty(points[i], {B, n, d});
+        multiply(V, clouds.z[j], Vy);
+        add(i, row_sum, Vy);
+      }
+      if (i != j && is_wanted(j)) {
+        const Tensor Vx = empty(points[j], {B, m, d});
+        multiply(transposed(V), clouds.z[i], Vx);
+        add(j, col_sum, Vx);
+      }
+    }
+    for (const int64_t c : wanted) result.push_back(grads[c]);
+    return result;
+  });
+}
+
+// ----------------------------------------------------------------------- solve, solve_backward
+
+using SolveResult = std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors>;
+
+// init: f and g of each pair in turn, or nothing.
+SolveResult solve(Tensors costs, Tensors weights, Ints pairs, Tensors init, double eps,
+                  double rho_x, double rho_y, double tol, int64_t max_iters, int64_t n_iters,
+                  int64_t objective, bool trace) {
+  clear_interruption();
+  return dispatch_dtype(costs.at(0), [&](auto zero) {
+    using T = decltype(zero);
+    const ScalarType dtype = costs[0].scalar_type();
+    const int64_t P = costs.size(), B = costs[0].size(0);
+    const Tensor values = empty(costs[0], {P, B});
+    const Tensor status = torch::stable::new_empty(
+        costs[0], torch::headeronly::IntHeaderOnlyArrayRef({P, B, int64_t{kStatusFields}}),
+        ScalarType::Double);
+    Tensors all_f, all_g, traces;
+    std::vector<SolveGroup<T>> groups;
+    for (int64_t p = 0; p < P; ++p) {
+      const int64_t i = pairs.at(2 * p), j = pairs.at(2 * p + 1);
+      const Tensor &a = weights.at(i), &b = weights.at(j);
+      const int64_t n = a.size(1), m = b.size(1);
+      check(costs[p], {B, n, m}, dtype, "costs");
+      check(a, {B, n}, dtype, "weights");
+      check(b, {B, m}, dtype, "weights");
+      all_f.push_back(init.empty() ? empty(a, {B, n}) : torch::stable::clone(init.at(2 * p)));
+      all_g.push_back(init.empty() ? empty(b, {B, m}) : torch::stable::clone(init.at(2 * p + 1)));
+      check(all_f.back(), {B, n}, dtype, "init");
+      check(all_g.back(), {B, m}, dtype, "init");
+      if (trace) traces.push_back(empty(a, {B, n_iters, n + m}));
+      groups.push_back({B, n, m, i == j, data<T>(costs[p]), data<T>(a), data<T>(b),
+                        data<T>(all_f.back()), data<T>(all_g.back()),
+                        trace ? data<T>(traces.back()) : nullptr, data<T>(values) + p * B,
+                        data<double>(status) + p * B * kStatusFields});
+    }
+    SolveOptions options;
+    options.eps = eps;
+    options.rho_x = rho_x;
+    options.rho_y = rho_y;
+    options.tol = tol;
+    options.max_iters = max_iters;
+    options.n_iters = n_iters;
+    options.objective = static_cast<Objective>(objective);
+    options.warm_start = !init.empty();
+    cpu::solve(groups, options);
+    return SolveResult{values, status, all_f, all_g, traces};
+  });
+}
+
+// Per pair: the gradients of C, a and b, empty where not wanted.
+std::tuple<Tensors, Tensors, Tensors> envelope_backward(Tensor grad_values, Tensors costs,
+                                                        Tensors weights, Ints pairs, Tensors f,
+                                                        Tensors g, double eps, int64_t objective,
+                                                        Ints want_cost, bool want_weights) {
+  return dispatch_dtype(grad_values, [&](auto zero) {
+    using T = decltype(zero);
+    const ScalarType dtype = grad_values.scalar_type();
+    const int64_t P = costs.size(), B = grad_values.size(1);
+    check(grad_values, {P, B}, dtype, "grad_values");
+    Tensors grad_C, grad_a, grad_b;
+    std::vector<EnvelopeGroup<T>> groups;
+    for (int64_t p = 0; p < P; ++p) {
+      const Tensor &a = weights.at(pairs.at(2 * p)), &b = weights.at(pairs.at(2 * p + 1));
+      const int64_t n = a.size(1), m = b.size(1);
+      check(costs[p], {B, n, m}, dtype, "costs");
+      check(a, {B, n}, dtype, "weights");
+      check(b, {B, m}, dtype, "weights");
+      check(f.at(p), {B, n}, dtype, "f");
+      check(g.at(p), {B, m}, dtype, "g");
+      const bool with_cost = want_cost.at(p) != 0;
+      grad_C.push_back(with_cost ? empty(a, {B, n, m}) : empty(a, {0}));
+      grad_a.push_back(want_weights ? empty(a, {B, n}) : empty(a, {0}));
+      grad_b.push_back(want_weights ? empty(a, {B, m}) : empty(a, {0}));
+      groups.push_back({B, n, m, data<T>(costs[p]), data<T>(a), data<T>(b), data<T>(f[p]),
+                        data<T>(g[p]), data<T>(grad_values) + p * B,
+                        with_cost ? data<T>(grad_C[p]) : nullptr,
+                        want_weights ? data<T>(grad_a[p]) : nullptr,
+                        want_weights ? data<T>(grad_b[p]) : nullptr});
+    }
+    cpu::envelope_backward(groups, eps, static_cast<Objective>(objective));
+    return std::make_tuple(grad_C, grad_a, grad_b);
+  });
+}
+
+}  // namespace
+}  // namespace otloss
+
+STABLE_TORCH_LIBRARY_IMPL(otloss, CPU, library) {
+  library.impl("cost", TORCH_BOX(&otloss::cost));
+  library.impl("cost_backward", TORCH_BOX(&otloss::cost_backward));
+  library.impl("solve", TORCH_BOX(&otloss::solve));
+  library.impl("envelope_backward", TORCH_BOX(&otloss::envelope_backward));
+}
+
+// ------------------------------------------------------------------------------- introspection
+
+namespace {
+
+std::string simd_level() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
+    return "x86-64-v4";
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "x86-64-v3";
+  return "x86-64";
+#else
+  return "baseline of the build";
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  otloss::main_thread = std::this_thread::get_id();
+  m.def("build_info", [] {
+    pybind11::dict info;
+    info["compiler"] = std::string("C++ ") + __VERSION__;
+    info["simd"] = simd_level();
+#if defined(OTLOSS_WITH_CUDA)
+    info["cuda_architectures"] = OTLOSS_CUDA_ARCH;
+#else
+    info["cuda_architectures"] = "";
+#endif
+    return info;
+  });
+}

@@ -1,0 +1,299 @@
+// Cost matrices and their gradients: everything around the matrix products, which the caller does.
+//
+//     prepare:   z = x - centre, |z|^2  (cosine: z = x / |x|, |x|)
+//     product:   C = zx zy^T                                      caller
+//     epilogue:  C = cost(|zx|^2, |zy|^2, C), in place
+//     weights:   V = W * gradient_weight(C), its row and column sums
+//     product:   V zy, V^T zx                                     caller
+//     gradient:  grad += zx * row_sum - V zy  (cosine: its tangent part / |x|)
+//
+// All are bandwidth-bound passes over C or over the points; the loops vectorise along rows.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "costs.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace otloss::cpu {
+namespace {
+
+// Elements of a row-wise pass that are worth a thread of their own.
+constexpr int64_t kGrain = 1 << 15;
+
+// Calls function(functor) with the functor of a kind.
+template <typename F>
+void dispatch_cost(CostKind kind, F&& function) {
+  switch (kind) {
+    case CostKind::kSqEuclidean: return function(SqEuclidean{});
+    case CostKind::kEuclidean: return function(Euclidean{});
+    case CostKind::kCosine: return function(Cosine{});
+  }
+}
+
+// Calls function(batch, row) for all rows of a batch of matrices with `width` columns.
+template <typename F>
+void for_each_row(int64_t batch, int64_t rows, int64_t width, F&& function) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width));
+  parallel_for(0, batch * rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) function(i / rows, i % rows);
+  });
+}
+
+// ------------------------------------------------------------------------------------- clouds
+
+// The mean, over all clouds, of the points of positive weight: any centre is right, a near one
+// keeps digits. Accumulated in double.
+template <typename T>
+std::vector<T> centre(const std::vector<CloudGroup<T>>& clouds, int64_t p) {
+  const int64_t d = clouds.front().d;
+  std::vector<double> sum(d);
+  int64_t count = 0;
+  for (const CloudGroup<T>& cloud : clouds)
+    for (int64_t i = 0; i < cloud.n; ++i) {
+      if (cloud.weight && !(cloud.weight[p * cloud.n + i] > T(0))) continue;
+      const T* x = cloud.x + (p * cloud.n + i) * d;
+      for (int64_t k = 0; k < d; ++k) sum[k] += static_cast<double>(x[k]);
+      ++count;
+    }
+  std::vector<T> mean(d);
+  for (int64_t k = 0; k < d; ++k) mean[k] = static_cast<T>(sum[k] / std::max<int64_t>(1, count));
+  return mean;
+}
+
+// z = (x - shift) * scale, returns |z|^2.
+template <typename T>
+OTLOSS_INLINE T prepare_row_body(int64_t d, const T* x, const T* shift, T scale, T* z) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t k = 0; k < d; ++k) {
+    const T value = (x[k] - shift[k]) * scale;
+    z[k] = value;
+    sum += value * value;
+  }
+  return sum;
+}
+OTLOSS_SIMD float prepare_row(int64_t d, const float* x, const float* shift, float scale,
+                              float* z) {
+  return prepare_row_body(d, x, shift, scale, z);
+}
+OTLOSS_SIMD double prepare_row(int64_t d, const double* x, const double* shift, double scale,
+                               double* z) {
+  return prepare_row_body(d, x, shift, scale, z);
+}
+
+// ------------------------------------------------------------------------------------ epilogue
+
+template <typename T>
+OTLOSS_INLINE T difference(int64_t d, const T* x, const T* y) {
+  T sum = 0;
+  for (int64_t k = 0; k < d; ++k) sum += (x[k] - y[k]) * (x[k] - y[k]);
+  return sum;
+}
+
+template <typename T>
+struct EpilogueRow {
+  int64_t m, d;
+  T hx;
+  const T* zx;   // (d,)
+  const T* zy;   // (m, d)
+  const T* zyt;  // (d, m) when d <= kDirectDims
+  const T* hy;   // (m,)
+  T* C;          // (m,)
+};
+
+// Costs of one row from inner products. Distances that cancelled are done again from differences.
+template <typename Cost, typename T>
+OTLOSS_INLINE void product_row(const EpilogueRow<T>& r) {
+  T least = T(1);
+#pragma omp simd reduction(min : least)
+  for (int64_t j = 0; j < r.m; ++j) {
+    const T xy = r.C[j];
+    const T relative =
+        (r.hx + r.hy[j] - T(2) * xy) - cancellation_limit<T>() * (r.hx + r.hy[j]);
+    least = relative < least ? relative : least;
+    r.C[j] = Cost::from_product(r.hx, r.hy[j], xy);
+  }
+  if constexpr (!Cost::kUnitNorm) {
+    if (least > T(0)) return;
+    for (int64_t j = 0; j < r.m; ++j) {
+      const T d2 = Cost::kKind == CostKind::kEuclidean ? r.C[j] * r.C[j] : r.C[j];
+      if (d2 <= cancellation_limit<T>() * (r.hx + r.hy[j]))
+        r.C[j] = Cost::from_difference(difference(r.d, r.zx, r.zy + j * r.d));
+    }
+  }
+}
+
+// Costs of one row directly, for few coordinates: zyt holds each coordinate of all points.
+template <typename Cost, typename T, int kD>
+OTLOSS_INLINE void direct_row(const EpilogueRow<T>& r) {
+#pragma omp simd
+  for (int64_t j = 0; j < r.m; ++j) {
+    T sum = 0;
+    for (int k = 0; k < kD; ++k) {
+      const T y = r.zyt[k * r.m + j];
+      sum += Cost::kUnitNorm ? r.zx[k] * y : (r.zx[k] - y) * (r.zx[k] - y);
+    }
+    if constexpr (Cost::kUnitNorm)
+      r.C[j] = Cost::from_product(T(0), T(0), sum);
+    else
+      r.C[j] = Cost::from_difference(sum);
+  }
+}
+
+template <typename Cost, typename T>
+OTLOSS_INLINE void epilogue_row_body(const EpilogueRow<T>& r) {
+  switch (r.d) {
+    case 1: return direct_row<Cost, T, 1>(r);
+    case 2: return direct_row<Cost, T, 2>(r);
+    case 3: return direct_row<Cost, T, 3>(r);
+    case 4: return direct_row<Cost, T, 4>(r);
+    default: return product_row<Cost, T>(r);
+  }
+}
+static_assert(kDirectDims == 4, "epilogue_row_body lists the direct dimensions");
+
+#define OTLOSS_EPILOGUE_ROW(Cost, T) \
+  OTLOSS_SIMD void epilogue_row(Cost, const EpilogueRow<T>& r) { epilogue_row_body<Cost, T>(r); }
+OTLOSS_EPILOGUE_ROW(SqEuclidean, float)
+OTLOSS_EPILOGUE_ROW(SqEuclidean, double)
+OTLOSS_EPILOGUE_ROW(Euclidean, float)
+OTLOSS_EPILOGUE_ROW(Euclidean, double)
+OTLOSS_EPILOGUE_ROW(Cosine, float)
+OTLOSS_EPILOGUE_ROW(Cosine, double)
+#undef OTLOSS_EPILOGUE_ROW
+
+// ------------------------------------------------------------------------------------ gradient
+
+template <typename Cost, typename T>
+OTLOSS_INLINE T weight_row_body(int64_t m, const T* W, const T* C, T* V, T* col_sum) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < m; ++j) {
+    const T value = Cost::gradient_weight(W[j], C[j]);
+    V[j] = value;
+    col_sum[j] += value;
+    sum += value;
+  }
+  return sum;
+}
+
+#define OTLOSS_WEIGHT_ROW(Cost, T)                                                             \
+  OTLOSS_SIMD T weight_row(Cost, int64_t m, const T* W, const T* C, T* V, T* col_sum) {         \
+    return weight_row_body<Cost, T>(m, W, C, V, col_sum);                                      \
+  }
+OTLOSS_WEIGHT_ROW(SqEuclidean, float)
+OTLOSS_WEIGHT_ROW(SqEuclidean, double)
+OTLOSS_WEIGHT_ROW(Euclidean, float)
+OTLOSS_WEIGHT_ROW(Euclidean, double)
+OTLOSS_WEIGHT_ROW(Cosine, float)
+OTLOSS_WEIGHT_ROW(Cosine, double)
+#undef OTLOSS_WEIGHT_ROW
+
+// V <- V + V^T in tiles; both sums become their sum.
+template <typename T>
+void symmetrise(int64_t n, T* V, T* row_sum, T* col_sum) {
+  constexpr int64_t kTile = 32;
+  for (int64_t i0 = 0; i0 < n; i0 += kTile)
+    for (int64_t j0 = i0; j0 < n; j0 += kTile)
+      for (int64_t i = i0; i < std::min(n, i0 + kTile); ++i)
+        for (int64_t j = std::max(i, j0); j < std::min(n, j0 + kTile); ++j)
+          V[i * n + j] = V[j * n + i] = V[i * n + j] + V[j * n + i];
+  for (int64_t i = 0; i < n; ++i) row_sum[i] = col_sum[i] = row_sum[i] + col_sum[i];
+}
+
+}  // namespace
+
+template <typename T>
+void prepare_clouds(const std::vector<CloudGroup<T>>& clouds, CostKind kind) {
+  const int64_t d = clouds.front().d;
+  const std::vector<T> zero(d);
+  for (int64_t p = 0; p < clouds.front().batch; ++p) {
+    const bool unit = kind == CostKind::kCosine;
+    const std::vector<T> shift = unit ? zero : centre(clouds, p);
+    for (const CloudGroup<T>& cloud : clouds) {
+      for_each_row(1, cloud.n, d, [&](int64_t, int64_t i) {
+        const int64_t row = p * cloud.n + i;
+        const T* x = cloud.x + row * d;
+        T* z = cloud.z + row * d;
+        const T norm2 = prepare_row(d, x, shift.data(), T(1), z);
+        cloud.norm[row] = unit ? std::sqrt(norm2) : norm2;
+        if (unit && norm2 > T(0)) prepare_row(d, x, shift.data(), T(1) / std::sqrt(norm2), z);
+      });
+    }
+  }
+}
+
+template <typename T>
+void cost_epilogue(const CostGroup<T>& group, CostKind kind) {
+  const int64_t n = group.n, m = group.m, d = group.d;
+  std::vector<T> transposed;
+  if (d <= kDirectDims) {
+    transposed.resize(group.batch * m * d);
+    for (int64_t p = 0; p < group.batch; ++p)
+      for (int64_t j = 0; j < m; ++j)
+        for (int64_t k = 0; k < d; ++k)
+          transposed[(p * d + k) * m + j] = group.zy[(p * m + j) * d + k];
+  }
+  dispatch_cost(kind, [&](auto cost) {
+    for_each_row(group.batch, n, m, [&](int64_t p, int64_t i) {
+      T* C = group.C + (p * n + i) * m;
+      const T* zx = group.zx + (p * n + i) * d;
+      epilogue_row(cost, EpilogueRow<T>{m, d, group.hx[p * n + i], zx, group.zy + p * m * d,
+                                        transposed.data() + p * d * m, group.hy + p * m, C});
+      // A point is at distance 0 from itself; a point of zero norm has no direction and costs 1.
+      if (group.symmetric && (kind != CostKind::kCosine || group.hx[p * n + i] > T(0))) C[i] = 0;
+    });
+  });
+}
+
+template <typename T>
+void cost_weights(const CostWeightGroup<T>& group, CostKind kind) {
+  const int64_t n = group.n, m = group.m;
+  dispatch_cost(kind, [&](auto cost) {
+    parallel_for(0, group.batch, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        T *row_sum = group.row_sum + p * n, *col_sum = group.col_sum + p * m;
+        std::fill(col_sum, col_sum + m, T(0));
+        for (int64_t i = 0; i < n; ++i) {
+          const int64_t row = (p * n + i) * m;
+          row_sum[i] =
+              weight_row(cost, m, group.W + row, group.C + row, group.V + row, col_sum);
+        }
+        if (group.symmetrise) symmetrise(n, group.V + p * n * m, row_sum, col_sum);
+      }
+    });
+  });
+}
+
+template <typename T>
+void cost_gradient(const CostGradientGroup<T>& group, CostKind kind) {
+  const int64_t d = group.d;
+  for_each_row(1, group.batch * group.n, d, [&](int64_t, int64_t i) {
+    const T *z = group.z + i * d, *Vy = group.Vy + i * d;
+    T* grad = group.grad + i * d;
+    if (kind != CostKind::kCosine) {
+      const T sum = group.sum[i];
+      for (int64_t k = 0; k < d; ++k) grad[k] += z[k] * sum - Vy[k];
+      return;
+    }
+    // d(1 - <x, y> / |x| |y|)/dx = (<xhat, yhat> xhat - yhat) / |x|; 0 for a point of zero norm.
+    const T norm = group.norm[i];
+    if (!(norm > T(0))) return;
+    T along = 0;
+    for (int64_t k = 0; k < d; ++k) along += z[k] * Vy[k];
+    for (int64_t k = 0; k < d; ++k) grad[k] += (along * z[k] - Vy[k]) / norm;
+  });
+}
+
+#define OTLOSS_INSTANTIATE(T)                                                      \
+  template void prepare_clouds(const std::vector<CloudGroup<T>>&, CostKind);       \
+  template void cost_epilogue(const CostGroup<T>&, CostKind);                      \
+  template void cost_weights(const CostWeightGroup<T>&, CostKind);                 \
+  template void cost_gradient(const CostGradientGroup<T>&, CostKind);
+OTLOSS_INSTANTIATE(float)
+OTLOSS_INSTANTIATE(double)
+#undef OTLOSS_INSTANTIATE
+
+}  // namespace otloss::cpu

@@ -1,0 +1,320 @@
+// The solver: which potentials to try next. It sees the problem only through an Engine, which reads
+// the cost (stored or recomputed) once per pass:
+//
+//     int64_t n, m;  const T *a, *b;                   sizes and weights
+//     void iterate(eps, g, F, gt, q)                   one pass: F = exact row update of g (F is also
+//                                                      the guess on entry), gt = column update of F,
+//                                                      q = column sums of the plan (F, g) over b
+//     void update_rows(eps, g, F, s)                   rows only; s = row sums before, over a
+//     CostScale scale()                                how large and how varied the cost is
+//
+// F is k f with k = log2(e) / eps; g and gt are in units of cost.
+//
+// Method (docs/solver.md): Sinkhorn's iteration is a fixed-point map g -> gt whose residual
+// r = gt - g is the semidual's gradient, preconditioned. L-BFGS on r in the b-weighted inner product
+// needs a fraction of the passes, and falls back to the plain iteration, which always ascends.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "kernels.h"
+#include "math.h"
+#include "parallel.h"
+
+namespace otloss::cpu {
+
+struct CostScale {
+  double max;    // max |C_ij| over points of positive weight, NaN if one is not finite
+  double sigma;  // standard deviation of a double-centred sample of C: how hard the problem is
+};
+
+struct Outcome {
+  int64_t iterations = 0;
+  double error = std::numeric_limits<double>::quiet_NaN();
+  bool converged = false;
+};
+
+template <typename T>
+double dot(int64_t count, const T* x, const T* y) {
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(x[i]) * static_cast<double>(y[i]);
+  return sum;
+}
+
+template <typename T>
+double dot(int64_t count, const T* w, const T* x, const T* y) {
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i)
+    sum += static_cast<double>(w[i]) * static_cast<double>(x[i]) * static_cast<double>(y[i]);
+  return sum;
+}
+
+// sum_j b_j |q_j - 1|: the L1 marginal error, given the marginal as a ratio q to what it should be.
+template <typename T>
+double marginal_error(int64_t count, const T* b, const T* q) {
+  double sum = 0;
+  for (int64_t j = 0; j < count; ++j)
+    sum += static_cast<double>(b[j]) * std::abs(static_cast<double>(q[j]) - 1.0);
+  return sum;
+}
+
+template <typename T>
+double total(int64_t count, const T* w) {
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(w[i]);
+  return sum;
+}
+
+// ----------------------------------------------------------------- exactly n_iters iterations
+
+// f then g, from the potentials given, at one eps: what papers write as "L iterations".
+template <typename T, typename Engine>
+Outcome solve_fixed(Engine& engine, const SolveOptions& options, T* F, T* g, T* trace) {
+  const int64_t n = engine.n, m = engine.m;
+  const T to_cost = static_cast<T>(options.eps / kLog2E);
+  std::vector<T> gt(m), q(m);
+  Outcome outcome;
+  for (int64_t it = 0; it < options.n_iters && !interrupted(); ++it) {
+    engine.iterate(options.eps, g, F, gt.data(), q.data());
+    std::copy(gt.begin(), gt.end(), g);
+    if (trace) {
+      for (int64_t i = 0; i < n; ++i) trace[i] = to_cost * F[i];
+      std::copy(gt.begin(), gt.end(), trace + n);
+      trace += n + m;
+    }
+    ++outcome.iterations;
+  }
+  outcome.error = marginal_error(m, engine.b, q.data()) / total(m, engine.b);
+  outcome.converged = outcome.error <= options.tol;
+  return outcome;
+}
+
+// -------------------------------------------------------------------- a cloud against itself
+
+// One potential, f <- f + 2/3 (T(f) - f) from T(0) - <a, T(0)> / 2: the error contracts by 1/3 or
+// more per pass whatever eps. Returns the mean of f and T(f), which is a further step towards the
+// solution and makes 2 <a, f> the semidual value <a, f> + <a, T(f)>, exact to second order.
+template <typename T, typename Engine>
+Outcome solve_symmetric(Engine& engine, const SolveOptions& options, T* F) {
+  const int64_t n = engine.n;
+  const double mass = total(n, engine.a);
+  const T to_cost = static_cast<T>(options.eps / kLog2E);
+  const T to_base2 = static_cast<T>(kLog2E / options.eps);
+  std::vector<T> f(n), s(n);
+  Outcome outcome;
+  if (options.warm_start) {
+    for (int64_t i = 0; i < n; ++i) f[i] = to_cost * F[i];
+  } else {
+    engine.update_rows(options.eps, f.data(), F, s.data());
+    ++outcome.iterations;
+    const double half_mean = 0.5 * dot(n, engine.a, F) / mass;
+    for (int64_t i = 0; i < n; ++i)
+      f[i] = engine.a[i] > 0 ? to_cost * static_cast<T>(F[i] - half_mean) : T(0);
+  }
+  while (true) {
+    for (int64_t i = 0; i < n; ++i) F[i] = to_base2 * f[i];
+    engine.update_rows(options.eps, f.data(), F, s.data());
+    ++outcome.iterations;
+    outcome.error = marginal_error(n, engine.a, s.data()) / mass;
+    outcome.converged = outcome.error <= options.tol;
+    if (outcome.converged || outcome.iterations >= options.max_iters || interrupted()) break;
+    for (int64_t i = 0; i < n; ++i) f[i] += T(2.0 / 3.0) * (to_cost * F[i] - f[i]);
+  }
+  for (int64_t i = 0; i < n; ++i) F[i] = T(0.5) * (F[i] + to_base2 * f[i]);
+  return outcome;
+}
+
+// ------------------------------------------------------------------------------- general pairs
+
+// The last few steps and residual changes, and the product of the inverse Hessian they imply.
+template <typename T>
+class LbfgsMemory {
+ public:
+  LbfgsMemory(int64_t size, const T* weight) : size_(size), weight_(weight) {}
+
+  void clear() { pairs_.clear(); }
+
+  // step = change of g, change = old residual - new residual.
+  void push(std::vector<T> step, std::vector<T> change) {
+    const double sy = inner(step, change), ss = inner(step, step), yy = inner(change, change);
+    if (!(sy > 1e-10 * std::sqrt(ss) * std::sqrt(yy))) return;
+    if (pairs_.size() == kMemory) pairs_.erase(pairs_.begin());
+    pairs_.push_back({std::move(step), std::move(change), sy, sy / yy});
+  }
+
+  // Two-loop recursion.
+  std::vector<T> direction(const std::vector<T>& residual) const {
+    std::vector<T> p = residual;
+    std::vector<double> alpha(pairs_.size());
+    for (size_t i = pairs_.size(); i-- > 0;) {
+      alpha[i] = inner(pairs_[i].step, p) / pairs_[i].sy;
+      add(p, -alpha[i], pairs_[i].change);
+    }
+    if (!pairs_.empty())
+      for (T& value : p) value *= static_cast<T>(pairs_.back().scale);
+    for (size_t i = 0; i < pairs_.size(); ++i)
+      add(p, alpha[i] - inner(pairs_[i].change, p) / pairs_[i].sy, pairs_[i].step);
+    return p;
+  }
+
+ private:
+  static constexpr size_t kMemory = 8;
+  struct Pair {
+    std::vector<T> step, change;
+    double sy, scale;
+  };
+
+  double inner(const std::vector<T>& x, const std::vector<T>& y) const {
+    return dot(size_, weight_, x.data(), y.data());
+  }
+  void add(std::vector<T>& x, double factor, const std::vector<T>& y) const {
+    const T scale = static_cast<T>(factor);
+    for (int64_t j = 0; j < size_; ++j) x[j] += scale * y[j];
+  }
+
+  int64_t size_;
+  const T* weight_;
+  std::vector<Pair> pairs_;
+};
+
+// A point of the semidual and what one pass tells about it.
+template <typename T>
+struct SemidualPoint {
+  std::vector<T> g, gt, q;
+  double value = 0;  // <a, f> + <b, g>
+  double noise = 0;  // rounding error of `value`
+  double error = 0;  // L1 marginal error over the total mass
+
+  explicit SemidualPoint(int64_t m) : g(m), gt(m), q(m) {}
+};
+
+template <typename T, typename Engine>
+void evaluate(Engine& engine, double eps, double mass, T* F, SemidualPoint<T>& point) {
+  engine.iterate(eps, point.g.data(), F, point.gt.data(), point.q.data());
+  const double to_cost = eps / kLog2E;
+  double value = 0, size = 0;
+  for (int64_t i = 0; i < engine.n; ++i) {
+    const double term = static_cast<double>(engine.a[i]) * to_cost * static_cast<double>(F[i]);
+    value += term, size += std::abs(term);
+  }
+  for (int64_t j = 0; j < engine.m; ++j) {
+    const double term = static_cast<double>(engine.b[j]) * static_cast<double>(point.g[j]);
+    value += term, size += std::abs(term);
+  }
+  point.value = value;
+  point.noise = 4 * static_cast<double>(std::numeric_limits<T>::epsilon()) * size;
+  point.error = marginal_error(engine.m, engine.b, point.q.data()) / mass;
+}
+
+// Residual gt - g without its mean, which the semidual does not see.
+template <typename T, typename Engine>
+std::vector<T> residual(const Engine& engine, double mass, const SemidualPoint<T>& point) {
+  std::vector<T> r(engine.m);
+  for (int64_t j = 0; j < engine.m; ++j) r[j] = point.gt[j] - point.g[j];
+  const T mean = static_cast<T>(dot(engine.m, engine.b, r.data()) / mass);
+  for (int64_t j = 0; j < engine.m; ++j) r[j] = engine.b[j] > T(0) ? r[j] - mean : T(0);
+  return r;
+}
+
+// Ascends the semidual at one eps until the error is at most `tol`. On entry `point` is evaluated.
+template <typename T, typename Engine>
+void ascend(Engine& engine, double eps, double tol, int64_t max_iters, double mass, T* F,
+            SemidualPoint<T>& point, int64_t& iterations) {
+  constexpr int kTries = 5;
+  constexpr double kShrink = 0.3, kSufficient = 1e-4;
+  const int64_t m = engine.m;
+  LbfgsMemory<T> memory(m, engine.b);
+  SemidualPoint<T> trial(m);
+  std::vector<T> r = residual(engine, mass, point);
+  while (point.error > tol && iterations < max_iters && !interrupted()) {
+    std::vector<T> p = memory.direction(r);
+    const auto slope_along = [&](const std::vector<T>& v) {  // <b - P^T 1, v>
+      double slope = 0;
+      for (int64_t j = 0; j < m; ++j)
+        slope += static_cast<double>(engine.b[j]) * (1.0 - static_cast<double>(point.q[j])) *
+                 static_cast<double>(v[j]);
+      return slope;
+    };
+    double slope = slope_along(p);
+    if (!(slope > 0)) {
+      memory.clear();
+      p = r;
+      slope = slope_along(p);
+    }
+    bool accepted = false;
+    double t = 1;
+    for (int attempt = 0; attempt < kTries && iterations < max_iters && !accepted; ++attempt) {
+      for (int64_t j = 0; j < m; ++j) trial.g[j] = point.g[j] + static_cast<T>(t) * p[j];
+      evaluate(engine, eps, mass, F, trial);
+      ++iterations;
+      accepted = trial.value >= point.value + kSufficient * t * slope - point.noise;
+      t *= kShrink;
+    }
+    if (!accepted) {
+      memory.clear();
+      trial.g = point.gt;
+      evaluate(engine, eps, mass, F, trial);
+      ++iterations;
+    }
+    std::vector<T> next = residual(engine, mass, trial);
+    if (accepted) {
+      std::vector<T> step(m), change(m);
+      for (int64_t j = 0; j < m; ++j) {
+        step[j] = engine.b[j] > T(0) ? trial.g[j] - point.g[j] : T(0);
+        change[j] = r[j] - next[j];
+      }
+      memory.push(std::move(step), std::move(change));
+    }
+    r = std::move(next);
+    std::swap(point, trial);
+  }
+}
+
+// Stages of decreasing eps where a cold start would be slow: the decision needs one pass.
+inline std::vector<double> stages(double eps, double sigma, double first_error) {
+  constexpr double kEasyError = 0.6, kEasyEps = 0.077, kFirst = 0.1, kRatio = 0.25;
+  const double first = kFirst * sigma;
+  if (first_error <= kEasyError || !(eps < kEasyEps * sigma)) return {eps};
+  const int count = std::max(1, static_cast<int>(std::lround(std::log(eps / first) /
+                                                             std::log(kRatio))));
+  std::vector<double> all;
+  for (int i = 0; i <= count; ++i) all.push_back(first * std::pow(eps / first, double(i) / count));
+  return all;
+}
+
+template <typename T, typename Engine>
+Outcome solve_pair(Engine& engine, const SolveOptions& options, double sigma, T* F, T* g) {
+  constexpr double kStageTol = 0.1;
+  const int64_t n = engine.n, m = engine.m;
+  const double mass = total(m, engine.b);
+  Outcome outcome;
+  SemidualPoint<T> point(m);
+  std::copy(g, g + m, point.g.begin());
+  const auto start = [&](double eps) {
+    evaluate(engine, eps, mass, F, point);
+    ++outcome.iterations;
+  };
+  start(options.eps);
+  const std::vector<double> schedule = stages(options.eps, sigma, point.error);
+  double at = options.eps;
+  for (const double eps : schedule) {
+    if (eps != at) {
+      for (int64_t i = 0; i < n; ++i) F[i] *= static_cast<T>(at / eps);
+      start(eps);
+      at = eps;
+    }
+    const double tol = eps == options.eps ? options.tol : std::max(kStageTol, options.tol);
+    ascend(engine, eps, tol, options.max_iters, mass, F, point, outcome.iterations);
+    point.g = eps == options.eps ? point.g : point.gt;
+  }
+  // F is the row update of point.g; gt, the column update of F, is one half step further.
+  std::copy(point.gt.begin(), point.gt.end(), g);
+  outcome.error = point.error;
+  outcome.converged = point.error <= options.tol;
+  return outcome;
+}
+
+}  // namespace otloss::cpu

@@ -1,0 +1,91 @@
+// The inner loops over a stored cost matrix, vectorised. See sweep.cpp.
+//
+// Everything is in base-2 units: F = k f, G = k g + log2 b, k = log2(e) / eps, so that an entry of
+// the plan divided by its row weight is P_ij / a_i = exp2(F_i + G_j - k C_ij).
+#pragma once
+
+#include <cstdint>
+
+namespace otloss::cpu {
+
+template <typename T>
+struct RowSweep {
+  int64_t rows;  // n
+  int64_t m;     // columns
+  T k;
+  const T* C;  // (n, m)
+  const T* a;  // (n,)
+  const T* G;  // (m,)
+  T* F;        // (n,) in: any guess, out: the exact update -log2 sum_j exp2(G_j - k C_ij)
+  T* s;        // (n,) out: row sums of the plan before the update, over a
+  T* c;        // (m,) accumulated: column sums of the plan after the update; null: not wanted
+  T* e;        // (kSweepScratchRows, m) scratch, finite on entry
+};
+
+constexpr int64_t kSweepScratchRows = 4;
+
+// One full iteration's reading of C: rows are made exact and their column sums accumulated, with
+// one exp2 per entry.
+void sweep_rows(const RowSweep<float>& sweep);
+void sweep_rows(const RowSweep<double>& sweep);
+
+template <typename T>
+struct ColumnLse {
+  int64_t n;      // rows
+  int64_t m;      // row stride of C
+  int64_t begin;  // columns [begin, end), at most kColumnBlock of them
+  int64_t end;
+  T k;
+  const T* C;  // (n, m)
+  const T* A;  // (n,) F + log2 a
+  T* out;      // (end - begin,) log2 sum_i exp2(A_i - k C_ij)
+};
+
+constexpr int64_t kColumnBlock = 64;
+
+// The max-shifted log-sum-exp of a block of columns, for those whose sums cannot be trusted.
+void column_lse(const ColumnLse<float>& block);
+void column_lse(const ColumnLse<double>& block);
+
+template <typename T>
+struct PlanRows {
+  int64_t rows;  // n
+  int64_t m;     // columns
+  T k;
+  T scale;
+  const T* C;  // (n, m)
+  const T* a;  // (n,)
+  const T* F;  // (n,)
+  const T* G;  // (m,)
+  T* P;        // (n, m) out: scale * plan
+};
+
+void plan_rows(const PlanRows<float>& plan);
+void plan_rows(const PlanRows<double>& plan);
+
+// <P, C> over the rows; `P` and `scale` are not used.
+double transport_rows(const PlanRows<float>& plan);
+double transport_rows(const PlanRows<double>& plan);
+
+template <typename T>
+struct MaxAbs {
+  int64_t rows;  // n
+  int64_t m;     // columns
+  const T* C;    // (n, m)
+  const T* a;    // (n,)
+  const T* b;    // (m,)
+};
+
+// max |C_ij| where a_i b_j > 0; NaN if any of those is not finite.
+double max_abs(const MaxAbs<float>& args);
+double max_abs(const MaxAbs<double>& args);
+
+// y_j -= log2 x_j, elementwise: the update of a potential from its sums.
+void subtract_log2(int64_t count, const float* x, float* y);
+void subtract_log2(int64_t count, const double* x, double* y);
+
+// G = k g + log2 b.
+void absorb_weights(int64_t count, float k, const float* g, const float* b, float* G);
+void absorb_weights(int64_t count, double k, const double* g, const double* b, double* G);
+
+}  // namespace otloss::cpu

@@ -1,0 +1,151 @@
+// What the kernels compute, as plain argument structs and launchers: no torch here or below.
+//
+// All matrices are row-major and contiguous. A batch of B problems of one shape is a "group"; a call
+// takes several groups (the xy, xx and yy of a divergence, say), whose problems run in parallel.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "costs.h"
+
+namespace otloss {
+
+// ---------------------------------------------------------------------------------------- solve
+
+enum class Objective : int { kRegularized = 0, kTransport = 1 };
+
+struct SolveOptions {
+  double eps;
+  double rho_x = std::numeric_limits<double>::infinity();  // infinite: the marginal is a constraint
+  double rho_y = std::numeric_limits<double>::infinity();
+  double tol;         // on the L1 marginal error over the total mass
+  int64_t max_iters;  // at most so many passes
+  int64_t n_iters;    // >= 0: exactly so many iterations and no stopping test
+  Objective objective;
+  bool warm_start;  // g holds the start on entry
+};
+
+// One row of the status tensor, (B, kStatusFields) float64 per group.
+enum StatusField : int {
+  kStatusIterations,
+  kStatusError,      // marginal error, an upper bound for the potentials returned
+  kStatusConverged,  // 1 or 0
+  kStatusMaxCost,    // max |C_ij| over points of positive weight
+  kStatusFields
+};
+
+template <typename T>
+struct SolveGroup {
+  int64_t batch;    // B
+  int64_t n;        // rows
+  int64_t m;        // columns
+  bool symmetric;   // a cloud against itself: C symmetric, a == b, one potential
+  const T* C;       // (B, n, m)
+  const T* a;       // (B, n)
+  const T* b;       // (B, m)
+  T* f;             // (B, n) in: start (warm_start), out: potential
+  T* g;             // (B, m) likewise
+  T* trace;         // (B, L, n + m) f and g after each iteration, or null
+  T* value;         // (B,)
+  double* status;   // (B, kStatusFields)
+};
+
+// ------------------------------------------------------------------------------- solve_backward
+
+// Gradient of sum_B grad_value * value at fixed potentials: P scaled, and the potentials centred.
+template <typename T>
+struct EnvelopeGroup {
+  int64_t batch;        // B
+  int64_t n;            // rows
+  int64_t m;            // columns
+  const T* C;           // (B, n, m)
+  const T* a;           // (B, n)
+  const T* b;           // (B, m)
+  const T* f;           // (B, n)
+  const T* g;           // (B, m)
+  const T* grad_value;  // (B,)
+  T* grad_C;            // (B, n, m) or null
+  T* grad_a;            // (B, n) or null
+  T* grad_b;            // (B, m) or null
+};
+
+// -------------------------------------------------------------------------------- cost matrices
+
+// One cloud, made ready for the matrix product: centred or normalised copy and its norms.
+template <typename T>
+struct CloudGroup {
+  int64_t batch;    // B
+  int64_t n;        // points
+  int64_t d;        // coordinates
+  const T* x;       // (B, n, d)
+  const T* weight;  // (B, n) or null: points of weight 0 do not move the centre
+  T* z;             // (B, n, d) out: prepared points
+  T* norm;          // (B, n) out: |z|^2, or |x| for cosine
+};
+
+template <typename T>
+struct CostGroup {
+  int64_t batch;   // B
+  int64_t n;       // rows
+  int64_t m;       // columns
+  int64_t d;       // coordinates
+  bool symmetric;  // a cloud against itself: the diagonal is 0
+  const T* zx;     // (B, n, d) prepared points
+  const T* zy;     // (B, m, d)
+  const T* hx;     // (B, n) their norms, see CloudGroup
+  const T* hy;     // (B, m)
+  T* C;            // (B, n, m) in: inner products <zx, zy> (d > kDirectDims), out: costs
+};
+
+// Up to this dimension costs come from differences, without a matrix product.
+constexpr int64_t kDirectDims = 4;
+
+// Before the gradient's products: V = W * gradient_weight(C) and its row and column sums.
+template <typename T>
+struct CostWeightGroup {
+  int64_t batch;      // B
+  int64_t n;          // rows
+  int64_t m;          // columns
+  bool symmetrise;    // V + V^T in place of V: both sides are one cloud
+  const T* W;         // (B, n, m) gradient with respect to C
+  const T* C;         // (B, n, m)
+  T* V;               // (B, n, m) out
+  T* row_sum;         // (B, n) out
+  T* col_sum;         // (B, m) out
+};
+
+// After the product: grad += x row_sum - V y, or its tangent part over |x| for cosine.
+template <typename T>
+struct CostGradientGroup {
+  int64_t batch;      // B
+  int64_t n;          // points
+  int64_t d;          // coordinates
+  const T* z;         // (B, n, d) prepared points
+  const T* norm;      // (B, n)
+  const T* sum;       // (B, n) row (or column) sums of V
+  const T* Vy;        // (B, n, d)
+  T* grad;            // (B, n, d) accumulated
+};
+
+// ------------------------------------------------------------------------------------ launchers
+
+namespace cpu {
+
+template <typename T>
+void prepare_clouds(const std::vector<CloudGroup<T>>& clouds, CostKind kind);
+template <typename T>
+void cost_epilogue(const CostGroup<T>& group, CostKind kind);
+template <typename T>
+void cost_weights(const CostWeightGroup<T>& group, CostKind kind);
+template <typename T>
+void cost_gradient(const CostGradientGroup<T>& group, CostKind kind);
+template <typename T>
+void solve(const std::vector<SolveGroup<T>>& groups, const SolveOptions& options);
+template <typename T>
+void envelope_backward(const std::vector<EnvelopeGroup<T>>& groups, double eps,
+                       Objective objective);
+
+}  // namespace cpu
+}  // namespace otloss

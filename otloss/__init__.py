@@ -1,0 +1,37 @@
+"""otloss: differentiable optimal-transport losses for PyTorch, with fused C++ and CUDA kernels."""
+
+from otloss._check import ConvergenceWarning
+from otloss.losses import (
+    cost_matrix,
+    energy_distance,
+    minibatch_energy_distance,
+    show_config,
+    sinkhorn_divergence,
+    sinkhorn_loss,
+)
+from otloss.modules import (
+    EnergyDistance,
+    MinibatchEnergyDistance,
+    SinkhornDivergence,
+    SinkhornLoss,
+)
+from otloss.solve import OTResult, solve, solve_sample
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConvergenceWarning",
+    "EnergyDistance",
+    "MinibatchEnergyDistance",
+    "OTResult",
+    "SinkhornDivergence",
+    "SinkhornLoss",
+    "cost_matrix",
+    "energy_distance",
+    "minibatch_energy_distance",
+    "show_config",
+    "sinkhorn_divergence",
+    "sinkhorn_loss",
+    "solve",
+    "solve_sample",
+]

@@ -1,0 +1,267 @@
+"""Argument checks: a wrong call raises at once and says what was given and what is expected.
+
+Checks that must read data are made on the CPU only: on CUDA they would stall the device.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from otloss.costs import COSTS, Cost
+
+__all__ = [
+    "ConvergenceWarning",
+    "Options",
+    "matrix",
+    "options",
+    "points",
+    "same_space",
+    "weights",
+]
+
+OBJECTIVES: Final = ("regularized", "transport")
+BACKWARDS: Final = ("auto", "envelope", "implicit", "unrolled")
+METHODS: Final = ("auto", "dense", "streamed", "reference")
+
+
+class ConvergenceWarning(UserWarning):
+    """The solver stopped at ``max_iters`` before its marginal error was below ``tol``."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The checked keyword arguments of a solve. ``n_iters`` is -1 for "until converged"."""
+
+    eps: float
+    cost: Cost
+    objective: str
+    rho_x: float
+    rho_y: float
+    tol: float
+    max_iters: int
+    n_iters: int
+    backward: str
+    method: str
+
+    @property
+    def balanced(self) -> bool:
+        return math.isinf(self.rho_x) and math.isinf(self.rho_y)
+
+
+def describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}, {value.dtype} on {value.device}"
+    return repr(value)
+
+
+# ---------------------------------------------------------------------------- keyword arguments
+
+
+def number(name: str, value: Any, *, positive: bool = True) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}: {describe(value)}")
+    result = float(value)
+    if not math.isfinite(result) or (positive and result <= 0):
+        raise ValueError(f"{name} must be finite and > 0, got {value!r}")
+    return result
+
+
+def count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}: {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return int(value)
+
+
+def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def cost(value: Any) -> Cost:
+    if callable(value):
+        return value
+    if not isinstance(value, str):
+        raise TypeError(
+            f"cost must be a name or a function (x, y) -> C, got {type(value).__name__}"
+        )
+    return choice("cost", value, tuple(COSTS))
+
+
+def unbalanced(value: Any) -> tuple[float, float]:
+    """``(rho_x, rho_y)``, infinite where the marginal is a hard constraint."""
+    pair = value if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(
+            "unbalanced must be one number or a pair (rho_x, rho_y) with None for a hard "
+            f"constraint, got {value!r}"
+        )
+    x, y = (math.inf if rho is None else number("unbalanced", rho) for rho in pair)
+    return x, y
+
+
+def options(
+    eps: Any,
+    *,
+    cost: Any = "sqeuclidean",
+    objective: Any = "regularized",
+    unbalanced: Any = None,
+    tol: Any = 1e-3,
+    max_iters: Any = 1000,
+    n_iters: Any = None,
+    backward: Any = "auto",
+    method: Any = "auto",
+) -> Options:
+    """Checks everything that a solve takes besides tensors."""
+    rho_x, rho_y = _unbalanced(unbalanced)
+    checked = Options(
+        eps=number("eps", eps),
+        cost=_cost(cost),
+        objective=choice("objective", objective, OBJECTIVES),
+        rho_x=rho_x,
+        rho_y=rho_y,
+        tol=number("tol", tol),
+        max_iters=count("max_iters", max_iters),
+        n_iters=-1 if n_iters is None else count("n_iters", n_iters),
+        backward=choice("backward", backward, BACKWARDS),
+        method=choice("method", method, METHODS),
+    )
+    if checked.backward == "unrolled" and n_iters is None:
+        raise ValueError(
+            'backward="unrolled" differentiates a fixed number of iterations: give n_iters, '
+            "which was None"
+        )
+    return checked
+
+
+_cost, _unbalanced = cost, unbalanced  # `options` has arguments of these names
+
+
+# -------------------------------------------------------------------------------------- tensors
+
+
+def floating(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name} must be a floating-point tensor, got {describe(value)}")
+    return value
+
+
+def points(name: str, value: Any) -> Tensor:
+    """A cloud (n, d) or (B, n, d), not empty."""
+    x = floating(name, value)
+    if x.dim() not in (2, 3):
+        raise ValueError(f"{name} must have shape (n, d) or (B, n, d), got {describe(x)}")
+    if 0 in x.shape:
+        raise ValueError(f"{name} must not be empty, got {describe(x)}")
+    return x
+
+
+def same_space(reference_name: str, reference: Tensor, name: str, value: Tensor) -> None:
+    """The two clouds must be comparable: batch, dimension, device, dtype."""
+    if value.dim() != reference.dim():
+        raise ValueError(
+            f"{reference_name} and {name} must both be single clouds or both batches, got "
+            f"{describe(reference)} and {describe(value)}"
+        )
+    if value.dim() == 3 and value.shape[0] != reference.shape[0]:
+        raise ValueError(
+            f"{reference_name} and {name} must have the same batch size B, got "
+            f"{reference.shape[0]} and {value.shape[0]}"
+        )
+    if value.shape[-1] != reference.shape[-1]:
+        raise ValueError(
+            f"{reference_name} and {name} must have the same dimension d, got "
+            f"{reference.shape[-1]} and {value.shape[-1]}"
+        )
+    same_kind(reference_name, reference, name, value)
+
+
+def same_kind(reference_name: str, reference: Tensor, name: str, value: Tensor) -> None:
+    if value.device != reference.device:
+        raise ValueError(
+            f"{reference_name} and {name} must be on one device, got {reference.device} and "
+            f"{value.device}"
+        )
+    if value.dtype != reference.dtype:
+        raise ValueError(
+            f"{reference_name} and {name} must have one dtype, got {reference.dtype} and "
+            f"{value.dtype}"
+        )
+
+
+def matrix(value: Any) -> Tensor:
+    C = floating("C", value)
+    if C.dim() not in (2, 3):
+        raise ValueError(f"C must have shape (n, m) or (B, n, m), got {describe(C)}")
+    if 0 in C.shape:
+        raise ValueError(f"C must not be empty, got {describe(C)}")
+    return C
+
+
+def readable(t: Tensor) -> bool:
+    """Whether looking at the data costs no synchronisation and breaks no graph."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def weights(name: str, value: Any, shape: tuple[int, ...], like_name: str, like: Tensor) -> None:
+    w = floating(name, value)
+    if tuple(w.shape) != shape:
+        raise ValueError(
+            f"{name} must have shape {shape}, one weight per point of {like_name}, got "
+            f"{describe(w)}"
+        )
+    same_kind(like_name, like, name, w)
+    if not readable(w):
+        return
+    least = float(w.detach().amin())
+    if math.isnan(least) or least < 0:
+        raise ValueError(f"{name} must be non-negative, but its least value is {least}")
+    if not bool((w.detach().sum(-1) > 0).all()):
+        raise ValueError(f"{name} must have a positive total, but its weights are all 0")
+
+
+def same_mass(a: Tensor, b: Tensor) -> None:
+    """Balanced transport needs equal totals, to the rounding of weights normalised in float32."""
+    if not readable(a):
+        return
+    x, y = a.detach().sum(-1).double(), b.detach().sum(-1).double()
+    if not bool(((x - y).abs() <= 1e-4 * x).all()):
+        raise ValueError(
+            "a and b must have the same total mass for balanced transport, got "
+            f"{_numbers(x)} and {_numbers(y)}; normalise them or give unbalanced="
+        )
+
+
+def _numbers(t: Tensor) -> str:
+    return f"{t.item():.6g}" if t.dim() == 0 else str([round(v, 6) for v in t.tolist()])
+
+
+def finite(name: str, value: Tensor) -> None:
+    """Raises where NaN or infinity stands in the data."""
+    bad = ~torch.isfinite(value.detach())
+    if bool(bad.any()):
+        where = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(
+            f"{name} must be finite, but {name}{list(where)} is {value.detach()[where].item()}; "
+            f"{int(bad.sum())} of {bad.numel()} values are NaN or infinite"
+        )
+
+
+def resolution(eps: float, max_cost: float, dtype: torch.dtype) -> None:
+    """Below this eps, (f + g - C) / eps has no correct digit in the dtype."""
+    least = 4 * torch.finfo(dtype).eps * max_cost
+    if eps < least:
+        raise ValueError(
+            f"eps={eps:g} is below what {dtype} can resolve against costs up to {max_cost:g} "
+            f"(least: {least:.3g}); use float64, a larger eps, or data of smaller scale"
+        )

@@ -1,0 +1,312 @@
+"""The losses: sums of OT values over pairs of clouds, solved together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from otloss import _check
+from otloss.costs import Cost
+from otloss.solve import build_costs, check_clouds, run
+
+__all__ = [
+    "cost_matrix",
+    "energy_distance",
+    "minibatch_energy_distance",
+    "sinkhorn_divergence",
+    "sinkhorn_loss",
+]
+
+Unbalanced = float | tuple[float | None, float | None] | None
+
+# Pairs of clouds and how much of each goes into the loss.
+_LOSS = ([0, 1], [1.0])
+_DEBIASED = ([0, 1, 0, 0, 1, 1], [1.0, -0.5, -0.5])
+_MINIBATCH = ([0, 2, 0, 3, 1, 2, 1, 3, 0, 1, 2, 3], [1.0, 1.0, 1.0, 1.0, -2.0, -2.0])
+
+
+def _loss(
+    clouds: dict[str, Tensor],
+    weights: dict[str, Tensor | None],
+    combination: tuple[list[int], list[float]],
+    options: _check.Options,
+) -> Tensor:
+    problem = check_clouds(clouds, weights, balanced=options.balanced)
+    pairs, coefficients = combination
+    costs = build_costs(problem, pairs, options.cost, options.method == "reference")
+    loss = run(problem, costs, pairs, coefficients, options).loss
+    return loss if problem.batched else loss[0]
+
+
+def sinkhorn_divergence(
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    *,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    cost: Cost = "sqeuclidean",
+    objective: str = "regularized",
+    unbalanced: Unbalanced = None,
+    tol: float = 1e-3,
+    max_iters: int = 1000,
+    n_iters: int | None = None,
+    backward: str = "auto",
+    method: str = "auto",
+) -> Tensor:
+    r"""The Sinkhorn divergence: entropic optimal transport without its bias.
+
+    .. math:: S_\varepsilon(a, b) = OT_\varepsilon(a, b) - \tfrac12 OT_\varepsilon(a, a)
+              - \tfrac12 OT_\varepsilon(b, b)
+
+    Non-negative, and zero exactly when the weighted clouds are equal. It tends to optimal transport
+    as ``eps`` goes to 0 and to :func:`energy_distance` of the same cost as ``eps`` grows.
+
+    Args:
+        x, y: clouds (n, d) and (m, d), or batches (B, n, d) and (B, m, d). float16 and bfloat16
+            are computed in float32, float64 stays float64.
+        eps: regularisation, in units of cost, absolute. A few percent of the mean cost is sharp,
+            the mean cost is blurred.
+        a, b: weights (n,) and (m,), or (B, n) and (B, m), of equal total; default uniform. A point
+            of weight 0 is padding: it changes nothing and receives gradient 0.
+        cost: ``"sqeuclidean"`` |x - y|^2 (no 1/2), ``"euclidean"`` |x - y|, ``"cosine"``
+            1 - <x, y> / (|x| |y|), or a differentiable function ``(x, y) -> C``.
+        objective: ``"regularized"``: OT_eps as above, the divergence of Feydy et al.;
+            ``"transport"``: each term is <P_eps, C>, without the entropy. Genevay et al.'s
+            W̄ = 2W(a,b) - W(a,a) - W(b,b) is twice this divergence with ``"transport"``.
+        unbalanced: KL strength of the marginals, one number or a pair ``(rho_x, rho_y)`` with None
+            for a hard constraint; default None, balanced.
+        tol: stop when the L1 marginal error over the total mass is at most this.
+        max_iters: stop there with a :class:`ConvergenceWarning`.
+        n_iters: instead, run exactly so many iterations from zero potentials at this ``eps``.
+        backward: ``"envelope"``: the gradient at fixed potentials, exact at convergence for the
+            regularized objective; with ``"transport"`` the plan is held constant.
+            ``"auto"``: envelope for regularized, implicit for transport, unrolled with ``n_iters``;
+            those that are not available raise when a gradient is needed.
+        method: ``"dense"`` (cost matrices kept), ``"reference"`` (plain torch) or ``"auto"``.
+
+    Returns:
+        () or (B,), float32 or float64; differentiable in x, y, a and b. Gradients come back in the
+        inputs' dtype.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, named, with what is expected.
+        NotImplementedError: a gradient that is not available.
+
+    References:
+        Genevay, Peyré, Cuturi, *Learning generative models with Sinkhorn divergences* (2018);
+        Feydy et al., *Interpolating between optimal transport and MMD* (2019).
+    """
+    options = _check.options(
+        eps,
+        cost=cost,
+        objective=objective,
+        unbalanced=unbalanced,
+        tol=tol,
+        max_iters=max_iters,
+        n_iters=n_iters,
+        backward=backward,
+        method=method,
+    )
+    return _loss({"x": x, "y": y}, {"a": a, "b": b}, _DEBIASED, options)
+
+
+def sinkhorn_loss(
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    *,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    cost: Cost = "sqeuclidean",
+    objective: str = "regularized",
+    unbalanced: Unbalanced = None,
+    tol: float = 1e-3,
+    max_iters: int = 1000,
+    n_iters: int | None = None,
+    backward: str = "auto",
+    method: str = "auto",
+) -> Tensor:
+    r"""Entropic optimal transport, without debiasing.
+
+    .. math:: OT_\varepsilon(a, b) = \min_{P 1 = a,\; P^T 1 = b}
+              \langle P, C\rangle + \varepsilon\, KL(P \,|\, a \otimes b)
+
+    As a training loss it shrinks the model towards the mean of the data, the more the larger
+    ``eps``; :func:`sinkhorn_divergence` does not.
+
+    Args, returns and raises: as :func:`sinkhorn_divergence`.
+
+    References:
+        Cuturi, *Sinkhorn distances: lightspeed computation of optimal transport* (2013).
+    """
+    options = _check.options(
+        eps,
+        cost=cost,
+        objective=objective,
+        unbalanced=unbalanced,
+        tol=tol,
+        max_iters=max_iters,
+        n_iters=n_iters,
+        backward=backward,
+        method=method,
+    )
+    return _loss({"x": x, "y": y}, {"a": a, "b": b}, _LOSS, options)
+
+
+def minibatch_energy_distance(
+    x1: Tensor,
+    x2: Tensor,
+    y1: Tensor,
+    y2: Tensor,
+    eps: float,
+    *,
+    cost: Cost = "cosine",
+    objective: str = "transport",
+    tol: float = 1e-3,
+    max_iters: int = 1000,
+    n_iters: int | None = None,
+    backward: str = "envelope",
+    method: str = "auto",
+) -> Tensor:
+    r"""The minibatch energy distance of OT-GAN, from two minibatches of each distribution.
+
+    .. math:: L = W(x_1, y_1) + W(x_1, y_2) + W(x_2, y_1) + W(x_2, y_2)
+              - 2 W(x_1, x_2) - 2 W(y_1, y_2)
+
+    with W = <P_eps, C>. This is twice the paper's squared distance D²_MED. Unlike optimal transport
+    between minibatches, its gradient is unbiased for a distance between the distributions. All six
+    problems are solved together.
+
+    Args:
+        x1, x2: two minibatches (n, d) of one distribution, or batches (B, n, d).
+        y1, y2: two minibatches (m, d) of the other.
+        eps: regularisation, in units of cost. The paper uses 0.002 on cosine costs; 1 or more there
+            makes every plan uniform.
+        cost: ``"cosine"`` (the paper, on critic features), ``"euclidean"``, ``"sqeuclidean"`` or a
+            function.
+        objective: ``"transport"`` (the paper) or ``"regularized"``.
+        backward: ``"envelope"`` (the paper) holds the plans constant in the gradient.
+        tol, max_iters, n_iters, method: as in :func:`sinkhorn_divergence`.
+
+    Returns:
+        () or (B,); differentiable in the four minibatches.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as :func:`sinkhorn_divergence`.
+
+    References:
+        Salimans, Zhang, Radford, Metaxas, *Improving GANs using optimal transport* (2018).
+    """
+    options = _check.options(
+        eps,
+        cost=cost,
+        objective=objective,
+        tol=tol,
+        max_iters=max_iters,
+        n_iters=n_iters,
+        backward=backward,
+        method=method,
+    )
+    return _loss({"x1": x1, "x2": x2, "y1": y1, "y2": y2}, {}, _MINIBATCH, options)
+
+
+def energy_distance(
+    x: Tensor,
+    y: Tensor,
+    *,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    cost: Cost = "euclidean",
+    method: str = "auto",
+) -> Tensor:
+    r"""The limit of the Sinkhorn divergence for large eps: an MMD with kernel -cost.
+
+    .. math:: E(a, b) = \langle a, C_{xy} b\rangle - \tfrac12 \langle a, C_{xx} a\rangle
+              - \tfrac12 \langle b, C_{yy} b\rangle
+
+    With ``"euclidean"`` it is half of Székely's energy distance, and a distance between
+    distributions; with ``"sqeuclidean"`` it is only the squared distance between the means.
+
+    Args:
+        x, y, a, b, cost: as in :func:`sinkhorn_divergence`.
+        method: ``"dense"``, ``"reference"`` or ``"auto"``.
+
+    Returns:
+        () or (B,); differentiable, also twice in a and b.
+
+    Raises:
+        ValueError, TypeError: as :func:`sinkhorn_divergence`.
+
+    References:
+        Székely and Rizzo, *Energy statistics* (2013); Feydy et al. (2019).
+    """
+    cost, plain = _check.cost(cost), _check.choice("method", method, _check.METHODS) == "reference"
+    problem = check_clouds({"x": x, "y": y}, {"a": a, "b": b})
+    pairs, coefficients = _DEBIASED
+    costs = build_costs(problem, pairs, cost, plain)
+    weights, padded = problem.weights, problem.padded
+    terms = [
+        coefficient * _mean_cost(C, weights[i], weights[j], padded)
+        for coefficient, C, i, j in zip(coefficients, costs, pairs[::2], pairs[1::2], strict=True)
+    ]
+    loss = terms[0] + terms[1] + terms[2]
+    if _check.readable(loss) and not bool(loss.detach().isfinite().all()):
+        _check.finite("x", x)
+        _check.finite("y", y)
+    return loss if problem.batched else loss[0]
+
+
+def _mean_cost(C: Tensor, a: Tensor, b: Tensor, padded: bool) -> Tensor:
+    if padded:  # so that 0 * inf, from padding, is 0
+        C = torch.where((a.unsqueeze(-1) * b.unsqueeze(-2)).detach() > 0, C, 0.0)
+    return (a * (C @ b.unsqueeze(-1)).squeeze(-1)).sum(-1)
+
+
+def cost_matrix(x: Tensor, y: Tensor, cost: Cost = "sqeuclidean") -> Tensor:
+    """The cost matrix C_ij = c(x_i, y_j), fused and differentiable.
+
+    Args:
+        x, y: clouds (n, d) and (m, d), or (B, n, d) and (B, m, d).
+        cost: ``"sqeuclidean"`` |x - y|^2 (no 1/2), ``"euclidean"`` |x - y|, ``"cosine"``
+            1 - <x, y> / (|x| |y|), or a function ``(x, y) -> C``. Coincident points under
+            euclidean, and points of norm 0 under cosine (cost 1), have gradient 0.
+
+    Returns:
+        C (n, m) or (B, n, m), float32 or float64; differentiable once in x and y. Where ``x is y``
+        the diagonal is exactly 0.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, or NaN or infinity in x or y (on the CPU).
+    """
+    cost = _check.cost(cost)
+    problem = check_clouds({"x": x, "y": y})
+    pairs = [0, 0] if x is y else [0, 1]
+    if x is y:
+        problem = check_clouds({"x": x})
+    (C,) = build_costs(problem, pairs, cost, False)
+    if _check.readable(C) and not bool(C.detach().sum().isfinite()):
+        _check.finite("x", x)
+        _check.finite("y", y)
+    return C if problem.batched else C[0]
+
+
+def show_config(mode: str = "stdout") -> dict[str, Any] | None:
+    """Prints what this build of otloss is and uses, or returns it with ``mode="dicts"``."""
+    from otloss import __version__, ops
+
+    config: dict[str, Any] = {
+        "otloss": __version__,
+        "torch": torch.__version__,
+        "kernels": "native" if ops.NATIVE else "none (plain torch)",
+        **ops.build_info(),
+        "threads": torch.get_num_threads(),
+        "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }
+    if _check.choice("mode", mode, ("stdout", "dicts")) == "dicts":
+        return config
+    width = max(map(len, config))
+    print("\n".join(f"{key:<{width}}  {value}" for key, value in config.items()))
+    return None

@@ -1,0 +1,146 @@
+"""The operations: schemas, the native library that serves them, and their shapes for tracing.
+
+Every operation takes lists: a loss is a set of OT problems over a set of clouds, and all of them run
+in one call. ``pairs`` is flat, ``[i0, j0, i1, j1, ...]``, and names clouds; a pair ``(i, i)`` is a
+cloud against itself. All tensors carry a batch dimension.
+
+    cost               clouds (B, n, d), weights (B, n) or none      -> costs (B, n, m) per pair
+    cost_backward      gradients of costs                            -> gradients of wanted clouds
+    solve              costs, weights                                -> values (P, B),
+                       status (P, B, 4), potentials f and g per pair, their trace if asked
+    envelope_backward  gradient of values                            -> gradients of costs, weights
+
+Without the native library (a pure-Python install) ``otloss.reference`` serves them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from otloss import reference
+
+__all__ = ["NATIVE", "build_info", "cost", "cost_backward", "envelope_backward", "solve"]
+
+# Fields of one row of ``status``; csrc/kernels.h lists the same.
+ITERATIONS, ERROR, CONVERGED, MAX_COST = range(4)
+
+_library = torch.library.Library("otloss", "DEF")
+_library.define(
+    "cost(Tensor[] points, Tensor[] weights, int[] pairs, int kind) -> Tensor[]",
+)
+_library.define(
+    "cost_backward(Tensor[] grad_costs, Tensor[] costs, Tensor[] points, Tensor[] weights, "
+    "int[] pairs, int kind, int[] wanted) -> Tensor[]",
+)
+_library.define(
+    "solve(Tensor[] costs, Tensor[] weights, int[] pairs, Tensor[] init, float eps, float rho_x, "
+    "float rho_y, float tol, int max_iters, int n_iters, int objective, bool trace) "
+    "-> (Tensor, Tensor, Tensor[], Tensor[], Tensor[])",
+)
+_library.define(
+    "envelope_backward(Tensor grad_values, Tensor[] costs, Tensor[] weights, int[] pairs, "
+    "Tensor[] f, Tensor[] g, float eps, int objective, int[] want_cost, bool want_weights) "
+    "-> (Tensor[], Tensor[], Tensor[])",
+)
+
+
+def _load_native() -> Any:
+    """The compiled module, whose import registers its kernels; None for a pure-Python install."""
+    if importlib.util.find_spec("otloss._C") is not None:
+        return importlib.import_module("otloss._C")
+    for name in reference.OPERATIONS:
+        _library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
+    warnings.warn(
+        "otloss was installed without its compiled kernels: every operation runs in plain "
+        "torch, slowly. Install with a C++ compiler and OTLOSS_BUILD_NATIVE unset.",
+        stacklevel=3,
+    )
+    return None
+
+
+_native = _load_native()
+NATIVE = _native is not None
+
+
+def build_info() -> dict[str, str]:
+    """Compiler, SIMD level and CUDA architectures of the native library; empty without it."""
+    return dict(_native.build_info()) if NATIVE else {}
+
+
+cost = torch.ops.otloss.cost.default
+cost_backward = torch.ops.otloss.cost_backward.default
+solve = torch.ops.otloss.solve.default
+envelope_backward = torch.ops.otloss.envelope_backward.default
+
+
+# ------------------------------------------------------------------------ shapes, for tracing
+
+
+@torch.library.register_fake("otloss::cost", lib=_library)
+def _(points: list[Tensor], weights: list[Tensor], pairs: list[int], kind: int) -> list[Tensor]:
+    return [
+        points[i].new_empty(points[i].shape[0], points[i].shape[1], points[j].shape[1])
+        for i, j in reference.as_pairs(pairs)
+    ]
+
+
+@torch.library.register_fake("otloss::cost_backward", lib=_library)
+def _(
+    grad_costs: list[Tensor],
+    costs: list[Tensor],
+    points: list[Tensor],
+    weights: list[Tensor],
+    pairs: list[int],
+    kind: int,
+    wanted: list[int],
+) -> list[Tensor]:
+    return [torch.empty_like(points[c]) for c in wanted]
+
+
+@torch.library.register_fake("otloss::solve", lib=_library)
+def _(
+    costs: list[Tensor],
+    weights: list[Tensor],
+    pairs: list[int],
+    init: list[Tensor],
+    eps: float,
+    rho_x: float,
+    rho_y: float,
+    tol: float,
+    max_iters: int,
+    n_iters: int,
+    objective: int,
+    trace: bool,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    B, P = costs[0].shape[0], len(costs)
+    f = [torch.empty_like(weights[i]) for i, _ in reference.as_pairs(pairs)]
+    g = [torch.empty_like(weights[j]) for _, j in reference.as_pairs(pairs)]
+    traces = [c.new_empty(B, n_iters, c.shape[1] + c.shape[2]) for c in costs] if trace else []
+    status = costs[0].new_empty(P, B, 4, dtype=torch.float64)
+    return costs[0].new_empty(P, B), status, f, g, traces
+
+
+@torch.library.register_fake("otloss::envelope_backward", lib=_library)
+def _(
+    grad_values: Tensor,
+    costs: list[Tensor],
+    weights: list[Tensor],
+    pairs: list[int],
+    f: list[Tensor],
+    g: list[Tensor],
+    eps: float,
+    objective: int,
+    want_cost: list[int],
+    want_weights: bool,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def like(t: Tensor, wanted: bool) -> Tensor:
+        return torch.empty_like(t) if wanted else t.new_empty(0)
+
+    grad_costs = [like(c, bool(w)) for c, w in zip(costs, want_cost, strict=True)]
+    return grad_costs, [like(t, want_weights) for t in f], [like(t, want_weights) for t in g]

@@ -1,0 +1,453 @@
+"""Solving OT problems: what every loss stands on, and the result that tells everything."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from otloss import _check, ops, reference
+from otloss._check import ConvergenceWarning, Options
+from otloss.autograd import CostMatrices, Settings, Solve
+from otloss.costs import COSTS, Cost
+
+__all__ = ["OTResult", "Problem", "build_costs", "run", "solve", "solve_sample"]
+
+
+# ------------------------------------------------------------------------------- inner interface
+
+
+@dataclass
+class Problem:
+    """Checked clouds or cost matrices with their weights, batched, in the dtype computed in."""
+
+    names: tuple[str, ...]
+    points: tuple[Tensor, ...]  # (n, d) or (B, n, d) as given, or empty: costs are given
+    weights: tuple[Tensor, ...]  # (B, n) each
+    padded: bool  # some weight may be 0
+    batched: bool
+
+
+def compute_dtype(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def _as_weights(w: Tensor | None, like: Tensor, n: int) -> Tensor:
+    """(B, n) weights, uniform if none were given."""
+    dtype = compute_dtype(like)
+    if w is None:
+        batch = like.shape[0] if like.dim() == 3 else 1
+        return torch.full((batch, n), 1.0 / n, dtype=dtype, device=like.device)
+    return w.to(dtype).reshape(-1, n)
+
+
+def check_clouds(
+    clouds: dict[str, Any], weights: dict[str, Any] | None = None, *, balanced: bool = True
+) -> Problem:
+    """Checks clouds by name against the first, and the weights of the first two."""
+    names, points = tuple(clouds), tuple(_check.points(k, v) for k, v in clouds.items())
+    for name, x in zip(names[1:], points[1:], strict=True):
+        _check.same_space(names[0], points[0], name, x)
+    given = [] if weights is None else list(weights.items())
+    for (name, w), cloud, x in zip(given, names, points, strict=False):
+        if w is not None:
+            _check.weights(name, w, tuple(x.shape[:-1]), cloud, x)
+    values = [w for _, w in given] + [None] * (len(points) - len(given))
+    ready = tuple(_as_weights(w, x, x.shape[-2]) for w, x in zip(values, points, strict=True))
+    padded = any(w is not None for w in values)
+    if padded and balanced:
+        _check.same_mass(ready[0], ready[1])
+    return Problem(names, points, ready, padded, points[0].dim() == 3)
+
+
+def build_costs(problem: Problem, pairs: list[int], cost: Cost, plain: bool) -> tuple[Tensor, ...]:
+    """C (B, n, m) of each pair; differentiable in the points."""
+    points = problem.points
+    if isinstance(cost, str):
+        weights = problem.weights if problem.padded else ()
+        return CostMatrices.apply(pairs, COSTS[cost], plain, len(points), *points, *weights)
+    return tuple(_call_cost(cost, points[i], points[j]) for i, j in reference.as_pairs(pairs))
+
+
+def _call_cost(cost: Any, x: Tensor, y: Tensor) -> Tensor:
+    dtype = compute_dtype(x)
+    C = cost(x.to(dtype), y.to(dtype))
+    expected = (*x.shape[:-1], y.shape[-2])
+    if not isinstance(C, Tensor) or tuple(C.shape) != expected:
+        raise ValueError(
+            f"cost must return a tensor of shape {expected} for clouds of shapes "
+            f"{tuple(x.shape)} and {tuple(y.shape)}, got {_check.describe(C)}"
+        )
+    return C.to(dtype).reshape(-1, *C.shape[-2:])
+
+
+@dataclass
+class Solved:
+    loss: Tensor  # (B,)
+    status: Tensor  # (P, B, 4)
+    f: tuple[Tensor, ...]  # (B, n) per pair
+    g: tuple[Tensor, ...]  # (B, m) per pair
+
+
+def _choose_backward(options: Options, needs_grad: bool) -> str:
+    """`auto` made concrete. What is not exact yet is refused, never approximated."""
+    choice = options.backward
+    if choice == "auto":
+        if options.n_iters >= 0:
+            choice = "unrolled"
+        else:
+            choice = "envelope" if options.objective == "regularized" else "implicit"
+    if choice != "envelope" and needs_grad:
+        raise NotImplementedError(
+            f'backward="{choice}" is not available yet (chosen by backward="{options.backward}", '
+            f'objective="{options.objective}", n_iters='
+            f"{None if options.n_iters < 0 else options.n_iters}); "
+            'backward="envelope" is: the gradient at fixed potentials'
+        )
+    return choice
+
+
+def run(
+    problem: Problem,
+    costs: Sequence[Tensor],
+    pairs: list[int],
+    coefficients: list[float],
+    options: Options,
+    init: Sequence[Tensor] = (),
+    *,
+    refuse_gradient: bool = True,
+) -> Solved:
+    """Solves all pairs and adds their values up. ``refuse_gradient``: see ``_choose_backward``."""
+    if not options.balanced:
+        raise NotImplementedError("unbalanced= is not available yet; only balanced transport is")
+    if options.method == "streamed":
+        raise NotImplementedError('method="streamed" is not available yet; "dense" is')
+    needs_grad = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (*costs, *problem.weights)
+    )
+    settings = Settings(
+        pairs=pairs,
+        coefficients=coefficients,
+        eps=options.eps,
+        rho_x=options.rho_x,
+        rho_y=options.rho_y,
+        tol=options.tol,
+        max_iters=options.max_iters,
+        n_iters=options.n_iters,
+        objective=_check.OBJECTIVES.index(options.objective),
+        backward=_choose_backward(options, needs_grad and refuse_gradient),
+        plain=options.method == "reference",
+    )
+    loss, status, *potentials = Solve.apply(
+        settings, len(costs), len(problem.weights), *costs, *problem.weights, *init
+    )
+    if _check.readable(status):
+        _report(problem, costs, options, status)
+    half = len(potentials) // 2
+    return Solved(loss, status, tuple(potentials[:half]), tuple(potentials[half:]))
+
+
+def _report(
+    problem: Problem, costs: Sequence[Tensor], options: Options, status: Tensor
+) -> None:
+    """Raises on data that could not be solved, warns where the solver did not converge."""
+    rows = [row for batch in status.tolist() for row in batch]
+    worst = max(rows, key=lambda row: row[ops.ERROR] if row[ops.ERROR] >= 0 else math.inf)
+    max_cost = max((row[ops.MAX_COST] for row in rows), key=lambda c: c if c >= 0 else math.inf)
+    if not math.isfinite(max_cost):
+        for name, x in zip(problem.names, problem.points, strict=False):
+            _check.finite(name, x)
+        for C in costs:
+            _check.finite("C" if not problem.points else "the cost matrix", C)
+    _check.resolution(options.eps, max_cost, costs[0].dtype)
+    if options.n_iters < 0 and not worst[ops.CONVERGED]:
+        warnings.warn(
+            f"Sinkhorn stopped after {int(worst[ops.ITERATIONS])} iterations at a marginal error "
+            f"of {worst[ops.ERROR]:.2e}, above tol={options.tol:g}. Raise max_iters "
+            f"({options.max_iters}), eps ({options.eps:g}; costs are up to {max_cost:.3g}) or tol.",
+            ConvergenceWarning,
+            stacklevel=4,
+        )
+
+
+# ------------------------------------------------------------------------------------- results
+
+
+class OTResult:
+    """One solved OT problem: its value, potentials, plan and how well it converged.
+
+    Shapes are those of the problem: with a batch every quantity has a leading ``B``. The tensors are
+    differentiable where the gradient is defined; see ``backward`` in :func:`otloss.solve`.
+
+    Attributes:
+        value: ``OT_eps`` or, with ``objective="transport"``, ``<P, C>``; () or (B,).
+        potentials: ``(f, g)``, (n,) and (m,), the plan being
+            ``P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps)``. Points of weight 0 have potential 0.
+    """
+
+    def __init__(
+        self, problem: Problem, C: Tensor, options: Options, solved: Solved
+    ) -> None:
+        self._problem, self._C, self._options = problem, C, options
+        self._status = solved.status[0]
+        self._a, self._b = problem.weights[0], problem.weights[1]
+        self._f, self._g = solved.f[0], solved.g[0]
+        self.value = self._out(solved.loss)
+        self.potentials = (self._out(self._f), self._out(self._g))
+
+    def _out(self, t: Tensor) -> Tensor:
+        return t if self._problem.batched else t[0]
+
+    @functools.cached_property
+    def _plan(self) -> Tensor:
+        return reference.plan(self._options.eps, self._C, self._f, self._g, self._a, self._b)
+
+    @property
+    def plan(self) -> Tensor:
+        """The transport plan P, (n, m), made when first asked for."""
+        return self._out(self._plan)
+
+    @property
+    def value_linear(self) -> Tensor:
+        """``<P, C>``, the transport cost without the entropy; () or (B,)."""
+        C = torch.where(self._plan.detach() > 0, self._C, 0.0)
+        return self._out((self._plan * C).sum((-2, -1)))
+
+    @property
+    def marginals(self) -> tuple[Tensor, Tensor]:
+        """Row and column sums of the plan, (n,) and (m,)."""
+        return self._out(self._plan.sum(-1)), self._out(self._plan.sum(-2))
+
+    def _status_field(self, field: int) -> Any:
+        column = self._status[:, field]
+        return column if self._problem.batched else column[0].item()
+
+    @property
+    def n_iters(self) -> Any:
+        """Iterations that ran: an int, or (B,) for a batch."""
+        count = self._status_field(ops.ITERATIONS)
+        return count.long() if self._problem.batched else int(count)
+
+    @property
+    def marginal_error(self) -> Any:
+        """L1 distance of the plan's marginals to a and b, the larger, over the total mass.
+
+        Computed from the plan that is returned; a float, or (B,) for a batch.
+        """
+        with torch.no_grad():
+            row = (self._plan.sum(-1) - self._a).abs().sum(-1) / self._a.sum(-1)
+            column = (self._plan.sum(-2) - self._b).abs().sum(-1) / self._b.sum(-1)
+            error = torch.maximum(row, column)
+        return error if self._problem.batched else error[0].item()
+
+    @property
+    def converged(self) -> Any:
+        """Whether the marginal error came below ``tol``: a bool, or (B,) for a batch."""
+        flag = self._status_field(ops.CONVERGED)
+        return flag.bool() if self._problem.batched else bool(flag)
+
+    def apply(self, v: Tensor, axis: int = 1) -> Tensor:
+        """``P @ v`` for ``axis=1`` (v has m rows), ``P.T @ v`` for ``axis=0`` (v has n rows)."""
+        if axis not in (0, 1):
+            raise ValueError(f"axis must be 0 or 1, got {axis!r}")
+        v = _check.floating("v", v)
+        P = self.plan if axis == 1 else self.plan.mT
+        batch = P.dim() - 2
+        vector = v.dim() == batch + 1
+        if v.dim() not in (batch + 1, batch + 2) or v.shape[batch] != P.shape[-1]:
+            raise ValueError(
+                f"v must have {P.shape[-1]} rows for axis={axis}, got {_check.describe(v)}"
+            )
+        out = P @ (v.unsqueeze(-1) if vector else v).to(P.dtype)
+        return out.squeeze(-1) if vector else out
+
+    def barycentric_map(self) -> Tensor:
+        """Where each x_i goes on average: rows of ``P y / a``, (n, d); 0 for points of weight 0."""
+        y = self._need_points("barycentric_map")[1]
+        image = self.apply(y)
+        a = self._out(self._a).unsqueeze(-1)
+        return torch.where(a > 0, image / torch.where(a > 0, a, 1.0), 0.0)
+
+    def extend(self, x_new: Tensor) -> Tensor:
+        """f on new points, (k,): ``-eps log sum_j b_j exp((g_j - c(x_new, y_j)) / eps)``."""
+        y = self._need_points("extend")[1]
+        x_new = _check.points("x_new", x_new)
+        _check.same_space("y", y, "x_new", x_new)
+        dtype = compute_dtype(y)
+        k = x_new.shape[-2]
+        clouds = Problem(
+            ("x_new", "y"), (x_new, y), (_as_weights(None, x_new, k), self._b), True, False
+        )
+        (C,) = build_costs(clouds, [0, 1], self._options.cost, self._options.method == "reference")
+        return self._out(reference.softmin(self._options.eps, C.to(dtype), self._g, self._b))
+
+    def _need_points(self, name: str) -> tuple[Tensor, ...]:
+        if not self._problem.points:
+            raise ValueError(f"{name} needs the points: use solve_sample(x, y, ...), not solve(C)")
+        return self._problem.points
+
+    def __repr__(self) -> str:
+        shape = tuple(self._C.shape if self._problem.batched else self._C.shape[1:])
+        return f"OTResult({shape}, eps={self._options.eps:g}, cost={self._options.cost!r})"
+
+
+# ---------------------------------------------------------------------------------- public calls
+
+
+def solve(
+    C: Tensor,
+    eps: float,
+    *,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    objective: str = "regularized",
+    unbalanced: float | tuple[float | None, float | None] | None = None,
+    tol: float = 1e-3,
+    max_iters: int = 1000,
+    n_iters: int | None = None,
+    backward: str = "auto",
+    method: str = "auto",
+    init: OTResult | tuple[Tensor, Tensor] | None = None,
+) -> OTResult:
+    r"""Entropic optimal transport on a given cost matrix.
+
+    .. math:: OT_\varepsilon(a, b) = \min_{P 1 = a,\; P^T 1 = b}
+              \langle P, C\rangle + \varepsilon\, KL(P \,|\, a \otimes b)
+              = \langle a, f\rangle + \langle b, g\rangle
+
+    Args:
+        C: cost matrix (n, m), or (B, n, m) for a batch of independent problems.
+        eps: regularisation, in units of ``C``, absolute.
+        a, b: weights (n,) and (m,), or (B, n) and (B, m); default uniform. A point of weight 0 is
+            padding: it changes nothing and receives gradient 0.
+        objective: ``"regularized"``: :math:`OT_\varepsilon`; ``"transport"``:
+            :math:`\langle P_\varepsilon, C\rangle`.
+        unbalanced: KL strength of the marginals, one number or a pair.
+        tol: stop when the marginal error, L1 over the total mass, is at most this.
+        max_iters: stop after so many iterations with a :class:`ConvergenceWarning`.
+        n_iters: run exactly so many iterations (f, then g, from zero potentials) instead.
+        backward: ``"envelope"``: the gradient at fixed potentials (``dOT/dC = P``,
+            ``dOT/da = f`` up to a constant, taken so that ``<a, f> = <b, g>``), exact at
+            convergence for the regularized objective; for ``"transport"`` it holds the plan
+            constant. ``"implicit"``, ``"unrolled"``: raise ``NotImplementedError`` where a gradient
+            is needed. ``"auto"``: envelope for regularized, unrolled with ``n_iters``, else implicit.
+        method: ``"dense"``, ``"reference"`` (plain torch) or ``"auto"``.
+        init: potentials to start from: an :class:`OTResult` or ``(f, g)``.
+
+    Returns:
+        :class:`OTResult`. Its ``value`` is differentiable in C, a and b.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, named, with what is expected.
+        NotImplementedError: a gradient that is not available.
+
+    References:
+        Cuturi, *Sinkhorn distances* (2013); Feydy et al., *Interpolating between optimal transport
+        and MMD using Sinkhorn divergences* (2019).
+    """
+    options = _check.options(
+        eps,
+        objective=objective,
+        unbalanced=unbalanced,
+        tol=tol,
+        max_iters=max_iters,
+        n_iters=n_iters,
+        backward=backward,
+        method=method,
+    )
+    C = _check.matrix(C)
+    n, m = C.shape[-2:]
+    for name, w, size in (("a", a, n), ("b", b, m)):
+        if w is not None:
+            _check.weights(name, w, (*C.shape[:-2], size), "C", C)
+    weights = (_as_weights(a, C, n), _as_weights(b, C, m))
+    padded = a is not None or b is not None
+    if padded and options.balanced:
+        _check.same_mass(*weights)
+    problem = Problem((), (), weights, padded, C.dim() == 3)
+    costs = (C.to(compute_dtype(C)).reshape(-1, n, m),)
+    return _solve_one(problem, costs, options, init)
+
+
+def solve_sample(
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    *,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    cost: Cost = "sqeuclidean",
+    objective: str = "regularized",
+    unbalanced: float | tuple[float | None, float | None] | None = None,
+    tol: float = 1e-3,
+    max_iters: int = 1000,
+    n_iters: int | None = None,
+    backward: str = "auto",
+    method: str = "auto",
+    init: OTResult | tuple[Tensor, Tensor] | None = None,
+) -> OTResult:
+    """Entropic optimal transport between two clouds.
+
+    Args:
+        x, y: clouds (n, d) and (m, d), or (B, n, d) and (B, m, d); float16 and bfloat16 are
+            computed in float32.
+        eps: regularisation, in units of cost, absolute.
+        cost: ``"sqeuclidean"`` |x - y|^2 (no 1/2), ``"euclidean"`` |x - y|, ``"cosine"``
+            1 - <x, y> / (|x| |y|), or a function ``(x, y) -> C``.
+        a, b, objective, unbalanced, tol, max_iters, n_iters, backward, method, init: as in
+            :func:`otloss.solve`.
+
+    Returns:
+        :class:`OTResult`. Its ``value`` is differentiable in x, y, a and b.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as :func:`otloss.solve`.
+    """
+    options = _check.options(
+        eps,
+        cost=cost,
+        objective=objective,
+        unbalanced=unbalanced,
+        tol=tol,
+        max_iters=max_iters,
+        n_iters=n_iters,
+        backward=backward,
+        method=method,
+    )
+    problem = check_clouds({"x": x, "y": y}, {"a": a, "b": b}, balanced=options.balanced)
+    costs = build_costs(problem, [0, 1], options.cost, options.method == "reference")
+    return _solve_one(problem, costs, options, init)
+
+
+def _solve_one(
+    problem: Problem,
+    costs: tuple[Tensor, ...],
+    options: Options,
+    init: OTResult | tuple[Tensor, Tensor] | None,
+) -> OTResult:
+    start = _initial_potentials(init, problem)
+    solved = run(
+        problem, costs, [0, 1], [1.0], options, start, refuse_gradient=options.backward != "auto"
+    )
+    return OTResult(problem, costs[0], options, solved)
+
+
+def _initial_potentials(
+    init: OTResult | tuple[Tensor, Tensor] | None, problem: Problem
+) -> tuple[Tensor, ...]:
+    if init is None:
+        return ()
+    f, g = init.potentials if isinstance(init, OTResult) else init
+    for name, v, w in (("f", f, problem.weights[0]), ("g", g, problem.weights[1])):
+        v = _check.floating(f"init {name}", v)
+        expected = tuple(w.shape) if problem.batched else tuple(w.shape[1:])
+        if tuple(v.shape) != expected:
+            raise ValueError(f"init {name} must have shape {expected}, got {_check.describe(v)}")
+    a, b = problem.weights
+    return f.detach().to(a.dtype).reshape(a.shape), g.detach().to(b.dtype).reshape(b.shape)
