@@ -32,6 +32,7 @@ class Settings(NamedTuple):
     objective: int
     backward: str
     plain: bool  # method="reference"
+    potentials: bool  # whether f and g are differentiable outputs: for results, not for losses
 
 
 def _implementation(plain: bool) -> ModuleType:
@@ -142,7 +143,7 @@ class Solve(torch.autograd.Function):
         loss = values[0] if s.coefficients == [1.0] else _coefficients(s, values) @ values
         ctx.settings, ctx.problems, ctx.clouds = s, problems, clouds
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(status)
+        ctx.mark_non_differentiable(*([status] if s.potentials else [status, *f, *g]))
         ctx.save_for_backward(*costs, *weights, *f, *g)
         return loss, status, *f, *g
 
@@ -154,7 +155,7 @@ class Solve(torch.autograd.Function):
                 f'backward="{s.backward}" is not available yet; "envelope" is: the gradient at '
                 "fixed potentials"
             )
-        if any(grad is not None for grad in grad_potentials):
+        if s.potentials and any(grad is not None for grad in grad_potentials):
             raise NotImplementedError(
                 "gradients through potentials, plans and other results that depend on them need "
                 'backward="implicit" or "unrolled", which are not available yet; '

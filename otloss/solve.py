@@ -121,9 +121,13 @@ def run(
     options: Options,
     init: Sequence[Tensor] = (),
     *,
-    refuse_gradient: bool = True,
+    potentials: bool = False,
 ) -> Solved:
-    """Solves all pairs and adds their values up. ``refuse_gradient``: see ``_choose_backward``."""
+    """Solves all pairs and adds their values up.
+
+    ``potentials``: whether f and g are wanted as differentiable outputs. A loss without an exact
+    gradient is refused at the call, a result only when its gradient is asked for.
+    """
     if not options.balanced:
         raise NotImplementedError("unbalanced= is not available yet; only balanced transport is")
     if options.method == "streamed":
@@ -141,8 +145,9 @@ def run(
         max_iters=options.max_iters,
         n_iters=options.n_iters,
         objective=_check.OBJECTIVES.index(options.objective),
-        backward=_choose_backward(options, needs_grad and refuse_gradient),
+        backward=_choose_backward(options, needs_grad and not potentials),
         plain=options.method == "reference",
+        potentials=potentials,
     )
     loss, status, *potentials = Solve.apply(
         settings, len(costs), len(problem.weights), *costs, *problem.weights, *init
@@ -432,9 +437,7 @@ def _solve_one(
     init: OTResult | tuple[Tensor, Tensor] | None,
 ) -> OTResult:
     start = _initial_potentials(init, problem)
-    solved = run(
-        problem, costs, [0, 1], [1.0], options, start, refuse_gradient=options.backward != "auto"
-    )
+    solved = run(problem, costs, [0, 1], [1.0], options, start, potentials=True)
     return OTResult(problem, costs[0], options, solved)
 
 

@@ -96,6 +96,6 @@ def figure(result: dict[str, Any]) -> Any:
     errors = [[s["median"] - s["q1"] for s in us], [s["q3"] - s["median"] for s in us]]
     bars = axes.barh([row["peer"] for row in rows], median, xerr=errors, height=0.6)
     axes.bar_label(bars, [f" {m:.0f}" for m in median])
-    axes.set(xscale="log", xlabel="microseconds per call (value and gradient)")
+    axes.set(xlabel="microseconds per call (value and gradient)")
     axes.margins(x=0.2)
     return fig
