@@ -7,6 +7,7 @@ machine that has nvcc, with or without a GPU, whichever torch is installed.
 Environment:
     OTLOSS_BUILD_NATIVE=0   install pure Python; every operation is served by ``otloss.reference``
     OTLOSS_BUILD_CUDA=0     leave the CUDA kernels out
+    OTLOSS_WERROR=1         compiler warnings are errors, but not those of torch or pybind11 headers
     OTLOSS_CUDA_ARCH        e.g. "80;90a;100+PTX"; default: sm_80, sm_90a and PTX of the newest
     CUDA_HOME               where the CUDA toolkit is
 """
@@ -27,8 +28,8 @@ TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the oldest torch that the b
 DEFAULT_CUDA_ARCH = "80;90a;120+PTX"
 
 
-def enabled(variable: str) -> bool:
-    return os.environ.get(variable, "1") != "0"
+def enabled(variable: str, default: str = "1") -> bool:
+    return os.environ.get(variable, default) != "0"
 
 
 def find_nvcc() -> tuple[str, Path] | None:
@@ -117,12 +118,16 @@ def native_extension() -> Extension:
         "otloss._C",
         sources=[str(s) for s in sources],
         depends=[str(h) for h in [*CSRC.glob("*.h"), *CSRC.glob("cpu/*.h")]],
-        include_dirs=["csrc", pybind11.get_include(), *include_paths()],
+        include_dirs=["csrc"],
         define_macros=macros,
         library_dirs=library_dirs,
         libraries=libraries,
-        extra_compile_args=["-O3", "-std=c++17", "-fopenmp-simd", "-fvisibility=hidden", "-Wall"]
-        + ["-Wextra", "-fno-math-errno", "-fno-trapping-math", "-g0"],
+        extra_compile_args=[
+            *("-O3", "-std=c++17", "-fopenmp-simd", "-fvisibility=hidden", "-Wall", "-Wextra"),
+            *("-fno-math-errno", "-fno-trapping-math", "-g0"),
+            *(["-Werror"] if enabled("OTLOSS_WERROR", "0") else []),
+            *(f"-isystem{path}" for path in [pybind11.get_include(), *include_paths()]),
+        ],
         # torch is loaded before the extension, so its libraries need no path recorded here.
         language="c++",
     )

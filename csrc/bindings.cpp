@@ -94,7 +94,8 @@ void check(const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dty
   for (const int64_t size : shape) good = good && t.size(k++) == size;
   if (good) return;
   std::string expected;
-  for (const int64_t size : shape) expected += (expected.empty() ? "" : ", ") + std::to_string(size);
+  for (const int64_t size : shape)
+    expected += (expected.empty() ? "" : ", ") + std::to_string(size);
   STD_TORCH_CHECK(false, "otloss: ", name, " must be contiguous, of shape (", expected,
                   ") and of one dtype with the other tensors, but is ", describe(t));
 }
@@ -174,8 +175,7 @@ Tensors cost(Tensors points, Tensors weights, Ints pairs, int64_t kind_index) {
       Tensor C = empty(zx, {B, n, m});
       if (d > kDirectDims) multiply(zx, transposed(zy), C);
       cpu::cost_epilogue(CostGroup<T>{B, n, m, d, i == j, data<T>(zx), data<T>(zy),
-                                      data<T>(clouds.norm[i]), data<T>(clouds.norm[j]),
-                                      data<T>(C)},
+                                      data<T>(clouds.norm[i]), data<T>(clouds.norm[j]), data<T>(C)},
                          kind);
       costs.push_back(C);
     }
@@ -192,14 +192,12 @@ Tensors cost_backward(Tensors grad_costs, Tensors costs, Tensors points, Tensors
     const Prepared clouds = prepare<T>(points, weights, kind);
     const int64_t B = points[0].size(0), d = points[0].size(2);
     Tensors grads(points.size()), result;
-    for (const int64_t c : wanted)
-      grads.at(c) = zeros(points[c], {B, points[c].size(1), d});
+    for (const int64_t c : wanted) grads.at(c) = zeros(points[c], {B, points[c].size(1), d});
     const auto add = [&](size_t c, const Tensor& sum, const Tensor& Vy) {
-      cpu::cost_gradient(
-          CostGradientGroup<T>{B, points[c].size(1), d, data<T>(clouds.z[c]),
-                               data<T>(clouds.norm[c]), data<T>(sum), data<T>(Vy),
-                               data<T>(grads[c])},
-          kind);
+      cpu::cost_gradient(CostGradientGroup<T>{B, points[c].size(1), d, data<T>(clouds.z[c]),
+                                              data<T>(clouds.norm[c]), data<T>(sum), data<T>(Vy),
+                                              data<T>(grads[c])},
+                         kind);
     };
     const auto is_wanted = [&](int64_t c) {
       for (const int64_t w : wanted)
@@ -213,10 +211,10 @@ Tensors cost_backward(Tensors grad_costs, Tensors costs, Tensors points, Tensors
       check(grad_costs.at(p), {B, n, m}, points[0].scalar_type(), "grad_costs");
       const Tensor V = empty(costs[p], {B, n, m});
       const Tensor row_sum = empty(costs[p], {B, n}), col_sum = empty(costs[p], {B, m});
-      cpu::cost_weights(CostWeightGroup<T>{B, n, m, i == j, data<T>(grad_costs[p]),
-                                           data<T>(costs[p]), data<T>(V), data<T>(row_sum),
-                                           data<T>(col_sum)},
-                        kind);
+      cpu::cost_weights(
+          CostWeightGroup<T>{B, n, m, i == j, data<T>(grad_costs[p]), data<T>(costs[p]), data<T>(V),
+                             data<T>(row_sum), data<T>(col_sum)},
+          kind);
       if (is_wanted(i)) {
         const Tensor Vy = empty(points[i], {B, n, d});
         multiply(V, clouds.z[j], Vy);

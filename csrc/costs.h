@@ -1,9 +1,10 @@
-// The costs, each one functor: how an inner product (or a direct difference) becomes a cost, and how
-// a weight on the cost becomes a weight in the gradient. `otloss/costs.py` lists the same names.
+// The costs, each one functor: how an inner product (or a direct difference) becomes a cost, and
+// how a weight on the cost becomes a weight in the gradient. `otloss/costs.py` lists the same
+// names.
 //
-// Clouds are prepared first: moved so that their common mean is 0 (squared and euclidean), or scaled
-// to unit norm (cosine). With h = |x|^2 the expanded form |x|^2 + |y|^2 - 2 <x, y> then keeps its
-// digits. The gradient of sum_ij W_ij c(x_i, y_j) is a matrix product for every cost:
+// Clouds are prepared first: moved so that their common mean is 0 (squared and euclidean), or
+// scaled to unit norm (cosine). With h = |x|^2 the expanded form |x|^2 + |y|^2 - 2 <x, y> then
+// keeps its digits. The gradient of sum_ij W_ij c(x_i, y_j) is a matrix product for every cost:
 //     u_i = x_i sum_j V_ij - sum_j V_ij y_j,  V = W * gradient_weight(C),
 // with cosine's projection onto the tangent of the sphere done afterwards.
 #pragma once

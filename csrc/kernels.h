@@ -1,7 +1,8 @@
 // What the kernels compute, as plain argument structs and launchers: no torch here or below.
 //
-// All matrices are row-major and contiguous. A batch of B problems of one shape is a "group"; a call
-// takes several groups (the xy, xx and yy of a divergence, say), whose problems run in parallel.
+// All matrices are row-major and contiguous. A batch of B problems of one shape is a "group"; a
+// call takes several groups (the xy, xx and yy of a divergence, say), whose problems run in
+// parallel.
 #pragma once
 
 #include <cstdint>
@@ -38,18 +39,18 @@ enum StatusField : int {
 
 template <typename T>
 struct SolveGroup {
-  int64_t batch;    // B
-  int64_t n;        // rows
-  int64_t m;        // columns
-  bool symmetric;   // a cloud against itself: C symmetric, a == b, one potential
-  const T* C;       // (B, n, m)
-  const T* a;       // (B, n)
-  const T* b;       // (B, m)
-  T* f;             // (B, n) in: start (warm_start), out: potential
-  T* g;             // (B, m) likewise
-  T* trace;         // (B, L, n + m) f and g after each iteration, or null
-  T* value;         // (B,)
-  double* status;   // (B, kStatusFields)
+  int64_t batch;   // B
+  int64_t n;       // rows
+  int64_t m;       // columns
+  bool symmetric;  // a cloud against itself: C symmetric, a == b, one potential
+  const T* C;      // (B, n, m)
+  const T* a;      // (B, n)
+  const T* b;      // (B, m)
+  T* f;            // (B, n) in: start (warm_start), out: potential
+  T* g;            // (B, m) likewise
+  T* trace;        // (B, L, n + m) f and g after each iteration, or null
+  T* value;        // (B,)
+  double* status;  // (B, kStatusFields)
 };
 
 // ------------------------------------------------------------------------------- solve_backward
@@ -105,28 +106,28 @@ constexpr int64_t kDirectDims = 4;
 // Before the gradient's products: V = W * gradient_weight(C) and its row and column sums.
 template <typename T>
 struct CostWeightGroup {
-  int64_t batch;      // B
-  int64_t n;          // rows
-  int64_t m;          // columns
-  bool symmetrise;    // V + V^T in place of V: both sides are one cloud
-  const T* W;         // (B, n, m) gradient with respect to C
-  const T* C;         // (B, n, m)
-  T* V;               // (B, n, m) out
-  T* row_sum;         // (B, n) out
-  T* col_sum;         // (B, m) out
+  int64_t batch;    // B
+  int64_t n;        // rows
+  int64_t m;        // columns
+  bool symmetrise;  // V + V^T in place of V: both sides are one cloud
+  const T* W;       // (B, n, m) gradient with respect to C
+  const T* C;       // (B, n, m)
+  T* V;             // (B, n, m) out
+  T* row_sum;       // (B, n) out
+  T* col_sum;       // (B, m) out
 };
 
 // After the product: grad += x row_sum - V y, or its tangent part over |x| for cosine.
 template <typename T>
 struct CostGradientGroup {
-  int64_t batch;      // B
-  int64_t n;          // points
-  int64_t d;          // coordinates
-  const T* z;         // (B, n, d) prepared points
-  const T* norm;      // (B, n)
-  const T* sum;       // (B, n) row (or column) sums of V
-  const T* Vy;        // (B, n, d)
-  T* grad;            // (B, n, d) accumulated
+  int64_t batch;  // B
+  int64_t n;      // points
+  int64_t d;      // coordinates
+  const T* z;     // (B, n, d) prepared points
+  const T* norm;  // (B, n)
+  const T* sum;   // (B, n) row (or column) sums of V
+  const T* Vy;    // (B, n, d)
+  T* grad;        // (B, n, d) accumulated
 };
 
 // ------------------------------------------------------------------------------------ launchers

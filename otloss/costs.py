@@ -9,8 +9,8 @@ from torch import Tensor
 
 __all__ = ["COSTS", "Cost"]
 
-# A cost is a name below or a function (x, y) -> C with x (n, d), y (m, d), C (n, m), batched where x
-# and y are.
+# A cost is a name below or a function (x, y) -> C with x (n, d), y (m, d), C (n, m), batched where
+# x and y are.
 Cost = str | Callable[[Tensor, Tensor], Tensor]
 
 # Name -> number of the functor, as `CostKind` in csrc/costs.h.

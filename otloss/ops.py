@@ -1,8 +1,8 @@
 """The operations: schemas, the native library that serves them, and their shapes for tracing.
 
-Every operation takes lists: a loss is a set of OT problems over a set of clouds, and all of them run
-in one call. ``pairs`` is flat, ``[i0, j0, i1, j1, ...]``, and names clouds; a pair ``(i, i)`` is a
-cloud against itself. All tensors carry a batch dimension.
+Every operation takes lists: a loss is a set of OT problems over a set of clouds, and all of them
+run in one call. ``pairs`` is flat, ``[i0, j0, i1, j1, ...]``, and names clouds; a pair ``(i, i)``
+is a cloud against itself. All tensors carry a batch dimension.
 
     cost               clouds (B, n, d), weights (B, n) or none      -> costs (B, n, m) per pair
     cost_backward      gradients of costs                            -> gradients of wanted clouds

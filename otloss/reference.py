@@ -56,9 +56,7 @@ def _unit(x: Tensor) -> Tensor:
     return torch.where(positive, x / torch.where(positive, squared, 1.0).sqrt(), 0.0)
 
 
-def cost(
-    points: list[Tensor], weights: list[Tensor], pairs: list[int], kind: int
-) -> list[Tensor]:
+def cost(points: list[Tensor], weights: list[Tensor], pairs: list[int], kind: int) -> list[Tensor]:
     return [_pair_cost(points[i], points[j], i == j, kind) for i, j in as_pairs(pairs)]
 
 
@@ -81,10 +79,9 @@ def cost_backward(
 ) -> list[Tensor]:
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in points]
-        total = sum(
-            (cost_between(leaves[i], leaves[j], kind) * G).sum()
-            for (i, j), G in zip(as_pairs(pairs), grad_costs, strict=True)
-        )
+        total = points[0].new_zeros(())
+        for (i, j), G in zip(as_pairs(pairs), grad_costs, strict=True):
+            total = total + (cost_between(leaves[i], leaves[j], kind) * G).sum()
         grads = torch.autograd.grad(total, [leaves[c] for c in wanted], allow_unused=True)
     return [
         torch.zeros_like(points[c]) if grad is None else grad
@@ -124,7 +121,9 @@ def solve(
     values, statuses, all_f, all_g, traces = [], [], [], [], []
     for p, (i, j) in enumerate(as_pairs(pairs)):
         C, a, b = costs[p], weights[i], weights[j]
-        f, g = (init[2 * p], init[2 * p + 1]) if init else (torch.zeros_like(a), torch.zeros_like(b))
+        f, g = (
+            (init[2 * p], init[2 * p + 1]) if init else (torch.zeros_like(a), torch.zeros_like(b))
+        )
         counted = (a.unsqueeze(-1) > 0) & (b.unsqueeze(-2) > 0)
         max_cost = torch.where(counted, C, 0.0).abs().amax((-2, -1))
         steps: list[Tensor] = []

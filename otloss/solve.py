@@ -149,18 +149,16 @@ def run(
         plain=options.method == "reference",
         potentials=potentials,
     )
-    loss, status, *potentials = Solve.apply(
+    loss, status, *fg = Solve.apply(
         settings, len(costs), len(problem.weights), *costs, *problem.weights, *init
     )
     if _check.readable(status):
         _report(problem, costs, options, status)
-    half = len(potentials) // 2
-    return Solved(loss, status, tuple(potentials[:half]), tuple(potentials[half:]))
+    half = len(fg) // 2
+    return Solved(loss, status, tuple(fg[:half]), tuple(fg[half:]))
 
 
-def _report(
-    problem: Problem, costs: Sequence[Tensor], options: Options, status: Tensor
-) -> None:
+def _report(problem: Problem, costs: Sequence[Tensor], options: Options, status: Tensor) -> None:
     """Raises on data that could not be solved, warns where the solver did not converge."""
     rows = [row for batch in status.tolist() for row in batch]
     worst = max(rows, key=lambda row: row[ops.ERROR] if row[ops.ERROR] >= 0 else math.inf)
@@ -187,8 +185,8 @@ def _report(
 class OTResult:
     """One solved OT problem: its value, potentials, plan and how well it converged.
 
-    Shapes are those of the problem: with a batch every quantity has a leading ``B``. The tensors are
-    differentiable where the gradient is defined; see ``backward`` in :func:`otloss.solve`.
+    Shapes are those of the problem: with a batch every quantity has a leading ``B``. The tensors
+    are differentiable where the gradient is defined; see ``backward`` in :func:`otloss.solve`.
 
     Attributes:
         value: ``OT_eps`` or, with ``objective="transport"``, ``<P, C>``; () or (B,).
@@ -196,9 +194,7 @@ class OTResult:
             ``P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps)``. Points of weight 0 have potential 0.
     """
 
-    def __init__(
-        self, problem: Problem, C: Tensor, options: Options, solved: Solved
-    ) -> None:
+    def __init__(self, problem: Problem, C: Tensor, options: Options, solved: Solved) -> None:
         self._problem, self._C, self._options = problem, C, options
         self._status = solved.status[0]
         self._a, self._b = problem.weights[0], problem.weights[1]
@@ -341,7 +337,8 @@ def solve(
             ``dOT/da = f`` up to a constant, taken so that ``<a, f> = <b, g>``), exact at
             convergence for the regularized objective; for ``"transport"`` it holds the plan
             constant. ``"implicit"``, ``"unrolled"``: raise ``NotImplementedError`` where a gradient
-            is needed. ``"auto"``: envelope for regularized, unrolled with ``n_iters``, else implicit.
+            is needed. ``"auto"``: envelope for regularized, unrolled with ``n_iters``, else
+            implicit.
         method: ``"dense"``, ``"reference"`` (plain torch) or ``"auto"``.
         init: potentials to start from: an :class:`OTResult` or ``(f, g)``.
 

@@ -110,8 +110,7 @@ OTLOSS_INLINE void product_row(const EpilogueRow<T>& r) {
 #pragma omp simd reduction(min : least)
   for (int64_t j = 0; j < r.m; ++j) {
     const T xy = r.C[j];
-    const T relative =
-        (r.hx + r.hy[j] - T(2) * xy) - cancellation_limit<T>() * (r.hx + r.hy[j]);
+    const T relative = (r.hx + r.hy[j] - T(2) * xy) - cancellation_limit<T>() * (r.hx + r.hy[j]);
     least = relative < least ? relative : least;
     r.C[j] = Cost::from_product(r.hx, r.hy[j], xy);
   }
@@ -179,9 +178,9 @@ OTLOSS_INLINE T weight_row_body(int64_t m, const T* W, const T* C, T* V, T* col_
   return sum;
 }
 
-#define OTLOSS_WEIGHT_ROW(Cost, T)                                                             \
-  OTLOSS_SIMD T weight_row(Cost, int64_t m, const T* W, const T* C, T* V, T* col_sum) {         \
-    return weight_row_body<Cost, T>(m, W, C, V, col_sum);                                      \
+#define OTLOSS_WEIGHT_ROW(Cost, T)                                                      \
+  OTLOSS_SIMD T weight_row(Cost, int64_t m, const T* W, const T* C, T* V, T* col_sum) { \
+    return weight_row_body<Cost, T>(m, W, C, V, col_sum);                               \
   }
 OTLOSS_WEIGHT_ROW(SqEuclidean, float)
 OTLOSS_WEIGHT_ROW(SqEuclidean, double)
@@ -258,8 +257,7 @@ void cost_weights(const CostWeightGroup<T>& group, CostKind kind) {
         std::fill(col_sum, col_sum + m, T(0));
         for (int64_t i = 0; i < n; ++i) {
           const int64_t row = (p * n + i) * m;
-          row_sum[i] =
-              weight_row(cost, m, group.W + row, group.C + row, group.V + row, col_sum);
+          row_sum[i] = weight_row(cost, m, group.W + row, group.C + row, group.V + row, col_sum);
         }
         if (group.symmetrise) symmetrise(n, group.V + p * n * m, row_sum, col_sum);
       }
@@ -287,10 +285,10 @@ void cost_gradient(const CostGradientGroup<T>& group, CostKind kind) {
   });
 }
 
-#define OTLOSS_INSTANTIATE(T)                                                      \
-  template void prepare_clouds(const std::vector<CloudGroup<T>>&, CostKind);       \
-  template void cost_epilogue(const CostGroup<T>&, CostKind);                      \
-  template void cost_weights(const CostWeightGroup<T>&, CostKind);                 \
+#define OTLOSS_INSTANTIATE(T)                                                \
+  template void prepare_clouds(const std::vector<CloudGroup<T>>&, CostKind); \
+  template void cost_epilogue(const CostGroup<T>&, CostKind);                \
+  template void cost_weights(const CostWeightGroup<T>&, CostKind);           \
   template void cost_gradient(const CostGradientGroup<T>&, CostKind);
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)

@@ -36,8 +36,7 @@ class DenseEngine {
 
   DenseEngine(int64_t n, int64_t m, const T* C, const T* a, const T* b, bool split)
       : n(n), m(m), a(a), b(b), C_(C), parts_(1), G_(m) {
-    if (split)
-      parts_ = std::clamp<int64_t>(n * m / kSplitGrain, 1, std::min(thread_count(), n));
+    if (split) parts_ = std::clamp<int64_t>(n * m / kSplitGrain, 1, std::min(thread_count(), n));
     c_stride_ = padded<T>(m);
     c_.resize(parts_ * c_stride_);
     e_.resize(parts_ * kSweepScratchRows * m);
@@ -98,8 +97,11 @@ class DenseEngine {
   }
 
   RowSweep<T> sweep(double eps, int64_t part, int64_t begin, int64_t end, T* F, T* s, T* c) {
-    return {end - begin, m, factor(eps), C_ + begin * m, a + begin, G_.data(), F + begin,
-            s + begin,   c, e_.data() + part * kSweepScratchRows * m};
+    return {end - begin, m,
+            factor(eps), C_ + begin * m,
+            a + begin,   G_.data(),
+            F + begin,   s + begin,
+            c,           e_.data() + part * kSweepScratchRows * m};
   }
 
   void absorb(double eps, const T* g) { absorb_weights(m, factor(eps), g, b, G_.data()); }
@@ -182,8 +184,7 @@ class DenseEngine {
 };
 
 template <typename T>
-void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& options,
-                   bool split) {
+void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& options, bool split) {
   const int64_t n = group.n, m = group.m;
   T *f = group.f + p * n, *g = group.g + p * m;
   DenseEngine<T> engine(n, m, group.C + p * n * m, group.a + p * n, group.b + p * m, split);
@@ -215,10 +216,9 @@ void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& op
     const T to_cost = static_cast<T>(options.eps / kLog2E);
     for (int64_t i = 0; i < n; ++i) f[i] = to_cost * F[i];
     if (one_potential) std::copy(f, f + n, g);
-    group.value[p] = static_cast<T>(
-        options.objective == Objective::kTransport
-            ? engine.transport(options.eps, F.data(), g)
-            : dot(n, engine.a, f) + dot(m, engine.b, g));
+    group.value[p] = static_cast<T>(options.objective == Objective::kTransport
+                                        ? engine.transport(options.eps, F.data(), g)
+                                        : dot(n, engine.a, f) + dot(m, engine.b, g));
   }
   status[kStatusIterations] = static_cast<double>(outcome.iterations);
   status[kStatusError] = outcome.error;
@@ -256,8 +256,8 @@ void backward_problem(const EnvelopeGroup<T>& group, int64_t p, double eps, Obje
     absorb_weights(m, k, g, b, G.data());
     const auto rows = [&](int64_t begin, int64_t end) {
       const int64_t offset = (p * n + begin) * m;
-      plan_rows(PlanRows<T>{end - begin, m, k, scale, group.C + offset, a + begin,
-                            F.data() + begin, G.data(), group.grad_C + offset});
+      plan_rows(PlanRows<T>{end - begin, m, k, scale, group.C + offset, a + begin, F.data() + begin,
+                            G.data(), group.grad_C + offset});
     };
     if (split)
       parallel_for(0, n, std::max<int64_t>(1, kSplitGrain / m), rows);

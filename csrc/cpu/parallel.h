@@ -7,7 +7,8 @@
 
 namespace otloss::cpu {
 
-// Calls function(begin, end, context) on disjoint parts of [begin, end), each at least `grain` long.
+// Calls function(begin, end, context) on disjoint parts of [begin, end), each at least `grain`
+// long.
 using RangeFunction = void (*)(int64_t begin, int64_t end, void* context);
 void run_parallel(int64_t begin, int64_t end, int64_t grain, RangeFunction function, void* context);
 

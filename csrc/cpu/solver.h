@@ -2,17 +2,19 @@
 // the cost (stored or recomputed) once per pass:
 //
 //     int64_t n, m;  const T *a, *b;                   sizes and weights
-//     void iterate(eps, g, F, gt, q)                   one pass: F = exact row update of g (F is also
-//                                                      the guess on entry), gt = column update of F,
-//                                                      q = column sums of the plan (F, g) over b
+//     void iterate(eps, g, F, gt, q)                   one pass: F = exact row update of g (F is
+//     also
+//                                                      the guess on entry), gt = column update of
+//                                                      F, q = column sums of the plan (F, g) over b
 //     void update_rows(eps, g, F, s)                   rows only; s = row sums before, over a
 //     CostScale scale()                                how large and how varied the cost is
 //
 // F is k f with k = log2(e) / eps; g and gt are in units of cost.
 //
 // Method (docs/solver.md): Sinkhorn's iteration is a fixed-point map g -> gt whose residual
-// r = gt - g is the semidual's gradient, preconditioned. L-BFGS on r in the b-weighted inner product
-// needs a fraction of the passes, and falls back to the plain iteration, which always ascends.
+// r = gt - g is the semidual's gradient, preconditioned. L-BFGS on r in the b-weighted inner
+// product needs a fraction of the passes, and falls back to the plain iteration, which always
+// ascends.
 #pragma once
 
 #include <algorithm>
@@ -278,8 +280,8 @@ inline std::vector<double> stages(double eps, double sigma, double first_error) 
   constexpr double kEasyError = 0.6, kEasyEps = 0.077, kFirst = 0.1, kRatio = 0.25;
   const double first = kFirst * sigma;
   if (first_error <= kEasyError || !(eps < kEasyEps * sigma)) return {eps};
-  const int count = std::max(1, static_cast<int>(std::lround(std::log(eps / first) /
-                                                             std::log(kRatio))));
+  const int count =
+      std::max(1, static_cast<int>(std::lround(std::log(eps / first) / std::log(kRatio))));
   std::vector<double> all;
   for (int i = 0; i <= count; ++i) all.push_back(first * std::pow(eps / first, double(i) / count));
   return all;
