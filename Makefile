@@ -1,0 +1,138 @@
+# Everything here needs only make, a C++ compiler and Python >= 3.10. `make help` lists the targets.
+#
+# Each target makes what it needs in .venv through stamp files, so a second call is quick. Output is
+# a line per step; the log of a step that fails is printed.
+#
+#   PYTHON=python3.12       which Python makes the environment (default python3)
+#   TORCH="torch==2.13.0"   which torch is installed, as pip spells it, options included
+#   T="-k batch"            more arguments for pytest (make test)
+#   DEMO="--preset demo"    arguments of the demo
+#   BENCH="iteration"       which benchmark suites run (make bench)
+
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+T ?=
+DEMO ?= --preset demo --out runs/demo
+BENCH ?= iteration overhead
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --no-input install
+LOGS := $(VENV)/logs
+STAMPS := $(VENV)/stamps
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+CUDA := $(wildcard csrc/cuda/*.cuh csrc/cuda/*.h csrc/cuda/*.cu)
+
+# $(call step,name,what is said,command): one line of output, the log only if the command fails.
+define step
+	@mkdir -p $(LOGS); printf '%s\n' "$(2)"; \
+	{ $(3); } >$(LOGS)/$(1).log 2>&1 || { status=$$?; cat $(LOGS)/$(1).log; exit $$status; }
+endef
+
+.PHONY: help
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1|/' | \
+		while IFS='|' read -r name text; do printf '%-18s %s\n' "$$name" "$$text"; done
+
+# ----------------------------------------------------------------------------- the environment
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+		echo "$(PYTHON) is missing or older than 3.10; name another: make PYTHON=python3.12"; \
+		exit 1; }
+	@echo "environment: $(VENV), $$($(PYTHON) --version)"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+# torch comes first and alone: resolved as a requirement of something else it could be another build.
+$(STAMPS)/torch: $(STAMPS)/venv
+	$(call step,torch,install $(TORCH),$(PIP) $(TORCH))
+	@touch $@
+
+$(STAMPS)/tools: $(STAMPS)/torch
+	$(call step,tools,install build tools,$(PIP) 'setuptools>=77' wheel 'pybind11>=2.12' ninja numpy)
+	@touch $@
+
+# The package without its kernels; they are built in place, by themselves, when their sources change.
+$(STAMPS)/package: pyproject.toml $(STAMPS)/tools
+	$(call step,package,install otloss (editable),\
+		OTLOSS_BUILD_NATIVE=0 $(PIP) --no-build-isolation --no-deps -e .)
+	@touch $@
+
+# The optional dependencies of an extra of pyproject.toml.
+$(STAMPS)/extra-%: $(STAMPS)/package
+	$(call step,extra-$*,install what [$*] needs,$(PIP) 'otloss[$*]')
+	@touch $@
+
+# Named after the environment, because `make clean` must remove it with what it stands for.
+NATIVE := build/native-$(subst /,_,$(VENV)).stamp
+$(NATIVE): setup.py $(CPP) $(CUDA) $(STAMPS)/package
+	$(call step,native,compile the kernels,$(PY) setup.py build_ext --inplace)
+	@mkdir -p $(@D) && touch $@
+
+.PHONY: build
+build: $(NATIVE)  ## compile the kernels in place
+
+# --------------------------------------------------------------------------------------- targets
+
+.PHONY: test
+test: $(NATIVE) $(STAMPS)/extra-test $(STAMPS)/extra-examples  ## build, then the test suite on two cores
+	@$(PY) -m pytest -n 2 $(T)
+
+.PHONY: demo
+demo: $(NATIVE) $(STAMPS)/extra-examples  ## train a small image generator: samples, curves, metrics
+	@$(PY) examples/train_sinkhorn.py $(DEMO)
+
+.PHONY: lint lint-python lint-types lint-cpp format
+lint: lint-python lint-types lint-cpp  ## ruff, mypy --strict, clang-format: what CI and pre-commit run
+
+lint-python: $(STAMPS)/extra-lint
+	@echo "ruff"
+	@$(PY) -m ruff check --quiet . && $(PY) -m ruff format --check --quiet .
+
+lint-types: $(STAMPS)/extra-lint
+	@echo "mypy"
+	@$(PY) -m mypy --no-error-summary
+
+lint-cpp: $(STAMPS)/extra-lint
+	@echo "clang-format"
+	@$(VENV)/bin/clang-format --dry-run --Werror $(CPP) $(CUDA)
+
+format: $(STAMPS)/extra-lint  ## rewrite the sources in the project's format
+	@$(PY) -m ruff check --fix --quiet . ; $(PY) -m ruff format --quiet .
+	@$(VENV)/bin/clang-format -i $(CPP) $(CUDA)
+
+.PHONY: docs
+docs: $(NATIVE) $(STAMPS)/extra-docs  ## build docs/_build/index.html; a warning is an error
+	$(call step,docs,docs,$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build)
+	@echo "docs/_build/index.html"
+
+.PHONY: bench
+bench: $(NATIVE) $(STAMPS)/extra-bench  ## run benchmarks against other libraries (BENCH=suites)
+	@$(PY) -m benchmarks.run $(BENCH)
+
+# On a machine whose own Python has torch and the build tools, those are used and nothing is fetched:
+# a GPU machine brings its own torch.
+.PHONY: gpu-check
+gpu-check:  ## build, then check the CUDA kernels; says what it skipped without a GPU
+	@if $(PYTHON) -c 'import torch, pybind11, setuptools, numpy; \
+		assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)' 2>/dev/null; then \
+		$(PYTHON) -c 'import sys, torch; \
+			print(f"{sys.executable} with torch {torch.__version__}; nothing is installed")'; \
+		mkdir -p build; echo "compile the kernels"; \
+		$(PYTHON) setup.py build_ext --inplace >build/gpu-check.log 2>&1 \
+			|| { cat build/gpu-check.log; exit 1; }; \
+		PYTHONPATH=. $(PYTHON) benchmarks/gpu_check.py; \
+	else \
+		$(MAKE) $(NATIVE) && PYTHONPATH=. $(PY) benchmarks/gpu_check.py; \
+	fi
+
+.PHONY: clean
+clean:  ## remove everything built, but not .venv and runs/
+	@rm -rf build dist docs/_build *.egg-info otloss/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find otloss tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
