@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.threads import set_thread_variables
+from benchmarks.process import set_thread_variables
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.threads import set_thread_variables
+from benchmarks.process import keep_freed_memory, set_thread_variables
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -75,6 +75,7 @@ def main() -> None:
     # BLAS and OpenMP read their thread counts when loaded: set them before torch is imported.
     threads = _threads_from_command_line()
     set_thread_variables(threads)
+    keeps_memory = keep_freed_memory()
     import torch
 
     from benchmarks import environment, peers
@@ -87,7 +88,7 @@ def main() -> None:
     usable, skipped = peers.load(wanted)
     for name, reason in skipped.items():
         print(f"{name}: skipped, {reason}")
-    record = environment.record(usable, device)
+    record = environment.record(usable, device) | {"allocator_keeps_memory": keeps_memory}
     folder = options.out / _slug(device.type, environment.device_name(device))
     for name in options.suites:
         context = Context(usable, device, options, dict(skipped))

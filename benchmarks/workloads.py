@@ -2,7 +2,7 @@
 
 Images are in [-1, 1] with d = 784: MNIST or FashionMNIST from ``$OTLOSS_DATA`` (in torchvision's
 layout, ``MNIST/raw``), else for digits the 8x8 digits bundled with scikit-learn, enlarged to
-28x28. A workload whose data is absent raises `UnavailableError`; the suites name it and go on.
+28x28 and also shifted by two pixels each way. A workload whose data is absent raises `UnavailableError`; the suites name it and go on.
 
 ``hardness`` h = eps/sigma, with sigma the standard deviation of the double-centred cost, orders
 problems by the number of iterations that they need, whatever the dimension: 1 is easy, .01 hard.
@@ -90,7 +90,9 @@ def _bundled_digits() -> Tensor:
         raise UnavailableError("needs $OTLOSS_DATA/MNIST or scikit-learn") from error
     images = torch.tensor(load_digits().images, dtype=torch.float32)[:, None] / 8 - 1
     size = (IMAGE_SIDE, IMAGE_SIDE)
-    return interpolate(images, size, mode="bilinear", align_corners=False).flatten(1)
+    large = interpolate(images, size, mode="bilinear", align_corners=False)
+    shifts = [(0, 0), (0, 2), (0, -2), (2, 0), (-2, 0)]
+    return torch.cat([large.roll(shift, (2, 3)) for shift in shifts]).flatten(1)
 
 
 def _digits() -> Tensor:

@@ -24,6 +24,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using Ints = std::vector<int64_t>;
+using Doubles = std::vector<double>;
 
 namespace otloss {
 
@@ -113,19 +114,31 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// out = left right, batched. The out= form, because autocast leaves it in the inputs' precision.
-void multiply(const Tensor& left, const Tensor& right, const Tensor& out) {
-  const bool single = out.size(0) == 1;
-  const auto flat = [&](const Tensor& t) { return single ? torch::stable::select(t, 0, 0) : t; };
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(flat(left)),
-                                    torch::stable::detail::from(flat(right)),
-                                    torch::stable::detail::from(flat(out))};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(single ? "aten::mm" : "aten::bmm", "out",
-                                                      stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // takes ownership of the returned reference
+// A strided view of a (B, rows, columns) tensor: a matrix if B is 1, transposed if asked.
+Tensor view(const Tensor& t, bool transpose) {
+  const int64_t rows = t.size(1), columns = t.size(2), skip = t.size(0) == 1 ? 1 : 0;
+  const std::array<int64_t, 3> sizes{t.size(0), transpose ? columns : rows,
+                                     transpose ? rows : columns};
+  const std::array<int64_t, 3> strides{rows * columns, transpose ? 1 : columns,
+                                       transpose ? columns : 1};
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
+      t.get(), 3 - skip, sizes.data() + skip, strides.data() + skip, 0, &handle));
+  return Tensor(handle);
 }
 
-Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 1, 2); }
+// out = left right, batched, either transposed if asked. The out= form, because autocast leaves it
+// in the inputs' precision.
+void multiply(const Tensor& left, bool transpose_left, const Tensor& right, bool transpose_right,
+              const Tensor& out) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(view(left, transpose_left)),
+                                    torch::stable::detail::from(view(right, transpose_right)),
+                                    torch::stable::detail::from(view(out, false))};
+  const char* name = out.size(0) == 1 ? "aten::mm" : "aten::bmm";
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher(name, "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // takes ownership of the returned reference
+}
 
 // Calls function(T{}) for the tensors' dtype.
 template <typename F>
@@ -173,7 +186,7 @@ Tensors cost(Tensors points, Tensors weights, Ints pairs, int64_t kind_index) {
       const Tensor &zx = clouds.z.at(i), &zy = clouds.z.at(j);
       const int64_t n = zx.size(1), m = zy.size(1);
       Tensor C = empty(zx, {B, n, m});
-      if (d > kDirectDims) multiply(zx, transposed(zy), C);
+      if (d > kDirectDims) multiply(zx, false, zy, true, C);
       cpu::cost_epilogue(CostGroup<T>{B, n, m, d, i == j, data<T>(zx), data<T>(zy),
                                       data<T>(clouds.norm[i]), data<T>(clouds.norm[j]), data<T>(C)},
                          kind);
@@ -217,12 +230,12 @@ Tensors cost_backward(Tensors grad_costs, Tensors costs, Tensors points, Tensors
           kind);
       if (is_wanted(i)) {
         const Tensor Vy = empty(points[i], {B, n, d});
-        multiply(V, clouds.z[j], Vy);
+        multiply(V, false, clouds.z[j], false, Vy);
         add(i, row_sum, Vy);
       }
       if (i != j && is_wanted(j)) {
         const Tensor Vx = empty(points[j], {B, m, d});
-        multiply(transposed(V), clouds.z[i], Vx);
+        multiply(V, true, clouds.z[i], false, Vx);
         add(j, col_sum, Vx);
       }
     }
@@ -236,8 +249,8 @@ Tensors cost_backward(Tensors grad_costs, Tensors costs, Tensors points, Tensors
 using SolveResult = std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors>;
 
 // init: f and g of each pair in turn, or nothing.
-SolveResult solve(Tensors costs, Tensors weights, Ints pairs, Tensors init, double eps,
-                  double rho_x, double rho_y, double tol, int64_t max_iters, int64_t n_iters,
+SolveResult solve(Tensors costs, Tensors weights, Ints pairs, Doubles coefficients, Tensors init,
+                  double eps, double rho_x, double rho_y, double tol, int64_t max_iters, int64_t n_iters,
                   int64_t objective, bool trace) {
   clear_interruption();
   return dispatch_dtype(costs.at(0), [&](auto zero) {
@@ -277,20 +290,25 @@ SolveResult solve(Tensors costs, Tensors weights, Ints pairs, Tensors init, doub
     options.objective = static_cast<Objective>(objective);
     options.warm_start = !init.empty();
     cpu::solve(groups, options);
-    return SolveResult{values, status, all_f, all_g, traces};
+    const Tensor loss = zeros(values, {B});
+    for (int64_t p = 0; p < P; ++p)
+      for (int64_t k = 0; k < B; ++k)
+        data<T>(loss)[k] += static_cast<T>(coefficients.at(p)) * data<T>(values)[p * B + k];
+    return SolveResult{loss, status, all_f, all_g, traces};
   });
 }
 
 // Per pair: the gradients of C, a and b, empty where not wanted.
-std::tuple<Tensors, Tensors, Tensors> envelope_backward(Tensor grad_values, Tensors costs,
-                                                        Tensors weights, Ints pairs, Tensors f,
+std::tuple<Tensors, Tensors, Tensors> envelope_backward(Tensor grad_loss, Tensors costs,
+                                                        Tensors weights, Ints pairs,
+                                                        Doubles coefficients, Tensors f,
                                                         Tensors g, double eps, int64_t objective,
                                                         Ints want_cost, bool want_weights) {
-  return dispatch_dtype(grad_values, [&](auto zero) {
+  return dispatch_dtype(grad_loss, [&](auto zero) {
     using T = decltype(zero);
-    const ScalarType dtype = grad_values.scalar_type();
-    const int64_t P = costs.size(), B = grad_values.size(1);
-    check(grad_values, {P, B}, dtype, "grad_values");
+    const ScalarType dtype = grad_loss.scalar_type();
+    const int64_t P = costs.size(), B = grad_loss.size(0);
+    check(grad_loss, {B}, dtype, "grad_loss");
     Tensors grad_C, grad_a, grad_b;
     std::vector<EnvelopeGroup<T>> groups;
     for (int64_t p = 0; p < P; ++p) {
@@ -306,7 +324,7 @@ std::tuple<Tensors, Tensors, Tensors> envelope_backward(Tensor grad_values, Tens
       grad_a.push_back(want_weights ? empty(a, {B, n}) : empty(a, {0}));
       grad_b.push_back(want_weights ? empty(a, {B, m}) : empty(a, {0}));
       groups.push_back({B, n, m, data<T>(costs[p]), data<T>(a), data<T>(b), data<T>(f[p]),
-                        data<T>(g[p]), data<T>(grad_values) + p * B,
+                        data<T>(g[p]), data<T>(grad_loss), static_cast<T>(coefficients.at(p)),
                         with_cost ? data<T>(grad_C[p]) : nullptr,
                         want_weights ? data<T>(grad_a[p]) : nullptr,
                         want_weights ? data<T>(grad_b[p]) : nullptr});

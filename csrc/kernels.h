@@ -55,7 +55,7 @@ struct SolveGroup {
 
 // ------------------------------------------------------------------------------- solve_backward
 
-// Gradient of sum_B grad_value * value at fixed potentials: P scaled, and the potentials centred.
+// Gradient of sum_B grad * coefficient * value at fixed potentials: P scaled, potentials centred.
 template <typename T>
 struct EnvelopeGroup {
   int64_t batch;        // B
@@ -66,7 +66,8 @@ struct EnvelopeGroup {
   const T* b;           // (B, m)
   const T* f;           // (B, n)
   const T* g;           // (B, m)
-  const T* grad_value;  // (B,)
+  const T* grad;        // (B,) of the loss
+  T coefficient;        // of this group in the loss
   T* grad_C;            // (B, n, m) or null
   T* grad_a;            // (B, n) or null
   T* grad_b;            // (B, m) or null
@@ -101,7 +102,7 @@ struct CostGroup {
 };
 
 // Up to this dimension costs come from differences, without a matrix product.
-constexpr int64_t kDirectDims = 4;
+constexpr int64_t kDirectDims = 16;
 
 // Before the gradient's products: V = W * gradient_weight(C) and its row and column sums.
 template <typename T>

@@ -99,7 +99,7 @@ class CostMatrices(torch.autograd.Function):
             grads = _implementation(ctx.plain).cost_backward(
                 [grad.contiguous() for grad in grad_costs if grad is not None],
                 [costs[p] for p in given],
-                [_batched(x.detach()) for x in inputs],
+                [_batched(x) for x in inputs],
                 weights,
                 pairs,
                 ctx.kind,
@@ -107,7 +107,7 @@ class CostMatrices(torch.autograd.Function):
             )
             grads = _refuse_second_order(grads, inputs)
             for c, grad in zip(wanted, grads, strict=True):
-                result[c] = grad.reshape(inputs[c].shape).to(inputs[c].dtype)
+                result[c] = grad.view_as(inputs[c]).to(inputs[c].dtype)
         return None, None, None, None, *result
 
 
@@ -126,10 +126,11 @@ class Solve(torch.autograd.Function):
         costs = [C.contiguous() for C in tensors[:problems]]
         weights = [w.contiguous() for w in tensors[problems : problems + clouds]]
         init = [v.contiguous() for v in tensors[problems + clouds :]]
-        values, status, f, g, _ = _implementation(s.plain).solve(
+        loss, status, f, g, _ = _implementation(s.plain).solve(
             costs,
             weights,
             s.pairs,
+            s.coefficients,
             init,
             s.eps,
             s.rho_x,
@@ -140,7 +141,6 @@ class Solve(torch.autograd.Function):
             s.objective,
             False,
         )
-        loss = values[0] if s.coefficients == [1.0] else _coefficients(s, values) @ values
         ctx.settings, ctx.problems, ctx.clouds = s, problems, clouds
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*([status] if s.potentials else [status, *f, *g]))
@@ -170,10 +170,11 @@ class Solve(torch.autograd.Function):
         want_cost = [int(wanted) for wanted in ctx.needs_input_grad[3 : 3 + P]]
         want_weight = ctx.needs_input_grad[3 + P : 3 + P + clouds]
         grad_costs, grad_a, grad_b = _implementation(s.plain).envelope_backward(
-            torch.outer(_coefficients(s, grad_loss), grad_loss.detach()),
-            [C.detach() for C in costs],
-            [w.detach() for w in weights],
+            grad_loss.contiguous(),
+            costs,
+            weights,
             s.pairs,
+            s.coefficients,
             f,
             g,
             s.eps,
@@ -197,6 +198,3 @@ class Solve(torch.autograd.Function):
             result[k] = grad
         return None, None, None, *result
 
-
-def _coefficients(settings: Settings, like: Tensor) -> Tensor:
-    return torch.tensor(settings.coefficients, dtype=like.dtype, device=like.device)

@@ -6,9 +6,11 @@ is a cloud against itself. All tensors carry a batch dimension.
 
     cost               clouds (B, n, d), weights (B, n) or none      -> costs (B, n, m) per pair
     cost_backward      gradients of costs                            -> gradients of wanted clouds
-    solve              costs, weights                                -> values (P, B),
+    solve              costs, weights                                -> loss (B,),
                        status (P, B, 4), potentials f and g per pair, their trace if asked
-    envelope_backward  gradient of values                            -> gradients of costs, weights
+    envelope_backward  gradient of the loss                          -> gradients of costs, weights
+
+The loss is the sum over the pairs of a coefficient times OT of the pair.
 
 Without the native library (a pure-Python install) ``otloss.reference`` serves them.
 """
@@ -39,13 +41,14 @@ _library.define(
     "int[] pairs, int kind, int[] wanted) -> Tensor[]",
 )
 _library.define(
-    "solve(Tensor[] costs, Tensor[] weights, int[] pairs, Tensor[] init, float eps, float rho_x, "
-    "float rho_y, float tol, int max_iters, int n_iters, int objective, bool trace) "
+    "solve(Tensor[] costs, Tensor[] weights, int[] pairs, float[] coefficients, Tensor[] init, "
+    "float eps, float rho_x, float rho_y, float tol, int max_iters, int n_iters, int objective, "
+    "bool trace) "
     "-> (Tensor, Tensor, Tensor[], Tensor[], Tensor[])",
 )
 _library.define(
-    "envelope_backward(Tensor grad_values, Tensor[] costs, Tensor[] weights, int[] pairs, "
-    "Tensor[] f, Tensor[] g, float eps, int objective, int[] want_cost, bool want_weights) "
+    "envelope_backward(Tensor grad_loss, Tensor[] costs, Tensor[] weights, int[] pairs, "
+    "float[] coefficients, Tensor[] f, Tensor[] g, float eps, int objective, int[] want_cost, bool want_weights) "
     "-> (Tensor[], Tensor[], Tensor[])",
 )
 
@@ -108,6 +111,7 @@ def _(
     costs: list[Tensor],
     weights: list[Tensor],
     pairs: list[int],
+    coefficients: list[float],
     init: list[Tensor],
     eps: float,
     rho_x: float,
@@ -123,15 +127,16 @@ def _(
     g = [torch.empty_like(weights[j]) for _, j in reference.as_pairs(pairs)]
     traces = [c.new_empty(B, n_iters, c.shape[1] + c.shape[2]) for c in costs] if trace else []
     status = costs[0].new_empty(P, B, 4, dtype=torch.float64)
-    return costs[0].new_empty(P, B), status, f, g, traces
+    return costs[0].new_empty(B), status, f, g, traces
 
 
 @torch.library.register_fake("otloss::envelope_backward", lib=_library)
 def _(
-    grad_values: Tensor,
+    grad_loss: Tensor,
     costs: list[Tensor],
     weights: list[Tensor],
     pairs: list[int],
+    coefficients: list[float],
     f: list[Tensor],
     g: list[Tensor],
     eps: float,

@@ -108,6 +108,7 @@ def solve(
     costs: list[Tensor],
     weights: list[Tensor],
     pairs: list[int],
+    coefficients: list[float],
     init: list[Tensor],
     eps: float,
     rho_x: float,
@@ -118,7 +119,8 @@ def solve(
     objective: int,
     trace: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    values, statuses, all_f, all_g, traces = [], [], [], [], []
+    loss = torch.zeros_like(costs[0][:, 0, 0])
+    statuses, all_f, all_g, traces = [], [], [], []
     for p, (i, j) in enumerate(as_pairs(pairs)):
         C, a, b = costs[p], weights[i], weights[j]
         f, g = (
@@ -144,14 +146,14 @@ def solve(
             value = (plan(eps, C, f, g, a, b) * torch.where(counted, C, 0.0)).sum((-2, -1))
         else:
             value = (a * f).sum(-1) + (b * g).sum(-1)
-        values.append(value)
+        loss = loss + coefficients[p] * value
         count = torch.full_like(error, iterations)
         statuses.append(torch.stack([count, error, (error <= tol).to(error), max_cost], dim=-1))
         all_f.append(f.clone())
         all_g.append(g.clone())
         if trace:
             traces.append(torch.stack(steps, dim=1))
-    return torch.stack(values), torch.stack(statuses).double(), all_f, all_g, traces
+    return loss, torch.stack(statuses).double(), all_f, all_g, traces
 
 
 def _update(eps: float, C: Tensor, g: Tensor, b: Tensor, a: Tensor) -> Tensor:
@@ -218,10 +220,11 @@ def _annealed(
 
 
 def envelope_backward(
-    grad_values: Tensor,
+    grad_loss: Tensor,
     costs: list[Tensor],
     weights: list[Tensor],
     pairs: list[int],
+    coefficients: list[float],
     f: list[Tensor],
     g: list[Tensor],
     eps: float,
@@ -231,7 +234,7 @@ def envelope_backward(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     grad_costs, grad_a, grad_b = [], [], []
     for p, (i, j) in enumerate(as_pairs(pairs)):
-        a, b, scale = weights[i], weights[j], grad_values[p]
+        a, b, scale = weights[i], weights[j], coefficients[p] * grad_loss
         empty = a.new_empty(0)
         if want_cost[p]:
             grad_costs.append(scale[:, None, None] * plan(eps, costs[p], f[p], g[p], a, b))

@@ -124,34 +124,37 @@ OTLOSS_INLINE void product_row(const EpilogueRow<T>& r) {
   }
 }
 
-// Costs of one row directly, for few coordinates: zyt holds each coordinate of all points.
-template <typename Cost, typename T, int kD>
-OTLOSS_INLINE void direct_row(const EpilogueRow<T>& r) {
-#pragma omp simd
-  for (int64_t j = 0; j < r.m; ++j) {
-    T sum = 0;
-    for (int k = 0; k < kD; ++k) {
-      const T y = r.zyt[k * r.m + j];
-      sum += Cost::kUnitNorm ? r.zx[k] * y : (r.zx[k] - y) * (r.zx[k] - y);
-    }
+template <typename T>
+constexpr int64_t kDirectStrip = 256 / sizeof(T);
+
+// Costs of one row directly, for few coordinates: zyt holds each coordinate of all points. Sums of
+// kStrip columns stay in registers while the coordinates are added.
+template <typename Cost, typename T>
+OTLOSS_INLINE void direct_strip(const EpilogueRow<T>& r, int64_t begin, int64_t width) {
+  constexpr int64_t kStrip = kDirectStrip<T>;
+  T sum[kStrip] = {};
+  for (int64_t k = 0; k < r.d; ++k) {
+    const T x = r.zx[k];
+    const T* y = r.zyt + k * r.m + begin;
+    for (int64_t j = 0; j < width; ++j)
+      sum[j] += Cost::kUnitNorm ? x * y[j] : (x - y[j]) * (x - y[j]);
+  }
+  for (int64_t j = 0; j < width; ++j) {
     if constexpr (Cost::kUnitNorm)
-      r.C[j] = Cost::from_product(T(0), T(0), sum);
+      r.C[begin + j] = Cost::from_product(T(0), T(0), sum[j]);
     else
-      r.C[j] = Cost::from_difference(sum);
+      r.C[begin + j] = Cost::from_difference(sum[j]);
   }
 }
 
 template <typename Cost, typename T>
 OTLOSS_INLINE void epilogue_row_body(const EpilogueRow<T>& r) {
-  switch (r.d) {
-    case 1: return direct_row<Cost, T, 1>(r);
-    case 2: return direct_row<Cost, T, 2>(r);
-    case 3: return direct_row<Cost, T, 3>(r);
-    case 4: return direct_row<Cost, T, 4>(r);
-    default: return product_row<Cost, T>(r);
-  }
+  constexpr int64_t kStrip = kDirectStrip<T>;
+  if (r.d > kDirectDims) return product_row<Cost, T>(r);
+  int64_t begin = 0;
+  for (; begin + kStrip <= r.m; begin += kStrip) direct_strip<Cost, T>(r, begin, kStrip);
+  if (begin < r.m) direct_strip<Cost, T>(r, begin, r.m - begin);
 }
-static_assert(kDirectDims == 4, "epilogue_row_body lists the direct dimensions");
 
 #define OTLOSS_EPILOGUE_ROW(Cost, T) \
   OTLOSS_SIMD void epilogue_row(Cost, const EpilogueRow<T>& r) { epilogue_row_body<Cost, T>(r); }

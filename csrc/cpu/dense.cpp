@@ -73,14 +73,36 @@ class DenseEngine {
     return total(parts_, sums.data());
   }
 
-  CostScale scale() {
+  // max |C_ij| over points of positive weight, NaN if one is not finite.
+  double max_cost() {
     std::vector<double> largest(parts_);
     for_each_part([&](int64_t part, int64_t begin, int64_t end) {
       largest[part] = max_abs(MaxAbs<T>{end - begin, m, C_ + begin * m, a + begin, b});
     });
     double max = 0;
     for (const double value : largest) max = max >= value ? max : value;  // NaN is kept
-    return {max, sample_sigma()};
+    return max;
+  }
+
+  // Standard deviation of C_ij - mean_i - mean_j + mean on at most 256 x 256 points: against eps, how
+  // hard the problem is.
+  double sigma() const {
+    const std::vector<int64_t> rows = sample(n, a), columns = sample(m, b);
+    if (rows.size() < 2 || columns.size() < 2) return 0;
+    const size_t r = rows.size(), c = columns.size();
+    std::vector<double> row(r), column(c);
+    double mean = 0, sum = 0;
+    for (size_t i = 0; i < r; ++i)
+      for (size_t j = 0; j < c; ++j) {
+        const double value = C_[rows[i] * m + columns[j]];
+        row[i] += value / c, column[j] += value / r, mean += value / (r * c);
+      }
+    for (size_t i = 0; i < r; ++i)
+      for (size_t j = 0; j < c; ++j) {
+        const double value = C_[rows[i] * m + columns[j]] - row[i] - column[j] + mean;
+        sum += value * value;
+      }
+    return std::sqrt(sum / (r * c));
   }
 
  private:
@@ -143,26 +165,6 @@ class DenseEngine {
     }
   }
 
-  // Standard deviation of C_ij - mean_i - mean_j + mean on at most 256 x 256 points.
-  double sample_sigma() const {
-    const std::vector<int64_t> rows = sample(n, a), columns = sample(m, b);
-    if (rows.size() < 2 || columns.size() < 2) return 0;
-    const size_t r = rows.size(), c = columns.size();
-    std::vector<double> row(r), column(c);
-    double mean = 0, sum = 0;
-    for (size_t i = 0; i < r; ++i)
-      for (size_t j = 0; j < c; ++j) {
-        const double value = C_[rows[i] * m + columns[j]];
-        row[i] += value / c, column[j] += value / r, mean += value / (r * c);
-      }
-    for (size_t i = 0; i < r; ++i)
-      for (size_t j = 0; j < c; ++j) {
-        const double value = C_[rows[i] * m + columns[j]] - row[i] - column[j] + mean;
-        sum += value * value;
-      }
-    return std::sqrt(sum / (r * c));
-  }
-
   static std::vector<int64_t> sample(int64_t count, const T* weight) {
     constexpr int64_t kSample = 256;
     std::vector<int64_t> chosen;
@@ -188,12 +190,12 @@ void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& op
   const int64_t n = group.n, m = group.m;
   T *f = group.f + p * n, *g = group.g + p * m;
   DenseEngine<T> engine(n, m, group.C + p * n * m, group.a + p * n, group.b + p * m, split);
-  const CostScale scale = engine.scale();
+  const double max_cost = engine.max_cost();
   double* status = group.status + p * kStatusFields;
-  status[kStatusMaxCost] = scale.max;
+  status[kStatusMaxCost] = max_cost;
 
   Outcome outcome;
-  if (!std::isfinite(scale.max)) {
+  if (!std::isfinite(max_cost)) {
     std::fill(f, f + n, std::numeric_limits<T>::quiet_NaN());
     std::fill(g, g + m, std::numeric_limits<T>::quiet_NaN());
     group.value[p] = std::numeric_limits<T>::quiet_NaN();
@@ -211,7 +213,7 @@ void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& op
     } else if (one_potential) {
       outcome = solve_symmetric(engine, options, F.data());
     } else {
-      outcome = solve_pair(engine, options, scale.sigma, F.data(), g);
+      outcome = solve_pair(engine, options, F.data(), g);
     }
     const T to_cost = static_cast<T>(options.eps / kLog2E);
     for (int64_t i = 0; i < n; ++i) f[i] = to_cost * F[i];
@@ -247,7 +249,7 @@ template <typename T>
 void backward_problem(const EnvelopeGroup<T>& group, int64_t p, double eps, Objective objective,
                       bool split) {
   const int64_t n = group.n, m = group.m;
-  const T k = static_cast<T>(kLog2E / eps), scale = group.grad_value[p];
+  const T k = static_cast<T>(kLog2E / eps), scale = group.coefficient * group.grad[p];
   const T *a = group.a + p * n, *b = group.b + p * m;
   const T *f = group.f + p * n, *g = group.g + p * m;
   if (group.grad_C) {

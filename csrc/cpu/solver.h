@@ -7,7 +7,7 @@
 //                                                      the guess on entry), gt = column update of
 //                                                      F, q = column sums of the plan (F, g) over b
 //     void update_rows(eps, g, F, s)                   rows only; s = row sums before, over a
-//     CostScale scale()                                how large and how varied the cost is
+//     double sigma()                                   how varied the cost is
 //
 // F is k f with k = log2(e) / eps; g and gt are in units of cost.
 //
@@ -27,11 +27,6 @@
 #include "parallel.h"
 
 namespace otloss::cpu {
-
-struct CostScale {
-  double max;    // max |C_ij| over points of positive weight, NaN if one is not finite
-  double sigma;  // standard deviation of a double-centred sample of C: how hard the problem is
-};
 
 struct Outcome {
   int64_t iterations = 0;
@@ -276,10 +271,12 @@ void ascend(Engine& engine, double eps, double tol, int64_t max_iters, double ma
 }
 
 // Stages of decreasing eps where a cold start would be slow: the decision needs one pass.
-inline std::vector<double> stages(double eps, double sigma, double first_error) {
+template <typename Engine>
+std::vector<double> stages(const Engine& engine, double eps, double first_error) {
   constexpr double kEasyError = 0.6, kEasyEps = 0.077, kFirst = 0.1, kRatio = 0.25;
-  const double first = kFirst * sigma;
-  if (first_error <= kEasyError || !(eps < kEasyEps * sigma)) return {eps};
+  if (first_error <= kEasyError) return {eps};
+  const double sigma = engine.sigma(), first = kFirst * sigma;
+  if (!(eps < kEasyEps * sigma)) return {eps};
   const int count =
       std::max(1, static_cast<int>(std::lround(std::log(eps / first) / std::log(kRatio))));
   std::vector<double> all;
@@ -288,7 +285,7 @@ inline std::vector<double> stages(double eps, double sigma, double first_error) 
 }
 
 template <typename T, typename Engine>
-Outcome solve_pair(Engine& engine, const SolveOptions& options, double sigma, T* F, T* g) {
+Outcome solve_pair(Engine& engine, const SolveOptions& options, T* F, T* g) {
   constexpr double kStageTol = 0.1;
   const int64_t n = engine.n, m = engine.m;
   const double mass = total(m, engine.b);
@@ -300,7 +297,7 @@ Outcome solve_pair(Engine& engine, const SolveOptions& options, double sigma, T*
     ++outcome.iterations;
   };
   start(options.eps);
-  const std::vector<double> schedule = stages(options.eps, sigma, point.error);
+  const std::vector<double> schedule = stages(engine, options.eps, point.error);
   double at = options.eps;
   for (const double eps : schedule) {
     if (eps != at) {
