@@ -250,8 +250,8 @@ using SolveResult = std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors>;
 
 // init: f and g of each pair in turn, or nothing.
 SolveResult solve(Tensors costs, Tensors weights, Ints pairs, Doubles coefficients, Tensors init,
-                  double eps, double rho_x, double rho_y, double tol, int64_t max_iters, int64_t n_iters,
-                  int64_t objective, bool trace) {
+                  double eps, double rho_x, double rho_y, double tol, int64_t max_iters,
+                  int64_t n_iters, int64_t objective, bool trace) {
   clear_interruption();
   return dispatch_dtype(costs.at(0), [&](auto zero) {
     using T = decltype(zero);
@@ -301,8 +301,8 @@ SolveResult solve(Tensors costs, Tensors weights, Ints pairs, Doubles coefficien
 // Per pair: the gradients of C, a and b, empty where not wanted.
 std::tuple<Tensors, Tensors, Tensors> envelope_backward(Tensor grad_loss, Tensors costs,
                                                         Tensors weights, Ints pairs,
-                                                        Doubles coefficients, Tensors f,
-                                                        Tensors g, double eps, int64_t objective,
+                                                        Doubles coefficients, Tensors f, Tensors g,
+                                                        double eps, int64_t objective,
                                                         Ints want_cost, bool want_weights) {
   return dispatch_dtype(grad_loss, [&](auto zero) {
     using T = decltype(zero);

@@ -58,19 +58,19 @@ struct SolveGroup {
 // Gradient of sum_B grad * coefficient * value at fixed potentials: P scaled, potentials centred.
 template <typename T>
 struct EnvelopeGroup {
-  int64_t batch;        // B
-  int64_t n;            // rows
-  int64_t m;            // columns
-  const T* C;           // (B, n, m)
-  const T* a;           // (B, n)
-  const T* b;           // (B, m)
-  const T* f;           // (B, n)
-  const T* g;           // (B, m)
-  const T* grad;        // (B,) of the loss
-  T coefficient;        // of this group in the loss
-  T* grad_C;            // (B, n, m) or null
-  T* grad_a;            // (B, n) or null
-  T* grad_b;            // (B, m) or null
+  int64_t batch;  // B
+  int64_t n;      // rows
+  int64_t m;      // columns
+  const T* C;     // (B, n, m)
+  const T* a;     // (B, n)
+  const T* b;     // (B, m)
+  const T* f;     // (B, n)
+  const T* g;     // (B, m)
+  const T* grad;  // (B,) of the loss
+  T coefficient;  // of this group in the loss
+  T* grad_C;      // (B, n, m) or null
+  T* grad_a;      // (B, n) or null
+  T* grad_b;      // (B, m) or null
 };
 
 // -------------------------------------------------------------------------------- cost matrices

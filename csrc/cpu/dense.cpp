@@ -84,8 +84,8 @@ class DenseEngine {
     return max;
   }
 
-  // Standard deviation of C_ij - mean_i - mean_j + mean on at most 256 x 256 points: against eps, how
-  // hard the problem is.
+  // Standard deviation of C_ij - mean_i - mean_j + mean on at most 256 x 256 points: against eps,
+  // how hard the problem is.
   double sigma() const {
     const std::vector<int64_t> rows = sample(n, a), columns = sample(m, b);
     if (rows.size() < 2 || columns.size() < 2) return 0;

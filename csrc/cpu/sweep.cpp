@@ -127,26 +127,23 @@ OTLOSS_INLINE void exponentials_of_rows(const Blocks<T>& blocks, int64_t m, cons
     sum[r] += tail_exponentials(blocks, m, F[r], k, C + r * m, G, e + r * m);
 }
 
-// Makes row i exact and returns what its entries e must be multiplied by to be the plan. Rows of
-// weight 0 are padding: their potential is kept at 0.
+// Looks after the rows whose sum cannot be used as it is. Rows of weight 0 are padding: their
+// potential is kept at 0. Returns the sum by which the row is to be divided.
 template <typename T>
-OTLOSS_INLINE T finish_row(const RowSweep<T>& p, const Blocks<T>& blocks, int64_t i, T sum, T* e) {
+OTLOSS_INLINE T checked_sum(const RowSweep<T>& p, const Blocks<T>& blocks, int64_t i, T sum, T* e) {
+  p.s[i] = sum;
+  if (p.a[i] > T(0) && trusted(sum)) return sum;
   if (!(p.a[i] > T(0))) {
     p.F[i] = 0;
     p.s[i] = 1;
     std::fill(e, e + p.m, T(0));
-    return T(0);
+    return T(1);
   }
-  p.s[i] = sum;
-  if (!trusted(sum)) {
-    const T* C = p.C + i * p.m;
-    const T exact = -row_lse(blocks, p.m, p.k, C, p.G, e);
-    p.s[i] = fast_exp2(p.F[i] - exact);
-    p.F[i] = exact;
-    sum = exponentials(blocks, p.m, exact, p.k, C, p.G, e);
-  }
-  p.F[i] -= fast_log2(sum);
-  return p.a[i] / sum;
+  const T* C = p.C + i * p.m;
+  const T exact = -row_lse(blocks, p.m, p.k, C, p.G, e);
+  p.s[i] = fast_exp2(p.F[i] - exact);
+  p.F[i] = exact;
+  return exponentials(blocks, p.m, exact, p.k, C, p.G, e);
 }
 
 template <typename T>
@@ -155,13 +152,22 @@ OTLOSS_INLINE void sweep_rows_body(const RowSweep<T>& p) {
   for (int64_t i = 0; i < p.rows; i += kRows) {
     const int64_t rows = i + kRows <= p.rows ? kRows : p.rows - i;
     const T* C = p.C + i * p.m;
-    T sum[kRows], w[kRows] = {};
+    T sum[kRows] = {1, 1, 1, 1}, a[kRows] = {}, F[kRows] = {};
     if (rows == kRows)
       exponentials_of_rows(blocks, p.m, p.F + i, p.k, C, p.G, p.e, sum);
     else
       for (int64_t r = 0; r < rows; ++r)
         sum[r] = exponentials(blocks, p.m, p.F[i + r], p.k, C + r * p.m, p.G, p.e + r * p.m);
-    for (int64_t r = 0; r < rows; ++r) w[r] = finish_row(p, blocks, i + r, sum[r], p.e + r * p.m);
+    for (int64_t r = 0; r < rows; ++r) {
+      sum[r] = checked_sum(p, blocks, i + r, sum[r], p.e + r * p.m);
+      a[r] = p.a[i + r], F[r] = p.F[i + r];
+    }
+    T w[kRows];
+    for (int64_t r = 0; r < kRows; ++r) {
+      w[r] = a[r] / sum[r];
+      F[r] -= fast_log2(sum[r]);
+    }
+    std::copy(F, F + rows, p.F + i);
     if (p.c) add_rows(blocks, p.m, w, p.e, p.c);
   }
 }
