@@ -82,7 +82,7 @@ struct CloudGroup {
   int64_t n;        // points
   int64_t d;        // coordinates
   const T* x;       // (B, n, d)
-  const T* weight;  // (B, n) or null: points of weight 0 do not move the centre
+  const T* weight;  // (B, n) or null: points of weight 0 become 0, with norm 0
   T* z;             // (B, n, d) out: prepared points
   T* norm;          // (B, n) out: |z|^2, or |x| for cosine
 };

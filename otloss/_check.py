@@ -28,6 +28,7 @@ __all__ = [
 OBJECTIVES: Final = ("regularized", "transport")
 BACKWARDS: Final = ("auto", "envelope", "implicit", "unrolled")
 METHODS: Final = ("auto", "dense", "streamed", "reference")
+DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class ConvergenceWarning(UserWarning):
@@ -151,8 +152,13 @@ _cost, _unbalanced = cost, unbalanced  # `options` has arguments of these names
 def floating(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if not value.dtype.is_floating_point:
-        raise TypeError(f"{name} must be a floating-point tensor, got {describe(value)}")
+    if value.dtype not in DTYPES:
+        raise TypeError(
+            f"{name} must be a floating-point tensor (float16, bfloat16, float32 or float64), got "
+            f"{describe(value)}"
+        )
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
     return value
 
 
@@ -223,9 +229,11 @@ def weights(name: str, value: Any, shape: tuple[int, ...], like_name: str, like:
     same_kind(like_name, like, name, w)
     if not readable(w):
         return
-    least = float(w.detach().amin())
+    least, largest = (float(v) for v in w.detach().aminmax())
     if math.isnan(least) or least < 0:
         raise ValueError(f"{name} must be non-negative, but its least value is {least}")
+    if math.isinf(largest):
+        raise ValueError(f"{name} must be finite, but its largest value is {largest}")
     if not bool((w.detach().sum(-1) > 0).all()):
         raise ValueError(f"{name} must have a positive total, but its weights are all 0")
 

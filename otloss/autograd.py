@@ -197,4 +197,3 @@ class Solve(torch.autograd.Function):
         for k, grad in zip(given, grads, strict=True):
             result[k] = grad
         return None, None, None, *result
-

@@ -7,6 +7,8 @@ These functions define what the kernels compute. They take the same arguments as
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ __all__ = [
     "cost_backward",
     "cost_between",
     "envelope_backward",
+    "full_precision",
     "plan",
     "softmin",
     "solve",
@@ -42,12 +45,28 @@ def cost_between(x: Tensor, y: Tensor, kind: int) -> Tensor:
     The square root and the norms have gradient 0 where they are 0.
     """
     if kind == 2:
-        return 1 - _unit(x) @ _unit(y).mT
+        with full_precision(x):
+            return 1 - _unit(x) @ _unit(y).mT
     squared = (x.unsqueeze(2) - y.unsqueeze(1)).square().sum(-1)
     if kind == 0:
         return squared
     positive = squared > 0
     return torch.where(positive, torch.where(positive, squared, 1.0).sqrt(), 0.0)
+
+
+def full_precision(t: Tensor) -> AbstractContextManager[Any]:
+    """Where matrix products keep the dtype of ``t``, under autocast too."""
+    kind = t.device.type
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
+
+
+def _without_padding(points: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+    """Points of weight 0 moved to 0: what is there, NaN included, must not matter."""
+    if not weights:
+        return points
+    return [torch.where(w.unsqueeze(-1) > 0, x, 0.0) for x, w in zip(points, weights, strict=True)]
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -57,6 +76,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def cost(points: list[Tensor], weights: list[Tensor], pairs: list[int], kind: int) -> list[Tensor]:
+    points = _without_padding(points, weights)
     return [_pair_cost(points[i], points[j], i == j, kind) for i, j in as_pairs(pairs)]
 
 
@@ -78,7 +98,7 @@ def cost_backward(
     wanted: list[int],
 ) -> list[Tensor]:
     with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in points]
+        leaves = [x.detach().requires_grad_() for x in _without_padding(points, weights)]
         total = points[0].new_zeros(())
         for (i, j), G in zip(as_pairs(pairs), grad_costs, strict=True):
             total = total + (cost_between(leaves[i], leaves[j], kind) * G).sum()

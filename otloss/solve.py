@@ -265,7 +265,8 @@ class OTResult:
             raise ValueError(
                 f"v must have {P.shape[-1]} rows for axis={axis}, got {_check.describe(v)}"
             )
-        out = P @ (v.unsqueeze(-1) if vector else v).to(P.dtype)
+        with reference.full_precision(P):
+            out = P @ (v.unsqueeze(-1) if vector else v).to(P.dtype)
         return out.squeeze(-1) if vector else out
 
     def barycentric_map(self) -> Tensor:
@@ -449,5 +450,7 @@ def _initial_potentials(
         expected = tuple(w.shape) if problem.batched else tuple(w.shape[1:])
         if tuple(v.shape) != expected:
             raise ValueError(f"init {name} must have shape {expected}, got {_check.describe(v)}")
+        if _check.readable(v):
+            _check.finite(f"init {name}", v)
     a, b = problem.weights
     return f.detach().to(a.dtype).reshape(a.shape), g.detach().to(b.dtype).reshape(b.shape)

@@ -219,6 +219,11 @@ void prepare_clouds(const std::vector<CloudGroup<T>>& clouds, CostKind kind) {
         const int64_t row = p * cloud.n + i;
         const T* x = cloud.x + row * d;
         T* z = cloud.z + row * d;
+        if (cloud.weight && !(cloud.weight[row] > T(0))) {  // whatever is there, NaN included
+          std::fill(z, z + d, T(0));
+          cloud.norm[row] = 0;
+          return;
+        }
         const T norm2 = prepare_row(d, x, shift.data(), T(1), z);
         cloud.norm[row] = unit ? std::sqrt(norm2) : norm2;
         if (unit && norm2 > T(0)) prepare_row(d, x, shift.data(), T(1) / std::sqrt(norm2), z);

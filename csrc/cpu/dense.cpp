@@ -132,8 +132,7 @@ class DenseEngine {
   // subtracted where a block holds a sum that cannot be trusted.
   void update_columns(double eps, const T* g, const T* F, const T* c, T* gt, T* q) {
     const T to_cost = static_cast<T>(eps / kLog2E);
-    // Below this a column sum may consist of clamped exponentials alone.
-    const T least = static_cast<T>(1e-30);
+    const T least = least_column_sum();
     for (int64_t begin = 0; begin < m; begin += kColumnBlock) {
       const int64_t end = std::min(m, begin + kColumnBlock);
       bool good = true;
@@ -149,6 +148,16 @@ class DenseEngine {
         guarded_columns(eps, begin, end, g, F, gt, q);
       }
     }
+  }
+
+  // Column sums that are smaller may owe a digit to exponentials clamped at 2^-kExp2Limit: row i
+  // adds a_i / s_i of them.
+  T least_column_sum() const {
+    double clamped = 0;
+    for (int64_t i = 0; i < n; ++i)
+      if (a[i] > T(0)) clamped += a[i] / (trusted(s_[i]) ? s_[i] : T(1));
+    clamped *= std::exp2(-kExp2Limit);
+    return static_cast<T>(clamped / std::numeric_limits<T>::epsilon());
   }
 
   void guarded_columns(double eps, int64_t begin, int64_t end, const T* g, const T* F, T* gt,

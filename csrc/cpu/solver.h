@@ -243,7 +243,8 @@ void ascend(Engine& engine, double eps, double tol, int64_t max_iters, double ma
     }
     bool accepted = false;
     double t = 1;
-    for (int attempt = 0; attempt < kTries && iterations < max_iters && !accepted; ++attempt) {
+    // The last pass that is allowed is a plain iteration.
+    for (int attempt = 0; attempt < kTries && iterations + 1 < max_iters && !accepted; ++attempt) {
       for (int64_t j = 0; j < m; ++j) trial.g[j] = point.g[j] + static_cast<T>(t) * p[j];
       evaluate(engine, eps, mass, F, trial);
       ++iterations;
@@ -280,7 +281,8 @@ std::vector<double> stages(const Engine& engine, double eps, double first_error)
   const int count =
       std::max(1, static_cast<int>(std::lround(std::log(eps / first) / std::log(kRatio))));
   std::vector<double> all;
-  for (int i = 0; i <= count; ++i) all.push_back(first * std::pow(eps / first, double(i) / count));
+  for (int i = 0; i < count; ++i) all.push_back(first * std::pow(eps / first, double(i) / count));
+  all.push_back(eps);
   return all;
 }
 
@@ -300,6 +302,7 @@ Outcome solve_pair(Engine& engine, const SolveOptions& options, T* F, T* g) {
   const std::vector<double> schedule = stages(engine, options.eps, point.error);
   double at = options.eps;
   for (const double eps : schedule) {
+    if (eps != options.eps && outcome.iterations + 1 >= options.max_iters) continue;
     if (eps != at) {
       for (int64_t i = 0; i < n; ++i) F[i] *= static_cast<T>(at / eps);
       start(eps);
