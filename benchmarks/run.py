@@ -28,6 +28,9 @@ def _parser(suites: list[str]) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repetitions", type=int, default=15, help="interleaved rounds")
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: for one thread, busy machine"
+    )
     parser.add_argument("--peers", help="comma-separated; default: every one that can run")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--no-plot", action="store_true")
@@ -81,14 +84,20 @@ def main() -> None:
     from benchmarks import environment, peers
     from benchmarks.suites import NAMES, Context
 
-    options = _parser(list(NAMES)).parse_args()
+    parser = _parser(list(NAMES))
+    options = parser.parse_args()
+    if options.clock == "cpu" and (options.device != "cpu" or options.threads != 1):
+        parser.error(
+            "--clock cpu adds up the threads and does not see a GPU: use it with one thread"
+        )
     torch.set_num_threads(threads)
     device = torch.device(options.device)
     wanted = options.peers.split(",") if options.peers else None
     usable, skipped = peers.load(wanted)
     for name, reason in skipped.items():
         print(f"{name}: skipped, {reason}")
-    record = environment.record(usable, device) | {"allocator_keeps_memory": keeps_memory}
+    record = environment.record(usable, device)
+    record |= {"allocator_keeps_memory": keeps_memory, "clock": options.clock}
     folder = options.out / _slug(device.type, environment.device_name(device))
     for name in options.suites:
         context = Context(usable, device, options, dict(skipped))

@@ -6,6 +6,7 @@ import gc
 import random
 import time
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -15,31 +16,43 @@ from torch import Tensor
 Call = Callable[[], object]
 Key = TypeVar("Key", bound=Hashable)
 
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _sample(call: Call, count: int, device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(count):
-        call()
-    synchronize(device)
-    return (time.perf_counter() - start) / count
+# CPU time leaves out the spells in which a busy machine runs other processes. It counts every
+# thread of this process: use it with one thread, where it is wall time on an idle machine.
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def _calls_per_sample(call: Call, shortest: float, device: torch.device) -> int:
+@dataclass(frozen=True)
+class Timer:
+    """A clock, and the device to wait for before reading it."""
+
+    device: torch.device
+    clock: str = "wall"
+
+    def seconds(self, call: Call, count: int = 1) -> float:
+        """Mean seconds of ``count`` calls in a row."""
+        read = CLOCKS[self.clock]
+        self._wait()
+        start = read()
+        for _ in range(count):
+            call()
+        self._wait()
+        return (read() - start) / count
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _calls_per_sample(call: Call, shortest: float, timer: Timer) -> int:
     """How many calls make a sample that lasts: a clock read costs, and so does a cold cache."""
-    once = min(_sample(call, 1, device) for _ in range(2))
-    return max(1, min(1000, round(shortest / once)))
+    once = min(timer.seconds(call) for _ in range(2))
+    return max(1, min(1000, round(shortest / max(once, 1e-9))))
 
 
 def interleaved(
     calls: dict[Key, Call],
     repetitions: int,
-    device: torch.device,
+    timer: Timer,
     shortest: float = 2e-3,
     seed: int = 0,
 ) -> dict[Key, np.ndarray]:
@@ -48,7 +61,7 @@ def interleaved(
     Every round times every call once, so that a busy spell of the machine hits all of them; the
     two or more warm-up calls that set the sample length are not counted.
     """
-    counts = {key: _calls_per_sample(call, shortest, device) for key, call in calls.items()}
+    counts = {key: _calls_per_sample(call, shortest, timer) for key, call in calls.items()}
     samples: dict[Key, list[float]] = {key: [] for key in calls}
     order, rng = list(calls), random.Random(seed)
     collecting = gc.isenabled()
@@ -57,7 +70,7 @@ def interleaved(
         for _ in range(repetitions):
             rng.shuffle(order)
             for key in order:
-                samples[key].append(_sample(calls[key], counts[key], device))
+                samples[key].append(timer.seconds(calls[key], counts[key]))
             gc.collect()
     finally:
         if collecting:

@@ -2,7 +2,8 @@
 
 Images are in [-1, 1] with d = 784: MNIST or FashionMNIST from ``$OTLOSS_DATA`` (in torchvision's
 layout, ``MNIST/raw``), else for digits the 8x8 digits bundled with scikit-learn, enlarged to
-28x28 and also shifted by two pixels each way. A workload whose data is absent raises `UnavailableError`; the suites name it and go on.
+28x28 and also shifted by two pixels each way. A workload whose data is absent raises
+`UnavailableError`; the suites name it and go on.
 
 ``hardness`` h = eps/sigma, with sigma the standard deviation of the double-centred cost, orders
 problems by the number of iterations that they need, whatever the dimension: 1 is easy, .01 hard.

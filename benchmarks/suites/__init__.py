@@ -18,6 +18,8 @@ from types import ModuleType
 
 import torch
 
+from benchmarks.timing import Timer
+
 NAMES = ("iteration", "overhead", "divergence", "memory")
 
 
@@ -29,6 +31,10 @@ class Context:
     device: torch.device
     options: argparse.Namespace
     skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def timer(self) -> Timer:
+        return Timer(self.device, self.options.clock)
 
     def supporting(self, function: str) -> dict[str, ModuleType]:
         """The peers that have the suite's function; the others are reported as skipped."""

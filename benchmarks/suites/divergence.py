@@ -9,13 +9,10 @@ otloss's plain call, with no accuracy argument, is timed as well.
 from __future__ import annotations
 
 import argparse
-import time
 from typing import Any
 
-from torch import Tensor
-
 from benchmarks import reference, timing, workloads
-from benchmarks.peers import Variant
+from benchmarks.peers import ValueAndGradient, Variant
 from benchmarks.suites import Context, integers, milliseconds, text_table
 
 TITLE = "Time to accuracy: value and gradient of the Sinkhorn divergence"
@@ -41,22 +38,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _timed(variant: Variant, context: Context) -> tuple[Tensor, Tensor, float]:
-    timing.synchronize(context.device)
-    start = time.perf_counter()
-    value, gradient = variant.call()
-    timing.synchronize(context.device)
-    return value, gradient, time.perf_counter() - start
-
-
 def _rung(
     peer: str, variant: Variant, solution: reference.Solution, context: Context
 ) -> dict[str, Any]:
     """One setting: its errors, and a first idea of its time."""
-    value, gradient, seconds = _timed(variant, context)
+    results: list[ValueAndGradient] = []
+
+    def call() -> None:
+        results.append(variant.call())
+
+    seconds = context.timer.seconds(call)
     if seconds < REPEAT_BELOW:
         # The first call of a kind pays for what is loaded or cached once.
-        seconds = min(seconds, _timed(variant, context)[2])
+        seconds = min(seconds, context.timer.seconds(call))
+    value, gradient = results[-1]
     difference = (gradient.double().cpu() - solution.gradient).norm()
     return {
         "peer": peer,
@@ -108,7 +103,7 @@ def _case(context: Context, problem: workloads.Problem) -> dict[str, Any]:
                 calls[peer, rung["setting"]] = by_label[rung["setting"]]
         if DEFAULT in by_label:
             calls[peer, DEFAULT] = by_label[DEFAULT]
-    samples = timing.interleaved(calls, context.options.repetitions, context.device)
+    samples = timing.interleaved(calls, context.options.repetitions, context.timer)
     for rung in rungs:
         measured = samples.get((rung["peer"], rung["setting"]))
         rung["seconds"] = None if measured is None else timing.statistics(measured)

@@ -64,7 +64,7 @@ def _error(variant: IterationVariant, C: Tensor, eps: float, k: int = 10) -> flo
 
 
 def _fastest(
-    variants: list[IterationVariant], device: torch.device
+    variants: list[IterationVariant], timer: timing.Timer
 ) -> tuple[list[IterationVariant], dict[str, float]]:
     """The fastest variant of each family, by three short runs of each; and those times."""
     families: dict[str, list[IterationVariant]] = {}
@@ -74,7 +74,7 @@ def _fastest(
     for family in families.values():
         if len(family) > 1:
             calls = {v.label: partial(v.run, TOTALS[0]) for v in family}
-            samples = timing.interleaved(calls, 3, device)
+            samples = timing.interleaved(calls, 3, timer)
             seconds |= {label: float(s.min()) for label, s in samples.items()}
             family = sorted(family, key=lambda v: seconds[v.label])
         kept.append(family[0])
@@ -139,7 +139,7 @@ def _measure(context: Context, n: int, eps: float) -> dict[str, Any]:
     errors = {v.label: _error(v, C, eps) for v in variants}
     # `not <=` rather than `>`: an overflow may end as NaN.
     wrong = {label: e for label, e in errors.items() if not e <= LARGEST_ERROR}
-    variants, preselection = _fastest([v for v in variants if v.label not in wrong], device)
+    variants, preselection = _fastest([v for v in variants if v.label not in wrong], context.timer)
     calls: dict[Any, timing.Call] = {
         (v.label, k): partial(v.run, k)
         for v in variants
@@ -148,7 +148,7 @@ def _measure(context: Context, n: int, eps: float) -> dict[str, Any]:
     if n >= BANDWIDTH_FROM:
         calls["copy", "same size"] = timing.copy_call(4 * n * n, device)
         calls["copy", "memory"] = timing.copy_call(LARGE_COPY, device)
-    samples = timing.interleaved(calls, context.options.repetitions, device)
+    samples = timing.interleaved(calls, context.options.repetitions, context.timer)
     rows = [_row(v, samples, n, eps, errors[v.label]) for v in variants]
     return {
         "n": n,

@@ -34,6 +34,20 @@ def _errors(variant: Variant, solution: reference.Solution) -> dict[str, float]:
     }
 
 
+def _all_errors(
+    variants: list[Variant], solution: reference.Solution, context: Context
+) -> dict[str, dict[str, float]]:
+    """The errors of the variants that work; the others are reported as skipped."""
+    errors = {}
+    for variant in variants:
+        try:
+            errors[variant.label] = _errors(variant, solution)
+        except NotImplementedError as error:
+            context.skipped[variant.label] = str(error)
+            print(f"{variant.label}: skipped, {error}")
+    return errors
+
+
 def run(context: Context) -> dict[str, Any]:
     problem = workloads.make("low_dimensional", SIZE)
     solution = reference.divergence(
@@ -45,9 +59,9 @@ def run(context: Context) -> dict[str, Any]:
         for peer in context.supporting("overhead").values()
         for variant in peer.overhead(moved, ITERATIONS)
     ]
-    errors = {v.label: _errors(v, solution) for v in variants}
-    calls = {v.label: v.call for v in variants}
-    samples = timing.interleaved(calls, 2 * context.options.repetitions, context.device)
+    errors = _all_errors(variants, solution, context)
+    calls = {v.label: v.call for v in variants if v.label in errors}
+    samples = timing.interleaved(calls, 2 * context.options.repetitions, context.timer)
     rows = [
         {"peer": label, "microseconds": timing.statistics(s, 1e6), **errors[label]}
         for label, s in samples.items()
