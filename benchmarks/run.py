@@ -87,9 +87,7 @@ def main() -> None:
     parser = _parser(list(NAMES))
     options = parser.parse_args()
     if options.clock == "cpu" and (options.device != "cpu" or options.threads != 1):
-        parser.error(
-            "--clock cpu adds up the threads and does not see a GPU: use it with one thread"
-        )
+        parser.error("--clock cpu adds up threads and does not see a GPU: one thread only")
     torch.set_num_threads(threads)
     device = torch.device(options.device)
     wanted = options.peers.split(",") if options.peers else None

@@ -53,7 +53,7 @@ def interleaved(
     calls: dict[Key, Call],
     repetitions: int,
     timer: Timer,
-    shortest: float = 2e-3,
+    shortest: float = 2e-2,
     seed: int = 0,
 ) -> dict[Key, np.ndarray]:
     """Seconds per call, ``repetitions`` samples of each, in rounds of shuffled order.
