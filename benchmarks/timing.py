@@ -16,6 +16,8 @@ from torch import Tensor
 Call = Callable[[], object]
 Key = TypeVar("Key", bound=Hashable)
 
+FEWEST = 3
+
 # CPU time leaves out the spells in which a busy machine runs other processes. It counts every
 # thread of this process: use it with one thread, where it is wall time on an idle machine.
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -54,12 +56,14 @@ def interleaved(
     repetitions: int,
     timer: Timer,
     shortest: float = 2e-2,
+    budget: float = 20.0,
     seed: int = 0,
 ) -> dict[Key, np.ndarray]:
     """Seconds per call, ``repetitions`` samples of each, in rounds of shuffled order.
 
     Every round times every call once, so that a busy spell of the machine hits all of them; the
-    two or more warm-up calls that set the sample length are not counted.
+    two or more warm-up calls that set the sample length are not counted. A call that has used up
+    ``budget`` seconds leaves the later rounds, but not before the third.
     """
     counts = {key: _calls_per_sample(call, shortest, timer) for key, call in calls.items()}
     samples: dict[Key, list[float]] = {key: [] for key in calls}
@@ -70,7 +74,8 @@ def interleaved(
         for _ in range(repetitions):
             rng.shuffle(order)
             for key in order:
-                samples[key].append(timer.seconds(calls[key], counts[key]))
+                if len(samples[key]) < FEWEST or sum(samples[key]) * counts[key] < budget:
+                    samples[key].append(timer.seconds(calls[key], counts[key]))
             gc.collect()
     finally:
         if collecting:
