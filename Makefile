@@ -1,7 +1,7 @@
 # Everything here needs only make, a C++ compiler and Python >= 3.10. `make help` lists the targets.
 #
 # Each target makes what it needs in .venv through stamp files, so a second call is quick. Output is
-# a line per step; the log of a step that fails is printed.
+# a line per step; the log of a step that fails is printed, and all are in .venv/logs.
 #
 #   PYTHON=python3.12       which Python makes the environment (default python3)
 #   TORCH="torch==2.13.0"   which torch is installed, as pip spells it, options included
@@ -20,6 +20,10 @@ TORCH ?= torch==2.13.0
 T ?=
 DEMO ?= --preset demo --out runs/demo
 BENCH ?= iteration overhead
+
+# Threads that wait for each other sleep instead of spinning: on a machine that does other work too,
+# spinning costs several times the work itself.
+export OMP_WAIT_POLICY ?= passive
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input install
@@ -82,7 +86,7 @@ build: $(NATIVE)  ## compile the kernels in place
 
 .PHONY: test
 test: $(NATIVE) $(STAMPS)/extra-test $(STAMPS)/extra-examples  ## build, then the test suite on two cores
-	@$(PY) -m pytest -n 2 $(T)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n 2 $(T)
 
 .PHONY: demo
 demo: $(NATIVE) $(STAMPS)/extra-examples  ## train a small image generator: samples, curves, metrics
