@@ -248,57 +248,116 @@ Tensors cost_backward(Tensors grad_costs, Tensors costs, Tensors points, Tensors
 
 using SolveResult = std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors>;
 
+// What both forms of solve share. `place(group, p, i, j)` says where the costs of pair p come from;
 // init: f and g of each pair in turn, or nothing.
+template <typename T, typename Place>
+SolveResult solve_groups(const Tensors& weights, const Ints& pairs, const Doubles& coefficients,
+                         const Tensors& init, const SolveOptions& options, bool trace,
+                         Place&& place) {
+  const ScalarType dtype = weights.at(0).scalar_type();
+  const int64_t P = coefficients.size(), B = weights[0].size(0);
+  const Tensor values = empty(weights[0], {P, B});
+  const Tensor status = torch::stable::new_empty(
+      weights[0], torch::headeronly::IntHeaderOnlyArrayRef({P, B, int64_t{kStatusFields}}),
+      ScalarType::Double);
+  Tensors all_f, all_g, traces;
+  std::vector<SolveGroup<T>> groups;
+  for (int64_t p = 0; p < P; ++p) {
+    const int64_t i = pairs.at(2 * p), j = pairs.at(2 * p + 1);
+    const Tensor &a = weights.at(i), &b = weights.at(j);
+    const int64_t n = a.size(1), m = b.size(1);
+    check(a, {B, n}, dtype, "weights");
+    check(b, {B, m}, dtype, "weights");
+    all_f.push_back(init.empty() ? empty(a, {B, n}) : torch::stable::clone(init.at(2 * p)));
+    all_g.push_back(init.empty() ? empty(b, {B, m}) : torch::stable::clone(init.at(2 * p + 1)));
+    check(all_f.back(), {B, n}, dtype, "init");
+    check(all_g.back(), {B, m}, dtype, "init");
+    if (trace) traces.push_back(empty(a, {B, options.n_iters, n + m}));
+    SolveGroup<T> group{B,
+                        n,
+                        m,
+                        i == j,
+                        nullptr,
+                        {},
+                        data<T>(a),
+                        data<T>(b),
+                        data<T>(all_f.back()),
+                        data<T>(all_g.back()),
+                        trace ? data<T>(traces.back()) : nullptr,
+                        data<T>(values) + p * B,
+                        data<double>(status) + p * B * kStatusFields};
+    place(group, p, i, j);
+    groups.push_back(group);
+  }
+  clear_interruption();
+  cpu::solve(groups, options);
+  const Tensor loss = zeros(values, {B});
+  for (int64_t p = 0; p < P; ++p)
+    for (int64_t k = 0; k < B; ++k)
+      data<T>(loss)[k] += static_cast<T>(coefficients[p]) * data<T>(values)[p * B + k];
+  return SolveResult{loss, status, all_f, all_g, traces};
+}
+
+SolveOptions solve_options(double eps, double rho_x, double rho_y, double tol, int64_t max_iters,
+                           int64_t n_iters, int64_t objective, bool warm_start) {
+  SolveOptions options;
+  options.eps = eps;
+  options.rho_x = rho_x;
+  options.rho_y = rho_y;
+  options.tol = tol;
+  options.max_iters = max_iters;
+  options.n_iters = n_iters;
+  options.objective = static_cast<Objective>(objective);
+  options.warm_start = warm_start;
+  return options;
+}
+
 SolveResult solve(Tensors costs, Tensors weights, Ints pairs, Doubles coefficients, Tensors init,
                   double eps, double rho_x, double rho_y, double tol, int64_t max_iters,
                   int64_t n_iters, int64_t objective, bool trace) {
-  clear_interruption();
+  const SolveOptions options =
+      solve_options(eps, rho_x, rho_y, tol, max_iters, n_iters, objective, !init.empty());
   return dispatch_dtype(costs.at(0), [&](auto zero) {
     using T = decltype(zero);
-    const ScalarType dtype = costs[0].scalar_type();
-    const int64_t P = costs.size(), B = costs[0].size(0);
-    const Tensor values = empty(costs[0], {P, B});
-    const Tensor status = torch::stable::new_empty(
-        costs[0], torch::headeronly::IntHeaderOnlyArrayRef({P, B, int64_t{kStatusFields}}),
-        ScalarType::Double);
-    Tensors all_f, all_g, traces;
-    std::vector<SolveGroup<T>> groups;
-    for (int64_t p = 0; p < P; ++p) {
-      const int64_t i = pairs.at(2 * p), j = pairs.at(2 * p + 1);
-      const Tensor &a = weights.at(i), &b = weights.at(j);
-      const int64_t n = a.size(1), m = b.size(1);
-      check(costs[p], {B, n, m}, dtype, "costs");
-      check(a, {B, n}, dtype, "weights");
-      check(b, {B, m}, dtype, "weights");
-      all_f.push_back(init.empty() ? empty(a, {B, n}) : torch::stable::clone(init.at(2 * p)));
-      all_g.push_back(init.empty() ? empty(b, {B, m}) : torch::stable::clone(init.at(2 * p + 1)));
-      check(all_f.back(), {B, n}, dtype, "init");
-      check(all_g.back(), {B, m}, dtype, "init");
-      if (trace) traces.push_back(empty(a, {B, n_iters, n + m}));
-      groups.push_back({B, n, m, i == j, data<T>(costs[p]), data<T>(a), data<T>(b),
-                        data<T>(all_f.back()), data<T>(all_g.back()),
-                        trace ? data<T>(traces.back()) : nullptr, data<T>(values) + p * B,
-                        data<double>(status) + p * B * kStatusFields});
-    }
-    SolveOptions options;
-    options.eps = eps;
-    options.rho_x = rho_x;
-    options.rho_y = rho_y;
-    options.tol = tol;
-    options.max_iters = max_iters;
-    options.n_iters = n_iters;
-    options.objective = static_cast<Objective>(objective);
-    options.warm_start = !init.empty();
-    cpu::solve(groups, options);
-    const Tensor loss = zeros(values, {B});
-    for (int64_t p = 0; p < P; ++p)
-      for (int64_t k = 0; k < B; ++k)
-        data<T>(loss)[k] += static_cast<T>(coefficients.at(p)) * data<T>(values)[p * B + k];
-    return SolveResult{loss, status, all_f, all_g, traces};
+    return solve_groups<T>(weights, pairs, coefficients, init, options, trace,
+                           [&](SolveGroup<T>& group, int64_t p, int64_t, int64_t) {
+                             check(costs.at(p), {group.batch, group.n, group.m},
+                                   costs[0].scalar_type(), "costs");
+                             group.C = data<T>(costs[p]);
+                           });
   });
 }
 
-// Per pair: the gradients of C, a and b, empty where not wanted.
+template <typename T>
+PointPair<T> point_pair(const Prepared& clouds, CostKind kind, int64_t i, int64_t j) {
+  return {kind,
+          clouds.z.at(i).size(2),
+          data<T>(clouds.z[i]),
+          data<T>(clouds.z.at(j)),
+          data<T>(clouds.norm[i]),
+          data<T>(clouds.norm[j])};
+}
+
+// The same without cost matrices.
+SolveResult solve_points(Tensors points, Tensors weights, Ints pairs, Doubles coefficients,
+                         Tensors init, int64_t kind_index, double eps, double rho_x, double rho_y,
+                         double tol, int64_t max_iters, int64_t n_iters, int64_t objective,
+                         bool trace) {
+  const CostKind kind = static_cast<CostKind>(kind_index);
+  const SolveOptions options =
+      solve_options(eps, rho_x, rho_y, tol, max_iters, n_iters, objective, !init.empty());
+  return dispatch_dtype(points.at(0), [&](auto zero) {
+    using T = decltype(zero);
+    const Prepared clouds = prepare<T>(points, weights, kind);
+    return solve_groups<T>(weights, pairs, coefficients, init, options, trace,
+                           [&](SolveGroup<T>& group, int64_t, int64_t i, int64_t j) {
+                             group.points = point_pair<T>(clouds, kind, i, j);
+                           });
+  });
+}
+
+// Per pair: the gradients of C, a and b, empty where not wanted; a matrix whose gradient is not
+// wanted is not read.
 std::tuple<Tensors, Tensors, Tensors> envelope_backward(Tensor grad_loss, Tensors costs,
                                                         Tensors weights, Ints pairs,
                                                         Doubles coefficients, Tensors f, Tensors g,
@@ -314,12 +373,12 @@ std::tuple<Tensors, Tensors, Tensors> envelope_backward(Tensor grad_loss, Tensor
     for (int64_t p = 0; p < P; ++p) {
       const Tensor &a = weights.at(pairs.at(2 * p)), &b = weights.at(pairs.at(2 * p + 1));
       const int64_t n = a.size(1), m = b.size(1);
-      check(costs[p], {B, n, m}, dtype, "costs");
+      const bool with_cost = want_cost.at(p) != 0;
+      if (with_cost) check(costs[p], {B, n, m}, dtype, "costs");
       check(a, {B, n}, dtype, "weights");
       check(b, {B, m}, dtype, "weights");
       check(f.at(p), {B, n}, dtype, "f");
       check(g.at(p), {B, m}, dtype, "g");
-      const bool with_cost = want_cost.at(p) != 0;
       grad_C.push_back(with_cost ? empty(a, {B, n, m}) : empty(a, {0}));
       grad_a.push_back(want_weights ? empty(a, {B, n}) : empty(a, {0}));
       grad_b.push_back(want_weights ? empty(a, {B, m}) : empty(a, {0}));
@@ -334,6 +393,52 @@ std::tuple<Tensors, Tensors, Tensors> envelope_backward(Tensor grad_loss, Tensor
   });
 }
 
+// Gradients of the clouds listed in `wanted`, in that order, without cost matrices.
+Tensors envelope_backward_points(Tensor grad_loss, Tensors points, Tensors weights, Ints pairs,
+                                 Doubles coefficients, Tensors f, Tensors g, int64_t kind_index,
+                                 double eps, Ints wanted) {
+  const CostKind kind = static_cast<CostKind>(kind_index);
+  return dispatch_dtype(grad_loss, [&](auto zero) {
+    using T = decltype(zero);
+    const Prepared clouds = prepare<T>(points, weights, kind);
+    const int64_t P = coefficients.size(), B = grad_loss.size(0), d = points[0].size(2);
+    Tensors grads(points.size()), result;
+    for (const int64_t c : wanted) grads.at(c) = zeros(points[c], {B, points[c].size(1), d});
+    Tensors kept;
+    std::vector<PointGradientGroup<T>> groups;
+    std::vector<size_t> receiver;
+    const auto side = [&](int64_t p, int64_t i, int64_t j, const Tensor& fi, const Tensor& gj) {
+      if (!grads.at(i).defined()) return;
+      const Tensor &a = weights.at(i), &b = weights.at(j);
+      const int64_t n = a.size(1), m = b.size(1);
+      check(fi, {B, n}, a.scalar_type(), "f");
+      check(gj, {B, m}, a.scalar_type(), "g");
+      kept.push_back(empty(a, {B, n}));
+      kept.push_back(empty(a, {B, n, d}));
+      groups.push_back({B, n, m, i == j, point_pair<T>(clouds, kind, i, j), data<T>(a), data<T>(b),
+                        data<T>(fi), data<T>(gj), data<T>(grad_loss),
+                        static_cast<T>(coefficients[p]), data<T>(kept[kept.size() - 2]),
+                        data<T>(kept.back())});
+      receiver.push_back(i);
+    };
+    for (int64_t p = 0; p < P; ++p) {
+      const int64_t i = pairs.at(2 * p), j = pairs.at(2 * p + 1);
+      side(p, i, j, f.at(p), g.at(p));
+      side(p, j, i, g.at(p), f.at(p));
+    }
+    cpu::point_gradient_sums(groups, eps);
+    for (size_t k = 0; k < groups.size(); ++k) {
+      const size_t c = receiver[k];
+      cpu::cost_gradient(
+          CostGradientGroup<T>{B, groups[k].n, d, data<T>(clouds.z[c]), data<T>(clouds.norm[c]),
+                               groups[k].sum, groups[k].product, data<T>(grads[c])},
+          kind);
+    }
+    for (const int64_t c : wanted) result.push_back(grads[c]);
+    return result;
+  });
+}
+
 }  // namespace
 }  // namespace otloss
 
@@ -341,7 +446,9 @@ STABLE_TORCH_LIBRARY_IMPL(otloss, CPU, library) {
   library.impl("cost", TORCH_BOX(&otloss::cost));
   library.impl("cost_backward", TORCH_BOX(&otloss::cost_backward));
   library.impl("solve", TORCH_BOX(&otloss::solve));
+  library.impl("solve_points", TORCH_BOX(&otloss::solve_points));
   library.impl("envelope_backward", TORCH_BOX(&otloss::envelope_backward));
+  library.impl("envelope_backward_points", TORCH_BOX(&otloss::envelope_backward_points));
 }
 
 // ------------------------------------------------------------------------------- introspection

@@ -70,6 +70,19 @@ struct Cosine {
   }
 };
 
+// Up to this dimension costs come from differences, without a matrix product.
+constexpr int64_t kDirectDims = 16;
+
+// Calls function(functor) with the functor of a kind.
+template <typename F>
+void dispatch_cost(CostKind kind, F&& function) {
+  switch (kind) {
+    case CostKind::kSqEuclidean: return function(SqEuclidean{});
+    case CostKind::kEuclidean: return function(Euclidean{});
+    case CostKind::kCosine: return function(Cosine{});
+  }
+}
+
 // Below this fraction of |x|^2 + |y|^2 a squared distance from the expanded form has lost half of
 // its digits; it is computed again from the difference.
 template <typename T>

@@ -37,13 +37,25 @@ enum StatusField : int {
   kStatusFields
 };
 
+// The points of the two sides, made ready (see CloudGroup), in place of a cost matrix.
+template <typename T>
+struct PointPair {
+  CostKind kind;
+  int64_t d;    // coordinates
+  const T* zx;  // (B, n, d)
+  const T* zy;  // (B, m, d)
+  const T* hx;  // (B, n) norms
+  const T* hy;  // (B, m)
+};
+
 template <typename T>
 struct SolveGroup {
   int64_t batch;   // B
   int64_t n;       // rows
   int64_t m;       // columns
   bool symmetric;  // a cloud against itself: C symmetric, a == b, one potential
-  const T* C;      // (B, n, m)
+  const T* C;      // (B, n, m), or null: costs are made from the points, row by row
+  PointPair<T> points;
   const T* a;      // (B, n)
   const T* b;      // (B, m)
   T* f;            // (B, n) in: start (warm_start), out: potential
@@ -73,6 +85,25 @@ struct EnvelopeGroup {
   T* grad_b;      // (B, m) or null
 };
 
+// What the gradient of the row points needs, without a matrix: with V = gradient_weight of the
+// scaled plan, V 1 and V y. CostGradientGroup does the rest.
+template <typename T>
+struct PointGradientGroup {
+  int64_t batch;   // B
+  int64_t n;       // rows
+  int64_t m;       // columns
+  bool symmetric;  // a cloud against itself
+  PointPair<T> points;
+  const T* a;     // (B, n)
+  const T* b;     // (B, m)
+  const T* f;     // (B, n)
+  const T* g;     // (B, m)
+  const T* grad;  // (B,) of the loss
+  T coefficient;  // of this group in the loss
+  T* sum;         // (B, n) out
+  T* product;     // (B, n, d) out
+};
+
 // -------------------------------------------------------------------------------- cost matrices
 
 // One cloud, made ready for the matrix product: centred or normalised copy and its norms.
@@ -100,9 +131,6 @@ struct CostGroup {
   const T* hy;     // (B, m)
   T* C;            // (B, n, m) in: inner products <zx, zy> (d > kDirectDims), out: costs
 };
-
-// Up to this dimension costs come from differences, without a matrix product.
-constexpr int64_t kDirectDims = 16;
 
 // Before the gradient's products: V = W * gradient_weight(C) and its row and column sums.
 template <typename T>
@@ -148,6 +176,8 @@ void solve(const std::vector<SolveGroup<T>>& groups, const SolveOptions& options
 template <typename T>
 void envelope_backward(const std::vector<EnvelopeGroup<T>>& groups, double eps,
                        Objective objective);
+template <typename T>
+void point_gradient_sums(const std::vector<PointGradientGroup<T>>& groups, double eps);
 
 }  // namespace cpu
 }  // namespace otloss

@@ -7,6 +7,7 @@ values and potentials. A loss is one after the other; a callable cost or a given
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from otloss import ops, reference
 
-__all__ = ["CostMatrices", "Settings", "Solve"]
+__all__ = ["CostMatrices", "Settings", "Solve", "SolvePoints"]
 
 
 class Settings(NamedTuple):
@@ -185,15 +186,111 @@ class Solve(torch.autograd.Function):
         for p in range(P):
             if want_cost[p]:
                 result[p] = grad_costs[p]
-        for p, (i, j) in enumerate(reference.as_pairs(s.pairs)):
-            for c, grad in ((i, grad_a), (j, grad_b)):
-                if want_weight[c]:
-                    total = result[P + c]
-                    result[P + c] = grad[p] if total is None else total + grad[p]
+        result[P : P + clouds] = _sum_over_pairs(s.pairs, grad_a, grad_b, want_weight)
         given = [k for k, grad in enumerate(result) if grad is not None]
         grads = _refuse_second_order(
             [grad for grad in result if grad is not None], (*costs, *weights, grad_loss)
         )
         for k, grad in zip(given, grads, strict=True):
+            result[k] = grad
+        return None, None, None, *result
+
+
+def _sum_over_pairs(
+    pairs: list[int], grad_a: list[Tensor], grad_b: list[Tensor], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradient of each cloud's weights from those of each pair's two sides."""
+    total: list[Tensor | None] = [None] * len(wanted)
+    for p, (i, j) in enumerate(reference.as_pairs(pairs)):
+        for c, grad in ((i, grad_a[p]), (j, grad_b[p])):
+            if wanted[c]:
+                before = total[c]
+                total[c] = grad if before is None else before + grad
+    return total
+
+
+class SolvePoints(torch.autograd.Function):
+    """``(settings, kind, clouds, *points, *weights, *init) -> (loss, status, *f, *g)``.
+
+    ``CostMatrices`` and ``Solve`` in one, without ever storing a cost matrix.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, settings: Settings, kind: int, clouds: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        s = settings
+        points = [_batched(x) for x in tensors[:clouds]]
+        weights = [w.contiguous() for w in tensors[clouds : 2 * clouds]]
+        init = [v.contiguous() for v in tensors[2 * clouds :]]
+        loss, status, f, g, _ = ops.solve_points(
+            points,
+            weights,
+            s.pairs,
+            s.coefficients,
+            init,
+            kind,
+            s.eps,
+            s.rho_x,
+            s.rho_y,
+            s.tol,
+            s.max_iters,
+            s.n_iters,
+            s.objective,
+            False,
+        )
+        ctx.settings, ctx.kind, ctx.clouds = s, kind, clouds
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*([status] if s.potentials else [status, *f, *g]))
+        ctx.save_for_backward(*tensors[:clouds], *weights, *f, *g)
+        return loss, status, *f, *g
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, _: None, *grad_potentials: Any) -> Any:
+        s, clouds = ctx.settings, ctx.clouds
+        if s.backward != "envelope" or (
+            s.potentials and any(grad is not None for grad in grad_potentials)
+        ):
+            raise NotImplementedError(
+                'method="streamed" has the gradient of the value at fixed potentials only: use '
+                'backward="envelope", or method="dense" for gradients of potentials and plans'
+            )
+        result: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 3)
+        if grad_loss is None:
+            return None, None, None, *result
+        saved = ctx.saved_tensors
+        inputs, weights = saved[:clouds], list(saved[clouds : 2 * clouds])
+        half = clouds * 2 + len(s.coefficients)
+        f, g = list(saved[2 * clouds : half]), list(saved[half:])
+        points, grad_loss = [_batched(x) for x in inputs], grad_loss.contiguous()
+        wanted = [c for c in range(clouds) if ctx.needs_input_grad[3 + c]]
+        if wanted:
+            grads = ops.envelope_backward_points(
+                grad_loss, points, weights, s.pairs, s.coefficients, f, g, ctx.kind, s.eps, wanted
+            )
+            for c, grad in zip(wanted, grads, strict=True):
+                result[c] = grad.view_as(inputs[c]).to(inputs[c].dtype)
+        want_weight = ctx.needs_input_grad[3 + clouds : 3 + 2 * clouds]
+        if any(want_weight):
+            unread, want_cost = f, [0] * len(f)  # the weights' gradients need no cost matrix
+            _, grad_a, grad_b = ops.envelope_backward(
+                grad_loss,
+                unread,
+                weights,
+                s.pairs,
+                s.coefficients,
+                f,
+                g,
+                s.eps,
+                s.objective,
+                want_cost,
+                True,
+            )
+            result[clouds : 2 * clouds] = _sum_over_pairs(s.pairs, grad_a, grad_b, want_weight)
+        given = [k for k, grad in enumerate(result) if grad is not None]
+        second = _refuse_second_order(
+            [grad for grad in result if grad is not None], (*inputs, *weights, grad_loss)
+        )
+        for k, grad in zip(given, second, strict=True):
             result[k] = grad
         return None, None, None, *result

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from otloss import _check, reference
 from otloss.costs import Cost
-from otloss.solve import build_costs, check_clouds, run
+from otloss.solve import build_costs, check_clouds, run, streams
 
 __all__ = [
     "cost_matrix",
@@ -35,7 +35,9 @@ def _loss(
 ) -> Tensor:
     problem = check_clouds(clouds, weights, balanced=options.balanced)
     pairs, coefficients = combination
-    costs = build_costs(problem, pairs, options.cost, options.method == "reference")
+    costs = None
+    if not streams(problem, pairs, options):
+        costs = build_costs(problem, pairs, options.cost, options.method == "reference")
     loss = run(problem, costs, pairs, coefficients, options).loss
     return loss if problem.batched else loss[0]
 

@@ -9,6 +9,7 @@ is a cloud against itself. All tensors carry a batch dimension.
     solve              costs, weights                                -> loss (B,),
                        status (P, B, 4), potentials f and g per pair, their trace if asked
     envelope_backward  gradient of the loss                          -> gradients of costs, weights
+    solve_points, envelope_backward_points    the same from points, without cost matrices
 
 The loss is the sum over the pairs of a coefficient times OT of the pair.
 
@@ -27,7 +28,16 @@ from torch import Tensor
 
 from otloss import reference
 
-__all__ = ["NATIVE", "build_info", "cost", "cost_backward", "envelope_backward", "solve"]
+__all__ = [
+    "NATIVE",
+    "build_info",
+    "cost",
+    "cost_backward",
+    "envelope_backward",
+    "envelope_backward_points",
+    "solve",
+    "solve_points",
+]
 
 # Fields of one row of ``status``; csrc/kernels.h lists the same.
 ITERATIONS, ERROR, CONVERGED, MAX_COST = range(4)
@@ -48,8 +58,17 @@ _library.define(
 )
 _library.define(
     "envelope_backward(Tensor grad_loss, Tensor[] costs, Tensor[] weights, int[] pairs, "
-    "float[] coefficients, Tensor[] f, Tensor[] g, float eps, int objective, int[] want_cost, bool want_weights) "
-    "-> (Tensor[], Tensor[], Tensor[])",
+    "float[] coefficients, Tensor[] f, Tensor[] g, float eps, int objective, "
+    "int[] want_cost, bool want_weights) -> (Tensor[], Tensor[], Tensor[])",
+)
+_library.define(
+    "solve_points(Tensor[] points, Tensor[] weights, int[] pairs, float[] coefficients, "
+    "Tensor[] init, int kind, float eps, float rho_x, float rho_y, float tol, int max_iters, "
+    "int n_iters, int objective, bool trace) -> (Tensor, Tensor, Tensor[], Tensor[], Tensor[])",
+)
+_library.define(
+    "envelope_backward_points(Tensor grad_loss, Tensor[] points, Tensor[] weights, int[] pairs, "
+    "float[] coefficients, Tensor[] f, Tensor[] g, int kind, float eps, int[] wanted) -> Tensor[]",
 )
 
 
@@ -80,6 +99,8 @@ cost = torch.ops.otloss.cost.default
 cost_backward = torch.ops.otloss.cost_backward.default
 solve = torch.ops.otloss.solve.default
 envelope_backward = torch.ops.otloss.envelope_backward.default
+solve_points = torch.ops.otloss.solve_points.default
+envelope_backward_points = torch.ops.otloss.envelope_backward_points.default
 
 
 # ------------------------------------------------------------------------ shapes, for tracing
@@ -149,3 +170,48 @@ def _(
 
     grad_costs = [like(c, bool(w)) for c, w in zip(costs, want_cost, strict=True)]
     return grad_costs, [like(t, want_weights) for t in f], [like(t, want_weights) for t in g]
+
+
+@torch.library.register_fake("otloss::solve_points", lib=_library)
+def _(
+    points: list[Tensor],
+    weights: list[Tensor],
+    pairs: list[int],
+    coefficients: list[float],
+    init: list[Tensor],
+    kind: int,
+    eps: float,
+    rho_x: float,
+    rho_y: float,
+    tol: float,
+    max_iters: int,
+    n_iters: int,
+    objective: int,
+    trace: bool,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    B, sides = points[0].shape[0], reference.as_pairs(pairs)
+    f = [torch.empty_like(weights[i]) for i, _ in sides]
+    g = [torch.empty_like(weights[j]) for _, j in sides]
+    traces = (
+        [points[0].new_empty(B, n_iters, points[i].shape[1] + points[j].shape[1]) for i, j in sides]
+        if trace
+        else []
+    )
+    status = points[0].new_empty(len(sides), B, 4, dtype=torch.float64)
+    return points[0].new_empty(B), status, f, g, traces
+
+
+@torch.library.register_fake("otloss::envelope_backward_points", lib=_library)
+def _(
+    grad_loss: Tensor,
+    points: list[Tensor],
+    weights: list[Tensor],
+    pairs: list[int],
+    coefficients: list[float],
+    f: list[Tensor],
+    g: list[Tensor],
+    kind: int,
+    eps: float,
+    wanted: list[int],
+) -> list[Tensor]:
+    return [torch.empty_like(points[c]) for c in wanted]

@@ -24,9 +24,17 @@ __all__ = [
     "plan",
     "softmin",
     "solve",
+    "solve_points",
 ]
 
-OPERATIONS = ("cost", "cost_backward", "solve", "envelope_backward")
+OPERATIONS = (
+    "cost",
+    "cost_backward",
+    "solve",
+    "envelope_backward",
+    "solve_points",
+    "envelope_backward_points",
+)
 
 TRANSPORT = 1  # the objective's number, see csrc/kernels.h
 
@@ -269,3 +277,59 @@ def envelope_backward(
             grad_a.append(empty)
             grad_b.append(empty)
     return grad_costs, grad_a, grad_b
+
+
+# ------------------------------------------------------------------------- the same from points
+
+
+def solve_points(
+    points: list[Tensor],
+    weights: list[Tensor],
+    pairs: list[int],
+    coefficients: list[float],
+    init: list[Tensor],
+    kind: int,
+    eps: float,
+    rho_x: float,
+    rho_y: float,
+    tol: float,
+    max_iters: int,
+    n_iters: int,
+    objective: int,
+    trace: bool,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    costs = cost(points, weights, pairs, kind)
+    return solve(
+        costs,
+        weights,
+        pairs,
+        coefficients,
+        init,
+        eps,
+        rho_x,
+        rho_y,
+        tol,
+        max_iters,
+        n_iters,
+        objective,
+        trace,
+    )
+
+
+def envelope_backward_points(
+    grad_loss: Tensor,
+    points: list[Tensor],
+    weights: list[Tensor],
+    pairs: list[int],
+    coefficients: list[float],
+    f: list[Tensor],
+    g: list[Tensor],
+    kind: int,
+    eps: float,
+    wanted: list[int],
+) -> list[Tensor]:
+    costs = cost(points, weights, pairs, kind)
+    grad_costs, _, _ = envelope_backward(
+        grad_loss, costs, weights, pairs, coefficients, f, g, eps, 0, [1] * len(costs), False
+    )
+    return cost_backward(grad_costs, costs, points, weights, pairs, kind, wanted)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from otloss import _check, ops, reference
 from otloss._check import ConvergenceWarning, Options
-from otloss.autograd import CostMatrices, Settings, Solve
+from otloss.autograd import CostMatrices, Settings, Solve, SolvePoints
 from otloss.costs import COSTS, Cost
+from otloss.schedule import choose_method
 
 __all__ = ["OTResult", "Problem", "build_costs", "run", "solve", "solve_sample"]
 
@@ -44,7 +45,7 @@ def _as_weights(w: Tensor | None, like: Tensor, n: int) -> Tensor:
     if w is None:
         batch = like.shape[0] if like.dim() == 3 else 1
         return torch.full((batch, n), 1.0 / n, dtype=dtype, device=like.device)
-    return w.to(dtype).reshape(-1, n)
+    return w.to(dtype).reshape(-1, n).contiguous()
 
 
 def check_clouds(
@@ -113,9 +114,26 @@ def _choose_backward(options: Options, needs_grad: bool) -> str:
     return choice
 
 
+def streams(problem: Problem, pairs: list[int], options: Options) -> bool:
+    """Whether to solve without cost matrices."""
+    possible = isinstance(options.cost, str) and problem.points[0].device.type == "cpu"
+    if options.method == "streamed" and not possible:
+        raise NotImplementedError(
+            'method="streamed" needs a cost given by name and tensors on the CPU, got '
+            f"cost={options.cost!r} on {problem.points[0].device}"
+        )
+    if options.method != "auto" or not possible:
+        return options.method == "streamed"
+    sizes = [
+        (problem.weights[i].shape[1], problem.weights[j].shape[1])
+        for i, j in reference.as_pairs(pairs)
+    ]
+    return choose_method(problem.points, sizes, problem.weights[0].element_size()) == "streamed"
+
+
 def run(
     problem: Problem,
-    costs: Sequence[Tensor],
+    costs: Sequence[Tensor] | None,
     pairs: list[int],
     coefficients: list[float],
     options: Options,
@@ -125,15 +143,15 @@ def run(
 ) -> Solved:
     """Solves all pairs and adds their values up.
 
-    ``potentials``: whether f and g are wanted as differentiable outputs. A loss without an exact
-    gradient is refused at the call, a result only when its gradient is asked for.
+    ``costs``: None to work on the points. ``potentials``: whether f and g are wanted as
+    differentiable outputs. A loss without an exact gradient is refused at the call, a result only
+    when its gradient is asked for.
     """
     if not options.balanced:
         raise NotImplementedError("unbalanced= is not available yet; only balanced transport is")
-    if options.method == "streamed":
-        raise NotImplementedError('method="streamed" is not available yet; "dense" is')
+    inputs = problem.points if costs is None else tuple(costs)
     needs_grad = torch.is_grad_enabled() and any(
-        t.requires_grad for t in (*costs, *problem.weights)
+        t.requires_grad for t in (*inputs, *problem.weights)
     )
     settings = Settings(
         pairs=pairs,
@@ -149,13 +167,18 @@ def run(
         plain=options.method == "reference",
         potentials=potentials,
     )
-    loss, status, *fg = Solve.apply(
-        settings, len(costs), len(problem.weights), *costs, *problem.weights, *init
-    )
+    if costs is None:
+        loss, status, *rest = SolvePoints.apply(
+            settings, COSTS[str(options.cost)], len(inputs), *inputs, *problem.weights, *init
+        )
+    else:
+        loss, status, *rest = Solve.apply(
+            settings, len(inputs), len(problem.weights), *inputs, *problem.weights, *init
+        )
     if _check.readable(status):
-        _report(problem, costs, options, status)
-    half = len(fg) // 2
-    return Solved(loss, status, tuple(fg[:half]), tuple(fg[half:]))
+        _report(problem, costs or (), options, status)
+    half = len(rest) // 2
+    return Solved(loss, status, tuple(rest[:half]), tuple(rest[half:]))
 
 
 def _report(problem: Problem, costs: Sequence[Tensor], options: Options, status: Tensor) -> None:
@@ -168,7 +191,7 @@ def _report(problem: Problem, costs: Sequence[Tensor], options: Options, status:
             _check.finite(name, x)
         for C in costs:
             _check.finite("C" if not problem.points else "the cost matrix", C)
-    _check.resolution(options.eps, max_cost, costs[0].dtype)
+    _check.resolution(options.eps, max_cost, problem.weights[0].dtype)
     if options.n_iters < 0 and not worst[ops.CONVERGED]:
         warnings.warn(
             f"Sinkhorn stopped after {int(worst[ops.ITERATIONS])} iterations at a marginal error "
@@ -194,8 +217,10 @@ class OTResult:
             ``P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps)``. Points of weight 0 have potential 0.
     """
 
-    def __init__(self, problem: Problem, C: Tensor, options: Options, solved: Solved) -> None:
-        self._problem, self._C, self._options = problem, C, options
+    def __init__(
+        self, problem: Problem, cost: Tensor | None, options: Options, solved: Solved
+    ) -> None:
+        self._problem, self._given_cost, self._options = problem, cost, options
         self._status = solved.status[0]
         self._a, self._b = problem.weights[0], problem.weights[1]
         self._f, self._g = solved.f[0], solved.g[0]
@@ -206,8 +231,15 @@ class OTResult:
         return t if self._problem.batched else t[0]
 
     @functools.cached_property
+    def _cost(self) -> Tensor:
+        """The cost matrix (B, n, m), made when a streamed result is asked for what needs it."""
+        if self._given_cost is not None:
+            return self._given_cost
+        return build_costs(self._problem, [0, 1], self._options.cost, False)[0]
+
+    @functools.cached_property
     def _plan(self) -> Tensor:
-        return reference.plan(self._options.eps, self._C, self._f, self._g, self._a, self._b)
+        return reference.plan(self._options.eps, self._cost, self._f, self._g, self._a, self._b)
 
     @property
     def plan(self) -> Tensor:
@@ -217,7 +249,7 @@ class OTResult:
     @property
     def value_linear(self) -> Tensor:
         """``<P, C>``, the transport cost without the entropy; () or (B,)."""
-        C = torch.where(self._plan.detach() > 0, self._C, 0.0)
+        C = torch.where(self._plan.detach() > 0, self._cost, 0.0)
         return self._out((self._plan * C).sum((-2, -1)))
 
     @property
@@ -295,7 +327,8 @@ class OTResult:
         return self._problem.points
 
     def __repr__(self) -> str:
-        shape = tuple(self._C.shape if self._problem.batched else self._C.shape[1:])
+        batch = tuple(self._a.shape[:-1]) if self._problem.batched else ()
+        shape = (*batch, self._a.shape[-1], self._b.shape[-1])
         return f"OTResult({shape}, eps={self._options.eps:g}, cost={self._options.cost!r})"
 
 
@@ -424,19 +457,21 @@ def solve_sample(
         method=method,
     )
     problem = check_clouds({"x": x, "y": y}, {"a": a, "b": b}, balanced=options.balanced)
-    costs = build_costs(problem, [0, 1], options.cost, options.method == "reference")
+    costs = None
+    if not streams(problem, [0, 1], options):
+        costs = build_costs(problem, [0, 1], options.cost, options.method == "reference")
     return _solve_one(problem, costs, options, init)
 
 
 def _solve_one(
     problem: Problem,
-    costs: tuple[Tensor, ...],
+    costs: tuple[Tensor, ...] | None,
     options: Options,
     init: OTResult | tuple[Tensor, Tensor] | None,
 ) -> OTResult:
     start = _initial_potentials(init, problem)
     solved = run(problem, costs, [0, 1], [1.0], options, start, potentials=True)
-    return OTResult(problem, costs[0], options, solved)
+    return OTResult(problem, costs[0] if costs else None, options, solved)
 
 
 def _initial_potentials(

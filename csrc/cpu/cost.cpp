@@ -15,22 +15,14 @@
 #include "costs.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "points.h"
+#include "products.h"
 
 namespace otloss::cpu {
 namespace {
 
 // Elements of a row-wise pass that are worth a thread of their own.
 constexpr int64_t kGrain = 1 << 15;
-
-// Calls function(functor) with the functor of a kind.
-template <typename F>
-void dispatch_cost(CostKind kind, F&& function) {
-  switch (kind) {
-    case CostKind::kSqEuclidean: return function(SqEuclidean{});
-    case CostKind::kEuclidean: return function(Euclidean{});
-    case CostKind::kCosine: return function(Cosine{});
-  }
-}
 
 // Calls function(batch, row) for all rows of a batch of matrices with `width` columns.
 template <typename F>
@@ -85,86 +77,30 @@ OTLOSS_SIMD double prepare_row(int64_t d, const double* x, const double* shift, 
 
 // ------------------------------------------------------------------------------------ epilogue
 
+#define OTLOSS_PRODUCT_ROW(Cost, T) \
+  OTLOSS_SIMD void product_row(Cost, const ProductRow<T>& r) { costs_from_products<Cost>(r); }
+OTLOSS_PRODUCT_ROW(SqEuclidean, float)
+OTLOSS_PRODUCT_ROW(SqEuclidean, double)
+OTLOSS_PRODUCT_ROW(Euclidean, float)
+OTLOSS_PRODUCT_ROW(Euclidean, double)
+OTLOSS_PRODUCT_ROW(Cosine, float)
+OTLOSS_PRODUCT_ROW(Cosine, double)
+#undef OTLOSS_PRODUCT_ROW
+
+// From differences: no products are needed.
 template <typename T>
-OTLOSS_INLINE T difference(int64_t d, const T* x, const T* y) {
-  T sum = 0;
-  for (int64_t k = 0; k < d; ++k) sum += (x[k] - y[k]) * (x[k] - y[k]);
-  return sum;
-}
-
-template <typename T>
-struct EpilogueRow {
-  int64_t m, d;
-  T hx;
-  const T* zx;   // (d,)
-  const T* zy;   // (m, d)
-  const T* zyt;  // (d, m) when d <= kDirectDims
-  const T* hy;   // (m,)
-  T* C;          // (m,)
-};
-
-// Costs of one row from inner products. Distances that cancelled are done again from differences.
-template <typename Cost, typename T>
-OTLOSS_INLINE void product_row(const EpilogueRow<T>& r) {
-  T least = T(1);
-#pragma omp simd reduction(min : least)
-  for (int64_t j = 0; j < r.m; ++j) {
-    const T xy = r.C[j];
-    const T relative = (r.hx + r.hy[j] - T(2) * xy) - cancellation_limit<T>() * (r.hx + r.hy[j]);
-    least = relative < least ? relative : least;
-    r.C[j] = Cost::from_product(r.hx, r.hy[j], xy);
-  }
-  if constexpr (!Cost::kUnitNorm) {
-    if (least > T(0)) return;
-    for (int64_t j = 0; j < r.m; ++j) {
-      const T d2 = Cost::kKind == CostKind::kEuclidean ? r.C[j] * r.C[j] : r.C[j];
-      if (d2 <= cancellation_limit<T>() * (r.hx + r.hy[j]))
-        r.C[j] = Cost::from_difference(difference(r.d, r.zx, r.zy + j * r.d));
-    }
+void direct_costs(const CostGroup<T>& group, CostKind kind) {
+  const int64_t n = group.n, m = group.m, d = group.d, never = -1 - group.n;
+  for (int64_t p = 0; p < group.batch; ++p) {
+    const PackedCloud<T> to(m, d, group.zy + p * m * d, group.hy + p * m);
+    const int64_t step = rows_at_once(d), blocks = (n + step - 1) / step;
+    for_each_row(1, blocks, step * m, [&](int64_t, int64_t block) {
+      const int64_t i = block * step, row = p * n + i;
+      cost_rows(kind, CostRows<T>{std::min(step, n - i), 0, m, group.symmetric ? i : never,
+                                  group.zx + row * d, group.hx + row, &to, group.C + row * m, m});
+    });
   }
 }
-
-template <typename T>
-constexpr int64_t kDirectStrip = 256 / sizeof(T);
-
-// Costs of one row directly, for few coordinates: zyt holds each coordinate of all points. Sums of
-// kStrip columns stay in registers while the coordinates are added.
-template <typename Cost, typename T>
-OTLOSS_INLINE void direct_strip(const EpilogueRow<T>& r, int64_t begin, int64_t width) {
-  constexpr int64_t kStrip = kDirectStrip<T>;
-  T sum[kStrip] = {};
-  for (int64_t k = 0; k < r.d; ++k) {
-    const T x = r.zx[k];
-    const T* y = r.zyt + k * r.m + begin;
-    for (int64_t j = 0; j < width; ++j)
-      sum[j] += Cost::kUnitNorm ? x * y[j] : (x - y[j]) * (x - y[j]);
-  }
-  for (int64_t j = 0; j < width; ++j) {
-    if constexpr (Cost::kUnitNorm)
-      r.C[begin + j] = Cost::from_product(T(0), T(0), sum[j]);
-    else
-      r.C[begin + j] = Cost::from_difference(sum[j]);
-  }
-}
-
-template <typename Cost, typename T>
-OTLOSS_INLINE void epilogue_row_body(const EpilogueRow<T>& r) {
-  constexpr int64_t kStrip = kDirectStrip<T>;
-  if (r.d > kDirectDims) return product_row<Cost, T>(r);
-  int64_t begin = 0;
-  for (; begin + kStrip <= r.m; begin += kStrip) direct_strip<Cost, T>(r, begin, kStrip);
-  if (begin < r.m) direct_strip<Cost, T>(r, begin, r.m - begin);
-}
-
-#define OTLOSS_EPILOGUE_ROW(Cost, T) \
-  OTLOSS_SIMD void epilogue_row(Cost, const EpilogueRow<T>& r) { epilogue_row_body<Cost, T>(r); }
-OTLOSS_EPILOGUE_ROW(SqEuclidean, float)
-OTLOSS_EPILOGUE_ROW(SqEuclidean, double)
-OTLOSS_EPILOGUE_ROW(Euclidean, float)
-OTLOSS_EPILOGUE_ROW(Euclidean, double)
-OTLOSS_EPILOGUE_ROW(Cosine, float)
-OTLOSS_EPILOGUE_ROW(Cosine, double)
-#undef OTLOSS_EPILOGUE_ROW
 
 // ------------------------------------------------------------------------------------ gradient
 
@@ -235,22 +171,15 @@ void prepare_clouds(const std::vector<CloudGroup<T>>& clouds, CostKind kind) {
 template <typename T>
 void cost_epilogue(const CostGroup<T>& group, CostKind kind) {
   const int64_t n = group.n, m = group.m, d = group.d;
-  std::vector<T> transposed;
-  if (d <= kDirectDims) {
-    transposed.resize(group.batch * m * d);
-    for (int64_t p = 0; p < group.batch; ++p)
-      for (int64_t j = 0; j < m; ++j)
-        for (int64_t k = 0; k < d; ++k)
-          transposed[(p * d + k) * m + j] = group.zy[(p * m + j) * d + k];
-  }
+  if (d <= kDirectDims) return direct_costs(group, kind);
   dispatch_cost(kind, [&](auto cost) {
     for_each_row(group.batch, n, m, [&](int64_t p, int64_t i) {
       T* C = group.C + (p * n + i) * m;
-      const T* zx = group.zx + (p * n + i) * d;
-      epilogue_row(cost, EpilogueRow<T>{m, d, group.hx[p * n + i], zx, group.zy + p * m * d,
-                                        transposed.data() + p * d * m, group.hy + p * m, C});
+      const T hx = group.hx[p * n + i];
+      product_row(cost, ProductRow<T>{m, m, d, hx, group.hy + p * m, group.zx + (p * n + i) * d,
+                                      group.zy + p * m * d, C});
       // A point is at distance 0 from itself; a point of zero norm has no direction and costs 1.
-      if (group.symmetric && (kind != CostKind::kCosine || group.hx[p * n + i] > T(0))) C[i] = 0;
+      if (group.symmetric && (kind != CostKind::kCosine || hx > T(0))) C[i] = 0;
     });
   });
 }

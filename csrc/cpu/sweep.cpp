@@ -174,28 +174,27 @@ OTLOSS_INLINE void sweep_rows_body(const RowSweep<T>& p) {
 
 template <typename T>
 OTLOSS_INLINE void column_lse_body(const ColumnLse<T>& p) {
-  const int64_t width = p.end - p.begin;
   T largest[kColumnBlock], sum[kColumnBlock];
   for (int64_t j = 0; j < kColumnBlock; ++j) {
     largest[j] = static_cast<T>(2 * kLog2Zero);
     sum[j] = 0;
   }
   for (int64_t i = 0; i < p.n; ++i) {
-    const T* C = p.C + i * p.m + p.begin;
+    const T* C = p.C + i * p.stride;
     const T A = p.A[i];
 #pragma omp simd
-    for (int64_t j = 0; j < width; ++j) {
+    for (int64_t j = 0; j < p.width; ++j) {
       const T t = A - p.k * C[j];
       largest[j] = t > largest[j] ? t : largest[j];
     }
   }
   for (int64_t i = 0; i < p.n; ++i) {
-    const T* C = p.C + i * p.m + p.begin;
+    const T* C = p.C + i * p.stride;
     const T A = p.A[i];
 #pragma omp simd
-    for (int64_t j = 0; j < width; ++j) sum[j] += fast_exp2(A - largest[j] - p.k * C[j]);
+    for (int64_t j = 0; j < p.width; ++j) sum[j] += fast_exp2(A - largest[j] - p.k * C[j]);
   }
-  for (int64_t j = 0; j < width; ++j) p.out[j] = largest[j] + fast_log2(sum[j]);
+  for (int64_t j = 0; j < p.width; ++j) p.out[j] = largest[j] + fast_log2(sum[j]);
 }
 
 // A clamped exponential stands for 0 in the plan, so that padding gets exactly 0.

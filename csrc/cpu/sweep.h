@@ -31,14 +31,13 @@ void sweep_rows(const RowSweep<double>& sweep);
 
 template <typename T>
 struct ColumnLse {
-  int64_t n;      // rows
-  int64_t m;      // row stride of C
-  int64_t begin;  // columns [begin, end), at most kColumnBlock of them
-  int64_t end;
+  int64_t n;       // rows
+  int64_t width;   // columns, at most kColumnBlock
+  int64_t stride;  // distance of rows of C
   T k;
-  const T* C;  // (n, m)
+  const T* C;  // (n, width)
   const T* A;  // (n,) F + log2 a
-  T* out;      // (end - begin,) log2 sum_i exp2(A_i - k C_ij)
+  T* out;      // (width,) log2 sum_i exp2(A_i - k C_ij)
 };
 
 constexpr int64_t kColumnBlock = 64;

@@ -1,0 +1,313 @@
+// Passes over the cost of one problem, for the solver: sums of rows and columns of the plan, in
+// blocks of rows that a source hands out. Rows are stored (a matrix) or made from points when asked
+// for and overwritten by the next ones, so that nothing of size n x m exists.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "kernels.h"
+#include "math.h"
+#include "parallel.h"
+#include "points.h"
+#include "sweep.h"
+
+namespace otloss::cpu {
+
+// Rows given to one thread of a split problem hold at least so many entries: 50 us of work, some
+// ten times what starting a parallel region costs.
+constexpr int64_t kSplitGrain = 1 << 18;
+
+// A cost matrix that is kept.
+template <typename T>
+class StoredRows {
+ public:
+  StoredRows(int64_t n, int64_t m, const T* C) : n_(n), m_(m), C_(C) {}
+
+  int64_t at_once() const { return n_; }
+  int64_t scratch() const { return 0; }
+
+  // Rows [begin, begin + count), m apart.
+  const T* rows(int64_t begin, int64_t /*count*/, T* /*scratch*/) const { return C_ + begin * m_; }
+
+  // Columns [begin, end) of all rows; `stride` is set to the distance of rows.
+  const T* columns(int64_t begin, int64_t /*end*/, std::vector<T>& /*scratch*/,
+                   int64_t& stride) const {
+    stride = m_;
+    return C_ + begin;
+  }
+
+  double max_cost(const T* a, const T* b) const { return max_abs(MaxAbs<T>{n_, m_, C_, a, b}); }
+
+ private:
+  int64_t n_, m_;
+  const T* C_;  // (n, m)
+};
+
+// A cost matrix that is made from prepared points, a few rows at a time.
+template <typename T>
+class MadeRows {
+ public:
+  MadeRows(int64_t n, int64_t m, const PointPair<T>& points, int64_t problem, bool symmetric)
+      : n_(n),
+        kind_(points.kind),
+        symmetric_(symmetric),
+        z_(points.zx + problem * n * points.d),
+        h_(points.hx + problem * n),
+        to_(m, points.d, points.zy + problem * m * points.d, points.hy + problem * m) {}
+
+  const PackedCloud<T>& to() const { return to_; }
+  CostKind kind() const { return kind_; }
+  int64_t at_once() const { return rows_at_once(to_.d); }
+  int64_t scratch() const { return at_once() * to_.m; }
+
+  const T* rows(int64_t begin, int64_t count, T* scratch) const {
+    make(begin, count, 0, to_.m, scratch, to_.m);
+    return scratch;
+  }
+
+  const T* columns(int64_t begin, int64_t end, std::vector<T>& scratch, int64_t& stride) const {
+    stride = end - begin;
+    scratch.resize(n_ * stride);
+    for (int64_t i = 0; i < n_; i += at_once())
+      make(i, std::min(at_once(), n_ - i), begin, end, scratch.data() + i * stride, stride);
+    return scratch.data();
+  }
+
+  // An upper bound, from the largest norms.
+  double max_cost(const T* a, const T* b) const {
+    if (kind_ == CostKind::kCosine)
+      return 2 + 0 * (largest(n_, h_, a) + largest(to_.m, to_.norm, b));
+    const double reach = std::sqrt(largest(n_, h_, a)) + std::sqrt(largest(to_.m, to_.norm, b));
+    return kind_ == CostKind::kEuclidean ? reach : reach * reach;
+  }
+
+ private:
+  void make(int64_t row, int64_t count, int64_t begin, int64_t end, T* C, int64_t stride) const {
+    const int64_t never = -1 - n_;
+    cost_rows(kind_, CostRows<T>{count, begin, end, symmetric_ ? row : never, z_ + row * to_.d,
+                                 h_ + row, &to_, C, stride});
+  }
+
+  // The largest norm of points of positive weight, NaN if one is not finite.
+  static double largest(int64_t count, const T* h, const T* weight) {
+    double result = 0, nonfinite = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      if (!(weight[i] > T(0))) continue;
+      result = std::max(result, static_cast<double>(h[i]));
+      nonfinite += static_cast<double>(h[i]) * 0;
+    }
+    return result + nonfinite;
+  }
+
+  int64_t n_;
+  CostKind kind_;
+  bool symmetric_;
+  const T* z_;  // (n, d)
+  const T* h_;  // (n,)
+  PackedCloud<T> to_;
+};
+
+template <typename T, typename Source>
+class Engine {
+ public:
+  const int64_t n, m;
+  const T* const a;
+  const T* const b;
+
+  Engine(int64_t n, int64_t m, const T* a, const T* b, const Source& source, bool split)
+      : n(n), m(m), a(a), b(b), source_(source), parts_(1), G_(m), s_(n) {
+    if (split) parts_ = std::clamp<int64_t>(n * m / kSplitGrain, 1, std::min(thread_count(), n));
+    workspaces_.resize(parts_);
+    for (Workspace& w : workspaces_) {
+      w.c.resize(m);
+      w.total.resize(m);
+      w.e.resize(kSweepScratchRows * m);
+      w.C.resize(source.scratch());
+    }
+  }
+
+  // F = exact row update of g (and the guess on entry), s = row sums before it over a.
+  void update_rows(double eps, const T* g, T* F, T* s) {
+    absorb(eps, g);
+    for_each_part([&](Workspace& w, int64_t begin, int64_t end) {
+      sweep(eps, w, begin, end, F, s, nullptr);
+    });
+  }
+
+  // The same, then gt = column update of F and q = column sums of the plan (F, g) over b.
+  void iterate(double eps, const T* g, T* F, T* gt, T* q) {
+    absorb(eps, g);
+    for_each_part([&](Workspace& w, int64_t begin, int64_t end) {
+      std::fill(w.total.begin(), w.total.end(), 0.0);
+      for (int64_t i = begin; i < end; i += kFlushRows) {
+        std::fill(w.c.begin(), w.c.end(), T(0));
+        sweep(eps, w, i, std::min(end, i + kFlushRows), F, s_.data(), w.c.data());
+        for (int64_t j = 0; j < m; ++j) w.total[j] += static_cast<double>(w.c[j]);
+      }
+    });
+    double* c = workspaces_[0].total.data();
+    for (int64_t part = 1; part < parts_; ++part)
+      for (int64_t j = 0; j < m; ++j) c[j] += workspaces_[part].total[j];
+    update_columns(eps, g, F, c, gt, q);
+  }
+
+  // <P, C>.
+  double transport(double eps, const T* F, const T* g) {
+    absorb(eps, g);
+    for_each_part([&](Workspace& w, int64_t begin, int64_t end) {
+      w.sum = 0;
+      for_each_block(w, begin, end, [&](const T* C, int64_t i, int64_t count) {
+        w.sum += transport_rows(
+            PlanRows<T>{count, m, factor(eps), T(1), C, a + i, F + i, G_.data(), nullptr});
+      });
+    });
+    double sum = 0;
+    for (const Workspace& w : workspaces_) sum += w.sum;
+    return sum;
+  }
+
+  // Calls function(P, C, first row, rows) on blocks of the plan times `scale`; P is scratch.
+  template <typename Function>
+  void for_each_plan_block(double eps, T scale, const T* F, const T* g, Function&& function) {
+    absorb(eps, g);
+    for_each_part([&](Workspace& w, int64_t begin, int64_t end) {
+      std::vector<T> P(source_.at_once() * m);
+      for_each_block(w, begin, end, [&](const T* C, int64_t i, int64_t count) {
+        plan_rows(PlanRows<T>{count, m, factor(eps), scale, C, a + i, F + i, G_.data(), P.data()});
+        function(P.data(), C, i, count);
+      });
+    });
+  }
+
+  // max |C_ij| over points of positive weight or a bound of it, NaN if one is not finite.
+  double max_cost() const { return source_.max_cost(a, b); }
+
+  // Standard deviation of C_ij - mean_i - mean_j + mean on at most 256 x 256 points: against eps,
+  // how hard the problem is.
+  double sigma() const {
+    const std::vector<int64_t> rows = sample(n, a), columns = sample(m, b);
+    if (rows.size() < 2 || columns.size() < 2) return 0;
+    const size_t r = rows.size(), c = columns.size();
+    std::vector<double> C(r * c), row(r), column(c);
+    std::vector<T> scratch(source_.scratch());
+    double mean = 0, sum = 0;
+    for (size_t i = 0; i < r; ++i) {
+      const T* costs = source_.rows(rows[i], 1, scratch.data());
+      for (size_t j = 0; j < c; ++j) {
+        const double value = C[i * c + j] = static_cast<double>(costs[columns[j]]);
+        row[i] += value / c, column[j] += value / r, mean += value / (r * c);
+      }
+    }
+    for (size_t i = 0; i < r; ++i)
+      for (size_t j = 0; j < c; ++j) {
+        const double value = C[i * c + j] - row[i] - column[j] + mean;
+        sum += value * value;
+      }
+    return std::sqrt(sum / (r * c));
+  }
+
+ private:
+  // Column sums in the kernels' precision are added up in double after so many rows.
+  static constexpr int64_t kFlushRows = 4096;
+
+  struct Workspace {            // of one thread
+    std::vector<T> c;           // (m,) column sums of some rows
+    std::vector<double> total;  // (m,) of all its rows
+    std::vector<T> e;           // (kSweepScratchRows, m)
+    std::vector<T> C;           // rows that were made
+    double sum = 0;
+  };
+
+  static T factor(double eps) { return static_cast<T>(kLog2E / eps); }
+
+  void absorb(double eps, const T* g) { absorb_weights(m, factor(eps), g, b, G_.data()); }
+
+  template <typename Function>
+  void for_each_part(Function&& function) {
+    if (parts_ == 1) return function(workspaces_[0], int64_t{0}, n);
+    const int64_t rows = (n + parts_ - 1) / parts_;
+    parallel_tasks(parts_, [&](int64_t part) {
+      const int64_t begin = std::min(n, part * rows);
+      function(workspaces_[part], begin, std::min(n, begin + rows));
+    });
+  }
+
+  template <typename Function>
+  void for_each_block(Workspace& w, int64_t begin, int64_t end, Function&& function) {
+    const int64_t step = source_.at_once();
+    for (int64_t i = begin; i < end; i += step) {
+      const int64_t count = std::min(step, end - i);
+      function(source_.rows(i, count, w.C.data()), i, count);
+    }
+  }
+
+  void sweep(double eps, Workspace& w, int64_t begin, int64_t end, T* F, T* s, T* c) {
+    for_each_block(w, begin, end, [&](const T* C, int64_t i, int64_t count) {
+      sweep_rows(
+          RowSweep<T>{count, m, factor(eps), C, a + i, G_.data(), F + i, s + i, c, w.e.data()});
+    });
+  }
+
+  // gt_j = g_j - eps log q_j with q_j = c_j / b_j, in whole blocks, then again with the maximum
+  // subtracted where a block holds a sum that cannot be trusted.
+  void update_columns(double eps, const T* g, const T* F, const double* c, T* gt, T* q) {
+    const T to_cost = static_cast<T>(eps / kLog2E);
+    // Below this a column sum may consist of clamped exponentials alone.
+    constexpr double kLeast = 1e-30;
+    for (int64_t begin = 0; begin < m; begin += kColumnBlock) {
+      const int64_t end = std::min(m, begin + kColumnBlock);
+      bool good = true;
+      for (int64_t j = begin; j < end; ++j) {
+        const bool counts = b[j] > T(0);
+        q[j] = counts ? static_cast<T>(c[j] / static_cast<double>(b[j])) : T(1);
+        good &= trusted(q[j]) && (!counts || c[j] > kLeast);
+        gt[j] = 0;
+      }
+      if (good) {
+        subtract_log2(end - begin, q + begin, gt + begin);
+        for (int64_t j = begin; j < end; ++j) gt[j] = b[j] > T(0) ? g[j] + to_cost * gt[j] : T(0);
+      } else {
+        guarded_columns(eps, begin, end, g, F, gt, q);
+      }
+    }
+  }
+
+  void guarded_columns(double eps, int64_t begin, int64_t end, const T* g, const T* F, T* gt,
+                       T* q) {
+    const T k = factor(eps), to_cost = static_cast<T>(eps / kLog2E);
+    std::vector<T> A(n);
+    for (int64_t i = 0; i < n; ++i)
+      A[i] = a[i] > T(0) ? F[i] + fast_log2(a[i]) : static_cast<T>(kLog2Zero);
+    T lse[kColumnBlock];
+    int64_t stride = 0;
+    const T* C = source_.columns(begin, end, columns_, stride);
+    column_lse(ColumnLse<T>{n, end - begin, stride, k, C, A.data(), lse});
+    for (int64_t j = begin; j < end; ++j) {
+      gt[j] = b[j] > T(0) ? -to_cost * lse[j - begin] : T(0);
+      q[j] = fast_exp2(k * (g[j] - gt[j]));
+    }
+  }
+
+  // At most 256 points of positive weight, evenly spread.
+  static std::vector<int64_t> sample(int64_t count, const T* weight) {
+    constexpr int64_t kSample = 256;
+    std::vector<int64_t> chosen;
+    const int64_t wanted = std::min(count, kSample);
+    for (int64_t i = 0; i < wanted; ++i) {
+      const int64_t index = i * count / wanted;
+      if (weight[index] > T(0)) chosen.push_back(index);
+    }
+    return chosen;
+  }
+
+  const Source& source_;
+  int64_t parts_;
+  std::vector<T> G_;  // (m,)
+  std::vector<T> s_;  // (n,)
+  std::vector<Workspace> workspaces_;
+  std::vector<T> columns_;  // a block of columns that was made
+};
+
+}  // namespace otloss::cpu

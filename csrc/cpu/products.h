@@ -1,0 +1,48 @@
+// A row of costs from a row of inner products.
+#pragma once
+
+#include <cstdint>
+
+#include "costs.h"
+#include "parallel.h"
+
+namespace otloss::cpu {
+
+template <typename T>
+struct ProductRow {
+  int64_t count;  // columns computed; those from `valid` on are padding
+  int64_t valid;
+  int64_t d;
+  T hx;         // norm of the row's point
+  const T* hy;  // (count,) norms
+  const T* zx;  // (d,) the row's point
+  const T* zy;  // (valid, d) points
+  T* C;         // (count,) in: inner products, out: costs
+};
+
+// Distances of which the expanded form has lost half of the digits are computed again directly.
+template <typename Cost, typename T>
+OTLOSS_INLINE void costs_from_products(const ProductRow<T>& r) {
+  T least = T(1);
+#pragma omp simd reduction(min : least)
+  for (int64_t j = 0; j < r.count; ++j) {
+    const T scale = r.hx + r.hy[j];
+    const T left = scale - T(2) * r.C[j] - cancellation_limit<T>() * scale;
+    least = left < least ? left : least;
+    r.C[j] = Cost::from_product(r.hx, r.hy[j], r.C[j]);
+  }
+  if constexpr (!Cost::kUnitNorm) {
+    if (least > T(0)) return;
+    for (int64_t j = 0; j < r.valid; ++j) {
+      const T c = r.C[j];
+      const T squared = Cost::kKind == CostKind::kEuclidean ? c * c : c;
+      if (squared > cancellation_limit<T>() * (r.hx + r.hy[j])) continue;
+      const T* y = r.zy + j * r.d;
+      T exact = 0;
+      for (int64_t k = 0; k < r.d; ++k) exact += (r.zx[k] - y[k]) * (r.zx[k] - y[k]);
+      r.C[j] = Cost::from_difference(exact);
+    }
+  }
+}
+
+}  // namespace otloss::cpu

@@ -1,0 +1,175 @@
+// Solves and envelope gradients, on stored cost matrices or on points.
+//
+// Problems run in parallel first, each on one thread from start to end. When there are fewer
+// problems than threads, each large problem splits its rows instead, with private column sums.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "engine.h"
+#include "kernels.h"
+#include "math.h"
+#include "parallel.h"
+#include "solver.h"
+#include "sweep.h"
+
+namespace otloss::cpu {
+namespace {
+
+template <typename T, typename Source>
+void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& options, bool split,
+                   const Source& source) {
+  const int64_t n = group.n, m = group.m;
+  T *f = group.f + p * n, *g = group.g + p * m;
+  Engine<T, Source> engine(n, m, group.a + p * n, group.b + p * m, source, split);
+  const double max_cost = engine.max_cost();
+  double* status = group.status + p * kStatusFields;
+  status[kStatusMaxCost] = max_cost;
+
+  Outcome outcome;
+  if (!std::isfinite(max_cost)) {
+    std::fill(f, f + n, std::numeric_limits<T>::quiet_NaN());
+    std::fill(g, g + m, std::numeric_limits<T>::quiet_NaN());
+    group.value[p] = std::numeric_limits<T>::quiet_NaN();
+  } else {
+    const T to_base2 = static_cast<T>(kLog2E / options.eps);
+    std::vector<T> F(n);
+    if (options.warm_start)
+      for (int64_t i = 0; i < n; ++i) F[i] = to_base2 * f[i];
+    else
+      std::fill(g, g + m, T(0));
+    const bool one_potential = group.symmetric && options.n_iters < 0;
+    if (options.n_iters >= 0) {
+      T* trace = group.trace ? group.trace + p * options.n_iters * (n + m) : nullptr;
+      outcome = solve_fixed(engine, options, F.data(), g, trace);
+    } else if (one_potential) {
+      outcome = solve_symmetric(engine, options, F.data());
+    } else {
+      outcome = solve_pair(engine, options, F.data(), g);
+    }
+    const T to_cost = static_cast<T>(options.eps / kLog2E);
+    for (int64_t i = 0; i < n; ++i) f[i] = to_cost * F[i];
+    if (one_potential) std::copy(f, f + n, g);
+    group.value[p] = static_cast<T>(options.objective == Objective::kTransport
+                                        ? engine.transport(options.eps, F.data(), g)
+                                        : dot(n, engine.a, f) + dot(m, engine.b, g));
+  }
+  status[kStatusIterations] = static_cast<double>(outcome.iterations);
+  status[kStatusError] = outcome.error;
+  status[kStatusConverged] = outcome.converged ? 1.0 : 0.0;
+}
+
+// Calls function(group, problem, split) for all problems of all groups.
+template <typename Group, typename F>
+void for_each_problem(const std::vector<Group>& groups, F&& function) {
+  struct Item {
+    const Group* group;
+    int64_t problem;
+  };
+  std::vector<Item> items;
+  for (const Group& group : groups)
+    for (int64_t p = 0; p < group.batch; ++p) items.push_back({&group, p});
+  const int64_t count = static_cast<int64_t>(items.size());
+  if (count >= thread_count()) {
+    parallel_tasks(count, [&](int64_t i) { function(*items[i].group, items[i].problem, false); });
+  } else {
+    for (const Item& item : items) function(*item.group, item.problem, true);
+  }
+}
+
+// dOT/da = f up to a constant; the one with <a, f> = <b, g>. The transport objective's plan is held
+// constant, so its weights receive nothing.
+template <typename T>
+void weight_gradients(const EnvelopeGroup<T>& group, int64_t p, Objective objective) {
+  const int64_t n = group.n, m = group.m;
+  const T *a = group.a + p * n, *b = group.b + p * m;
+  const T *f = group.f + p * n, *g = group.g + p * m;
+  const T scale = objective == Objective::kRegularized ? group.coefficient * group.grad[p] : T(0);
+  const T shift = static_cast<T>((dot(m, b, g) - dot(n, a, f)) / (2 * total(n, a)));
+  if (group.grad_a)
+    for (int64_t i = 0; i < n; ++i)
+      group.grad_a[p * n + i] = a[i] > T(0) ? scale * (f[i] + shift) : T(0);
+  if (group.grad_b)
+    for (int64_t j = 0; j < m; ++j)
+      group.grad_b[p * m + j] = b[j] > T(0) ? scale * (g[j] - shift) : T(0);
+}
+
+// grad_C = coefficient * grad * P.
+template <typename T>
+void matrix_gradient(const EnvelopeGroup<T>& group, int64_t p, double eps, bool split) {
+  const int64_t n = group.n, m = group.m;
+  const T k = static_cast<T>(kLog2E / eps);
+  std::vector<T> F(n), G(m);
+  for (int64_t i = 0; i < n; ++i) F[i] = k * group.f[p * n + i];
+  absorb_weights(m, k, group.g + p * m, group.b + p * m, G.data());
+  const auto rows = [&](int64_t begin, int64_t end) {
+    const int64_t row = p * n + begin;
+    plan_rows(PlanRows<T>{end - begin, m, k, group.coefficient * group.grad[p], group.C + row * m,
+                          group.a + row, F.data() + begin, G.data(), group.grad_C + row * m});
+  };
+  if (split)
+    parallel_for(0, n, std::max<int64_t>(1, kSplitGrain / m), rows);
+  else
+    rows(0, n);
+}
+
+// The sums that the gradient of the row points needs: V 1 and V y, V = gradient weight of P.
+template <typename T>
+void point_sums(const PointGradientGroup<T>& group, int64_t p, double eps, bool split) {
+  const int64_t n = group.n, m = group.m, d = group.points.d;
+  const MadeRows<T> source(n, m, group.points, p, group.symmetric);
+  Engine<T, MadeRows<T>> engine(n, m, group.a + p * n, group.b + p * m, source, split);
+  const T k = static_cast<T>(kLog2E / eps);
+  std::vector<T> F(n);
+  for (int64_t i = 0; i < n; ++i) F[i] = k * group.f[p * n + i];
+  const T scale = group.coefficient * group.grad[p];
+  const int64_t width = source.to().padded_d;
+  engine.for_each_plan_block(
+      eps, scale, F.data(), group.g + p * m, [&](T* P, const T* C, int64_t i, int64_t count) {
+        weight_rows(source.kind(), count * m, C, P);
+        std::vector<T> product(count * width);
+        apply_rows(ApplyRows<T>{count, P, m, &source.to(), group.sum + p * n + i, product.data()});
+        for (int64_t r = 0; r < count; ++r)
+          std::copy_n(&product[r * width], d, group.product + (p * n + i + r) * d);
+      });
+}
+
+}  // namespace
+
+template <typename T>
+void solve(const std::vector<SolveGroup<T>>& groups, const SolveOptions& options) {
+  for_each_problem(groups, [&](const SolveGroup<T>& group, int64_t p, bool split) {
+    const int64_t n = group.n, m = group.m;
+    if (group.C)
+      solve_problem(group, p, options, split, StoredRows<T>(n, m, group.C + p * n * m));
+    else
+      solve_problem(group, p, options, split, MadeRows<T>(n, m, group.points, p, group.symmetric));
+  });
+}
+
+template <typename T>
+void envelope_backward(const std::vector<EnvelopeGroup<T>>& groups, double eps,
+                       Objective objective) {
+  for_each_problem(groups, [&](const EnvelopeGroup<T>& group, int64_t p, bool split) {
+    if (group.grad_C) matrix_gradient(group, p, eps, split);
+    weight_gradients(group, p, objective);
+  });
+}
+
+template <typename T>
+void point_gradient_sums(const std::vector<PointGradientGroup<T>>& groups, double eps) {
+  for_each_problem(groups, [&](const PointGradientGroup<T>& group, int64_t p, bool split) {
+    point_sums(group, p, eps, split);
+  });
+}
+
+#define OTLOSS_INSTANTIATE(T)                                                               \
+  template void solve(const std::vector<SolveGroup<T>>&, const SolveOptions&);              \
+  template void envelope_backward(const std::vector<EnvelopeGroup<T>>&, double, Objective); \
+  template void point_gradient_sums(const std::vector<PointGradientGroup<T>>&, double);
+OTLOSS_INSTANTIATE(float)
+OTLOSS_INSTANTIATE(double)
+#undef OTLOSS_INSTANTIATE
+
+}  // namespace otloss::cpu

@@ -1,0 +1,31 @@
+"""How a problem is solved when the caller leaves it open: with stored cost matrices or without."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from torch import Tensor
+
+__all__ = ["choose_method", "dense_budget"]
+
+# Cost matrices that together take more bytes than this are not stored. Set it through the
+# environment variable or by assignment, `otloss.schedule.dense_budget = 1 << 30`.
+dense_budget = int(os.environ.get("OTLOSS_DENSE_BUDGET", 1 << 30))
+
+# Above this dimension making a cost again takes longer than reading it: what fits is kept.
+STREAMED_DIMS = 8
+
+# Below this many bytes a stored matrix stays in the cache and is faster whatever the dimension.
+CACHED_BYTES = 1 << 25
+
+
+def choose_method(points: Sequence[Tensor], sizes: Sequence[tuple[int, int]], itemsize: int) -> str:
+    """``"dense"`` or ``"streamed"`` for pairs of ``sizes`` (n, m) over ``points`` (B, n, d)."""
+    batch = points[0].shape[0] if points[0].dim() == 3 else 1
+    largest = max(n * m for n, m in sizes) * itemsize
+    together = sum(n * m for n, m in sizes) * itemsize * batch
+    if together > dense_budget:
+        return "streamed"
+    low_dimensional = points[0].shape[-1] <= STREAMED_DIMS
+    return "streamed" if low_dimensional and largest > CACHED_BYTES else "dense"
