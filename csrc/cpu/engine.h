@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "kernels.h"
@@ -254,15 +255,14 @@ class Engine {
   // subtracted where a block holds a sum that cannot be trusted.
   void update_columns(double eps, const T* g, const T* F, const double* c, T* gt, T* q) {
     const T to_cost = static_cast<T>(eps / kLog2E);
-    // Below this a column sum may consist of clamped exponentials alone.
-    constexpr double kLeast = 1e-30;
+    const double least = least_column_sum();
     for (int64_t begin = 0; begin < m; begin += kColumnBlock) {
       const int64_t end = std::min(m, begin + kColumnBlock);
       bool good = true;
       for (int64_t j = begin; j < end; ++j) {
         const bool counts = b[j] > T(0);
         q[j] = counts ? static_cast<T>(c[j] / static_cast<double>(b[j])) : T(1);
-        good &= trusted(q[j]) && (!counts || c[j] > kLeast);
+        good &= trusted(q[j]) && (!counts || c[j] > least);
         gt[j] = 0;
       }
       if (good) {
@@ -272,6 +272,16 @@ class Engine {
         guarded_columns(eps, begin, end, g, F, gt, q);
       }
     }
+  }
+
+  // Column sums that are smaller may owe a digit to exponentials clamped at 2^-kExp2Limit: row i
+  // adds a_i / s_i of them.
+  double least_column_sum() const {
+    double clamped = 0;
+    for (int64_t i = 0; i < n; ++i)
+      if (a[i] > T(0)) clamped += static_cast<double>(a[i] / (trusted(s_[i]) ? s_[i] : T(1)));
+    return clamped * std::exp2(-kExp2Limit) /
+           static_cast<double>(std::numeric_limits<T>::epsilon());
   }
 
   void guarded_columns(double eps, int64_t begin, int64_t end, const T* g, const T* F, T* gt,

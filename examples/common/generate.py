@@ -59,7 +59,7 @@ def train(
     training = run.Run(args, parts)
     evaluator = functools.cache(lambda: _evaluator(args, images))
     per_epoch = len(images.limited(args.limit_train).train) // args.batch
-    every = max(1, args.steps // PICTURES)
+    shown_at = {per_epoch, *(round(args.steps * i / PICTURES) for i in range(1, PICTURES + 1))}
 
     def averaged_step(i: int) -> run.Losses:
         losses = step(i)
@@ -68,7 +68,7 @@ def train(
         return losses
 
     def after(done: int) -> None:
-        if done in (per_epoch, args.steps) or done % every == 0:
+        if done in shown_at:
             path = training.out / f"samples_{done:06d}.png"
             save_grid(shown.generate(shown.draw(GRID**2)), path, GRID)
         if args.eval_every and done % args.eval_every == 0 and done < args.steps:
