@@ -29,8 +29,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input install
 LOGS := $(VENV)/logs
 STAMPS := $(VENV)/stamps
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
-CUDA := $(wildcard csrc/cuda/*.cuh csrc/cuda/*.h csrc/cuda/*.cu)
+SOURCES := $(foreach suffix,h cpp cuh cu,$(wildcard csrc/*.$(suffix) csrc/*/*.$(suffix)))
 
 # $(call step,name,what is said,command): one line of output, the log only if the command fails.
 define step
@@ -75,7 +74,7 @@ $(STAMPS)/extra-%: $(STAMPS)/package
 
 # Named after the environment, because `make clean` must remove it with what it stands for.
 NATIVE := build/native-$(subst /,_,$(VENV)).stamp
-$(NATIVE): setup.py $(CPP) $(CUDA) $(STAMPS)/package
+$(NATIVE): setup.py $(SOURCES) $(STAMPS)/package
 	$(call step,native,compile the kernels,$(PY) setup.py build_ext --inplace)
 	@mkdir -p $(@D) && touch $@
 
@@ -105,11 +104,11 @@ lint-types: $(STAMPS)/extra-lint
 
 lint-cpp: $(STAMPS)/extra-lint
 	@echo "clang-format"
-	@$(VENV)/bin/clang-format --dry-run --Werror $(CPP) $(CUDA)
+	@$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES)
 
 format: $(STAMPS)/extra-lint  ## rewrite the sources in the project's format
 	@$(PY) -m ruff check --fix --quiet . ; $(PY) -m ruff format --quiet .
-	@$(VENV)/bin/clang-format -i $(CPP) $(CUDA)
+	@$(VENV)/bin/clang-format -i $(SOURCES)
 
 .PHONY: docs
 docs: $(NATIVE) $(STAMPS)/extra-docs  ## build docs/_build/index.html; a warning is an error
