@@ -8,6 +8,7 @@
 #include <limits>
 #include <vector>
 
+#include "gaussian.h"
 #include "kernels.h"
 #include "math.h"
 #include "parallel.h"
@@ -82,6 +83,14 @@ class MadeRows {
       return 2 + 0 * (largest(n_, h_, a) + largest(to_.m, to_.norm, b));
     const double reach = std::sqrt(largest(n_, h_, a)) + std::sqrt(largest(to_.m, to_.norm, b));
     return kind_ == CostKind::kEuclidean ? reach : reach * reach;
+  }
+
+  // Where the solver begins.
+  void start(double eps, const T* a, const T* b, T* g) const {
+    if (kind_ == CostKind::kSqEuclidean && to_.d <= kGaussianDims)
+      gaussian_start(GaussianStart<T>{n_, to_.m, to_.d, z_, to_.z, a, b, eps, g});
+    else
+      std::fill(g, g + to_.m, T(0));
   }
 
  private:

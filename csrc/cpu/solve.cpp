@@ -37,8 +37,10 @@ void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& op
     std::vector<T> F(n);
     if (options.warm_start)
       for (int64_t i = 0; i < n; ++i) F[i] = to_base2 * f[i];
-    else
+    else if (options.n_iters >= 0)
       std::fill(g, g + m, T(0));
+    else
+      source.start(options.eps, engine.a, engine.b, g);
     const bool one_potential = group.symmetric && options.n_iters < 0;
     if (options.n_iters >= 0) {
       T* trace = group.trace ? group.trace + p * options.n_iters * (n + m) : nullptr;
