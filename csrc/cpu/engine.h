@@ -42,6 +42,11 @@ class StoredRows {
 
   double max_cost(const T* a, const T* b) const { return max_abs(MaxAbs<T>{n_, m_, C_, a, b}); }
 
+  // Where the solver begins: nothing is known here but the costs.
+  void start(double /*eps*/, const T* /*a*/, const T* /*b*/, T* g) const {
+    std::fill(g, g + m_, T(0));
+  }
+
  private:
   int64_t n_, m_;
   const T* C_;  // (n, m)
