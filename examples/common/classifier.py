@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F  # noqa: N812
@@ -13,20 +14,17 @@ from common import run
 from common.data import Batches, ImageData, to_float
 from common.models import Classifier
 
+# Enough for the 1297 digits to be learnt as surely as FashionMNIST is: 99.2%.
+DIGITS = {"epochs": 60.0, "lr": 3e-3}
+CNN: dict[str, Any] = {
+    "epochs": 5.0,
+    "batch": 128,
+    "schedule": "cosine",
+    "by_data": {"digits": DIGITS, "cifar10": {"epochs": 15.0}},
+}
 PRESETS = {
-    "cnn": {
-        "epochs": 5.0,
-        "batch": 128,
-        "schedule": "cosine",
-        "by_data": {"digits": {"epochs": 40.0}, "cifar10": {"epochs": 15.0}},
-    },
-    "quick": {
-        "epochs": 2.0,
-        "batch": 128,
-        "lr": 2e-3,
-        "schedule": "cosine",
-        "by_data": {"digits": {"epochs": 40.0}},
-    },
+    "cnn": CNN,
+    "quick": {**CNN, "epochs": 2.0, "lr": 2e-3, "by_data": {"digits": DIGITS}},
 }
 
 
