@@ -23,7 +23,7 @@ struct SqEuclidean {
   template <typename T>
   static OTLOSS_HOST_DEVICE T from_product(T hx, T hy, T xy) {
     const T c = hx + hy - T(2) * xy;
-    return c > T(0) ? c : T(0);
+    return c < T(0) ? T(0) : c;  // NaN stays
   }
   // d2: squared length of the difference.
   template <typename T>
@@ -62,7 +62,7 @@ struct Cosine {
   template <typename T>
   static OTLOSS_HOST_DEVICE T from_product(T /*hx*/, T /*hy*/, T xy) {
     const T c = T(1) - xy;
-    return c > T(0) ? c : T(0);
+    return c < T(0) ? T(0) : c;  // NaN stays
   }
   template <typename T>
   static OTLOSS_HOST_DEVICE T gradient_weight(T w, T /*c*/) {

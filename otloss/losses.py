@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from otloss import _check, reference
 from otloss.costs import Cost
-from otloss.solve import build_costs, check_clouds, run, streams
+from otloss.solve import Problem, Solved, build_costs, check_clouds, run, streams
 
 __all__ = [
     "cost_matrix",
@@ -22,24 +23,50 @@ __all__ = [
 Unbalanced = float | tuple[float | None, float | None] | None
 
 # Pairs of clouds and how much of each goes into the loss.
-_LOSS = ([0, 1], [1.0])
-_DEBIASED = ([0, 1, 0, 0, 1, 1], [1.0, -0.5, -0.5])
-_MINIBATCH = ([0, 2, 0, 3, 1, 2, 1, 3, 0, 1, 2, 3], [1.0, 1.0, 1.0, 1.0, -2.0, -2.0])
+LOSS = ([0, 1], [1.0])
+DEBIASED = ([0, 1, 0, 0, 1, 1], [1.0, -0.5, -0.5])
+MINIBATCH = ([0, 2, 0, 3, 1, 2, 1, 3, 0, 1, 2, 3], [1.0, 1.0, 1.0, 1.0, -2.0, -2.0])
+# Where minibatch_energy_distance differs from the other losses.
+MINIBATCH_DEFAULTS = {"cost": "cosine", "objective": "transport", "backward": "envelope"}
 
 
-def _loss(
+@dataclass
+class Memory:
+    """Potentials of the last call, to start the next one from."""
+
+    potentials: list[Tensor] = field(default_factory=list)
+
+    def start(self, problem: Problem, pairs: list[int]) -> list[Tensor]:
+        """f and g of each pair in turn; nothing where the shapes have changed."""
+        sides = [problem.weights[c] for c in pairs]
+        kept = len(self.potentials) == len(sides) and all(
+            v.shape == w.shape and v.dtype == w.dtype and v.device == w.device
+            for v, w in zip(self.potentials, sides, strict=True)
+        )
+        return self.potentials if kept else []
+
+    def keep(self, solved: Solved) -> None:
+        self.potentials = [v for f, g in zip(solved.f, solved.g, strict=True) for v in (f, g)]
+
+
+def combine(
     clouds: dict[str, Tensor],
     weights: dict[str, Tensor | None],
     combination: tuple[list[int], list[float]],
     options: _check.Options,
+    memory: Memory | None = None,
 ) -> Tensor:
+    """The sum of coefficient * OT over pairs of the clouds: what every loss here is."""
     problem = check_clouds(clouds, weights, balanced=options.balanced)
     pairs, coefficients = combination
     costs = None
     if not streams(problem, pairs, options):
         costs = build_costs(problem, pairs, options.cost, options.method == "reference")
-    loss = run(problem, costs, pairs, coefficients, options).loss
-    return loss if problem.batched else loss[0]
+    init = [] if memory is None else memory.start(problem, pairs)
+    solved = run(problem, costs, pairs, coefficients, options, init)
+    if memory is not None:
+        memory.keep(solved)
+    return solved.loss if problem.batched else solved.loss[0]
 
 
 def sinkhorn_divergence(
@@ -112,7 +139,7 @@ def sinkhorn_divergence(
         backward=backward,
         method=method,
     )
-    return _loss({"x": x, "y": y}, {"a": a, "b": b}, _DEBIASED, options)
+    return combine({"x": x, "y": y}, {"a": a, "b": b}, DEBIASED, options)
 
 
 def sinkhorn_loss(
@@ -155,7 +182,7 @@ def sinkhorn_loss(
         backward=backward,
         method=method,
     )
-    return _loss({"x": x, "y": y}, {"a": a, "b": b}, _LOSS, options)
+    return combine({"x": x, "y": y}, {"a": a, "b": b}, LOSS, options)
 
 
 def minibatch_energy_distance(
@@ -212,7 +239,7 @@ def minibatch_energy_distance(
         backward=backward,
         method=method,
     )
-    return _loss({"x1": x1, "x2": x2, "y1": y1, "y2": y2}, {}, _MINIBATCH, options)
+    return combine({"x1": x1, "x2": x2, "y1": y1, "y2": y2}, {}, MINIBATCH, options)
 
 
 def energy_distance(
@@ -247,7 +274,7 @@ def energy_distance(
     """
     cost, plain = _check.cost(cost), _check.choice("method", method, _check.METHODS) == "reference"
     problem = check_clouds({"x": x, "y": y}, {"a": a, "b": b})
-    pairs, coefficients = _DEBIASED
+    pairs, coefficients = DEBIASED
     costs = build_costs(problem, pairs, cost, plain)
     weights, padded = problem.weights, problem.padded
     terms = [

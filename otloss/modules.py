@@ -12,40 +12,69 @@ __all__ = ["EnergyDistance", "MinibatchEnergyDistance", "SinkhornDivergence", "S
 
 
 class _Loss(nn.Module):
-    """Keeps the keyword arguments; a wrong one raises here, not at the first call."""
+    """Keyword arguments are checked here, once; a wrong one does not wait for the first call."""
 
-    def __init__(self, eps: float, **kwargs: Any) -> None:
+    combination: tuple[list[int], list[float]]
+
+    def __init__(self, eps: float, *, warm_start: bool = False, **kwargs: Any) -> None:
         super().__init__()
-        _check.options(eps, **kwargs)
-        self.eps, self.kwargs = eps, kwargs
+        if warm_start and kwargs.get("n_iters") is not None:
+            raise ValueError(
+                "warm_start must be False with n_iters, whose iterations start from zero "
+                f"potentials, got warm_start=True and n_iters={kwargs['n_iters']}"
+            )
+        self.options = _check.options(eps, **kwargs)
+        self.memory = losses.Memory() if warm_start else None
+        self._arguments = {"eps": eps, "warm_start": warm_start, **kwargs}
 
     def extra_repr(self) -> str:
-        return ", ".join([f"eps={self.eps}", *(f"{k}={v!r}" for k, v in self.kwargs.items())])
+        return ", ".join(f"{key}={value!r}" for key, value in self._arguments.items())
 
 
 class SinkhornDivergence(_Loss):
-    """:func:`otloss.sinkhorn_divergence` as a module: ``SinkhornDivergence(eps, ...)(x, y)``."""
+    """:func:`otloss.sinkhorn_divergence` as a module: ``SinkhornDivergence(eps, ...)(x, y)``.
+
+    Args:
+        eps: regularisation, in units of cost.
+        warm_start: start from the potentials of the previous call when the shapes agree. Helps when
+            the same clouds move slowly (a flow), not with fresh minibatches; changes the result
+            within ``tol`` only.
+        kwargs: the other keyword arguments of the function.
+    """
+
+    combination = losses.DEBIASED
 
     def forward(
         self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None
     ) -> Tensor:
-        return losses.sinkhorn_divergence(x, y, self.eps, a=a, b=b, **self.kwargs)
+        return losses.combine(
+            {"x": x, "y": y}, {"a": a, "b": b}, self.combination, self.options, self.memory
+        )
 
 
-class SinkhornLoss(_Loss):
-    """:func:`otloss.sinkhorn_loss` as a module: ``SinkhornLoss(eps, ...)(x, y)``."""
+class SinkhornLoss(SinkhornDivergence):
+    """:func:`otloss.sinkhorn_loss` as a module: ``SinkhornLoss(eps, ...)(x, y)``.
 
-    def forward(
-        self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None
-    ) -> Tensor:
-        return losses.sinkhorn_loss(x, y, self.eps, a=a, b=b, **self.kwargs)
+    Arguments as :class:`SinkhornDivergence`.
+    """
+
+    combination = losses.LOSS
 
 
 class MinibatchEnergyDistance(_Loss):
-    """:func:`otloss.minibatch_energy_distance` as a module, called with x1, x2, y1, y2."""
+    """:func:`otloss.minibatch_energy_distance` as a module, called with x1, x2, y1, y2.
+
+    Arguments as :class:`SinkhornDivergence`, with the function's defaults.
+    """
+
+    combination = losses.MINIBATCH
+
+    def __init__(self, eps: float, **kwargs: Any) -> None:
+        super().__init__(eps, **{**losses.MINIBATCH_DEFAULTS, **kwargs})
 
     def forward(self, x1: Tensor, x2: Tensor, y1: Tensor, y2: Tensor) -> Tensor:
-        return losses.minibatch_energy_distance(x1, x2, y1, y2, self.eps, **self.kwargs)
+        clouds = {"x1": x1, "x2": x2, "y1": y1, "y2": y2}
+        return losses.combine(clouds, {}, self.combination, self.options, self.memory)
 
 
 class EnergyDistance(nn.Module):

@@ -58,7 +58,7 @@ def cost_between(x: Tensor, y: Tensor, kind: int) -> Tensor:
     squared = (x.unsqueeze(2) - y.unsqueeze(1)).square().sum(-1)
     if kind == 0:
         return squared
-    positive = squared > 0
+    positive = squared != 0  # NaN stays
     return torch.where(positive, torch.where(positive, squared, 1.0).sqrt(), 0.0)
 
 
@@ -79,7 +79,7 @@ def _without_padding(points: list[Tensor], weights: list[Tensor]) -> list[Tensor
 
 def _unit(x: Tensor) -> Tensor:
     squared = x.square().sum(-1, keepdim=True)
-    positive = squared > 0
+    positive = squared != 0  # NaN stays
     return torch.where(positive, x / torch.where(positive, squared, 1.0).sqrt(), 0.0)
 
 
@@ -240,7 +240,7 @@ def _annealed(
             return f, g, error, iterations
         if step_eps > eps and bool((error <= max(tol, 0.1)).all()):
             step_eps = max(eps, step_eps / 2)
-        if iterations >= max_iters:
+        if iterations + 1 >= max_iters:
             step_eps = eps
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -191,6 +192,7 @@ def _report(problem: Problem, costs: Sequence[Tensor], options: Options, status:
             _check.finite(name, x)
         for C in costs:
             _check.finite("C" if not problem.points else "the cost matrix", C)
+        raise ValueError(f"costs overflow {problem.weights[0].dtype}: scale the data down")
     _check.resolution(options.eps, max_cost, problem.weights[0].dtype)
     if options.n_iters < 0 and not worst[ops.CONVERGED]:
         warnings.warn(
@@ -198,8 +200,16 @@ def _report(problem: Problem, costs: Sequence[Tensor], options: Options, status:
             f"of {worst[ops.ERROR]:.2e}, above tol={options.tol:g}. Raise max_iters "
             f"({options.max_iters}), eps ({options.eps:g}; costs are up to {max_cost:.3g}) or tol.",
             ConvergenceWarning,
-            stacklevel=4,
+            stacklevel=_depth_of_caller(),
         )
+
+
+def _depth_of_caller() -> int:
+    """The ``stacklevel`` that points a warning at the first frame outside otloss and torch."""
+    depth, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("otloss", "torch"):
+        depth, frame = depth + 1, frame.f_back
+    return depth
 
 
 # ------------------------------------------------------------------------------------- results

@@ -302,15 +302,17 @@ Outcome solve_pair(Engine& engine, const SolveOptions& options, T* F, T* g) {
   const std::vector<double> schedule = stages(engine, options.eps, point.error);
   double at = options.eps;
   for (const double eps : schedule) {
-    if (eps != options.eps && outcome.iterations + 1 >= options.max_iters) continue;
+    const bool last = eps == options.eps;
+    const int64_t max_iters = last ? options.max_iters : options.max_iters - 1;
+    if (!last && outcome.iterations + 1 >= max_iters) continue;
     if (eps != at) {
       for (int64_t i = 0; i < n; ++i) F[i] *= static_cast<T>(at / eps);
       start(eps);
       at = eps;
     }
-    const double tol = eps == options.eps ? options.tol : std::max(kStageTol, options.tol);
-    ascend(engine, eps, tol, options.max_iters, mass, F, point, outcome.iterations);
-    point.g = eps == options.eps ? point.g : point.gt;
+    const double tol = last ? options.tol : std::max(kStageTol, options.tol);
+    ascend(engine, eps, tol, max_iters, mass, F, point, outcome.iterations);
+    point.g = last ? point.g : point.gt;
   }
   // F is the row update of point.g; gt, the column update of F, is one half step further.
   std::copy(point.gt.begin(), point.gt.end(), g);
