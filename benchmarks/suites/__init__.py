@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.timing import Timer
 
-NAMES = ("iteration", "overhead", "divergence", "memory")
+NAMES = ("iteration", "overhead", "divergence", "passes", "memory")
 
 
 @dataclass(frozen=True)
