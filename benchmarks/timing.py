@@ -47,7 +47,9 @@ class Timer:
 
 def _calls_per_sample(call: Call, shortest: float, timer: Timer) -> int:
     """How many calls make a sample that lasts: a clock read costs, and so does a cold cache."""
-    once = min(timer.seconds(call) for _ in range(2))
+    once = timer.seconds(call)
+    if once < 1:
+        once = min(once, timer.seconds(call))
     return max(1, min(1000, round(shortest / max(once, 1e-9))))
 
 
@@ -62,7 +64,7 @@ def interleaved(
     """Seconds per call, ``repetitions`` samples of each, in rounds of shuffled order.
 
     Every round times every call once, so that a busy spell of the machine hits all of them; the
-    two or more warm-up calls that set the sample length are not counted. A call that has used up
+    warm-up calls that set the sample length are not counted. A call that has used up
     ``budget`` seconds leaves the later rounds, but not before the third.
     """
     counts = {key: _calls_per_sample(call, shortest, timer) for key, call in calls.items()}

@@ -19,6 +19,7 @@ TITLE = "Time to accuracy: value and gradient of the Sinkhorn divergence"
 TARGETS = (1e-2, 1e-3)
 DEFAULT = "default"
 REPEAT_BELOW = 0.5
+BUDGET_SECONDS = 5.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--longest-call",
         type=float,
-        default=10.0,
+        default=3.0,
         help="seconds after which a peer climbs no further up its ladder",
     )
 
@@ -85,12 +86,19 @@ def _chosen(rungs: list[dict[str, Any]], target: float) -> dict[str, Any] | None
     return next(meeting, None)
 
 
+def _miss(rungs: list[dict[str, Any]], context: Context) -> str:
+    """Why a peer has no setting for a target."""
+    longest = context.options.longest_call
+    too_long = rungs and rungs[-1]["rough_seconds"] > longest
+    return f"more than {longest:g} s" if too_long else "not reached"
+
+
 def _case(context: Context, problem: workloads.Problem) -> dict[str, Any]:
     solution = reference.divergence(
         problem.x, problem.y, problem.a, problem.b, problem.cost, problem.eps
     )
     moved = problem.to(context.device)
-    rungs, calls, chosen = [], {}, {}
+    rungs, calls, targets = [], {}, []
     for peer, module in context.supporting("divergence").items():
         ladder = module.divergence(moved)
         climbed = _climb(peer, ladder, solution, context)
@@ -98,15 +106,20 @@ def _case(context: Context, problem: workloads.Problem) -> dict[str, Any]:
         by_label = {variant.label: variant.call for variant in ladder}
         for target in TARGETS:
             rung = _chosen(climbed, target)
-            chosen[peer, target] = rung["setting"] if rung else None
+            setting = rung["setting"] if rung else None
+            miss = None if rung else _miss(climbed, context)
+            targets.append({"peer": peer, "target": target, "setting": setting, "miss": miss})
             if rung:
-                calls[peer, rung["setting"]] = by_label[rung["setting"]]
+                calls[peer, setting] = by_label[setting]
         if DEFAULT in by_label:
             calls[peer, DEFAULT] = by_label[DEFAULT]
-    samples = timing.interleaved(calls, context.options.repetitions, context.timer)
-    for rung in rungs:
-        measured = samples.get((rung["peer"], rung["setting"]))
-        rung["seconds"] = None if measured is None else timing.statistics(measured)
+    samples = timing.interleaved(
+        calls, context.options.repetitions, context.timer, budget=BUDGET_SECONDS
+    )
+    for entry in (*rungs, *targets):
+        measured = samples.get((entry["peer"], entry["setting"]))
+        entry["seconds"] = None if measured is None else timing.statistics(measured)
+    _add_ratios(targets)
     return {
         "workload": problem.name,
         "title": workloads.WORKLOADS[problem.name].title,
@@ -116,29 +129,16 @@ def _case(context: Context, problem: workloads.Problem) -> dict[str, Any]:
         "hardness": workloads.hardness(problem),
         "reference_marginal_error": solution.marginal_error,
         "rungs": rungs,
-        "targets": _targets(chosen, samples),
+        "targets": targets,
     }
 
 
-def _targets(chosen: dict[Any, str | None], samples: dict[Any, Any]) -> list[dict[str, Any]]:
-    """For each peer and target: the setting, its time, and the ratio to otloss's."""
-    results = []
-    for (peer, target), setting in chosen.items():
-        own = chosen.get(("otloss", target))
-        seconds = timing.statistics(samples[peer, setting]) if setting else None
-        ratio = None
-        if setting and own:
-            ratio = seconds["median"] / timing.statistics(samples["otloss", own])["median"]
-        results.append(
-            {
-                "peer": peer,
-                "target": target,
-                "setting": setting,
-                "seconds": seconds,
-                "ratio_to_otloss": ratio,
-            }
-        )
-    return results
+def _add_ratios(targets: list[dict[str, Any]]) -> None:
+    """How many times longer each peer takes than otloss to the same target."""
+    own = {t["target"]: t["seconds"] for t in targets if t["peer"] == "otloss"}
+    for entry in targets:
+        ours, theirs = own.get(entry["target"]), entry["seconds"]
+        entry["ratio_to_otloss"] = theirs["median"] / ours["median"] if ours and theirs else None
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def _cells(case: dict[str, Any], target: dict[str, Any]) -> list[str]:
         f"{case['workload']}, n={case['n']}, eps={case['eps']:g} (h={case['hardness']:.2g})",
         f"{target['target']:g}",
         target["peer"],
-        target["setting"] or "not reached",
+        target["setting"] or target["miss"],
         milliseconds(seconds["median"]) if seconds else "",
         f"{ratio:.1f}x" if ratio else "",
     ]
