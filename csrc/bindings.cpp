@@ -254,8 +254,8 @@ template <typename T, typename Place>
 SolveResult solve_groups(const Tensors& weights, const Ints& pairs, const Doubles& coefficients,
                          const Tensors& init, const SolveOptions& options, bool trace,
                          Place&& place) {
-  const ScalarType dtype = weights.at(0).scalar_type();
-  const int64_t P = coefficients.size(), B = weights[0].size(0);
+  constexpr ScalarType dtype = sizeof(T) == sizeof(float) ? ScalarType::Float : ScalarType::Double;
+  const int64_t P = coefficients.size(), B = weights.at(0).size(0);
   const Tensor values = empty(weights[0], {P, B});
   const Tensor status = torch::stable::new_empty(
       weights[0], torch::headeronly::IntHeaderOnlyArrayRef({P, B, int64_t{kStatusFields}}),

@@ -238,12 +238,13 @@ def weights(name: str, value: Any, shape: tuple[int, ...], like_name: str, like:
         raise ValueError(f"{name} must have a positive total, but its weights are all 0")
 
 
-def same_mass(a: Tensor, b: Tensor) -> None:
-    """Balanced transport needs equal totals, to the rounding of weights normalised in float32."""
+def same_mass(a: Tensor, b: Tensor, given: torch.dtype) -> None:
+    """Balanced transport needs equal totals, to the rounding of weights of the dtype ``given``."""
     if not readable(a):
         return
     x, y = a.detach().sum(-1).double(), b.detach().sum(-1).double()
-    if not bool(((x - y).abs() <= 1e-4 * x).all()):
+    tolerance = max(1e-4, 2 * torch.finfo(given).eps)
+    if not bool(((x - y).abs() <= tolerance * x).all()):
         raise ValueError(
             "a and b must have the same total mass for balanced transport, got "
             f"{_numbers(x)} and {_numbers(y)}; normalise them or give unbalanced="

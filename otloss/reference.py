@@ -151,6 +151,7 @@ def solve(
     statuses, all_f, all_g, traces = [], [], [], []
     for p, (i, j) in enumerate(as_pairs(pairs)):
         C, a, b = costs[p], weights[i], weights[j]
+        b = b * (a.sum(-1, True) / b.sum(-1, True))  # totals may differ by rounding
         f, g = (
             (init[2 * p], init[2 * p + 1]) if init else (torch.zeros_like(a), torch.zeros_like(b))
         )

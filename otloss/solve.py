@@ -64,7 +64,7 @@ def check_clouds(
     ready = tuple(_as_weights(w, x, x.shape[-2]) for w, x in zip(values, points, strict=True))
     padded = any(w is not None for w in values)
     if padded and balanced:
-        _check.same_mass(ready[0], ready[1])
+        _check.same_mass(ready[0], ready[1], points[0].dtype)
     return Problem(names, points, ready, padded, points[0].dim() == 3)
 
 
@@ -415,7 +415,7 @@ def solve(
     weights = (_as_weights(a, C, n), _as_weights(b, C, m))
     padded = a is not None or b is not None
     if padded and options.balanced:
-        _check.same_mass(*weights)
+        _check.same_mass(*weights, C.dtype)
     problem = Problem((), (), weights, padded, C.dim() == 3)
     costs = (C.to(compute_dtype(C)).reshape(-1, n, m),)
     return _solve_one(problem, costs, options, init)
