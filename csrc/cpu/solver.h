@@ -271,11 +271,17 @@ void ascend(Engine& engine, double eps, double tol, int64_t max_iters, double ma
   }
 }
 
-// Stages of decreasing eps where a cold start would be slow: the decision needs one pass.
-template <typename Engine>
-std::vector<double> stages(const Engine& engine, double eps, double first_error) {
-  constexpr double kEasyError = 0.6, kEasyEps = 0.077, kFirst = 0.1, kRatio = 0.25;
-  if (first_error <= kEasyError) return {eps};
+// Stages of decreasing eps where a cold start would be slow: the decision needs one pass. The error
+// alone does not see a few outliers, whose mass is small but whose potentials are far off.
+template <typename T, typename Engine>
+std::vector<double> stages(const Engine& engine, double eps, const SemidualPoint<T>& first_point) {
+  constexpr double kEasyError = 0.6, kEasyResidual = 10, kEasyEps = 0.077;
+  constexpr double kFirst = 0.1, kRatio = 0.25;
+  double residual = 0;
+  for (int64_t j = 0; j < engine.m; ++j)
+    residual =
+        std::max(residual, static_cast<double>(std::abs(first_point.gt[j] - first_point.g[j])));
+  if (first_point.error <= kEasyError && residual <= kEasyResidual * eps) return {eps};
   const double sigma = engine.sigma(), first = kFirst * sigma;
   if (!(eps < kEasyEps * sigma)) return {eps};
   const int count =
@@ -288,7 +294,7 @@ std::vector<double> stages(const Engine& engine, double eps, double first_error)
 
 template <typename T, typename Engine>
 Outcome solve_pair(Engine& engine, const SolveOptions& options, T* F, T* g) {
-  constexpr double kStageTol = 0.1;
+  constexpr double kStageTol = 0.01;
   const int64_t n = engine.n, m = engine.m;
   const double mass = total(m, engine.b);
   Outcome outcome;
@@ -299,7 +305,7 @@ Outcome solve_pair(Engine& engine, const SolveOptions& options, T* F, T* g) {
     ++outcome.iterations;
   };
   start(options.eps);
-  const std::vector<double> schedule = stages(engine, options.eps, point.error);
+  const std::vector<double> schedule = stages(engine, options.eps, point);
   double at = options.eps;
   for (const double eps : schedule) {
     const bool last = eps == options.eps;
