@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from otloss import _check, reference
+from otloss import _check
 from otloss.costs import Cost
 from otloss.solve import Problem, Solved, build_costs, check_clouds, run, streams
 
@@ -291,8 +291,8 @@ def energy_distance(
 def _mean_cost(C: Tensor, a: Tensor, b: Tensor, padded: bool) -> Tensor:
     if padded:  # so that 0 * inf, from padding, is 0
         C = torch.where((a.unsqueeze(-1) * b.unsqueeze(-2)).detach() > 0, C, 0.0)
-    with reference.full_precision(C):
-        return (a * (C @ b.unsqueeze(-1)).squeeze(-1)).sum(-1)
+    # No matrix product: autocast would round it, or its gradient.
+    return (a * (C * b.unsqueeze(-2)).sum(-1)).sum(-1)
 
 
 def cost_matrix(x: Tensor, y: Tensor, cost: Cost = "sqeuclidean") -> Tensor:

@@ -105,7 +105,7 @@ def cost_backward(
     kind: int,
     wanted: list[int],
 ) -> list[Tensor]:
-    with torch.enable_grad():
+    with torch.enable_grad(), full_precision(points[0]):
         leaves = [x.detach().requires_grad_() for x in _without_padding(points, weights)]
         total = points[0].new_zeros(())
         for (i, j), G in zip(as_pairs(pairs), grad_costs, strict=True):
