@@ -1,0 +1,154 @@
+"""Solves without cost matrices: the same results, in memory of the size of the clouds.
+
+Both engines run the same solver, so one schedule of iterations must give the same numbers up to
+rounding; converged results agree to the tolerance whatever the start.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import helpers
+import pytest
+import torch
+
+import otloss
+from otloss import schedule
+
+FIRST_ORDER = {"tol": 1e-9, "max_iters": 20_000}
+
+
+def _eps(c: helpers.Clouds, cost: str, fraction: float) -> float:
+    xs, ys = (x if w is None else x[w > 0] for x, w in ((c.x, c.a), (c.y, c.b)))
+    return fraction * otloss.cost_matrix(xs.detach(), ys.detach(), cost).mean().item()
+
+
+def _divergence(
+    c: helpers.Clouds, eps: float, cost: str, method: str, **kwargs: object
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    value = otloss.sinkhorn_divergence(
+        c.x, c.y, eps, a=c.a, b=c.b, cost=cost, method=method, **kwargs
+    )
+    return value, torch.autograd.grad(value.sum(), c.inputs())
+
+
+@pytest.mark.parametrize("weights", ["uniform", "random", "padded"])
+@pytest.mark.parametrize("d", [2, 9, 17, 40])
+@pytest.mark.parametrize("cost", helpers.COSTS)
+def test_values_and_gradients_are_those_of_the_stored_matrix(
+    rng: torch.Generator, cost: str, d: int, weights: str
+) -> None:
+    n, m = helpers.pick(rng, 1, 80), helpers.pick(rng, 33, 80)
+    c = helpers.clouds(rng, n, m, d, weights=weights).require_grad()
+    eps = _eps(c, cost, 0.1)
+    dense, dense_grads = _divergence(c, eps, cost, "dense", **FIRST_ORDER)
+    streamed, grads = _divergence(c, eps, cost, "streamed", **FIRST_ORDER)
+    helpers.close(streamed, dense, 1e-8, scale=float(dense.detach().abs()) + eps)
+    for got, expected in zip(grads, dense_grads, strict=True):
+        helpers.close(got, expected, 1e-6, scale=float(expected.norm()) + 1e-3 * eps)
+    if c.a is not None and weights == "padded":
+        assert (grads[0][c.a.detach() == 0] == 0).all()
+
+
+@pytest.mark.parametrize("cost", helpers.COSTS)
+@pytest.mark.parametrize("fraction", [1.0, 1e-3])
+def test_iterations_are_those_of_the_stored_matrix(
+    rng: torch.Generator, cost: str, fraction: float
+) -> None:
+    """From a cold start at small eps most sums underflow and are done again, columns included."""
+    c = helpers.clouds(rng, 70, 131, 3, weights="wide")
+    eps = _eps(c, cost, fraction)
+    kwargs = {"a": c.a, "b": c.b, "cost": cost, "n_iters": 4}
+    dense = otloss.solve_sample(c.x, c.y, eps, method="reference", **kwargs)
+    streamed = otloss.solve_sample(c.x, c.y, eps, method="streamed", **kwargs)
+    for got, expected in zip(streamed.potentials, dense.potentials, strict=True):
+        helpers.close(got, expected, 1e-10)
+
+
+def test_batches_and_float32(rng: torch.Generator) -> None:
+    c = helpers.clouds(rng, 40, 50, 5, batch=3, dtype=torch.float32).require_grad()
+    dense, dense_grads = _divergence(c, 1.0, "sqeuclidean", "dense", tol=1e-5)
+    streamed, grads = _divergence(c, 1.0, "sqeuclidean", "streamed", tol=1e-5)
+    assert streamed.shape == (3,)
+    helpers.close(streamed, dense, 1e-4)
+    for got, expected in zip(grads, dense_grads, strict=True):
+        helpers.close(got, expected, 1e-3)
+
+
+def test_threads_share_the_rows_of_one_problem(rng: torch.Generator, threads: None) -> None:
+    c = helpers.clouds(rng, 700, 800, 3)
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results.append(
+            otloss.solve_sample(c.x, c.y, 0.5, method="streamed", n_iters=3).potentials[0]
+        )
+    helpers.close(results[1], results[0], 1e-12)
+
+
+def test_a_result_can_still_be_asked_for_its_plan(rng: torch.Generator) -> None:
+    c = helpers.clouds(rng, 30, 40, 3)
+    dense = otloss.solve_sample(c.x, c.y, 0.5, method="dense", tol=1e-9)
+    streamed = otloss.solve_sample(c.x, c.y, 0.5, method="streamed", tol=1e-9)
+    helpers.close(streamed.plan, dense.plan, 1e-6)
+    helpers.close(streamed.barycentric_map(), dense.barycentric_map(), 1e-6)
+    assert streamed.marginal_error <= 1e-9
+
+
+def test_the_gaussian_start_saves_passes(rng: torch.Generator) -> None:
+    """Far apart and of different spread: most of the potential is the Gaussians'."""
+    x = helpers.randn(rng, 400, 4)
+    y = 3 * helpers.randn(rng, 400, 4) @ torch.diag(torch.tensor([1.0, 0.2, 2.0, 0.5]).double()) + 9
+    passes = {
+        method: otloss.solve_sample(x, y, 1.0, method=method, tol=1e-2).n_iters
+        for method in ("dense", "streamed")
+    }
+    assert passes["streamed"] < passes["dense"], passes
+
+
+def test_auto_keeps_matrices_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    points, sizes = [torch.zeros(10, 3)], [(1000, 1000)]
+    assert schedule.choose_method(points, sizes, 4) == "dense"
+    monkeypatch.setattr(schedule, "dense_budget", 3_999_999)
+    assert schedule.choose_method(points, sizes, 4) == "streamed"
+
+
+def test_memory_does_not_grow_with_the_matrix() -> None:
+    """15 000 x 15 000 float32 costs would take 0.9 GB."""
+    script = (
+        "import resource, torch, otloss\n"
+        "x, y = torch.rand(2, 15_000, 3)\n"
+        "x.requires_grad_()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "once = {'n_iters': 1, 'backward': 'envelope', 'method': 'streamed'}\n"
+        "loss = otloss.sinkhorn_loss(x, y, 0.5, **once)\n"
+        "loss.backward()\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 100_000, f"{run.stdout} kB more"
+
+
+def test_what_it_cannot_do_is_refused(rng: torch.Generator) -> None:
+    c = helpers.clouds(rng, 5, 6, 2)
+    with pytest.raises(NotImplementedError, match="needs a cost given by name"):
+        otloss.sinkhorn_loss(c.x, c.y, 1.0, method="streamed", cost=lambda x, y: x @ y.mT)
+
+
+def test_modules_start_from_the_last_potentials(rng: torch.Generator) -> None:
+    c = helpers.clouds(rng, 60, 70, 3)
+    loss = otloss.SinkhornDivergence(0.05, tol=1e-6, warm_start=True)
+    cold = otloss.SinkhornDivergence(0.05, tol=1e-6)
+    for step in range(3):
+        moved = c.x + 0.01 * step
+        helpers.close(loss(moved, c.y), cold(moved, c.y), 1e-5)
+    f, g = loss.memory.potentials[:2]
+    again = otloss.solve_sample(moved, c.y, 0.05, tol=1e-6, init=(f[0], g[0]))
+    assert again.n_iters <= 2
+    helpers.close(loss(c.x[:30], c.y), cold(c.x[:30], c.y), 1e-5)  # other shapes start cold
+
+
+def test_a_warm_start_excludes_a_fixed_number_of_iterations() -> None:
+    with pytest.raises(ValueError, match=r"warm_start must be False with n_iters.*n_iters=3"):
+        otloss.SinkhornDivergence(0.1, n_iters=3, warm_start=True)
