@@ -68,7 +68,8 @@ def number(name: str, value: Any, *, positive: bool = True) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}: {describe(value)}")
     result = float(value)
-    if not math.isfinite(result) or (positive and result <= 0):
+    # comparisons, which torch.compile can trace where math.isfinite it cannot
+    if not -math.inf < result < math.inf or (positive and result <= 0):
         raise ValueError(f"{name} must be finite and > 0, got {value!r}")
     return result
 

@@ -77,9 +77,10 @@ class CostMatrices(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, pairs: list[int], kind: int, plain: bool, clouds: int, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        # Unpacked here, because torch.compile leaves `ctx` out of the call of a function that has
+        # as many parameters as there are arguments, and *tensors is one parameter.
+        pairs, kind, plain, clouds, *tensors = arguments
         points = [_batched(x) for x in tensors[:clouds]]
         costs = _implementation(plain).cost(points, list(tensors[clouds:]), pairs, kind)
         ctx.pairs, ctx.kind, ctx.plain, ctx.clouds = pairs, kind, plain, clouds

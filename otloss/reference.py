@@ -169,7 +169,7 @@ def solve(
             g = f
         else:
             f, g, error, iterations = _annealed(
-                C, a, b, g, eps, tol, max_iters, float(max_cost.max())
+                C, a, b, g, eps, tol, max_iters, 0.0 if init else float(max_cost.max())
             )
         if objective == TRANSPORT:
             value = (plan(eps, C, f, g, a, b) * torch.where(counted, C, 0.0)).sum((-2, -1))
