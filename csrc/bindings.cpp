@@ -357,7 +357,63 @@ SolveResult solve_points(Tensors points, Tensors weights, Ints pairs, Doubles co
 }
 
 // Per pair: the gradients of C, a and b, empty where not wanted; a matrix whose gradient is not
-// wanted is not read.
+// wanted may be left out of envelope_backward.
+struct Gradients {
+  Tensors C, a, b;
+};
+
+// What every gradient of a solve takes; f and g may be empty.
+struct GradientArguments {
+  const Tensor& grad_loss;
+  const Tensors& costs;
+  const Tensors& weights;
+  const Ints& pairs;
+  const Doubles& coefficients;
+  const Ints& want_cost;
+  bool want_weights;
+};
+
+// Checks and allocates for pair p and describes it to the kernels, but for f and g.
+template <typename T>
+EnvelopeGroup<T> gradient_group(const GradientArguments& given, int64_t p, bool reads_cost,
+                                Gradients& out) {
+  const ScalarType dtype = given.grad_loss.scalar_type();
+  const Tensor& C = given.costs.at(p);
+  const Tensor& a = given.weights.at(given.pairs.at(2 * p));
+  const Tensor& b = given.weights.at(given.pairs.at(2 * p + 1));
+  const int64_t B = given.grad_loss.size(0), n = a.size(1), m = b.size(1);
+  check(given.grad_loss, {B}, dtype, "grad_loss");
+  check(a, {B, n}, dtype, "weights");
+  check(b, {B, m}, dtype, "weights");
+  const bool with_cost = given.want_cost.at(p) != 0, with_weights = given.want_weights;
+  if (reads_cost || with_cost) check(C, {B, n, m}, dtype, "costs");
+  out.C.push_back(with_cost ? empty(a, {B, n, m}) : empty(a, {0}));
+  out.a.push_back(with_weights ? empty(a, {B, n}) : empty(a, {0}));
+  out.b.push_back(with_weights ? empty(a, {B, m}) : empty(a, {0}));
+  return {B,
+          n,
+          m,
+          data<T>(C),
+          data<T>(a),
+          data<T>(b),
+          nullptr,
+          nullptr,
+          data<T>(given.grad_loss),
+          static_cast<T>(given.coefficients.at(p)),
+          with_cost ? data<T>(out.C.back()) : nullptr,
+          with_weights ? data<T>(out.a.back()) : nullptr,
+          with_weights ? data<T>(out.b.back()) : nullptr};
+}
+
+// The p-th of a list of (B, size) tensors, null if the list is empty.
+template <typename T>
+const T* optional_data(const Tensors& list, int64_t p, int64_t B, int64_t size, ScalarType dtype,
+                       const char* name) {
+  if (list.empty()) return nullptr;
+  check(list.at(p), {B, size}, dtype, name);
+  return data<T>(list[p]);
+}
+
 std::tuple<Tensors, Tensors, Tensors> envelope_backward(Tensor grad_loss, Tensors costs,
                                                         Tensors weights, Ints pairs,
                                                         Doubles coefficients, Tensors f, Tensors g,
@@ -366,30 +422,85 @@ std::tuple<Tensors, Tensors, Tensors> envelope_backward(Tensor grad_loss, Tensor
   return dispatch_dtype(grad_loss, [&](auto zero) {
     using T = decltype(zero);
     const ScalarType dtype = grad_loss.scalar_type();
-    const int64_t P = costs.size(), B = grad_loss.size(0);
-    check(grad_loss, {B}, dtype, "grad_loss");
-    Tensors grad_C, grad_a, grad_b;
+    const GradientArguments given{grad_loss,    costs,     weights,     pairs,
+                                  coefficients, want_cost, want_weights};
+    Gradients grads;
     std::vector<EnvelopeGroup<T>> groups;
-    for (int64_t p = 0; p < P; ++p) {
-      const Tensor &a = weights.at(pairs.at(2 * p)), &b = weights.at(pairs.at(2 * p + 1));
-      const int64_t n = a.size(1), m = b.size(1);
-      const bool with_cost = want_cost.at(p) != 0;
-      if (with_cost) check(costs[p], {B, n, m}, dtype, "costs");
-      check(a, {B, n}, dtype, "weights");
-      check(b, {B, m}, dtype, "weights");
-      check(f.at(p), {B, n}, dtype, "f");
-      check(g.at(p), {B, m}, dtype, "g");
-      grad_C.push_back(with_cost ? empty(a, {B, n, m}) : empty(a, {0}));
-      grad_a.push_back(want_weights ? empty(a, {B, n}) : empty(a, {0}));
-      grad_b.push_back(want_weights ? empty(a, {B, m}) : empty(a, {0}));
-      groups.push_back({B, n, m, data<T>(costs[p]), data<T>(a), data<T>(b), data<T>(f[p]),
-                        data<T>(g[p]), data<T>(grad_loss), static_cast<T>(coefficients.at(p)),
-                        with_cost ? data<T>(grad_C[p]) : nullptr,
-                        want_weights ? data<T>(grad_a[p]) : nullptr,
-                        want_weights ? data<T>(grad_b[p]) : nullptr});
+    for (size_t p = 0; p < costs.size(); ++p) {
+      EnvelopeGroup<T> group = gradient_group<T>(given, p, false, grads);
+      check(f.at(p), {group.batch, group.n}, dtype, "f");
+      check(g.at(p), {group.batch, group.m}, dtype, "g");
+      group.f = data<T>(f[p]), group.g = data<T>(g[p]);
+      groups.push_back(group);
     }
     cpu::envelope_backward(groups, eps, static_cast<Objective>(objective));
-    return std::make_tuple(grad_C, grad_a, grad_b);
+    return std::make_tuple(grads.C, grads.a, grads.b);
+  });
+}
+
+// grad_f, grad_g: one per pair, or nothing; init likewise, f and g of each pair in turn.
+std::tuple<Tensors, Tensors, Tensors> unrolled_backward(
+    Tensor grad_loss, Tensors grad_f, Tensors grad_g, Tensors costs, Tensors weights, Ints pairs,
+    Doubles coefficients, Tensors init, Tensors traces, double eps, int64_t objective,
+    Ints want_cost, bool want_weights) {
+  clear_interruption();
+  return dispatch_dtype(grad_loss, [&](auto zero) {
+    using T = decltype(zero);
+    const ScalarType dtype = grad_loss.scalar_type();
+    const GradientArguments given{grad_loss,    costs,     weights,     pairs,
+                                  coefficients, want_cost, want_weights};
+    Gradients grads;
+    std::vector<UnrolledGroup<T>> groups;
+    for (size_t p = 0; p < costs.size(); ++p) {
+      const EnvelopeGroup<T> group = gradient_group<T>(given, p, true, grads);
+      const int64_t B = group.batch, n = group.n, m = group.m, L = traces.at(p).size(1);
+      check(traces[p], {B, L, n + m}, dtype, "traces");
+      const T* start = nullptr;
+      if (!init.empty()) {
+        check(init.at(2 * p + 1), {B, m}, dtype, "init");
+        start = data<T>(init[2 * p + 1]);
+      }
+      groups.push_back({group, optional_data<T>(grad_f, p, B, n, dtype, "grad_f"),
+                        optional_data<T>(grad_g, p, B, m, dtype, "grad_g"), L, data<T>(traces[p]),
+                        start});
+    }
+    cpu::unrolled_backward(groups, eps, static_cast<Objective>(objective));
+    return std::make_tuple(grads.C, grads.a, grads.b);
+  });
+}
+
+std::tuple<Tensors, Tensors, Tensors, Tensor> implicit_backward(
+    Tensor grad_loss, Tensors grad_f, Tensors grad_g, Tensors costs, Tensors weights, Ints pairs,
+    Doubles coefficients, Tensors f, Tensors g, double eps, int64_t objective, Ints want_cost,
+    bool want_weights) {
+  clear_interruption();
+  return dispatch_dtype(grad_loss, [&](auto zero) {
+    using T = decltype(zero);
+    const ScalarType dtype = grad_loss.scalar_type();
+    const GradientArguments given{grad_loss,    costs,     weights,     pairs,
+                                  coefficients, want_cost, want_weights};
+    const int64_t P = costs.size(), B = grad_loss.size(0);
+    const Tensor status = torch::stable::new_empty(
+        grad_loss, torch::headeronly::IntHeaderOnlyArrayRef({P, B, int64_t{kImplicitStatusFields}}),
+        ScalarType::Double);
+    Gradients grads;
+    Tensors scratch;  // plans of pairs whose cost gradient, which could hold them, is not wanted
+    std::vector<ImplicitGroup<T>> groups;
+    for (int64_t p = 0; p < P; ++p) {
+      EnvelopeGroup<T> group = gradient_group<T>(given, p, true, grads);
+      const int64_t n = group.n, m = group.m;
+      check(f.at(p), {B, n}, dtype, "f");
+      check(g.at(p), {B, m}, dtype, "g");
+      group.f = data<T>(f[p]), group.g = data<T>(g[p]);
+      if (!group.grad_C) scratch.push_back(empty(grad_loss, {B, n, m}));
+      groups.push_back({group, optional_data<T>(grad_f, p, B, n, dtype, "grad_f"),
+                        optional_data<T>(grad_g, p, B, m, dtype, "grad_g"),
+                        pairs[2 * p] == pairs[2 * p + 1],
+                        group.grad_C ? group.grad_C : data<T>(scratch.back()),
+                        data<double>(status) + p * B * kImplicitStatusFields});
+    }
+    cpu::implicit_backward(groups, eps, static_cast<Objective>(objective));
+    return std::make_tuple(grads.C, grads.a, grads.b, status);
   });
 }
 
@@ -448,6 +559,8 @@ STABLE_TORCH_LIBRARY_IMPL(otloss, CPU, library) {
   library.impl("solve", TORCH_BOX(&otloss::solve));
   library.impl("solve_points", TORCH_BOX(&otloss::solve_points));
   library.impl("envelope_backward", TORCH_BOX(&otloss::envelope_backward));
+  library.impl("unrolled_backward", TORCH_BOX(&otloss::unrolled_backward));
+  library.impl("implicit_backward", TORCH_BOX(&otloss::implicit_backward));
   library.impl("envelope_backward_points", TORCH_BOX(&otloss::envelope_backward_points));
 }
 

@@ -85,6 +85,33 @@ struct EnvelopeGroup {
   T* grad_b;      // (B, m) or null
 };
 
+// The same for the iterations that ran: the adjoint of each, from its potentials. f and g of the
+// base are not read.
+template <typename T>
+struct UnrolledGroup : EnvelopeGroup<T> {
+  const T* grad_f;  // (B, n) or null: further gradients, of the last potentials
+  const T* grad_g;  // (B, m) or null
+  int64_t L;        // iterations
+  const T* trace;   // (B, L, n + m) f and g after each iteration
+  const T* start;   // (B, m) g before the first, or null: 0
+};
+
+// The same for the solution: through the optimality conditions.
+template <typename T>
+struct ImplicitGroup : EnvelopeGroup<T> {
+  const T* grad_f;  // (B, n) or null: further gradients, of the potentials
+  const T* grad_g;  // (B, m) or null
+  bool symmetric;   // a cloud against itself: one potential
+  T* P;             // (B, n, m) scratch; may be grad_C
+  double* status;   // (B, kImplicitStatusFields)
+};
+
+enum ImplicitStatusField : int {
+  kImplicitIterations,
+  kImplicitResidual,  // of the linear system, relative to its right-hand side
+  kImplicitStatusFields
+};
+
 // What the gradient of the row points needs, without a matrix: with V = gradient_weight of the
 // scaled plan, V 1 and V y. CostGradientGroup does the rest.
 template <typename T>
@@ -175,6 +202,12 @@ template <typename T>
 void solve(const std::vector<SolveGroup<T>>& groups, const SolveOptions& options);
 template <typename T>
 void envelope_backward(const std::vector<EnvelopeGroup<T>>& groups, double eps,
+                       Objective objective);
+template <typename T>
+void unrolled_backward(const std::vector<UnrolledGroup<T>>& groups, double eps,
+                       Objective objective);
+template <typename T>
+void implicit_backward(const std::vector<ImplicitGroup<T>>& groups, double eps,
                        Objective objective);
 template <typename T>
 void point_gradient_sums(const std::vector<PointGradientGroup<T>>& groups, double eps);

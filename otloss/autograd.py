@@ -2,11 +2,16 @@
 
 ``CostMatrices`` turns clouds into cost matrices and ``Solve`` turns cost matrices and weights into
 values and potentials. A loss is one after the other; a callable cost or a given matrix enters
-``Solve`` directly.
+``Solve`` directly. ``SolvePoints`` is both in one, without cost matrices.
+
+The backward passes are functions of their own, ``CostGradient`` and ``SolveGradient``, so that they
+can be differentiated again: their forward is the native kernel, their backward repeats the gradient
+in plain torch and differentiates that. It costs nothing unless a second derivative is asked for.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -14,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from otloss import ops, reference
+from otloss import _check, ops, reference, schedule
 
 __all__ = ["CostMatrices", "Settings", "Solve", "SolvePoints"]
 
@@ -34,30 +39,72 @@ class Settings(NamedTuple):
     backward: str
     plain: bool  # method="reference"
     potentials: bool  # whether f and g are differentiable outputs: for results, not for losses
+    trace: bool  # keep the potentials of every iteration, for backward="unrolled"
 
 
 def _implementation(plain: bool) -> ModuleType:
     return reference if plain else ops
 
 
-def _refuse_second_order(grads: list[Tensor], inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """Gradients whose own derivative raises, when a graph of the backward pass is being made."""
+def _refuse_higher_order(
+    grads: list[Tensor], inputs: Sequence[Tensor], message: str
+) -> list[Tensor]:
+    """Gradients whose own derivative raises, when a graph of the pass is being made."""
     if not torch.is_grad_enabled():
         return grads
-    return list(_FirstOrderOnly.apply(len(grads), *grads, *inputs))
+    return list(_Refuse.apply(message, len(grads), *grads, *inputs))
 
 
-class _FirstOrderOnly(torch.autograd.Function):
+class _Refuse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, message: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.message = message
         return tuple(t.view_as(t) for t in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise NotImplementedError(
-            'second derivatives of otloss losses are not available; method="reference" with '
-            "autograd through otloss.reference is, for small problems"
-        )
+        raise NotImplementedError(ctx.message)
+
+
+_THIRD_ORDER = (
+    "third derivatives of otloss losses are not available; autograd through "
+    "otloss.reference.fixed_iterations has every order, for small problems"
+)
+_STREAMED = (
+    'method="streamed" has the first derivative of the regularized value only, unless cost '
+    "matrices of {size:.2g} GB fit in otloss.schedule.dense_budget: use "
+    'backward="envelope" or method="dense"'
+)
+
+
+def _leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t.detach().requires_grad_() for t in tensors]
+
+
+def _vector_jacobian(
+    outputs: list[Tensor],
+    inputs: list[Tensor],
+    grads: Sequence[Tensor | None],
+    sources: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """d(sum of <output, grad>)/d(inputs), where an output and its gradient both exist."""
+    given = [
+        (out, grad)
+        for out, grad in zip(outputs, grads, strict=True)
+        if grad is not None and out.requires_grad
+    ]
+    if not given:
+        return [None] * len(inputs)
+    results = torch.autograd.grad(
+        [out for out, _ in given], inputs, [grad.detach() for _, grad in given], allow_unused=True
+    )
+    found = [r for r in results if r is not None]
+    graph = [g for g in grads if g is not None]
+    kept = iter(_refuse_higher_order(found, [*sources, *graph], _THIRD_ORDER))
+    return [None if r is None else next(kept) for r in results]
+
+
+# ------------------------------------------------------------------------------- cost matrices
 
 
 def _batched(x: Tensor) -> Tensor:
@@ -98,19 +145,106 @@ class CostMatrices(torch.autograd.Function):
         wanted = [c for c in range(ctx.clouds) if ctx.needs_input_grad[4 + c] and c in pairs]
         result: list[Tensor | None] = [None] * len(tensors)
         if wanted:
-            grads = _implementation(ctx.plain).cost_backward(
-                [grad.contiguous() for grad in grad_costs if grad is not None],
-                [costs[p] for p in given],
-                [_batched(x) for x in inputs],
+            points = [_batched(x) for x in inputs]
+            grads = _points_gradient(
+                [grad for grad in grad_costs if grad is not None],
+                [costs[p].detach() for p in given],
+                points,
                 weights,
                 pairs,
                 ctx.kind,
+                ctx.plain,
                 wanted,
             )
-            grads = _refuse_second_order(grads, inputs)
             for c, grad in zip(wanted, grads, strict=True):
                 result[c] = grad.view_as(inputs[c]).to(inputs[c].dtype)
         return None, None, None, None, *result
+
+
+def _points_gradient(
+    grad_costs: Sequence[Tensor],
+    costs: Sequence[Tensor],
+    points: list[Tensor],
+    weights: list[Tensor],
+    pairs: list[int],
+    kind: int,
+    plain: bool,
+    wanted: list[int],
+) -> Sequence[Tensor]:
+    """Gradients of the wanted clouds; differentiable where a graph is being made."""
+    grad_costs = [grad.contiguous() for grad in grad_costs]
+    if torch.is_grad_enabled():
+        tensors = (*points, *weights, *costs, *grad_costs)
+        return CostGradient.apply(pairs, kind, plain, wanted, len(points), len(weights), *tensors)
+    return _implementation(plain).cost_backward(
+        grad_costs, list(costs), points, weights, pairs, kind, wanted
+    )
+
+
+class CostGradient(torch.autograd.Function):
+    """The gradient of ``CostMatrices``, differentiable in the points and in ``grad_costs``.
+
+    ``(pairs, kind, plain, wanted, clouds, weighted, *points, *weights, *costs, *grad_costs)``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        pairs: list[int],
+        kind: int,
+        plain: bool,
+        wanted: list[int],
+        clouds: int,
+        weighted: int,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        points, weights = tensors[:clouds], tensors[clouds : clouds + weighted]
+        half = clouds + weighted + len(pairs) // 2
+        costs, grad_costs = tensors[clouds + weighted : half], tensors[half:]
+        ctx.arguments = pairs, kind, plain, wanted
+        ctx.sizes = clouds, weighted
+        ctx.save_for_backward(*points, *weights, *grad_costs)
+        return tuple(
+            _implementation(plain).cost_backward(
+                list(grad_costs), list(costs), list(points), list(weights), pairs, kind, wanted
+            )
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        pairs, kind, plain, wanted = ctx.arguments
+        clouds, weighted = ctx.sizes
+        saved, problems = ctx.saved_tensors, len(pairs) // 2
+        weights = saved[clouds : clouds + weighted]
+        with torch.enable_grad():
+            points, grad_costs = _leaves(saved[:clouds]), _leaves(saved[clouds + weighted :])
+            costs = CostMatrices.apply(pairs, kind, plain, clouds, *points, *weights)
+            counted = reference.without_padding(points, list(weights))
+            outputs = _cost_gradients(counted, list(costs), grad_costs, pairs, kind)
+        result = _vector_jacobian(
+            [outputs[c] for c in wanted], [*points, *grad_costs], grads, saved
+        )
+        nothing = [None] * (weighted + problems)
+        return None, None, None, None, None, None, *result[:clouds], *nothing, *result[clouds:]
+
+
+def _cost_gradients(
+    points: list[Tensor], costs: list[Tensor], grad_costs: list[Tensor], pairs: list[int], kind: int
+) -> list[Tensor]:
+    """The gradient of every cloud by products that autograd knows, about the clouds' mean."""
+    if kind != 2:
+        with torch.no_grad():
+            centre = torch.cat(points, dim=1).mean(dim=1, keepdim=True)
+        points = [x - centre for x in points]
+    totals = [torch.zeros_like(x) for x in points]
+    for (i, j), C, W in zip(reference.as_pairs(pairs), costs, grad_costs, strict=True):
+        grad_x, grad_y = reference.cost_gradient(W, C, points[i], points[j], kind)
+        totals[i] = totals[i] + grad_x
+        totals[j] = totals[j] + grad_y
+    return totals
+
+
+# --------------------------------------------------------------------------------------- solve
 
 
 class Solve(torch.autograd.Function):
@@ -128,7 +262,7 @@ class Solve(torch.autograd.Function):
         costs = [C.contiguous() for C in tensors[:problems]]
         weights = [w.contiguous() for w in tensors[problems : problems + clouds]]
         init = [v.contiguous() for v in tensors[problems + clouds :]]
-        loss, status, f, g, _ = _implementation(s.plain).solve(
+        loss, status, f, g, traces = _implementation(s.plain).solve(
             costs,
             weights,
             s.pairs,
@@ -141,64 +275,141 @@ class Solve(torch.autograd.Function):
             s.max_iters,
             s.n_iters,
             s.objective,
-            False,
+            s.trace,
         )
+        if s.potentials and s.n_iters < 0:
+            f, g = _centred(s, weights, f, g)
         ctx.settings, ctx.problems, ctx.clouds = s, problems, clouds
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*([status] if s.potentials else [status, *f, *g]))
-        ctx.save_for_backward(*costs, *weights, *f, *g)
+        # The inputs themselves, not their contiguous copies: these know where they came from.
+        ctx.save_for_backward(*tensors, *f, *g, *traces)
         return loss, status, *f, *g
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, _: None, *grad_potentials: Any) -> Any:
         s, P, clouds = ctx.settings, ctx.problems, ctx.clouds
-        if s.backward != "envelope":
-            raise NotImplementedError(
-                f'backward="{s.backward}" is not available yet; "envelope" is: the gradient at '
-                "fixed potentials"
-            )
-        if s.potentials and any(grad is not None for grad in grad_potentials):
-            raise NotImplementedError(
-                "gradients through potentials, plans and other results that depend on them need "
-                'backward="implicit" or "unrolled", which are not available yet; '
-                "`value` is differentiable"
-            )
         result: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 3)
-        if grad_loss is None:
+        saved, inputs = ctx.saved_tensors, len(result)
+        weights = saved[P : P + clouds]
+        seeds = _seeds(s, weights, grad_loss, grad_potentials)
+        if seeds is None:
             return None, None, None, *result
-        saved = ctx.saved_tensors
-        costs, weights = list(saved[:P]), list(saved[P : P + clouds])
-        f, g = list(saved[P + clouds : 2 * P + clouds]), list(saved[2 * P + clouds :])
-        want_cost = [int(wanted) for wanted in ctx.needs_input_grad[3 : 3 + P]]
-        want_weight = ctx.needs_input_grad[3 + P : 3 + P + clouds]
-        grad_costs, grad_a, grad_b = _implementation(s.plain).envelope_backward(
-            grad_loss.contiguous(),
-            costs,
-            weights,
-            s.pairs,
-            s.coefficients,
-            f,
-            g,
-            s.eps,
-            s.objective,
-            want_cost,
-            any(want_weight),
+        want = [int(wanted) for wanted in ctx.needs_input_grad[3 : 3 + P + clouds]]
+        grads = _solve_gradient(
+            s, seeds, saved[:P], weights, saved[P + clouds : inputs], saved[inputs:], want
         )
-        for p in range(P):
-            if want_cost[p]:
-                result[p] = grad_costs[p]
-        result[P : P + clouds] = _sum_over_pairs(s.pairs, grad_a, grad_b, want_weight)
-        given = [k for k, grad in enumerate(result) if grad is not None]
-        grads = _refuse_second_order(
-            [grad for grad in result if grad is not None], (*costs, *weights, grad_loss)
-        )
-        for k, grad in zip(given, grads, strict=True):
+        for k, grad in zip([k for k, w in enumerate(want) if w], grads, strict=True):
             result[k] = grad
         return None, None, None, *result
 
 
+def _seeds(
+    s: Settings,
+    weights: Sequence[Tensor],
+    grad_loss: Tensor | None,
+    grad_potentials: Sequence[Tensor | None],
+) -> list[Tensor] | None:
+    """Gradients of the loss and, if there are any, of every f and every g; None for nothing."""
+    through = s.potentials and any(grad is not None for grad in grad_potentials)
+    if grad_loss is None and not through:
+        return None
+    if through and s.backward == "envelope":
+        raise NotImplementedError(
+            'backward="envelope" has gradients of `value` only; potentials, plans and what '
+            'depends on them need backward="auto", "implicit" or, with n_iters, "unrolled"'
+        )
+    if grad_loss is None:
+        grad_loss = weights[0].new_zeros(weights[0].shape[0])
+    seeds = [grad_loss.contiguous()]
+    if through:
+        like = [weights[c] for c in (*s.pairs[::2], *s.pairs[1::2])]
+        seeds += [
+            torch.zeros_like(w) if grad is None else grad.contiguous()
+            for grad, w in zip(grad_potentials, like, strict=True)
+        ]
+    return seeds
+
+
+def _is_envelope(s: Settings, seeds: Sequence[Tensor]) -> bool:
+    """Whether the gradient is that at fixed potentials. The implicit one of the value itself is."""
+    regularized = s.objective != reference.TRANSPORT
+    return s.backward == "envelope" or (
+        s.backward == "implicit" and regularized and len(seeds) == 1
+    )
+
+
+def _solve_gradient(
+    s: Settings,
+    seeds: list[Tensor],
+    costs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    init: Sequence[Tensor],
+    solution: Sequence[Tensor],
+    want: list[int],
+) -> Sequence[Tensor]:
+    """Gradients of the wanted costs and weights; differentiable where a graph is being made."""
+    sizes = [len(seeds), len(costs), len(weights), len(init), len(solution)]
+    tensors = [
+        *seeds,
+        *(C.contiguous() for C in costs),
+        *(w.contiguous() for w in weights),
+        *(v.contiguous() for v in init),
+        *(t.detach() for t in solution),
+    ]
+    if torch.is_grad_enabled():
+        return SolveGradient.apply(s, sizes, want, *tensors)
+    return _gradients(s, _split(tensors, sizes), want)
+
+
+def _split(tensors: Sequence[Tensor], sizes: list[int]) -> list[list[Tensor]]:
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(list(tensors[start : start + size]))
+        start += size
+    return parts
+
+
+def _gradients(s: Settings, parts: list[list[Tensor]], want: list[int]) -> list[Tensor]:
+    """Gradients of the wanted costs and weights, by the kernels.
+
+    ``parts``: seeds, costs, weights, init, [*f, *g, *traces].
+    """
+    seeds, costs, weights, init, solution = parts
+    P, implementation = len(costs), _implementation(s.plain)
+    grad_loss, grad_f, grad_g = seeds[0], seeds[1 : P + 1], seeds[P + 1 :]
+    f, g, traces = solution[:P], solution[P : 2 * P], solution[2 * P :]
+    want_cost, want_weights = want[:P], any(want[P:])
+    if s.backward == "unrolled":
+        grads = implementation.unrolled_backward(
+            grad_loss, grad_f, grad_g, costs, weights, s.pairs, s.coefficients, init, traces,
+            s.eps, s.objective, want_cost, want_weights,
+        )  # fmt: skip
+    elif not _is_envelope(s, seeds):
+        *grads, status = implementation.implicit_backward(
+            grad_loss, grad_f, grad_g, costs, weights, s.pairs, s.coefficients, f, g,
+            s.eps, s.objective, want_cost, want_weights,
+        )  # fmt: skip
+        _report_system(status, costs[0].dtype)
+    else:
+        grads = implementation.envelope_backward(
+            grad_loss, costs, weights, s.pairs, s.coefficients, f, g, s.eps, s.objective,
+            want_cost, want_weights,
+        )  # fmt: skip
+    return _of_inputs(s, grads, want)
+
+
+def _of_inputs(s: Settings, grads: Sequence[list[Tensor]], want: list[int]) -> list[Tensor]:
+    """Gradients per pair as gradients per wanted cost and cloud."""
+    grad_costs, grad_a, grad_b = grads
+    P = len(grad_costs)
+    totals: list[Tensor | None] = [grad_costs[p] if want[p] else None for p in range(P)]
+    totals += _sum_over_pairs(s.pairs, grad_a, grad_b, want[P:])
+    return [grad for grad in totals if grad is not None]
+
+
 def _sum_over_pairs(
-    pairs: list[int], grad_a: list[Tensor], grad_b: list[Tensor], wanted: Sequence[bool]
+    pairs: list[int], grad_a: list[Tensor], grad_b: list[Tensor], wanted: Sequence[int]
 ) -> list[Tensor | None]:
     """The gradient of each cloud's weights from those of each pair's two sides."""
     total: list[Tensor | None] = [None] * len(wanted)
@@ -210,10 +421,127 @@ def _sum_over_pairs(
     return total
 
 
+def _report_system(status: Tensor, dtype: torch.dtype) -> None:
+    """Warns where conjugate gradients left a residual that shows in the gradient."""
+    if not _check.readable(status):
+        return
+    limit = 1e-6 if dtype == torch.float64 else 1e-4
+    iterations, residual = status.reshape(-1, 2).amax(0).tolist()
+    if not residual <= limit:
+        warnings.warn(
+            f"the linear system of the implicit gradient was left after {int(iterations)} "
+            f"iterations at a relative residual of {residual:.1e}: eps is small for these costs. "
+            'Raise eps, use float64, or differentiate the iterations: n_iters and "unrolled".',
+            _check.ConvergenceWarning,
+            stacklevel=2,
+        )
+
+
+class SolveGradient(torch.autograd.Function):
+    """The gradient of ``Solve``, itself differentiable: ``(settings, sizes, want, *tensors)``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, settings: Settings, sizes: list[int], want: list[int], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.settings, ctx.sizes, ctx.want = settings, sizes, want
+        ctx.save_for_backward(*tensors)
+        return tuple(g.clone() for g in _gradients(settings, _split(tensors, sizes), want))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        s, saved, sizes = ctx.settings, ctx.saved_tensors, ctx.sizes
+        variable = sum(sizes[:3])  # the rest, start and solution, follow from the inputs
+        with torch.enable_grad():
+            leaves = _leaves(saved[:variable])
+            parts = _split([*leaves, *saved[variable:]], sizes)
+            repeat = _unrolled_in_torch if s.backward == "unrolled" else _implicit_in_torch
+            outputs = _of_inputs(s, repeat(s, parts), ctx.want)
+        result = _vector_jacobian(outputs, leaves, grads, saved)
+        return None, None, None, *result, *[None] * (len(saved) - variable)
+
+
+def _unrolled_in_torch(
+    s: Settings, parts: list[list[Tensor]]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The unrolled gradient by autograd through the iterations, at the memory of all of them."""
+    seeds, costs, weights, init, _ = parts
+    P, grad_loss = len(costs), seeds[0]
+    results: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    for p, (i, j) in enumerate(reference.as_pairs(s.pairs)):
+        C, a, b = (t.view_as(t) for t in (costs[p], weights[i], weights[j]))
+        start = init[2 * p + 1] if init else torch.zeros_like(b)
+        f, g, *_ = reference.fixed_iterations(C, a, b, start, s.eps, s.n_iters)
+        total = (
+            s.coefficients[p] * grad_loss * reference.value(s.eps, C, f, g, a, b, s.objective)
+        ).sum()
+        if len(seeds) > 1:
+            total = total + (seeds[1 + p] * f).sum() + (seeds[1 + P + p] * g).sum()
+        for result, grad in zip(
+            results, torch.autograd.grad(total, (C, a, b), create_graph=True), strict=True
+        ):
+            result.append(grad)
+    return results
+
+
+def _implicit_in_torch(
+    s: Settings, parts: list[list[Tensor]]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The envelope or implicit gradient as a formula in the potentials, which are functions too."""
+    seeds, costs, weights, _, solution = parts
+    P, grad_loss = len(costs), seeds[0]
+    both = Potentials.apply(s, P, *costs, *weights, *solution[: 2 * P])
+    f, g = list(both[:P]), list(both[P:])
+    arguments = (costs, weights, s.pairs, s.coefficients, f, g, s.eps, s.objective, [1] * P, True)
+    if not _is_envelope(s, seeds):
+        grad_f, grad_g = seeds[1 : P + 1], seeds[P + 1 :]
+        return reference.implicit_backward(grad_loss, grad_f, grad_g, *arguments)[:3]
+    return reference.envelope_backward(grad_loss, *arguments)
+
+
+class Potentials(torch.autograd.Function):
+    """The solution as a function of the problem: returns the potentials given, with their gradient.
+
+    ``(settings, problems, *costs, *weights, *f, *g) -> (*f, *g)``
+    """
+
+    @staticmethod
+    def forward(ctx: Any, settings: Settings, problems: int, *tensors: Tensor) -> Any:
+        ctx.settings, ctx.problems = settings, problems
+        ctx.save_for_backward(*tensors)
+        return tuple(t.clone() for t in tensors[-2 * problems :])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        P, saved = ctx.problems, ctx.saved_tensors
+        inputs = len(saved) - 2 * P
+        s = ctx.settings._replace(backward="implicit", objective=0)
+        parts = _split(saved, [P, inputs - P, 0, 2 * P])
+        no_loss = saved[0].new_zeros(saved[0].shape[0])
+        seeds = [no_loss, *(grad.contiguous() for grad in grads)]
+        result = _gradients(s, [seeds, *parts], [1] * inputs)
+        return None, None, *result, *[None] * (2 * P)
+
+
+def _centred(
+    s: Settings, weights: list[Tensor], f: list[Tensor], g: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The same solution with <a, f> = <b, g>: of (f + t, g - t), all solutions, one is returned."""
+    all_f, all_g = [], []
+    for p, (i, j) in enumerate(reference.as_pairs(s.pairs)):
+        a, b = weights[i], weights[j]
+        excess = (b * g[p]).sum(-1, True) - (a * f[p]).sum(-1, True)
+        shift = excess / (a.sum(-1, True) + b.sum(-1, True))
+        all_f.append(torch.where(a > 0, f[p] + shift, 0.0))
+        all_g.append(torch.where(b > 0, g[p] - shift, 0.0))
+    return all_f, all_g
+
+
 class SolvePoints(torch.autograd.Function):
     """``(settings, kind, clouds, *points, *weights, *init) -> (loss, status, *f, *g)``.
 
-    ``CostMatrices`` and ``Solve`` in one, without ever storing a cost matrix.
+    ``CostMatrices`` and ``Solve`` in one, without storing cost matrices. The gradient at fixed
+    potentials needs none either; for every other one they are made in the backward pass.
     """
 
     @staticmethod
@@ -224,7 +552,7 @@ class SolvePoints(torch.autograd.Function):
         points = [_batched(x) for x in tensors[:clouds]]
         weights = [w.contiguous() for w in tensors[clouds : 2 * clouds]]
         init = [v.contiguous() for v in tensors[2 * clouds :]]
-        loss, status, f, g, _ = ops.solve_points(
+        loss, status, f, g, traces = ops.solve_points(
             points,
             weights,
             s.pairs,
@@ -238,60 +566,113 @@ class SolvePoints(torch.autograd.Function):
             s.max_iters,
             s.n_iters,
             s.objective,
-            False,
+            s.trace,
         )
+        if s.potentials and s.n_iters < 0:
+            f, g = _centred(s, weights, f, g)
         ctx.settings, ctx.kind, ctx.clouds = s, kind, clouds
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*([status] if s.potentials else [status, *f, *g]))
-        ctx.save_for_backward(*tensors[:clouds], *weights, *f, *g)
+        ctx.save_for_backward(*tensors, *f, *g, *traces)
         return loss, status, *f, *g
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, _: None, *grad_potentials: Any) -> Any:
         s, clouds = ctx.settings, ctx.clouds
-        if s.backward != "envelope" or (
-            s.potentials and any(grad is not None for grad in grad_potentials)
-        ):
-            raise NotImplementedError(
-                'method="streamed" has the gradient of the value at fixed potentials only: use '
-                'backward="envelope", or method="dense" for gradients of potentials and plans'
-            )
         result: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 3)
-        if grad_loss is None:
-            return None, None, None, *result
-        saved = ctx.saved_tensors
-        inputs, weights = saved[:clouds], list(saved[clouds : 2 * clouds])
-        half = clouds * 2 + len(s.coefficients)
-        f, g = list(saved[2 * clouds : half]), list(saved[half:])
-        points, grad_loss = [_batched(x) for x in inputs], grad_loss.contiguous()
-        wanted = [c for c in range(clouds) if ctx.needs_input_grad[3 + c]]
-        if wanted:
-            grads = ops.envelope_backward_points(
-                grad_loss, points, weights, s.pairs, s.coefficients, f, g, ctx.kind, s.eps, wanted
-            )
-            for c, grad in zip(wanted, grads, strict=True):
-                result[c] = grad.view_as(inputs[c]).to(inputs[c].dtype)
-        want_weight = ctx.needs_input_grad[3 + clouds : 3 + 2 * clouds]
-        if any(want_weight):
-            unread, want_cost = f, [0] * len(f)  # the weights' gradients need no cost matrix
-            _, grad_a, grad_b = ops.envelope_backward(
-                grad_loss,
-                unread,
-                weights,
-                s.pairs,
-                s.coefficients,
-                f,
-                g,
-                s.eps,
-                s.objective,
-                want_cost,
-                True,
-            )
-            result[clouds : 2 * clouds] = _sum_over_pairs(s.pairs, grad_a, grad_b, want_weight)
-        given = [k for k, grad in enumerate(result) if grad is not None]
-        second = _refuse_second_order(
-            [grad for grad in result if grad is not None], (*inputs, *weights, grad_loss)
+        saved, count = ctx.saved_tensors, len(result)
+        inputs, weights, init = (
+            saved[:clouds],
+            saved[clouds : 2 * clouds],
+            saved[2 * clouds : count],
         )
-        for k, grad in zip(given, second, strict=True):
-            result[k] = grad
+        seeds = _seeds(s, weights, grad_loss, grad_potentials)
+        if seeds is None:
+            return None, None, None, *result
+        wanted = [c for c in range(clouds) if ctx.needs_input_grad[3 + c]]
+        want_weights = [int(w) for w in ctx.needs_input_grad[3 + clouds : 3 + 2 * clouds]]
+        points, weights = [_batched(x) for x in inputs], [w.contiguous() for w in weights]
+        solution, envelope = [t.detach() for t in saved[count:]], _is_envelope(s, seeds)
+        size = _dense_bytes(s, points)
+        if size <= schedule.dense_budget and not (envelope and not torch.is_grad_enabled()):
+            grads, grad_weights = _through_costs(
+                s, ctx.kind, seeds, points, weights, init, solution, wanted, want_weights
+            )
+        elif envelope:
+            grads, grad_weights = _streamed_gradients(
+                s, ctx.kind, seeds[0], points, weights, solution, wanted, want_weights
+            )
+            both = [*grads, *(grad for grad in grad_weights if grad is not None)]
+            both = _refuse_higher_order(
+                both, (*inputs, *weights, *seeds), _STREAMED.format(size=size / 1e9)
+            )
+            grads, rest = both[: len(wanted)], iter(both[len(wanted) :])
+            grad_weights = [None if grad is None else next(rest) for grad in grad_weights]
+        else:
+            raise NotImplementedError(_STREAMED.format(size=size / 1e9))
+        for c, grad in zip(wanted, grads, strict=True):
+            result[c] = grad.view_as(inputs[c]).to(inputs[c].dtype)
+        result[clouds : 2 * clouds] = grad_weights
         return None, None, None, *result
+
+
+def _dense_bytes(s: Settings, points: Sequence[Tensor]) -> int:
+    """What the cost matrices of all pairs take, stored."""
+    sizes = [points[i].shape[1] * points[j].shape[1] for i, j in reference.as_pairs(s.pairs)]
+    return sum(sizes) * points[0].shape[0] * points[0].element_size()
+
+
+def _through_costs(
+    s: Settings,
+    kind: int,
+    seeds: list[Tensor],
+    points: list[Tensor],
+    weights: list[Tensor],
+    init: Sequence[Tensor],
+    solution: list[Tensor],
+    wanted: list[int],
+    want_weights: list[int],
+) -> tuple[Sequence[Tensor], list[Tensor | None]]:
+    """Gradients of the wanted clouds and of the weights by way of cost matrices, made here."""
+    costs = CostMatrices.apply(s.pairs, kind, False, len(points), *points, *weights)
+    P = len(costs)
+    want = [int(i in wanted or j in wanted) for i, j in reference.as_pairs(s.pairs)]
+    grads = list(_solve_gradient(s, seeds, costs, weights, init, solution, want + want_weights))
+    grad_weights: list[Tensor | None] = [None] * len(weights)
+    for c in reversed([c for c, w in enumerate(want_weights) if w]):
+        grad_weights[c] = grads.pop()
+    if not wanted:
+        return [], grad_weights
+    given = [p for p in range(P) if want[p]]
+    pairs = [c for p in given for c in s.pairs[2 * p : 2 * p + 2]]
+    kept = [costs[p].detach() for p in given]
+    grad_points = _points_gradient(grads, kept, points, weights, pairs, kind, False, wanted)
+    return grad_points, grad_weights
+
+
+def _streamed_gradients(
+    s: Settings,
+    kind: int,
+    grad_loss: Tensor,
+    points: list[Tensor],
+    weights: list[Tensor],
+    solution: list[Tensor],
+    wanted: list[int],
+    want_weights: list[int],
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The same at fixed potentials, without cost matrices."""
+    P = len(s.coefficients)
+    f, g = solution[:P], solution[P : 2 * P]
+    grads: list[Tensor] = []
+    if wanted:
+        grads = ops.envelope_backward_points(
+            grad_loss, points, weights, s.pairs, s.coefficients, f, g, kind, s.eps, wanted
+        )
+    if not any(want_weights):
+        return grads, [None] * len(weights)
+    unread, want_cost = f, [0] * P  # the weights' gradients need no cost matrix
+    _, grad_a, grad_b = ops.envelope_backward(
+        grad_loss, unread, weights, s.pairs, s.coefficients, f, g, s.eps, s.objective, want_cost,
+        True,
+    )  # fmt: skip
+    return grads, _sum_over_pairs(s.pairs, grad_a, grad_b, want_weights)

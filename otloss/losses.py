@@ -112,17 +112,19 @@ def sinkhorn_divergence(
         n_iters: instead, run exactly so many iterations from zero potentials at this ``eps``.
         backward: ``"envelope"``: the gradient at fixed potentials, exact at convergence for the
             regularized objective; with ``"transport"`` the plan is held constant.
-            ``"auto"``: envelope for regularized, implicit for transport, unrolled with ``n_iters``;
-            those that are not available raise when a gradient is needed.
+            ``"implicit"``: differentiates the optimality conditions, exact at convergence for both
+            objectives. ``"unrolled"``: the exact derivative of the ``n_iters`` iterations.
+            ``"auto"``: unrolled with ``n_iters``, else implicit, which is the envelope for the
+            regularized objective. See docs/gradients.md.
         method: ``"dense"`` (cost matrices kept), ``"reference"`` (plain torch) or ``"auto"``.
 
     Returns:
-        () or (B,), float32 or float64; differentiable in x, y, a and b. Gradients come back in the
-        inputs' dtype.
+        () or (B,), float32 or float64; differentiable in x, y, a and b, twice. Gradients come back
+        in the inputs' dtype.
 
     Raises:
         ValueError, TypeError: a wrong argument, named, with what is expected.
-        NotImplementedError: a gradient that is not available.
+        NotImplementedError: a derivative that is not available, with what to use instead.
 
     References:
         Genevay, Peyré, Cuturi, *Learning generative models with Sinkhorn divergences* (2018);
@@ -217,7 +219,9 @@ def minibatch_energy_distance(
         cost: ``"cosine"`` (the paper, on critic features), ``"euclidean"``, ``"sqeuclidean"`` or a
             function.
         objective: ``"transport"`` (the paper) or ``"regularized"``.
-        backward: ``"envelope"`` (the paper) holds the plans constant in the gradient.
+        backward: ``"envelope"`` (the paper, and the default) holds the plans constant in the
+            gradient; ``"implicit"``, ``"unrolled"`` and ``"auto"`` as in
+            :func:`sinkhorn_divergence`.
         tol, max_iters, n_iters, method: as in :func:`sinkhorn_divergence`.
 
     Returns:
@@ -264,7 +268,7 @@ def energy_distance(
         method: ``"dense"``, ``"reference"`` or ``"auto"``.
 
     Returns:
-        () or (B,); differentiable, also twice in a and b.
+        () or (B,); differentiable, also twice.
 
     Raises:
         ValueError, TypeError: as :func:`sinkhorn_divergence`.
@@ -305,7 +309,7 @@ def cost_matrix(x: Tensor, y: Tensor, cost: Cost = "sqeuclidean") -> Tensor:
             euclidean, and points of norm 0 under cosine (cost 1), have gradient 0.
 
     Returns:
-        C (n, m) or (B, n, m), float32 or float64; differentiable once in x and y. Where ``x is y``
+        C (n, m) or (B, n, m), float32 or float64; differentiable twice in x and y. Where ``x is y``
         the diagonal is exactly 0.
 
     Raises:

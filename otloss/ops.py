@@ -9,6 +9,9 @@ is a cloud against itself. All tensors carry a batch dimension.
     solve              costs, weights                                -> loss (B,),
                        status (P, B, 4), potentials f and g per pair, their trace if asked
     envelope_backward  gradient of the loss                          -> gradients of costs, weights
+    unrolled_backward  gradients of the loss, f, g; traces           -> gradients of costs, weights
+    implicit_backward  gradients of the loss, f, g                   -> gradients of costs, weights,
+                       status (P, B, 2): iterations and relative residual of the linear system
     solve_points, envelope_backward_points    the same from points, without cost matrices
 
 The loss is the sum over the pairs of a coefficient times OT of the pair.
@@ -35,8 +38,10 @@ __all__ = [
     "cost_backward",
     "envelope_backward",
     "envelope_backward_points",
+    "implicit_backward",
     "solve",
     "solve_points",
+    "unrolled_backward",
 ]
 
 # Fields of one row of ``status``; csrc/kernels.h lists the same.
@@ -60,6 +65,17 @@ _library.define(
     "envelope_backward(Tensor grad_loss, Tensor[] costs, Tensor[] weights, int[] pairs, "
     "float[] coefficients, Tensor[] f, Tensor[] g, float eps, int objective, "
     "int[] want_cost, bool want_weights) -> (Tensor[], Tensor[], Tensor[])",
+)
+_library.define(
+    "unrolled_backward(Tensor grad_loss, Tensor[] grad_f, Tensor[] grad_g, Tensor[] costs, "
+    "Tensor[] weights, int[] pairs, float[] coefficients, Tensor[] init, Tensor[] traces, "
+    "float eps, int objective, int[] want_cost, bool want_weights) "
+    "-> (Tensor[], Tensor[], Tensor[])",
+)
+_library.define(
+    "implicit_backward(Tensor grad_loss, Tensor[] grad_f, Tensor[] grad_g, Tensor[] costs, "
+    "Tensor[] weights, int[] pairs, float[] coefficients, Tensor[] f, Tensor[] g, float eps, "
+    "int objective, int[] want_cost, bool want_weights) -> (Tensor[], Tensor[], Tensor[], Tensor)",
 )
 _library.define(
     "solve_points(Tensor[] points, Tensor[] weights, int[] pairs, float[] coefficients, "
@@ -99,6 +115,8 @@ cost = torch.ops.otloss.cost.default
 cost_backward = torch.ops.otloss.cost_backward.default
 solve = torch.ops.otloss.solve.default
 envelope_backward = torch.ops.otloss.envelope_backward.default
+unrolled_backward = torch.ops.otloss.unrolled_backward.default
+implicit_backward = torch.ops.otloss.implicit_backward.default
 solve_points = torch.ops.otloss.solve_points.default
 envelope_backward_points = torch.ops.otloss.envelope_backward_points.default
 
@@ -151,6 +169,22 @@ def _(
     return costs[0].new_empty(B), status, f, g, traces
 
 
+def _empty_gradients(
+    costs: list[Tensor],
+    weights: list[Tensor],
+    pairs: list[int],
+    want_cost: list[int],
+    want_weights: bool,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def like(t: Tensor, wanted: bool) -> Tensor:
+        return torch.empty_like(t) if wanted else t.new_empty(0)
+
+    grad_costs = [like(c, bool(w)) for c, w in zip(costs, want_cost, strict=True)]
+    grad_a = [like(weights[i], want_weights) for i in pairs[::2]]
+    grad_b = [like(weights[j], want_weights) for j in pairs[1::2]]
+    return grad_costs, grad_a, grad_b
+
+
 @torch.library.register_fake("otloss::envelope_backward", lib=_library)
 def _(
     grad_loss: Tensor,
@@ -165,11 +199,46 @@ def _(
     want_cost: list[int],
     want_weights: bool,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    def like(t: Tensor, wanted: bool) -> Tensor:
-        return torch.empty_like(t) if wanted else t.new_empty(0)
+    return _empty_gradients(costs, weights, pairs, want_cost, want_weights)
 
-    grad_costs = [like(c, bool(w)) for c, w in zip(costs, want_cost, strict=True)]
-    return grad_costs, [like(t, want_weights) for t in f], [like(t, want_weights) for t in g]
+
+@torch.library.register_fake("otloss::unrolled_backward", lib=_library)
+def _(
+    grad_loss: Tensor,
+    grad_f: list[Tensor],
+    grad_g: list[Tensor],
+    costs: list[Tensor],
+    weights: list[Tensor],
+    pairs: list[int],
+    coefficients: list[float],
+    init: list[Tensor],
+    traces: list[Tensor],
+    eps: float,
+    objective: int,
+    want_cost: list[int],
+    want_weights: bool,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    return _empty_gradients(costs, weights, pairs, want_cost, want_weights)
+
+
+@torch.library.register_fake("otloss::implicit_backward", lib=_library)
+def _(
+    grad_loss: Tensor,
+    grad_f: list[Tensor],
+    grad_g: list[Tensor],
+    costs: list[Tensor],
+    weights: list[Tensor],
+    pairs: list[int],
+    coefficients: list[float],
+    f: list[Tensor],
+    g: list[Tensor],
+    eps: float,
+    objective: int,
+    want_cost: list[int],
+    want_weights: bool,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    status = grad_loss.new_empty(len(costs), grad_loss.shape[0], 2, dtype=torch.float64)
+    return *_empty_gradients(costs, weights, pairs, want_cost, want_weights), status
 
 
 @torch.library.register_fake("otloss::solve_points", lib=_library)

@@ -97,22 +97,14 @@ class Solved:
     g: tuple[Tensor, ...]  # (B, m) per pair
 
 
-def _choose_backward(options: Options, needs_grad: bool) -> str:
-    """`auto` made concrete. What is not exact yet is refused, never approximated."""
-    choice = options.backward
-    if choice == "auto":
-        if options.n_iters >= 0:
-            choice = "unrolled"
-        else:
-            choice = "envelope" if options.objective == "regularized" else "implicit"
-    if choice != "envelope" and needs_grad:
-        raise NotImplementedError(
-            f'backward="{choice}" is not available yet (chosen by backward="{options.backward}", '
-            f'objective="{options.objective}", n_iters='
-            f"{None if options.n_iters < 0 else options.n_iters}); "
-            'backward="envelope" is: the gradient at fixed potentials'
-        )
-    return choice
+def _choose_backward(options: Options) -> str:
+    """`auto` made concrete: the mode that is exact for the objective and the iterations asked for.
+
+    For the regularized value "implicit" and "envelope" are the same gradient.
+    """
+    if options.backward != "auto":
+        return options.backward
+    return "unrolled" if options.n_iters >= 0 else "implicit"
 
 
 def streams(problem: Problem, pairs: list[int], options: Options) -> bool:
@@ -145,8 +137,7 @@ def run(
     """Solves all pairs and adds their values up.
 
     ``costs``: None to work on the points. ``potentials``: whether f and g are wanted as
-    differentiable outputs. A loss without an exact gradient is refused at the call, a result only
-    when its gradient is asked for.
+    differentiable outputs.
     """
     if not options.balanced:
         raise NotImplementedError("unbalanced= is not available yet; only balanced transport is")
@@ -154,6 +145,7 @@ def run(
     needs_grad = torch.is_grad_enabled() and any(
         t.requires_grad for t in (*inputs, *problem.weights)
     )
+    backward = _choose_backward(options)
     settings = Settings(
         pairs=pairs,
         coefficients=coefficients,
@@ -164,9 +156,10 @@ def run(
         max_iters=options.max_iters,
         n_iters=options.n_iters,
         objective=_check.OBJECTIVES.index(options.objective),
-        backward=_choose_backward(options, needs_grad and not potentials),
+        backward=backward,
         plain=options.method == "reference",
         potentials=potentials,
+        trace=needs_grad and backward == "unrolled",
     )
     if costs is None:
         loss, status, *rest = SolvePoints.apply(
@@ -377,21 +370,23 @@ def solve(
         tol: stop when the marginal error, L1 over the total mass, is at most this.
         max_iters: stop after so many iterations with a :class:`ConvergenceWarning`.
         n_iters: run exactly so many iterations (f, then g, from zero potentials) instead.
-        backward: ``"envelope"``: the gradient at fixed potentials (``dOT/dC = P``,
+        backward: ``"envelope"``: the gradient of ``value`` at fixed potentials (``dOT/dC = P``,
             ``dOT/da = f`` up to a constant, taken so that ``<a, f> = <b, g>``), exact at
             convergence for the regularized objective; for ``"transport"`` it holds the plan
-            constant. ``"implicit"``, ``"unrolled"``: raise ``NotImplementedError`` where a gradient
-            is needed. ``"auto"``: envelope for regularized, unrolled with ``n_iters``, else
-            implicit.
+            constant. ``"implicit"``: differentiates the optimality conditions, for every tensor of
+            the result. ``"unrolled"``: the exact derivative of the ``n_iters`` iterations.
+            ``"auto"``: unrolled with ``n_iters``, else implicit, which is the envelope for the
+            regularized ``value``. See docs/gradients.md.
         method: ``"dense"``, ``"reference"`` (plain torch) or ``"auto"``.
         init: potentials to start from: an :class:`OTResult` or ``(f, g)``.
 
     Returns:
-        :class:`OTResult`. Its ``value`` is differentiable in C, a and b.
+        :class:`OTResult`, differentiable in C, a and b, twice. Of the potentials (f + t, g - t) it
+        has those with ``<a, f> = <b, g>``, or, with ``n_iters``, those of the last iteration.
 
     Raises:
         ValueError, TypeError: a wrong argument, named, with what is expected.
-        NotImplementedError: a gradient that is not available.
+        NotImplementedError: a derivative that is not available, with what to use instead.
 
     References:
         Cuturi, *Sinkhorn distances* (2013); Feydy et al., *Interpolating between optimal transport
@@ -450,7 +445,7 @@ def solve_sample(
             :func:`otloss.solve`.
 
     Returns:
-        :class:`OTResult`. Its ``value`` is differentiable in x, y, a and b.
+        :class:`OTResult`, differentiable in x, y, a and b, twice; see :func:`otloss.solve`.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as :func:`otloss.solve`.

@@ -51,3 +51,5 @@ void parallel_tasks(int64_t count, F&& function) {
 
 // The body of such a function must be inlined into each copy.
 #define OTLOSS_INLINE inline __attribute__((always_inline))
+// The same for lambdas.
+#define OTLOSS_ALWAYS_INLINE __attribute__((always_inline))

@@ -17,16 +17,6 @@
 namespace otloss::cpu {
 namespace {
 
-// b scaled to the total of a. Weights that were normalised in a lower precision differ by rounding,
-// and the marginal error could not fall below that.
-template <typename T>
-std::vector<T> with_mass_of(int64_t n, const T* a, int64_t m, const T* b) {
-  const double ratio = total(n, a) / total(m, b);
-  std::vector<T> scaled(b, b + m);
-  for (T& weight : scaled) weight = static_cast<T>(static_cast<double>(weight) * ratio);
-  return scaled;
-}
-
 template <typename T, typename Source>
 void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& options, bool split,
                    const Source& source) {

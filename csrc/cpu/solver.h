@@ -65,6 +65,16 @@ double total(int64_t count, const T* w) {
   return sum;
 }
 
+// b scaled to the total of a. Weights that were normalised in a lower precision differ by rounding,
+// and the marginal error could not fall below that.
+template <typename T>
+std::vector<T> with_mass_of(int64_t n, const T* a, int64_t m, const T* b) {
+  const double ratio = total(n, a) / total(m, b);
+  std::vector<T> scaled(b, b + m);
+  for (T& weight : scaled) weight = static_cast<T>(static_cast<double>(weight) * ratio);
+  return scaled;
+}
+
 // ----------------------------------------------------------------- exactly n_iters iterations
 
 // f then g, from the potentials given, at one eps: what papers write as "L iterations".

@@ -1,0 +1,27 @@
+// Rows in whole vector blocks, without a scalar rest.
+#pragma once
+
+#include <cstdint>
+
+namespace otloss::cpu {
+
+// A row is done in whole blocks of kBlock columns; what is left over is done as one more block that
+// ends with the row and overlaps the one before, masked so that no column counts twice. (A scalar
+// loop over the rest costs half as much as the whole row at m = 200.)
+template <typename T>
+constexpr int64_t kBlock = 64 / sizeof(T);
+
+template <typename T>
+struct Blocks {
+  int64_t whole;  // columns in whole blocks
+  int64_t tail;   // first column of the overlapping block, or m if there is none
+  alignas(64) T mask[kBlock<T>];
+
+  explicit Blocks(int64_t m) : whole(m / kBlock<T> * kBlock<T>), tail(m) {
+    if (whole == m || whole == 0) return;
+    tail = m - kBlock<T>;
+    for (int64_t j = 0; j < kBlock<T>; ++j) mask[j] = tail + j < whole ? T(0) : T(1);
+  }
+};
+
+}  // namespace otloss::cpu

@@ -1,0 +1,350 @@
+// The derivative of the solution: the optimality conditions, differentiated and solved.
+//
+// At the solution the plan P = a b exp((f + g - C) / eps) has marginals r = a and c = b, so that
+//     [diag(r)  P     ] (df)   (sum_j P_ij (dC_ij - eps db_j / b_j))
+//     [P^T      diag(c)] (dg) = (sum_i P_ij (dC_ij - eps da_i / a_i)).
+// Gradients f_bar, g_bar of f and g therefore go back through the same symmetric matrix,
+//     M (alpha, beta) = (f_bar, g_bar),  C_bar_ij += P_ij (alpha_i + beta_j),
+//     a_bar_i -= eps sum_j P_ij beta_j / a_i,  b_bar_j -= eps sum_i P_ij alpha_i / b_j.
+// M has the null vector (1, -1): only f_i + g_j is determined. f and g stand for the solution with
+// <a, f> = <b, g>, which moves f_bar, g_bar into the range of M.
+//
+// Eliminating alpha leaves S beta = g_bar - P^T (f_bar / r) with S = diag(c) - P^T diag(1/r) P, a
+// weighted graph's Laplacian, solved by conjugate gradients preconditioned by diag(c). Eliminating
+// beta instead would have the same spectrum; this way a product with S is one reading of P, row by
+// row: w_i = sum_j P_ij x_j / r_i, then y_j += P_ij w_i. All vectors and sums are double; r and c
+// are P's own sums, so that S 1 = 0 to rounding even when P is float.
+//
+// A cloud against itself has one potential, and the system is (diag(r) + P) alpha = h with
+// h = (f_bar + g_bar) / 2: well conditioned whatever eps, while S vanishes as eps does.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "adjoint.h"
+#include "kernels.h"
+#include "math.h"
+#include "parallel.h"
+#include "problems.h"
+#include "solver.h"
+#include "sweep.h"
+
+namespace otloss::cpu {
+namespace {
+
+using Vector = std::vector<double>;
+
+// Conjugate gradients stop at this residual relative to the right-hand side, in the norm of the
+// inverse preconditioner: the gradient is then as exact as the plan's dtype allows.
+template <typename T>
+constexpr double kTolerance = sizeof(T) == 4 ? 1e-8 : 1e-13;
+constexpr int64_t kMaxIterations = 2000;
+
+double inner(const Vector& x, const Vector& y) {
+  double sum = 0;
+  for (size_t i = 0; i < x.size(); ++i) sum += x[i] * y[i];
+  return sum;
+}
+
+struct CgReport {
+  int64_t iterations = 0;
+  double residual = 0;
+};
+
+// Solves A x = right for a positive semidefinite A given by apply(x, y): y = A x. `inverse` is the
+// diagonal preconditioner, project(r) removes what is not in the range of A, and a residual whose
+// squared norm is below `floor` is rounding. On return `right` is the residual.
+template <typename Apply, typename Project>
+CgReport conjugate_gradients(double tol, double floor, const Vector& inverse, Apply&& apply,
+                             Project&& project, Vector& right, Vector& x) {
+  const size_t count = right.size();
+  Vector &r = right, z(count), p(count), q(count);
+  const auto precondition = [&] {
+    for (size_t i = 0; i < count; ++i) z[i] = inverse[i] * r[i];
+    return inner(r, z);
+  };
+  std::fill(x.begin(), x.end(), 0.0);
+  project(r);
+  double rz = precondition();
+  const double first = rz;
+  CgReport report;
+  p = z;
+  while (rz > tol * tol * first && rz > floor && report.iterations < kMaxIterations &&
+         !interrupted()) {
+    apply(p, q);
+    const double curvature = inner(p, q);
+    if (!(curvature > 0)) break;
+    const double step = rz / curvature;
+    for (size_t i = 0; i < count; ++i) x[i] += step * p[i], r[i] -= step * q[i];
+    project(r);
+    const double next = precondition(), turn = next / rz;
+    for (size_t i = 0; i < count; ++i) p[i] = z[i] + turn * p[i];
+    rz = next;
+    ++report.iterations;
+  }
+  report.residual = first > floor ? std::sqrt(rz / first) : 0.0;
+  return report;
+}
+
+// ------------------------------------------------------------------------------- one problem
+
+template <typename T>
+class ImplicitProblem {
+ public:
+  ImplicitProblem(const ImplicitGroup<T>& group, int64_t p, double eps, bool split)
+      : n_(group.n),
+        m_(group.m),
+        eps_(eps),
+        symmetric_(group.symmetric),
+        C_(group.C + p * n_ * m_),
+        a_(group.a + p * n_),
+        b_(group.b + p * m_),
+        P_(group.P + p * n_ * m_),
+        parts_(n_, m_, split),
+        columns_(parts_, m_),
+        f_(n_),
+        g_(m_),
+        f_bar_(n_),
+        g_bar_(m_),
+        a_bar_(n_),
+        b_bar_(m_),
+        inverse_r_(n_),
+        inverse_c_(m_),
+        r_(n_),
+        c_(m_),
+        alpha_(n_),
+        beta_(m_) {
+    centre_potentials(group.f + p * n_, group.g + p * m_);
+    make_plan();
+  }
+
+  // Gradients of scale * value + <grad_f, f> + <grad_g, g>; grad_f and grad_g may be null.
+  CgReport run(double scale, Objective objective, const T* grad_f, const T* grad_g) {
+    for (int64_t i = 0; i < n_; ++i)
+      f_bar_[i] = grad_f && a_[i] > T(0) ? static_cast<double>(grad_f[i]) : 0.0;
+    for (int64_t j = 0; j < m_; ++j)
+      g_bar_[j] = grad_g && b_[j] > T(0) ? static_cast<double>(grad_g[j]) : 0.0;
+    seed(scale, objective);
+    fix_gauge();
+    const CgReport report = symmetric_ ? solve_symmetric() : solve_pair();
+    for (int64_t i = 0; i < n_; ++i)  // (P beta)_i = f_bar_i - r_i alpha_i
+      a_bar_[i] -= eps_ * quotient(f_bar_[i] - r_[i] * alpha_[i], a_[i]);
+    return report;
+  }
+
+  void cost_gradient(double scale, Objective objective, T* grad_C) const {
+    const std::vector<T> alpha(alpha_.begin(), alpha_.end()), beta(beta_.begin(), beta_.end());
+    const double t = objective == Objective::kTransport ? -scale / eps_ : 0.0;
+    parts_.for_each([&](int64_t, int64_t begin, int64_t end) {
+      const int64_t at = begin * m_;
+      weigh_plan(WeighPlan<T>{end - begin, m_, static_cast<T>(scale), static_cast<T>(t), P_ + at,
+                              C_ + at, alpha.data() + begin, beta.data(), grad_C + at});
+    });
+  }
+
+  // Of (a_bar + t, b_bar - t), all gradients on weights of equal total, that with
+  // <a, a_bar> = <b, b_bar>.
+  void weight_gradients(T* grad_a, T* grad_b) const {
+    const double shift = (dot(b_, b_bar_) - dot(a_, a_bar_)) / mass();
+    for (int64_t i = 0; i < n_; ++i)
+      grad_a[i] = a_[i] > T(0) ? static_cast<T>(a_bar_[i] + shift) : T(0);
+    for (int64_t j = 0; j < m_; ++j)
+      grad_b[j] = b_[j] > T(0) ? static_cast<T>(b_bar_[j] - shift) : T(0);
+  }
+
+ private:
+  static double quotient(double value, T weight) {
+    return weight > T(0) ? value / static_cast<double>(weight) : 0.0;
+  }
+  static double dot(const T* w, const Vector& x) {
+    double sum = 0;
+    for (size_t i = 0; i < x.size(); ++i) sum += static_cast<double>(w[i]) * x[i];
+    return sum;
+  }
+  double mass() const { return total(n_, a_) + total(m_, b_); }
+
+  // The potentials with <a, f> = <b, g>; one potential for a cloud against itself.
+  void centre_potentials(const T* f, const T* g) {
+    for (int64_t i = 0; i < n_; ++i) f_[i] = a_[i] > T(0) ? static_cast<double>(f[i]) : 0.0;
+    for (int64_t j = 0; j < m_; ++j) g_[j] = b_[j] > T(0) ? static_cast<double>(g[j]) : 0.0;
+    const double shift = (dot(b_, g_) - dot(a_, f_)) / mass();
+    for (int64_t i = 0; i < n_; ++i) f_[i] += a_[i] > T(0) ? shift : 0.0;
+    for (int64_t j = 0; j < m_; ++j) g_[j] -= b_[j] > T(0) ? shift : 0.0;
+    if (symmetric_)
+      for (int64_t i = 0; i < n_; ++i) f_[i] = g_[i] = 0.5 * (f_[i] + g_[i]);
+  }
+
+  void make_plan() {
+    const double k = kLog2E / eps_;
+    std::vector<T> F(n_), g(g_.begin(), g_.end()), G(m_);
+    for (int64_t i = 0; i < n_; ++i) F[i] = static_cast<T>(k * f_[i]);
+    absorb_weights(m_, static_cast<T>(k), g.data(), b_, G.data());
+    columns_.clear();
+    parts_.for_each([&](int64_t part, int64_t begin, int64_t end) {
+      const int64_t rows = end - begin, at = begin * m_;
+      plan_rows(PlanRows<T>{rows, m_, static_cast<T>(k), T(1), C_ + at, a_ + begin,
+                            F.data() + begin, G.data(), P_ + at});
+      plan_sums(PlanSums<T>{rows, m_, P_ + at, nullptr, r_.data() + begin, columns_.part(part)});
+    });
+    const double* c = columns_.total();
+    for (int64_t i = 0; i < n_; ++i) inverse_r_[i] = r_[i] > 0 ? 1.0 / r_[i] : 0.0;
+    for (int64_t j = 0; j < m_; ++j) {
+      c_[j] = c[j];
+      inverse_c_[j] = c[j] > 0 ? 1.0 / c[j] : 0.0;
+    }
+  }
+
+  // The objective's derivatives at fixed potentials (regularized: all there are at the solution)
+  // and, for <P, C>, what it puts on the potentials.
+  void seed(double scale, Objective objective) {
+    if (objective == Objective::kRegularized) {
+      for (int64_t i = 0; i < n_; ++i) a_bar_[i] = scale * f_[i];
+      for (int64_t j = 0; j < m_; ++j) b_bar_[j] = scale * g_[j];
+      return;
+    }
+    Vector row(n_);
+    columns_.clear();
+    parts_.for_each([&](int64_t part, int64_t begin, int64_t end) {
+      plan_sums(PlanSums<T>{end - begin, m_, P_ + begin * m_, C_ + begin * m_, row.data() + begin,
+                            columns_.part(part)});
+    });
+    const double* column = columns_.total();
+    for (int64_t i = 0; i < n_; ++i) {
+      f_bar_[i] += scale * row[i] / eps_;
+      a_bar_[i] = quotient(scale * row[i], a_[i]);
+    }
+    for (int64_t j = 0; j < m_; ++j) {
+      g_bar_[j] += scale * column[j] / eps_;
+      b_bar_[j] = quotient(scale * column[j], b_[j]);
+    }
+  }
+
+  // f and g are those with <a, f> = <b, g>: a gradient along (1, -1) is one on the weights.
+  void fix_gauge() {
+    double excess = 0;
+    for (const double value : f_bar_) excess += value;
+    for (const double value : g_bar_) excess -= value;
+    excess /= mass();
+    for (int64_t i = 0; i < n_; ++i) {
+      f_bar_[i] -= excess * static_cast<double>(a_[i]);
+      a_bar_[i] -= excess * f_[i];
+    }
+    for (int64_t j = 0; j < m_; ++j) {
+      g_bar_[j] += excess * static_cast<double>(b_[j]);
+      b_bar_[j] += excess * g_[j];
+    }
+  }
+
+  // w = base + factor P x, and the column sums y = P^T w where wanted. x and base may be null.
+  const double* product(const double* x, const double* base, const double* factor, Vector& w,
+                        bool columns) {
+    columns_.clear();
+    parts_.for_each([&](int64_t part, int64_t begin, int64_t end) {
+      plan_product(PlanProduct<T>{end - begin, m_, P_ + begin * m_, x,
+                                  base ? base + begin : nullptr, factor + begin, w.data() + begin,
+                                  columns ? columns_.part(part) : nullptr});
+    });
+    return columns_.total();
+  }
+
+  CgReport solve_pair() {
+    Vector base(n_), minus(n_), w(n_), right(m_);
+    for (int64_t i = 0; i < n_; ++i) {
+      base[i] = f_bar_[i] * inverse_r_[i];
+      minus[i] = -inverse_r_[i];
+    }
+    const double* y = product(nullptr, base.data(), minus.data(), w, true);
+    double size = 0;
+    for (int64_t j = 0; j < m_; ++j) {
+      right[j] = g_bar_[j] - y[j];
+      size += inverse_c_[j] * (g_bar_[j] * g_bar_[j] + y[j] * y[j]);
+    }
+    const double mass = inner_one(c_);
+    const auto project = [&](Vector& r) {
+      const double mean = inner_one(r) / mass;
+      for (int64_t j = 0; j < m_; ++j) r[j] -= mean * c_[j];
+    };
+    const auto apply = [&](const Vector& x, Vector& y_out) {
+      const double* sums = product(x.data(), nullptr, inverse_r_.data(), w, true);
+      for (int64_t j = 0; j < m_; ++j) y_out[j] = c_[j] * x[j] - sums[j];
+    };
+    const CgReport report = conjugate_gradients(kTolerance<T>, rounding(size), inverse_c_, apply,
+                                                project, right, beta_);
+    const double* sums = product(beta_.data(), base.data(), minus.data(), alpha_, true);
+    for (int64_t j = 0; j < m_; ++j) b_bar_[j] -= eps_ * quotient(sums[j], b_[j]);
+    return report;
+  }
+
+  CgReport solve_symmetric() {
+    Vector half(n_), w(n_);
+    for (int64_t i = 0; i < n_; ++i) half[i] = 0.5 * (f_bar_[i] + g_bar_[i]);
+    const Vector ones(n_, 1.0);
+    const auto apply = [&](const Vector& x, Vector& y) {
+      product(x.data(), nullptr, ones.data(), w, false);
+      for (int64_t i = 0; i < n_; ++i) y[i] = r_[i] * x[i] + w[i];
+    };
+    double size = 0;
+    for (int64_t i = 0; i < n_; ++i) size += inverse_r_[i] * half[i] * half[i];
+    Vector right = half;
+    const CgReport report = conjugate_gradients(
+        kTolerance<T>, rounding(size), inverse_r_, apply, [](Vector&) {}, right, alpha_);
+    beta_ = alpha_;
+    f_bar_ = half;
+    for (int64_t j = 0; j < m_; ++j)
+      b_bar_[j] -= eps_ * quotient(half[j] - r_[j] * alpha_[j], b_[j]);
+    return report;
+  }
+
+  static double inner_one(const Vector& x) {
+    double sum = 0;
+    for (const double value : x) sum += value;
+    return sum;
+  }
+
+  // The squared rounding error of a sum of terms whose squares add up to `size`.
+  static double rounding(double size) {
+    constexpr double kUnit = 4 * std::numeric_limits<double>::epsilon();
+    return kUnit * kUnit * size;
+  }
+
+  const int64_t n_, m_;
+  const double eps_;
+  const bool symmetric_;
+  const T* const C_;  // (n, m)
+  const T* const a_;  // (n,)
+  const T* const b_;  // (m,)
+  T* const P_;        // (n, m)
+  RowParts parts_;
+  PartSums<double> columns_;              // (m,)
+  Vector f_, g_;                          // (n,) (m,) the solution with <a, f> = <b, g>
+  Vector f_bar_, g_bar_, a_bar_, b_bar_;  // (n,) (m,) (n,) (m,)
+  Vector inverse_r_, inverse_c_;          // (n,) (m,) 0 for padding
+  Vector r_, c_;                          // (n,) (m,) sums of P
+  Vector alpha_, beta_;                   // (n,) (m,)
+};
+
+}  // namespace
+
+template <typename T>
+void implicit_backward(const std::vector<ImplicitGroup<T>>& groups, double eps,
+                       Objective objective) {
+  for_each_problem(groups, [&](const ImplicitGroup<T>& group, int64_t p, bool split) {
+    const int64_t n = group.n, m = group.m;
+    const double scale = static_cast<double>(group.coefficient * group.grad[p]);
+    ImplicitProblem<T> problem(group, p, eps, split);
+    const CgReport report =
+        problem.run(scale, objective, group.grad_f ? group.grad_f + p * n : nullptr,
+                    group.grad_g ? group.grad_g + p * m : nullptr);
+    if (group.grad_C) problem.cost_gradient(scale, objective, group.grad_C + p * n * m);
+    if (group.grad_a) problem.weight_gradients(group.grad_a + p * n, group.grad_b + p * m);
+    double* status = group.status + p * kImplicitStatusFields;
+    status[kImplicitIterations] = static_cast<double>(report.iterations);
+    status[kImplicitResidual] = report.residual;
+  });
+}
+
+template void implicit_backward(const std::vector<ImplicitGroup<float>>&, double, Objective);
+template void implicit_backward(const std::vector<ImplicitGroup<double>>&, double, Objective);
+
+}  // namespace otloss::cpu

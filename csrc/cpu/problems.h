@@ -1,0 +1,90 @@
+// How a set of problems is spread over threads: problems first, each on one thread from start to
+// end; when there are fewer problems than threads, each large problem splits its rows instead.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "parallel.h"
+
+namespace otloss::cpu {
+
+// Rows given to one thread of a split problem hold at least so many entries: 50 us of work, some
+// ten times what starting a parallel region costs.
+constexpr int64_t kSplitGrain = 1 << 18;
+
+// Each scratch row starts on its own cache line.
+template <typename T>
+int64_t padded(int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  return (count + kLine - 1) / kLine * kLine;
+}
+
+// Calls function(group, problem, split) for all problems of all groups.
+template <typename Group, typename F>
+void for_each_problem(const std::vector<Group>& groups, F&& function) {
+  struct Item {
+    const Group* group;
+    int64_t problem;
+  };
+  std::vector<Item> items;
+  for (const Group& group : groups)
+    for (int64_t p = 0; p < group.batch; ++p) items.push_back({&group, p});
+  const int64_t count = static_cast<int64_t>(items.size());
+  if (count >= thread_count()) {
+    parallel_tasks(count, [&](int64_t i) { function(*items[i].group, items[i].problem, false); });
+  } else {
+    for (const Item& item : items) function(*item.group, item.problem, true);
+  }
+}
+
+// The rows of one problem in parts, one thread each.
+class RowParts {
+ public:
+  RowParts(int64_t n, int64_t m, bool split)
+      : rows_(n),
+        count_(split ? std::clamp<int64_t>(n * m / kSplitGrain, 1, std::min(thread_count(), n))
+                     : 1) {}
+
+  int64_t count() const { return count_; }
+
+  // Calls function(part, begin, end).
+  template <typename F>
+  void for_each(F&& function) const {
+    if (count_ == 1) return function(int64_t{0}, int64_t{0}, rows_);
+    const int64_t rows = (rows_ + count_ - 1) / count_;
+    parallel_tasks(count_, [&](int64_t part) {
+      const int64_t begin = std::min(rows_, part * rows);
+      function(part, begin, std::min(rows_, begin + rows));
+    });
+  }
+
+ private:
+  int64_t rows_;
+  int64_t count_;
+};
+
+// Column sums kept by each part for itself and added up at the end, always in the same order.
+template <typename T>
+class PartSums {
+ public:
+  PartSums(const RowParts& parts, int64_t m)
+      : m_(m), stride_(padded<T>(m)), parts_(parts.count()), sums_(parts_ * stride_) {}
+
+  void clear() { std::fill(sums_.begin(), sums_.end(), T(0)); }
+  T* part(int64_t index) { return sums_.data() + index * stride_; }
+
+  // (m,) the sums over all parts.
+  const T* total() {
+    for (int64_t p = 1; p < parts_; ++p)
+      for (int64_t j = 0; j < m_; ++j) sums_[j] += sums_[p * stride_ + j];
+    return sums_.data();
+  }
+
+ private:
+  int64_t m_, stride_, parts_;
+  std::vector<T> sums_;
+};
+
+}  // namespace otloss::cpu

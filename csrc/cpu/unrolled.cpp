@@ -1,0 +1,366 @@
+// The exact derivative of L Sinkhorn iterations, from the potentials of each: the adjoint of one
+// iteration is one sweep over C with one exp2 per entry, like the iteration itself.
+//
+// Iteration l computes f from g' = g of iteration l - 1 and g from f. With
+//     e_ij = exp((f_i + g_j - C_ij) / eps),
+//     S_ij = a_i e_ij         (columns sum to 1: the softmax of the g update),
+//     R_ij = e_ij w_j         (rows sum to 1: the softmax of the f update),
+//     w_j  = b_j exp((g'_j - g_j) / eps)
+// the gradients f_bar, g_bar of f, g go back as
+//     u_i = sum_j e_ij g_bar_j        f_bar_i -= a_i u_i       a_bar_i -= eps u_i
+//     v_j = sum_i R_ij f_bar_i        g_bar'_j = -v_j          b_bar_j -= eps v_j / b_j
+//     C_bar_ij += S_ij g_bar_j + R_ij f_bar_i.
+// A row needs u_i before it can add to v and C_bar, and is still in L1 when it is read again. Rows
+// are taken kRows at a time, so that g_bar, w and v are read once per kRows entries.
+//
+// Where w is huge (a cold start at small eps), e underflows although R does not: that iteration
+// takes a second exponential for R.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "adjoint.h"
+#include "blocks.h"
+#include "kernels.h"
+#include "math.h"
+#include "parallel.h"
+#include "problems.h"
+#include "solver.h"
+#include "sweep.h"
+
+namespace otloss::cpu {
+namespace {
+
+constexpr int64_t kRows = kSweepScratchRows;
+
+// The potentials are in base-2 units, as in sweep.h.
+template <typename T>
+struct AdjointSweep {
+  int64_t rows;  // n
+  int64_t m;     // columns
+  T k;
+  const T* C;      // (n, m)
+  const T* a;      // (n,)
+  const T* F;      // (n,) k f
+  const T* G;      // (m,) k g
+  const T* H;      // (m,) k g' + log2 b, or null: R = e w
+  const T* w;      // (m,)
+  const T* g_bar;  // (m,)
+  T* f_bar;        // (n,) in: the gradient from outside, out: the whole
+  T* u;            // (n,) out
+  T* v;            // (m,) accumulated, over w where R = e w
+  T* C_bar;        // (n, m) accumulated, or null
+  T* e;            // (kRows, m) scratch
+};
+
+// kRows rows of the sweep. Rows past the end repeat the last one with factors of 0.
+template <typename T>
+struct RowGroup {
+  const T* C[kRows];
+  T* C_bar[kRows];
+  T F[kRows], S[kRows], R[kRows];  // S, R: what e is multiplied by with g_bar, and with w
+};
+
+// e_rj = exp2(F_r + G_j - k C_rj) and u_r = sum_j e_rj g_bar_j.
+template <typename T>
+OTLOSS_INLINE void first_pass(const AdjointSweep<T>& p, const Blocks<T>& blocks,
+                              const RowGroup<T>& rows, T* u) {
+  static_assert(kRows == 4, "four rows are unrolled");
+  const T F0 = rows.F[0], F1 = rows.F[1], F2 = rows.F[2], F3 = rows.F[3];
+  const auto range = [&](int64_t begin, int64_t end, const T* mask) OTLOSS_ALWAYS_INLINE {
+    const T *C0 = rows.C[0] + begin, *C1 = rows.C[1] + begin;
+    const T *C2 = rows.C[2] + begin, *C3 = rows.C[3] + begin;
+    const T *G = p.G + begin, *g_bar = p.g_bar + begin;
+    T *e0 = p.e + begin, *e1 = e0 + p.m, *e2 = e1 + p.m, *e3 = e2 + p.m;
+    T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+    for (int64_t j = 0; j < end - begin; ++j) {
+      const T weight = mask ? mask[j] * g_bar[j] : g_bar[j];
+      const T t0 = fast_exp2(F0 + G[j] - p.k * C0[j]);
+      const T t1 = fast_exp2(F1 + G[j] - p.k * C1[j]);
+      const T t2 = fast_exp2(F2 + G[j] - p.k * C2[j]);
+      const T t3 = fast_exp2(F3 + G[j] - p.k * C3[j]);
+      e0[j] = t0, e1[j] = t1, e2[j] = t2, e3[j] = t3;
+      s0 += weight * t0, s1 += weight * t1, s2 += weight * t2, s3 += weight * t3;
+    }
+    u[0] += s0, u[1] += s1, u[2] += s2, u[3] += s3;
+  };
+  std::fill(u, u + kRows, T(0));
+  range(0, blocks.whole, nullptr);
+  if (blocks.tail < p.m)
+    range(blocks.tail, p.m, blocks.mask);
+  else
+    range(blocks.whole, p.m, nullptr);
+}
+
+// v_j += sum_r R_r e_rj and C_bar_rj += e_rj (S_r g_bar_j + R_r w_j).
+template <typename T>
+OTLOSS_INLINE void second_pass(const AdjointSweep<T>& p, const Blocks<T>& blocks,
+                               const RowGroup<T>& rows) {
+  const T S0 = rows.S[0], S1 = rows.S[1], S2 = rows.S[2], S3 = rows.S[3];
+  const T R0 = rows.R[0], R1 = rows.R[1], R2 = rows.R[2], R3 = rows.R[3];
+  const auto range = [&](int64_t begin, int64_t end, const T* mask) OTLOSS_ALWAYS_INLINE {
+    const T *e0 = p.e + begin, *e1 = e0 + p.m, *e2 = e1 + p.m, *e3 = e2 + p.m;
+    const T *g_bar = p.g_bar + begin, *w = p.w + begin;
+    T* v = p.v + begin;
+    T *B0 = rows.C_bar[0] + begin, *B1 = rows.C_bar[1] + begin;
+    T *B2 = rows.C_bar[2] + begin, *B3 = rows.C_bar[3] + begin;
+    if (!p.C_bar) {
+#pragma omp simd
+      for (int64_t j = 0; j < end - begin; ++j) {
+        const T sum = (R0 * e0[j] + R1 * e1[j]) + (R2 * e2[j] + R3 * e3[j]);
+        v[j] += mask ? mask[j] * sum : sum;
+      }
+      return;
+    }
+#pragma omp simd
+    for (int64_t j = 0; j < end - begin; ++j) {
+      const T sum = (R0 * e0[j] + R1 * e1[j]) + (R2 * e2[j] + R3 * e3[j]);
+      v[j] += mask ? mask[j] * sum : sum;
+      const T x = mask ? mask[j] * g_bar[j] : g_bar[j], y = mask ? mask[j] * w[j] : w[j];
+      B0[j] += e0[j] * (S0 * x + R0 * y);
+      B1[j] += e1[j] * (S1 * x + R1 * y);
+      B2[j] += e2[j] * (S2 * x + R2 * y);
+      B3[j] += e3[j] * (S3 * x + R3 * y);
+    }
+  };
+  range(0, blocks.whole, nullptr);
+  if (blocks.tail < p.m)
+    range(blocks.tail, p.m, blocks.mask);
+  else
+    range(blocks.whole, p.m, nullptr);
+}
+
+// The same with R computed on its own; rare, so one row at a time.
+template <typename T>
+OTLOSS_INLINE void second_pass_apart(const AdjointSweep<T>& p, const RowGroup<T>& rows) {
+  for (int64_t r = 0; r < kRows; ++r) {
+    const T F = rows.F[r], S = rows.S[r], R = rows.R[r];
+    const T *C = rows.C[r], *e = p.e + r * p.m;
+    T* C_bar = p.C_bar ? rows.C_bar[r] : nullptr;
+    if (S == T(0) && R == T(0)) continue;
+    for (int64_t j = 0; j < p.m; ++j) {
+      const T value = R * fast_exp2(F + p.H[j] - p.k * C[j]);
+      p.v[j] += value;
+      if (C_bar) C_bar[j] += S * e[j] * p.g_bar[j] + (p.H[j] > T(0.5 * kLog2Zero) ? value : T(0));
+    }
+  }
+}
+
+template <typename T>
+OTLOSS_INLINE void adjoint_sweep_body(const AdjointSweep<T>& p) {
+  const Blocks<T> blocks(p.m);
+  for (int64_t i = 0; i < p.rows; i += kRows) {
+    RowGroup<T> rows;
+    for (int64_t r = 0; r < kRows; ++r) {
+      const bool inside = i + r < p.rows;
+      const int64_t row = inside ? i + r : p.rows - 1;
+      rows.C[r] = p.C + row * p.m;
+      rows.C_bar[r] = inside && p.C_bar ? p.C_bar + row * p.m : p.e + r * p.m;
+      rows.F[r] = p.F[row];
+    }
+    T u[kRows];
+    first_pass(p, blocks, rows, u);
+    for (int64_t r = 0; r < kRows; ++r) {
+      const bool counts = i + r < p.rows && p.a[i + r] > T(0);
+      rows.S[r] = counts ? p.a[i + r] : T(0);
+      if (counts) p.f_bar[i + r] -= p.a[i + r] * u[r];
+      if (i + r < p.rows) p.u[i + r] = counts ? u[r] : T(0);
+      rows.R[r] = counts ? p.f_bar[i + r] : T(0);
+    }
+    if (p.H)
+      second_pass_apart(p, rows);
+    else
+      second_pass(p, blocks, rows);
+  }
+}
+
+OTLOSS_SIMD void adjoint_sweep(const AdjointSweep<float>& p) { adjoint_sweep_body(p); }
+OTLOSS_SIMD void adjoint_sweep(const AdjointSweep<double>& p) { adjoint_sweep_body(p); }
+
+// ------------------------------------------------------------------------------- one problem
+
+template <typename T>
+class UnrolledProblem {
+ public:
+  UnrolledProblem(const UnrolledGroup<T>& group, int64_t p, double eps, bool split)
+      : n_(group.n),
+        m_(group.m),
+        L_(group.L),
+        eps_(eps),
+        k_(static_cast<T>(kLog2E / eps)),
+        C_(group.C + p * n_ * m_),
+        a_(group.a + p * n_),
+        mass_b_(with_mass_of(n_, a_, m_, group.b + p * m_)),
+        b_(mass_b_.data()),
+        trace_(group.trace + p * L_ * (n_ + m_)),
+        start_(group.start ? group.start + p * m_ : nullptr),
+        C_bar_(group.grad_C ? group.grad_C + p * n_ * m_ : nullptr),
+        parts_(n_, m_, split),
+        v_(parts_, m_),
+        e_(parts_.count() * kRows * m_),
+        F_(n_),
+        G_(m_),
+        H_(m_),
+        w_(m_),
+        u_(n_),
+        f_bar_(n_),
+        g_bar_(m_),
+        a_bar_(n_),
+        b_bar_(m_) {}
+
+  // Gradients of scale * value + <grad_f, f> + <grad_g, g>; grad_f and grad_g may be null.
+  void run(T scale, Objective objective, const T* grad_f, const T* grad_g) {
+    seed(scale, objective, grad_f, grad_g);
+    for (int64_t l = L_ - 1; l >= 0 && !interrupted(); --l) {
+      const T* before = l > 0 ? g(l - 1) : start_;
+      step(f(l), g(l), before);
+    }
+  }
+
+  void weight_gradients(T* grad_a, T* grad_b) const {
+    for (int64_t i = 0; i < n_; ++i) grad_a[i] = a_[i] > T(0) ? static_cast<T>(a_bar_[i]) : T(0);
+    for (int64_t j = 0; j < m_; ++j) grad_b[j] = b_[j] > T(0) ? static_cast<T>(b_bar_[j]) : T(0);
+  }
+
+ private:
+  const T* f(int64_t l) const { return trace_ + l * (n_ + m_); }
+  const T* g(int64_t l) const { return f(l) + n_; }
+
+  // The objective's own derivatives at the last potentials, and what comes from outside.
+  void seed(T scale, Objective objective, const T* grad_f, const T* grad_g) {
+    if (objective == Objective::kTransport) {
+      seed_transport(scale);
+    } else {
+      if (C_bar_) std::fill(C_bar_, C_bar_ + n_ * m_, T(0));
+      for (int64_t i = 0; i < n_; ++i) {
+        f_bar_[i] = scale * a_[i];
+        a_bar_[i] = static_cast<double>(scale) * static_cast<double>(f(L_ - 1)[i]);
+      }
+      for (int64_t j = 0; j < m_; ++j) {
+        g_bar_[j] = scale * b_[j];
+        b_bar_[j] = static_cast<double>(scale) * static_cast<double>(g(L_ - 1)[j]);
+      }
+    }
+    for (int64_t i = 0; i < n_; ++i)
+      if (grad_f && a_[i] > T(0)) f_bar_[i] += grad_f[i];
+    for (int64_t j = 0; j < m_; ++j)
+      if (grad_g && b_[j] > T(0)) g_bar_[j] += grad_g[j];
+  }
+
+  // <P, C> with P = a b exp((f + g - C) / eps): P (1 - C / eps) to C, and the sums of P C.
+  void seed_transport(T scale) {
+    std::vector<T> own;
+    if (!C_bar_) own.resize(n_ * m_);
+    T* P = C_bar_ ? C_bar_ : own.data();
+    for (int64_t i = 0; i < n_; ++i) F_[i] = k_ * f(L_ - 1)[i];
+    absorb_weights(m_, k_, g(L_ - 1), b_, G_.data());
+    std::vector<double> row(n_);
+    PartSums<double> column(parts_, m_);
+    const std::vector<T> none_a(n_), none_b(m_);
+    const T t = static_cast<T>(-static_cast<double>(scale) / eps_);
+    parts_.for_each([&](int64_t part, int64_t begin, int64_t end) {
+      const int64_t rows = end - begin, at = begin * m_;
+      plan_rows(PlanRows<T>{rows, m_, k_, T(1), C_ + at, a_ + begin, F_.data() + begin, G_.data(),
+                            P + at});
+      plan_sums(PlanSums<T>{rows, m_, P + at, C_ + at, row.data() + begin, column.part(part)});
+      if (C_bar_)
+        weigh_plan(WeighPlan<T>{rows, m_, scale, t, P + at, C_ + at, none_a.data() + begin,
+                                none_b.data(), C_bar_ + at});
+    });
+    const double* col = column.total();
+    for (int64_t i = 0; i < n_; ++i) {
+      const double term = static_cast<double>(scale) * row[i];
+      f_bar_[i] = static_cast<T>(term / eps_);
+      a_bar_[i] = a_[i] > T(0) ? term / static_cast<double>(a_[i]) : 0.0;
+    }
+    for (int64_t j = 0; j < m_; ++j) {
+      const double term = static_cast<double>(scale) * col[j];
+      g_bar_[j] = static_cast<T>(term / eps_);
+      b_bar_[j] = b_[j] > T(0) ? term / static_cast<double>(b_[j]) : 0.0;
+    }
+  }
+
+  // One iteration back. `before` is g of the iteration before, null for 0.
+  void step(const T* f, const T* g, const T* before) {
+    for (int64_t i = 0; i < n_; ++i) F_[i] = k_ * f[i];
+    const bool apart = column_factors(g, before);
+    v_.clear();
+    parts_.for_each([&](int64_t part, int64_t begin, int64_t end) {
+      adjoint_sweep(
+          AdjointSweep<T>{end - begin, m_, k_, C_ + begin * m_, a_ + begin, F_.data() + begin,
+                          G_.data(), apart ? H_.data() : nullptr, w_.data(), g_bar_.data(),
+                          f_bar_.data() + begin, u_.data() + begin, v_.part(part),
+                          C_bar_ ? C_bar_ + begin * m_ : nullptr, e_.data() + part * kRows * m_});
+    });
+    const T* v = v_.total();
+    for (int64_t i = 0; i < n_; ++i) {
+      a_bar_[i] -= eps_ * static_cast<double>(u_[i]);
+      f_bar_[i] = 0;
+    }
+    for (int64_t j = 0; j < m_; ++j) {
+      if (!(b_[j] > T(0))) continue;
+      g_bar_[j] = apart ? -v[j] : -v[j] * w_[j];
+      b_bar_[j] += eps_ * static_cast<double>(g_bar_[j]) / static_cast<double>(b_[j]);
+    }
+  }
+
+  // G and w, and where w is out of range H. Columns of weight 0 get w = 0 and g_bar = 0.
+  bool column_factors(const T* g, const T* before) {
+    T largest = 0;
+    for (int64_t j = 0; j < m_; ++j) {
+      const bool counts = b_[j] > T(0);
+      const T change = counts ? k_ * ((before ? before[j] : T(0)) - g[j]) : T(0);
+      G_[j] = k_ * g[j];
+      w_[j] = counts ? b_[j] * fast_exp2(change) : T(0);
+      if (!counts) g_bar_[j] = 0;
+      largest = std::max(largest, change);
+    }
+    const bool apart = !(largest < std::log2(static_cast<T>(kTrusted)));
+    if (apart) {
+      const std::vector<T> zero(before ? 0 : m_);
+      absorb_weights(m_, k_, before ? before : zero.data(), b_, H_.data());
+    }
+    return apart;
+  }
+
+  const int64_t n_, m_, L_;
+  const double eps_;
+  const T k_;
+  const T* const C_;             // (n, m)
+  const T* const a_;             // (n,)
+  const std::vector<T> mass_b_;  // what the iterations ran with
+  const T* const b_;             // (m,)
+  const T* const trace_;         // (L, n + m)
+  const T* const start_;         // (m,) or null
+  T* const C_bar_;               // (n, m) or null
+  RowParts parts_;
+  PartSums<T> v_;              // (m,)
+  std::vector<T> e_;           // (parts, kRows, m)
+  std::vector<T> F_;           // (n,)
+  std::vector<T> G_, H_, w_;   // (m,) each
+  std::vector<T> u_, f_bar_;   // (n,) each
+  std::vector<T> g_bar_;       // (m,)
+  std::vector<double> a_bar_;  // (n,) summed over all iterations
+  std::vector<double> b_bar_;  // (m,)
+};
+
+}  // namespace
+
+template <typename T>
+void unrolled_backward(const std::vector<UnrolledGroup<T>>& groups, double eps,
+                       Objective objective) {
+  for_each_problem(groups, [&](const UnrolledGroup<T>& group, int64_t p, bool split) {
+    UnrolledProblem<T> problem(group, p, eps, split);
+    problem.run(group.coefficient * group.grad[p], objective,
+                group.grad_f ? group.grad_f + p * group.n : nullptr,
+                group.grad_g ? group.grad_g + p * group.m : nullptr);
+    if (group.grad_a)
+      problem.weight_gradients(group.grad_a + p * group.n, group.grad_b + p * group.m);
+  });
+}
+
+template void unrolled_backward(const std::vector<UnrolledGroup<float>>&, double, Objective);
+template void unrolled_backward(const std::vector<UnrolledGroup<double>>&, double, Objective);
+
+}  // namespace otloss::cpu
