@@ -20,7 +20,7 @@ def draw(path: Path) -> Path:
         fontsize=8,
     )
     target = path.with_suffix(".png")
-    figure.savefig(target, dpi=150)
+    figure.savefig(target, dpi=110)
     return target
 
 
