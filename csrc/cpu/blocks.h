@@ -5,11 +5,19 @@
 
 namespace otloss::cpu {
 
-// A row is done in whole blocks of kBlock columns; what is left over is done as one more block that
-// ends with the row and overlaps the one before, masked so that no column counts twice. (A scalar
-// loop over the rest costs half as much as the whole row at m = 200.)
+// Columns of one block: the widest vectors there are.
 template <typename T>
 constexpr int64_t kBlock = 64 / sizeof(T);
+
+// Columns up to whole blocks. A row that has room after it is read to this width.
+template <typename T>
+constexpr int64_t padded(int64_t columns) {
+  return (columns + kBlock<T> - 1) / kBlock<T> * kBlock<T>;
+}
+
+// A row that must not be read past its end is done in whole blocks; what is left over is done as
+// one more block that ends with the row and overlaps the one before, masked so that no column
+// counts twice. (A scalar loop over the rest costs half as much as the whole row at m = 200.)
 
 template <typename T>
 struct Blocks {

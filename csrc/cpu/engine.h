@@ -13,13 +13,10 @@
 #include "math.h"
 #include "parallel.h"
 #include "points.h"
+#include "problems.h"
 #include "sweep.h"
 
 namespace otloss::cpu {
-
-// Rows given to one thread of a split problem hold at least so many entries: 50 us of work, some
-// ten times what starting a parallel region costs.
-constexpr int64_t kSplitGrain = 1 << 18;
 
 // A cost matrix that is kept.
 template <typename T>
@@ -29,6 +26,9 @@ class StoredRows {
 
   int64_t at_once() const { return n_; }
   int64_t scratch() const { return 0; }
+
+  // Entries that may be read from the start of row `begin` on.
+  int64_t available(int64_t begin) const { return (n_ - begin) * m_; }
 
   // Rows [begin, begin + count), m apart.
   const T* rows(int64_t begin, int64_t /*count*/, T* /*scratch*/) const { return C_ + begin * m_; }
@@ -67,7 +67,8 @@ class MadeRows {
   const PackedCloud<T>& to() const { return to_; }
   CostKind kind() const { return kind_; }
   int64_t at_once() const { return rows_at_once(to_.d); }
-  int64_t scratch() const { return at_once() * to_.m; }
+  int64_t scratch() const { return at_once() * to_.m + padded<T>(1); }
+  int64_t available(int64_t /*begin*/) const { return scratch(); }
 
   const T* rows(int64_t begin, int64_t count, T* scratch) const {
     make(begin, count, 0, to_.m, scratch, to_.m);
@@ -132,13 +133,13 @@ class Engine {
   const T* const b;
 
   Engine(int64_t n, int64_t m, const T* a, const T* b, const Source& source, bool split)
-      : n(n), m(m), a(a), b(b), source_(source), parts_(1), G_(m), s_(n) {
+      : n(n), m(m), a(a), b(b), source_(source), parts_(1), G_(padded<T>(m), T(kLog2Zero)), s_(n) {
     if (split) parts_ = std::clamp<int64_t>(n * m / kSplitGrain, 1, std::min(thread_count(), n));
     workspaces_.resize(parts_);
     for (Workspace& w : workspaces_) {
-      w.c.resize(m);
+      w.c.resize(padded<T>(m));
       w.total.resize(m);
-      w.e.resize(kSweepScratchRows * m);
+      w.e.resize(kSweepScratchRows * padded<T>(m));
       w.C.resize(source.scratch());
     }
   }
@@ -228,9 +229,9 @@ class Engine {
   static constexpr int64_t kFlushRows = 4096;
 
   struct Workspace {            // of one thread
-    std::vector<T> c;           // (m,) column sums of some rows
+    std::vector<T> c;           // (padded m,) column sums of some rows
     std::vector<double> total;  // (m,) of all its rows
-    std::vector<T> e;           // (kSweepScratchRows, m)
+    std::vector<T> e;           // (kSweepScratchRows, padded m)
     std::vector<T> C;           // rows that were made
     double sum = 0;
   };
@@ -260,8 +261,11 @@ class Engine {
 
   void sweep(double eps, Workspace& w, int64_t begin, int64_t end, T* F, T* s, T* c) {
     for_each_block(w, begin, end, [&](const T* C, int64_t i, int64_t count) {
-      sweep_rows(
-          RowSweep<T>{count, m, factor(eps), C, a + i, G_.data(), F + i, s + i, c, w.e.data()});
+      // The last row that may be read to its padded width ends within the memory.
+      const int64_t beyond = source_.available(i) - padded<T>(m);
+      const int64_t readable = beyond < 0 ? 0 : std::min(count, beyond / m + 1);
+      sweep_rows(RowSweep<T>{count, m, factor(eps), C, a + i, G_.data(), F + i, s + i, c,
+                             w.e.data(), readable});
     });
   }
 
@@ -328,7 +332,7 @@ class Engine {
 
   const Source& source_;
   int64_t parts_;
-  std::vector<T> G_;  // (m,)
+  std::vector<T> G_;  // (padded m,)
   std::vector<T> s_;  // (n,)
   std::vector<Workspace> workspaces_;
   std::vector<T> columns_;  // a block of columns that was made

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "blocks.h"
 #include "parallel.h"
 
 namespace otloss::cpu {
@@ -13,13 +14,6 @@ namespace otloss::cpu {
 // Rows given to one thread of a split problem hold at least so many entries: 50 us of work, some
 // ten times what starting a parallel region costs.
 constexpr int64_t kSplitGrain = 1 << 18;
-
-// Each scratch row starts on its own cache line.
-template <typename T>
-int64_t padded(int64_t count) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  return (count + kLine - 1) / kLine * kLine;
-}
 
 // Calls function(group, problem, split) for all problems of all groups.
 template <typename Group, typename F>

@@ -11,6 +11,7 @@
 #include "kernels.h"
 #include "math.h"
 #include "parallel.h"
+#include "problems.h"
 #include "solver.h"
 #include "sweep.h"
 
@@ -61,24 +62,6 @@ void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& op
   status[kStatusIterations] = static_cast<double>(outcome.iterations);
   status[kStatusError] = outcome.error;
   status[kStatusConverged] = outcome.converged ? 1.0 : 0.0;
-}
-
-// Calls function(group, problem, split) for all problems of all groups.
-template <typename Group, typename F>
-void for_each_problem(const std::vector<Group>& groups, F&& function) {
-  struct Item {
-    const Group* group;
-    int64_t problem;
-  };
-  std::vector<Item> items;
-  for (const Group& group : groups)
-    for (int64_t p = 0; p < group.batch; ++p) items.push_back({&group, p});
-  const int64_t count = static_cast<int64_t>(items.size());
-  if (count >= thread_count()) {
-    parallel_tasks(count, [&](int64_t i) { function(*items[i].group, items[i].problem, false); });
-  } else {
-    for (const Item& item : items) function(*item.group, item.problem, true);
-  }
 }
 
 // dOT/da = f up to a constant; the one with <a, f> = <b, g>. The transport objective's plan is held

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "blocks.h"
 #include "math.h"
 #include "parallel.h"
 
@@ -21,25 +22,6 @@ namespace otloss::cpu {
 namespace {
 
 constexpr int64_t kRows = kSweepScratchRows;
-
-// A row is done in whole blocks of kBlock columns; what is left over is done as one more block that
-// ends with the row and overlaps the one before, masked so that no column counts twice. (A scalar
-// loop over the rest costs half as much as the whole row at m = 200.)
-template <typename T>
-constexpr int64_t kBlock = 64 / sizeof(T);
-
-template <typename T>
-struct Blocks {
-  int64_t whole;  // columns in whole blocks
-  int64_t tail;   // first column of the overlapping block, or m if there is none
-  alignas(64) T mask[kBlock<T>];
-
-  explicit Blocks(int64_t m) : whole(m / kBlock<T> * kBlock<T>), tail(m) {
-    if (whole == m || whole == 0) return;
-    tail = m - kBlock<T>;
-    for (int64_t j = 0; j < kBlock<T>; ++j) mask[j] = tail + j < whole ? T(0) : T(1);
-  }
-};
 
 // e_j = exp2(F + G_j - k C_j) in the columns after the whole blocks, returns their sum.
 template <typename T>
@@ -86,45 +68,36 @@ OTLOSS_INLINE T row_lse(const Blocks<T>& blocks, int64_t m, T k, const T* C, con
   return largest + fast_log2(exponentials(blocks, m, -largest, k, C, G, e));
 }
 
-// c_j += sum_r w_r e_rj; the rows of e are m apart.
+// c_j += sum_r w_r e_rj; the rows of e are `width` apart.
 template <typename T>
-OTLOSS_INLINE void add_rows(const Blocks<T>& blocks, int64_t m, const T* w, const T* e, T* c) {
+OTLOSS_INLINE void add_rows(int64_t width, const T* w, const T* e, T* c) {
   static_assert(kRows == 4, "add_rows adds four rows");
   const T w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
-  const T *e0 = e, *e1 = e + m, *e2 = e + 2 * m, *e3 = e + 3 * m;
+  const T *e0 = e, *e1 = e + width, *e2 = e + 2 * width, *e3 = e + 3 * width;
 #pragma omp simd
-  for (int64_t j = 0; j < blocks.whole; ++j)
-    c[j] += (w0 * e0[j] + w1 * e1[j]) + (w2 * e2[j] + w3 * e3[j]);
-  if (blocks.tail < m) {
-    e0 += blocks.tail, e1 += blocks.tail, e2 += blocks.tail, e3 += blocks.tail, c += blocks.tail;
-#pragma omp simd
-    for (int64_t j = 0; j < kBlock<T>; ++j)
-      c[j] += blocks.mask[j] * ((w0 * e0[j] + w1 * e1[j]) + (w2 * e2[j] + w3 * e3[j]));
-  } else {
-    for (int64_t j = blocks.whole; j < m; ++j)
-      c[j] += (w0 * e0[j] + w1 * e1[j]) + (w2 * e2[j] + w3 * e3[j]);
-  }
+  for (int64_t j = 0; j < width; ++j) c[j] += (w0 * e0[j] + w1 * e1[j]) + (w2 * e2[j] + w3 * e3[j]);
 }
 
-// The same for kRows rows at once, m apart in C and e: G is loaded once and the latencies overlap.
+// The same for kRows rows at once, m apart in C and `width` apart in e, up to the padded width: G
+// is loaded once and the latencies overlap.
 template <typename T>
-OTLOSS_INLINE void exponentials_of_rows(const Blocks<T>& blocks, int64_t m, const T* F, T k,
-                                        const T* C, const T* G, T* e, T* sum) {
+OTLOSS_INLINE void exponentials_of_rows(int64_t m, int64_t width, const T* F, T k, const T* C,
+                                        const T* G, T* e, T* sum) {
   static_assert(kRows == 4, "four rows are unrolled");
   const T F0 = F[0], F1 = F[1], F2 = F[2], F3 = F[3];
+  const T *C0 = C, *C1 = C + m, *C2 = C + 2 * m, *C3 = C + 3 * m;
+  T *e0 = e, *e1 = e + width, *e2 = e + 2 * width, *e3 = e + 3 * width;
   T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3)
-  for (int64_t j = 0; j < blocks.whole; ++j) {
-    const T e0 = fast_exp2(F0 + G[j] - k * C[j]);
-    const T e1 = fast_exp2(F1 + G[j] - k * C[j + m]);
-    const T e2 = fast_exp2(F2 + G[j] - k * C[j + 2 * m]);
-    const T e3 = fast_exp2(F3 + G[j] - k * C[j + 3 * m]);
-    e[j] = e0, e[j + m] = e1, e[j + 2 * m] = e2, e[j + 3 * m] = e3;
-    s0 += e0, s1 += e1, s2 += e2, s3 += e3;
+  for (int64_t j = 0; j < width; ++j) {
+    const T v0 = fast_exp2(F0 + G[j] - k * C0[j]);
+    const T v1 = fast_exp2(F1 + G[j] - k * C1[j]);
+    const T v2 = fast_exp2(F2 + G[j] - k * C2[j]);
+    const T v3 = fast_exp2(F3 + G[j] - k * C3[j]);
+    e0[j] = v0, e1[j] = v1, e2[j] = v2, e3[j] = v3;
+    s0 += v0, s1 += v1, s2 += v2, s3 += v3;
   }
   sum[0] = s0, sum[1] = s1, sum[2] = s2, sum[3] = s3;
-  for (int64_t r = 0; r < kRows; ++r)
-    sum[r] += tail_exponentials(blocks, m, F[r], k, C + r * m, G, e + r * m);
 }
 
 // Looks after the rows whose sum cannot be used as it is. Rows of weight 0 are padding: their
@@ -149,17 +122,18 @@ OTLOSS_INLINE T checked_sum(const RowSweep<T>& p, const Blocks<T>& blocks, int64
 template <typename T>
 OTLOSS_INLINE void sweep_rows_body(const RowSweep<T>& p) {
   const Blocks<T> blocks(p.m);
+  const int64_t width = padded<T>(p.m);
   for (int64_t i = 0; i < p.rows; i += kRows) {
     const int64_t rows = i + kRows <= p.rows ? kRows : p.rows - i;
     const T* C = p.C + i * p.m;
     T sum[kRows] = {1, 1, 1, 1}, a[kRows] = {}, F[kRows] = {};
-    if (rows == kRows)
-      exponentials_of_rows(blocks, p.m, p.F + i, p.k, C, p.G, p.e, sum);
+    if (i + kRows <= p.readable)
+      exponentials_of_rows(p.m, width, p.F + i, p.k, C, p.G, p.e, sum);
     else
       for (int64_t r = 0; r < rows; ++r)
-        sum[r] = exponentials(blocks, p.m, p.F[i + r], p.k, C + r * p.m, p.G, p.e + r * p.m);
+        sum[r] = exponentials(blocks, p.m, p.F[i + r], p.k, C + r * p.m, p.G, p.e + r * width);
     for (int64_t r = 0; r < rows; ++r) {
-      sum[r] = checked_sum(p, blocks, i + r, sum[r], p.e + r * p.m);
+      sum[r] = checked_sum(p, blocks, i + r, sum[r], p.e + r * width);
       a[r] = p.a[i + r], F[r] = p.F[i + r];
     }
     T w[kRows];
@@ -168,7 +142,7 @@ OTLOSS_INLINE void sweep_rows_body(const RowSweep<T>& p) {
       F[r] -= fast_log2(sum[r]);
     }
     std::copy(F, F + rows, p.F + i);
-    if (p.c) add_rows(blocks, p.m, w, p.e, p.c);
+    if (p.c) add_rows(width, w, p.e, p.c);
   }
 }
 

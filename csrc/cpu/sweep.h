@@ -13,13 +13,16 @@ struct RowSweep {
   int64_t rows;  // n
   int64_t m;     // columns
   T k;
-  const T* C;  // (n, m)
-  const T* a;  // (n,)
-  const T* G;  // (m,)
-  T* F;        // (n,) in: any guess, out: the exact update -log2 sum_j exp2(G_j - k C_ij)
-  T* s;        // (n,) out: row sums of the plan before the update, over a
-  T* c;        // (m,) accumulated: column sums of the plan after the update; null: not wanted
-  T* e;        // (kSweepScratchRows, m) scratch, finite on entry
+  const T* C;        // (n, m)
+  const T* a;        // (n,)
+  const T* G;        // (padded m,) kLog2Zero from m on: rows are read to that width, and what
+                     // lies there, the next row, does not count
+  T* F;              // (n,) in: any guess, out: the exact update -log2 sum_j exp2(G_j - k C_ij)
+  T* s;              // (n,) out: row sums of the plan before the update, over a
+  T* c;              // (m,) accumulated: column sums of the plan after the update, with
+                     // room for padded m; null: not wanted
+  T* e;              // (kSweepScratchRows, padded m) scratch, finite on entry
+  int64_t readable;  // rows [0, readable) of C may be read up to the padded width
 };
 
 constexpr int64_t kSweepScratchRows = 4;
