@@ -1,0 +1,120 @@
+"""Random clouds, weights and layouts, and comparisons with the oracle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+COSTS = ("sqeuclidean", "euclidean", "cosine")
+DTYPES = (torch.float32, torch.float64)
+METHODS = ("dense", "streamed", "reference")
+WEIGHTS = ("uniform", "random", "wide", "padded")
+LAYOUTS = ("contiguous", "strided", "transposed", "expanded")
+
+
+def name(value: object) -> str:
+    """Readable test ids for dtypes."""
+    return str(value).removeprefix("torch.")
+
+
+def randn(rng: torch.Generator, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=rng, dtype=torch.float64).to(dtype)
+
+
+def rand(rng: torch.Generator, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.rand(*shape, generator=rng, dtype=torch.float64).to(dtype)
+
+
+def pick(rng: torch.Generator, low: int, high: int) -> int:
+    """A whole number in [low, high]."""
+    return int(torch.randint(low, high + 1, (), generator=rng))
+
+
+@dataclass
+class Clouds:
+    x: Tensor
+    y: Tensor
+    a: Tensor | None
+    b: Tensor | None
+
+    def inputs(self) -> list[Tensor]:
+        return [t for t in (self.x, self.y, self.a, self.b) if t is not None]
+
+    def require_grad(self) -> Clouds:
+        for t in self.inputs():
+            t.requires_grad_()
+        return self
+
+    def double(self) -> Clouds:
+        """The same numbers for the oracle: new float64 leaves."""
+        copies = [None if t is None else t.detach().double().clone() for t in vars(self).values()]
+        return Clouds(*copies)
+
+    def item(self, index: int) -> Clouds:
+        """One problem of a batch, as new leaves."""
+        return Clouds(*[None if t is None else t.detach()[index] for t in vars(self).values()])
+
+
+def clouds(
+    rng: torch.Generator,
+    n: int,
+    m: int,
+    d: int,
+    *,
+    weights: str = "uniform",
+    batch: int | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Clouds:
+    """Two clouds that overlap without being alike, of any kind of weights."""
+    lead = () if batch is None else (batch,)
+    x = randn(rng, *lead, n, d)
+    y = 0.7 * randn(rng, *lead, m, d) + 0.5
+    a, b = (make_weights(rng, (*lead, size), weights) for size in (n, m))
+    if weights == "padded":
+        assert a is not None
+        assert b is not None
+        x = torch.where(a[..., None] > 0, x, 1e6 * randn(rng, *x.shape))
+        y = torch.where(b[..., None] > 0, y, 1e6 * randn(rng, *y.shape))
+    return Clouds(*[None if t is None else t.to(dtype) for t in (x, y, a, b)])
+
+
+def make_weights(rng: torch.Generator, shape: tuple[int, ...], kind: str) -> Tensor | None:
+    """Weights that sum to 1 over the last dimension."""
+    if kind == "uniform":
+        return None
+    w = 0.1 + rand(rng, *shape)
+    if kind == "wide":
+        w = 10 ** (-8 * rand(rng, *shape))
+    if kind == "padded" and shape[-1] > 1:
+        w = w * (rand(rng, *shape) < 0.7)
+        w[..., pick(rng, 0, shape[-1] - 1)] = 1.0  # never all 0
+    return w / w.sum(-1, keepdim=True)
+
+
+def relaid(t: Tensor, layout: str) -> Tensor:
+    """The same shape in another layout; only ``expanded`` changes the numbers (all rows alike)."""
+    if layout == "contiguous":
+        return t
+    if layout == "strided":
+        wide = t.new_full((*t.shape[:-1], 2 * t.shape[-1] + 1), torch.nan)
+        wide[..., 1::2] = t
+        return wide[..., 1::2]
+    if layout == "transposed":
+        return t.mT.contiguous().mT if t.dim() > 1 else relaid(t, "strided")
+    return t[:1].expand(t.shape)
+
+
+def close(got: Tensor, expected: Tensor, tol: float, scale: float | Tensor | None = None) -> None:
+    """|got - expected| <= tol * scale in the Euclidean norm; scale is |expected| by default."""
+    got, expected = got.detach().double(), expected.detach().double()
+    assert got.shape == expected.shape, (got.shape, expected.shape)
+    size = float(expected.norm() if scale is None else scale)
+    error = float((got - expected).norm())
+    assert error <= tol * size, f"error {error:.3g}, allowed {tol:.3g} * {size:.3g}"
+
+
+def simplex(logits: Tensor) -> Tensor:
+    """Weights of total 1 from free parameters: perturbing these keeps the problem balanced."""
+    return logits.softmax(-1)

@@ -1,0 +1,184 @@
+"""A batch is its problems, one after the other; padding is removal."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from helpers import COSTS, DTYPES, METHODS, Clouds, clouds, name, pick, rand, randn
+from torch import Tensor
+
+import otloss
+
+TIGHT = {torch.float32: 1e-5, torch.float64: 1e-9}
+CLOSE = {torch.float32: {"rtol": 1e-3, "atol": 1e-4}, torch.float64: {"rtol": 1e-7, "atol": 1e-8}}
+
+
+def value_and_gradients(c: Clouds, **options: object) -> tuple[Tensor, list[Tensor]]:
+    c.require_grad()
+    loss = otloss.sinkhorn_divergence(c.x, c.y, 1.0, a=c.a, b=c.b, **options)
+    return loss, list(torch.autograd.grad(loss.sum(), c.inputs()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("weights", ["uniform", "random", "padded"])
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_batch_is_a_loop(dtype, cost, weights, method, rng):
+    c = clouds(
+        rng,
+        pick(rng, 1, 9),
+        pick(rng, 1, 9),
+        3,
+        weights=weights,
+        batch=pick(rng, 1, 5),
+        dtype=dtype,
+    )
+    options = {"cost": cost, "tol": TIGHT[dtype], "method": method}
+    loss, grads = value_and_gradients(c, **options)
+    assert loss.shape == c.x.shape[:1]
+    for k in range(len(c.x)):
+        one, expected = value_and_gradients(c.item(k), **options)
+        torch.testing.assert_close(loss[k], one, **CLOSE[dtype])
+        for grad, truth in zip(grads, expected, strict=True):
+            torch.testing.assert_close(grad[k], truth, **CLOSE[dtype])
+
+
+@pytest.mark.parametrize("objective", ["regularized", "transport"])
+def test_other_losses_of_a_batch(objective, rng):
+    x1, x2, y1, y2 = (randn(rng, 3, n, 4) for n in (5, 4, 6, 5))
+    options = {"tol": 1e-10, "objective": objective}
+    med = otloss.minibatch_energy_distance(x1, x2, y1, y2, 0.2, **options)
+    plain = otloss.sinkhorn_loss(x1, y1, 1.0, **options)
+    energy = otloss.energy_distance(x1, y1)
+    costs = otloss.cost_matrix(x1, y1, "euclidean")
+    for k in range(3):
+        one = otloss.minibatch_energy_distance(x1[k], x2[k], y1[k], y2[k], 0.2, **options)
+        torch.testing.assert_close(med[k], one, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(plain[k], otloss.sinkhorn_loss(x1[k], y1[k], 1.0, **options))
+        torch.testing.assert_close(energy[k], otloss.energy_distance(x1[k], y1[k]))
+        torch.testing.assert_close(costs[k], otloss.cost_matrix(x1[k], y1[k], "euclidean"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_results_of_a_batch(method, rng):
+    c = clouds(rng, 6, 5, 2, weights="random", batch=3)
+    batch = otloss.solve_sample(c.x, c.y, 0.5, a=c.a, b=c.b, tol=1e-10, method=method)
+    assert batch.converged.dtype == torch.bool
+    assert batch.n_iters.dtype == torch.int64
+    v, w = randn(rng, 3, 5), randn(rng, 3, 5, 2)
+    for k in range(3):
+        one = otloss.solve_sample(c.x[k], c.y[k], 0.5, a=c.a[k], b=c.b[k], tol=1e-10, method=method)
+        pairs = [
+            (batch.value, one.value),
+            (batch.value_linear, one.value_linear),
+            (batch.plan, one.plan),
+            (batch.marginals[0], one.marginals[0]),
+            (batch.marginals[1], one.marginals[1]),
+            (batch.apply(v), one.apply(v[k])),
+            (batch.apply(w), one.apply(w[k])),
+            (batch.barycentric_map(), one.barycentric_map()),
+        ]
+        # potentials are defined up to a constant
+        pairs += [(batch.extend(c.y).diff(), one.extend(c.y[k]).diff())]
+        for whole, part in pairs:
+            torch.testing.assert_close(whole[k], part, rtol=1e-7, atol=1e-8)
+        assert bool(batch.converged[k])
+        assert batch.marginal_error[k] <= 2e-10
+
+
+def padded(rng: torch.Generator, c: Clouds, garbage: float, extra: tuple[int, int]) -> Clouds:
+    """The same problem with points of weight 0 mixed in, in random order."""
+
+    def mix(x: Tensor, w: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        junk = garbage * randn(rng, count, x.shape[1], dtype=x.dtype)
+        order = torch.randperm(len(x) + count, generator=rng)
+        return torch.cat([x, junk])[order], torch.cat([w, w.new_zeros(count)])[order]
+
+    x, a = mix(c.x, c.a, extra[0])
+    y, b = mix(c.y, c.b, extra[1])
+    return Clouds(x, y, a, b)
+
+
+@pytest.mark.parametrize("garbage", [1.0, 1e6, float("inf"), float("nan")])
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_padding_is_removal(dtype, method, cost, garbage, rng):
+    """Points of weight 0 change neither value nor gradients, and get a gradient of exactly 0."""
+    c = clouds(rng, pick(rng, 1, 8), pick(rng, 1, 8), 3, weights="random", dtype=dtype)
+    extra = pick(rng, 1, 5), pick(rng, 0, 5)
+    full = padded(rng, c, garbage, extra)
+    options = {"cost": cost, "tol": TIGHT[dtype], "method": method}
+    expected, truth = value_and_gradients(c, **options)
+    loss, grads = value_and_gradients(full, **options)
+    torch.testing.assert_close(loss, expected, **CLOSE[dtype])
+    for grad, t, w in zip(grads, truth, (full.a, full.b, full.a, full.b), strict=True):
+        assert not bool(grad[w == 0].any())  # NaN counts as any
+        kept = sorted(map(tuple, grad[w > 0].reshape(len(t), -1).tolist()))
+        there = sorted(map(tuple, t.reshape(len(t), -1).tolist()))
+        torch.testing.assert_close(torch.tensor(kept), torch.tensor(there), **CLOSE[dtype])
+
+
+@pytest.mark.parametrize("garbage", [1e6, float("nan")])
+def test_padding_of_energy_distance_and_callable_costs(garbage, rng):
+    c = clouds(rng, 5, 4, 2, weights="random")
+    full = padded(rng, c, garbage, (2, 3))
+    torch.testing.assert_close(
+        otloss.energy_distance(full.x, full.y, a=full.a, b=full.b),
+        otloss.energy_distance(c.x, c.y, a=c.a, b=c.b),
+    )
+
+    def cost(x: Tensor, y: Tensor) -> Tensor:
+        return (x.unsqueeze(-2) - y.unsqueeze(-3)).abs().sum(-1)
+
+    def loss(c: Clouds) -> Tensor:
+        return otloss.sinkhorn_divergence(c.x, c.y, 1.0, a=c.a, b=c.b, cost=cost, tol=1e-9)
+
+    torch.testing.assert_close(loss(full), loss(c), rtol=1e-7, atol=1e-9)
+
+
+def test_ragged_batch(rng):
+    """Clouds of several sizes in one call, filled up with points of weight 0."""
+    sizes = [(3, 6), (5, 2), (1, 1)]
+    pieces = [clouds(rng, n, m, 2, weights="random") for n, m in sizes]
+    x, y = torch.full((3, 5, 2), torch.nan).double(), torch.full((3, 6, 2), torch.nan).double()
+    a, b = torch.zeros(3, 5).double(), torch.zeros(3, 6).double()
+    for k, ((n, m), c) in enumerate(zip(sizes, pieces, strict=True)):
+        x[k, :n], y[k, :m], a[k, :n], b[k, :m] = c.x, c.y, c.a, c.b
+    loss = otloss.sinkhorn_divergence(x, y, 0.5, a=a, b=b, tol=1e-10)
+    for k, c in enumerate(pieces):
+        one = otloss.sinkhorn_divergence(c.x, c.y, 0.5, a=c.a, b=c.b, tol=1e-10)
+        torch.testing.assert_close(loss[k], one, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["dense", "reference"])
+def test_padding_of_a_cost_matrix(method, rng):
+    C = randn(rng, 4, 5)
+    wide = torch.full((6, 6), float("inf"), dtype=torch.float64)
+    wide[:4, :5] = C
+    a = torch.tensor([0.25] * 4 + [0.0] * 2, dtype=torch.float64)
+    b = torch.tensor([0.2] * 5 + [0.0], dtype=torch.float64)
+    wide.requires_grad_()
+    expected = otloss.solve(C, 0.3, tol=1e-9, method=method)
+    result = otloss.solve(wide, 0.3, a=a, b=b, tol=1e-9, method=method)
+    torch.testing.assert_close(result.value, expected.value)
+    torch.testing.assert_close(result.plan[:4, :5], expected.plan)
+    torch.testing.assert_close(result.value_linear, expected.value_linear)
+    assert not bool(result.plan[4:].any())
+    assert not bool(result.plan[:, 5:].any())
+    (grad,) = torch.autograd.grad(result.value, wide)
+    torch.testing.assert_close(grad, result.plan.detach())
+
+
+def test_problems_of_a_batch_stop_on_their_own(rng):
+    """An easy problem beside a hard one takes its own number of iterations."""
+    easy, hard = randn(rng, 30, 2) * 0.1, randn(rng, 30, 2) * 2
+    x, y = torch.stack([easy, hard]), torch.stack([easy.flip(0), hard.flip(0) + rand(rng, 30, 2)])
+    result = otloss.solve_sample(x, y, 0.1, tol=1e-6, max_iters=10_000)
+    assert result.n_iters[0] < result.n_iters[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", otloss.ConvergenceWarning)
+        short = otloss.solve_sample(x, y, 0.1, tol=1e-6, max_iters=int(result.n_iters[0]) + 2)
+    assert short.converged.tolist() == [True, False]

@@ -1,0 +1,228 @@
+"""Precision in and out: half precision, autocast, offsets, threads."""
+
+from __future__ import annotations
+
+import time
+
+import oracle
+import pytest
+import torch
+from helpers import COSTS, METHODS, Clouds, close, clouds, name, randn
+from torch import Tensor
+
+import otloss
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def divergence(c: Clouds, **options: object) -> Tensor:
+    return otloss.sinkhorn_divergence(c.x, c.y, 1.0, a=c.a, b=c.b, **options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", HALVES, ids=name)
+def test_half_precision_is_float32_inside(dtype, weighted, method, rng):
+    """The result is that of the same numbers in float32; gradients are in the input's dtype."""
+    c = clouds(rng, 9, 7, 3)
+    if weighted:  # multiples of 1/128 of total 1, which all dtypes hold; some may be 0
+        draws = (torch.randint(0, n, (128,), generator=rng) for n in (9, 7))
+        c.a, c.b = (
+            torch.bincount(d, minlength=n) / 128 for d, n in zip(draws, (9, 7), strict=True)
+        )
+    half = Clouds(*[None if t is None else t.to(dtype) for t in vars(c).values()])
+    single = Clouds(*[None if t is None else t.float() for t in vars(half).values()])
+    half.require_grad()
+    single.require_grad()
+    loss, expected = divergence(half, method=method), divergence(single, method=method)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    got = torch.autograd.grad(loss, half.inputs())
+    truth = torch.autograd.grad(expected, single.inputs())
+    for grad, true in zip(got, truth, strict=True):
+        assert grad.dtype == dtype
+        # one rounding to the dtype; float16 is subnormal below 6e-5
+        close(grad, true, 2 * torch.finfo(dtype).eps, float(true.norm()) + 1e-3)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=name)
+def test_half_precision_everywhere_else(dtype, rng):
+    x, y = randn(rng, 6, 3).to(dtype), randn(rng, 5, 3).to(dtype)
+    result = otloss.solve_sample(x, y, 1.0)
+    tensors = [
+        otloss.energy_distance(x, y),
+        otloss.minibatch_energy_distance(x, x, y, y, 1.0),
+        otloss.cost_matrix(x, y),
+        otloss.sinkhorn_loss(x, y, 1.0, cost=lambda x, y: torch.cdist(x, y)),
+        otloss.solve(torch.cdist(x.float(), y.float()).to(dtype), 1.0).value,
+        result.value,
+        result.plan,
+        result.value_linear,
+        result.barycentric_map(),
+        result.extend(x),
+        result.apply(y),
+        *result.potentials,
+        *result.marginals,
+    ]
+    for t in tensors:
+        assert t.dtype == torch.float32
+        assert bool(t.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=name)
+def test_totals_of_half_precision_weights(dtype, rng):
+    """1/7 rounded to bfloat16 has a total of 1.004: equal to 1 as far as the dtype can tell."""
+    x, y = randn(rng, 7, 3).to(dtype), randn(rng, 6, 3).to(dtype)
+    a, b = torch.full((7,), 1 / 7).to(dtype), torch.full((6,), 1 / 6).to(dtype)
+    result = otloss.solve_sample(x, y, 1.0, a=a, b=b, tol=1e-6)
+    assert result.converged
+    expected = otloss.solve_sample(x.float(), y.float(), 1.0, tol=1e-6)
+    torch.testing.assert_close(result.value, expected.value, rtol=2e-2, atol=0)
+    with pytest.raises(ValueError, match="same total mass"):
+        otloss.solve_sample(x, y, 1.0, a=1.1 * a, b=b)
+
+
+def test_half_precision_does_not_overflow():
+    """|x|^2 = 9e8 is beyond float16; the cost is computed in float32."""
+    x, y = torch.full((2, 5), 3e4).half(), torch.zeros(2, 5).half()
+    assert otloss.sinkhorn_loss(x, y, 1e7).item() == pytest.approx(5 * 9e8, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
+def test_precision_is_kept(dtype, rng):
+    c = clouds(rng, 6, 5, 3, weights="random", dtype=dtype).require_grad()
+    result = otloss.solve_sample(c.x, c.y, 1.0, a=c.a, b=c.b)
+    losses = [divergence(c), otloss.energy_distance(c.x, c.y, a=c.a, b=c.b), result.value]
+    for t in (*losses, result.plan, *result.potentials, otloss.cost_matrix(c.x, c.y)):
+        assert t.dtype == dtype
+    assert torch.autograd.grad(losses[0], c.x)[0].dtype == dtype
+
+
+def test_the_default_dtype_does_not_matter(rng):
+    x, y = randn(rng, 6, 3).float(), randn(rng, 5, 3).float()
+    expected = divergence(Clouds(x, y, None, None))
+    try:
+        torch.set_default_dtype(torch.float64)
+        got = divergence(Clouds(x, y, None, None))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("d", [3, 40])
+def test_autocast_changes_nothing(d, cost, method, rng):
+    """Matrix products stay in float32 inside otloss, whatever autocast says."""
+    x, y = randn(rng, 9, d).float().requires_grad_(), randn(rng, 7, d).float()
+    v = randn(rng, 7, 2).float()
+
+    def everything() -> list[Tensor]:
+        result = otloss.solve_sample(x, y, 1.0, cost=cost, method=method)
+        losses = [
+            otloss.sinkhorn_divergence(x, y, 1.0, cost=cost, method=method),
+            otloss.energy_distance(x, y, cost=cost, method=method),
+            otloss.minibatch_energy_distance(x, x + 1, y, y + 1, 1.0, cost=cost, method=method),
+            result.value,
+        ]
+        (grad,) = torch.autograd.grad(sum(losses), x)
+        more = [result.plan, result.apply(v), result.barycentric_map(), result.extend(y)]
+        return [*losses, grad, *more]
+
+    expected = everything()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = everything()
+    for one, other in zip(got, expected, strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_autocast_around_a_network(rng):
+    """bfloat16 features of a network under autocast go in; float32 comes out."""
+    network = torch.nn.Linear(4, 8)
+    x = randn(rng, 6, 4).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features = network(x)
+        assert features.dtype == torch.bfloat16
+        loss = otloss.sinkhorn_divergence(features, features.detach() + 1, 0.5)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert bool(network.weight.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("d", [3, 64])
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean"])
+def test_clouds_far_from_the_origin(cost, d, method, rng):
+    """|x|^2 + |y|^2 - 2 <x, y> would lose every digit of float32 at an offset of 1000."""
+    # Multiples of 2^-8 below 2^14 are exact in float32, so the input itself loses nothing.
+    x, y = ((256 * randn(rng, n, d)).round() / 256 for n in (12, 9))
+    losses, grads = [], []
+    for offset in (0.0, 1000.0):
+        u, v = (t + offset for t in (x, y))
+        u, v = u.float().requires_grad_(), v.float()
+        losses.append(otloss.sinkhorn_divergence(u, v, float(d), cost=cost, method=method))
+        grads.append(torch.autograd.grad(losses[-1], u)[0])
+    here, there = losses
+    close(there, here, 1e-4, max(float(here), 0.1))
+    close(grads[1], grads[0], 1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6])
+@pytest.mark.parametrize("method", METHODS)
+def test_units_of_the_data_do_not_matter(method, scale, rng):
+    """float32 is relative: S(s x, s y; s^2 eps) = s^2 S at any scale s."""
+    x, y = randn(rng, 9, 3).float(), randn(rng, 8, 3).float()
+    expected = otloss.sinkhorn_divergence(x, y, 0.5, tol=1e-5, method=method)
+    got = otloss.sinkhorn_divergence(scale * x, scale * y, 0.5 * scale**2, tol=1e-5, method=method)
+    torch.testing.assert_close(got / scale**2, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("total", [1e-6, 1e-3, 1e3, 1e6])
+@pytest.mark.parametrize("method", METHODS)
+def test_total_mass(method, total, rng):
+    """OT is proportional to the mass: weights need not be probabilities."""
+    c = clouds(rng, 9, 8, 3, weights="random")
+    expected = otloss.sinkhorn_loss(c.x, c.y, 0.5, a=c.a, b=c.b, tol=1e-9, method=method)
+    exact = oracle.loss(c.x, c.y, 0.5, c.a, c.b, debiased=False).value
+    close(expected, exact, 1e-8)
+    got = otloss.solve_sample(c.x, c.y, 0.5, a=total * c.a, b=total * c.b, tol=1e-9, method=method)
+    # KL against a x b counts the mass: at P = total P*, eps KL gains -eps total log(total)
+    shift = -0.5 * total * torch.tensor(total).double().log()
+    torch.testing.assert_close(got.value, total * expected + shift, rtol=1e-7, atol=0)
+    assert got.marginal_error <= 2e-9
+
+
+class TestThreads:
+    """Results do not depend on the number of threads beyond rounding, and it is respected."""
+
+    def results(self, method: str, batch: bool, rng: torch.Generator) -> list[Tensor]:
+        shapes = ((4, 60, 3), (4, 50, 3)) if batch else ((900, 3), (800, 3))
+        x, y = (randn(rng, *shape).requires_grad_() for shape in shapes)
+        loss = otloss.sinkhorn_divergence(x, y, 0.5, tol=1e-6, method=method).sum()
+        return [loss.detach(), *torch.autograd.grad(loss, (x, y))]
+
+    @pytest.mark.parametrize("batch", [False, True])
+    @pytest.mark.parametrize("method", ["dense", "streamed"])
+    def test_same_results(self, method, batch, rng, threads):
+        state = rng.get_state()
+        runs = []
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            rng.set_state(state)
+            runs.append(self.results(method, batch, rng))
+        for run in runs[1:]:
+            for got, expected in zip(run, runs[0], strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+        assert all(torch.equal(p, q) for p, q in zip(runs[1], runs[3], strict=True))
+
+    @pytest.mark.parametrize("method", ["dense", "streamed"])
+    def test_one_thread_is_one_thread(self, method, rng, threads):
+        """With one thread, the processor time cannot exceed the elapsed time."""
+        torch.set_num_threads(1)
+        x, y = randn(rng, 1500, 3).float(), randn(rng, 1500, 3).float()
+        wall, cpu = time.perf_counter(), time.process_time()
+        otloss.sinkhorn_loss(x, y, 0.1, n_iters=60, method=method)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        assert cpu <= 1.1 * wall + 0.02

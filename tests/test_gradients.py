@@ -1,0 +1,240 @@
+"""Gradients against finite differences, and what the graph keeps and refuses."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from helpers import COSTS, METHODS, close, clouds, make_weights, randn, simplex
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+import otloss
+
+# Solved until rounding, so that finite differences see the optimum and not the stopping test.
+EXACT = {"tol": 1e-11, "max_iters": 20_000}
+# Central differences of a smooth function in float64: a relative error of about 1e-9.
+CHECK = {"eps": 1e-6, "atol": 1e-7, "rtol": 1e-6}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("function", [otloss.sinkhorn_divergence, otloss.sinkhorn_loss])
+def test_losses(function, cost, method, rng):
+    x, y = randn(rng, 4, 3).requires_grad_(), (randn(rng, 3, 3) + 0.3).requires_grad_()
+    p, q = randn(rng, 4).requires_grad_(), randn(rng, 3).requires_grad_()
+
+    def loss(x: Tensor, y: Tensor, p: Tensor, q: Tensor) -> Tensor:
+        return function(x, y, 0.5, a=simplex(p), b=simplex(q), cost=cost, method=method, **EXACT)
+
+    assert gradcheck(loss, (x, y, p, q), **CHECK)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_batched_losses(cost, rng):
+    x, y = randn(rng, 2, 3, 2).requires_grad_(), randn(rng, 2, 4, 2).requires_grad_()
+    p = randn(rng, 2, 3).requires_grad_()
+
+    def loss(x: Tensor, y: Tensor, p: Tensor) -> Tensor:
+        b = torch.full((2, 4), 0.25, dtype=torch.float64)
+        return otloss.sinkhorn_divergence(x, y, 0.5, a=simplex(p), b=b, cost=cost, **EXACT)
+
+    assert gradcheck(loss, (x, y, p), **CHECK)
+
+
+@pytest.mark.parametrize("method", ["dense", "reference"])
+def test_solve_of_a_cost_matrix(method, rng):
+    C, p, q = (randn(rng, *s).requires_grad_() for s in ((4, 5), (4,), (5,)))
+
+    def value(C: Tensor, p: Tensor, q: Tensor) -> Tensor:
+        return otloss.solve(C, 0.3, a=simplex(p), b=simplex(q), method=method, **EXACT).value
+
+    assert gradcheck(value, (C, p, q), **CHECK)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("shape", [(4, 3, 2), (3, 5, 20)], ids=str)
+def test_cost_matrix(shape, cost, rng):
+    n, m, d = shape
+    x, y = randn(rng, n, d).requires_grad_(), randn(rng, m, d).requires_grad_()
+    assert gradcheck(lambda x, y: otloss.cost_matrix(x, y, cost), (x, y), **CHECK)
+    assert gradcheck(lambda x: otloss.cost_matrix(x, x, cost).triu(1), (x,), **CHECK)
+    batch = randn(rng, 2, n, d).requires_grad_()
+    assert gradcheck(lambda b: otloss.cost_matrix(b, b.flip(1) + 1, cost), (batch,), **CHECK)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_energy_distance(cost, rng):
+    x, y, p = randn(rng, 4, 2), randn(rng, 3, 2), randn(rng, 4)
+    b = make_weights(rng, (3,), "random")
+
+    def loss(x: Tensor, y: Tensor, p: Tensor) -> Tensor:
+        return otloss.energy_distance(x, y, a=simplex(p), b=b, cost=cost)
+
+    assert gradcheck(loss, tuple(t.requires_grad_() for t in (x, y, p)), **CHECK)
+
+
+def test_energy_distance_is_twice_differentiable_in_the_weights(rng):
+    x, y, p = randn(rng, 4, 2), randn(rng, 3, 2), randn(rng, 4).requires_grad_()
+    b = make_weights(rng, (3,), "random")
+    assert gradgradcheck(lambda p: otloss.energy_distance(x, y, a=simplex(p), b=b), (p,))
+
+
+def test_minibatch_energy_distance_holds_plans_constant(rng):
+    """The gradient of sum P_ij c(x_i, y_j) with the six plans as numbers."""
+    clouds_ = [randn(rng, n, 3).requires_grad_() for n in (4, 5, 3, 4)]
+    x1, x2, y1, y2 = clouds_
+    loss = otloss.minibatch_energy_distance(*clouds_, 0.2, **EXACT)
+    total = torch.zeros((), dtype=torch.float64)
+    for sign, u, v in (
+        (1, x1, y1),
+        (1, x1, y2),
+        (1, x2, y1),
+        (1, x2, y2),
+        (-2, x1, x2),
+        (-2, y1, y2),
+    ):
+        P = otloss.solve_sample(u, v, 0.2, cost="cosine", **EXACT).plan.detach()
+        total = total + sign * (P * otloss.cost_matrix(u, v, "cosine")).sum()
+    torch.testing.assert_close(loss, total, rtol=1e-8, atol=1e-10)
+    got, expected = (torch.autograd.grad(t, clouds_) for t in (loss, total))
+    for grad, truth in zip(got, expected, strict=True):
+        torch.testing.assert_close(grad, truth, rtol=1e-6, atol=1e-9)
+
+
+def test_the_incoming_gradient_scales_and_selects(rng):
+    """A batch's losses enter a sum with any weights, 0 included."""
+    c = clouds(rng, 5, 4, 2, batch=3)
+    x = c.x.requires_grad_()
+    loss = otloss.sinkhorn_divergence(x, c.y, 0.5)
+    each = [torch.autograd.grad(loss[k], x, retain_graph=True)[0] for k in range(3)]
+    factor = torch.tensor([2.0, 0.0, -3.0], dtype=torch.float64)
+    (grad,) = torch.autograd.grad(loss, x, factor)
+    torch.testing.assert_close(grad, sum(w * g for w, g in zip(factor, each, strict=True)))
+    assert not bool(each[0][1].any())  # the problems of a batch do not touch
+
+
+def test_x_is_y_collects_both_sides(rng):
+    """One tensor in both roles: its gradient is the sum of what two copies get."""
+    x = randn(rng, 6, 2).requires_grad_()
+    left, right = x.detach().clone().requires_grad_(), x.detach().clone().requires_grad_()
+    (grad,) = torch.autograd.grad(otloss.sinkhorn_loss(x, x, 0.5, tol=1e-9), x)
+    apart = torch.autograd.grad(otloss.sinkhorn_loss(left, right, 0.5, tol=1e-9), (left, right))
+    torch.testing.assert_close(grad, apart[0] + apart[1], rtol=1e-6, atol=1e-9)
+
+
+def test_only_what_is_asked_for(rng):
+    c = clouds(rng, 5, 4, 2, weights="random")
+    c.y.requires_grad_()
+    loss = otloss.sinkhorn_divergence(c.x, c.y, 0.5, a=c.a, b=c.b)
+    loss.backward()
+    assert c.y.grad is not None
+    assert c.x.grad is None
+    assert c.a.grad is None
+
+
+def test_no_graph_without_gradients(rng):
+    c = clouds(rng, 5, 4, 2)
+    assert not otloss.sinkhorn_divergence(c.x, c.y, 0.5).requires_grad
+    c.require_grad()
+    with torch.no_grad():
+        loss = otloss.sinkhorn_divergence(c.x, c.y, 0.5)
+        result = otloss.solve_sample(c.x, c.y, 0.5)
+        energy = otloss.energy_distance(c.x, c.y)
+    for t in (loss, energy, result.value, result.plan, *result.potentials):
+        assert not t.requires_grad
+        assert t.grad_fn is None
+    with torch.inference_mode():
+        assert otloss.sinkhorn_divergence(c.x, c.y, 0.5).is_inference()
+
+
+def test_backward_twice_and_retained(rng):
+    x, y = randn(rng, 5, 2).requires_grad_(), randn(rng, 4, 2)
+    loss = otloss.sinkhorn_divergence(x, y, 0.5)
+    loss.backward(retain_graph=True)
+    first = x.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(x.grad, 2 * first)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_changing_an_input_in_place_is_noticed(rng):
+    x, y = randn(rng, 5, 2).requires_grad_(), randn(rng, 4, 2)
+    loss = otloss.sinkhorn_divergence(x, y, 0.5)
+    y.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_weight_gradients_follow_the_convention(rng):
+    """dOT/da = f and dOT/db = g with <a, f> = <b, g>, so neither side holds the constant."""
+    c = clouds(rng, 6, 5, 2, weights="random").require_grad()
+    result = otloss.solve_sample(c.x, c.y, 0.5, a=c.a, b=c.b, tol=1e-10)
+    f, g = torch.autograd.grad(result.value, (c.a, c.b))
+    torch.testing.assert_close((c.a * f).sum(), result.value / 2)
+    torch.testing.assert_close((c.b * g).sum(), result.value / 2)
+    mine, theirs = result.potentials
+    torch.testing.assert_close((f - mine).diff(), torch.zeros(5, dtype=torch.float64))
+    torch.testing.assert_close((g - theirs).diff(), torch.zeros(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("cost", COSTS)
+def test_second_derivatives_are_right_or_refused(cost, method, rng):
+    """A Hessian-vector product agrees with differences of gradients, or it raises; the same for
+    energy_distance and cost_matrix."""
+    x, y, v = randn(rng, 4, 2).requires_grad_(), randn(rng, 3, 2), randn(rng, 4, 2)
+
+    def losses(x: Tensor) -> list[Tensor]:
+        divergence = otloss.sinkhorn_divergence(x, y, 0.5, cost=cost, method=method, **EXACT)
+        energy = otloss.energy_distance(x, y, cost=cost, method=method)
+        return [divergence, energy, otloss.cost_matrix(x, y, cost).square().sum()]
+
+    def gradient(x: Tensor, which: int) -> Tensor:
+        return torch.autograd.grad(losses(x)[which], x, create_graph=True)[0]
+
+    for which in range(3):
+        step = 1e-5
+        ahead, behind = (
+            gradient(x.detach().add(s * v).requires_grad_(), which) for s in (step, -step)
+        )
+        expected = (ahead - behind).detach() / (2 * step)
+        try:
+            (product,) = torch.autograd.grad((gradient(x, which) * v).sum(), x)
+        except NotImplementedError as error:
+            assert "second derivatives" in str(error)  # noqa: PT017
+        else:
+            close(product, expected, 1e-5)
+
+
+@pytest.mark.parametrize("objective", ["regularized", "transport"])
+@pytest.mark.parametrize("options", [{"backward": "implicit"}, {"n_iters": 4}], ids=str)
+def test_other_gradients_are_right_or_refused(options, objective, rng):
+    """Implicit and unrolled gradients equal the oracle's, or the call raises; never a guess."""
+    c = clouds(rng, 5, 4, 2, weights="random").require_grad()
+    exact = c.double().require_grad()
+    solver = {} if "n_iters" in options else EXACT
+    try:
+        loss = otloss.sinkhorn_divergence(
+            c.x, c.y, 0.5, a=c.a, b=c.b, objective=objective, **options, **solver
+        )
+        got = torch.autograd.grad(loss, c.inputs())
+    except NotImplementedError as error:
+        assert "backward" in str(error)  # noqa: PT017
+        return
+    truth = oracle.loss(
+        exact.x,
+        exact.y,
+        0.5,
+        exact.a,
+        exact.b,
+        objective=objective,
+        backward="implicit",
+        n_iters=options.get("n_iters"),
+    )
+    close(loss, truth.value, 1e-8, 1.0)
+    for index, (grad, expected) in enumerate(zip(got, truth.grads(*exact.inputs()), strict=True)):
+        if index >= 2 and "n_iters" not in options:  # weights move only with their total fixed
+            grad, expected = grad - grad.mean(), expected - expected.mean()
+        close(grad, expected, 1e-6)

@@ -1,0 +1,370 @@
+"""The registered operations: iteration by iteration against the oracle, shapes that end in the
+middle of a vector, inputs that trip the kernels' guards, torch's own checks."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from helpers import COSTS, DTYPES, clouds, make_weights, name, pick, rand, randn
+from torch import Tensor
+
+import otloss
+from otloss import ops, reference
+from otloss.costs import COSTS as COST_NUMBERS
+
+INF = math.inf
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    """What a solve is told besides tensors."""
+    return {
+        "eps": 0.5,
+        "rho_x": INF,
+        "rho_y": INF,
+        "tol": 1e-3,
+        "max_iters": 1000,
+        "n_iters": -1,
+        "objective": 0,
+        "trace": False,
+        **changes,
+    }
+
+
+def trajectory(module: Any, C: Tensor, a: Tensor, b: Tensor, eps: float, count: int) -> Tensor:
+    """(count, n + m): f and g after each of `count` iterations."""
+    *_, traces = module.solve(
+        [C[None]],
+        [a[None], b[None]],
+        [0, 1],
+        [1.0],
+        [],
+        **settings(eps=eps, n_iters=count, trace=True),
+    )
+    return traces[0][0]
+
+
+def assert_same_iterations(
+    module: Any, C: Tensor, a: Tensor, b: Tensor, eps: float, count: int = 4
+) -> None:
+    """Every iterate equals the oracle's, to some roundings of the potentials and the exponent."""
+    got = trajectory(module, C, a, b, eps, count)
+    steps = oracle.iterate(C.double(), a.double(), b.double(), eps, count)
+    expected = torch.stack([torch.cat(step) for step in steps])
+    unit = torch.finfo(C.dtype).eps
+    size = float(expected.abs().max()) + float(C.abs().max())
+    # Iterations do not amplify an error in the maximum norm, but add to it: f and g, each rounded.
+    allowed = 4 * count * unit * (size + 4 * eps)
+    assert float((got.double() - expected).abs().max()) <= allowed
+
+
+modules = pytest.mark.parametrize("module", [ops, reference], ids=["native", "reference"])
+
+
+@modules
+@pytest.mark.parametrize("m", [1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 130])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_sizes(dtype, m, module, rng):
+    """Rows are taken by four and columns by vectors: every remainder of both."""
+    for n in (1, 3, 4, 5, 6, 11):
+        C = randn(rng, n, m, dtype=dtype)
+        a, b = (make_weights(rng, (k,), "random").to(dtype) for k in (n, m))
+        assert_same_iterations(module, C, a, b, 0.3)
+
+
+Case = tuple[Tensor, Tensor, Tensor, float]
+
+
+def uniform(n: int) -> Tensor:
+    return torch.full((n,), 1 / n, dtype=torch.float64)
+
+
+def cold_start(rng: torch.Generator) -> Case:
+    """exp(-C / eps) is 0 in every entry."""
+    C = 50 + rand(rng, 9, 21)
+    return C, uniform(9), uniform(21), 0.02
+
+
+def extreme_weights(rng: torch.Generator) -> Case:
+    """Twelve orders of magnitude."""
+    a, b = (10 ** (-12 * rand(rng, k)) for k in (10, 19))
+    return randn(rng, 10, 19), a / a.sum(), b / b.sum(), 0.1
+
+
+def extreme_weights_and_costs(rng: torch.Generator) -> Case:
+    a, b = (10 ** (-12 * rand(rng, k)) for k in (10, 19))
+    return 100 * rand(rng, 10, 19), a / a.sum(), b / b.sum(), 0.2
+
+
+def far_row_and_column(rng: torch.Generator) -> Case:
+    """Outliers: their sums underflow beside the others'."""
+    C = rand(rng, 8, 70)
+    C[3] += 300
+    C[:, 66] += 500
+    return C, uniform(8), uniform(70), 0.5
+
+
+def clamped_column(rng: torch.Generator) -> Case:
+    """All row sums are near the least that is trusted, and a light column is below what an
+    exponential can hold: its sum is made of clamped terms alone and looks reasonable."""
+    C = 58 * math.log(2) + 0.1 * rand(rng, 8, 8)
+    C[:, -1] = 100 * math.log(2)
+    b = uniform(8)
+    b[-1] = 1e-10
+    return C, uniform(8), b / b.sum(), 1.0
+
+
+def negative_costs(rng: torch.Generator) -> Case:
+    return -200 * rand(rng, 7, 9), uniform(7), uniform(9), 0.4
+
+
+def padded_weights(rng: torch.Generator) -> Case:
+    a, b = (make_weights(rng, (k,), "padded") for k in (9, 18))
+    return 30 * rand(rng, 9, 18), a, b, 0.1
+
+
+GUARDED = [
+    cold_start,
+    extreme_weights,
+    extreme_weights_and_costs,
+    far_row_and_column,
+    clamped_column,
+    negative_costs,
+    padded_weights,
+]
+guarded = pytest.mark.parametrize("case", GUARDED, ids=lambda case: case.__name__)
+
+
+@modules
+@guarded
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_guards(dtype, case, module, rng):
+    C, a, b, eps = case(rng)
+    C, a, b = (t.to(dtype) for t in (C, a, b))
+    assert_same_iterations(module, C, a, b, eps, count=6)
+    assert_same_iterations(module, C.T.contiguous(), b, a, eps, count=6)
+
+
+@guarded
+def test_guards_until_converged(case, rng):
+    C, a, b, eps = case(rng)
+    eps = max(eps, 0.01 * float(C.max() - C.min()))  # where plain iterations end in time
+    truth = oracle.solve(C, a, b, eps)
+    for method in ("dense", "reference"):
+        result = otloss.solve(C, eps, a=a, b=b, tol=1e-6, max_iters=30_000, method=method)
+        size = float(C.abs().max())
+        assert float((result.value - truth.value).abs()) <= 1e-6 * size
+        assert float((result.plan - truth.P).abs().sum()) <= 1e-3
+        assert result.marginal_error <= 2e-6
+
+
+@pytest.mark.parametrize("shift", [-1e4, 1e4])
+def test_start_far_away(shift, rng):
+    """Potentials that make every exponential overflow or underflow are only a bad start."""
+    C, eps = rand(rng, 20, 30), 0.05
+    far = (torch.zeros(20).double(), shift * rand(rng, 30))
+    result = otloss.solve(C, eps, tol=1e-8, max_iters=5000, init=far)
+    truth = oracle.solve(C, uniform(20), uniform(30), eps)
+    torch.testing.assert_close(result.plan, truth.P, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("d", [1, 3, 20])
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_streamed_iterations(dtype, cost, d, rng):
+    """The kernels that make costs on the way run the iterations of those that read them."""
+    n, m = pick(rng, 1, 40), pick(rng, 1, 200)
+    x, y = randn(rng, 1, n, d, dtype=dtype), randn(rng, 1, m, d, dtype=dtype)
+    a, b = (make_weights(rng, (1, k), "random").to(dtype) for k in (n, m))
+    kind, changes = COST_NUMBERS[cost], settings(eps=0.5, n_iters=5)
+    loss, status, f, g, _ = ops.solve_points([x, y], [a, b], [0, 1], [1.0], [], kind, **changes)
+    expected = oracle.iterate(
+        oracle.cost(x[0].double(), y[0].double(), cost), a[0].double(), b[0].double(), 0.5, 5
+    )[-1]
+    tol = 1e-12 if dtype == torch.float64 else 1e-5
+    scale = max(1.0, *(float(v.abs().max()) for v in expected))
+    assert float((f[0][0].double() - expected[0]).abs().max()) <= 10 * tol * scale
+    assert float((g[0][0].double() - expected[1]).abs().max()) <= 10 * tol * scale
+    assert status[0, 0, ops.ITERATIONS] == 5
+    value = (a * f[0]).sum() + (b * g[0]).sum()
+    torch.testing.assert_close(loss[0], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_status(dtype, rng):
+    """Iterations, error, convergence and the largest cost that counts, for each problem."""
+    c = clouds(rng, 6, 5, 3, weights="random", batch=2, dtype=dtype)
+    C = torch.cdist(c.x, c.y)
+    C[0, 2, 3] = 77
+    C[1, 0, 0] = 1e5
+    a, b = c.a.clone(), c.b.clone()
+    a[1, 0] = 0  # so that the 1e5 does not count
+    a /= a.sum(-1, keepdim=True)
+    for module in (ops, reference):
+        _, status, f, g, _ = module.solve([C], [a, b], [0, 1], [1.0], [], **settings(tol=1e-4))
+        assert status.dtype == torch.float64
+        assert status.shape == (1, 2, 4)
+        assert status[0, :, ops.MAX_COST].tolist() == [77.0, float(C[1, 1:].max())]
+        assert bool((status[0, :, ops.CONVERGED] == 1).all())
+        assert bool((status[0, :, ops.ERROR] <= 1e-4).all())
+        P = reference.plan(0.5, C, f[0], g[0], a, b)
+        error = (P.sum(1) - b).abs().sum(1) + (P.sum(2) - a).abs().sum(1)
+        assert bool((error <= 2.5e-4).all())
+        assert float(f[0][1, 0]) == 0  # padding keeps potential 0
+
+
+def test_lists_of_costs_agree():
+    """Python's names and numbers are those of the C++ enumeration."""
+    header = Path(__file__).parent.parent / "csrc" / "costs.h"
+    body = re.search(r"enum class CostKind : int \{(.*?)\}", header.read_text(), re.DOTALL)[1]
+    entries = dict(re.findall(r"k(\w+)\s*=\s*(\d+)", body))
+    assert {k.lower(): int(v) for k, v in entries.items()} == COST_NUMBERS
+    assert tuple(COST_NUMBERS) == COSTS
+
+
+def test_lists_of_status_fields_and_objectives_agree():
+    header = (Path(__file__).parent.parent / "csrc" / "kernels.h").read_text()
+    fields = re.findall(r"^  kStatus(\w+),", header, re.MULTILINE)
+    numbers = [ops.ITERATIONS, ops.ERROR, ops.CONVERGED, ops.MAX_COST]
+    assert fields == ["Iterations", "Error", "Converged", "MaxCost"]
+    assert numbers == list(range(4))
+    from otloss import _check
+
+    body = re.search(r"enum class Objective : int \{(.*?)\}", header)[1]
+    entries = [(k.lower(), int(v)) for k, v in re.findall(r"k(\w+)\s*=\s*(\d+)", body)]
+    assert entries == [(word, k) for k, word in enumerate(_check.OBJECTIVES)]
+
+
+def test_native_kernels_are_in_use():
+    config = otloss.show_config(mode="dicts")
+    assert ops.NATIVE
+    assert config["kernels"] == "native"
+    assert config["simd"]
+
+
+def sample_arguments() -> dict[str, tuple[Any, ...]]:
+    """Arguments of every operation, small and valid."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = randn(generator, 2, 4, 3), randn(generator, 2, 5, 3)
+    a, b = uniform(4).repeat(2, 1), uniform(5).repeat(2, 1)
+    pairs, weights, coefficients = [0, 1, 0, 0], [a, b], [1.0, -0.5]
+    C = ops.cost([x, y], weights, pairs, 1)
+    options = tuple(settings().values())
+    _, _, f, g, _ = ops.solve(C, weights, pairs, coefficients, [], *options)
+    ones, wanted = torch.ones(2, dtype=torch.float64), [0, 1]
+    fg = [t for both in zip(f, g, strict=True) for t in both]
+    return {
+        "cost": ([x, y], weights, pairs, 0),
+        "cost_backward": ([torch.ones_like(c) for c in C], C, [x, y], weights, pairs, 1, wanted),
+        "solve": (C, weights, pairs, coefficients, fg, *options),
+        "envelope_backward": (
+            ones,
+            C,
+            weights,
+            pairs,
+            coefficients,
+            f,
+            g,
+            0.5,
+            0,
+            [1, 0],
+            True,
+        ),
+        "solve_points": ([x, y], weights, pairs, coefficients, [], 0, *options),
+        "envelope_backward_points": (
+            ones,
+            [x, y],
+            weights,
+            pairs,
+            coefficients,
+            f,
+            g,
+            0,
+            0.5,
+            wanted,
+        ),
+    }
+
+
+def test_sample_arguments_name_every_operation():
+    registered = {
+        schema.name.removeprefix("otloss::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("otloss::")
+    }
+    assert set(sample_arguments()) == registered
+
+
+@pytest.mark.parametrize("operation", sample_arguments())
+def test_opcheck(operation):
+    """torch's own tests: the schema tells the truth, fake kernels have the shapes of the real."""
+    arguments = sample_arguments()[operation]
+    torch.library.opcheck(getattr(torch.ops.otloss, operation).default, arguments)
+
+
+@pytest.mark.parametrize("operation", sample_arguments())
+def test_fake_kernels(operation):
+    """Shapes, dtypes and nothing else: on the meta device no data is read."""
+
+    def to_meta(value: Any) -> Any:
+        if isinstance(value, list):
+            return [to_meta(v) for v in value]
+        return value.to("meta") if isinstance(value, Tensor) else value
+
+    def shapes(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [shapes(v) for v in value]
+        return tuple(value.shape), value.dtype
+
+    call = getattr(torch.ops.otloss, operation).default
+    arguments = sample_arguments()[operation]
+    made = call(*[to_meta(v) for v in arguments])
+    assert shapes(made) == shapes(call(*arguments))
+    flat = made if isinstance(made, list) else [t for t in made if isinstance(t, Tensor)]
+    assert all(t.device.type == "meta" for t in flat)
+
+
+@pytest.mark.parametrize("operation", sample_arguments())
+def test_native_equals_reference(operation):
+    """Every operation on its sample arguments: the same tensors from both."""
+    arguments = list(sample_arguments()[operation])
+    plain = getattr(reference, operation, None)
+    if plain is None:
+        pytest.skip("this operation is a composition in the reference")
+    call = getattr(ops, operation)
+    if operation.startswith("solve"):  # exact iterations, because stopping tests differ
+        names = [argument.name for argument in call._schema.arguments]
+        arguments[names.index("n_iters")] = 7
+        arguments[names.index("init")] = []
+        arguments[names.index("trace")] = True
+    got, expected = call(*arguments), plain(*arguments)
+    if operation == "solve_points":  # without C the largest cost is only bounded, by the norms
+        most, exact = (out[1][..., ops.MAX_COST] for out in (got, expected))
+        assert bool((exact <= most).all() and (most <= 4 * exact).all())
+        got[1][..., ops.MAX_COST] = exact
+    torch.testing.assert_close(list(got), list(expected), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int64])
+def test_operations_refuse_other_dtypes(dtype):
+    x = torch.ones(1, 2, 3, dtype=dtype)
+    with pytest.raises(RuntimeError, match="float32 and float64"):
+        ops.cost([x], [], [0, 0], 0)
+
+
+def test_operations_refuse_wrong_layouts():
+    """The bindings check what the kernels assume, and name the tensor."""
+    x, a = torch.ones(1, 4, 6), torch.full((1, 4), 0.25)
+    with pytest.raises(RuntimeError, match=r"points must be contiguous"):
+        ops.cost([x.mT], [], [0, 0], 0)
+    with pytest.raises(RuntimeError, match=r"weights must be .*shape \(1, 4\).*but is \(1, 3\)"):
+        ops.cost([x], [a[:, :3]], [0, 0], 0)
+    with pytest.raises(RuntimeError, match=r"costs must be .*shape \(1, 4, 4\).*but is .*6\)"):
+        ops.solve([x], [a], [0, 0], [1.0], [], **settings())
+    with pytest.raises(RuntimeError, match=r"weights must be .*of one dtype"):
+        ops.solve([x[:, :, :4].contiguous()], [a.double()], [0, 0], [1.0], [], **settings())

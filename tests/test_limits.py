@@ -1,0 +1,221 @@
+"""Closed forms and limits: Gaussians, single points, exact transport, energy distance."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from helpers import COSTS, DTYPES, METHODS, clouds, make_weights, name, randn, relaid
+from scipy.optimize import linear_sum_assignment, linprog
+from torch import Tensor
+
+import otloss
+
+TIGHT = {"tol": 1e-10, "max_iters": 20_000}
+
+
+def quadrature(spacing: float, reach: float, d: int) -> tuple[Tensor, Tensor]:
+    """A grid (n, d) and weights (n,) that stand for a standard Gaussian. The trapezoidal rule is
+    exact to rounding for smooth functions that are wider than the spacing, so there is no sampling
+    error; the weights fall to exp(-reach^2 d / 2)."""
+    z = torch.arange(-reach, reach + spacing / 2, spacing, dtype=torch.float64)
+    points = torch.cartesian_prod(*[z] * d).reshape(-1, d)
+    weights = (-points.square().sum(-1) / 2).exp()
+    return points, weights / weights.sum()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("eps", [0.5, 2.0, 20.0])
+def test_gaussians_on_a_line(eps, method):
+    """Janati et al. 2020, value and gradient in mean and scale of one Gaussian, to 8 digits. The
+    weights of the grid go down to 1e-16."""
+    z, w = quadrature(0.15, 8.4, 1)
+    mean = torch.tensor([0.7]).double().requires_grad_()
+    scale = torch.tensor([[1.3]]).double().requires_grad_()
+    one, zero = torch.ones(1, 1).double(), torch.zeros(1).double()
+
+    def divergence(pair) -> Tensor:
+        # each measure is (mean, scale)
+        first, second = (mean, scale), (zero, one)
+        return pair(first, second) - pair(first, first) / 2 - pair(second, second) / 2
+
+    exact = divergence(lambda u, v: oracle.gaussian_ot(u[0], u[1] ** 2, v[0], v[1] ** 2, eps))
+    options = {"a": w, "b": w, "method": method, **TIGHT}
+    loss = otloss.sinkhorn_divergence(z * scale + mean, z, eps, **options)
+    torch.testing.assert_close(loss, exact, rtol=1e-8, atol=1e-10)
+    got = torch.autograd.grad(loss, (mean, scale))
+    for grad, truth in zip(got, torch.autograd.grad(exact, (mean, scale)), strict=True):
+        torch.testing.assert_close(grad, truth, rtol=1e-6, atol=1e-8)
+    plain = otloss.sinkhorn_loss(z * scale + mean, z, eps, **options)
+    truth = oracle.gaussian_ot(mean, scale**2, zero, one, eps)
+    torch.testing.assert_close(plain, truth, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_gaussians_in_the_plane(dtype, rng):
+    """Covariances that do not commute."""
+    z, w = quadrature(0.5, 6.0, 2)
+    eps = 2.0
+    A, B = (0.5 * torch.eye(2).double() + 0.4 * randn(rng, 2, 2) for _ in range(2))
+    shift = randn(rng, 2)
+    exact = oracle.gaussian_ot(shift, A @ A.T, torch.zeros(2).double(), B @ B.T, eps)
+    x, y, w = (t.to(dtype) for t in (z @ A.T + shift, z @ B.T, w))
+    tol = 1e-9 if dtype == torch.float64 else 1e-5
+    loss = otloss.sinkhorn_loss(x, y, eps, a=w, b=w, tol=tol)
+    torch.testing.assert_close(loss.double(), exact, rtol=max(1e-7, 10 * tol), atol=10 * tol)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("cost", COSTS)
+def test_one_point(cost, method, rng):
+    """n = 1: the plan is the product, OT is the mean cost, f + g = C."""
+    x, y = randn(rng, 1, 3).requires_grad_(), randn(rng, 6, 3)
+    b = make_weights(rng, (6,), "random")
+    a = torch.ones(1, dtype=torch.float64)
+    C = oracle.cost(x, y, cost)
+    truth = (b * C[0]).sum()
+    options = {"cost": cost, "method": method}
+    for u, v, p, q in ((x, y, a, b), (y, x, b, a)):
+        loss = otloss.sinkhorn_loss(u, v, 0.1, a=p, b=q, **options)
+        torch.testing.assert_close(loss, truth)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(t, x, retain_graph=True) for t in (loss, truth))
+        )
+    result = otloss.solve_sample(x, y, 0.1, a=a, b=b, **options)
+    torch.testing.assert_close(result.potentials[0] + result.potentials[1], C[0].detach())
+    both = otloss.sinkhorn_divergence(x, y[:1], 0.1, **options)
+    torch.testing.assert_close(both, C[0, 0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("cost", COSTS)
+def test_small_eps_is_exact_transport(cost, method, rng):
+    """OT <= OT_eps <= OT + eps log n: against the Hungarian algorithm."""
+    x, y = randn(rng, 12, 2), randn(rng, 12, 2)
+    C = oracle.cost(x, y, cost)
+    exact = float(C[linear_sum_assignment(C.numpy())].sum()) / 12
+    eps = 0.01 * float(C.mean())
+    loss = otloss.sinkhorn_loss(
+        x, y, eps, cost=cost, tol=1e-4, max_iters=100_000, method=method
+    ).item()
+    slack = 1e-4 * float(C.max())  # the marginals are off by tol
+    assert exact - slack <= loss <= exact + eps * np.log(12) + slack
+    linear = otloss.sinkhorn_loss(
+        x,
+        y,
+        eps,
+        cost=cost,
+        tol=1e-4,
+        max_iters=100_000,
+        objective="transport",
+        method=method,
+    ).item()
+    assert exact - slack <= linear <= loss + slack
+
+
+def test_small_eps_with_weights(rng):
+    """The same against linear programming."""
+    n, m = 7, 9
+    c = clouds(rng, n, m, 2, weights="random")
+    C = oracle.cost(c.x, c.y, "euclidean")
+    rows = np.kron(np.eye(n), np.ones(m))
+    columns = np.tile(np.eye(m), n)
+    marginals = np.concatenate([c.a.numpy(), c.b.numpy()])
+    exact = linprog(C.flatten().numpy(), A_eq=np.vstack([rows, columns]), b_eq=marginals).fun
+    for eps in (0.1, 0.01):
+        result = otloss.solve(C, eps, a=c.a, b=c.b, tol=1e-7, max_iters=50_000)
+        entropy = -float((c.a * c.a.log()).sum())  # KL(P | a b) <= H(a)
+        assert exact - 1e-6 <= float(result.value) <= exact + eps * entropy + 1e-6
+        assert exact - 1e-6 <= float(result.value_linear) <= float(result.value) + 1e-6
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("cost", COSTS)
+def test_large_eps_is_energy_distance(cost, method, rng):
+    """S - E = O(1 / eps), values and gradients: ten times the eps, a tenth of the difference."""
+    c = clouds(rng, 9, 7, 3, weights="random")
+    x = c.x.requires_grad_()
+
+    def both(loss: Tensor) -> list[Tensor]:
+        return [loss.detach(), *torch.autograd.grad(loss, x)]
+
+    energy = both(otloss.energy_distance(x, c.y, a=c.a, b=c.b, cost=cost, method=method))
+    distances = []
+    for eps in (1e2, 1e3, 1e4):
+        options = {"a": c.a, "b": c.b, "cost": cost, "method": method, **TIGHT}
+        loss = both(otloss.sinkhorn_divergence(x, c.y, eps, **options))
+        distances.append([float((u - v).norm()) for u, v in zip(loss, energy, strict=True)])
+    for near, nearer in pairwise(distances):
+        for one, other in zip(near, nearer, strict=True):
+            assert other <= 0.15 * one + 1e-9
+    assert distances[0][0] > 1e-9  # so that the ratios say something
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_coincident_points(method, cost, dtype, rng):
+    """Duplicates in a cloud, and points common to both, have finite, right gradients: those of the
+    same measure with the duplicates merged."""
+    x, y = randn(rng, 4, 3, dtype=dtype), randn(rng, 5, 3, dtype=dtype)
+    y[0] = x[0]
+    tol = 1e-9 if dtype == torch.float64 else 1e-5
+    options = {"cost": cost, "tol": tol, "method": method}
+    twice = relaid(x, "contiguous").repeat_interleave(2, 0).requires_grad_()
+    once = x.requires_grad_()
+    loss = otloss.sinkhorn_divergence(twice, y, 0.5, **options)
+    truth = otloss.sinkhorn_divergence(once, y, 0.5, **options)
+    torch.testing.assert_close(loss, truth, rtol=1e-4, atol=10 * tol)
+    (grad,), (expected,) = torch.autograd.grad(loss, twice), torch.autograd.grad(truth, once)
+    torch.testing.assert_close(grad.reshape(4, 2, 3).sum(1), expected, rtol=1e-3, atol=100 * tol)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_zero_vectors_under_cosine(method, rng):
+    """No direction: cost 1 to everything, itself included, and gradient exactly 0."""
+    x, y = randn(rng, 4, 3), randn(rng, 5, 3)
+    x[1], y[2] = 0, 0
+    x.requires_grad_()
+    C = otloss.cost_matrix(x, y, "cosine")
+    assert bool((C[1] == 1).all())
+    assert bool((C[:, 2] == 1).all())
+    assert float(otloss.cost_matrix(x, x, "cosine")[1, 1].detach()) == 1
+    loss = otloss.sinkhorn_divergence(x, y, 0.5, cost="cosine", method=method)
+    (grad,) = torch.autograd.grad(loss, x)
+    assert not bool(grad[1].any())
+    assert bool(grad.isfinite().all())
+    truth = oracle.loss(x, y, 0.5, cost_name="cosine").value
+    torch.testing.assert_close(loss, truth, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("d", [2, 40])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_self_cost_has_a_zero_diagonal(dtype, d, cost, rng):
+    x = randn(rng, 30, d, dtype=dtype) + 5
+    C = otloss.cost_matrix(x, x, cost)
+    assert not bool(C.diagonal().any())
+    assert bool((C >= 0).all())
+    torch.testing.assert_close(C, C.T)
+
+
+def test_near_duplicates_under_euclidean(rng):
+    """Two points 1e-5 apart pull at each other with a unit vector each; in float32 the kernels
+    keep it to 6e-8 |x| / 1e-5 of the pair's weight."""
+    x = randn(rng, 10, 3, dtype=torch.float32)
+    x[1] = x[0] + 1e-5
+    y = randn(rng, 8, 3, dtype=torch.float32)
+    single, double = x.clone().requires_grad_(), x.double().requires_grad_()
+    for method in METHODS:
+        options = {"cost": "euclidean", "tol": 1e-6, "method": method}
+        got = torch.autograd.grad(otloss.sinkhorn_divergence(single, y, 1.0, **options), single)[0]
+        loss = otloss.sinkhorn_divergence(double, y.double(), 1.0, **options)
+        truth = torch.autograd.grad(loss, double)[0]
+        apart = float((double[1] - double[0]).norm().detach())
+        pair = 2 * 0.1 * 0.1 * 4  # weights, both orders, and P / ab <= 4 at this eps
+        size = float(x.norm(dim=1).max())
+        allowed = 4 * 6e-8 * size / apart * pair + 1e-5
+        assert float((got.double() - truth).abs().max()) <= allowed

@@ -1,0 +1,312 @@
+"""The kernels and the plain-torch reference against the float64 brute force of oracle.py.
+
+How exact a solve is: it stops at a marginal error `tol`. The value is then right to eps tol and
+rounding, the gradient of the points (the plan) to some tol / sqrt(gap), the gradient of the weights
+(the potentials) to tol / gap, where 1 - gap is the contraction of one iteration; a point whose own
+weight is below tol is not controlled, so the gradient of very unequal weights is compared in the
+norm of the weights. In float32 the exponent (f + g - C) / eps is rounded to 6e-8 C / eps, which
+bounds the tol that can be reached.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import oracle
+import pytest
+import torch
+from helpers import (
+    COSTS,
+    DTYPES,
+    LAYOUTS,
+    METHODS,
+    WEIGHTS,
+    Clouds,
+    close,
+    clouds,
+    name,
+    pick,
+    randn,
+    relaid,
+)
+from torch import Tensor
+
+import otloss
+
+EPS = (0.01, 0.2, 5.0)  # of the mean cost
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    solver: float  # tol= of the solve
+    value: float  # of the mean cost
+    points: float  # gradient of x, y: of its norm
+    weights: float  # gradient of a, b
+
+
+def tolerance(dtype: torch.dtype, relative_eps: float, gap: float, method: str) -> Tolerance:
+    sharp = relative_eps < 0.1
+    if dtype == torch.float64:
+        # The reference's plain iteration would need many thousands of passes for more.
+        tol = 1e-4 if sharp and method == "reference" else 1e-9
+        value, points, weights = 1e-10, 1e-9, 1e-6
+    else:
+        tol = 1e-4 if sharp else 5e-6
+        value, points, weights = 3e-6, 5e-5, 2e-3
+    return Tolerance(
+        tol,
+        value + 5 * relative_eps * tol,
+        points + 15 * tol / gap**0.5,
+        weights + 30 * tol / gap,
+    )
+
+
+def mean_cost(c: Clouds, cost: str) -> float:
+    """Of the points of positive weight; at least 0.1, for clouds that are nearly one point."""
+    C = oracle.cost(c.x, c.y, cost)
+    a = torch.full_like(C[:, 0], 1 / C.shape[0]) if c.a is None else c.a
+    b = torch.full_like(C[0], 1 / C.shape[1]) if c.b is None else c.b
+    return max(0.1, float((a[:, None] * b * C).detach().sum()))
+
+
+def smallest_gap(c: Clouds, eps: float, cost: str) -> float:
+    a = torch.full_like(c.x[:, 0], 1 / c.x.shape[0]) if c.a is None else c.a
+    b = torch.full_like(c.y[:, 0], 1 / c.y.shape[0]) if c.b is None else c.b
+    return oracle.solve(oracle.cost(c.x, c.y, cost), a, b, eps).gap
+
+
+def near_pair_error(c: Clouds, dtype: torch.dtype) -> float:
+    """The kernels form sum_j w_ij (x_i - y_j) / |x_i - y_j| from sums of w / |x - y| times points,
+    which loses the digits of two points that are much nearer to each other than to the centre."""
+    weighted = [(c.x, c.a), (c.y, c.b)]
+    points = torch.cat([x if w is None else x[w > 0] for x, w in weighted]).detach()
+    distance = torch.pdist(points)
+    nearest = float(distance[distance > 0].min()) if bool((distance > 0).any()) else 1.0
+    return torch.finfo(dtype).eps * float((points - points.mean(0)).norm(dim=-1).max()) / nearest
+
+
+def assert_gradients(
+    got: list[Tensor], expected: list[Tensor], c: Clouds, tol: Tolerance, cost: str
+) -> None:
+    """In the norm of each gradient, but not less than a tenth of the weights': in one dimension the
+    gradient of the cosine cost is 0. Cosine's gradient goes with 1 / |x|, which is taken out."""
+    for index, (grad, truth) in enumerate(zip(got, expected, strict=True)):
+        count = (c.x, c.y)[index % 2].shape[0]
+        w = (c.a, c.b)[index % 2]
+        floor = 0.1 * (count**-0.5 if w is None else float(w.detach().norm()))
+        if index >= 2 and bool(w.max() > 1e3 * w.min()):
+            grad, truth = grad.double() * w, truth * w
+        if index < 2 and cost == "cosine":
+            norm = (c.x, c.y)[index].norm(dim=-1, keepdim=True)
+            grad, truth = grad.double() * norm, truth * norm
+        scale = max(float(truth.detach().norm()), floor)
+        close(grad, truth, tol.points if index < 2 else tol.weights, scale)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("d", [1, 3, 64, 784])
+@pytest.mark.parametrize("relative_eps", EPS)
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("cost", COSTS)
+def test_divergence(cost, weights, relative_eps, d, dtype, method, rng):
+    """Value and gradients in x, y, a, b of the default loss, everywhere."""
+    c = clouds(rng, pick(rng, 1, 20), pick(rng, 1, 20), d, weights=weights, dtype=dtype)
+    exact = c.double().require_grad()
+    eps = relative_eps * mean_cost(exact, cost)
+    gap = smallest_gap(exact, eps, cost)
+    if method == "reference" and gap < 2e-3:
+        pytest.skip(
+            "the reference's plain iteration contracts by 1 - gap: tens of thousands of them"
+        )
+    tol = tolerance(dtype, relative_eps, gap, method)
+    if cost == "euclidean":
+        tol = replace(tol, points=tol.points + near_pair_error(exact, dtype))
+    c.require_grad()
+    loss = otloss.sinkhorn_divergence(
+        c.x, c.y, eps, a=c.a, b=c.b, cost=cost, tol=tol.solver, max_iters=20_000, method=method
+    )
+    truth = oracle.loss(exact.x, exact.y, eps, exact.a, exact.b, cost_name=cost)
+    assert loss.dtype == dtype
+    close(loss, truth.value, tol.value, mean_cost(exact, cost))
+    got = torch.autograd.grad(loss, c.inputs())
+    assert_gradients(list(got), truth.grads(*exact.inputs()), exact, tol, cost)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("objective", ["regularized", "transport"])
+@pytest.mark.parametrize("debiased", [True, False], ids=["divergence", "loss"])
+def test_objectives(debiased, objective, cost, method, rng):
+    """Both objectives, with and without debiasing; transport's plan is held constant."""
+    c = clouds(rng, pick(rng, 2, 20), pick(rng, 2, 20), 3, weights="random")
+    exact = c.double().require_grad()
+    eps = 0.2 * mean_cost(exact, cost)
+    function = otloss.sinkhorn_divergence if debiased else otloss.sinkhorn_loss
+    c.require_grad()
+    loss = function(
+        c.x,
+        c.y,
+        eps,
+        a=c.a,
+        b=c.b,
+        cost=cost,
+        objective=objective,
+        tol=1e-10,
+        max_iters=20_000,
+        backward="envelope",
+        method=method,
+    )
+    truth = oracle.loss(
+        exact.x,
+        exact.y,
+        eps,
+        exact.a,
+        exact.b,
+        cost_name=cost,
+        objective=objective,
+        debiased=debiased,
+    )
+    close(loss, truth.value, 1e-8, mean_cost(exact, cost))
+    got = torch.autograd.grad(loss, c.inputs())
+    tol = Tolerance(1e-10, 1e-8, 1e-7, 1e-6)
+    assert_gradients(list(got), truth.grads(*exact.inputs()), exact, tol, cost)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("batch", [None, 3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, batch, dtype, method, rng):
+    """Views give what their contiguous copies give; gradients arrive at the view."""
+    n, m, d = pick(rng, 2, 12), pick(rng, 2, 12), pick(rng, 2, 6)
+    c = clouds(rng, n, m, d, weights="random", batch=batch, dtype=dtype).require_grad()
+    views = [relaid(t, layout) for t in c.inputs()]
+    if layout == "expanded" and batch is None:  # a and b would lose their total
+        views[2:] = c.inputs()[2:]
+    assert layout == "contiguous" or not views[0].is_contiguous()
+    copies = [v.detach().clone(memory_format=torch.contiguous_format) for v in views]
+    for t in copies:
+        t.requires_grad_()
+
+    def run(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return otloss.sinkhorn_divergence(x, y, 2.0, a=a, b=b, tol=1e-5, method=method).sum()
+
+    loss, expected = run(*views), run(*copies)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    got = torch.autograd.grad(loss, views)
+    for grad, truth in zip(got, torch.autograd.grad(expected, copies), strict=True):
+        torch.testing.assert_close(grad, truth, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cost_matrix_layouts_given_to_solve(layout, rng):
+    C = randn(rng, 3, 7, 5).abs()
+    view = relaid(C, layout)
+    expected = otloss.solve(view.clone().contiguous(), 0.5, tol=1e-8).value
+    torch.testing.assert_close(otloss.solve(view, 0.5, tol=1e-8).value, expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_given_cost_matrix(dtype, method, rng):
+    """solve(C): value, plan and the gradients in C, a and b. Costs may be negative."""
+    n, m, eps = pick(rng, 2, 15), pick(rng, 2, 15), 0.3
+    C = randn(rng, n, m)
+    c = clouds(rng, n, m, 1, weights="random")
+    inputs = [t.to(dtype).requires_grad_() for t in (C, c.a, c.b)]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    tol = 1e-9 if dtype == torch.float64 else 5e-6
+    result = otloss.solve(
+        inputs[0], eps, a=inputs[1], b=inputs[2], tol=tol, max_iters=10_000, method=method
+    )
+    truth = oracle.term(exact[0], exact[1], exact[2], eps, "regularized", "envelope")
+    solution = oracle.solve(exact[0], exact[1], exact[2], eps)
+    close(result.value, truth.value, 10 * tol + 1e-6 * (dtype == torch.float32), 1.0)
+    close(result.value_linear, solution.transport, 20 * tol, 1.0)
+    close(result.plan, solution.P, 20 * tol)
+    got = torch.autograd.grad(result.value, inputs)
+    # By convention <a, f> = <b, g>, as in the oracle.
+    for grad, expected, scale in zip(got, truth.grads(*exact), (20, 50, 50), strict=True):
+        close(grad, expected, scale * tol / solution.gap, max(1.0, float(expected.norm())))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("objective", ["transport", "regularized"])
+def test_minibatch_energy_distance(objective, method, rng):
+    """OT-GAN's six terms, each solved by the oracle."""
+    x1, x2, y1, y2 = (randn(rng, n, 4).requires_grad_() for n in (6, 7, 5, 8))
+    eps = 0.1
+    loss = otloss.minibatch_energy_distance(
+        x1, x2, y1, y2, eps, objective=objective, tol=1e-10, max_iters=20_000, method=method
+    )
+
+    def term(x: Tensor, y: Tensor) -> oracle.Loss:
+        return oracle.loss(x, y, eps, cost_name="cosine", objective=objective, debiased=False)
+
+    truth = oracle.combine(
+        [
+            (1.0, term(x1, y1)),
+            (1.0, term(x1, y2)),
+            (1.0, term(x2, y1)),
+            (1.0, term(x2, y2)),
+            (-2.0, term(x1, x2)),
+            (-2.0, term(y1, y2)),
+        ]
+    )
+    close(loss, truth.value, 1e-8, 1.0)
+    inputs = (x1, x2, y1, y2)
+    for grad, expected in zip(torch.autograd.grad(loss, inputs), truth.grads(*inputs), strict=True):
+        close(grad, expected, 1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("cost", COSTS)
+def test_energy_distance(cost, weights, method, rng):
+    c = clouds(rng, pick(rng, 2, 20), pick(rng, 2, 20), 3, weights=weights).require_grad()
+    loss = otloss.energy_distance(c.x, c.y, a=c.a, b=c.b, cost=cost, method=method)
+    exact = c.double().require_grad()
+    a = torch.full_like(exact.x[:, 0], 1 / len(exact.x)) if exact.a is None else exact.a
+    b = torch.full_like(exact.y[:, 0], 1 / len(exact.y)) if exact.b is None else exact.b
+
+    def mean(x: Tensor, y: Tensor, p: Tensor, q: Tensor) -> Tensor:
+        return (p[:, None] * q * oracle.cost(x, y, cost)).sum()
+
+    truth = mean(exact.x, exact.y, a, b)
+    truth = truth - mean(exact.x, exact.x, a, a) / 2 - mean(exact.y, exact.y, b, b) / 2
+    close(loss, truth, 1e-10, mean_cost(exact, cost))
+    got = torch.autograd.grad(loss, c.inputs())
+    expected = torch.autograd.grad(truth, exact.inputs())
+    for index, (grad, true) in enumerate(zip(got, expected, strict=True)):
+        w = (c.a, c.b)[index % 2]
+        if index >= 2:  # nothing flows to the weight of a padding point
+            true = torch.where(w > 0, true, 0.0)
+            grad = torch.where(w > 0, grad, 0.0)
+        close(grad, true, 1e-9, max(float(true.norm()), 0.01))
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("d", [1, 2, 4, 5, 16, 17, 100])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_cost_matrix(dtype, d, cost, rng):
+    """Both ways of computing costs, by differences (small d) and by a product."""
+    x, y = randn(rng, 13, d, dtype=dtype) + 10, randn(rng, 9, d, dtype=dtype) + 10
+    C = otloss.cost_matrix(x, y, cost)
+    # 10 is the offset that an expanded square would lose its digits to.
+    exact = oracle.cost(x.double(), y.double(), cost)
+    close(C, exact, 1e-13 if dtype == torch.float64 else 2e-6, d * 13)
+
+
+def test_callable_cost_is_the_same_as_the_named_one(rng):
+    c = clouds(rng, 9, 7, 3, weights="random", batch=2).require_grad()
+    named = otloss.sinkhorn_divergence(c.x, c.y, 1.0, a=c.a, b=c.b, tol=1e-9)
+
+    def cost(x: Tensor, y: Tensor) -> Tensor:
+        return (x.unsqueeze(-2) - y.unsqueeze(-3)).square().sum(-1)
+
+    called = otloss.sinkhorn_divergence(c.x, c.y, 1.0, a=c.a, b=c.b, tol=1e-9, cost=cost)
+    torch.testing.assert_close(called, named, rtol=1e-9, atol=1e-12)
+    got = torch.autograd.grad(called.sum(), c.inputs())
+    for grad, expected in zip(got, torch.autograd.grad(named.sum(), c.inputs()), strict=True):
+        torch.testing.assert_close(grad, expected, rtol=1e-7, atol=1e-9)

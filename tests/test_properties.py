@@ -1,0 +1,159 @@
+"""What must hold for any input, searched by hypothesis."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from helpers import COSTS, METHODS, Clouds, clouds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import otloss
+
+EXAMPLES = settings(max_examples=25)
+TOL = 1e-9
+# An error e of the marginals leaves eps * e in a value; eps is at most about 10 here.
+SLACK = 1e-7
+
+sizes, seeds = st.integers(1, 12), st.integers(0, 2**32 - 1)
+costs, methods = st.sampled_from(COSTS), st.sampled_from(METHODS)
+epsilons = st.floats(0.1, 10.0)
+kinds = st.sampled_from(["uniform", "random", "padded"])
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Clouds:
+    rng = torch.Generator().manual_seed(draw(seeds))
+    d = draw(st.sampled_from([1, 2, 3, 5, 17]))
+    return clouds(rng, draw(sizes), draw(sizes), d, weights=draw(kinds))
+
+
+def divergence(c: Clouds, eps: float, **options: object) -> Tensor:
+    return otloss.sinkhorn_divergence(
+        c.x, c.y, eps, a=c.a, b=c.b, tol=TOL, max_iters=50_000, **options
+    )
+
+
+@EXAMPLES
+@given(problems(), epsilons, costs, methods)
+def test_not_negative(c, eps, cost, method):
+    """The kernels exp(-c / eps) of the three costs are positive definite."""
+    assert divergence(c, eps, cost=cost, method=method) >= -SLACK
+
+
+@EXAMPLES
+@given(problems(), epsilons, costs, methods)
+def test_zero_on_itself(c, eps, cost, method):
+    same = Clouds(c.x, c.x.clone(), c.a, c.a)
+    assert abs(divergence(same, eps, cost=cost, method=method)) <= SLACK
+
+
+@EXAMPLES
+@given(problems(), epsilons, costs, methods)
+def test_symmetric(c, eps, cost, method):
+    swapped = Clouds(c.y, c.x, c.b, c.a)
+    one, other = (divergence(t, eps, cost=cost, method=method) for t in (c, swapped))
+    torch.testing.assert_close(one, other, rtol=1e-7, atol=SLACK)
+
+
+@EXAMPLES
+@given(problems(), epsilons, methods, st.sampled_from(["sqeuclidean", "euclidean"]), seeds)
+def test_rigid_motions(c, eps, method, cost, seed):
+    """Distances do not change when both clouds are turned and moved."""
+    rng = torch.Generator().manual_seed(seed)
+    d = c.x.shape[1]
+    turn = torch.linalg.qr(torch.randn(d, d, generator=rng, dtype=torch.float64)).Q
+    shift = 10 * torch.randn(d, generator=rng, dtype=torch.float64)
+    moved = Clouds(c.x @ turn + shift, c.y @ turn + shift, c.a, c.b)
+    one, other = (divergence(t, eps, cost=cost, method=method) for t in (c, moved))
+    torch.testing.assert_close(one, other, rtol=1e-7, atol=SLACK)
+
+
+@EXAMPLES
+@given(problems(), epsilons, methods, st.floats(0.01, 100))
+def test_cosine_ignores_lengths(c, eps, method, factor):
+    stretched = Clouds(factor * c.x, c.y, c.a, c.b)
+    one, other = (divergence(t, eps, cost="cosine", method=method) for t in (c, stretched))
+    torch.testing.assert_close(one, other, rtol=1e-7, atol=SLACK)
+
+
+@EXAMPLES
+@given(problems(), epsilons, costs, methods, seeds)
+def test_order_does_not_matter(c, eps, cost, method, seed):
+    """And gradients are permuted with their points."""
+    order = torch.randperm(len(c.x), generator=torch.Generator().manual_seed(seed))
+    x = c.x.requires_grad_()
+    mixed = Clouds(x[order], c.y, None if c.a is None else c.a[order], c.b)
+    one, other = (divergence(t, eps, cost=cost, method=method) for t in (c, mixed))
+    torch.testing.assert_close(one, other, rtol=1e-7, atol=SLACK)
+    for grad, truth in zip(torch.autograd.grad(one, x), torch.autograd.grad(other, x), strict=True):
+        torch.testing.assert_close(grad, truth, rtol=1e-5, atol=1e-6)
+
+
+@EXAMPLES
+@given(problems(), epsilons, methods, st.floats(1e-3, 1e3))
+def test_scaling(c, eps, method, factor):
+    """S(s x, s y; s^2 eps) = s^2 S(x, y; eps) for the squared distance, s for the distance."""
+    scaled = Clouds(factor * c.x, factor * c.y, c.a, c.b)
+    for cost, unit in (("sqeuclidean", factor**2), ("euclidean", factor)):
+        one = divergence(c, eps, cost=cost, method=method)
+        other = divergence(scaled, unit * eps, cost=cost, method=method)
+        torch.testing.assert_close(other / unit, one, rtol=1e-7, atol=SLACK)
+
+
+@EXAMPLES
+@given(problems(), epsilons, costs, methods, seeds)
+def test_splitting_a_point(c, eps, cost, method, seed):
+    """A point in two halves is the same measure."""
+    n = len(c.x)
+    k = seed % n
+    a = torch.full((n,), 1 / n, dtype=torch.float64) if c.a is None else c.a
+    b = torch.full((len(c.y),), 1 / len(c.y), dtype=torch.float64) if c.b is None else c.b
+    split = torch.cat([a, a[k : k + 1] / 2])
+    split[k] /= 2
+    whole = Clouds(c.x, c.y, a, b)
+    halves = Clouds(torch.cat([c.x, c.x[k : k + 1]]), c.y, split, b)
+    one, other = (divergence(t, eps, cost=cost, method=method) for t in (whole, halves))
+    torch.testing.assert_close(one, other, rtol=1e-7, atol=SLACK)
+
+
+@EXAMPLES
+@given(problems(), costs, methods)
+def test_ot_grows_with_eps(c, cost, method):
+    """OT_eps is a minimum of functions that grow with eps, and at most the mean cost."""
+    losses = [
+        otloss.sinkhorn_loss(
+            c.x, c.y, eps, a=c.a, b=c.b, cost=cost, tol=TOL, max_iters=50_000, method=method
+        )
+        for eps in (0.3, 1.0, 4.0, 1e6)
+    ]
+    for less, more in pairwise(losses):
+        assert less <= more + SLACK
+
+
+@EXAMPLES
+@given(problems(), epsilons, costs, methods)
+def test_translation_has_no_gradient(c, eps, cost, method):
+    """Moving both clouds together changes nothing, so all gradients add up to 0."""
+    if cost == "cosine":
+        return
+    x, y = c.x.requires_grad_(), c.y.requires_grad_()
+    grads = torch.autograd.grad(divergence(c, eps, cost=cost, method=method), (x, y))
+    total = grads[0].sum(0) + grads[1].sum(0)
+    scale = grads[0].abs().sum() + grads[1].abs().sum()
+    assert float(total.abs().max()) <= 1e-8 + 1e-8 * float(scale)
+
+
+@EXAMPLES
+@given(problems(), epsilons, costs, methods)
+def test_plan_is_a_coupling(c, eps, cost, method):
+    result = otloss.solve_sample(
+        c.x, c.y, eps, a=c.a, b=c.b, cost=cost, tol=1e-8, max_iters=50_000, method=method
+    )
+    a = torch.full((len(c.x),), 1 / len(c.x), dtype=torch.float64) if c.a is None else c.a
+    b = torch.full((len(c.y),), 1 / len(c.y), dtype=torch.float64) if c.b is None else c.b
+    assert bool((result.plan >= 0).all())
+    assert float((result.plan.sum(1) - a).abs().sum()) <= 2e-8
+    assert float((result.plan.sum(0) - b).abs().sum()) <= 2e-8

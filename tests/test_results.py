@@ -1,0 +1,292 @@
+"""What a solve returns besides its value, and the losses as modules."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import oracle
+import pytest
+import torch
+from helpers import COSTS, METHODS, clouds, make_weights, randn
+from torch import Tensor
+
+import otloss
+
+
+def solved(rng: torch.Generator, method: str = "dense", **options: object):
+    """(clouds, result) of a weighted problem."""
+    c = clouds(rng, 7, 6, 3, weights="random")
+    options = {"tol": 1e-10, "max_iters": 20_000, **options}
+    return c, otloss.solve_sample(c.x, c.y, 0.5, a=c.a, b=c.b, method=method, **options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("cost", COSTS)
+def test_everything_about_one_solve(cost, method, rng):
+    c, result = solved(rng, method, cost=cost)
+    C = oracle.cost(c.x, c.y, cost)
+    truth = oracle.solve(C, c.a, c.b, 0.5)
+    f, g = result.potentials
+    assert f.shape == (7,)
+    assert g.shape == (6,)
+    torch.testing.assert_close(result.plan, truth.P, rtol=1e-6, atol=1e-9)
+    formula = c.a[:, None] * c.b * ((f[:, None] + g - C) / 0.5).exp()
+    torch.testing.assert_close(result.plan, formula)
+    torch.testing.assert_close(result.value, truth.value)
+    torch.testing.assert_close(result.value, (c.a * f).sum() + (c.b * g).sum())
+    torch.testing.assert_close(result.value_linear, truth.transport)
+    torch.testing.assert_close(result.marginals[0], result.plan.sum(1))
+    torch.testing.assert_close(result.marginals[1], result.plan.sum(0))
+    assert result.converged is True
+    assert isinstance(result.n_iters, int)
+    assert result.n_iters > 0
+    assert repr(result).startswith("OTResult((7, 6), eps=0.5")
+
+
+@pytest.mark.parametrize("n_iters", [1, 3, 10])
+@pytest.mark.parametrize("method", METHODS)
+def test_marginal_error_is_the_plans(method, n_iters, rng):
+    """L1 distance of the plan's marginals to a and b, the larger of the two, over the mass."""
+    c = clouds(rng, 9, 8, 2, weights="random")
+    total = 3.0
+    a, b = total * c.a, total * c.b
+    result = otloss.solve_sample(c.x, c.y, 0.1, a=a, b=b, n_iters=n_iters, method=method)
+    rows = float((result.plan.sum(1) - a).abs().sum()) / total
+    columns = float((result.plan.sum(0) - b).abs().sum()) / total
+    assert result.marginal_error == pytest.approx(max(rows, columns), rel=1e-9)
+    assert result.marginal_error > 1e-6  # the columns are exact after g, the rows are not
+    assert result.n_iters == n_iters
+    # the parallel with the definition: L iterations from zero potentials
+    f, g = oracle.iterate(oracle.cost(c.x, c.y, "sqeuclidean"), a, b, 0.1, n_iters)[-1]
+    torch.testing.assert_close(result.potentials[0], f)
+    torch.testing.assert_close(result.potentials[1], g)
+
+
+@pytest.mark.parametrize("tol", [1e-1, 1e-3, 1e-6])
+@pytest.mark.parametrize("method", METHODS)
+def test_tol_is_kept(method, tol, rng):
+    """`converged` speaks of the plan that is returned."""
+    _, result = solved(rng, method, tol=tol)
+    assert result.converged
+    # The last column update is half a step beyond the potentials that were tested.
+    assert result.marginal_error <= 1.5 * tol
+
+
+def test_apply_is_the_plan(rng):
+    c, result = solved(rng)
+    v, w = randn(rng, 6), randn(rng, 6, 4)
+    torch.testing.assert_close(result.apply(v), result.plan @ v)
+    torch.testing.assert_close(result.apply(w), result.plan @ w)
+    torch.testing.assert_close(result.apply(c.x, axis=0), result.plan.T @ c.x)
+
+
+def test_barycentric_map(rng):
+    c, result = solved(rng)
+    image = result.barycentric_map()
+    torch.testing.assert_close(image, (result.plan @ c.y) / c.a[:, None])
+    # It is where the gradient of the squared distance points: dOT/dx = 2 a (x - T(x)).
+    x = c.x.requires_grad_()
+    again = otloss.solve_sample(x, c.y, 0.5, a=c.a, b=c.b, tol=1e-10)
+    (grad,) = torch.autograd.grad(again.value, x)
+    torch.testing.assert_close(
+        grad, 2 * c.a[:, None] * (c.x.detach() - image), rtol=1e-6, atol=1e-9
+    )
+
+
+def test_barycentric_map_of_padding_is_zero(rng):
+    c = clouds(rng, 7, 6, 2, weights="random")
+    a = c.a.clone()
+    a[2] = 0
+    a /= a.sum()
+    image = otloss.solve_sample(c.x, c.y, 0.5, a=a, b=c.b).barycentric_map()
+    assert not bool(image[2].any())
+    assert bool(image.isfinite().all())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("cost", COSTS)
+def test_extend(cost, method, rng):
+    """f on the points themselves, and the formula elsewhere."""
+    c, result = solved(rng, method, cost=cost)
+    f, g = result.potentials
+    torch.testing.assert_close(result.extend(c.x), f, rtol=1e-7, atol=1e-8)
+    new = randn(rng, 4, 3)
+    expected = oracle.softmin(oracle.cost(new, c.y, cost), g, c.b, 0.5)
+    torch.testing.assert_close(result.extend(new), expected)
+
+
+def test_transport_objective_is_value_linear(rng):
+    c, result = solved(rng)
+    linear = otloss.solve_sample(
+        c.x, c.y, 0.5, a=c.a, b=c.b, tol=1e-10, objective="transport"
+    ).value
+    torch.testing.assert_close(linear, result.value_linear)
+    assert linear < result.value
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_warm_start(method, rng):
+    """From the solution nothing is left to do; the answer does not depend on the start."""
+    x, y = randn(rng, 40, 3), randn(rng, 30, 3)
+    options = {"tol": 1e-7, "max_iters": 50_000, "method": method}
+    cold = otloss.solve_sample(x, y, 0.1, **options)
+    for init in (cold, cold.potentials):
+        warm = otloss.solve_sample(x, y, 0.1, init=init, **options)
+        assert warm.n_iters < cold.n_iters
+        torch.testing.assert_close(warm.plan, cold.plan, rtol=1e-3, atol=1e-8)
+    near = otloss.solve_sample(x + 0.001 * randn(rng, 40, 3), y, 0.1, init=cold, **options)
+    assert near.n_iters <= cold.n_iters
+    other = otloss.solve_sample(x, y, 0.1, init=(randn(rng, 40), randn(rng, 30)), **options)
+    torch.testing.assert_close(other.value, cold.value, rtol=1e-7, atol=1e-8)
+
+
+def test_a_warm_start_is_not_changed(rng):
+    c, result = solved(rng)
+    before = [v.clone() for v in result.potentials]
+    otloss.solve_sample(c.x + 1, c.y, 0.3, a=c.a, b=c.b, init=result)
+    for v, w in zip(result.potentials, before, strict=True):
+        assert torch.equal(v, w)
+
+
+def test_inputs_are_not_changed(rng):
+    c = clouds(rng, 7, 6, 3, weights="padded").require_grad()
+    before = c.double()
+    loss = otloss.sinkhorn_divergence(c.x, c.y, 0.5, a=c.a, b=c.b)
+    loss.backward()
+    for t, old in zip(c.inputs(), before.inputs(), strict=True):
+        assert torch.equal(t.detach(), old)
+
+
+def test_methods_agree_and_auto_is_one_of_them(rng):
+    c = clouds(rng, 20, 15, 3, weights="random")
+    losses = [
+        otloss.sinkhorn_divergence(c.x, c.y, 0.5, a=c.a, b=c.b, tol=1e-9, method=method)
+        for method in ("auto", *METHODS)
+    ]
+    for loss in losses[1:]:
+        torch.testing.assert_close(loss, losses[0], rtol=1e-7, atol=1e-9)
+
+
+def test_six_terms(rng):
+    """OT-GAN's loss, term by term."""
+    x1, x2, y1, y2 = (randn(rng, n, 5) for n in (6, 7, 8, 5))
+
+    def W(x: Tensor, y: Tensor) -> Tensor:  # noqa: N802
+        return otloss.sinkhorn_loss(
+            x, y, 0.2, cost="cosine", objective="transport", tol=1e-9, max_iters=20_000
+        )
+
+    expected = W(x1, y1) + W(x1, y2) + W(x2, y1) + W(x2, y2) - 2 * W(x1, x2) - 2 * W(y1, y2)
+    got = otloss.minibatch_energy_distance(x1, x2, y1, y2, 0.2, tol=1e-9, max_iters=20_000)
+    torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_genevays_convention(rng):
+    """2 W(a, b) - W(a, a) - W(b, b) is twice the divergence with the transport objective."""
+    c = clouds(rng, 7, 6, 3, weights="random")
+
+    def W(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:  # noqa: N802
+        return otloss.solve_sample(x, y, 0.5, a=a, b=b, tol=1e-10).value_linear
+
+    paper = 2 * W(c.x, c.y, c.a, c.b) - W(c.x, c.x, c.a, c.a) - W(c.y, c.y, c.b, c.b)
+    ours = otloss.sinkhorn_divergence(c.x, c.y, 0.5, a=c.a, b=c.b, objective="transport", tol=1e-10)
+    torch.testing.assert_close(2 * ours, paper, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("debiased", [True, False])
+@pytest.mark.parametrize("objective", ["regularized", "transport"])
+@pytest.mark.parametrize("method", METHODS)
+def test_fixed_iterations(method, objective, debiased, rng):
+    """n_iters: exactly so many, in all three problems, also of a cloud against itself."""
+    c = clouds(rng, 7, 6, 3, weights="random")
+    function = otloss.sinkhorn_divergence if debiased else otloss.sinkhorn_loss
+    for count in (1, 2, 7):
+        got = function(
+            c.x, c.y, 0.3, a=c.a, b=c.b, n_iters=count, objective=objective, method=method
+        )
+        truth = oracle.loss(
+            c.x, c.y, 0.3, c.a, c.b, n_iters=count, objective=objective, debiased=debiased
+        )
+        torch.testing.assert_close(got, truth.value, rtol=1e-9, atol=1e-11)
+
+
+class TestModules:
+    def test_same_as_the_functions(self, rng):
+        c = clouds(rng, 7, 6, 3, weights="random")
+        x2, y2 = randn(rng, 5, 3), randn(rng, 4, 3)
+        pairs = [
+            (
+                otloss.SinkhornDivergence(0.5, cost="euclidean")(c.x, c.y, c.a, c.b),
+                otloss.sinkhorn_divergence(c.x, c.y, 0.5, a=c.a, b=c.b, cost="euclidean"),
+            ),
+            (otloss.SinkhornLoss(0.5)(c.x, c.y), otloss.sinkhorn_loss(c.x, c.y, 0.5)),
+            (
+                otloss.MinibatchEnergyDistance(0.5)(c.x, x2, c.y, y2),
+                otloss.minibatch_energy_distance(c.x, x2, c.y, y2, 0.5),
+            ),
+            (
+                otloss.EnergyDistance()(c.x, c.y, c.a, c.b),
+                otloss.energy_distance(c.x, c.y, a=c.a, b=c.b),
+            ),
+        ]
+        for module, function in pairs:
+            torch.testing.assert_close(module, function, rtol=0, atol=0)
+
+    def test_they_print_their_configuration(self):
+        assert repr(otloss.SinkhornDivergence(0.5, cost="cosine")).count("cost='cosine'") == 1
+        assert "eps=0.5" in repr(otloss.SinkhornLoss(0.5))
+        assert "cost='euclidean'" in repr(otloss.EnergyDistance())
+
+    def test_they_copy_and_hold_no_parameters(self, rng):
+        module = otloss.SinkhornDivergence(0.5, tol=1e-4)
+        x, y = randn(rng, 5, 2), randn(rng, 4, 2)
+        assert not list(module.parameters())
+        assert torch.equal(copy.deepcopy(module)(x, y), module(x, y))
+
+    def test_warm_start_changes_the_work_and_not_the_result(self, rng):
+        """The second call of a slow flow starts where the first ended."""
+        x, y = randn(rng, 30, 2), randn(rng, 25, 2)
+        module = otloss.SinkhornDivergence(0.05, tol=1e-8, warm_start=True, max_iters=20_000)
+        module(x, y)
+        short = otloss.SinkhornDivergence(0.05, tol=1e-8, warm_start=True, max_iters=3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", otloss.ConvergenceWarning)
+            for _ in range(300):  # 3 passes a call get there in the end
+                last = short(x, y)
+        expected = otloss.sinkhorn_divergence(x, y, 0.05, tol=1e-8, max_iters=20_000)
+        torch.testing.assert_close(module(x, y), expected, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(last, expected, rtol=1e-3, atol=1e-6)
+        assert module(x[:7], y).isfinite()  # other shapes start anew
+
+    def test_warm_start_and_fixed_iterations_exclude_each_other(self):
+        with pytest.raises(ValueError, match="warm_start must be False with n_iters"):
+            otloss.SinkhornDivergence(0.5, warm_start=True, n_iters=3)
+
+
+def test_show_config(capsys):
+    assert otloss.show_config() is None
+    printed = capsys.readouterr().out
+    config = otloss.show_config(mode="dicts")
+    for key, value in config.items():
+        assert key in printed
+        assert str(value) in printed
+    assert config["otloss"] == otloss.__version__
+    assert config["torch"] == torch.__version__
+
+
+def test_weights_can_be_learned(rng):
+    """Weights of a model through a softmax: descent on the loss ends near those of the target."""
+    points = randn(rng, 5, 2)
+    target = make_weights(rng, (5,), "random")
+    logits = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.Adam([logits], lr=0.1)
+    losses = []
+    for _ in range(100):
+        optimiser.zero_grad()
+        a = logits.softmax(0)
+        loss = otloss.sinkhorn_divergence(points, points.clone(), 1.0, a=a, b=target, tol=1e-5)
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] <= 0.05 * losses[0]
