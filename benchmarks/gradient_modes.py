@@ -1,0 +1,215 @@
+"""What the gradient modes cost and how exact they are: ``python -m benchmarks.gradient_modes``.
+
+Three measurements, printed and kept in ``benchmarks/results/gradient_modes.json``:
+
+- error: relative error of the gradient of the loss against the converged one, in float64, after k
+  iterations, for each mode and objective. Drawn to ``docs/images/gradient_modes.png``.
+- memory: what one loss and its gradient add to the peak memory, n = m = 1000, d = 64, 200
+  iterations, against autograd through the same iterations written in torch; each in a process of
+  its own.
+- time: the backward pass over the forward pass of the same iterations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import otloss
+from benchmarks.environment import record
+from benchmarks.memory import resident_peak
+from otloss import ops
+
+ROOT = Path(__file__).resolve().parents[1]
+FIGURE = ROOT / "docs/images/gradient_modes.png"
+ITERATIONS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377)
+OBJECTIVES = ("regularized", "transport")
+
+
+def clouds(n: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, d, generator=generator, dtype=dtype)
+    y = torch.randn(n, d, generator=generator, dtype=dtype) * 0.7 + 0.5
+    return x.requires_grad_(), y
+
+
+# ----------------------------------------------------------------------------------------- error
+
+
+def errors(n: int = 120, eps: float = 0.25) -> dict[str, Any]:
+    """Relative gradient error after k iterations, per objective and mode."""
+    x, y = clouds(n, 2, torch.float64)
+
+    def gradient(objective: str, **kw: Any) -> Tensor:
+        loss = otloss.sinkhorn_loss(x, y, eps, objective=objective, **kw)
+        return torch.autograd.grad(loss, x)[0]
+
+    result: dict[str, Any] = {"n": n, "eps": eps, "iterations": ITERATIONS}
+    for objective in OBJECTIVES:
+        exact = gradient(objective, backward="implicit", tol=1e-13, max_iters=100_000)
+        for mode in ("envelope", "implicit", "unrolled"):
+            result[f"{objective} {mode}"] = [
+                float((gradient(objective, backward=mode, n_iters=k) - exact).norm() / exact.norm())
+                for k in ITERATIONS
+            ]
+    return result
+
+
+def draw(result: dict[str, Any]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(7, 2.8), sharey=True, layout="constrained")
+    styles = {"envelope": ":", "implicit": "--", "unrolled": "-"}
+    for axis, objective in zip(axes, OBJECTIVES, strict=True):
+        for mode, style in styles.items():
+            error = [max(e, 1e-14) for e in result[f"{objective} {mode}"]]
+            axis.loglog(result["iterations"], error, style, label=mode)
+        axis.set(title=f'objective="{objective}"', xlabel="iterations")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("relative gradient error")
+    axes[1].legend(fontsize=8)
+    FIGURE.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(FIGURE, dpi=110)
+
+
+# ---------------------------------------------------------------------------------------- memory
+
+
+def torch_loop(x: Tensor, y: Tensor, eps: float, L: int) -> Tensor:
+    """The same iterations as autograd's users write them; uniform weights."""
+    C = torch.cdist(x, y).square()
+    a = -torch.tensor(float(len(x))).log()
+    b = -torch.tensor(float(len(y))).log()
+    g = torch.zeros(len(y))
+    for _ in range(L):
+        f = -eps * torch.logsumexp(b + (g - C) / eps, dim=1)
+        g = -eps * torch.logsumexp(a + (f[:, None] - C) / eps, dim=0)
+    return f.mean() + g.mean()
+
+
+def call(which: str, n: int, d: int, L: int, eps: float = 10.0) -> Tensor:
+    x, y = clouds(n, d, torch.float32)
+    if which == "otloss":
+        loss = otloss.sinkhorn_loss(x, y, eps, n_iters=L, method="dense")
+    else:
+        loss = torch_loop(x, y, eps, L)
+    loss.backward()
+    assert x.grad is not None
+    return x.grad
+
+
+def added_memory(which: str, n: int, d: int, L: int) -> int:
+    """Peak bytes that one call adds, in a process of its own (the child's ``--child``)."""
+    command = [sys.executable, "-m", "benchmarks.gradient_modes", "--child", which, str(n), str(d)]
+    done = subprocess.run([*command, str(L)], cwd=ROOT, check=True, capture_output=True, text=True)
+    return int(done.stdout)
+
+
+def child(which: str, n: int, d: int, L: int) -> None:
+    call(which, 32, d, 2)  # what torch allocates once
+    before = resident_peak()
+    call(which, n, d, L)
+    print(resident_peak() - before)
+
+
+def memory(n: int = 1000, d: int = 64, L: int = 200) -> dict[str, Any]:
+    bytes_of = {which: added_memory(which, n, d, L) for which in ("otloss", "torch")}
+    difference = (call("otloss", n, d, 3) - call("torch", n, d, 3)).norm()
+    return {
+        "n": n,
+        "d": d,
+        "iterations": L,
+        "bytes": bytes_of,
+        "ratio": bytes_of["torch"] / bytes_of["otloss"],
+        "gradient_difference": float(difference / call("torch", n, d, 3).norm()),
+    }
+
+
+# ------------------------------------------------------------------------------------------ time
+
+
+def fastest(function: Callable[[], Any], repetitions: int = 9) -> float:
+    function()
+    times = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def times(L: int = 50) -> list[dict[str, Any]]:
+    """Nanoseconds per entry and iteration, forward with trace and backward, one thread."""
+    rows = []
+    for dtype in (torch.float32, torch.float64):
+        for n in (128, 256, 512, 1000):
+            x, y = clouds(n, 16, dtype)
+            costs = ops.cost([x.detach()[None], y[None]], [], [0, 1], 0)
+            a = torch.full((1, n), 1 / n, dtype=dtype)
+            head, tail = (costs, [a, a], [0, 1], [1.0]), (4.0, 0, [1], True)
+            inf = float("inf")
+
+            def forward(
+                head: Any = head, inf: float = inf
+            ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+                return ops.solve(*head, [], 4.0, inf, inf, 1e-3, 1, L, 0, True)
+
+            traces, one = forward()[4], torch.ones(1, dtype=dtype)
+
+            def backward(
+                head: Any = head, tail: Any = tail, traces: Any = traces, one: Tensor = one
+            ) -> Any:
+                return ops.unrolled_backward(one, [], [], *head, [], traces, *tail)
+
+            there, back = fastest(forward), fastest(backward)
+            scale = 1e9 / (n * n * L)
+            rows.append(
+                {
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "n": n,
+                    "forward_ns": there * scale,
+                    "backward_ns": back * scale,
+                    "ratio": back / there,
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--child", nargs=4, metavar=("WHICH", "N", "D", "L"))
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.child:
+        which, *sizes = arguments.child
+        child(which, *map(int, sizes))
+        return
+    result = {"error": errors(), "memory": memory(), "time": times()}
+    draw(result["error"])
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    environment = record({}, torch.device("cpu")) | {"command": f"python -m {__spec__.name}"}
+    document = {"environment": environment, "result": result}
+    (arguments.out / "gradient_modes.json").write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(result["memory"], indent=1))
+    for row in result["time"]:
+        print(row)
+    for key, value in result["error"].items():
+        print(key, [f"{v:.1e}" if isinstance(v, float) else v for v in value]
+              if isinstance(value, list) else value)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
