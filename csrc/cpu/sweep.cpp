@@ -12,6 +12,7 @@
 #include "sweep.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "blocks.h"
@@ -210,21 +211,39 @@ OTLOSS_INLINE double transport_rows_body(const PlanRows<T>& p) {
   return total;
 }
 
+// max |C_j| over columns of positive weight; NaN if one is not finite.
 template <typename T>
-OTLOSS_INLINE double max_abs_body(const MaxAbs<T>& p) {
+OTLOSS_INLINE T max_abs_row_body(int64_t m, const T* C, const T* b) {
   T largest = 0, nonfinite = 0;
+#pragma omp simd reduction(max : largest) reduction(+ : nonfinite)
+  for (int64_t j = 0; j < m; ++j) {
+    const T entry = C[j];  // read whatever the weight, so that the loop has no branch
+    const T c = b[j] > T(0) ? entry : T(0);
+    const T magnitude = std::abs(c);
+    largest = magnitude > largest ? magnitude : largest;
+    nonfinite += c * T(0);  // 0, or NaN for inf and NaN
+  }
+  return largest + nonfinite;
+}
+
+// Functions of one row: the compiler does not vectorise the loop inside a loop over the rows.
+OTLOSS_SIMD float max_abs_row(int64_t m, const float* C, const float* b) {
+  return max_abs_row_body(m, C, b);
+}
+OTLOSS_SIMD double max_abs_row(int64_t m, const double* C, const double* b) {
+  return max_abs_row_body(m, C, b);
+}
+
+template <typename T>
+double max_abs_rows(const MaxAbs<T>& p) {
+  double largest = 0;
   for (int64_t i = 0; i < p.rows; ++i) {
     if (!(p.a[i] > T(0))) continue;
-    const T* C = p.C + i * p.m;
-#pragma omp simd reduction(max : largest) reduction(+ : nonfinite)
-    for (int64_t j = 0; j < p.m; ++j) {
-      const T c = p.b[j] > T(0) ? C[j] : T(0);
-      const T magnitude = c < T(0) ? -c : c;
-      largest = magnitude > largest ? magnitude : largest;
-      nonfinite += c * T(0);  // 0, or NaN for inf and NaN
-    }
+    const double row = static_cast<double>(max_abs_row(p.m, p.C + i * p.m, p.b));
+    largest = largest >= row ? largest : row;
+    if (std::isnan(row)) return row;
   }
-  return static_cast<double>(largest) + static_cast<double>(nonfinite);
+  return largest;
 }
 
 template <typename T>
@@ -253,8 +272,8 @@ OTLOSS_SIMD void plan_rows(const PlanRows<float>& p) { plan_rows_body(p); }
 OTLOSS_SIMD void plan_rows(const PlanRows<double>& p) { plan_rows_body(p); }
 OTLOSS_SIMD double transport_rows(const PlanRows<float>& p) { return transport_rows_body(p); }
 OTLOSS_SIMD double transport_rows(const PlanRows<double>& p) { return transport_rows_body(p); }
-OTLOSS_SIMD double max_abs(const MaxAbs<float>& p) { return max_abs_body(p); }
-OTLOSS_SIMD double max_abs(const MaxAbs<double>& p) { return max_abs_body(p); }
+double max_abs(const MaxAbs<float>& p) { return max_abs_rows(p); }
+double max_abs(const MaxAbs<double>& p) { return max_abs_rows(p); }
 OTLOSS_SIMD void subtract_log2(int64_t count, const float* x, float* y) {
   subtract_log2_body(count, x, y);
 }
