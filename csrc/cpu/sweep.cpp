@@ -193,20 +193,34 @@ OTLOSS_INLINE void plan_rows_body(const PlanRows<T>& p) {
   }
 }
 
+// sum_j C_j exp2(F + G_j - k C_j).
 template <typename T>
-OTLOSS_INLINE double transport_rows_body(const PlanRows<T>& p) {
+OTLOSS_INLINE T transport_row_body(int64_t m, T F, T k, const T* C, const T* G) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < m; ++j) {
+    const T entry = C[j];
+    const T weighted = plan_entry(F + G[j] - k * entry) * entry;
+    sum += G[j] > static_cast<T>(kLog2Zero) ? weighted : T(0);  // padding may hold anything
+  }
+  return sum;
+}
+
+// Functions of one row: the compiler does not vectorise such loops inside a loop over the rows.
+OTLOSS_SIMD float transport_row(int64_t m, float F, float k, const float* C, const float* G) {
+  return transport_row_body(m, F, k, C, G);
+}
+OTLOSS_SIMD double transport_row(int64_t m, double F, double k, const double* C, const double* G) {
+  return transport_row_body(m, F, k, C, G);
+}
+
+template <typename T>
+double transport_sum(const PlanRows<T>& p) {
   double total = 0;
   for (int64_t i = 0; i < p.rows; ++i) {
     if (!(p.a[i] > T(0))) continue;
-    const T* C = p.C + i * p.m;
-    const T F = p.F[i];
-    T sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < p.m; ++j) {
-      const T t = F + p.G[j] - p.k * C[j];
-      sum += t > static_cast<T>(-kExp2Limit) ? fast_exp2(t) * C[j] : T(0);
-    }
-    total += static_cast<double>(p.a[i]) * static_cast<double>(sum);
+    const T row = transport_row(p.m, p.F[i], p.k, p.C + i * p.m, p.G);
+    total += static_cast<double>(p.a[i]) * static_cast<double>(row);
   }
   return total;
 }
@@ -226,7 +240,6 @@ OTLOSS_INLINE T max_abs_row_body(int64_t m, const T* C, const T* b) {
   return largest + nonfinite;
 }
 
-// Functions of one row: the compiler does not vectorise the loop inside a loop over the rows.
 OTLOSS_SIMD float max_abs_row(int64_t m, const float* C, const float* b) {
   return max_abs_row_body(m, C, b);
 }
@@ -270,8 +283,8 @@ OTLOSS_SIMD void column_lse(const ColumnLse<float>& p) { column_lse_body(p); }
 OTLOSS_SIMD void column_lse(const ColumnLse<double>& p) { column_lse_body(p); }
 OTLOSS_SIMD void plan_rows(const PlanRows<float>& p) { plan_rows_body(p); }
 OTLOSS_SIMD void plan_rows(const PlanRows<double>& p) { plan_rows_body(p); }
-OTLOSS_SIMD double transport_rows(const PlanRows<float>& p) { return transport_rows_body(p); }
-OTLOSS_SIMD double transport_rows(const PlanRows<double>& p) { return transport_rows_body(p); }
+double transport_rows(const PlanRows<float>& p) { return transport_sum(p); }
+double transport_rows(const PlanRows<double>& p) { return transport_sum(p); }
 double max_abs(const MaxAbs<float>& p) { return max_abs_rows(p); }
 double max_abs(const MaxAbs<double>& p) { return max_abs_rows(p); }
 OTLOSS_SIMD void subtract_log2(int64_t count, const float* x, float* y) {
