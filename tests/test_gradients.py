@@ -208,33 +208,99 @@ def test_second_derivatives_are_right_or_refused(cost, method, rng):
             close(product, expected, 1e-5)
 
 
+MODES = {
+    "implicit": {"backward": "implicit", **EXACT},
+    "unrolled": {"backward": "unrolled", "n_iters": 4},
+}
+modes = pytest.mark.parametrize("mode", MODES)
+
+
+def centred(index: int, grad: Tensor, mode: str) -> Tensor:
+    """At the optimum weights keep their total: their gradient has a free constant."""
+    return grad - grad.mean() if index >= 2 and mode == "implicit" else grad
+
+
+@modes
 @pytest.mark.parametrize("objective", ["regularized", "transport"])
-@pytest.mark.parametrize("options", [{"backward": "implicit"}, {"n_iters": 4}], ids=str)
-def test_other_gradients_are_right_or_refused(options, objective, rng):
-    """Implicit and unrolled gradients equal the oracle's, or the call raises; never a guess."""
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("method", ["dense", "reference"])
+@pytest.mark.parametrize("debiased", [True, False], ids=["divergence", "loss"])
+def test_exact_gradients_of_both_objectives(debiased, method, cost, objective, mode, rng):
+    """Implicit: through the optimality conditions. Unrolled: through the iterations that ran."""
     c = clouds(rng, 5, 4, 2, weights="random").require_grad()
     exact = c.double().require_grad()
-    solver = {} if "n_iters" in options else EXACT
-    try:
-        loss = otloss.sinkhorn_divergence(
-            c.x, c.y, 0.5, a=c.a, b=c.b, objective=objective, **options, **solver
-        )
-        got = torch.autograd.grad(loss, c.inputs())
-    except NotImplementedError as error:
-        assert "backward" in str(error)  # noqa: PT017
-        return
+    function = otloss.sinkhorn_divergence if debiased else otloss.sinkhorn_loss
+    loss = function(
+        c.x, c.y, 0.5, a=c.a, b=c.b, cost=cost, objective=objective, method=method, **MODES[mode]
+    )
     truth = oracle.loss(
         exact.x,
         exact.y,
         0.5,
         exact.a,
         exact.b,
+        cost_name=cost,
         objective=objective,
+        debiased=debiased,
         backward="implicit",
-        n_iters=options.get("n_iters"),
+        n_iters=MODES[mode].get("n_iters"),
     )
     close(loss, truth.value, 1e-8, 1.0)
-    for index, (grad, expected) in enumerate(zip(got, truth.grads(*exact.inputs()), strict=True)):
-        if index >= 2 and "n_iters" not in options:  # weights move only with their total fixed
-            grad, expected = grad - grad.mean(), expected - expected.mean()
-        close(grad, expected, 1e-6)
+    got, expected = torch.autograd.grad(loss, c.inputs()), truth.grads(*exact.inputs())
+    for index, (grad, true) in enumerate(zip(got, expected, strict=True)):
+        true = centred(index, true, mode)
+        close(centred(index, grad, mode), true, 1e-6, max(float(true.norm()), 1e-2))
+
+
+@modes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradients_through_plans_and_potentials(dtype, mode, rng):
+    """Any function of f, g and P: differences of potentials, the plan, what it does to vectors."""
+    n, m, eps = 6, 5, 0.5
+    c = clouds(rng, n, m, 1, weights="random")
+    inputs = [t.to(dtype).requires_grad_() for t in (randn(rng, n, m).abs(), c.a, c.b)]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    u, v, W = randn(rng, n), randn(rng, m), randn(rng, n, m)
+    u, v = u - u.mean(), v - v.mean()  # blind to the constant of the potentials
+
+    def readout(f: Tensor, g: Tensor, P: Tensor) -> Tensor:
+        return (u.to(f) * f).sum() + (v.to(g) * g).sum() + (W.to(P) * P).sum()
+
+    options = MODES[mode]
+    if dtype == torch.float32 and mode == "implicit":
+        options = {**options, "tol": 1e-6}
+    result = otloss.solve(inputs[0], eps, a=inputs[1], b=inputs[2], **options)
+    got = torch.autograd.grad(readout(*result.potentials, result.plan), inputs)
+    if mode == "unrolled":
+        f, g = oracle.iterate(*exact, eps, options["n_iters"])[-1]
+    else:
+        f, g = oracle.differentiable_potentials(*exact, eps)
+    truth = torch.autograd.grad(readout(f, g, oracle.plan(exact[0], f, g, *exact[1:], eps)), exact)
+    tol = 1e-6 if dtype == torch.float64 else 2e-3
+    for index, (grad, true) in enumerate(zip(got, truth, strict=True)):
+        index += 1  # C, a, b: C has no constant, the weights do
+        close(centred(2 * (index > 1), grad, mode), centred(2 * (index > 1), true, mode), tol)
+
+
+@modes
+def test_padding_gets_no_gradient_in_any_mode(mode, rng):
+    c = clouds(rng, 7, 6, 2, weights="padded").require_grad()
+    loss = otloss.sinkhorn_divergence(
+        c.x, c.y, 0.5, a=c.a, b=c.b, objective="transport", **MODES[mode]
+    )
+    grads = torch.autograd.grad(loss, c.inputs())
+    for grad, w in zip(grads, (c.a, c.b, c.a, c.b), strict=True):
+        assert not bool(grad[w == 0].any())
+        assert bool(grad.isfinite().all())
+
+
+def test_auto_is_exact(rng):
+    """Without a word about `backward` every value comes with its true gradient."""
+    x, y = randn(rng, 5, 2).requires_grad_(), randn(rng, 4, 2)
+    for options in ({}, {"objective": "transport"}, {"n_iters": 3}):
+        solver = options if "n_iters" in options else {**options, **EXACT}
+
+        def loss(x: Tensor, solver: dict[str, object] = solver) -> Tensor:
+            return otloss.sinkhorn_divergence(x, y, 0.5, **solver)
+
+        assert gradcheck(loss, (x,), **CHECK)
