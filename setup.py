@@ -8,7 +8,9 @@ Environment:
     OTLOSS_BUILD_NATIVE=0   install pure Python; every operation is served by ``otloss.reference``
     OTLOSS_BUILD_CUDA=0     leave the CUDA kernels out
     OTLOSS_WERROR=1         compiler warnings are errors, but not those of torch or pybind11 headers
-    OTLOSS_CUDA_ARCH        e.g. "80;90a;100+PTX"; default: sm_80, sm_90a and PTX of the newest
+    OTLOSS_CUDA_ARCH        e.g. "80;90a;90-virtual" (the default): machine code for sm_80 (Ampere,
+                            and with it sm_86 and sm_89) and sm_90a (Hopper), and PTX that the
+                            driver compiles at first use for all later ones, Blackwell included
     CUDA_HOME               where the CUDA toolkit is
 """
 
@@ -17,6 +19,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -25,7 +28,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 CSRC = Path("csrc")
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the oldest torch that the binary must run on
-DEFAULT_CUDA_ARCH = "80;90a;120+PTX"
+DEFAULT_CUDA_ARCH = "80;90a;90-virtual"
 
 
 def enabled(variable: str, default: str = "1") -> bool:
@@ -48,53 +51,62 @@ def find_nvcc() -> tuple[str, Path] | None:
     return None
 
 
+def cuda_arch() -> str:
+    return os.environ.get("OTLOSS_CUDA_ARCH", DEFAULT_CUDA_ARCH)
+
+
 def gencode_flags() -> list[str]:
     flags = []
-    for arch in os.environ.get("OTLOSS_CUDA_ARCH", DEFAULT_CUDA_ARCH).split(";"):
-        number, _, ptx = arch.partition("+")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if ptx:
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    for arch in cuda_arch().split(";"):
+        number, _, kind = arch.partition("-")
+        target = "compute" if kind == "virtual" else "sm"
+        flags.append(f"-gencode=arch=compute_{number},code={target}_{number}")
     return flags
 
 
 class BuildNative(build_ext):
-    """Compiles ``.cu`` sources with nvcc and links them with the rest."""
+    """Compiles C++ with the host compiler and ``.cu`` with nvcc, and links one shared object.
+
+    An object is compiled again when its source, a header or its command changed; distutils alone
+    would compile everything or, after a change of the environment variables above, nothing.
+    """
 
     def build_extension(self, ext: Extension) -> None:
-        cuda_sources = [s for s in ext.sources if s.endswith(".cu")]
-        ext.sources = [s for s in ext.sources if not s.endswith(".cu")]
-        ext.extra_objects = [self.compile_cuda(s) for s in cuda_sources]
-        self.compile_in_parallel()
+        # The longest compilations first.
+        sources = sorted(ext.sources, key=lambda source: not source.endswith(".cu"))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = pool.map(lambda source: self.compile(ext, source), sources)
+            ext.extra_objects = list(objects)
+        ext.sources = []
+        self.force = True  # linking costs less than knowing whether to
         super().build_extension(ext)
 
-    def compile_cuda(self, source: str) -> str:
-        nvcc, _ = find_nvcc()  # type: ignore[misc]
-        target = Path(self.build_temp) / Path(source).with_suffix(".cu.o")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        headers = [*CSRC.glob("*.h"), *CSRC.glob("cuda/*.cuh")]
-        newest = max(Path(p).stat().st_mtime for p in [source, *headers])
-        if not (target.exists() and target.stat().st_mtime > newest):
-            command = [nvcc, "-c", source, "-o", str(target), "-O3", "-std=c++17", "--threads=0"]
-            command += ["--expt-relaxed-constexpr", "-Xcompiler=-fPIC", "-Werror=all-warnings"]
-            command += ["-Icsrc", *gencode_flags()]
+    def compile(self, ext: Extension, source: str) -> str:
+        target = Path(self.build_temp) / f"{source}.o"
+        command = self.command(ext, source, str(target))
+        stamp = target.with_suffix(".command")
+        headers = [*CSRC.rglob("*.h"), *(CSRC.rglob("*.cuh") if source.endswith(".cu") else [])]
+        newest = max(path.stat().st_mtime for path in [Path(source), *headers])
+        fresh = target.exists() and target.stat().st_mtime > newest
+        if not (fresh and stamp.exists() and stamp.read_text() == " ".join(command)):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            stamp.unlink(missing_ok=True)
             print(" ".join(command), flush=True)
             subprocess.run(command, check=True)
+            stamp.write_text(" ".join(command))
         return str(target)
 
-    def compile_in_parallel(self) -> None:
-        """distutils compiles one file after another; the files do not depend on each other."""
-        from concurrent.futures import ThreadPoolExecutor
-
-        compiler = self.compiler
-        compile_all = compiler.compile
-
-        def compile(sources: list[str], **kwargs: object) -> list[str]:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                objects = pool.map(lambda source: compile_all([source], **kwargs), sources)
-            return [obj for group in objects for obj in group]
-
-        compiler.compile = compile
+    def command(self, ext: Extension, source: str, target: str) -> list[str]:
+        macros = [f"-D{name}={value}" for name, value in ext.define_macros]
+        include = [f"-I{path}" for path in ext.include_dirs]
+        if source.endswith(".cu"):
+            nvcc, _ = find_nvcc()  # type: ignore[misc]
+            flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC"]
+            flags += ["-Xcompiler=-fvisibility=hidden", "-Werror=all-warnings", "--threads=2"]
+            return [nvcc, "-c", source, "-o", target, *flags, *include, *gencode_flags()]
+        python = [f"-I{path}" for path in self.include_dirs]  # Python.h
+        compiler = [*self.compiler.compiler_so, *macros, *include, *python]
+        return [*compiler, "-c", source, "-o", target, *ext.extra_compile_args]
 
 
 def native_extension() -> Extension:
@@ -108,7 +120,7 @@ def native_extension() -> Extension:
     libraries = ["torch", "torch_cpu", "c10"]
     toolkit = find_nvcc() if enabled("OTLOSS_BUILD_CUDA") else None
     if toolkit:
-        sources += sorted(CSRC.glob("cuda/*.cu"))
+        sources += sorted([*CSRC.glob("cuda/*.cu"), *CSRC.glob("cuda/*.cpp")])
         macros += [("OTLOSS_WITH_CUDA", "1"), ("OTLOSS_CUDA_ARCH", f'"{cuda_arch()}"')]
         library_dirs += [str(p.parent) for p in toolkit[1].glob("lib*/libcudart_static.a")]
         libraries += ["cudart_static", "dl", "rt", "pthread"]
@@ -117,7 +129,7 @@ def native_extension() -> Extension:
     return Extension(
         "otloss._C",
         sources=[str(s) for s in sources],
-        depends=[str(h) for h in [*CSRC.glob("*.h"), *CSRC.glob("cpu/*.h")]],
+        depends=[str(h) for h in [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")]],
         include_dirs=["csrc"],
         define_macros=macros,
         library_dirs=library_dirs,
@@ -131,10 +143,6 @@ def native_extension() -> Extension:
         # torch is loaded before the extension, so its libraries need no path recorded here.
         language="c++",
     )
-
-
-def cuda_arch() -> str:
-    return os.environ.get("OTLOSS_CUDA_ARCH", DEFAULT_CUDA_ARCH)
 
 
 os.chdir(ROOT)

@@ -4,6 +4,7 @@
 // Only LibTorch's stable ABI is used, so one build serves every later torch.
 #include <Python.h>
 #include <pybind11/pybind11.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -12,6 +13,7 @@
 #include <atomic>
 #include <chrono>
 #include <csignal>
+#include <memory>
 #include <string>
 #include <thread>
 #include <tuple>
@@ -19,6 +21,12 @@
 
 #include "cpu/parallel.h"
 #include "kernels.h"
+
+#if defined(OTLOSS_WITH_CUDA)
+// The one symbol that only a torch with CUDA has; weak, so that the library loads without it too.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
+                                                                                   void** stream);
+#endif
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -140,6 +148,60 @@ void multiply(const Tensor& left, bool transpose_left, const Tensor& right, bool
   torch::stable::detail::to<Tensor>(stack[0]);  // takes ownership of the returned reference
 }
 
+// Where an operation runs: the device of its tensors, which it makes the current one, and on a GPU
+// the current stream and the memory that kernels asked for.
+class Device {
+ public:
+  explicit Device(std::initializer_list<Tensors> inputs) {
+    const Tensor& first = inputs.begin()->at(0);
+    for (const Tensors& tensors : inputs)
+      for (const Tensor& t : tensors)
+        STD_TORCH_CHECK(
+            t.is_cuda() == first.is_cuda() && t.get_device_index() == first.get_device_index(),
+            "otloss: all tensors must be on one device");
+#if defined(OTLOSS_WITH_CUDA)
+    if (!first.is_cuda()) return;
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                    "otloss: the tensors are on a CUDA device, but torch was built without CUDA");
+    is_cuda_ = true;
+    context_.device = first.get_device_index();
+    guard_ = std::make_unique<torch::stable::accelerator::DeviceGuard>(context_.device);
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_get_current_cuda_stream(context_.device, &context_.stream));
+    like_ = first;
+    context_.owner = this;
+    context_.allocate = [](int64_t bytes, void* owner) {
+      Device* device = static_cast<Device*>(owner);
+      device->scratch_.push_back(torch::stable::new_empty(
+          device->like_, torch::headeronly::IntHeaderOnlyArrayRef({bytes}), ScalarType::Byte));
+      return device->scratch_.back().mutable_data_ptr();
+    };
+#endif
+  }
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+
+#if defined(OTLOSS_WITH_CUDA)
+  bool is_cuda() const { return is_cuda_; }
+  const cuda::Context& context() const { return context_; }
+
+ private:
+  bool is_cuda_ = false;
+  cuda::Context context_{};
+  Tensor like_;
+  Tensors scratch_;
+  std::unique_ptr<torch::stable::accelerator::DeviceGuard> guard_;
+#endif
+};
+
+// Calls the launcher of that name for the device: the one place where CPU and GPU part.
+#if defined(OTLOSS_WITH_CUDA)
+#define OTLOSS_LAUNCH(device, name, ...) \
+  ((device).is_cuda() ? cuda::name((device).context(), __VA_ARGS__) : cpu::name(__VA_ARGS__))
+#else
+#define OTLOSS_LAUNCH(device, name, ...) (static_cast<void>(device), cpu::name(__VA_ARGS__))
+#endif
+
 // Calls function(T{}) for the tensors' dtype.
 template <typename F>
 auto dispatch_dtype(const Tensor& t, F&& function) {
@@ -157,7 +219,8 @@ struct Prepared {
 };
 
 template <typename T>
-Prepared prepare(const Tensors& points, const Tensors& weights, CostKind kind) {
+Prepared prepare(const Device& device, const Tensors& points, const Tensors& weights,
+                 CostKind kind) {
   Prepared prepared;
   std::vector<CloudGroup<T>> clouds;
   for (size_t c = 0; c < points.size(); ++c) {
@@ -170,15 +233,16 @@ Prepared prepare(const Tensors& points, const Tensors& weights, CostKind kind) {
     clouds.push_back({B, n, d, data<T>(x), weights.empty() ? nullptr : data<T>(weights[c]),
                       data<T>(prepared.z.back()), data<T>(prepared.norm.back())});
   }
-  cpu::prepare_clouds(clouds, kind);
+  OTLOSS_LAUNCH(device, prepare_clouds, clouds, kind);
   return prepared;
 }
 
 Tensors cost(Tensors points, Tensors weights, Ints pairs, int64_t kind_index) {
+  const Device device{points, weights};
   const CostKind kind = static_cast<CostKind>(kind_index);
   return dispatch_dtype(points.at(0), [&](auto zero) {
     using T = decltype(zero);
-    const Prepared clouds = prepare<T>(points, weights, kind);
+    const Prepared clouds = prepare<T>(device, points, weights, kind);
     const int64_t B = points[0].size(0), d = points[0].size(2);
     Tensors costs;
     for (size_t p = 0; p + 1 < pairs.size(); p += 2) {
@@ -187,9 +251,10 @@ Tensors cost(Tensors points, Tensors weights, Ints pairs, int64_t kind_index) {
       const int64_t n = zx.size(1), m = zy.size(1);
       Tensor C = empty(zx, {B, n, m});
       if (d > kDirectDims) multiply(zx, false, zy, true, C);
-      cpu::cost_epilogue(CostGroup<T>{B, n, m, d, i == j, data<T>(zx), data<T>(zy),
-                                      data<T>(clouds.norm[i]), data<T>(clouds.norm[j]), data<T>(C)},
-                         kind);
+      OTLOSS_LAUNCH(device, cost_epilogue,
+                    CostGroup<T>{B, n, m, d, i == j, data<T>(zx), data<T>(zy),
+                                 data<T>(clouds.norm[i]), data<T>(clouds.norm[j]), data<T>(C)},
+                    kind);
       costs.push_back(C);
     }
     return costs;
@@ -199,18 +264,20 @@ Tensors cost(Tensors points, Tensors weights, Ints pairs, int64_t kind_index) {
 // Gradients of the clouds listed in `wanted`, in that order.
 Tensors cost_backward(Tensors grad_costs, Tensors costs, Tensors points, Tensors weights,
                       Ints pairs, int64_t kind_index, Ints wanted) {
+  const Device device{points, weights, costs, grad_costs};
   const CostKind kind = static_cast<CostKind>(kind_index);
   return dispatch_dtype(points.at(0), [&](auto zero) {
     using T = decltype(zero);
-    const Prepared clouds = prepare<T>(points, weights, kind);
+    const Prepared clouds = prepare<T>(device, points, weights, kind);
     const int64_t B = points[0].size(0), d = points[0].size(2);
     Tensors grads(points.size()), result;
     for (const int64_t c : wanted) grads.at(c) = zeros(points[c], {B, points[c].size(1), d});
     const auto add = [&](size_t c, const Tensor& sum, const Tensor& Vy) {
-      cpu::cost_gradient(CostGradientGroup<T>{B, points[c].size(1), d, data<T>(clouds.z[c]),
-                                              data<T>(clouds.norm[c]), data<T>(sum), data<T>(Vy),
-                                              data<T>(grads[c])},
-                         kind);
+      OTLOSS_LAUNCH(device, cost_gradient,
+                    CostGradientGroup<T>{B, points[c].size(1), d, data<T>(clouds.z[c]),
+                                         data<T>(clouds.norm[c]), data<T>(sum), data<T>(Vy),
+                                         data<T>(grads[c])},
+                    kind);
     };
     const auto is_wanted = [&](int64_t c) {
       for (const int64_t w : wanted)
@@ -224,10 +291,10 @@ Tensors cost_backward(Tensors grad_costs, Tensors costs, Tensors points, Tensors
       check(grad_costs.at(p), {B, n, m}, points[0].scalar_type(), "grad_costs");
       const Tensor V = empty(costs[p], {B, n, m});
       const Tensor row_sum = empty(costs[p], {B, n}), col_sum = empty(costs[p], {B, m});
-      cpu::cost_weights(
-          CostWeightGroup<T>{B, n, m, i == j, data<T>(grad_costs[p]), data<T>(costs[p]), data<T>(V),
-                             data<T>(row_sum), data<T>(col_sum)},
-          kind);
+      OTLOSS_LAUNCH(device, cost_weights,
+                    CostWeightGroup<T>{B, n, m, i == j, data<T>(grad_costs[p]), data<T>(costs[p]),
+                                       data<T>(V), data<T>(row_sum), data<T>(col_sum)},
+                    kind);
       if (is_wanted(i)) {
         const Tensor Vy = empty(points[i], {B, n, d});
         multiply(V, false, clouds.z[j], false, Vy);
@@ -251,9 +318,9 @@ using SolveResult = std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors>;
 // What both forms of solve share. `place(group, p, i, j)` says where the costs of pair p come from;
 // init: f and g of each pair in turn, or nothing.
 template <typename T, typename Place>
-SolveResult solve_groups(const Tensors& weights, const Ints& pairs, const Doubles& coefficients,
-                         const Tensors& init, const SolveOptions& options, bool trace,
-                         Place&& place) {
+SolveResult solve_groups(const Device& device, const Tensors& weights, const Ints& pairs,
+                         const Doubles& coefficients, const Tensors& init,
+                         const SolveOptions& options, bool trace, Place&& place) {
   constexpr ScalarType dtype = sizeof(T) == sizeof(float) ? ScalarType::Float : ScalarType::Double;
   const int64_t P = coefficients.size(), B = weights.at(0).size(0);
   const Tensor values = empty(weights[0], {P, B});
@@ -290,8 +357,14 @@ SolveResult solve_groups(const Tensors& weights, const Ints& pairs, const Double
     groups.push_back(group);
   }
   clear_interruption();
-  cpu::solve(groups, options);
+  OTLOSS_LAUNCH(device, solve, groups, options);
   const Tensor loss = zeros(values, {B});
+#if defined(OTLOSS_WITH_CUDA)
+  if (device.is_cuda()) {
+    cuda::combine_values(device.context(), coefficients, data<T>(values), B, data<T>(loss));
+    return SolveResult{loss, status, all_f, all_g, traces};
+  }
+#endif
   for (int64_t p = 0; p < P; ++p)
     for (int64_t k = 0; k < B; ++k)
       data<T>(loss)[k] += static_cast<T>(coefficients[p]) * data<T>(values)[p * B + k];
@@ -315,11 +388,12 @@ SolveOptions solve_options(double eps, double rho_x, double rho_y, double tol, i
 SolveResult solve(Tensors costs, Tensors weights, Ints pairs, Doubles coefficients, Tensors init,
                   double eps, double rho_x, double rho_y, double tol, int64_t max_iters,
                   int64_t n_iters, int64_t objective, bool trace) {
+  const Device device{costs, weights, init};
   const SolveOptions options =
       solve_options(eps, rho_x, rho_y, tol, max_iters, n_iters, objective, !init.empty());
   return dispatch_dtype(costs.at(0), [&](auto zero) {
     using T = decltype(zero);
-    return solve_groups<T>(weights, pairs, coefficients, init, options, trace,
+    return solve_groups<T>(device, weights, pairs, coefficients, init, options, trace,
                            [&](SolveGroup<T>& group, int64_t p, int64_t, int64_t) {
                              check(costs.at(p), {group.batch, group.n, group.m},
                                    costs[0].scalar_type(), "costs");
@@ -343,13 +417,14 @@ SolveResult solve_points(Tensors points, Tensors weights, Ints pairs, Doubles co
                          Tensors init, int64_t kind_index, double eps, double rho_x, double rho_y,
                          double tol, int64_t max_iters, int64_t n_iters, int64_t objective,
                          bool trace) {
+  const Device device{points, weights, init};
   const CostKind kind = static_cast<CostKind>(kind_index);
   const SolveOptions options =
       solve_options(eps, rho_x, rho_y, tol, max_iters, n_iters, objective, !init.empty());
   return dispatch_dtype(points.at(0), [&](auto zero) {
     using T = decltype(zero);
-    const Prepared clouds = prepare<T>(points, weights, kind);
-    return solve_groups<T>(weights, pairs, coefficients, init, options, trace,
+    const Prepared clouds = prepare<T>(device, points, weights, kind);
+    return solve_groups<T>(device, weights, pairs, coefficients, init, options, trace,
                            [&](SolveGroup<T>& group, int64_t, int64_t i, int64_t j) {
                              group.points = point_pair<T>(clouds, kind, i, j);
                            });
@@ -419,6 +494,7 @@ std::tuple<Tensors, Tensors, Tensors> envelope_backward(Tensor grad_loss, Tensor
                                                         Doubles coefficients, Tensors f, Tensors g,
                                                         double eps, int64_t objective,
                                                         Ints want_cost, bool want_weights) {
+  const Device device{{grad_loss}, costs, weights, f, g};
   return dispatch_dtype(grad_loss, [&](auto zero) {
     using T = decltype(zero);
     const ScalarType dtype = grad_loss.scalar_type();
@@ -433,7 +509,7 @@ std::tuple<Tensors, Tensors, Tensors> envelope_backward(Tensor grad_loss, Tensor
       group.f = data<T>(f[p]), group.g = data<T>(g[p]);
       groups.push_back(group);
     }
-    cpu::envelope_backward(groups, eps, static_cast<Objective>(objective));
+    OTLOSS_LAUNCH(device, envelope_backward, groups, eps, static_cast<Objective>(objective));
     return std::make_tuple(grads.C, grads.a, grads.b);
   });
 }
@@ -508,10 +584,11 @@ std::tuple<Tensors, Tensors, Tensors, Tensor> implicit_backward(
 Tensors envelope_backward_points(Tensor grad_loss, Tensors points, Tensors weights, Ints pairs,
                                  Doubles coefficients, Tensors f, Tensors g, int64_t kind_index,
                                  double eps, Ints wanted) {
+  const Device device{{grad_loss}, points, weights};
   const CostKind kind = static_cast<CostKind>(kind_index);
   return dispatch_dtype(grad_loss, [&](auto zero) {
     using T = decltype(zero);
-    const Prepared clouds = prepare<T>(points, weights, kind);
+    const Prepared clouds = prepare<T>(device, points, weights, kind);
     const int64_t P = coefficients.size(), B = grad_loss.size(0), d = points[0].size(2);
     Tensors grads(points.size()), result;
     for (const int64_t c : wanted) grads.at(c) = zeros(points[c], {B, points[c].size(1), d});
@@ -540,7 +617,8 @@ Tensors envelope_backward_points(Tensor grad_loss, Tensors points, Tensors weigh
     cpu::point_gradient_sums(groups, eps);
     for (size_t k = 0; k < groups.size(); ++k) {
       const size_t c = receiver[k];
-      cpu::cost_gradient(
+      OTLOSS_LAUNCH(
+          device, cost_gradient,
           CostGradientGroup<T>{B, groups[k].n, d, data<T>(clouds.z[c]), data<T>(clouds.norm[c]),
                                groups[k].sum, groups[k].product, data<T>(grads[c])},
           kind);
@@ -563,6 +641,15 @@ STABLE_TORCH_LIBRARY_IMPL(otloss, CPU, library) {
   library.impl("implicit_backward", TORCH_BOX(&otloss::implicit_backward));
   library.impl("envelope_backward_points", TORCH_BOX(&otloss::envelope_backward_points));
 }
+
+#if defined(OTLOSS_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(otloss, CUDA, library) {
+  library.impl("cost", TORCH_BOX(&otloss::cost));
+  library.impl("cost_backward", TORCH_BOX(&otloss::cost_backward));
+  library.impl("solve", TORCH_BOX(&otloss::solve));
+  library.impl("envelope_backward", TORCH_BOX(&otloss::envelope_backward));
+}
+#endif
 
 // ------------------------------------------------------------------------------- introspection
 

@@ -213,4 +213,42 @@ template <typename T>
 void point_gradient_sums(const std::vector<PointGradientGroup<T>>& groups, double eps);
 
 }  // namespace cpu
+
+// The same on a GPU. Everything is queued on the stream, nothing waits for the device.
+namespace cuda {
+
+// Where the kernels of one call run, and device memory for them that lives until the call returns.
+struct Context {
+  int device;
+  void* stream;  // cudaStream_t
+  void* (*allocate)(int64_t bytes, void* owner);
+  void* owner;
+
+  template <typename T>
+  T* scratch(int64_t count) const {
+    return static_cast<T*>(allocate(count * static_cast<int64_t>(sizeof(T)), owner));
+  }
+};
+
+template <typename T>
+void prepare_clouds(const Context& context, const std::vector<CloudGroup<T>>& clouds,
+                    CostKind kind);
+template <typename T>
+void cost_epilogue(const Context& context, const CostGroup<T>& group, CostKind kind);
+template <typename T>
+void cost_weights(const Context& context, const CostWeightGroup<T>& group, CostKind kind);
+template <typename T>
+void cost_gradient(const Context& context, const CostGradientGroup<T>& group, CostKind kind);
+// loss_k = sum_p coefficients_p values_pk, values (P, B), loss (B,).
+template <typename T>
+void combine_values(const Context& context, const std::vector<double>& coefficients,
+                    const T* values, int64_t batch, T* loss);
+template <typename T>
+void solve(const Context& context, const std::vector<SolveGroup<T>>& groups,
+           const SolveOptions& options);
+template <typename T>
+void envelope_backward(const Context& context, const std::vector<EnvelopeGroup<T>>& groups,
+                       double eps, Objective objective);
+
+}  // namespace cuda
 }  // namespace otloss

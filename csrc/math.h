@@ -69,12 +69,19 @@ OTLOSS_HOST_DEVICE double exp2_polynomial(double z) {
 // The comparisons are written so that NaN becomes the lower limit, as padding needs.
 OTLOSS_HOST_DEVICE float fast_exp2(float t) {
   constexpr float kLimit = static_cast<float>(kExp2Limit);
+#if defined(__CUDA_ARCH__)
+  // The special function unit, 2 ulp. Past the upper limit it gives inf, which is trusted no more.
+  float p;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(p) : "f"(fmaxf(t, -kLimit)));
+  return p;
+#else
   constexpr float kRound = 12582912.0f;
   t = t > -kLimit ? t : -kLimit;
   t = t < kLimit ? t : kLimit;
   const float shifted = t + kRound;
   const float p = exp2_polynomial(t - (shifted - kRound));
   return bit_cast<float>(bit_cast<uint32_t>(p) + (bit_cast<uint32_t>(shifted) << 23));
+#endif
 }
 
 OTLOSS_HOST_DEVICE double fast_exp2(double t) {

@@ -88,10 +88,19 @@ _library.define(
 )
 
 
+# Operations with CUDA kernels, see the end of csrc/bindings.cpp. The others run there in plain torch,
+# and so do all in a build without CUDA.
+_CUDA_KERNELS = ("cost", "cost_backward", "solve", "envelope_backward")
+
+
 def _load_native() -> Any:
     """The compiled module, whose import registers its kernels; None for a pure-Python install."""
     if importlib.util.find_spec("otloss._C") is not None:
-        return importlib.import_module("otloss._C")
+        native = importlib.import_module("otloss._C")
+        on_cuda = _CUDA_KERNELS if native.build_info()["cuda_architectures"] else ()
+        for name in set(reference.OPERATIONS) - set(on_cuda):
+            _library.impl(name, getattr(reference, name), "CUDA")
+        return native
     for name in reference.OPERATIONS:
         _library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
     warnings.warn(

@@ -1,0 +1,197 @@
+// The thin layer that kernels are written against: what a thread knows of its block, and launching.
+//
+// A kernel is a plain struct with its arguments and `template <class Block> void operator()(Block&)
+// const`, the work of one thread. The same struct runs on a GPU, and on the host under
+// tests/cuda_host/emulation.h, where each thread is a fiber and barriers switch between them; the
+// whole of csrc/cuda then compiles with g++ alone and is tested without a GPU.
+//
+// A Block gives: thread() and x(), y(), z() (block index); sync() (block barrier), warp_sync(),
+// cluster_sync(), arrive_and_wait(counter, arrivals) (a barrier between blocks, called by one
+// thread of each); shuffle_xor(value, mask), shuffle(value, lane) and any(flag) within a warp;
+// shared<T>() (dynamic shared memory); load, store (global memory that other blocks write, past
+// L1).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels.h"
+#include "limits.h"
+
+namespace otloss::cuda {
+
+struct Grid {
+  int64_t x = 1, y = 1, z = 1;
+  size_t shared = 0;         // bytes of dynamic shared memory
+  int cluster = 1;           // blocks of a thread-block cluster along x
+  bool cooperative = false;  // all blocks resident at once
+};
+
+}  // namespace otloss::cuda
+
+#if defined(__CUDACC__)
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#define OTLOSS_DEVICE __device__ __forceinline__
+#define OTLOSS_NOINLINE __device__ __noinline__
+
+namespace otloss::cuda {
+
+inline void check(cudaError_t error, const char* what, const char* expected) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // not sticky: the next call must not find it
+  throw std::runtime_error(std::string("otloss: ") + what +
+                           " failed: " + cudaGetErrorString(error) + ". Expected " + expected);
+}
+
+class GpuBlock {
+ public:
+  __device__ int thread() const { return static_cast<int>(threadIdx.x); }
+  __device__ int64_t x() const { return blockIdx.x; }
+  __device__ int64_t y() const { return blockIdx.y; }
+  __device__ int64_t z() const { return blockIdx.z; }
+  __device__ void sync() const { __syncthreads(); }
+  __device__ void warp_sync() const { __syncwarp(); }
+  template <typename T>
+  __device__ T shuffle_xor(T value, int mask) const {
+    return __shfl_xor_sync(0xffffffffu, value, mask);
+  }
+  template <typename T>
+  __device__ T shuffle(T value, int lane) const {
+    return __shfl_sync(0xffffffffu, value, lane);
+  }
+  __device__ bool any(bool flag) const { return __any_sync(0xffffffffu, flag) != 0; }
+
+  __device__ void cluster_sync() const {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+    __trap();  // the launcher asks for clusters from compute capability 9.0 on
+#endif
+  }
+
+  // The counter only grows; the difference is compared, so that it may wrap around.
+  __device__ void arrive_and_wait(unsigned* counter, unsigned arrivals) const {
+    __threadfence();
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+    unsigned seen;
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+    } while (static_cast<int>(seen - arrivals) < 0);
+  }
+
+  template <typename T>
+  __device__ T load(const T* p) const {
+    return __ldcg(p);
+  }
+  template <typename T>
+  __device__ void store(T* p, T value) const {
+    __stcg(p, value);
+  }
+
+  template <typename T>
+  __device__ T* shared() const {
+    extern __shared__ __align__(16) unsigned char otloss_shared[];
+    return reinterpret_cast<T*>(otloss_shared);
+  }
+};
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, 1) kernel(const __grid_constant__ Kernel work) {
+  GpuBlock block;
+  work(block);
+}
+
+inline Limits limits(int device) {
+  int multiprocessors = 0, major = 0, minor = 0, shared = 0;
+  const auto get = [device](int* value, cudaDeviceAttr attribute) {
+    check(cudaDeviceGetAttribute(value, attribute, device), "reading a device attribute",
+          "a working CUDA device");
+  };
+  get(&multiprocessors, cudaDevAttrMultiProcessorCount);
+  get(&major, cudaDevAttrComputeCapabilityMajor);
+  get(&minor, cudaDevAttrComputeCapabilityMinor);
+  get(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  return {multiprocessors, 10 * major + minor, static_cast<size_t>(shared)};
+}
+
+// Whether clusters of this size with so much shared memory can run on the device.
+template <class Kernel>
+bool cluster_fits(const Context& context, int size, size_t shared) {
+  check(cudaSetDevice(context.device), "selecting the device", "the device of the tensors");
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(size));
+  config.blockDim = dim3(Kernel::kThreads);
+  config.dynamicSmemBytes = shared;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int clusters = 0;
+  const bool asked =
+      cudaFuncSetAttribute(kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(shared)) == cudaSuccess &&
+      cudaFuncSetAttribute(kernel<Kernel>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ==
+          cudaSuccess &&
+      cudaOccupancyMaxActiveClusters(&clusters, kernel<Kernel>, &config) == cudaSuccess;
+  if (!asked) cudaGetLastError();
+  return asked && clusters > 0;
+}
+
+inline void clear(const Context& context, void* memory, int64_t bytes) {
+  check(cudaSetDevice(context.device), "selecting the device", "the device of the tensors");
+  check(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes),
+                        static_cast<cudaStream_t>(context.stream)),
+        "clearing memory", "a working CUDA device");
+}
+
+template <class Kernel>
+void launch(const Context& context, const Kernel& work, const Grid& grid) {
+  constexpr const char* kExpected =
+      "a kernel image for this device (OTLOSS_CUDA_ARCH at build time) and a launch within its "
+      "limits; an earlier asynchronous error shows here too (CUDA_LAUNCH_BLOCKING=1 tells them "
+      "apart)";
+  static_assert(sizeof(Kernel) <= 4096, "kernel parameters are limited to 4 KB");
+  static_assert(Kernel::kThreads % kWarp == 0 && Kernel::kThreads <= 1024, "whole warps, 1024");
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  check(cudaSetDevice(context.device), "selecting the device", "the device of the tensors");
+  if (grid.shared > 0)
+    check(cudaFuncSetAttribute(kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(grid.shared)),
+          "asking for shared memory", kExpected);
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
+                        static_cast<unsigned>(grid.z));
+  config.blockDim = dim3(Kernel::kThreads);
+  config.dynamicSmemBytes = grid.shared;
+  config.stream = static_cast<cudaStream_t>(context.stream);
+  config.attrs = attributes;
+  if (grid.cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
+    check(cudaFuncSetAttribute(kernel<Kernel>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+          "allowing large clusters", kExpected);
+  }
+  if (grid.cooperative) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
+    attributes[config.numAttrs++].val.cooperative = 1;
+  }
+  check(cudaLaunchKernelEx(&config, kernel<Kernel>, work), "a kernel launch", kExpected);
+}
+
+}  // namespace otloss::cuda
+
+#else
+
+#define OTLOSS_DEVICE inline
+
+#include "emulation.h"
+
+#endif

@@ -1,0 +1,161 @@
+// The cost model of the solve. Cycles of one pass over the largest problem, the rest (column sums,
+// vectors, barriers) included; problems beyond what runs at once multiply it.
+#include "plan.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace otloss::cuda {
+namespace {
+
+// Rates per multiprocessor and clock, derived from the hardware's tables (docs/gpu.md).
+constexpr double kExponentials = 16;       // float32; the special function units' rate
+constexpr double kDoubleExponentials = 4;  // float64: about 16 operations at 64 per clock
+constexpr double kGlobalBytes = 19;        // 4.3 TB/s over 132 multiprocessors at 1.7 GHz
+// Cycles of what surrounds the entries in a pass.
+constexpr double kVectorCycles = 2500;  // reductions, quasi-Newton step: latency of one block
+constexpr double kClusterSync = 300;
+constexpr double kGridSync = 2000;
+constexpr double kSyncsPerPass = 4;
+
+constexpr int64_t kAlign = 16;
+
+int64_t ceil_to(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
+
+// Lays a block's shared memory out; bytes says whether it fits.
+SharedLayout lay_out(const Shape& shape, int columns_per_thread, int64_t rows, bool vectors,
+                     bool tile) {
+  const int rows_of_step = shape.most_entries / columns_per_thread;
+  SharedLayout layout{};
+  const auto take = [&](int64_t bytes) {
+    const int64_t offset = layout.bytes;
+    layout.bytes = ceil_to(layout.bytes + bytes, kAlign);
+    return offset;
+  };
+  layout.team = take(team_doubles(kSolveThreads) * static_cast<int64_t>(sizeof(double)));
+  layout.gram = take(sizeof(LbfgsGram) + sizeof(Step));
+  layout.exchange = take(2 * (kSolveThreads / kWarp) * rows_of_step * shape.element);
+  layout.columns = take(static_cast<int64_t>(kSolveThreads) * columns_per_thread * shape.element);
+  layout.F = take(rows * shape.element);
+  layout.a = take(rows * shape.element);
+  layout.s = take(rows * shape.element);
+  layout.vectors = -1;
+  layout.tile = -1;
+  if (vectors) layout.vectors = take((kVectors + 1) * ceil_to(shape.m, kWarp) * shape.element);
+  if (tile) layout.tile = take(rows * shape.m * shape.element);
+  return layout;
+}
+
+struct Candidate {
+  Regime regime;
+  Barrier barrier;
+  bool resident;
+  int team_size;
+};
+
+const char* name_of(Regime regime) {
+  switch (regime) {
+    case Regime::kAuto: return "auto";
+    case Regime::kBlock: return "block";
+    case Regime::kCluster: return "cluster";
+    case Regime::kGrid: return "grid";
+    case Regime::kDense: return "dense";
+  }
+  return "";
+}
+
+// Completes a candidate; cycles < 0: it does not fit.
+SolvePlan complete(const Shape& shape, const Limits& limits, const Candidate& candidate) {
+  SolvePlan plan{};
+  plan.regime = candidate.regime;
+  plan.barrier = candidate.barrier;
+  plan.resident = candidate.resident;
+  plan.team_size = candidate.team_size;
+  const bool few =
+      shape.element > 4 || shape.m <= static_cast<int64_t>(kSolveThreads) * kFewColumns;
+  plan.columns_per_thread = few ? kFewColumns : kManyColumns;
+  plan.vector_length = ceil_to(shape.m, kWarp);
+  const int64_t rows = ceil_div(shape.n, plan.team_size);
+  const int64_t limit = static_cast<int64_t>(limits.shared_per_block);
+  const auto layout = [&](bool vectors) {
+    return lay_out(shape, plan.columns_per_thread, rows, vectors, plan.resident);
+  };
+  plan.shared = layout(plan.team_size == 1);
+  if (plan.shared.bytes > limit) plan.shared = layout(false);
+  const int64_t at_once = std::max<int64_t>(1, limits.multiprocessors / plan.team_size);
+  plan.teams = std::min(shape.problems, at_once);
+  const double entries = static_cast<double>(rows) * static_cast<double>(shape.m);
+  const double rate = shape.element == 4 ? kExponentials : kDoubleExponentials;
+  const double global = kGlobalBytes / static_cast<double>(shape.element);
+  const double sync = plan.barrier == Barrier::kBlock     ? 0
+                      : plan.barrier == Barrier::kCluster ? kClusterSync
+                                                          : kGridSync;
+  const double turns = static_cast<double>(ceil_div(shape.problems, plan.teams));
+  plan.cycles = turns * (entries / (plan.resident ? rate : std::min(rate, global)) + kVectorCycles +
+                         kSyncsPerPass * sync);
+  const bool clusters = candidate.barrier != Barrier::kCluster || limits.compute_capability >= 90;
+  if (plan.shared.bytes > limit || !clusters) plan.cycles = -1;
+  return plan;
+}
+
+}  // namespace
+
+std::string SolvePlan::describe() const {
+  return std::string(name_of(regime)) + ", " + std::to_string(team_size) +
+         (team_size == 1 ? " block" : " blocks") + " per problem, " + std::to_string(teams) +
+         " at once, cost tile in " + (resident ? "shared" : "global") + " memory, " +
+         std::to_string(shared.bytes) + " bytes of shared memory, " +
+         std::to_string(static_cast<int64_t>(cycles)) + " cycles per pass predicted";
+}
+
+Regime forced_regime() {
+  const char* text = std::getenv("OTLOSS_CUDA_REGIME");
+  if (text == nullptr || *text == '\0') return Regime::kAuto;
+  for (const Regime regime :
+       {Regime::kAuto, Regime::kBlock, Regime::kCluster, Regime::kGrid, Regime::kDense})
+    if (std::string(text) == name_of(regime)) return regime;
+  throw std::runtime_error(std::string("otloss: OTLOSS_CUDA_REGIME must be auto, block, cluster, "
+                                       "grid or dense, got ") +
+                           text);
+}
+
+SolvePlan choose_plan(const Shape& shape, const Limits& limits, Regime forced,
+                      const std::function<bool(const SolvePlan&)>& fits) {
+  std::vector<Candidate> candidates;
+  candidates.push_back({Regime::kBlock, Barrier::kBlock, true, 1});
+  for (int size = 2; size <= kLargestCluster; size *= 2)
+    candidates.push_back({Regime::kCluster, Barrier::kCluster, true, size});
+  // Blocks of a cooperative launch: all that there are, divided among the problems, or fewer so
+  // that each has a few rows.
+  constexpr int64_t kFewRows = 8;
+  const int64_t multiprocessors = limits.multiprocessors;
+  int64_t share = multiprocessors / std::min(shape.problems, multiprocessors);
+  if (forced == Regime::kGrid) share = std::max<int64_t>(share, 2);
+  for (int64_t size = share; size >= 1; size /= 2) {
+    if (size > 1 && ceil_div(shape.n, size) < kFewRows && forced == Regime::kAuto) continue;
+    const int team = static_cast<int>(size);
+    if (size > 1) candidates.push_back({Regime::kGrid, Barrier::kGrid, true, team});
+    candidates.push_back(
+        {Regime::kDense, size > 1 ? Barrier::kGrid : Barrier::kBlock, false, team});
+  }
+  SolvePlan best{};
+  best.cycles = -1;
+  for (const Candidate& candidate : candidates) {
+    if (forced != Regime::kAuto && candidate.regime != forced) continue;
+    const SolvePlan plan = complete(shape, limits, candidate);
+    if (plan.cycles < 0 || (best.cycles >= 0 && plan.cycles >= best.cycles)) continue;
+    if (plan.barrier == Barrier::kCluster && !fits(plan)) continue;
+    best = plan;
+  }
+  if (best.cycles < 0)
+    throw std::runtime_error("otloss: no way to solve problems of " + std::to_string(shape.n) +
+                             " x " + std::to_string(shape.m) + " on this GPU" +
+                             (forced == Regime::kAuto
+                                  ? std::string(": the rows of one block need more shared memory "
+                                                "than there is")
+                                  : std::string(" with OTLOSS_CUDA_REGIME=") + name_of(forced)));
+  return best;
+}
+
+}  // namespace otloss::cuda

@@ -1,0 +1,147 @@
+// A team: the blocks that work on one problem, their barrier, and sums over all their threads.
+//
+// The barrier is the only thing that tells the regimes apart: __syncthreads for one block, the
+// hardware barrier of a thread-block cluster, or a counter in global memory for blocks of a
+// cooperative launch (all of them resident, so that waiting ends). Blocks exchange vectors and
+// partial sums through global memory, which all three barriers order; such memory is read and
+// written past L1 (load, store), which is not coherent between multiprocessors.
+#pragma once
+
+#include "block.cuh"
+#include "plan.h"
+#include "reduce.cuh"
+
+namespace otloss::cuda {
+
+struct Sum {
+  template <typename T>
+  static OTLOSS_HOST_DEVICE T join(T x, T y) {
+    return x + y;
+  }
+};
+
+struct Max {
+  template <typename T>
+  static OTLOSS_HOST_DEVICE T join(T x, T y) {
+    return x > y ? x : y;
+  }
+};
+
+// Everything a team is, to be passed by value.
+struct TeamState {
+  Barrier barrier;
+  int rank;           // of this block in the team
+  int size;           // blocks of the team
+  int parity;         // of the buffer for the next reduction
+  unsigned arrivals;  // at the counter, so far
+  unsigned* counter;  // 0 at the start of the kernel
+  double* partial;    // (2, size, kTeamValues) global
+  double* scratch;    // team_doubles(threads), shared
+};
+
+template <class Block>
+OTLOSS_DEVICE void team_sync(Block& block, const TeamState& team) {
+  if (team.barrier == Barrier::kBlock) {
+    block.sync();
+  } else if (team.barrier == Barrier::kCluster) {
+    block.cluster_sync();
+  } else {
+    block.sync();
+    if (block.thread() == 0) block.arrive_and_wait(team.counter, team.arrivals);
+    block.sync();
+  }
+}
+
+template <class Join, class Block>
+OTLOSS_DEVICE double warp_join(Block& block, double value, int width) {
+  for (int mask = width / 2; mask > 0; mask /= 2)
+    value = Join::join(value, block.shuffle_xor(value, mask));
+  return value;
+}
+
+// See Team::reduce. Not inlined: it is called in many places, and never in an inner loop.
+template <class Join, int kThreads, class Block>
+OTLOSS_NOINLINE void team_reduce(Block block, TeamState team, double* values, int count) {
+  constexpr int kWarps = kThreads / kWarp, kChunk = 8;
+  static_assert(kWarps <= kWarp, "a warp joins the results of all warps at once");
+  const int lane = block.thread() % kWarp, warp = block.thread() / kWarp;
+  double* const result = team.scratch + kTeamValues * kWarps;
+#pragma unroll 1
+  for (int first = 0; first < count; first += kChunk) {
+    double chunk[kChunk];
+#pragma unroll
+    for (int v = 0; v < kChunk; ++v) chunk[v] = first + v < count ? values[first + v] : 0.0;
+    const double joined = scatter_reduce<Join>(block, chunk);
+    const int v = first + lane / (kWarp / kChunk);
+    if (lane % (kWarp / kChunk) == 0 && v < count) team.scratch[v * kWarps + warp] = joined;
+  }
+  block.sync();
+  double* const mine = team.partial + (team.parity * team.size + team.rank) * kTeamValues;
+#pragma unroll 1
+  for (int v = warp; v < count; v += kWarps) {
+    const double total = warp_join<Join>(block, team.scratch[v * kWarps + lane % kWarps], kWarps);
+    if (lane != 0) continue;
+    if (team.size == 1)
+      result[v] = total;
+    else
+      block.store(mine + v, total);
+  }
+  if (team.size > 1) {
+    team_sync(block, team);
+    const double* const all = team.partial + team.parity * team.size * kTeamValues;
+#pragma unroll 1
+    for (int v = warp; v < count; v += kWarps) {
+      double total = 0;  // changes neither a sum nor a maximum of magnitudes
+      for (int r = lane; r < team.size; r += kWarp)
+        total = Join::join(total, block.load(all + r * kTeamValues + v));
+      total = warp_join<Join>(block, total, kWarp);
+      if (lane == 0) result[v] = total;
+    }
+  }
+  block.sync();
+#pragma unroll 1
+  for (int v = 0; v < count; ++v) values[v] = result[v];
+}
+
+template <class Block, int kThreads>
+class Team {
+ public:
+  OTLOSS_DEVICE Team(Block& block, const TeamState& state) : block_(block), state_(state) {}
+
+  OTLOSS_DEVICE int rank() const { return state_.rank; }
+  OTLOSS_DEVICE int size() const { return state_.size; }
+
+  // All threads of all blocks arrive before one leaves; what they wrote before is seen after.
+  OTLOSS_DEVICE void sync() {
+    state_.arrivals += static_cast<unsigned>(state_.size);
+    team_sync(block_, state_);
+  }
+
+  template <typename T>
+  OTLOSS_DEVICE T load(const T* p) const {
+    return state_.size == 1 ? *p : block_.load(p);
+  }
+  template <typename T>
+  OTLOSS_DEVICE void store(T* p, T value) const {
+    if (state_.size == 1)
+      *p = value;
+    else
+      block_.store(p, value);
+  }
+
+  // Each value joined over all threads of the team (Max: of values that are not negative); every
+  // thread gets the results. The order is fixed, whatever the timing.
+  template <class Join, int kCount>
+  OTLOSS_DEVICE void reduce(double (&values)[kCount]) {
+    static_assert(kCount <= kTeamValues, "raise kTeamValues");
+    if (state_.size > 1) state_.arrivals += static_cast<unsigned>(state_.size);
+    team_reduce<Join, kThreads>(block_, state_, values, kCount);
+    state_.parity ^= 1;
+  }
+
+ private:
+  Block& block_;
+  TeamState state_;
+};
+
+}  // namespace otloss::cuda

@@ -1,0 +1,302 @@
+// Runs the kernels of csrc/cuda on the host, so that they are tested without a GPU: each thread of
+// each block is a fiber, and barriers and shuffles switch between fibers.
+//
+// block.cuh includes this file when it is not compiled by nvcc. The order in which fibers run can
+// be set (order()); a kernel whose result depends on it has a race. A barrier that not all threads
+// reach, or a wait that cannot end, is reported as an error. Not emulated: the memory model (all
+// blocks see all writes at once), and anything about speed.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#define OTLOSS_DEVICE inline
+#define OTLOSS_NOINLINE inline
+
+namespace otloss::cuda {
+
+enum class Order { kForward, kBackward, kShuffled };
+
+struct Emulation {
+  Limits limits{8, 90, 227 * 1024};
+  Order order = Order::kForward;
+  int64_t launches = 0;
+  int64_t switches = 0;
+
+  static Emulation& get() {
+    static Emulation instance;
+    return instance;
+  }
+};
+
+struct Fiber;
+
+// What threads arrive at: it opens when all have.
+struct Gate {
+  int size = 0;
+  int arrived = 0;
+  uint64_t generation = 0;
+};
+
+struct HostWarp {
+  Gate gate;
+  unsigned char slots[2][kWarp][16];  // values on their way, alternating
+};
+
+struct HostBlock {
+  int64_t x, y, z;
+  Gate gate;
+  Gate* cluster;
+  std::vector<HostWarp> warps;
+  std::vector<unsigned char> memory;  // shared memory between two guard zones
+};
+
+constexpr size_t kGuard = 4096;
+constexpr size_t kStack = 256 * 1024;
+
+class EmulatedBlock;
+
+struct Fiber {
+  jmp_buf state;
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  HostBlock* block;
+  int thread;
+  bool started = false, done = false;
+  const Gate* waiting_for = nullptr;
+  uint64_t waiting_since = 0;
+  const unsigned* counter = nullptr;
+  unsigned arrivals = 0;
+  void (*body)(Fiber*, const void*) = nullptr;
+  const void* work = nullptr;
+};
+
+class Scheduler {
+ public:
+  static Scheduler*& current() {
+    static Scheduler* instance = nullptr;
+    return instance;
+  }
+
+  void run(std::vector<std::unique_ptr<Fiber>>& fibers) {
+    Scheduler* const before = current();
+    current() = this;
+    std::vector<Fiber*> order;
+    for (auto& fiber : fibers) order.push_back(fiber.get());
+    if (Emulation::get().order == Order::kBackward)
+      order = std::vector<Fiber*>(order.rbegin(), order.rend());
+    uint64_t random = 0x9e3779b97f4a7c15ull;
+    size_t left = order.size();
+    while (left > 0) {
+      if (Emulation::get().order == Order::kShuffled)
+        for (size_t i = order.size(); i > 1; --i) {
+          random ^= random << 13, random ^= random >> 7, random ^= random << 17;
+          std::swap(order[i - 1], order[random % i]);
+        }
+      bool progress = false;
+      for (Fiber* fiber : order) {
+        if (fiber->done || !runnable(*fiber)) continue;
+        progress = true;
+        resume(fiber);
+        if (fiber->done) --left;
+      }
+      if (!progress) {
+        current() = before;
+        throw std::runtime_error("emulation: a barrier that not all threads reach");
+      }
+    }
+    current() = before;
+  }
+
+  // Called by the running fiber: others go on, until it is runnable again.
+  void yield() {
+    Fiber* const self = running_;
+    if (_setjmp(self->state) == 0) _longjmp(scheduler_, 1);
+  }
+
+  Fiber* running() const { return running_; }
+
+ private:
+  static bool runnable(const Fiber& fiber) {
+    if (fiber.waiting_for) return fiber.waiting_for->generation != fiber.waiting_since;
+    if (fiber.counter) return static_cast<int>(*fiber.counter - fiber.arrivals) >= 0;
+    return true;
+  }
+
+  void resume(Fiber* fiber) {
+    running_ = fiber;
+    ++Emulation::get().switches;
+    fiber->waiting_for = nullptr;
+    fiber->counter = nullptr;
+    if (_setjmp(scheduler_) != 0) return;
+    if (fiber->started) _longjmp(fiber->state, 1);
+    fiber->started = true;
+    fiber->stack.reset(new char[kStack]);
+    getcontext(&fiber->context);
+    fiber->context.uc_stack.ss_sp = fiber->stack.get();
+    fiber->context.uc_stack.ss_size = kStack;
+    fiber->context.uc_link = nullptr;
+    makecontext(&fiber->context, reinterpret_cast<void (*)()>(&Scheduler::entry), 0);
+    setcontext(&fiber->context);
+  }
+
+  static void entry() {
+    Scheduler* const self = current();
+    Fiber* const fiber = self->running_;
+    fiber->body(fiber, fiber->work);
+    fiber->done = true;
+    _longjmp(self->scheduler_, 1);
+  }
+
+  jmp_buf scheduler_;
+  Fiber* running_ = nullptr;
+};
+
+class EmulatedBlock {
+ public:
+  explicit EmulatedBlock(Fiber* fiber) : fiber_(fiber), block_(*fiber->block) {}
+
+  int thread() const { return fiber_->thread; }
+  int64_t x() const { return block_.x; }
+  int64_t y() const { return block_.y; }
+  int64_t z() const { return block_.z; }
+
+  void sync() const { wait(block_.gate); }
+  void warp_sync() const { wait(warp().gate); }
+  void cluster_sync() const { wait(*block_.cluster); }
+
+  void arrive_and_wait(unsigned* counter, unsigned arrivals) const {
+    ++*counter;
+    fiber_->counter = counter;
+    fiber_->arrivals = arrivals;
+    Scheduler::current()->yield();
+  }
+
+  template <typename T>
+  T shuffle(T value, int lane) const {
+    static_assert(sizeof(T) <= 16, "shuffles move up to 16 bytes");
+    HostWarp& warp = this->warp();
+    const int side = static_cast<int>(warp.gate.generation % 2);
+    std::memcpy(warp.slots[side][fiber_->thread % kWarp], &value, sizeof(T));
+    wait(warp.gate);
+    T result;
+    std::memcpy(&result, warp.slots[side][lane], sizeof(T));
+    return result;
+  }
+  template <typename T>
+  T shuffle_xor(T value, int mask) const {
+    return shuffle(value, (fiber_->thread % kWarp) ^ mask);
+  }
+  bool any(bool flag) const {
+    HostWarp& warp = this->warp();
+    const int side = static_cast<int>(warp.gate.generation % 2);
+    warp.slots[side][fiber_->thread % kWarp][0] = flag;
+    wait(warp.gate);
+    bool result = false;
+    for (int lane = 0; lane < kWarp; ++lane) result = result || warp.slots[side][lane][0];
+    return result;
+  }
+
+  template <typename T>
+  T load(const T* p) const {
+    return *p;
+  }
+  template <typename T>
+  void store(T* p, T value) const {
+    *p = value;
+  }
+  template <typename T>
+  T* shared() const {
+    return reinterpret_cast<T*>(block_.memory.data() + kGuard);
+  }
+
+ private:
+  HostWarp& warp() const { return block_.warps[fiber_->thread / kWarp]; }
+
+  void wait(Gate& gate) const {
+    if (++gate.arrived == gate.size) {
+      gate.arrived = 0;
+      ++gate.generation;
+      return;
+    }
+    fiber_->waiting_for = &gate;
+    fiber_->waiting_since = gate.generation;
+    Scheduler::current()->yield();
+  }
+
+  Fiber* fiber_;
+  HostBlock& block_;
+};
+
+inline Limits limits(int) { return Emulation::get().limits; }
+
+template <class Kernel>
+bool cluster_fits(const Context&, int size, size_t shared) {
+  return size <= 16 && shared <= Emulation::get().limits.shared_per_block;
+}
+
+inline void clear(const Context&, void* memory, int64_t bytes) {
+  std::memset(memory, 0, static_cast<size_t>(bytes));
+}
+
+// Blocks that wait for each other run together; others one after the other.
+template <class Kernel>
+void launch(const Context&, const Kernel& work, const Grid& grid) {
+  static_assert(sizeof(Kernel) <= 4096, "kernel parameters are limited to 4 KB");
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (grid.shared > Emulation::get().limits.shared_per_block)
+    throw std::runtime_error("emulation: too much shared memory was asked for");
+  if (grid.x % grid.cluster != 0)
+    throw std::runtime_error("emulation: the grid is not whole clusters");
+  ++Emulation::get().launches;
+  const int64_t together = grid.cooperative ? grid.x * grid.y * grid.z : grid.cluster;
+  const int64_t total = grid.x * grid.y * grid.z;
+  if (grid.cooperative && total > Emulation::get().limits.multiprocessors)
+    throw std::runtime_error("emulation: more blocks than can be resident at once");
+  for (int64_t first = 0; first < total; first += together) {
+    Gate cluster;
+    cluster.size = static_cast<int>(together) * Kernel::kThreads;
+    std::vector<HostBlock> blocks(static_cast<size_t>(together));
+    std::vector<std::unique_ptr<Fiber>> fibers;
+    for (int64_t b = 0; b < together; ++b) {
+      HostBlock& block = blocks[static_cast<size_t>(b)];
+      const int64_t index = first + b;
+      block.x = index % grid.x;
+      block.y = index / grid.x % grid.y;
+      block.z = index / grid.x / grid.y;
+      block.gate.size = Kernel::kThreads;
+      block.cluster = &cluster;
+      block.warps.resize(Kernel::kThreads / kWarp);
+      for (HostWarp& warp : block.warps) warp.gate.size = kWarp;
+      // Not 0: what is read before it is written shows up as NaN.
+      block.memory.assign(grid.shared + 2 * kGuard, 0xff);
+      for (int t = 0; t < Kernel::kThreads; ++t) {
+        auto fiber = std::make_unique<Fiber>();
+        fiber->block = &block;
+        fiber->thread = t;
+        fiber->work = &work;
+        fiber->body = [](Fiber* self, const void* kernel) {
+          EmulatedBlock view(self);
+          (*static_cast<const Kernel*>(kernel))(view);
+        };
+        fibers.push_back(std::move(fiber));
+      }
+    }
+    Scheduler().run(fibers);
+    for (const HostBlock& block : blocks)
+      for (size_t k = 0; k < kGuard; ++k)
+        if (block.memory[k] != 0xff || block.memory[kGuard + grid.shared + k] != 0xff)
+          throw std::runtime_error("emulation: a write outside shared memory");
+  }
+}
+
+}  // namespace otloss::cuda

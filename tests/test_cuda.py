@@ -1,0 +1,210 @@
+"""The CUDA kernels on a GPU; skipped where there is none. tests/test_cuda_host.py needs none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import otloss
+from otloss import ops
+
+CUDA_BUILT = bool(ops.build_info().get("cuda_architectures"))
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.skipif(not CUDA_BUILT, reason="otloss was built without its CUDA kernels"),
+]
+
+COSTS = ["sqeuclidean", "euclidean", "cosine"]
+DTYPES = [torch.float32, torch.float64]
+REGIMES = ["auto", "block", "cluster", "grid", "dense"]
+SIZES = [(1, 1), (7, 300), (64, 64), (200, 190), (700, 650), (1500, 1600)]
+
+
+@pytest.fixture(params=REGIMES)
+def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "cluster" and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("thread-block clusters need compute capability 9.0")
+    monkeypatch.setenv("OTLOSS_CUDA_REGIME", request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def no_tf32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def clouds(
+    n: int, m: int, d: int = 3, dtype: torch.dtype = torch.float32, batch: tuple[int, ...] = ()
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(n + m + d)
+    x = torch.randn(*batch, n, d, generator=generator, dtype=dtype)
+    y = torch.randn(*batch, m, d, generator=generator, dtype=dtype) + 0.5
+    a, b = (torch.rand(*batch, k, generator=generator, dtype=dtype) + 0.1 for k in (n, m))
+    if n > 2 and m > 2:
+        a[..., 1] = 0
+        b[..., 2] = 0
+    return x, y, a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
+
+
+def gradients(
+    loss: Callable[..., Tensor], tensors: tuple[Tensor, ...], device: str
+) -> tuple[Tensor, list[Tensor]]:
+    leaves = [t.detach().to(device).requires_grad_() for t in tensors]
+    value = loss(*leaves)
+    return value.detach().cpu(), [g.cpu() for g in torch.autograd.grad(value.sum(), leaves)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("d", [3, 40])
+def test_agrees_with_the_cpu(regime: str, cost: str, d: int, dtype: torch.dtype) -> None:
+    tensors = clouds(120, 100, d, dtype, (3,))
+
+    def loss(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return otloss.sinkhorn_divergence(
+            x, y, 0.3 if cost == "cosine" else 1.0, a=a, b=b, cost=cost, tol=1e-5
+        )
+
+    value, grads = gradients(loss, tensors, "cuda")
+    expected, expected_grads = gradients(loss, tensors, "cpu")
+    torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+    for grad, true in zip(grads[:2], expected_grads[:2], strict=True):
+        scale = float(true.abs().max())
+        torch.testing.assert_close(grad / scale, true / scale, rtol=0, atol=3e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "m"), SIZES)
+def test_sizes(regime: str, n: int, m: int, dtype: torch.dtype) -> None:
+    if regime == "block" and n * m > 40000:
+        pytest.skip("the cost does not fit in the shared memory of one block")
+    if regime == "cluster" and n * m > 300000:
+        pytest.skip("the cost does not fit in the shared memory of a cluster")
+    x, y, a, b = clouds(n, m, dtype=dtype)
+    expected = otloss.sinkhorn_loss(x, y, 1.0, a=a, b=b, tol=1e-5)
+    value = otloss.sinkhorn_loss(x.cuda(), y.cuda(), 1.0, a=a.cuda(), b=b.cuda(), tol=1e-5)
+    torch.testing.assert_close(value.cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_small_eps_from_a_cold_start(regime: str) -> None:
+    x, y, a, b = clouds(60, 50)
+    call = {"cost": "euclidean", "tol": 1e-3, "max_iters": 5000}
+    expected = otloss.sinkhorn_divergence(100 * x, 100 * y, 2.0, a=a, b=b, **call)
+    on_gpu = [t.cuda() for t in (100 * x, 100 * y)]
+    value = otloss.sinkhorn_divergence(*on_gpu, 2.0, a=a.cuda(), b=b.cuda(), **call)
+    torch.testing.assert_close(value.cpu(), expected, rtol=1e-3, atol=1e-2)
+
+
+def test_potentials_status_and_fixed_iterations(regime: str) -> None:
+    x, y, a, b = clouds(80, 70)
+    for n_iters in (None, 5):
+        call = {"a": a, "b": b, "n_iters": n_iters, "tol": 1e-5}
+        expected = otloss.solve_sample(x, y, 0.5, **call)
+        call.update(a=a.cuda(), b=b.cuda())
+        result = otloss.solve_sample(x.cuda(), y.cuda(), 0.5, **call)
+        torch.testing.assert_close(result.plan.cpu(), expected.plan, rtol=1e-2, atol=1e-6)
+        assert result.converged == expected.converged
+        if n_iters:
+            assert result.n_iters == n_iters
+
+
+def test_what_is_not_finite_gives_nan(regime: str) -> None:
+    x, y, _, _ = clouds(30, 20, batch=(2,))
+    x[1, 3, 0] = math.nan
+    result = otloss.solve_sample(x.cuda(), y.cuda(), 1.0)
+    assert result.value.isfinite().tolist() == [True, False]
+    assert result.converged.tolist() == [True, False]
+
+
+def test_repeats_bit_for_bit(regime: str) -> None:
+    tensors = [t.cuda() for t in clouds(180, 150, batch=(2,))]
+    for t in tensors[:2]:
+        t.requires_grad_()
+    results = []
+    for _ in range(5):
+        x, y, a, b = tensors
+        value = otloss.sinkhorn_divergence(x, y, 0.3, a=a, b=b)
+        results.append((value.detach(), *torch.autograd.grad(value.sum(), (x, y))))
+    for other in results[1:]:
+        assert all(bool((s == t).all()) for s, t in zip(results[0], other, strict=True))
+
+
+def test_many_problems(regime: str) -> None:
+    x, y, a, b = clouds(20, 24, batch=(500,))
+    expected = otloss.sinkhorn_loss(x, y, 1.0, a=a, b=b, tol=1e-5)
+    value = otloss.sinkhorn_loss(x.cuda(), y.cuda(), 1.0, a=a.cuda(), b=b.cuda(), tol=1e-5)
+    torch.testing.assert_close(value.cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_uses_the_current_stream(regime: str) -> None:
+    x, y, _, _ = (t.cuda() for t in clouds(200, 180))
+    expected = otloss.sinkhorn_divergence(x, y, 1.0)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)  # what is queued elsewhere would run too early
+        moved = x + 1
+        value = otloss.sinkhorn_divergence(moved, y + 1, 1.0)
+    stream.synchronize()
+    torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_graph_capture(regime: str) -> None:
+    x, y, _, _ = (t.cuda() for t in clouds(100, 90))
+    x.requires_grad_()
+
+    def step() -> tuple[Tensor, Tensor]:
+        value = otloss.sinkhorn_divergence(x, y, 1.0)
+        return value, torch.autograd.grad(value, x)[0]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value, grad = step()
+    for shift in (0.0, 2.0):
+        with torch.no_grad():
+            x.add_(shift)
+        graph.replay()
+        expected, expected_grad = step()
+        assert bool((value == expected).all() and (grad == expected_grad).all())
+
+
+def test_does_not_synchronise(regime: str) -> None:
+    x, y, _, _ = (t.cuda() for t in clouds(100, 90))
+    x.requires_grad_()
+    otloss.sinkhorn_divergence(x, y, 1.0).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        otloss.sinkhorn_divergence(x, y, 1.0).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_runs_where_the_tensors_are() -> None:
+    x, y, _, _ = (t.to("cuda:1") for t in clouds(100, 90))
+    value = otloss.sinkhorn_divergence(x, y, 1.0)
+    assert value.device == x.device
+    assert torch.cuda.current_device() == 0
+    with pytest.raises((RuntimeError, ValueError)):
+        otloss.sinkhorn_divergence(x, y.to("cuda:0"), 1.0)
+
+
+def test_refuses_a_regime_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTLOSS_CUDA_REGIME", "fast")
+    x, y, _, _ = (t.cuda() for t in clouds(10, 9))
+    with pytest.raises(RuntimeError, match="OTLOSS_CUDA_REGIME"):
+        otloss.sinkhorn_loss(x, y, 1.0)

@@ -1,0 +1,505 @@
+"""The CUDA kernels on the host: csrc/cuda compiled by g++ under an emulation of a GPU.
+
+What runs here is the code that nvcc compiles, launchers included, with fewer threads per block.
+See tests/cuda_host/emulation.h for what the emulation does and does not show.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import otloss
+from otloss import reference
+
+ROOT = Path(__file__).parent.parent
+DTYPES = [torch.float32, torch.float64]
+REGIMES = ["block", "cluster", "grid", "dense"]
+DIVERGENCE = [0, 1, 0, 0, 1, 1]
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+class Call(ctypes.Structure):
+    """A C struct filled by keyword; tensors become their data pointers."""
+
+    def __init__(self, **values: object) -> None:
+        pointers = {k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in values.items()}
+        super().__init__(**pointers)
+        self.kept = values
+
+
+def _fields(integers: str, pointers: str) -> list[tuple[str, type]]:
+    return [
+        *((name, ctypes.c_int64) for name in integers.split()),
+        *((name, ctypes.c_void_p) for name in pointers.split()),
+    ]
+
+
+class SolveCall(Call):
+    _fields_ = _fields("batch n m symmetric", "C a b f g trace value status")
+
+
+class CostCall(Call):
+    _fields_ = _fields(
+        "batch n m d symmetric kind",
+        "x y a b zx zy hx hy product W V row_sum col_sum Vy grad",
+    )
+
+
+class EnvelopeCall(Call):
+    _fields_ = [
+        *_fields("batch n m", ""),
+        ("coefficient", ctypes.c_double),
+        *_fields("", "C a b f g grad grad_C grad_a grad_b"),
+    ]
+
+
+class Engine:
+    def __init__(self, library: Path) -> None:
+        self.library = ctypes.CDLL(str(library))
+        self.library.engine_error.restype = ctypes.c_char_p
+
+    def configure(
+        self, multiprocessors: int = 8, capability: int = 90, shared: int = 232448, order: int = 0
+    ) -> None:
+        self.library.engine_configure(multiprocessors, capability, ctypes.c_int64(shared), order)
+
+    def check(self, failed: int) -> None:
+        if failed:
+            raise RuntimeError(self.library.engine_error().decode())
+
+    def solve(
+        self,
+        costs: list[Tensor],
+        weights: list[Tensor],
+        pairs: list[int],
+        eps: float,
+        *,
+        tol: float = 1e-3,
+        max_iters: int = 1000,
+        n_iters: int = -1,
+        objective: int = 0,
+        init: list[Tensor] | None = None,
+        trace: bool = False,
+    ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+        P, B, like = len(costs), costs[0].shape[0], costs[0]
+        values = like.new_full((P, B), math.nan)
+        status = torch.full((P, B, 4), math.nan, dtype=torch.float64)
+        calls, all_f, all_g, traces = [], [], [], []
+        for p, (i, j) in enumerate(reference.as_pairs(pairs)):
+            n, m = weights[i].shape[1], weights[j].shape[1]
+            f, g = init[2 * p : 2 * p + 2] if init else (weights[i], weights[j])
+            all_f.append(f.clone() if init else torch.full_like(f, math.nan))
+            all_g.append(g.clone() if init else torch.full_like(g, math.nan))
+            if trace:
+                traces.append(like.new_full((B, n_iters, n + m), math.nan))
+            calls.append(
+                SolveCall(
+                    batch=B,
+                    n=n,
+                    m=m,
+                    symmetric=int(i == j),
+                    C=costs[p],
+                    a=weights[i],
+                    b=weights[j],
+                    f=all_f[p],
+                    g=all_g[p],
+                    trace=traces[p] if trace else None,
+                    value=values[p],
+                    status=status[p],
+                )
+            )
+        self.check(
+            self.library.engine_solve(
+                int(like.dtype == torch.float64),
+                (SolveCall * P)(*calls),
+                ctypes.c_int64(P),
+                ctypes.c_double(eps),
+                ctypes.c_double(tol),
+                ctypes.c_int64(max_iters),
+                ctypes.c_int64(n_iters),
+                objective,
+                int(init is not None),
+            )
+        )
+        return values, status, all_f, all_g, traces
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("cuda_host") / "engine.so"
+    command = ["g++", "-O1", "-std=c++17", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
+    # Barriers jump between stacks, which the checked longjmp of fortified builds refuses.
+    command += ["-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", "-DOTLOSS_SOLVE_THREADS=128"]
+    command += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/cuda'}", f"-I{ROOT / 'tests/cuda_host'}"]
+    subprocess.run([*command, str(ROOT / "tests/cuda_host/engine.cpp"), "-o", target], check=True)
+    return target
+
+
+@pytest.fixture
+def engine(library: Path) -> Iterator[Engine]:
+    engine = Engine(library)
+    engine.configure()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the problems are tiny
+    yield engine
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=REGIMES)
+def regime(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Forces a regime, through the environment of the C library."""
+    os.environ["OTLOSS_CUDA_REGIME"] = request.param
+    yield request.param
+    del os.environ["OTLOSS_CUDA_REGIME"]
+
+
+def clouds(
+    dtype: torch.dtype, B: int = 2, n: int = 40, m: int = 33, d: int = 3
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Two clouds with uneven weights, one of them 0 in each."""
+    generator = torch.Generator().manual_seed(n * m + d)
+    x = torch.randn(B, n, d, generator=generator, dtype=dtype)
+    y = torch.randn(B, m, d, generator=generator, dtype=dtype) + 0.5
+    weights = []
+    for size in (n, m):
+        w = torch.rand(B, size, generator=generator, dtype=dtype) + 0.1
+        if size > 2:
+            w[:, size // 3] = 0
+        weights.append(w / w.sum(-1, keepdim=True))
+    return [x, y], weights
+
+
+def truth(
+    costs: list[Tensor], weights: list[Tensor], pairs: list[int], eps: float
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Values and potentials from the CPU kernels in float64, far below the tolerances here."""
+    values, all_f, all_g = [], [], []
+    for C, (i, j) in zip(costs, reference.as_pairs(pairs), strict=True):
+        a, b = weights[i].double(), weights[j].double()
+        b = b * (a.sum(-1, True) / b.sum(-1, True))
+        result = otloss.solve(C.double(), eps, a=a, b=b, tol=1e-8, max_iters=20000)
+        f, g = result.potentials
+        if i == j:  # an outlier settles slowly between f and g, not in their sum
+            f = g = 0.5 * (f + g)
+        values.append(result.value)
+        all_f.append(f)
+        all_g.append(g)
+    return values, all_f, all_g
+
+
+def spread(x: Tensor, y: Tensor, w: Tensor) -> float:
+    """Largest difference over points of positive weight, up to a constant."""
+    difference = x.double() - y
+    shift = (difference * w.double()).sum(-1, True) / w.double().sum(-1, True)
+    return float(torch.where(w > 0, difference - shift, 0.0).abs().max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("eps", [1.0, 0.1])
+def test_solves_a_divergence(engine: Engine, regime: str, dtype: torch.dtype, eps: float) -> None:
+    points, weights = clouds(dtype)
+    costs = reference.cost(points, [], DIVERGENCE, 0)
+    values, status, f, g, _ = engine.solve(costs, weights, DIVERGENCE, eps, tol=1e-5)
+    expected, true_f, true_g = truth(costs, weights, DIVERGENCE, eps)
+    assert bool((status[..., 2] == 1).all())
+    assert float(status[..., 1].max()) <= 1e-5
+    for p, (i, j) in enumerate(reference.as_pairs(DIVERGENCE)):
+        torch.testing.assert_close(values[p].double(), expected[p], rtol=1e-5, atol=1e-5)
+        assert spread(f[p], true_f[p], weights[i]) < 2e-3
+        assert spread(g[p], true_g[p], weights[j]) < 2e-3
+        assert bool((f[p][weights[i] == 0] == 0).all() and (g[p][weights[j] == 0] == 0).all())
+        largest = torch.where(
+            (weights[i][:, :, None] > 0) & (weights[j][:, None] > 0), costs[p], 0.0
+        )
+        torch.testing.assert_close(status[p, :, 3], largest.amax((1, 2)).double())
+
+
+@pytest.mark.parametrize(
+    ("n", "m"), [(1, 1), (1, 9), (9, 1), (3, 70), (70, 3), (64, 64), (17, 600), (130, 129)]
+)
+def test_shapes(engine: Engine, regime: str, n: int, m: int) -> None:
+    points, weights = clouds(torch.float32, 1, n, m)
+    costs = reference.cost(points, [], [0, 1], 1)
+    values, status, *_ = engine.solve(costs, weights, [0, 1], 0.3, tol=1e-5)
+    expected, *_ = truth(costs, weights, [0, 1], 0.3)
+    assert bool((status[..., 2] == 1).all())
+    torch.testing.assert_close(values[0].double(), expected[0], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_columns_than_registers_hold(engine: Engine, dtype: torch.dtype) -> None:
+    points, weights = clouds(dtype, 1, 3, 4200)
+    costs = reference.cost(points, [], [0, 1], 0)
+    values, status, *_ = engine.solve(costs, weights, [0, 1], 1.0, tol=1e-5)
+    expected, *_ = truth(costs, weights, [0, 1], 1.0)
+    assert bool((status[..., 2] == 1).all())
+    torch.testing.assert_close(values[0].double(), expected[0], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("eps", [1.0, 0.02])
+def test_fixed_iterations(engine: Engine, regime: str, dtype: torch.dtype, eps: float) -> None:
+    points, weights = clouds(dtype)
+    costs = reference.cost(points, [], DIVERGENCE, 0)
+    _, status, f, g, traces = engine.solve(costs, weights, DIVERGENCE, eps, n_iters=4, trace=True)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {}
+    for p, (i, j) in enumerate(reference.as_pairs(DIVERGENCE)):
+        C, a, b = costs[p], weights[i], weights[j]
+        true_g = torch.zeros_like(b)
+        for step in range(4):
+            true_f = torch.where(a > 0, reference.softmin(eps, C, true_g, b), 0.0)
+            true_g = torch.where(b > 0, reference.softmin(eps, C.mT, true_f, a), 0.0)
+            torch.testing.assert_close(
+                traces[p][:, step], torch.cat([true_f, true_g], -1), **tolerance
+            )
+        torch.testing.assert_close(f[p], true_f, **tolerance)
+        torch.testing.assert_close(g[p], true_g, **tolerance)
+    assert bool((status[..., 0] == 4).all())
+
+
+def test_small_eps_from_a_cold_start(engine: Engine, regime: str) -> None:
+    """Row and column sums overflow and vanish: the guarded sums take over, stages help."""
+    points, weights = clouds(torch.float32, 1, 50, 45)
+    costs = reference.cost([100 * x for x in points], [], DIVERGENCE, 1)
+    values, status, *_ = engine.solve(costs, weights, DIVERGENCE, 2.0, tol=1e-3, max_iters=3000)
+    expected, *_ = truth(costs, weights, DIVERGENCE, 2.0)
+    assert bool((status[..., 2] == 1).all())
+    for p in range(3):
+        torch.testing.assert_close(values[p].double(), expected[p], rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("objective", [0, 1])
+def test_objectives(engine: Engine, regime: str, objective: int) -> None:
+    points, weights = clouds(torch.float64)
+    costs = reference.cost(points, [], DIVERGENCE, 2)
+    values, _, f, g, _ = engine.solve(
+        costs, weights, DIVERGENCE, 0.1, tol=1e-6, objective=objective
+    )
+    for p, (i, j) in enumerate(reference.as_pairs(DIVERGENCE)):
+        a, b = weights[i], weights[j]
+        if objective == 0:
+            expected = (a * f[p]).sum(-1) + (b * g[p]).sum(-1)
+        else:
+            P = reference.plan(0.1, costs[p], f[p], g[p], a, b)
+            expected = (P * costs[p]).sum((1, 2))
+        torch.testing.assert_close(values[p], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_what_is_not_finite(engine: Engine, regime: str) -> None:
+    points, weights = clouds(torch.float32)
+    (C,) = reference.cost(points, [], [0, 1], 0)
+    C[1, 4, 4] = math.nan
+    values, status, f, _, _ = engine.solve([C], weights, [0, 1], 1.0)
+    assert bool(values[0, 0].isfinite() and values[0, 1].isnan())
+    assert status[0, :, 2].tolist() == [1, 0]
+    assert bool(f[0][1].isnan().all() and status[0, 1, 3].isnan())
+
+
+@pytest.mark.parametrize("content", [math.nan, math.inf, 1e30])
+def test_padding_may_hold_anything(engine: Engine, regime: str, content: float) -> None:
+    points, weights = clouds(torch.float32)
+    (C,) = reference.cost(points, [], [0, 1], 0)
+    padded = C.clone()
+    padded[:, 40 // 3] = content
+    padded[:, :, 33 // 3] = content
+    for a, b in zip(
+        engine.solve([C], weights, [0, 1], 0.5)[:2],
+        engine.solve([padded], weights, [0, 1], 0.5)[:2],
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_warm_start_needs_few_iterations(engine: Engine, regime: str) -> None:
+    points, weights = clouds(torch.float64)
+    costs = reference.cost(points, [], DIVERGENCE, 0)
+    _, cold, f, g, _ = engine.solve(costs, weights, DIVERGENCE, 0.3, tol=1e-6)
+    init = [v for pair in zip(f, g, strict=True) for v in pair]
+    _, warm, *_ = engine.solve(costs, weights, DIVERGENCE, 0.3, tol=1e-5, init=init)
+    assert float(warm[..., 0].max()) <= 2
+    assert float(cold[..., 0].min()) > 2
+
+
+def test_max_iters_is_kept(engine: Engine, regime: str) -> None:
+    points, weights = clouds(torch.float32)
+    costs = reference.cost(points, [], [0, 1], 0)
+    _, status, *_ = engine.solve(costs, weights, [0, 1], 0.01, tol=1e-7, max_iters=13)
+    assert bool((status[..., 0] <= 13).all() and (status[..., 2] == 0).all())
+
+
+def test_order_of_threads_does_not_matter(engine: Engine, regime: str) -> None:
+    """Bitwise: a difference would be a race, or a sum without a fixed order."""
+    points, weights = clouds(torch.float32, 2, 37, 150)
+    costs = reference.cost(points, [], DIVERGENCE, 0)
+    results = []
+    for order in range(3):
+        engine.configure(order=order)
+        values, status, f, g, _ = engine.solve(costs, weights, DIVERGENCE, 0.2, tol=1e-4)
+        results.append([values, status, *f, *g])
+    for other in results[1:]:
+        assert all(bool((x == y).all()) for x, y in zip(results[0], other, strict=True))
+
+
+def test_many_problems_on_few_multiprocessors(engine: Engine, regime: str) -> None:
+    engine.configure(multiprocessors=3)
+    points, weights = clouds(torch.float32, 7, 12, 10)
+    costs = reference.cost(points, [], [0, 1], 0)
+    values, status, *_ = engine.solve(costs, weights, [0, 1], 0.5, tol=1e-5)
+    expected, *_ = truth(costs, weights, [0, 1], 0.5)
+    assert bool((status[..., 2] == 1).all())
+    torch.testing.assert_close(values[0].double(), expected[0], rtol=1e-5, atol=1e-5)
+
+
+def test_more_pairs_than_a_launch_takes(engine: Engine) -> None:
+    points, weights = clouds(torch.float32, 1, 6, 5)
+    costs = reference.cost(points, [], [0, 1] * 11, 0)
+    values, *_ = engine.solve(costs, weights, [0, 1] * 11, 0.5)
+    assert bool((values == values[0]).all() and values.isfinite().all())
+
+
+def test_old_devices_use_no_clusters(engine: Engine) -> None:
+    engine.configure(capability=80, shared=163 * 1024)
+    points, weights = clouds(torch.float32, 1, 260, 250)
+    costs = reference.cost(points, [], [0, 1], 0)
+    _, status, *_ = engine.solve(costs, weights, [0, 1], 1.0)
+    assert bool((status[..., 2] == 1).all())
+    os.environ["OTLOSS_CUDA_REGIME"] = "cluster"
+    try:
+        with pytest.raises(RuntimeError, match="OTLOSS_CUDA_REGIME=cluster"):
+            engine.solve(costs, weights, [0, 1], 1.0)
+    finally:
+        del os.environ["OTLOSS_CUDA_REGIME"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [0, 1, 2])
+@pytest.mark.parametrize("d", [1, 3, 40])
+@pytest.mark.parametrize("same", [False, True])
+def test_costs_and_their_gradients(
+    engine: Engine, dtype: torch.dtype, kind: int, d: int, same: bool
+) -> None:
+    (x, y), (a, b) = clouds(dtype, 2, 35, 270, d)
+    x, y = x + 10, y + 10
+    y[:, 0] = x[:, 1]  # coincident points
+    if kind == 2:
+        x[:, 2] = 0  # no direction
+    padding = (a == 0).unsqueeze(-1)
+    x_given = torch.where(padding, math.nan, x)
+    x = torch.where(padding, 0.0, x)
+    if same:
+        y, b = x, a
+    n, m = x.shape[1], y.shape[1]
+    new = x.new_zeros
+    call = CostCall(
+        batch=2,
+        n=n,
+        m=m,
+        d=d,
+        symmetric=int(same),
+        kind=kind,
+        x=x_given,
+        y=y,
+        a=a,
+        b=b,
+        zx=(zx := torch.full_like(x, math.nan)),
+        hx=new(2, n),
+        zy=(zy := zx if same else torch.full_like(y, math.nan)),
+        hy=new(2, m),
+        product=(C := new(2, n, m)),
+        W=(W := torch.randn(2, n, m, dtype=dtype)),
+        V=(V := new(2, n, m)),
+        row_sum=(row := new(2, n)),
+        col_sum=(column := new(2, m)),
+        Vy=(Vy := new(2, n, d)),
+        grad=(grad := new(2, n, d)),
+    )
+    if same:
+        call.hy = call.hx
+
+    def run(step: int) -> None:
+        double = int(dtype == torch.float64)
+        engine.check(engine.library.engine_cost(double, ctypes.byref(call), step))
+
+    run(0)
+    C.copy_(zx @ zy.mT)
+    run(1)
+    counted = (a > 0).unsqueeze(-1) & (b > 0).unsqueeze(-2)
+    pairs = [0, 0] if same else [0, 1]
+    (expected,) = reference.cost([x.double(), y.double()], [], pairs, kind)
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-11
+    torch.testing.assert_close(
+        torch.where(counted, C, 0.0).double(),
+        torch.where(counted, expected, 0.0),
+        rtol=10 * tolerance,
+        atol=10 * tolerance,
+    )
+    if same:
+        assert float(torch.where(counted, C, 0.0).diagonal(dim1=1, dim2=2)[:, 3:].abs().max()) == 0
+    W.copy_(torch.where(counted, W, 0.0))
+    run(2)
+    torch.testing.assert_close(row, V.sum(-1), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(column, V.sum(-2), rtol=1e-3, atol=1e-3)
+    Vy.copy_(V @ zy)
+    run(3)
+    (true_grad,) = reference.cost_backward(
+        [W.double()], [expected], [x.double(), y.double()], [], pairs, kind, [0]
+    )
+    torch.testing.assert_close(
+        torch.where(padding, 0.0, grad).double(),
+        torch.where(padding, 0.0, true_grad),
+        rtol=100 * tolerance,
+        atol=100 * tolerance * max(1.0, float(true_grad.abs().max())),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("objective", [0, 1])
+def test_envelope_gradients(engine: Engine, dtype: torch.dtype, objective: int) -> None:
+    points, weights = clouds(dtype)
+    (C,) = reference.cost(points, [], [0, 1], 0)
+    _, _, (f,), (g,), _ = engine.solve([C], weights, [0, 1], 0.5)
+    a, b = weights
+    grad = torch.tensor([2.0, -0.5], dtype=dtype)
+    grad_C, grad_a, grad_b = (torch.full_like(t, math.nan) for t in (C, a, b))
+    calls = (EnvelopeCall * 1)(
+        EnvelopeCall(
+            batch=2,
+            n=40,
+            m=33,
+            coefficient=-0.5,
+            C=C,
+            a=a,
+            b=b,
+            f=f,
+            g=g,
+            grad=grad,
+            grad_C=grad_C,
+            grad_a=grad_a,
+            grad_b=grad_b,
+        )
+    )
+    engine.check(
+        engine.library.engine_envelope(
+            int(dtype == torch.float64), calls, ctypes.c_int64(1), ctypes.c_double(0.5), objective
+        )
+    )
+    scale = -0.5 * grad
+    P = reference.plan(0.5, C, f, g, a, b)
+    torch.testing.assert_close(grad_C, scale[:, None, None] * P, rtol=1e-4, atol=1e-7)
+    shift = ((b * g).sum(-1) - (a * f).sum(-1)) / (2 * a.sum(-1))
+    on = scale if objective == 0 else torch.zeros_like(scale)
+    expected_a = torch.where(a > 0, on[:, None] * (f + shift[:, None]), 0.0)
+    expected_b = torch.where(b > 0, on[:, None] * (g - shift[:, None]), 0.0)
+    torch.testing.assert_close(grad_a, expected_a, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(grad_b, expected_b, rtol=1e-4, atol=1e-6)
