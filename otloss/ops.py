@@ -88,7 +88,7 @@ _library.define(
 )
 
 
-# Operations with CUDA kernels, see the end of csrc/bindings.cpp. The others run there in plain torch,
+# Operations with CUDA kernels, see csrc/bindings.cpp. The others run in plain torch there,
 # and so do all in a build without CUDA.
 _CUDA_KERNELS = ("cost", "cost_backward", "solve", "envelope_backward")
 
