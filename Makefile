@@ -119,20 +119,17 @@ docs: $(NATIVE) $(STAMPS)/extra-docs  ## build docs/_build/index.html; a warning
 bench: $(NATIVE) $(STAMPS)/extra-bench  ## run benchmarks against other libraries (BENCH=suites)
 	@$(PY) -m benchmarks.run $(BENCH)
 
-# On a machine whose own Python has torch and the build tools, those are used and nothing is fetched:
-# a GPU machine brings its own torch.
+# On a machine whose own Python has all that is needed, it is used and nothing is fetched: a GPU
+# machine brings its own torch.
+GPU_CHECK := -m benchmarks.gpu_check
 .PHONY: gpu-check
-gpu-check:  ## build, then check the CUDA kernels; says what it skipped without a GPU
-	@if $(PYTHON) -c 'import torch, pybind11, setuptools, numpy; \
+gpu-check:  ## build, then check and time the CUDA kernels; says what it skipped without a GPU
+	@if $(PYTHON) -c 'import torch, pybind11, setuptools, numpy, pytest, hypothesis, scipy; \
 		assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)' 2>/dev/null; then \
-		$(PYTHON) -c 'import sys, torch; \
-			print(f"{sys.executable} with torch {torch.__version__}; nothing is installed")'; \
-		mkdir -p build; echo "compile the kernels"; \
-		$(PYTHON) setup.py build_ext --inplace >build/gpu-check.log 2>&1 \
-			|| { cat build/gpu-check.log; exit 1; }; \
-		PYTHONPATH=. $(PYTHON) benchmarks/gpu_check.py; \
+		echo "$(PYTHON) has torch and the build tools: nothing is installed"; \
+		$(PYTHON) $(GPU_CHECK); \
 	else \
-		$(MAKE) $(NATIVE) && PYTHONPATH=. $(PY) benchmarks/gpu_check.py; \
+		$(MAKE) $(NATIVE) $(STAMPS)/extra-test && $(PY) $(GPU_CHECK) --no-build; \
 	fi
 
 .PHONY: clean
