@@ -40,6 +40,7 @@ class Settings(NamedTuple):
     plain: bool  # method="reference"
     potentials: bool  # whether f and g are differentiable outputs: for results, not for losses
     trace: bool  # keep the potentials of every iteration, for backward="unrolled"
+    dense: bool  # store the cost matrices
 
 
 def _implementation(plain: bool) -> ModuleType:
@@ -349,17 +350,18 @@ def _solve_gradient(
     want: list[int],
 ) -> Sequence[Tensor]:
     """Gradients of the wanted costs and weights; differentiable where a graph is being made."""
-    sizes = [len(seeds), len(costs), len(weights), len(init), len(solution)]
-    tensors = [
-        *seeds,
-        *(C.contiguous() for C in costs),
-        *(w.contiguous() for w in weights),
-        *(v.contiguous() for v in init),
-        *(t.detach() for t in solution),
+    parts = [
+        seeds,
+        [C.contiguous() for C in costs],
+        [w.contiguous() for w in weights],
+        [v.contiguous() for v in init],
+        list(solution),
     ]
-    if torch.is_grad_enabled():
-        return SolveGradient.apply(s, sizes, want, *tensors)
-    return _gradients(s, _split(tensors, sizes), want)
+    if not torch.is_grad_enabled():
+        return _gradients(s, parts, want)
+    sizes = [len(part) for part in parts]
+    parts[-1] = [t.detach() for t in solution]
+    return SolveGradient.apply(s, sizes, want, *(t for part in parts for t in part))
 
 
 def _split(tensors: Sequence[Tensor], sizes: list[int]) -> list[list[Tensor]]:
@@ -540,8 +542,9 @@ def _centred(
 class SolvePoints(torch.autograd.Function):
     """``(settings, kind, clouds, *points, *weights, *init) -> (loss, status, *f, *g)``.
 
-    ``CostMatrices`` and ``Solve`` in one, without storing cost matrices. The gradient at fixed
-    potentials needs none either; for every other one they are made in the backward pass.
+    ``CostMatrices`` and ``Solve`` in one node, which takes a third off a small call. Without
+    ``settings.dense`` no cost matrix is stored. The gradient at fixed potentials needs none either;
+    for every other one they are made in the backward pass.
     """
 
     @staticmethod
@@ -552,13 +555,18 @@ class SolvePoints(torch.autograd.Function):
         points = [_batched(x) for x in tensors[:clouds]]
         weights = [w.contiguous() for w in tensors[clouds : 2 * clouds]]
         init = [v.contiguous() for v in tensors[2 * clouds :]]
-        loss, status, f, g, traces = ops.solve_points(
-            points,
-            weights,
-            s.pairs,
-            s.coefficients,
-            init,
-            kind,
+        implementation = _implementation(s.plain)
+        costs = implementation.cost(points, weights, s.pairs, kind) if s.dense else []
+        solve, source = (
+            (implementation.solve, (costs, weights, s.pairs, s.coefficients, init))
+            if s.dense
+            else (
+                implementation.solve_points,
+                (points, weights, s.pairs, s.coefficients, init, kind),
+            )
+        )
+        loss, status, f, g, traces = solve(
+            *source,
             s.eps,
             s.rho_x,
             s.rho_y,
@@ -573,7 +581,7 @@ class SolvePoints(torch.autograd.Function):
         ctx.settings, ctx.kind, ctx.clouds = s, kind, clouds
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*([status] if s.potentials else [status, *f, *g]))
-        ctx.save_for_backward(*tensors, *f, *g, *traces)
+        ctx.save_for_backward(*tensors, *f, *g, *traces, *costs)
         return loss, status, *f, *g
 
     @staticmethod
@@ -581,6 +589,8 @@ class SolvePoints(torch.autograd.Function):
         s, clouds = ctx.settings, ctx.clouds
         result: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 3)
         saved, count = ctx.saved_tensors, len(result)
+        stored = len(saved) - (len(s.coefficients) if s.dense else 0)
+        saved, costs = saved[:stored], saved[stored:]
         inputs, weights, init = (
             saved[:clouds],
             saved[clouds : 2 * clouds],
@@ -592,11 +602,16 @@ class SolvePoints(torch.autograd.Function):
         wanted = [c for c in range(clouds) if ctx.needs_input_grad[3 + c]]
         want_weights = [int(w) for w in ctx.needs_input_grad[3 + clouds : 3 + 2 * clouds]]
         points, weights = [_batched(x) for x in inputs], [w.contiguous() for w in weights]
-        solution, envelope = [t.detach() for t in saved[count:]], _is_envelope(s, seeds)
-        size = _dense_bytes(s, points)
-        if size <= schedule.dense_budget and not (envelope and not torch.is_grad_enabled()):
+        solution, envelope = list(saved[count:]), _is_envelope(s, seeds)
+        if torch.is_grad_enabled():
+            solution = [t.detach() for t in solution]
+        size = 0 if s.dense else _dense_bytes(s, points)
+        streamed = envelope and not torch.is_grad_enabled() and not s.dense
+        if size <= schedule.dense_budget and not streamed:
+            if torch.is_grad_enabled() or not s.dense:
+                costs = CostMatrices.apply(s.pairs, ctx.kind, s.plain, clouds, *points, *weights)
             grads, grad_weights = _through_costs(
-                s, ctx.kind, seeds, points, weights, init, solution, wanted, want_weights
+                s, ctx.kind, costs, seeds, points, weights, init, solution, wanted, want_weights
             )
         elif envelope:
             grads, grad_weights = _streamed_gradients(
@@ -625,6 +640,7 @@ def _dense_bytes(s: Settings, points: Sequence[Tensor]) -> int:
 def _through_costs(
     s: Settings,
     kind: int,
+    costs: Sequence[Tensor],
     seeds: list[Tensor],
     points: list[Tensor],
     weights: list[Tensor],
@@ -633,8 +649,7 @@ def _through_costs(
     wanted: list[int],
     want_weights: list[int],
 ) -> tuple[Sequence[Tensor], list[Tensor | None]]:
-    """Gradients of the wanted clouds and of the weights by way of cost matrices, made here."""
-    costs = CostMatrices.apply(s.pairs, kind, False, len(points), *points, *weights)
+    """Gradients of the wanted clouds and of the weights by way of the cost matrices."""
     P = len(costs)
     want = [int(i in wanted or j in wanted) for i, j in reference.as_pairs(s.pairs)]
     grads = list(_solve_gradient(s, seeds, costs, weights, init, solution, want + want_weights))
@@ -645,8 +660,8 @@ def _through_costs(
         return [], grad_weights
     given = [p for p in range(P) if want[p]]
     pairs = [c for p in given for c in s.pairs[2 * p : 2 * p + 2]]
-    kept = [costs[p].detach() for p in given]
-    grad_points = _points_gradient(grads, kept, points, weights, pairs, kind, False, wanted)
+    kept = [costs[p].detach() if torch.is_grad_enabled() else costs[p] for p in given]
+    grad_points = _points_gradient(grads, kept, points, weights, pairs, kind, s.plain, wanted)
     return grad_points, grad_weights
 
 

@@ -59,11 +59,10 @@ def combine(
     """The sum of coefficient * OT over pairs of the clouds: what every loss here is."""
     problem = check_clouds(clouds, weights, balanced=options.balanced)
     pairs, coefficients = combination
-    costs = None
-    if not streams(problem, pairs, options):
-        costs = build_costs(problem, pairs, options.cost, options.method == "reference")
+    dense, named = not streams(problem, pairs, options), isinstance(options.cost, str)
+    costs = None if named else build_costs(problem, pairs, options.cost, False)
     init = [] if memory is None else memory.start(problem, pairs)
-    solved = run(problem, costs, pairs, coefficients, options, init)
+    solved = run(problem, costs, pairs, coefficients, options, init, dense=dense)
     if memory is not None:
         memory.keep(solved)
     return solved.loss if problem.batched else solved.loss[0]

@@ -133,11 +133,12 @@ def run(
     init: Sequence[Tensor] = (),
     *,
     potentials: bool = False,
+    dense: bool = True,
 ) -> Solved:
     """Solves all pairs and adds their values up.
 
-    ``costs``: None to work on the points. ``potentials``: whether f and g are wanted as
-    differentiable outputs.
+    ``costs``: None to work on the points, with or without (``dense``) storing cost matrices.
+    ``potentials``: whether f and g are wanted as differentiable outputs.
     """
     if not options.balanced:
         raise NotImplementedError("unbalanced= is not available yet; only balanced transport is")
@@ -160,6 +161,7 @@ def run(
         plain=options.method == "reference",
         potentials=potentials,
         trace=needs_grad and backward == "unrolled",
+        dense=dense,
     )
     if costs is None:
         loss, status, *rest = SolvePoints.apply(
@@ -475,7 +477,9 @@ def _solve_one(
     init: OTResult | tuple[Tensor, Tensor] | None,
 ) -> OTResult:
     start = _initial_potentials(init, problem)
-    solved = run(problem, costs, [0, 1], [1.0], options, start, potentials=True)
+    solved = run(
+        problem, costs, [0, 1], [1.0], options, start, potentials=True, dense=costs is not None
+    )
     return OTResult(problem, costs[0] if costs else None, options, solved)
 
 
