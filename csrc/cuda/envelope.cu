@@ -75,9 +75,9 @@ struct PotentialKernel {
       // dOT/da = f up to a constant; the one with <a, f> = <b, g>.
       const T shift = static_cast<T>((sums[1] - sums[0]) / (2 * sums[2]));
       const T scale = on * p.coefficient * p.grad[batch];
-      for (int64_t i = block.thread(); i < p.n; i += kThreads)
+      for (int64_t i = block.thread(); p.grad_a != nullptr && i < p.n; i += kThreads)
         p.grad_a[batch * p.n + i] = a[i] > T(0) ? scale * (f[i] + shift) : T(0);
-      for (int64_t j = block.thread(); j < p.m; j += kThreads)
+      for (int64_t j = block.thread(); p.grad_b != nullptr && j < p.m; j += kThreads)
         p.grad_b[batch * p.m + j] = b[j] > T(0) ? scale * (g[j] - shift) : T(0);
     }
   }
@@ -95,7 +95,7 @@ void envelope_backward(const Context& context, const std::vector<EnvelopeGroup<T
       rows = std::max(rows, pack.items[i].n);
       batch = std::max(batch, pack.items[i].batch);
       any_cost |= pack.items[i].grad_C != nullptr;
-      any_weight |= pack.items[i].grad_a != nullptr;
+      any_weight |= pack.items[i].grad_a != nullptr || pack.items[i].grad_b != nullptr;
     }
     if (any_cost) {
       Grid grid;
