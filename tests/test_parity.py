@@ -1,11 +1,12 @@
 """The kernels and the plain-torch reference against the float64 brute force of oracle.py.
 
 How exact a solve is: it stops at a marginal error `tol`. The value is then right to eps tol and
-rounding, the gradient of the points (the plan) to some tol / sqrt(gap), the gradient of the weights
-(the potentials) to tol / gap, where 1 - gap is the contraction of one iteration; a point whose own
-weight is below tol is not controlled, so the gradient of very unequal weights is compared in the
-norm of the weights. In float32 the exponent (f + g - C) / eps is rounded to 6e-8 C / eps, which
-bounds the tol that can be reached.
+rounding (to tol times the cost where points lighter than tol may still be far off), the gradient of
+the points (the plan) to some tol / sqrt(gap), the gradient of the weights (the potentials) to
+tol / gap, where 1 - gap is the contraction of one iteration; a point whose own weight is below tol
+is not controlled, so the gradient of very unequal weights is compared in the norm of the weights.
+In float32 the exponent (f + g - C) / eps is rounded to 6e-8 C / eps, which bounds the tol that can
+be reached.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def tolerance(dtype: torch.dtype, relative_eps: float, gap: float, method: str) 
     sharp = relative_eps < 0.1
     if dtype == torch.float64:
         # The reference's plain iteration would need many thousands of passes for more.
-        tol = 1e-4 if sharp and method == "reference" else 1e-9
+        tol = (1e-4 if method == "reference" else 1e-7) if sharp else 1e-9
         value, points, weights = 1e-10, 1e-9, 1e-6
     else:
         tol = 1e-4 if sharp else 5e-6
@@ -115,11 +116,13 @@ def test_divergence(cost, weights, relative_eps, d, dtype, method, rng):
     exact = c.double().require_grad()
     eps = relative_eps * mean_cost(exact, cost)
     gap = smallest_gap(exact, eps, cost)
-    if method == "reference" and gap < 2e-3:
-        pytest.skip(
-            "the reference's plain iteration contracts by 1 - gap: tens of thousands of them"
-        )
+    # Clusters that exchange next to nothing: no method finds their potentials in float64, and the
+    # plain iteration of the reference, which contracts by 1 - gap, takes too long before that.
+    if gap < (5e-3 if method == "reference" else 1e-6):
+        pytest.skip(f"ill-conditioned draw: gap {gap:.1e}")
     tol = tolerance(dtype, relative_eps, gap, method)
+    if weights == "wide":
+        tol = replace(tol, value=tol.value + tol.solver)
     if cost == "euclidean":
         tol = replace(tol, points=tol.points + near_pair_error(exact, dtype))
     c.require_grad()
