@@ -122,7 +122,7 @@ def test_resume_refuses_another_run(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"--resume: .*ckpt.pt is missing"):
         train_sinkhorn.main([*common, "--resume"])
     train_sinkhorn.main([*common, "--stop-at", "2"])
-    with pytest.raises(ValueError, match=r"--lr is 0\.5, expected 0\.001"):
+    with pytest.raises(ValueError, match=r"--lr is 0\.5, expected 0\.003"):
         train_sinkhorn.main([*common, "--resume", "--lr", "0.5"])
 
 
