@@ -231,11 +231,12 @@ template <typename T, typename Engine>
 void ascend(Engine& engine, double eps, double tol, int64_t max_iters, double mass, T* F,
             SemidualPoint<T>& point, int64_t& iterations) {
   constexpr int kTries = 5;
-  constexpr double kShrink = 0.3, kSufficient = 1e-4;
+  constexpr double kShrink = 0.3, kSufficient = 1e-4, kFlat = 1e-2;
   const int64_t m = engine.m;
   LbfgsMemory<T> memory(m, engine.b);
   SemidualPoint<T> trial(m);
   std::vector<T> r = residual(engine, mass, point);
+  double stretch = 1;
   while (point.error > tol && iterations < max_iters && !interrupted()) {
     std::vector<T> p = memory.direction(r);
     const auto slope_along = [&](const std::vector<T>& v) {  // <b - P^T 1, v>
@@ -252,7 +253,7 @@ void ascend(Engine& engine, double eps, double tol, int64_t max_iters, double ma
       slope = slope_along(p);
     }
     bool accepted = false;
-    double t = 1;
+    double t = stretch;
     // The last pass that is allowed is a plain iteration.
     for (int attempt = 0; attempt < kTries && iterations + 1 < max_iters && !accepted; ++attempt) {
       for (int64_t j = 0; j < m; ++j) trial.g[j] = point.g[j] + static_cast<T>(t) * p[j];
@@ -274,7 +275,14 @@ void ascend(Engine& engine, double eps, double tol, int64_t max_iters, double ma
         step[j] = engine.b[j] > T(0) ? trial.g[j] - point.g[j] : T(0);
         change[j] = r[j] - next[j];
       }
+      // Where clusters are many eps apart the semidual is a plane until they exchange mass: a step
+      // that leaves the residual as it was tells nothing of how far to go, so the next is longer.
+      const double unchanged =
+          dot(m, engine.b, change.data(), change.data()) / dot(m, engine.b, r.data(), r.data());
+      stretch = unchanged < kFlat * kFlat ? 2 * stretch : 1;
       memory.push(std::move(step), std::move(change));
+    } else {
+      stretch = 1;
     }
     r = std::move(next);
     std::swap(point, trial);
