@@ -64,20 +64,37 @@ OTLOSS_HOST_DEVICE double exp2_polynomial(double z) {
   return q * z + 1.0;
 }
 
+// t clamped to [-kExp2Limit, kExp2Limit] by its bits: two integer operations, where a comparison
+// that is right for NaN takes two or three for each end. As signed integers positive floats are
+// ordered and above all negative ones; as unsigned integers negative ones are ordered by size and
+// above all positive ones. NaN becomes one of the two ends, by its sign.
+OTLOSS_HOST_DEVICE float clamp_exponent(float t) {
+  constexpr int32_t kUpper = 0x42fc0000;    // 126
+  constexpr uint32_t kLower = 0xc2fc0000u;  // -126
+  const int32_t below = bit_cast<int32_t>(t) < kUpper ? bit_cast<int32_t>(t) : kUpper;
+  const uint32_t bits = static_cast<uint32_t>(below);
+  return bit_cast<float>(bits < kLower ? bits : kLower);
+}
+
+OTLOSS_HOST_DEVICE double clamp_exponent(double t) {
+  constexpr int64_t kUpper = 0x405f800000000000;
+  constexpr uint64_t kLower = 0xc05f800000000000u;
+  const int64_t below = bit_cast<int64_t>(t) < kUpper ? bit_cast<int64_t>(t) : kUpper;
+  const uint64_t bits = static_cast<uint64_t>(below);
+  return bit_cast<double>(bits < kLower ? bits : kLower);
+}
+
 // exp2(t) = 2^round(t) exp2_polynomial(t - round(t)). Adding 1.5 * 2^(mantissa bits) rounds t to an
 // integer that then stands in the low bits of the sum; shifted, it adds to the exponent field.
-// The comparisons are written so that NaN becomes the lower limit, as padding needs.
 OTLOSS_HOST_DEVICE float fast_exp2(float t) {
-  constexpr float kLimit = static_cast<float>(kExp2Limit);
 #if defined(__CUDA_ARCH__)
   // The special function unit, 2 ulp. Past the upper limit it gives inf, which is trusted no more.
   float p;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(p) : "f"(fmaxf(t, -kLimit)));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(p) : "f"(fmaxf(t, -static_cast<float>(kExp2Limit))));
   return p;
 #else
   constexpr float kRound = 12582912.0f;
-  t = t > -kLimit ? t : -kLimit;
-  t = t < kLimit ? t : kLimit;
+  t = clamp_exponent(t);
   const float shifted = t + kRound;
   const float p = exp2_polynomial(t - (shifted - kRound));
   return bit_cast<float>(bit_cast<uint32_t>(p) + (bit_cast<uint32_t>(shifted) << 23));
@@ -86,8 +103,7 @@ OTLOSS_HOST_DEVICE float fast_exp2(float t) {
 
 OTLOSS_HOST_DEVICE double fast_exp2(double t) {
   constexpr double kRound = 6755399441055744.0;
-  t = t > -kExp2Limit ? t : -kExp2Limit;
-  t = t < kExp2Limit ? t : kExp2Limit;
+  t = clamp_exponent(t);
   const double shifted = t + kRound;
   const double p = exp2_polynomial(t - (shifted - kRound));
   return bit_cast<double>(bit_cast<uint64_t>(p) + (bit_cast<uint64_t>(shifted) << 52));
