@@ -109,12 +109,30 @@ void check(const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dty
                   ") and of one dtype with the other tensors, but is ", describe(t));
 }
 
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape));
+// Contiguous and uninitialised, on the device of `like` and of its dtype unless another is named.
+// Without the dispatcher, whose share would be most of a small call.
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, int32_t dtype = -1) {
+  std::array<int64_t, 3> strides{};
+  int64_t stride = 1;
+  for (size_t k = shape.size(); k-- > 0;) {
+    strides.at(k) = stride;
+    stride *= shape.begin()[k];
+  }
+  int32_t device_type = 0, device_index = 0;
+  if (dtype < 0) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()),
+                                                         shape.begin(), strides.data(), dtype,
+                                                         device_type, device_index, &handle));
+  return Tensor(handle);
 }
 
 Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape) {
-  return torch::stable::new_zeros(like, torch::headeronly::IntHeaderOnlyArrayRef(shape));
+  Tensor t = empty(like, shape);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(t.get()));
+  return t;
 }
 
 template <typename T>
@@ -172,8 +190,7 @@ class Device {
     context_.owner = this;
     context_.allocate = [](int64_t bytes, void* owner) {
       Device* device = static_cast<Device*>(owner);
-      device->scratch_.push_back(torch::stable::new_empty(
-          device->like_, torch::headeronly::IntHeaderOnlyArrayRef({bytes}), ScalarType::Byte));
+      device->scratch_.push_back(empty(device->like_, {bytes}, aoti_torch_dtype_uint8()));
       return device->scratch_.back().mutable_data_ptr();
     };
 #endif
@@ -237,31 +254,95 @@ Prepared prepare(const Device& device, const Tensors& points, const Tensors& wei
   return prepared;
 }
 
+// C (B, n, m) of each pair.
+template <typename T>
+Tensors costs_between(const Device& device, const Prepared& clouds, const Ints& pairs,
+                      CostKind kind) {
+  const int64_t B = clouds.z[0].size(0), d = clouds.z[0].size(2);
+  Tensors costs;
+  for (size_t p = 0; p + 1 < pairs.size(); p += 2) {
+    const size_t i = pairs[p], j = pairs[p + 1];
+    const Tensor &zx = clouds.z.at(i), &zy = clouds.z.at(j);
+    const int64_t n = zx.size(1), m = zy.size(1);
+    Tensor C = empty(zx, {B, n, m});
+    if (d > kDirectDims) multiply(zx, false, zy, true, C);
+    OTLOSS_LAUNCH(device, cost_epilogue,
+                  CostGroup<T>{B, n, m, d, i == j, data<T>(zx), data<T>(zy),
+                               data<T>(clouds.norm[i]), data<T>(clouds.norm[j]), data<T>(C)},
+                  kind);
+    costs.push_back(C);
+  }
+  return costs;
+}
+
 Tensors cost(Tensors points, Tensors weights, Ints pairs, int64_t kind_index) {
   const Device device{points, weights};
   const CostKind kind = static_cast<CostKind>(kind_index);
   return dispatch_dtype(points.at(0), [&](auto zero) {
     using T = decltype(zero);
-    const Prepared clouds = prepare<T>(device, points, weights, kind);
-    const int64_t B = points[0].size(0), d = points[0].size(2);
-    Tensors costs;
-    for (size_t p = 0; p + 1 < pairs.size(); p += 2) {
-      const size_t i = pairs[p], j = pairs[p + 1];
-      const Tensor &zx = clouds.z.at(i), &zy = clouds.z.at(j);
-      const int64_t n = zx.size(1), m = zy.size(1);
-      Tensor C = empty(zx, {B, n, m});
-      if (d > kDirectDims) multiply(zx, false, zy, true, C);
-      OTLOSS_LAUNCH(device, cost_epilogue,
-                    CostGroup<T>{B, n, m, d, i == j, data<T>(zx), data<T>(zy),
-                                 data<T>(clouds.norm[i]), data<T>(clouds.norm[j]), data<T>(C)},
-                    kind);
-      costs.push_back(C);
-    }
-    return costs;
+    return costs_between<T>(device, prepare<T>(device, points, weights, kind), pairs, kind);
   });
 }
 
-// Gradients of the clouds listed in `wanted`, in that order.
+// Gradients of the clouds of `points`: those listed in `wanted` add up, the others are left out.
+template <typename T>
+class PointGradients {
+ public:
+  PointGradients(const Device& device, const Prepared& clouds, CostKind kind, const Ints& wanted)
+      : device_(device), clouds_(clouds), kind_(kind), wanted_(wanted), grads_(clouds.z.size()) {
+    for (const int64_t c : wanted)
+      grads_.at(c) = zeros(clouds.z.at(c), {size(c, 0), size(c, 1), size(c, 2)});
+  }
+
+  bool wants(int64_t c) const { return grads_.at(c).defined(); }
+
+  // From the sums and the product of one side of a pair, see CostGradientGroup.
+  void add(int64_t c, const T* sum, const T* Vy) const {
+    OTLOSS_LAUNCH(device_, cost_gradient,
+                  CostGradientGroup<T>{size(c, 0), size(c, 1), size(c, 2), data<T>(clouds_.z[c]),
+                                       data<T>(clouds_.norm[c]), sum, Vy, data<T>(grads_[c])},
+                  kind_);
+  }
+
+  // From the cost matrix of the pair (i, j); `weigh(group)` fills V and its sums.
+  template <typename Weigh>
+  void add_pair(int64_t i, int64_t j, const Tensor& C, Weigh&& weigh) const {
+    if (!wants(i) && !wants(j)) return;
+    const int64_t B = size(i, 0), n = size(i, 1), m = size(j, 1), d = size(i, 2);
+    check(C, {B, n, m}, clouds_.z[0].scalar_type(), "costs");
+    const Tensor V = empty(C, {B, n, m});
+    const Tensor row_sum = empty(C, {B, n}), col_sum = empty(C, {B, m});
+    weigh(CostWeightGroup<T>{B, n, m, i == j, nullptr, data<T>(C), data<T>(V), data<T>(row_sum),
+                             data<T>(col_sum)});
+    if (wants(i)) {
+      const Tensor Vy = empty(C, {B, n, d});
+      multiply(V, false, clouds_.z[j], false, Vy);
+      add(i, data<T>(row_sum), data<T>(Vy));
+    }
+    if (i != j && wants(j)) {
+      const Tensor Vx = empty(C, {B, m, d});
+      multiply(V, true, clouds_.z[i], false, Vx);
+      add(j, data<T>(col_sum), data<T>(Vx));
+    }
+  }
+
+  // In the order of `wanted`.
+  Tensors result() const {
+    Tensors all;
+    for (const int64_t c : wanted_) all.push_back(grads_[c]);
+    return all;
+  }
+
+ private:
+  int64_t size(int64_t c, int64_t k) const { return clouds_.z.at(c).size(k); }
+
+  const Device& device_;
+  const Prepared& clouds_;
+  CostKind kind_;
+  const Ints& wanted_;
+  Tensors grads_;
+};
+
 Tensors cost_backward(Tensors grad_costs, Tensors costs, Tensors points, Tensors weights,
                       Ints pairs, int64_t kind_index, Ints wanted) {
   const Device device{points, weights, costs, grad_costs};
@@ -269,45 +350,15 @@ Tensors cost_backward(Tensors grad_costs, Tensors costs, Tensors points, Tensors
   return dispatch_dtype(points.at(0), [&](auto zero) {
     using T = decltype(zero);
     const Prepared clouds = prepare<T>(device, points, weights, kind);
-    const int64_t B = points[0].size(0), d = points[0].size(2);
-    Tensors grads(points.size()), result;
-    for (const int64_t c : wanted) grads.at(c) = zeros(points[c], {B, points[c].size(1), d});
-    const auto add = [&](size_t c, const Tensor& sum, const Tensor& Vy) {
-      OTLOSS_LAUNCH(device, cost_gradient,
-                    CostGradientGroup<T>{B, points[c].size(1), d, data<T>(clouds.z[c]),
-                                         data<T>(clouds.norm[c]), data<T>(sum), data<T>(Vy),
-                                         data<T>(grads[c])},
-                    kind);
-    };
-    const auto is_wanted = [&](int64_t c) {
-      for (const int64_t w : wanted)
-        if (w == c) return true;
-      return false;
-    };
-    for (size_t p = 0; p < costs.size(); ++p) {
-      const size_t i = pairs.at(2 * p), j = pairs.at(2 * p + 1);
-      const int64_t n = points.at(i).size(1), m = points.at(j).size(1);
-      check(costs[p], {B, n, m}, points[0].scalar_type(), "costs");
-      check(grad_costs.at(p), {B, n, m}, points[0].scalar_type(), "grad_costs");
-      const Tensor V = empty(costs[p], {B, n, m});
-      const Tensor row_sum = empty(costs[p], {B, n}), col_sum = empty(costs[p], {B, m});
-      OTLOSS_LAUNCH(device, cost_weights,
-                    CostWeightGroup<T>{B, n, m, i == j, data<T>(grad_costs[p]), data<T>(costs[p]),
-                                       data<T>(V), data<T>(row_sum), data<T>(col_sum)},
-                    kind);
-      if (is_wanted(i)) {
-        const Tensor Vy = empty(points[i], {B, n, d});
-        multiply(V, false, clouds.z[j], false, Vy);
-        add(i, row_sum, Vy);
-      }
-      if (i != j && is_wanted(j)) {
-        const Tensor Vx = empty(points[j], {B, m, d});
-        multiply(V, true, clouds.z[i], false, Vx);
-        add(j, col_sum, Vx);
-      }
-    }
-    for (const int64_t c : wanted) result.push_back(grads[c]);
-    return result;
+    const PointGradients<T> grads(device, clouds, kind, wanted);
+    for (size_t p = 0; p < costs.size(); ++p)
+      grads.add_pair(pairs.at(2 * p), pairs.at(2 * p + 1), costs[p], [&](CostWeightGroup<T> group) {
+        check(grad_costs.at(p), {group.batch, group.n, group.m}, points[0].scalar_type(),
+              "grad_costs");
+        group.W = data<T>(grad_costs[p]);
+        OTLOSS_LAUNCH(device, cost_weights, group, kind);
+      });
+    return grads.result();
   });
 }
 
@@ -324,9 +375,7 @@ SolveResult solve_groups(const Device& device, const Tensors& weights, const Int
   constexpr ScalarType dtype = sizeof(T) == sizeof(float) ? ScalarType::Float : ScalarType::Double;
   const int64_t P = coefficients.size(), B = weights.at(0).size(0);
   const Tensor values = empty(weights[0], {P, B});
-  const Tensor status = torch::stable::new_empty(
-      weights[0], torch::headeronly::IntHeaderOnlyArrayRef({P, B, int64_t{kStatusFields}}),
-      ScalarType::Double);
+  const Tensor status = empty(weights[0], {P, B, kStatusFields}, aoti_torch_dtype_float64());
   Tensors all_f, all_g, traces;
   std::vector<SolveGroup<T>> groups;
   for (int64_t p = 0; p < P; ++p) {
@@ -358,16 +407,19 @@ SolveResult solve_groups(const Device& device, const Tensors& weights, const Int
   }
   clear_interruption();
   OTLOSS_LAUNCH(device, solve, groups, options);
-  const Tensor loss = zeros(values, {B});
+  const Tensor loss = empty(values, {B});
 #if defined(OTLOSS_WITH_CUDA)
   if (device.is_cuda()) {
     cuda::combine_values(device.context(), coefficients, data<T>(values), B, data<T>(loss));
     return SolveResult{loss, status, all_f, all_g, traces};
   }
 #endif
-  for (int64_t p = 0; p < P; ++p)
-    for (int64_t k = 0; k < B; ++k)
-      data<T>(loss)[k] += static_cast<T>(coefficients[p]) * data<T>(values)[p * B + k];
+  for (int64_t k = 0; k < B; ++k) {
+    T sum = 0;
+    for (int64_t p = 0; p < P; ++p)
+      sum += static_cast<T>(coefficients[p]) * data<T>(values)[p * B + k];
+    data<T>(loss)[k] = sum;
+  }
   return SolveResult{loss, status, all_f, all_g, traces};
 }
 
@@ -412,11 +464,11 @@ PointPair<T> point_pair(const Prepared& clouds, CostKind kind, int64_t i, int64_
           data<T>(clouds.norm[j])};
 }
 
-// The same without cost matrices.
-SolveResult solve_points(Tensors points, Tensors weights, Ints pairs, Doubles coefficients,
-                         Tensors init, int64_t kind_index, double eps, double rho_x, double rho_y,
-                         double tol, int64_t max_iters, int64_t n_iters, int64_t objective,
-                         bool trace) {
+// The same from points: returns the cost matrices too if they are to be stored (`dense`).
+std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors, Tensors> solve_points(
+    Tensors points, Tensors weights, Ints pairs, Doubles coefficients, Tensors init,
+    int64_t kind_index, bool dense, double eps, double rho_x, double rho_y, double tol,
+    int64_t max_iters, int64_t n_iters, int64_t objective, bool trace) {
   const Device device{points, weights, init};
   const CostKind kind = static_cast<CostKind>(kind_index);
   const SolveOptions options =
@@ -424,10 +476,16 @@ SolveResult solve_points(Tensors points, Tensors weights, Ints pairs, Doubles co
   return dispatch_dtype(points.at(0), [&](auto zero) {
     using T = decltype(zero);
     const Prepared clouds = prepare<T>(device, points, weights, kind);
-    return solve_groups<T>(device, weights, pairs, coefficients, init, options, trace,
-                           [&](SolveGroup<T>& group, int64_t, int64_t i, int64_t j) {
-                             group.points = point_pair<T>(clouds, kind, i, j);
-                           });
+    const Tensors costs = dense ? costs_between<T>(device, clouds, pairs, kind) : Tensors();
+    return std::tuple_cat(
+        solve_groups<T>(device, weights, pairs, coefficients, init, options, trace,
+                        [&](SolveGroup<T>& group, int64_t p, int64_t i, int64_t j) {
+                          if (dense)
+                            group.C = data<T>(costs[p]);
+                          else
+                            group.points = point_pair<T>(clouds, kind, i, j);
+                        }),
+        std::make_tuple(costs));
   });
 }
 
@@ -556,9 +614,8 @@ std::tuple<Tensors, Tensors, Tensors, Tensor> implicit_backward(
     const GradientArguments given{grad_loss,    costs,     weights,     pairs,
                                   coefficients, want_cost, want_weights};
     const int64_t P = costs.size(), B = grad_loss.size(0);
-    const Tensor status = torch::stable::new_empty(
-        grad_loss, torch::headeronly::IntHeaderOnlyArrayRef({P, B, int64_t{kImplicitStatusFields}}),
-        ScalarType::Double);
+    const Tensor status =
+        empty(grad_loss, {P, B, kImplicitStatusFields}, aoti_torch_dtype_float64());
     Gradients grads;
     Tensors scratch;  // plans of pairs whose cost gradient, which could hold them, is not wanted
     std::vector<ImplicitGroup<T>> groups;
@@ -580,51 +637,90 @@ std::tuple<Tensors, Tensors, Tensors, Tensor> implicit_backward(
   });
 }
 
-// Gradients of the clouds listed in `wanted`, in that order, without cost matrices.
-Tensors envelope_backward_points(Tensor grad_loss, Tensors points, Tensors weights, Ints pairs,
-                                 Doubles coefficients, Tensors f, Tensors g, int64_t kind_index,
-                                 double eps, Ints wanted) {
-  const Device device{{grad_loss}, points, weights};
+// What the gradient of a solution takes, checked where a pair is looked at.
+struct Solution {
+  const Tensor& grad_loss;
+  const Tensors &weights, &f, &g;
+  const Ints& pairs;
+  const Doubles& coefficients;
+  double eps;
+
+  void check_pair(int64_t p) const {
+    const ScalarType dtype = grad_loss.scalar_type();
+    const Tensor &a = weights.at(pairs.at(2 * p)), &b = weights.at(pairs.at(2 * p + 1));
+    const int64_t B = grad_loss.size(0);
+    check(grad_loss, {B}, dtype, "grad_loss");
+    check(a, {B, a.size(1)}, dtype, "weights");
+    check(b, {B, b.size(1)}, dtype, "weights");
+    check(f.at(p), {B, a.size(1)}, dtype, "f");
+    check(g.at(p), {B, b.size(1)}, dtype, "g");
+  }
+};
+
+// By the stored cost matrices.
+template <typename T>
+void add_dense(const Device& device, const Solution& s, const Tensors& costs, CostKind kind,
+               const PointGradients<T>& grads) {
+  for (size_t p = 0; p < costs.size(); ++p) {
+    const int64_t i = s.pairs.at(2 * p), j = s.pairs.at(2 * p + 1);
+    s.check_pair(p);
+    grads.add_pair(i, j, costs[p], [&](const CostWeightGroup<T>& group) {
+      OTLOSS_LAUNCH(device, plan_weights,
+                    PlanWeightGroup<T>{group, data<T>(s.weights[i]), data<T>(s.weights[j]),
+                                       data<T>(s.f[p]), data<T>(s.g[p]), data<T>(s.grad_loss),
+                                       static_cast<T>(s.coefficients[p])},
+                    kind, s.eps);
+    });
+  }
+}
+
+// Without cost matrices: both sides of each pair apart, as rows.
+template <typename T>
+void add_streamed(const Solution& s, const Prepared& clouds, CostKind kind,
+                  const PointGradients<T>& grads) {
+  const int64_t P = s.coefficients.size(), B = s.grad_loss.size(0), d = clouds.z.at(0).size(2);
+  Tensors kept;
+  std::vector<PointGradientGroup<T>> groups;
+  Ints receiver;
+  const auto side = [&](int64_t p, int64_t i, int64_t j, const Tensor& fi, const Tensor& gj) {
+    if (!grads.wants(i)) return;
+    const Tensor &a = s.weights.at(i), &b = s.weights.at(j);
+    const int64_t n = a.size(1), m = b.size(1);
+    kept.push_back(empty(a, {B, n}));
+    kept.push_back(empty(a, {B, n, d}));
+    groups.push_back({B, n, m, i == j, point_pair<T>(clouds, kind, i, j), data<T>(a), data<T>(b),
+                      data<T>(fi), data<T>(gj), data<T>(s.grad_loss),
+                      static_cast<T>(s.coefficients[p]), data<T>(kept[kept.size() - 2]),
+                      data<T>(kept.back())});
+    receiver.push_back(i);
+  };
+  for (int64_t p = 0; p < P; ++p) {
+    s.check_pair(p);
+    const int64_t i = s.pairs[2 * p], j = s.pairs[2 * p + 1];
+    side(p, i, j, s.f[p], s.g[p]);
+    side(p, j, i, s.g[p], s.f[p]);
+  }
+  cpu::point_gradient_sums(groups, s.eps);
+  for (size_t k = 0; k < groups.size(); ++k)
+    grads.add(receiver[k], groups[k].sum, groups[k].product);
+}
+
+// Gradients of the clouds listed in `wanted`, in that order; `costs` empty: they are not stored.
+Tensors envelope_backward_points(Tensor grad_loss, Tensors costs, Tensors points, Tensors weights,
+                                 Ints pairs, Doubles coefficients, Tensors f, Tensors g,
+                                 int64_t kind_index, double eps, Ints wanted) {
+  const Device device{{grad_loss}, costs, points, weights, f, g};
   const CostKind kind = static_cast<CostKind>(kind_index);
   return dispatch_dtype(grad_loss, [&](auto zero) {
     using T = decltype(zero);
     const Prepared clouds = prepare<T>(device, points, weights, kind);
-    const int64_t P = coefficients.size(), B = grad_loss.size(0), d = points[0].size(2);
-    Tensors grads(points.size()), result;
-    for (const int64_t c : wanted) grads.at(c) = zeros(points[c], {B, points[c].size(1), d});
-    Tensors kept;
-    std::vector<PointGradientGroup<T>> groups;
-    std::vector<size_t> receiver;
-    const auto side = [&](int64_t p, int64_t i, int64_t j, const Tensor& fi, const Tensor& gj) {
-      if (!grads.at(i).defined()) return;
-      const Tensor &a = weights.at(i), &b = weights.at(j);
-      const int64_t n = a.size(1), m = b.size(1);
-      check(fi, {B, n}, a.scalar_type(), "f");
-      check(gj, {B, m}, a.scalar_type(), "g");
-      kept.push_back(empty(a, {B, n}));
-      kept.push_back(empty(a, {B, n, d}));
-      groups.push_back({B, n, m, i == j, point_pair<T>(clouds, kind, i, j), data<T>(a), data<T>(b),
-                        data<T>(fi), data<T>(gj), data<T>(grad_loss),
-                        static_cast<T>(coefficients[p]), data<T>(kept[kept.size() - 2]),
-                        data<T>(kept.back())});
-      receiver.push_back(i);
-    };
-    for (int64_t p = 0; p < P; ++p) {
-      const int64_t i = pairs.at(2 * p), j = pairs.at(2 * p + 1);
-      side(p, i, j, f.at(p), g.at(p));
-      side(p, j, i, g.at(p), f.at(p));
-    }
-    cpu::point_gradient_sums(groups, eps);
-    for (size_t k = 0; k < groups.size(); ++k) {
-      const size_t c = receiver[k];
-      OTLOSS_LAUNCH(
-          device, cost_gradient,
-          CostGradientGroup<T>{B, groups[k].n, d, data<T>(clouds.z[c]), data<T>(clouds.norm[c]),
-                               groups[k].sum, groups[k].product, data<T>(grads[c])},
-          kind);
-    }
-    for (const int64_t c : wanted) result.push_back(grads[c]);
-    return result;
+    const PointGradients<T> grads(device, clouds, kind, wanted);
+    const Solution solution{grad_loss, weights, f, g, pairs, coefficients, eps};
+    if (costs.empty())
+      add_streamed<T>(solution, clouds, kind, grads);
+    else
+      add_dense<T>(device, solution, costs, kind, grads);
+    return grads.result();
   });
 }
 
@@ -647,7 +743,9 @@ STABLE_TORCH_LIBRARY_IMPL(otloss, CUDA, library) {
   library.impl("cost", TORCH_BOX(&otloss::cost));
   library.impl("cost_backward", TORCH_BOX(&otloss::cost_backward));
   library.impl("solve", TORCH_BOX(&otloss::solve));
+  library.impl("solve_points", TORCH_BOX(&otloss::solve_points));
   library.impl("envelope_backward", TORCH_BOX(&otloss::envelope_backward));
+  library.impl("envelope_backward_points", TORCH_BOX(&otloss::envelope_backward_points));
 }
 #endif
 

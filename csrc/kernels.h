@@ -173,6 +173,17 @@ struct CostWeightGroup {
   T* col_sum;       // (B, m) out
 };
 
+// The same from a solution: W = coefficient * grad * plan is not stored.
+template <typename T>
+struct PlanWeightGroup : CostWeightGroup<T> {
+  const T* a;     // (B, n)
+  const T* b;     // (B, m)
+  const T* f;     // (B, n)
+  const T* g;     // (B, m)
+  const T* grad;  // (B,) of the loss
+  T coefficient;  // of this pair in the loss
+};
+
 // After the product: grad += x row_sum - V y, or its tangent part over |x| for cosine.
 template <typename T>
 struct CostGradientGroup {
@@ -196,6 +207,8 @@ template <typename T>
 void cost_epilogue(const CostGroup<T>& group, CostKind kind);
 template <typename T>
 void cost_weights(const CostWeightGroup<T>& group, CostKind kind);
+template <typename T>
+void plan_weights(const PlanWeightGroup<T>& group, CostKind kind, double eps);
 template <typename T>
 void cost_gradient(const CostGradientGroup<T>& group, CostKind kind);
 template <typename T>
@@ -237,6 +250,9 @@ template <typename T>
 void cost_epilogue(const Context& context, const CostGroup<T>& group, CostKind kind);
 template <typename T>
 void cost_weights(const Context& context, const CostWeightGroup<T>& group, CostKind kind);
+template <typename T>
+void plan_weights(const Context& context, const PlanWeightGroup<T>& group, CostKind kind,
+                  double eps);
 template <typename T>
 void cost_gradient(const Context& context, const CostGradientGroup<T>& group, CostKind kind);
 // loss_k = sum_p coefficients_p values_pk, values (P, B), loss (B,).

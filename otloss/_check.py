@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,8 +34,7 @@ class ConvergenceWarning(UserWarning):
     """The solver stopped at ``max_iters`` before its marginal error was below ``tol``."""
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """The checked keyword arguments of a solve. ``n_iters`` is -1 for "until converged"."""
 
     eps: float

@@ -41,6 +41,7 @@ class Settings(NamedTuple):
     potentials: bool  # whether f and g are differentiable outputs: for results, not for losses
     trace: bool  # keep the potentials of every iteration, for backward="unrolled"
     dense: bool  # store the cost matrices
+    batched: bool  # the loss is (B,), not ()
 
 
 def _implementation(plain: bool) -> ModuleType:
@@ -252,7 +253,7 @@ class Solve(torch.autograd.Function):
     """``(settings, problems, clouds, *costs, *weights, *init) -> (loss, status, *f, *g)``.
 
     ``costs`` (B, n, m) one per pair, ``weights`` (B, n) one per cloud, ``init`` potentials f, g of
-    each pair in turn or nothing. ``loss`` (B,), ``status`` (P, B, 4) as in ``otloss.ops``.
+    each pair in turn or nothing. ``loss`` (B,) or (), ``status`` (P, B, 4) as in ``otloss.ops``.
     """
 
     @staticmethod
@@ -285,7 +286,7 @@ class Solve(torch.autograd.Function):
         ctx.mark_non_differentiable(*([status] if s.potentials else [status, *f, *g]))
         # The inputs themselves, not their contiguous copies: these know where they came from.
         ctx.save_for_backward(*tensors, *f, *g, *traces)
-        return loss, status, *f, *g
+        return loss if s.batched else loss[0], status, *f, *g
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, _: None, *grad_potentials: Any) -> Any:
@@ -322,7 +323,7 @@ def _seeds(
         )
     if grad_loss is None:
         grad_loss = weights[0].new_zeros(weights[0].shape[0])
-    seeds = [grad_loss.contiguous()]
+    seeds = [grad_loss.reshape(-1).contiguous()]
     if through:
         like = [weights[c] for c in (*s.pairs[::2], *s.pairs[1::2])]
         seeds += [
@@ -358,7 +359,7 @@ def _solve_gradient(
         list(solution),
     ]
     if not torch.is_grad_enabled():
-        return _gradients(s, parts, want)
+        return _wanted_gradients(s, parts, want)
     sizes = [len(part) for part in parts]
     parts[-1] = [t.detach() for t in solution]
     return SolveGradient.apply(s, sizes, want, *(t for part in parts for t in part))
@@ -372,8 +373,10 @@ def _split(tensors: Sequence[Tensor], sizes: list[int]) -> list[list[Tensor]]:
     return parts
 
 
-def _gradients(s: Settings, parts: list[list[Tensor]], want: list[int]) -> list[Tensor]:
-    """Gradients of the wanted costs and weights, by the kernels.
+def _gradients(
+    s: Settings, parts: list[list[Tensor]], want_cost: list[int], want_weights: bool
+) -> Sequence[list[Tensor]]:
+    """Gradients of the costs and of both sides' weights, lists over the pairs, by the kernels.
 
     ``parts``: seeds, costs, weights, init, [*f, *g, *traces].
     """
@@ -381,24 +384,28 @@ def _gradients(s: Settings, parts: list[list[Tensor]], want: list[int]) -> list[
     P, implementation = len(costs), _implementation(s.plain)
     grad_loss, grad_f, grad_g = seeds[0], seeds[1 : P + 1], seeds[P + 1 :]
     f, g, traces = solution[:P], solution[P : 2 * P], solution[2 * P :]
-    want_cost, want_weights = want[:P], any(want[P:])
     if s.backward == "unrolled":
-        grads = implementation.unrolled_backward(
+        return implementation.unrolled_backward(
             grad_loss, grad_f, grad_g, costs, weights, s.pairs, s.coefficients, init, traces,
             s.eps, s.objective, want_cost, want_weights,
         )  # fmt: skip
-    elif not _is_envelope(s, seeds):
+    if not _is_envelope(s, seeds):
         *grads, status = implementation.implicit_backward(
             grad_loss, grad_f, grad_g, costs, weights, s.pairs, s.coefficients, f, g,
             s.eps, s.objective, want_cost, want_weights,
         )  # fmt: skip
         _report_system(status, costs[0].dtype)
-    else:
-        grads = implementation.envelope_backward(
-            grad_loss, costs, weights, s.pairs, s.coefficients, f, g, s.eps, s.objective,
-            want_cost, want_weights,
-        )  # fmt: skip
-    return _of_inputs(s, grads, want)
+        return grads
+    return implementation.envelope_backward(
+        grad_loss, costs, weights, s.pairs, s.coefficients, f, g, s.eps, s.objective,
+        want_cost, want_weights,
+    )  # fmt: skip
+
+
+def _wanted_gradients(s: Settings, parts: list[list[Tensor]], want: list[int]) -> list[Tensor]:
+    """The same for the costs and clouds' weights that are wanted, in one list."""
+    P = len(s.coefficients)
+    return _of_inputs(s, _gradients(s, parts, want[:P], any(want[P:])), want)
 
 
 def _of_inputs(s: Settings, grads: Sequence[list[Tensor]], want: list[int]) -> list[Tensor]:
@@ -448,7 +455,8 @@ class SolveGradient(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.settings, ctx.sizes, ctx.want = settings, sizes, want
         ctx.save_for_backward(*tensors)
-        return tuple(g.clone() for g in _gradients(settings, _split(tensors, sizes), want))
+        parts = _split(tensors, sizes)
+        return tuple(g.clone() for g in _wanted_gradients(settings, parts, want))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -521,7 +529,7 @@ class Potentials(torch.autograd.Function):
         parts = _split(saved, [P, inputs - P, 0, 2 * P])
         no_loss = saved[0].new_zeros(saved[0].shape[0])
         seeds = [no_loss, *(grad.contiguous() for grad in grads)]
-        result = _gradients(s, [seeds, *parts], [1] * inputs)
+        result = _wanted_gradients(s, [seeds, *parts], [1] * inputs)
         return None, None, *result, *[None] * (2 * P)
 
 
@@ -542,9 +550,9 @@ def _centred(
 class SolvePoints(torch.autograd.Function):
     """``(settings, kind, clouds, *points, *weights, *init) -> (loss, status, *f, *g)``.
 
-    ``CostMatrices`` and ``Solve`` in one node, which takes a third off a small call. Without
-    ``settings.dense`` no cost matrix is stored. The gradient at fixed potentials needs none either;
-    for every other one they are made in the backward pass.
+    ``CostMatrices`` and ``Solve`` in one node and one operation. Without ``settings.dense`` no cost
+    matrix is stored. The gradient at fixed potentials needs none either; for every other one they
+    are made in the backward pass.
     """
 
     @staticmethod
@@ -555,18 +563,14 @@ class SolvePoints(torch.autograd.Function):
         points = [_batched(x) for x in tensors[:clouds]]
         weights = [w.contiguous() for w in tensors[clouds : 2 * clouds]]
         init = [v.contiguous() for v in tensors[2 * clouds :]]
-        implementation = _implementation(s.plain)
-        costs = implementation.cost(points, weights, s.pairs, kind) if s.dense else []
-        solve, source = (
-            (implementation.solve, (costs, weights, s.pairs, s.coefficients, init))
-            if s.dense
-            else (
-                implementation.solve_points,
-                (points, weights, s.pairs, s.coefficients, init, kind),
-            )
-        )
-        loss, status, f, g, traces = solve(
-            *source,
+        loss, status, f, g, traces, costs = _implementation(s.plain).solve_points(
+            points,
+            weights,
+            s.pairs,
+            s.coefficients,
+            init,
+            kind,
+            s.dense,
             s.eps,
             s.rho_x,
             s.rho_y,
@@ -582,53 +586,53 @@ class SolvePoints(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*([status] if s.potentials else [status, *f, *g]))
         ctx.save_for_backward(*tensors, *f, *g, *traces, *costs)
-        return loss, status, *f, *g
+        return loss if s.batched else loss[0], status, *f, *g
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, _: None, *grad_potentials: Any) -> Any:
-        s, clouds = ctx.settings, ctx.clouds
-        result: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 3)
-        saved, count = ctx.saved_tensors, len(result)
+        s, clouds, needed = ctx.settings, ctx.clouds, ctx.needs_input_grad[3:]
+        saved, inputs = ctx.saved_tensors, len(needed)
         stored = len(saved) - (len(s.coefficients) if s.dense else 0)
-        saved, costs = saved[:stored], saved[stored:]
-        inputs, weights, init = (
-            saved[:clouds],
-            saved[clouds : 2 * clouds],
-            saved[2 * clouds : count],
+        solved = _Solved(
+            ctx.kind,
+            [_batched(x) for x in saved[:clouds]],
+            [w.contiguous() for w in saved[clouds : 2 * clouds]],
+            saved[2 * clouds : inputs],
+            saved[inputs:stored],
+            saved[stored:],
         )
-        seeds = _seeds(s, weights, grad_loss, grad_potentials)
+        seeds = _seeds(s, solved.weights, grad_loss, grad_potentials)
         if seeds is None:
-            return None, None, None, *result
-        wanted = [c for c in range(clouds) if ctx.needs_input_grad[3 + c]]
-        want_weights = [int(w) for w in ctx.needs_input_grad[3 + clouds : 3 + 2 * clouds]]
-        points, weights = [_batched(x) for x in inputs], [w.contiguous() for w in weights]
-        solution, envelope = list(saved[count:]), _is_envelope(s, seeds)
-        if torch.is_grad_enabled():
-            solution = [t.detach() for t in solution]
-        size = 0 if s.dense else _dense_bytes(s, points)
-        streamed = envelope and not torch.is_grad_enabled() and not s.dense
-        if size <= schedule.dense_budget and not streamed:
-            if torch.is_grad_enabled() or not s.dense:
-                costs = CostMatrices.apply(s.pairs, ctx.kind, s.plain, clouds, *points, *weights)
-            grads, grad_weights = _through_costs(
-                s, ctx.kind, costs, seeds, points, weights, init, solution, wanted, want_weights
-            )
+            return None, None, None, *[None] * inputs
+        wanted = [c for c in range(clouds) if needed[c]]
+        want_weights = needed[clouds : 2 * clouds]
+        higher, envelope = torch.is_grad_enabled(), _is_envelope(s, seeds)
+        if envelope and not higher:
+            gradients = _at_fixed_potentials
+        elif s.dense or _dense_bytes(s, solved.points) <= schedule.dense_budget:
+            gradients = _differentiable if higher else _through_costs
         elif envelope:
-            grads, grad_weights = _streamed_gradients(
-                s, ctx.kind, seeds[0], points, weights, solution, wanted, want_weights
-            )
-            both = [*grads, *(grad for grad in grad_weights if grad is not None)]
-            both = _refuse_higher_order(
-                both, (*inputs, *weights, *seeds), _STREAMED.format(size=size / 1e9)
-            )
-            grads, rest = both[: len(wanted)], iter(both[len(wanted) :])
-            grad_weights = [None if grad is None else next(rest) for grad in grad_weights]
+            gradients = _first_order_only
         else:
-            raise NotImplementedError(_STREAMED.format(size=size / 1e9))
+            raise NotImplementedError(_streamed_message(s, solved.points))
+        grads, grad_weights = gradients(s, seeds, solved, wanted, want_weights)
+        result: list[Tensor | None] = [None] * inputs
         for c, grad in zip(wanted, grads, strict=True):
-            result[c] = grad.view_as(inputs[c]).to(inputs[c].dtype)
+            x = saved[c]
+            result[c] = grad.view_as(x).to(x.dtype)
         result[clouds : 2 * clouds] = grad_weights
         return None, None, None, *result
+
+
+class _Solved(NamedTuple):
+    """What ``SolvePoints`` was given, ready for the operations, and what came out."""
+
+    kind: int
+    points: list[Tensor]
+    weights: list[Tensor]
+    init: Sequence[Tensor]
+    solution: Sequence[Tensor]  # *f, *g, *traces
+    costs: Sequence[Tensor]  # stored, or none
 
 
 def _dense_bytes(s: Settings, points: Sequence[Tensor]) -> int:
@@ -637,57 +641,107 @@ def _dense_bytes(s: Settings, points: Sequence[Tensor]) -> int:
     return sum(sizes) * points[0].shape[0] * points[0].element_size()
 
 
+def _streamed_message(s: Settings, points: Sequence[Tensor]) -> str:
+    return _STREAMED.format(size=_dense_bytes(s, points) / 1e9)
+
+
+_Gradients = tuple[Sequence[Tensor], list[Tensor | None]]  # of the wanted clouds, of the weights
+
+
+def _at_fixed_potentials(
+    s: Settings,
+    seeds: list[Tensor],
+    solved: _Solved,
+    wanted: list[int],
+    want_weights: Sequence[bool],
+) -> _Gradients:
+    """The envelope gradient, from points to points in one operation."""
+    kind, points, weights, _, solution, costs = solved
+    P, implementation = len(s.coefficients), _implementation(s.plain)
+    f, g = list(solution[:P]), list(solution[P : 2 * P])
+    grads: list[Tensor] = []
+    if wanted:
+        grads = implementation.envelope_backward_points(
+            seeds[0], list(costs), points, weights, s.pairs, s.coefficients, f, g, kind, s.eps,
+            wanted,
+        )  # fmt: skip
+    if not any(want_weights):
+        return grads, [None] * len(weights)
+    unread, want_cost = f, [0] * P  # the weights' gradients need no cost matrix
+    _, grad_a, grad_b = implementation.envelope_backward(
+        seeds[0], unread, weights, s.pairs, s.coefficients, f, g, s.eps, s.objective, want_cost,
+        True,
+    )  # fmt: skip
+    return grads, _sum_over_pairs(s.pairs, grad_a, grad_b, want_weights)
+
+
+def _first_order_only(
+    s: Settings,
+    seeds: list[Tensor],
+    solved: _Solved,
+    wanted: list[int],
+    want_weights: Sequence[bool],
+) -> _Gradients:
+    """The same where a graph is being made: differentiating the result raises."""
+    solved = solved._replace(solution=[t.detach() for t in solved.solution])
+    grads, grad_weights = _at_fixed_potentials(s, seeds, solved, wanted, want_weights)
+    given = [*grads, *(grad for grad in grad_weights if grad is not None)]
+    message = _streamed_message(s, solved.points)
+    refused = iter(_refuse_higher_order(given, (*solved.points, *solved.weights, *seeds), message))
+    grads = [next(refused) for _ in grads]
+    return grads, [None if grad is None else next(refused) for grad in grad_weights]
+
+
 def _through_costs(
     s: Settings,
-    kind: int,
-    costs: Sequence[Tensor],
     seeds: list[Tensor],
-    points: list[Tensor],
-    weights: list[Tensor],
-    init: Sequence[Tensor],
-    solution: list[Tensor],
+    solved: _Solved,
     wanted: list[int],
-    want_weights: list[int],
-) -> tuple[Sequence[Tensor], list[Tensor | None]]:
-    """Gradients of the wanted clouds and of the weights by way of the cost matrices."""
-    P = len(costs)
+    want_weights: Sequence[bool],
+) -> _Gradients:
+    """Every other gradient, by way of those of the cost matrices."""
+    kind, points, weights, init, solution, costs = solved
+    implementation, pairs = _implementation(s.plain), reference.as_pairs(s.pairs)
+    if not s.dense:
+        costs = implementation.cost(points, weights, s.pairs, kind)
+    parts = [seeds, list(costs), weights, list(init), list(solution)]
+    given = [p for p, (i, j) in enumerate(pairs) if i in wanted or j in wanted]
+    want_cost = [int(p in given) for p in range(len(pairs))]
+    grad_costs, grad_a, grad_b = _gradients(s, parts, want_cost, any(want_weights))
+    grads: list[Tensor] = []
+    if wanted:
+        grads = implementation.cost_backward(
+            [grad_costs[p] for p in given],
+            [costs[p] for p in given],
+            points,
+            weights,
+            [c for p in given for c in pairs[p]],
+            kind,
+            wanted,
+        )
+    return grads, _sum_over_pairs(s.pairs, grad_a, grad_b, want_weights)
+
+
+def _differentiable(
+    s: Settings,
+    seeds: list[Tensor],
+    solved: _Solved,
+    wanted: list[int],
+    want_weights: Sequence[bool],
+) -> _Gradients:
+    """The same as nodes of a graph."""
+    kind, points, weights, init, solution, _ = solved
+    P, solution = len(s.coefficients), [t.detach() for t in solution]
+    costs = CostMatrices.apply(s.pairs, kind, s.plain, len(points), *points, *weights)
     want = [int(i in wanted or j in wanted) for i, j in reference.as_pairs(s.pairs)]
-    grads = list(_solve_gradient(s, seeds, costs, weights, init, solution, want + want_weights))
-    grad_weights: list[Tensor | None] = [None] * len(weights)
-    for c in reversed([c for c, w in enumerate(want_weights) if w]):
-        grad_weights[c] = grads.pop()
+    want += [int(w) for w in want_weights]
+    results = iter(_solve_gradient(s, seeds, costs, weights, init, solution, want))
+    grad_costs = [next(results) for p in range(P) if want[p]]
+    grad_weights = [next(results) if w else None for w in want_weights]
     if not wanted:
         return [], grad_weights
     given = [p for p in range(P) if want[p]]
     pairs = [c for p in given for c in s.pairs[2 * p : 2 * p + 2]]
-    kept = [costs[p].detach() if torch.is_grad_enabled() else costs[p] for p in given]
-    grad_points = _points_gradient(grads, kept, points, weights, pairs, kind, s.plain, wanted)
-    return grad_points, grad_weights
-
-
-def _streamed_gradients(
-    s: Settings,
-    kind: int,
-    grad_loss: Tensor,
-    points: list[Tensor],
-    weights: list[Tensor],
-    solution: list[Tensor],
-    wanted: list[int],
-    want_weights: list[int],
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """The same at fixed potentials, without cost matrices."""
-    P = len(s.coefficients)
-    f, g = solution[:P], solution[P : 2 * P]
-    grads: list[Tensor] = []
-    if wanted:
-        grads = ops.envelope_backward_points(
-            grad_loss, points, weights, s.pairs, s.coefficients, f, g, kind, s.eps, wanted
-        )
-    if not any(want_weights):
-        return grads, [None] * len(weights)
-    unread, want_cost = f, [0] * P  # the weights' gradients need no cost matrix
-    _, grad_a, grad_b = ops.envelope_backward(
-        grad_loss, unread, weights, s.pairs, s.coefficients, f, g, s.eps, s.objective, want_cost,
-        True,
-    )  # fmt: skip
-    return grads, _sum_over_pairs(s.pairs, grad_a, grad_b, want_weights)
+    kept = [costs[p].detach() for p in given]
+    grads = _points_gradient(grad_costs, kept, points, weights, pairs, kind, s.plain, wanted)
+    return grads, grad_weights

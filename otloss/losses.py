@@ -65,7 +65,7 @@ def combine(
     solved = run(problem, costs, pairs, coefficients, options, init, dense=dense)
     if memory is not None:
         memory.keep(solved)
-    return solved.loss if problem.batched else solved.loss[0]
+    return solved.loss
 
 
 def sinkhorn_divergence(

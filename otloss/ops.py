@@ -12,7 +12,9 @@ is a cloud against itself. All tensors carry a batch dimension.
     unrolled_backward  gradients of the loss, f, g; traces           -> gradients of costs, weights
     implicit_backward  gradients of the loss, f, g                   -> gradients of costs, weights,
                        status (P, B, 2): iterations and relative residual of the linear system
-    solve_points, envelope_backward_points    the same from points, without cost matrices
+    solve_points       points, weights                               -> as solve, and costs per
+                       pair if they are to be stored (`dense`)
+    envelope_backward_points    gradient of the loss, costs or none  -> gradients of wanted clouds
 
 The loss is the sum over the pairs of a coefficient times OT of the pair.
 
@@ -79,18 +81,27 @@ _library.define(
 )
 _library.define(
     "solve_points(Tensor[] points, Tensor[] weights, int[] pairs, float[] coefficients, "
-    "Tensor[] init, int kind, float eps, float rho_x, float rho_y, float tol, int max_iters, "
-    "int n_iters, int objective, bool trace) -> (Tensor, Tensor, Tensor[], Tensor[], Tensor[])",
+    "Tensor[] init, int kind, bool dense, float eps, float rho_x, float rho_y, float tol, "
+    "int max_iters, int n_iters, int objective, bool trace) "
+    "-> (Tensor, Tensor, Tensor[], Tensor[], Tensor[], Tensor[])",
 )
 _library.define(
-    "envelope_backward_points(Tensor grad_loss, Tensor[] points, Tensor[] weights, int[] pairs, "
-    "float[] coefficients, Tensor[] f, Tensor[] g, int kind, float eps, int[] wanted) -> Tensor[]",
+    "envelope_backward_points(Tensor grad_loss, Tensor[] costs, Tensor[] points, "
+    "Tensor[] weights, int[] pairs, float[] coefficients, Tensor[] f, Tensor[] g, int kind, "
+    "float eps, int[] wanted) -> Tensor[]",
 )
 
 
 # Operations with CUDA kernels, see csrc/bindings.cpp. The others run in plain torch there,
 # and so do all in a build without CUDA.
-_CUDA_KERNELS = ("cost", "cost_backward", "solve", "envelope_backward")
+_CUDA_KERNELS = (
+    "cost",
+    "cost_backward",
+    "solve",
+    "solve_points",
+    "envelope_backward",
+    "envelope_backward_points",
+)
 
 
 def _load_native() -> Any:
@@ -258,6 +269,7 @@ def _(
     coefficients: list[float],
     init: list[Tensor],
     kind: int,
+    dense: bool,
     eps: float,
     rho_x: float,
     rho_y: float,
@@ -266,7 +278,7 @@ def _(
     n_iters: int,
     objective: int,
     trace: bool,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     B, sides = points[0].shape[0], reference.as_pairs(pairs)
     f = [torch.empty_like(weights[i]) for i, _ in sides]
     g = [torch.empty_like(weights[j]) for _, j in sides]
@@ -276,12 +288,18 @@ def _(
         else []
     )
     status = points[0].new_empty(len(sides), B, 4, dtype=torch.float64)
-    return points[0].new_empty(B), status, f, g, traces
+    costs = (
+        [points[0].new_empty(B, points[i].shape[1], points[j].shape[1]) for i, j in sides]
+        if dense
+        else []
+    )
+    return points[0].new_empty(B), status, f, g, traces, costs
 
 
 @torch.library.register_fake("otloss::envelope_backward_points", lib=_library)
 def _(
     grad_loss: Tensor,
+    costs: list[Tensor],
     points: list[Tensor],
     weights: list[Tensor],
     pairs: list[int],

@@ -513,6 +513,7 @@ def solve_points(
     coefficients: list[float],
     init: list[Tensor],
     kind: int,
+    dense: bool,
     eps: float,
     rho_x: float,
     rho_y: float,
@@ -521,9 +522,9 @@ def solve_points(
     n_iters: int,
     objective: int,
     trace: bool,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     costs = cost(points, weights, pairs, kind)
-    return solve(
+    solved = solve(
         costs,
         weights,
         pairs,
@@ -538,10 +539,12 @@ def solve_points(
         objective,
         trace,
     )
+    return *solved, costs if dense else []
 
 
 def envelope_backward_points(
     grad_loss: Tensor,
+    costs: list[Tensor],
     points: list[Tensor],
     weights: list[Tensor],
     pairs: list[int],
@@ -552,7 +555,7 @@ def envelope_backward_points(
     eps: float,
     wanted: list[int],
 ) -> list[Tensor]:
-    costs = cost(points, weights, pairs, kind)
+    costs = costs or cost(points, weights, pairs, kind)
     grad_costs, _, _ = envelope_backward(
         grad_loss, costs, weights, pairs, coefficients, f, g, eps, 0, [1] * len(costs), False
     )

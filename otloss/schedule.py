@@ -22,10 +22,7 @@ CACHED_BYTES = 1 << 25
 
 def choose_method(points: Sequence[Tensor], sizes: Sequence[tuple[int, int]], itemsize: int) -> str:
     """``"dense"`` or ``"streamed"`` for pairs of ``sizes`` (n, m) over ``points`` (B, n, d)."""
-    batch = points[0].shape[0] if points[0].dim() == 3 else 1
-    largest = max(n * m for n, m in sizes) * itemsize
-    together = sum(n * m for n, m in sizes) * itemsize * batch
-    if together > dense_budget:
+    shape, bytes_of = points[0].shape, [n * m * itemsize for n, m in sizes]
+    if sum(bytes_of) * (shape[0] if len(shape) == 3 else 1) > dense_budget:
         return "streamed"
-    low_dimensional = points[0].shape[-1] <= STREAMED_DIMS
-    return "streamed" if low_dimensional and largest > CACHED_BYTES else "dense"
+    return "streamed" if shape[-1] <= STREAMED_DIMS and max(bytes_of) > CACHED_BYTES else "dense"

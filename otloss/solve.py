@@ -74,7 +74,18 @@ def build_costs(problem: Problem, pairs: list[int], cost: Cost, plain: bool) -> 
     if isinstance(cost, str):
         weights = problem.weights if problem.padded else ()
         return CostMatrices.apply(pairs, COSTS[cost], plain, len(points), *points, *weights)
-    return tuple(_call_cost(cost, points[i], points[j]) for i, j in reference.as_pairs(pairs))
+    weights = problem.weights
+    return tuple(
+        _hide_padding(problem, _call_cost(cost, points[i], points[j]), weights[i], weights[j])
+        for i, j in reference.as_pairs(pairs)
+    )
+
+
+def _hide_padding(problem: Problem, C: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """C (B, n, m) with 0 for points of weight 0, where NaN or infinity may stand."""
+    if not problem.padded or (_check.readable(C) and bool(C.detach().sum().isfinite())):
+        return C
+    return torch.where((a.unsqueeze(-1) > 0) & (b.unsqueeze(-2) > 0), C, 0.0)
 
 
 def _call_cost(cost: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -91,7 +102,7 @@ def _call_cost(cost: Any, x: Tensor, y: Tensor) -> Tensor:
 
 @dataclass
 class Solved:
-    loss: Tensor  # (B,)
+    loss: Tensor  # () or (B,)
     status: Tensor  # (P, B, 4)
     f: tuple[Tensor, ...]  # (B, n) per pair
     g: tuple[Tensor, ...]  # (B, m) per pair
@@ -162,6 +173,7 @@ def run(
         potentials=potentials,
         trace=needs_grad and backward == "unrolled",
         dense=dense,
+        batched=problem.batched,
     )
     if costs is None:
         loss, status, *rest = SolvePoints.apply(
@@ -229,7 +241,7 @@ class OTResult:
         self._status = solved.status[0]
         self._a, self._b = problem.weights[0], problem.weights[1]
         self._f, self._g = solved.f[0], solved.g[0]
-        self.value = self._out(solved.loss)
+        self.value = solved.loss
         self.potentials = (self._out(self._f), self._out(self._g))
 
     def _out(self, t: Tensor) -> Tensor:
@@ -414,7 +426,7 @@ def solve(
     if padded and options.balanced:
         _check.same_mass(*weights, C.dtype)
     problem = Problem((), (), weights, padded, C.dim() == 3)
-    costs = (C.to(compute_dtype(C)).reshape(-1, n, m),)
+    costs = (_hide_padding(problem, C.to(compute_dtype(C)).reshape(-1, n, m), *weights),)
     return _solve_one(problem, costs, options, init)
 
 

@@ -182,7 +182,9 @@ def test_streamed_iterations(dtype, cost, d, rng):
     x, y = randn(rng, 1, n, d, dtype=dtype), randn(rng, 1, m, d, dtype=dtype)
     a, b = (make_weights(rng, (1, k), "random").to(dtype) for k in (n, m))
     kind, changes = COST_NUMBERS[cost], settings(eps=0.5, n_iters=5)
-    loss, status, f, g, _ = ops.solve_points([x, y], [a, b], [0, 1], [1.0], [], kind, **changes)
+    loss, status, f, g, *_ = ops.solve_points(
+        [x, y], [a, b], [0, 1], [1.0], [], kind, False, **changes
+    )
     expected = oracle.iterate(
         oracle.cost(x[0].double(), y[0].double(), cost), a[0].double(), b[0].double(), 0.5, 5
     )[-1]
@@ -248,7 +250,7 @@ def test_native_kernels_are_in_use():
 
 
 def sample_arguments() -> dict[str, tuple[Any, ...]]:
-    """Arguments of every operation, small and valid."""
+    """Arguments of every operation, small and valid; after a colon, which of several."""
     generator = torch.Generator().manual_seed(0)
     x, y = randn(generator, 2, 4, 3), randn(generator, 2, 5, 3)
     a, b = uniform(4).repeat(2, 1), uniform(5).repeat(2, 1)
@@ -263,6 +265,7 @@ def sample_arguments() -> dict[str, tuple[Any, ...]]:
     before = (torch.ones(2, dtype=torch.float64), *grads, C, weights, pairs, coefficients)
     ones, wanted = torch.ones(2, dtype=torch.float64), [0, 1]
     fg = [t for both in zip(f, g, strict=True) for t in both]
+    points_gradient = [x, y], weights, pairs, coefficients, f, g, 1, 0.5, wanted
     return {
         "cost": ([x, y], weights, pairs, 0),
         "cost_backward": ([torch.ones_like(c) for c in C], C, [x, y], weights, pairs, 1, wanted),
@@ -282,19 +285,10 @@ def sample_arguments() -> dict[str, tuple[Any, ...]]:
         ),
         "unrolled_backward": (*before, [], traces, 0.5, 0, [1, 0], True),
         "implicit_backward": (*before, f, g, 0.5, 0, [1, 0], True),
-        "solve_points": ([x, y], weights, pairs, coefficients, [], 0, *options),
-        "envelope_backward_points": (
-            ones,
-            [x, y],
-            weights,
-            pairs,
-            coefficients,
-            f,
-            g,
-            0,
-            0.5,
-            wanted,
-        ),
+        "solve_points": ([x, y], weights, pairs, coefficients, [], 1, False, *options),
+        "solve_points:dense": ([x, y], weights, pairs, coefficients, [], 1, True, *options),
+        "envelope_backward_points": (ones, [], *points_gradient),
+        "envelope_backward_points:dense": (ones, C, *points_gradient),
     }
 
 
@@ -304,14 +298,17 @@ def test_sample_arguments_name_every_operation():
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("otloss::")
     }
-    assert set(sample_arguments()) == registered
+    assert {key.partition(":")[0] for key in sample_arguments()} == registered
+
+
+def operation_named(key: str) -> Any:
+    return getattr(torch.ops.otloss, key.partition(":")[0]).default
 
 
 @pytest.mark.parametrize("operation", sample_arguments())
 def test_opcheck(operation):
     """torch's own tests: the schema tells the truth, fake kernels have the shapes of the real."""
-    arguments = sample_arguments()[operation]
-    torch.library.opcheck(getattr(torch.ops.otloss, operation).default, arguments)
+    torch.library.opcheck(operation_named(operation), sample_arguments()[operation])
 
 
 @pytest.mark.parametrize("operation", sample_arguments())
@@ -328,7 +325,7 @@ def test_fake_kernels(operation):
             return [shapes(v) for v in value]
         return tuple(value.shape), value.dtype
 
-    call = getattr(torch.ops.otloss, operation).default
+    call = operation_named(operation)
     arguments = sample_arguments()[operation]
     made = call(*[to_meta(v) for v in arguments])
     assert shapes(made) == shapes(call(*arguments))
@@ -340,10 +337,7 @@ def test_fake_kernels(operation):
 def test_native_equals_reference(operation):
     """Every operation on its sample arguments: the same tensors from both."""
     arguments = list(sample_arguments()[operation])
-    plain = getattr(reference, operation, None)
-    if plain is None:
-        pytest.skip("this operation is a composition in the reference")
-    call = getattr(ops, operation)
+    plain, call = getattr(reference, operation.partition(":")[0]), operation_named(operation)
     if operation.startswith("solve"):  # exact iterations, because stopping tests differ
         names = [argument.name for argument in call._schema.arguments]
         arguments[names.index("n_iters")] = 7

@@ -3,7 +3,8 @@
 //     prepare:   z = x - centre, |z|^2  (cosine: z = x / |x|, |x|)
 //     product:   C = zx zy^T                                      caller
 //     epilogue:  C = cost(|zx|^2, |zy|^2, C), in place
-//     weights:   V = W * gradient_weight(C), its row and column sums
+//     weights:   V = W * gradient_weight(C), its row and column sums; W may be a plan, made a row
+//                at a time
 //     product:   V zy, V^T zx                                     caller
 //     gradient:  grad += zx * row_sum - V zy  (cosine: its tangent part / |x|)
 //
@@ -16,7 +17,9 @@
 #include "kernels.h"
 #include "parallel.h"
 #include "points.h"
+#include "problems.h"
 #include "products.h"
+#include "sweep.h"
 
 namespace otloss::cpu {
 namespace {
@@ -141,6 +144,28 @@ void symmetrise(int64_t n, T* V, T* row_sum, T* col_sum) {
   for (int64_t i = 0; i < n; ++i) row_sum[i] = col_sum[i] = row_sum[i] + col_sum[i];
 }
 
+// V and its sums for problem p; row(i, V) is the i-th row of W, which may be made in V.
+template <typename T, typename Row>
+void weigh_rows(const CostWeightGroup<T>& group, int64_t p, CostKind kind, bool split,
+                bool symmetrised, Row&& row) {
+  const int64_t n = group.n, m = group.m;
+  const RowParts parts(n, m, split);
+  PartSums<T> columns(parts, m);
+  T* row_sum = group.row_sum + p * n;
+  dispatch_cost(kind, [&](auto cost) {
+    parts.for_each([&](int64_t part, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t at = (p * n + i) * m;
+        T* V = group.V + at;
+        row_sum[i] = weight_row(cost, m, row(i, V), group.C + at, V, columns.part(part));
+      }
+    });
+  });
+  T* col_sum = group.col_sum + p * m;
+  std::copy_n(columns.total(), m, col_sum);
+  if (symmetrised) symmetrise(n, group.V + p * n * m, row_sum, col_sum);
+}
+
 }  // namespace
 
 template <typename T>
@@ -187,17 +212,29 @@ void cost_epilogue(const CostGroup<T>& group, CostKind kind) {
 template <typename T>
 void cost_weights(const CostWeightGroup<T>& group, CostKind kind) {
   const int64_t n = group.n, m = group.m;
-  dispatch_cost(kind, [&](auto cost) {
-    parallel_for(0, group.batch, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) {
-        T *row_sum = group.row_sum + p * n, *col_sum = group.col_sum + p * m;
-        std::fill(col_sum, col_sum + m, T(0));
-        for (int64_t i = 0; i < n; ++i) {
-          const int64_t row = (p * n + i) * m;
-          row_sum[i] = weight_row(cost, m, group.W + row, group.C + row, group.V + row, col_sum);
-        }
-        if (group.symmetrise) symmetrise(n, group.V + p * n * m, row_sum, col_sum);
-      }
+  for_each_problem(std::vector{group}, [&](const auto&, int64_t p, bool split) {
+    weigh_rows(group, p, kind, split, group.symmetrise,
+               [&](int64_t i, T* /*V*/) { return group.W + (p * n + i) * m; });
+  });
+}
+
+// The plan's row is made in the place of V and weighted while it is in the cache.
+template <typename T>
+void plan_weights(const PlanWeightGroup<T>& group, CostKind kind, double eps) {
+  const int64_t n = group.n, m = group.m;
+  const T k = static_cast<T>(kLog2E / eps);
+  for_each_problem(std::vector{group}, [&](const auto&, int64_t p, bool split) {
+    const T *f = group.f + p * n, *g = group.g + p * m;
+    std::vector<T> F(n), G(m);
+    for (int64_t i = 0; i < n; ++i) F[i] = k * f[i];
+    absorb_weights(m, k, g, group.b + p * m, G.data());
+    // With one potential the plan is symmetric already.
+    const bool symmetric = group.symmetrise && std::equal(f, f + n, g);
+    const T scale = group.coefficient * group.grad[p] * (symmetric ? T(2) : T(1));
+    weigh_rows(group, p, kind, split, group.symmetrise && !symmetric, [&](int64_t i, T* V) {
+      const int64_t row = p * n + i;
+      plan_rows(PlanRows<T>{1, m, k, scale, group.C + row * m, group.a + row, &F[i], G.data(), V});
+      return V;
     });
   });
 }
@@ -226,6 +263,7 @@ void cost_gradient(const CostGradientGroup<T>& group, CostKind kind) {
   template void prepare_clouds(const std::vector<CloudGroup<T>>&, CostKind); \
   template void cost_epilogue(const CostGroup<T>&, CostKind);                \
   template void cost_weights(const CostWeightGroup<T>&, CostKind);           \
+  template void plan_weights(const PlanWeightGroup<T>&, CostKind, double);   \
   template void cost_gradient(const CostGradientGroup<T>&, CostKind);
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)

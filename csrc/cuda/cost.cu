@@ -288,6 +288,19 @@ void cost_weights(const Context& context, const CostWeightGroup<T>& group, CostK
 }
 
 template <typename T>
+void plan_weights(const Context& context, const PlanWeightGroup<T>& group, CostKind kind,
+                  double eps) {
+  T* W = context.scratch<T>(group.batch * group.n * group.m);
+  const EnvelopeGroup<T> plan{group.batch, group.n, group.m, group.C,    group.a,
+                              group.b,     group.f, group.g, group.grad, group.coefficient,
+                              W,           nullptr, nullptr};
+  envelope_backward(context, std::vector{plan}, eps, Objective::kRegularized);
+  CostWeightGroup<T> weights = group;
+  weights.W = W;
+  cost_weights(context, weights, kind);
+}
+
+template <typename T>
 void cost_gradient(const Context& context, const CostGradientGroup<T>& group, CostKind kind) {
   Grid grid;
   grid.x = ceil_div(group.batch * group.n, kBlockWarps);
@@ -298,6 +311,7 @@ void cost_gradient(const Context& context, const CostGradientGroup<T>& group, Co
   template void prepare_clouds(const Context&, const std::vector<CloudGroup<T>>&, CostKind); \
   template void cost_epilogue(const Context&, const CostGroup<T>&, CostKind);                \
   template void cost_weights(const Context&, const CostWeightGroup<T>&, CostKind);           \
+  template void plan_weights(const Context&, const PlanWeightGroup<T>&, CostKind, double);   \
   template void cost_gradient(const Context&, const CostGradientGroup<T>&, CostKind);
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)
