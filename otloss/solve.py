@@ -82,8 +82,8 @@ def build_costs(problem: Problem, pairs: list[int], cost: Cost, plain: bool) -> 
 
 
 def _hide_padding(problem: Problem, C: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """C (B, n, m) with 0 for points of weight 0, where NaN or infinity may stand."""
-    if not problem.padded or (_check.readable(C) and bool(C.detach().sum().isfinite())):
+    """C (B, n, m) with 0 for points of weight 0, where anything may stand."""
+    if not problem.padded or (_check.readable(a) and bool((a > 0).all()) and bool((b > 0).all())):
         return C
     return torch.where((a.unsqueeze(-1) > 0) & (b.unsqueeze(-2) > 0), C, 0.0)
 

@@ -101,7 +101,7 @@ def padded(rng: torch.Generator, c: Clouds, garbage: float, extra: tuple[int, in
     return Clouds(x, y, a, b)
 
 
-@pytest.mark.parametrize("garbage", [1.0, 1e6, float("inf"), float("nan")])
+@pytest.mark.parametrize("garbage", [1.0, -1e6, 1e6, float("inf"), float("nan")])
 @pytest.mark.parametrize("cost", COSTS)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
@@ -121,7 +121,7 @@ def test_padding_is_removal(dtype, method, cost, garbage, rng):
         torch.testing.assert_close(torch.tensor(kept), torch.tensor(there), **CLOSE[dtype])
 
 
-@pytest.mark.parametrize("garbage", [1e6, float("nan")])
+@pytest.mark.parametrize("garbage", [-1e6, 1e6, float("nan")])
 def test_padding_of_energy_distance_and_callable_costs(garbage, rng):
     c = clouds(rng, 5, 4, 2, weights="random")
     full = padded(rng, c, garbage, (2, 3))

@@ -306,8 +306,8 @@ def test_what_is_not_finite(engine: Engine, regime: str) -> None:
     assert bool(f[0][1].isnan().all() and status[0, 1, 3].isnan())
 
 
-@pytest.mark.parametrize("content", [math.nan, math.inf, 1e30])
-def test_padding_may_hold_anything(engine: Engine, regime: str, content: float) -> None:
+@pytest.mark.parametrize("content", [0.0, 3.0, 1e30])
+def test_padding_changes_nothing(engine: Engine, regime: str, content: float) -> None:
     points, weights = clouds(torch.float32)
     (C,) = reference.cost(points, [], [0, 1], 0)
     padded = C.clone()
