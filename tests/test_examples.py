@@ -12,6 +12,7 @@ import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -21,11 +22,31 @@ from scipy.optimize import linear_sum_assignment
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import fit_ellipses  # noqa: E402
+import toy_mixture  # noqa: E402
 import train_classifier  # noqa: E402
+import train_gan  # noqa: E402
+import train_otgan  # noqa: E402
 import train_sinkhorn  # noqa: E402
-from common import classifier, data, metrics, models, run  # noqa: E402
+from common import chunks, classifier, data, metrics, models, run  # noqa: E402
 
-PRESETS = ["med", "geist-10"]  # the envelope gradient, and the one through the iterations
+# Script, steps, the column of loss.csv that falls, and by which share of its first value: the
+# envelope gradient and the one through the iterations, a code, a discriminator, two critics.
+LEARNING = {
+    "med": (train_sinkhorn, 60, "loss", 0.3),
+    "geist-10": (train_sinkhorn, 60, "loss", 0.3),
+    "genevay-a": (train_sinkhorn, 60, "loss", 0.3),
+    "sae": (train_sinkhorn, 60, "reconstruction", 0.3),
+    "dcgan": (train_gan, 30, "critic_loss", 0.1),
+    "wgan-gp": (train_gan, 30, "critic_loss", 0.3),
+    "tiny": (train_otgan, 60, "loss", 0.3),
+}
+# The rest of the presets: they must run, and none of their first steps says whether they learn.
+OTHERS = {
+    train_sinkhorn: ["genevay-b", "genevay-c", "learned-cost"],
+    train_gan: ["geist", "basic", "wgan-clip"],
+    train_otgan: ["mnist"],
+}
 TINY = ["--data", "digits", "--width", "0.125", "--batch", "64", "--eval-samples", "300"]
 
 
@@ -45,9 +66,9 @@ def digits_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def losses(folder: Path) -> list[float]:
+def losses(folder: Path, column: str = "loss") -> list[float]:
     with (folder / "loss.csv").open() as file:
-        return [float(row["loss"]) for row in csv.DictReader(file)]
+        return [float(row[column]) for row in csv.DictReader(file)]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -69,52 +90,270 @@ def test_classifier_learns(digits_classifier: Path):
     assert losses(digits_classifier)[-1] < 0.2 * losses(digits_classifier)[0]
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", LEARNING)
 def test_generator_learns_and_writes_everything(
     preset: str, digits_classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
+    script, steps, column, share = LEARNING[preset]
     out = tmp_path / "run"
-    options = ["--preset", preset, "--steps", "60", "--out", str(out), "--eval-every", "30"]
-    train_sinkhorn.main([*TINY, *options, "--classifier", str(digits_classifier)])
+    options = ["--preset", preset, "--steps", str(steps), "--out", str(out)]
+    options += ["--eval-every", str(steps // 2), "--classifier", str(digits_classifier)]
+    script.main([*TINY, *options])
 
-    values = losses(out)
-    assert values[-1] < 0.7 * values[0]
+    values = losses(out, column)
+    assert values[-1] < values[0] - share * abs(values[0])
     written = {path.name for path in out.iterdir()}
     assert {"ckpt.pt", "loss.csv", "loss.png", "metrics.json", "real.png"} <= written
-    assert {"samples_000020.png", "samples_000060.png"} <= written  # first epoch, last step
-    assert ("manifold.png" in written) == (preset == "geist-10")
+    first_epoch, last = "samples_000020.png", f"samples_{steps:06d}.png"
+    assert {first_epoch, last} <= written
+    assert ("manifold.png" in written) == (preset in ("geist-10", "genevay-a"))
+    assert ("reconstructions.png" in written) == (preset == "sae")
     assert not [name for name in written if name.startswith(".")]
 
     report = json.loads((out / "metrics.json").read_text())
-    assert report["steps"] == 60
+    assert report["steps"] == steps
+    assert report["args"]["command"].startswith(f"python examples/{script.__name__}.py --data")
     assert set(report["floors"]) == {"is", "fid", "precision", "recall", "ot", "med2"}
     assert set(report["floors"]) < set(report["metrics"])
     assert all(np.isfinite(list(report["metrics"].values())))
-    assert [entry["step"] for entry in report["evaluations"]] == [30]
+    assert [entry["step"] for entry in report["evaluations"]] == [steps // 2]
     printed = capsys.readouterr().out
     assert "real-real" in printed
     assert "metrics.json" in printed
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_resumed_run_equals_uninterrupted_run(preset: str, tmp_path: Path, digits_classifier: Path):
-    """Same bits: weights, optimiser, weight average and log, across an epoch's end and in the
-    middle of a row of the log."""
-    common = [*TINY, "--preset", preset, "--ema", "0.9", "--steps", "46"]
+@pytest.mark.parametrize(
+    ("script", "preset"),
+    [pytest.param(script, name, id=name) for script, names in OTHERS.items() for name in names],
+)
+def test_other_presets_run(script: ModuleType, preset: str, tmp_path: Path):
+    options = ["--preset", preset, "--steps", "11", "--stop-at", "10", "--out", str(tmp_path)]
+    script.main([*TINY, *options])
+    assert np.isfinite(losses(tmp_path)).all()
+
+
+def assert_same_run(whole: Path, parts: Path) -> None:
+    """Same bits: weights, optimisers, weight average and log."""
+    expected, found = weights(whole), weights(parts)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
+    assert (whole / "loss.csv").read_text() == (parts / "loss.csv").read_text()
+
+
+def test_resumed_run_equals_uninterrupted_run(tmp_path: Path, digits_classifier: Path):
+    """Metrics too, across an epoch's end and in the middle of a row of the log."""
+    common = [*TINY, "--preset", "med", "--ema", "0.9", "--steps", "46"]
     common += ["--classifier", str(digits_classifier)]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train_sinkhorn.main([*common, "--out", str(whole)])
     train_sinkhorn.main([*common, "--out", str(parts), "--stop-at", "23"])
     assert not (parts / "metrics.json").exists()
     train_sinkhorn.main([*common, "--out", str(parts), "--resume"])
-
-    expected, found = weights(whole), weights(parts)
-    assert expected.keys() == found.keys()
-    for name, value in expected.items():
-        assert torch.equal(value, found[name]), name
-    assert (whole / "loss.csv").read_text() == (parts / "loss.csv").read_text()
+    assert_same_run(whole, parts)
     scores = [json.loads((path / "metrics.json").read_text()) for path in (whole, parts)]
     assert scores[0]["metrics"] == scores[1]["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        pytest.param(train_sinkhorn, [*TINY, "--preset", "geist-10"], id="dropout"),
+        pytest.param(train_sinkhorn, [*TINY, "--preset", "sae"], id="sae"),
+        pytest.param(train_sinkhorn, [*TINY, "--preset", "learned-cost"], id="learned-cost"),
+        pytest.param(train_gan, [*TINY, "--preset", "dcgan"], id="dcgan"),
+        pytest.param(train_gan, [*TINY, "--preset", "wgan-gp"], id="wgan-gp"),
+        pytest.param(train_otgan, [*TINY, "--flip", "--chunk", "20"], id="otgan"),
+        pytest.param(toy_mixture, ["--batch", "64", "--freeze", "12"], id="mixture"),
+        pytest.param(fit_ellipses, ["--losses", "mmd", "eps 1", "med .1"], id="ellipses"),
+    ],
+)
+def test_every_script_resumes_exactly(script: ModuleType, options: list[str], tmp_path: Path):
+    """2N steps are N steps, a new start, and N steps."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for out, stops in ((whole, ["20"]), (parts, ["9", "20"])):
+        for i, stop in enumerate(stops):
+            common = [*options, "--steps", "30", "--out", str(out), "--stop-at", stop]
+            script.main(common + ["--resume"] * i)
+    assert_same_run(whole, parts)
+
+
+def test_mixed_precision_trains(tmp_path: Path):
+    for script in (train_gan, train_otgan, train_sinkhorn, train_classifier):
+        options = ["--data", "digits", "--amp", "--steps", "11", "--stop-at", "10"]
+        script.main([*options, "--out", str(tmp_path / script.__name__)])
+        assert np.isfinite(losses(tmp_path / script.__name__)).all()
+
+
+def test_ellipses_are_found(tmp_path: Path):
+    fit_ellipses.main(["--steps", "150", "--losses", "mmd", "med 0.1", "--out", str(tmp_path)])
+    report = json.loads((tmp_path / "metrics.json").read_text())
+    assert (tmp_path / "ellipses.png").is_file()
+    for name in ("mmd", "med 0.1"):
+        assert losses(tmp_path, name)[-1] < losses(tmp_path, name)[0]
+        counts = np.array(report["metrics"][name]["counts"])
+        assert report["metrics"][name]["diagonal"] == counts.trace()
+        assert report["metrics"][name]["off_diagonal"] == counts.sum() - counts.trace()
+        assert counts.trace() - report["metrics"][name]["off_diagonal"] > 90
+
+
+def test_ellipsoids_hold_what_they_draw():
+    torch.manual_seed(0)
+    model = fit_ellipses.Ellipsoids(torch.tensor([[0.0, 0, 0], [9, 0, 0]]))
+    with torch.no_grad():
+        model.axes[1].copy_(torch.tensor([[2.0, 1, 0], [0, 1, 0], [0, 0, 0.5]]))
+    inside = model.inside(model.draw(400).detach())
+    assert inside[0, ::2].all()
+    assert inside[1, 1::2].all()
+    assert not inside[1, ::2].any()
+    assert not model.inside(torch.tensor([[11.5, 0, 0]])).any()
+
+
+def test_mixture_is_approached(tmp_path: Path):
+    options = ["--steps", "120", "--freeze", "60", "--batch", "128", "--lr", "1e-3"]
+    toy_mixture.main([*options, "--out", str(tmp_path)])
+    report = json.loads((tmp_path / "metrics.json").read_text())
+    assert (tmp_path / "mixture.png").is_file()
+    # With the critic frozen the generator descends alone.
+    frozen = losses(tmp_path)[6:]
+    assert frozen[-1] < frozen[0]
+    assert report["floors"]["modes"] == 8
+    assert report["floors"]["near"] > 0.98
+    assert [entry["step"] for entry in report["evaluations"]] == [24, 48, 60, 72, 96, 120]
+
+
+def test_mixture_score():
+    on_modes = toy_mixture.centres().repeat(5, 1)
+    assert toy_mixture.score(on_modes) == {"modes": 8, "near": 1.0, "least": 0.125}
+    collapsed = toy_mixture.score(torch.cat((on_modes[:2].repeat(10, 1), torch.zeros(20, 2))))
+    assert collapsed == {"modes": 2, "near": 0.5, "least": 0.0}
+
+
+# --- OT-GAN ----------------------------------------------------------------------------------
+
+
+def game(*options: str) -> train_otgan.Game:
+    """A small game on 8x8 images, the same at every call."""
+    torch.manual_seed(0)
+    args = train_otgan.parse(["--data", "digits", "--steps", "8", "--width", ".0625", *options])
+    generator = models.otgan_generator((1, 8, 8), 5, "uniform", args.width)
+    critic = models.otgan_critic((1, 8, 8), args.width)
+    models.initialise_from_data(generator, generator.draw(50))
+    models.initialise_from_data(critic, generator.generate(generator.draw(50)))
+    return train_otgan.Game(args, generator, critic)
+
+
+@pytest.mark.parametrize("match", ["ot", "random"])
+def test_critic_ascends_first_and_generator_descends(match: str):
+    played = game("--match", match, "--n-gen", "2")
+    real = torch.rand(24, 1, 8, 8) * 2 - 1
+    for i, mover in enumerate(["critic", "generator", "generator", "critic"]):
+        before = {name: models_state(played, name) for name in ("critic", "generator")}
+        played.step(i, real)
+        for name, state in before.items():
+            same = all(
+                torch.equal(a, b) for a, b in zip(state, models_state(played, name), strict=True)
+            )
+            assert same == (name != mover)
+    # Along its own gradient a player changes the same loss in its own direction.
+    z = played.generator.draw(24)
+
+    def loss() -> torch.Tensor:
+        return played._loss(played.critic(real), played.critic(played.generator(z)))
+
+    for name, sign in (("critic", 1), ("generator", -1)):
+        net = getattr(played, name).requires_grad_(True)
+        before = loss()
+        gradients = torch.autograd.grad(before, list(net.parameters()))
+        with torch.no_grad():
+            for weight, gradient in zip(net.parameters(), gradients, strict=True):
+                weight += sign * 1e-3 * gradient
+        assert sign * (loss() - before) > 0
+
+
+def models_state(played: train_otgan.Game, name: str) -> list[torch.Tensor]:
+    return [weight.detach().clone() for weight in getattr(played, name).parameters()]
+
+
+def test_otgan_loss_is_twice_the_minibatch_energy_distance():
+    """2 D² of four half-batches, with exact transport between unit vectors."""
+    played = game("--eps", "0.002")
+    real, fake = torch.randn(40, 6), torch.randn(40, 6)
+
+    def exact(x: torch.Tensor, y: torch.Tensor) -> float:
+        unit = [torch.nn.functional.normalize(side.double(), dim=1) for side in (x, y)]
+        costs = (1 - unit[0] @ unit[1].T).numpy()
+        return costs[linear_sum_assignment(costs)].mean()
+
+    (x1, x2), (y1, y2) = real.chunk(2), fake.chunk(2)
+    across = exact(x1, y1) + exact(x1, y2) + exact(x2, y1) + exact(x2, y2)
+    squared = across / 2 - exact(x1, x2) - exact(y1, y2)
+    assert played._loss(real, fake).item() == pytest.approx(2 * squared, abs=5e-3)
+    random = game("--match", "random")._loss(real, fake).item()
+    assert random > played._loss(real, fake).item() - 1
+
+
+@pytest.mark.parametrize("turn", ["critic", "generator"])
+def test_chunked_otgan_step_is_the_whole_one(turn: str):
+    real = torch.rand(24, 1, 8, 8) * 2 - 1
+    step = {"critic": 0, "generator": 1}[turn]
+    losses_, gradients = [], []
+    for options in ([], ["--chunk", "7"]):
+        played = game(*options)
+        losses_.append(played.step(step, real).item())
+        gradients.append([w.grad for w in getattr(played, turn).parameters()])
+    assert losses_[0] == pytest.approx(losses_[1], rel=1e-4)
+    for whole, chunked in zip(*gradients, strict=True):
+        assert torch.allclose(whole, chunked, rtol=1e-3, atol=1e-3 * whole.abs().max().item())
+
+
+def test_chunked_gradient_with_random_layers():
+    """Dropout draws the same mask in both passes, and random numbers go on as if unchunked."""
+    net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 2))
+    net.double()
+    x = torch.randn(10, 3, dtype=torch.float64)
+    parts = [lambda part=part: net(part) for part in x.split(4)]
+    found = []
+    for chunked in (False, True):
+        torch.manual_seed(1)
+        net.zero_grad()
+        value = chunks.backward(parts, lambda features: torch.pdist(features).sum(), chunked)
+        found.append((value, *(weight.grad for weight in net.parameters()), torch.rand(3)))
+    for whole, chunked in zip(*found, strict=True):
+        assert torch.allclose(whole, chunked, rtol=1e-12)
+
+
+def test_upsampling_convolution_is_the_plain_one():
+    layer = models.UpConv(3, 4).double()
+    x = torch.randn(2, 3, 5, 7, dtype=torch.float64)
+    upsampled = torch.nn.functional.interpolate(x, scale_factor=2)
+    plain = torch.nn.functional.conv2d(upsampled, layer.weight, layer.bias, padding=2)
+    assert torch.allclose(layer(x), plain)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32)])
+def test_otgan_networks(shape: tuple[int, int, int]):
+    torch.manual_seed(0)
+    generator = models.otgan_generator(shape, 100, "uniform", 0.0625)
+    critic = models.otgan_critic(shape, 0.0625)
+    z = generator.draw(200)
+    models.initialise_from_data(generator, z)
+    images = generator(z)
+    assert images.shape == (200, *shape)
+    models.initialise_from_data(critic, images)
+    # Before the last tanh and the last CReLU every channel has mean 0 and variance 1.
+    for outputs in (images.atanh(), critic[:-2](images)):
+        variance, mean = torch.var_mean(outputs.transpose(0, 1).flatten(1), 1)
+        assert mean.abs().max() < 1e-2
+        assert (variance - 1).abs().max() < 1e-2
+
+
+def test_full_width_networks_are_those_of_the_report():
+    sizes = {(1, 28, 28): 25088, (3, 32, 32): 32768}
+    for shape, features in sizes.items():
+        with torch.device("meta"):
+            critic = models.otgan_critic(shape, 1.0)
+            assert critic(torch.empty(1, *shape)).shape == (1, features)
 
 
 def test_resume_refuses_another_run(tmp_path: Path):
@@ -153,20 +392,33 @@ def test_diverged_loss_is_an_error(tmp_path: Path):
         training.train(lambda i: {"loss": torch.tensor(float("nan"))})
 
 
+def test_help_explains_every_script(capsys: pytest.CaptureFixture[str]):
+    for script in (*OTHERS, train_classifier, toy_mixture, fit_ellipses):
+        with pytest.raises(SystemExit) as caught:
+            script.main(["--help"])
+        assert caught.value.code == 0
+        printed = capsys.readouterr().out
+        for option in ("--preset", "--out", "--steps", "--resume", "--device", "--amp", "--seed"):
+            assert option in printed
+        for preset in script.PRESETS if hasattr(script, "PRESETS") else ():
+            assert preset in printed
+
+
 def test_command_line():
     command = [sys.executable, str(EXAMPLES / "train_sinkhorn.py"), "--help"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for option in ("--preset", "--data", "--data-dir", "--epochs", "--steps", "--resume", "--ema"):
-        assert option in printed
+    assert "usage: examples/train_sinkhorn.py" in printed
 
 
-@pytest.mark.parametrize("preset", train_sinkhorn.PRESETS)
-def test_presets_parse(preset: str):
-    args = train_sinkhorn.parse(["--preset", preset, "--data", "digits"])
-    assert args.preset == preset
-    assert args.loss == train_sinkhorn.PRESETS[preset]["loss"]
-    # The command line has the last word.
-    assert train_sinkhorn.parse(["--preset", preset, "--data", "digits", "--eps", "3"]).eps == 3
+@pytest.mark.parametrize("script", [train_sinkhorn, train_gan, train_otgan])
+def test_presets_parse(script: ModuleType):
+    for preset, options in script.PRESETS.items():
+        args = script.parse(["--preset", preset])
+        changed = set(options.get("by_data", {}).get(args.data, {}))
+        for name in options.keys() - changed - {"by_data"}:
+            assert getattr(args, name) == options[name]
+        # The command line has the last word.
+        assert script.parse(["--preset", preset, "--lr", "3"]).lr == 3
 
 
 @pytest.mark.parametrize(
@@ -174,14 +426,37 @@ def test_presets_parse(preset: str):
     [
         (["--batch", "99"], "--batch is 99, expected an even number"),
         (["--batch", "2000", "--steps", "1"], "--batch is 2000, expected 1..1297"),
-        (["--epochs", "0"], "gives 0 steps"),
+        (["--epochs", "0"], "--epochs 0.0 gives 0 steps"),
         (["--ema", "1", "--steps", "1"], "--ema is 1.0, expected 0 <= ema < 1"),
         (["--limit-train", "0"], "--limit-train is 0"),
+        (["--steps", "0"], "--steps is 0, expected at least 1"),
+        (["--labels", "2", "11"], r"--labels has \[11\], expected classes of digits: \[0, 1,"),
     ],
 )
 def test_bad_options(options: list[str], message: str, tmp_path: Path):
     with pytest.raises(ValueError, match=message):
         train_sinkhorn.main(["--data", "digits", "--out", str(tmp_path), *options])
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "message"),
+    [
+        (train_otgan, ["--chunk", "0"], "--chunk is 0, expected at least 1"),
+        (train_otgan, ["--batch", "7"], "--batch is 7, expected an even number"),
+        (train_gan, ["--n-critic", "0"], "--n-critic is 0, expected at least 1"),
+        (toy_mixture, ["--batch", "7"], "--batch is 7, expected an even number"),
+        (fit_ellipses, ["--losses", "kl"], "--losses has 'kl', expected 'mmd', 'eps <e>' or"),
+    ],
+)
+def test_bad_options_of_other_scripts(script: ModuleType, options: list[str], message: str):
+    with pytest.raises(ValueError, match=message):
+        script.main(options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_missing_gpu_is_named(tmp_path: Path):
+    with pytest.raises(ValueError, match="--device is cuda, expected cpu: torch sees no GPU"):
+        train_otgan.main(["--data", "digits", "--device", "cuda", "--out", str(tmp_path)])
 
 
 # --- data ------------------------------------------------------------------------------------
@@ -268,6 +543,7 @@ def test_missing_images_say_what_is_expected(name: str, expected: str, tmp_path:
         train_sinkhorn.main(["--data", name, "--data-dir", str(tmp_path)])
     message = str(caught.value)
     assert expected in message
+    assert data.SOURCES[name] in message
     assert f"--data-dir is {tmp_path}" in message
 
 
@@ -292,6 +568,13 @@ def test_bundled_sets():
     assert species.bincount().tolist() == [50, 50, 50]
     with pytest.raises(ValueError, match="data is 'imagenet', expected one of digits"):
         data.load("imagenet")
+
+
+def test_images_of_some_classes():
+    images = data.load("digits").only([2, 7])
+    for labels in (images.train_labels, images.test_labels):
+        assert labels.unique().tolist() == [2, 7]
+    assert len(images.train) == len(images.train_labels) > 200
 
 
 def test_batches_depend_on_the_step_alone():

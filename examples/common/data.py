@@ -26,6 +26,11 @@ from torch import Tensor
 
 NAMES = ("digits", "mnist", "fashion", "cifar10")
 IDX_FOLDERS = {"mnist": "MNIST", "fashion": "FashionMNIST"}
+SOURCES = {
+    "mnist": "https://yann.lecun.com/exdb/mnist",
+    "fashion": "https://github.com/zalandoresearch/fashion-mnist",
+    "cifar10": "https://www.cs.toronto.edu/~kriz/cifar.html",
+}
 IDX_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
@@ -57,6 +62,22 @@ class ImageData:
     def limited(self, n: int | None) -> ImageData:
         """Only the first ``n`` training images; ``None`` keeps all. The test split stays whole."""
         return replace(self, train=self.train[:n], train_labels=self.train_labels[:n])
+
+    def only(self, labels: Sequence[int]) -> ImageData:
+        """The images of these classes, in both splits."""
+        present = self.train_labels.unique().tolist()
+        if missing := sorted(set(labels) - set(present)):
+            raise ValueError(f"--labels has {missing}, expected classes of {self.name}: {present}")
+        wanted = torch.tensor(labels)
+        train = torch.isin(self.train_labels, wanted)
+        test = torch.isin(self.test_labels, wanted)
+        return ImageData(
+            self.name,
+            self.train[train],
+            self.train_labels[train],
+            self.test[test],
+            self.test_labels[test],
+        )
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -235,5 +256,5 @@ def _missing(name: str, root: Path | None) -> str:
     listing = "\n  ".join(files)
     return (
         f"data {name!r}: --data-dir {where}, expected a folder that holds\n  {listing}\n"
-        "Nothing is downloaded; --data digits needs no files."
+        f"Nothing is downloaded. It can be had from {SOURCES[name]}; --data digits needs no files."
     )

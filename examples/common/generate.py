@@ -20,6 +20,7 @@ MANIFOLD = 20  # and of a latent manifold
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of every generator script, on top of those of :func:`common.run.parser`."""
+    run.add_image_options(parser)
     add = parser.add_argument
     add("--latent", type=int, default=64, help="dimension of the latent vector")
     add("--prior", choices=PRIORS, default="normal", help="distribution of the latent vector")
@@ -48,10 +49,12 @@ def train(
     generator: Generator,
     step: Callable[[int], run.Losses],
     state: Mapping[str, run.Stateful],
+    pictures: Callable[[Path], None] | None = None,
 ) -> None:
     """Run ``step`` for the length of the run, with weight average, pictures, metrics and report.
 
-    ``state`` is what ``step`` changes apart from the generator.
+    ``state`` is what ``step`` changes apart from the generator; ``pictures`` draws more into the
+    folder of the finished run.
     """
     average = moving_average(generator, args.ema) if args.ema else None
     shown: Generator = average.module if average else generator
@@ -77,6 +80,8 @@ def train(
 
     if training.train(averaged_step, after):
         with run.own_randomness(args.seed):
+            if pictures:
+                pictures(training.out)
             _report(args, training, shown, evaluator())
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.swa_utils import AveragedModel
 
 PRIORS = ("unit", "uniform", "normal")
+HIDDEN = (256, 512, 1024)  # of the generators without convolutions
 
 
 class Generator(nn.Module):
@@ -58,18 +62,174 @@ def mlp_generator(
     shape: Sequence[int],
     latent: int,
     prior: str,
-    hidden: Sequence[int] = (256, 512, 1024),
+    hidden: Sequence[int] = HIDDEN,
     dropout: float = 0.0,
+    norm: bool = True,
+    activation: Callable[[], nn.Module] = nn.ReLU,
 ) -> Generator:
-    """Linear-BatchNorm-ReLU-Dropout blocks and a tanh output reshaped to ``shape``."""
+    """Linear-(BatchNorm)-activation-Dropout blocks and a tanh output reshaped to ``shape``."""
     layers: list[nn.Module] = []
     sizes = [latent, *hidden]
     for fan_in, fan_out in pairwise(sizes):
         # BatchNorm subtracts the mean, so a bias before it would do nothing.
-        layers += [nn.Linear(fan_in, fan_out, bias=False), nn.BatchNorm1d(fan_out), nn.ReLU()]
+        layers += [nn.Linear(fan_in, fan_out, bias=not norm)]
+        layers += [nn.BatchNorm1d(fan_out)] if norm else []
+        layers += [activation()]
         layers += [nn.Dropout(dropout)] if dropout else []
     layers += [nn.Linear(sizes[-1], math.prod(shape)), nn.Tanh(), nn.Unflatten(1, tuple(shape))]
     return Generator(nn.Sequential(*layers), latent, prior)
+
+
+def mlp_critic(
+    shape: Sequence[int],
+    hidden: Sequence[int] = HIDDEN[::-1],
+    dropout: float = 0.0,
+    outputs: int = 1,
+) -> nn.Sequential:
+    """Flattened images to ``outputs`` numbers, by LeakyReLU layers: discriminator or encoder."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    sizes = [math.prod(shape), *hidden]
+    for fan_in, fan_out in pairwise(sizes):
+        layers += [nn.Linear(fan_in, fan_out), leaky()]
+        layers += [nn.Dropout(dropout)] if dropout else []
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
+
+
+def leaky() -> nn.LeakyReLU:
+    """The activation of every discriminator and of BasicGAN's generator."""
+    return nn.LeakyReLU(0.2)
+
+
+def dcgan_generator(shape: Sequence[int], latent: int, prior: str, width: float) -> Generator:
+    """Linear to a quarter of the size, four transposed convolutions of which two double it."""
+    channels, height, _ = shape
+    base, sizes = height // 4, widths((256, 128, 64, 32), width)
+    layers: list[nn.Module] = [
+        nn.Linear(latent, sizes[0] * base**2, bias=False),
+        nn.Unflatten(1, (sizes[0], base, base)),
+        nn.BatchNorm2d(sizes[0]),
+        nn.ReLU(),
+    ]
+    for (fan_in, fan_out), stride in zip(pairwise(sizes), (2, 1, 1), strict=True):
+        # Kernels of 4 at stride 2 and of 3 at stride 1 give exact multiples of the size.
+        up = nn.ConvTranspose2d(fan_in, fan_out, 2 + stride, stride, 1)
+        layers += [up, nn.BatchNorm2d(fan_out), nn.ReLU()]
+    layers += [nn.ConvTranspose2d(sizes[-1], channels, 4, 2, 1), nn.Tanh()]
+    return Generator(nn.Sequential(*layers), latent, prior)
+
+
+def dcgan_critic(
+    shape: Sequence[int], width: float, dropout: float = 0.25, outputs: int = 1, norm: bool = True
+) -> nn.Sequential:
+    """Four convolutions of which the first and the last halve the size, then one linear layer."""
+    channels, height, _ = shape
+    sizes = (channels, *widths((32, 64, 128, 256), width))
+    layers: list[nn.Module] = []
+    for (fan_in, fan_out), stride in zip(pairwise(sizes), (2, 1, 1, 2), strict=True):
+        layers += [nn.Conv2d(fan_in, fan_out, 3, stride, 1)]
+        layers += [nn.BatchNorm2d(fan_out)] if norm and fan_in != channels else []
+        layers += [leaky(), nn.Dropout(dropout)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(sizes[-1] * (height // 4) ** 2, outputs))
+
+
+class UpConv(nn.Conv2d):
+    """Nearest upsampling by 2, then a 5x5 convolution: the same map, computed without upsampling.
+
+    The two steps touch 25 pixels per output, of which at most 9 differ. So each of the four
+    outputs per input pixel is a 3x3 convolution whose weights are sums of those of the 5x5 one:
+    36 products where the plain form has 100.
+    """
+
+    # [phase, 3 pixels, 5 taps]: which taps of an even and of an odd output row fall on which pixel
+    PHASES = (
+        ((1, 1, 0, 0, 0), (0, 0, 1, 1, 0), (0, 0, 0, 0, 1)),
+        ((1, 0, 0, 0, 0), (0, 1, 1, 0, 0), (0, 0, 0, 1, 1)),
+    )
+
+    def __init__(self, fan_in: int, fan_out: int) -> None:
+        super().__init__(fan_in, fan_out, 5, padding=2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        phases = self.weight.new_tensor(self.PHASES)
+        # Output channel o, phases p and q in the order that pixel_shuffle wants.
+        weight = torch.einsum("pru,oiuv,qsv->opqirs", phases, self.weight, phases)
+        bias = None if self.bias is None else self.bias.repeat_interleave(4)
+        return F.pixel_shuffle(F.conv2d(images, weight.flatten(0, 2), bias, padding=1), 2)
+
+
+class CReLU(nn.Module):
+    """Positive and negative parts side by side: twice the channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((x.relu(), (-x).relu()), 1)
+
+
+def _halvings(shape: Sequence[int]) -> int:
+    """How often OT-GAN's networks halve the size: 32 to 4, 28 to 7, 8 to 2."""
+    return 3 if shape[1] % 8 == 0 and shape[1] > 8 else 2
+
+
+def otgan_generator(shape: Sequence[int], latent: int, prior: str, width: float) -> Generator:
+    """Linear-GLU, then upsampling and 5x5 GLU convolutions that halve the channels down to 128."""
+    channels, height, _ = shape
+    ups = _halvings(shape)
+    sizes = widths([128 * 2**i for i in range(ups, -1, -1)], width)
+    base = height // 2**ups
+    layers: list[nn.Module] = [
+        nn.Linear(latent, 2 * sizes[0] * base**2),
+        nn.Unflatten(1, (2 * sizes[0], base, base)),
+        nn.GLU(1),
+    ]
+    for fan_in, fan_out in pairwise(sizes):
+        layers += [UpConv(fan_in, 2 * fan_out), nn.GLU(1)]
+    layers += [nn.Conv2d(sizes[-1], channels, 5, padding=2), nn.Tanh()]
+    return Generator(weight_normalised(nn.Sequential(*layers)), latent, prior)
+
+
+def otgan_critic(shape: Sequence[int], width: float) -> nn.Sequential:
+    """5x5 CReLU convolutions, the first at full size, flattened. The cosine cost normalises."""
+    halvings = _halvings(shape)
+    first = 128 if halvings == 3 else 64
+    filters = widths([first * 2**i for i in range(halvings + 1)], width)
+    layers: list[nn.Module] = []
+    fan_in = shape[0]
+    for n in filters:
+        stride = 2 if layers else 1
+        layers += [nn.Conv2d(fan_in, n, 5, stride, padding=2), CReLU()]
+        fan_in = 2 * n
+    return weight_normalised(nn.Sequential(*layers, nn.Flatten()))
+
+
+def weight_normalised(net: nn.Sequential) -> nn.Sequential:
+    """``net`` with weight normalisation (Salimans & Kingma 2016) of every layer with weights."""
+    for layer in net:
+        if hasattr(layer, "weight"):
+            weight_norm(layer)
+    return net
+
+
+@torch.no_grad()
+def initialise_from_data(net: nn.Module, batch: Tensor) -> None:
+    """Scale and shift each weight-normalised layer to output mean 0 and variance 1 on ``batch``.
+
+    One forward pass does it, because each layer sees the corrected output of those before it.
+    """
+
+    def correct(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(output.transpose(0, 1).flatten(1), 1)
+        scale = (variance + 1e-8).rsqrt()
+        gain = layer.parametrizations.weight.original0
+        gain.mul_(scale.reshape(-1, *[1] * (gain.dim() - 1)))
+        layer.bias.copy_(-mean * scale)
+        return layer.forward(*inputs)  # a plain call would come back here
+
+    layers = [layer for layer in net.modules() if is_parametrized(layer, "weight")]
+    for layer in layers:
+        layer.bias.zero_()
+    hooks = [layer.register_forward_hook(correct) for layer in layers]
+    net(batch)
+    for hook in hooks:
+        hook.remove()
 
 
 class Classifier(nn.Module):

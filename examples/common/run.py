@@ -13,7 +13,9 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +35,7 @@ LOG_EVERY = 10  # steps averaged into one row of loss.csv
 SAVE_SECONDS = 60  # at most this much work is lost in a crash
 # What may differ between a run and its continuation without changing what is computed.
 FREE_TO_CHANGE = {
+    "command",
     "out",
     "resume",
     "stop_at",
@@ -46,32 +49,30 @@ FREE_TO_CHANGE = {
 Losses = Mapping[str, Tensor]
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults behind every option, and the description as it is written."""
+
+
 class Stateful(Protocol):
-    """Modules, optimisers and schedulers: what a checkpoint can hold."""
+    """Modules and optimisers: what a checkpoint can hold."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
 
 
-def parser(description: str, presets: Mapping[str, Mapping[str, Any]]) -> argparse.ArgumentParser:
-    """The options that every training script has."""
+def parser(
+    script: str, description: str, presets: Mapping[str, Mapping[str, Any]]
+) -> argparse.ArgumentParser:
+    """The options that every training script has; ``script`` is its file."""
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog=f"examples/{Path(script).name}",
+        description=description,
+        formatter_class=_HelpFormatter,
     )
     add = parser.add_argument
     add("--preset", choices=presets, default=next(iter(presets)), help="named set of options")
-    add(
-        "--data",
-        choices=("auto", *data.NAMES),
-        default="auto",
-        help="auto: FashionMNIST if its files are found, else the bundled digits",
-    )
-    add("--data-dir", type=Path, help="folder of the data sets, else $OTLOSS_DATA")
     add("--out", type=Path, default=Path("runs/run"), help="folder for all that the run writes")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=float, default=1.0, help="passes over the training images")
-    length.add_argument("--steps", type=int, help="length in steps, instead of --epochs")
-    add("--batch", type=int, default=200, help="real images per step")
+    add("--steps", type=int, help="length of the run")
     add("--lr", type=float, default=1e-3, help="learning rate")
     add(
         "--schedule",
@@ -80,11 +81,27 @@ def parser(description: str, presets: Mapping[str, Mapping[str, Any]]) -> argpar
         help="learning rate over time",
     )
     add("--seed", type=int, default=0)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--limit-train", type=int, help="use only this many training images")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--amp", action="store_true", help="networks in bfloat16; losses stay in float32")
     add("--resume", action="store_true", help="continue the run in --out; else start it afresh")
     add("--stop-at", type=int, help="save and leave after this step, to --resume later")
     return parser
+
+
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every script that trains on images."""
+    add = parser.add_argument
+    add(
+        "--data",
+        choices=("auto", *data.NAMES),
+        default="auto",
+        help="auto: FashionMNIST if its files are found, else the bundled digits",
+    )
+    add("--data-dir", type=Path, help="folder of the data sets, else $OTLOSS_DATA")
+    add("--epochs", type=float, default=1.0, help="length in passes over the images, if no --steps")
+    add("--batch", type=int, default=200, help="real images per step")
+    add("--limit-train", type=int, help="use only this many training images")
+    add("--labels", type=int, nargs="+", help="only images of these classes, e.g. --labels 2")
 
 
 def parse(
@@ -101,40 +118,59 @@ def parse(
     by_data = preset.pop("by_data", {})
     parser.set_defaults(**preset)
     first = parser.parse_known_args(argv)[0]
-    if first.data == "auto":
+    if getattr(first, "data", None) == "auto":
         # A folder that was named and is wrong must not fall back to digits in silence.
         found = first.data_dir or data.available("fashion", data.default_dir())
         first.data = "fashion" if found else "digits"
-    parser.set_defaults(**by_data.get(first.data, {}))
+    if by_data:
+        parser.set_defaults(**by_data.get(first.data, {}))
     args = parser.parse_args(argv)
-    args.data = first.data
+    if hasattr(args, "data"):
+        args.data = first.data
+    args.command = shlex.join(["python", parser.prog, *(sys.argv[1:] if argv is None else argv)])
     return args
 
 
-def begin(args: argparse.Namespace) -> tuple[data.ImageData, torch.device]:
-    """Seed, read the images, and settle the number of steps in ``args.steps``."""
+def begin(args: argparse.Namespace) -> torch.device:
+    """Seed, check what every script shares, and give the device."""
     torch.manual_seed(args.seed)
-    images = data.load(args.data, args.data_dir)
+    if args.steps is not None and args.steps < 1:
+        raise ValueError(f"--steps is {args.steps}, expected at least 1")
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device is {args.device}, expected cpu: torch sees no GPU")
+    return device
+
+
+def begin_images(args: argparse.Namespace) -> tuple[data.ImageData, torch.device]:
+    """``begin`` for scripts on images: read them too, and settle the number of steps."""
+    device = begin(args)
     if args.limit_train is not None and args.limit_train < 1:
         raise ValueError(f"--limit-train is {args.limit_train}, expected at least 1")
+    images = data.load(args.data, args.data_dir)
+    images = images.only(args.labels) if args.labels else images
     if args.steps is None:
         trained = len(images.limited(args.limit_train).train)
         args.steps = round(args.epochs * (trained // args.batch))
-    if args.steps < 1:
-        raise ValueError(f"--steps (or --epochs) gives {args.steps} steps, expected at least 1")
-    device = torch.device(args.device)
+        if args.steps < 1:
+            raise ValueError(
+                f"--epochs {args.epochs} gives {args.steps} steps, expected at least 1"
+            )
     return images.to(device), device
 
 
-def scheduler(
-    optimiser: torch.optim.Optimizer, args: argparse.Namespace
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """Learning rate by ``--schedule``: constant, or half a cosine down to 0 at the last step."""
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    """bfloat16 for networks with ``--amp``. It needs no loss scaling, and otloss computes in
+    float32 inside it."""
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.amp)
+
+
+def set_rate(optimiser: torch.optim.Optimizer, args: argparse.Namespace, step: int) -> None:
+    """Learning rate of step ``step`` by ``--schedule``: constant, or half a cosine down to 0."""
     cosine = args.schedule == "cosine"
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimiser,
-        lambda step: 0.5 * (1 + math.cos(math.pi * step / args.steps)) if cosine else 1.0,
-    )
+    factor = 0.5 * (1 + math.cos(math.pi * step / args.steps)) if cosine else 1.0
+    for group in optimiser.param_groups:
+        group["lr"] = args.lr * factor
 
 
 @contextmanager

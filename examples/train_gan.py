@@ -1,0 +1,184 @@
+"""Adversarial baselines: GAN, DCGAN, and Wasserstein GANs with clipping and gradient penalty.
+
+    python examples/train_gan.py --preset geist --out runs/gan
+    python examples/train_gan.py --preset dcgan --width 0.25 --out runs/dcgan
+
+Presets:
+
+* ``geist``: the GAN that Geist & Gérard 2023 compare with, 2-D latent, multilayer perceptrons
+* ``basic``: multilayer perceptrons with a 100-d latent
+* ``dcgan``: transposed convolutions against convolutions
+* ``wgan-clip``: Wasserstein GAN, critic weights clipped to [-.01, .01], RMSprop
+* ``wgan-gp``: Wasserstein GAN with a penalty on the critic's gradient norm
+
+One step moves the discriminator ``--n-critic`` times, then the generator once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from common import generate, players, run
+from common.data import Batches, to_float
+from common.models import (
+    HIDDEN,
+    Generator,
+    dcgan_critic,
+    dcgan_generator,
+    leaky,
+    mlp_critic,
+    mlp_generator,
+    widths,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+REPORT: dict[str, Any] = {
+    "latent": 100,
+    "prior": "normal",
+    "lr": 2e-4,
+    "batch": 100,
+    "epochs": 30.0,
+}
+# A norm over the batch would let one sample change the gradient penalty of another, and dropout
+# makes the critic no longer one function: the Wasserstein critics have neither.
+WASSERSTEIN: dict[str, Any] = {**REPORT, "n_critic": 5, "dropout": 0.0, "critic_norm": False}
+PRESETS: dict[str, dict[str, Any]] = {
+    "geist": {
+        "latent": 2,
+        "prior": "unit",
+        "lr": 1e-3,
+        "batch": 200,
+        "epochs": 40.0,
+        "norm": True,
+        "generator_dropout": 0.2,
+        "dropout": 0.2,
+        "protocol": "geist",
+    },
+    "basic": {**REPORT, "dropout": 0.3},
+    "dcgan": {**REPORT, "net": "dcgan", "dropout": 0.25},
+    "wgan-clip": {**WASSERSTEIN, "loss": "wgan-clip", "lr": 5e-5},
+    "wgan-gp": {**WASSERSTEIN, "loss": "wgan-gp", "lr": 1e-4, "betas": [0.0, 0.9]},
+}
+
+
+def gan_critic_loss(
+    args: argparse.Namespace, critic: nn.Module, real: Tensor, fake: Tensor
+) -> Tensor:
+    """Cross-entropy of telling real from generated."""
+    return F.softplus(-critic(real)).mean() + F.softplus(critic(fake)).mean()
+
+
+def wgan_critic_loss(
+    args: argparse.Namespace, critic: nn.Module, real: Tensor, fake: Tensor
+) -> Tensor:
+    """Minus the estimate of the Wasserstein distance."""
+    return critic(fake).mean() - critic(real).mean()
+
+
+def penalised_critic_loss(
+    args: argparse.Namespace, critic: nn.Module, real: Tensor, fake: Tensor
+) -> Tensor:
+    """The same, and ``--penalty`` times (|gradient| - 1)² at points between real and generated."""
+    t = torch.rand(len(real), 1, 1, 1, device=real.device)
+    between = torch.lerp(real, fake, t).requires_grad_()
+    (gradient,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
+    penalty = (gradient.flatten(1).norm(dim=1) - 1).square().mean()
+    return wgan_critic_loss(args, critic, real, fake) + args.penalty * penalty
+
+
+CriticLoss = Callable[[argparse.Namespace, nn.Module, Tensor, Tensor], Tensor]
+CRITIC_LOSSES: dict[str, CriticLoss] = {
+    "gan": gan_critic_loss,
+    "wgan-clip": wgan_critic_loss,
+    "wgan-gp": penalised_critic_loss,
+}
+
+
+def generator_loss(args: argparse.Namespace, scores: Tensor) -> Tensor:
+    """Non-saturating for the GAN; what the critic says, for the Wasserstein GANs."""
+    return F.softplus(-scores).mean() if args.loss == "gan" else -scores.mean()
+
+
+def networks(args: argparse.Namespace, shape: Sequence[int]) -> tuple[Generator, nn.Module]:
+    """Generator and discriminator of ``--net``."""
+    if args.net == "dcgan":
+        critic = dcgan_critic(shape, args.width, args.dropout, norm=args.critic_norm)
+        return dcgan_generator(shape, args.latent, args.prior, args.width), critic
+    generator = mlp_generator(
+        shape,
+        args.latent,
+        args.prior,
+        widths(HIDDEN, args.width),
+        args.generator_dropout,
+        args.norm,
+        nn.ReLU if args.norm else leaky,
+    )
+    return generator, mlp_critic(shape, widths(HIDDEN[::-1], args.width), args.dropout)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = run.parser(__file__, __doc__ or "", PRESETS)
+    generate.add_options(parser)
+    add = parser.add_argument
+    add("--net", choices=("mlp", "dcgan"), default="mlp")
+    add("--loss", choices=CRITIC_LOSSES, default="gan")
+    add("--n-critic", type=int, default=1, help="discriminator updates per generator update")
+    add("--betas", type=float, nargs=2, default=[0.5, 0.999], help="of Adam")
+    add("--dropout", type=float, default=0.0, help="dropout of the discriminator")
+    add("--generator-dropout", type=float, default=0.0)
+    add("--norm", action="store_true", help="batch normalisation in the mlp generator")
+    add(
+        "--critic-norm",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="batch normalisation in the dcgan discriminator",
+    )
+    add("--clip", type=float, default=0.01, help="bound on critic weights, wgan-clip")
+    add("--penalty", type=float, default=10.0, help="weight of the gradient penalty, wgan-gp")
+    args = run.parse(parser, PRESETS, argv)
+    if args.n_critic < 1:
+        raise ValueError(f"--n-critic is {args.n_critic}, expected at least 1")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    images, device = run.begin_images(args)
+    trained = images.limited(args.limit_train).train
+    batches = Batches(len(trained), args.batch, args.seed)
+    generator, critic = (net.to(device) for net in networks(args, images.shape))
+    clipped = args.loss == "wgan-clip"
+    optimiser = players.rmsprop(args.lr) if clipped else players.adam(args.lr, tuple(args.betas))
+    both = players.Players(args, {"generator": generator, "critic": critic}, optimiser)
+
+    def critic_update(i: int, batch: int) -> Tensor:
+        both.turn("critic", i)
+        real = to_float(trained[batches(batch).to(device)])
+        with run.autocast(args):
+            fake = generator(generator.draw(len(real)))
+            loss = CRITIC_LOSSES[args.loss](args, critic, real, fake)
+        loss.backward()
+        both.move("critic")
+        if clipped:
+            players.clip(critic, args.clip)
+        return loss
+
+    def step(i: int) -> run.Losses:
+        for k in range(args.n_critic):
+            critic_loss = critic_update(i, i * args.n_critic + k)
+        both.turn("generator", i)
+        with run.autocast(args):
+            loss = generator_loss(args, critic(generator(generator.draw(args.batch))))
+        loss.backward()
+        both.move("generator")
+        return {"loss": loss, "critic_loss": critic_loss}
+
+    generate.train(args, images, generator, step, both.state())
+
+
+if __name__ == "__main__":
+    main()
