@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import importlib
 import json
 import os
 import signal
@@ -20,8 +21,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
+GALLERY = EXAMPLES / "gallery"
+sys.path[:0] = [str(EXAMPLES), str(GALLERY)]
 
+import compare  # noqa: E402
 import fit_ellipses  # noqa: E402
 import toy_mixture  # noqa: E402
 import train_classifier  # noqa: E402
@@ -656,3 +659,62 @@ def test_moving_average_follows_weights_and_buffers():
     assert average.module.weight.item() == pytest.approx(expected)
     assert average.module.running_mean.item() == pytest.approx(-expected)
     assert average.module.num_batches_tracked == 3
+
+
+# --- the page of results, and the gallery ----------------------------------------------------
+
+
+def test_page_of_results(tmp_path: Path):
+    """Figures of the runs that are there, "not run" for the others, and no number twice."""
+    runs, out = tmp_path / "runs", tmp_path / "results"
+    for seed, recall in ((0, 0.25), (1, 0.15)):
+        folder = runs / ("med" if seed == 0 else f"med-seed{seed}")
+        folder.mkdir(parents=True)
+        scores = {"is": 8.0, "fid": 300.0, "recall": recall, "ot_gap": 1.0, "med2": 20.0}
+        args = {"command": f"python examples/train_sinkhorn.py --seed {seed}", "seed": seed}
+        report = {"args": args, "metrics": scores, "floors": {"is": 9.5}, "seconds": 60}
+        (folder / "metrics.json").write_text(json.dumps(report))
+    command = ["--runs", str(runs), "--out", str(out)]
+    compare.main(command)
+    page = (out / "README.md").read_text()
+    med = next(line for line in page.splitlines() if line.startswith("| **MED, ours** |"))
+    assert "| 0.20 ± 0.07 |" in med
+    assert med.endswith("| 2 | 60 |")
+    assert "| med | fid | ≤ 330 | 300.00 | yes |" in page
+    assert "| med | med2 | ≤ 9 | 20.00 | **no** |" in page
+    assert "| med-seed2 | is | ≥ 7.8 | not run |" in page
+    assert "python examples/train_sinkhorn.py --seed 1" in page
+    assert "# not run: mixture: toy_mixture.py" in page
+    assert "<!-- table" not in page
+    assert "<!-- figure" not in page
+    # The page can be written again from what it kept.
+    compare.main(["--runs", str(tmp_path / "none"), "--out", str(out)])
+    assert (out / "README.md").read_text() == page
+
+
+def test_every_command_of_the_page_parses():
+    for text in compare.COMMANDS.values():
+        script, *options = text.split()
+        module = importlib.import_module(script.removesuffix(".py"))
+        parse = getattr(module, "parse", classifier.parse)
+        args = parse([*options, "--data-dir", "."] if "--data" in options else options)
+        assert args.out == Path("runs/run")
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in GALLERY.glob("*.py") if path.stem != "picture")
+)
+def test_gallery(name: str, tmp_path: Path):
+    script = importlib.import_module(name)
+    script.main(["--out", str(tmp_path / "new" / "picture.png")])
+    assert (tmp_path / "new" / "picture.png").stat().st_size > 5000
+
+
+def test_gradient_flow_reaches_its_target():
+    flow = importlib.import_module("gradient_flow").flow
+    torch.manual_seed(0)
+    start, target = 0.2 * torch.randn(60, 2), torch.rand(60, 2) + 1
+    last = max(clouds := flow(start, target, 0.01))
+    assert clouds.keys() >= {0, last}
+    assert torch.equal(clouds[0], start)
+    assert torch.cdist(clouds[last], target).min(1).values.mean() < 0.1

@@ -127,7 +127,9 @@ def parse(
     args = parser.parse_args(argv)
     if hasattr(args, "data"):
         args.data = first.data
-    args.command = shlex.join(["python", parser.prog, *(sys.argv[1:] if argv is None else argv)])
+    words = sys.argv[1:] if argv is None else argv
+    # As one would repeat the run from its start.
+    args.command = shlex.join(["python", parser.prog, *(w for w in words if w != "--resume")])
     return args
 
 
