@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from benchmarks.process import keep_freed_memory, set_thread_variables
+
+if TYPE_CHECKING:
+    from benchmarks.suites import Context
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -51,27 +52,17 @@ def _slug(device: str, name: str) -> str:
     return device if device == "cpu" else re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def _run_suite(name: str, context: Any, environment: dict[str, Any], folder: Path) -> Path:
+def _run_suite(context: Context) -> None:
     from benchmarks import plot
 
-    suite = importlib.import_module(f"benchmarks.suites.{name}")
+    suite = importlib.import_module(f"benchmarks.suites.{context.path.stem}")
     print(f"\n{suite.TITLE}", flush=True)
     result = suite.run(context)
-    document = {
-        "suite": name,
-        "title": suite.TITLE,
-        "environment": {**environment, "load_average_after": list(os.getloadavg())},
-        "skipped_peers": context.skipped,
-        "result": result,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    context.save(result)
     print(suite.table(result))
-    print(f"-> {path.name}", flush=True)
+    print(f"-> {context.path.name}", flush=True)
     if not context.options.no_plot:
-        plot.draw(path)
-    return path
+        plot.draw(context.path)
 
 
 def main() -> None:
@@ -98,8 +89,8 @@ def main() -> None:
     record |= {"allocator_keeps_memory": keeps_memory, "clock": options.clock}
     folder = options.out / _slug(device.type, environment.device_name(device))
     for name in options.suites:
-        context = Context(usable, device, options, dict(skipped))
-        _run_suite(name, context, record, folder)
+        path = folder / f"{name}.json"
+        _run_suite(Context(usable, device, options, record, path, dict(skipped)))
 
 
 if __name__ == "__main__":

@@ -45,9 +45,10 @@ class Timer:
             torch.cuda.synchronize(self.device)
 
 
-def _calls_per_sample(call: Call, shortest: float, timer: Timer) -> int:
+def _calls_per_sample(call: Call, shortest: float, timer: Timer, once: float | None) -> int:
     """How many calls make a sample that lasts: a clock read costs, and so does a cold cache."""
-    once = timer.seconds(call)
+    if once is None or once < shortest:
+        once = timer.seconds(call)
     if once < 1:
         once = min(once, timer.seconds(call))
     return max(1, min(1000, round(shortest / max(once, 1e-9))))
@@ -60,14 +61,21 @@ def interleaved(
     shortest: float = 2e-2,
     budget: float = 20.0,
     seed: int = 0,
+    expected: dict[Key, float] | None = None,
 ) -> dict[Key, np.ndarray]:
     """Seconds per call, ``repetitions`` samples of each, in rounds of shuffled order.
 
     Every round times every call once, so that a busy spell of the machine hits all of them; the
     warm-up calls that set the sample length are not counted. A call that has used up
-    ``budget`` seconds leaves the later rounds, but not before the third.
+    ``budget`` seconds leaves the later rounds, but not before the third; one that is ``expected``
+    to last longer than that is made once.
     """
-    counts = {key: _calls_per_sample(call, shortest, timer) for key, call in calls.items()}
+    expected = expected or {}
+    counts = {
+        key: _calls_per_sample(call, shortest, timer, expected.get(key))
+        for key, call in calls.items()
+    }
+    fewest = {key: 1 if expected.get(key, 0) > budget else FEWEST for key in calls}
     samples: dict[Key, list[float]] = {key: [] for key in calls}
     order, rng = list(calls), random.Random(seed)
     collecting = gc.isenabled()
@@ -76,7 +84,7 @@ def interleaved(
         for _ in range(repetitions):
             rng.shuffle(order)
             for key in order:
-                if len(samples[key]) < FEWEST or sum(samples[key]) * counts[key] < budget:
+                if len(samples[key]) < fewest[key] or sum(samples[key]) * counts[key] < budget:
                     samples[key].append(timer.seconds(calls[key], counts[key]))
             gc.collect()
     finally:

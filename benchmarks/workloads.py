@@ -2,8 +2,9 @@
 
 Images are in [-1, 1] with d = 784: MNIST or FashionMNIST from ``$OTLOSS_DATA`` (in torchvision's
 layout, ``MNIST/raw``), else for digits the 8x8 digits bundled with scikit-learn, enlarged to
-28x28 and also shifted by two pixels each way. A workload whose data is absent raises
-`UnavailableError`; the suites name it and go on.
+28x28 and also shifted by two pixels each way; these stand in for FashionMNIST too, and
+``Problem.data`` says so. A workload whose data is absent raises `UnavailableError`; the suites name
+it and go on.
 
 ``hardness`` h = eps/sigma, with sigma the standard deviation of the double-centred cost, orders
 problems by the number of iterations that they need, whatever the dimension: 1 is easy, .01 hard.
@@ -11,6 +12,7 @@ problems by the number of iterations that they need, whatever the dimension: 1 i
 
 from __future__ import annotations
 
+import functools
 import gzip
 import math
 import os
@@ -45,6 +47,7 @@ class Problem:
     cost: str
     eps: float
     uniform: bool = True
+    data: str = "synthetic"
 
     def to(self, *args: object) -> Problem:
         moved = {k: getattr(self, k).to(*args) for k in ("x", "y", "a", "b")}
@@ -63,6 +66,7 @@ class Workload:
     eps: tuple[float, ...]
     sizes: tuple[int, ...]
     uniform: bool = True
+    dataset: str | None = None
 
 
 # Images
@@ -75,6 +79,7 @@ def _read_idx_images(path: Path) -> Tensor:
     return torch.from_numpy(pixels.astype(np.float32)) / 127.5 - 1
 
 
+@functools.cache
 def _dataset(name: str) -> Tensor | None:
     root = os.environ.get("OTLOSS_DATA")
     for suffix in ("", ".gz"):
@@ -96,16 +101,16 @@ def _bundled_digits() -> Tensor:
     return torch.cat([large.roll(shift, (2, 3)) for shift in shifts]).flatten(1)
 
 
-def _digits() -> Tensor:
-    mnist = _dataset("MNIST")
-    return _bundled_digits() if mnist is None else mnist
+def _images(name: str) -> Tensor:
+    images = _dataset(name)
+    return _bundled_digits() if images is None else images
 
 
-def _fashion() -> Tensor:
-    fashion = _dataset("FashionMNIST")
-    if fashion is None:
-        raise UnavailableError("needs $OTLOSS_DATA/FashionMNIST")
-    return fashion
+def _source(name: str | None) -> str:
+    """What the points of a workload are made from on this machine."""
+    if name is None:
+        return "synthetic"
+    return name if _dataset(name) is not None else f"bundled digits in place of {name}"
 
 
 def _draw(pool: Tensor, n: int, rng: torch.Generator) -> Tensor:
@@ -133,21 +138,21 @@ def _smooth_noise(n: int, rng: torch.Generator) -> Tensor:
 
 
 def _random_vs_digits(n: int, rng: torch.Generator) -> Clouds:
-    return _smooth_noise(n, rng), _draw(_digits(), n, rng)
+    return _smooth_noise(n, rng), _draw(_images("MNIST"), n, rng)
 
 
 def _perturbed_vs_digits(n: int, rng: torch.Generator) -> Clouds:
-    x, y = _draw_two(_digits(), n, rng)
+    x, y = _draw_two(_images("MNIST"), n, rng)
     return x + 0.3 * torch.randn(x.shape, generator=rng), y
 
 
 def _blurred_vs_fashion(n: int, rng: torch.Generator) -> Clouds:
-    x, y = _draw_two(_fashion(), n, rng)
+    x, y = _draw_two(_images("FashionMNIST"), n, rng)
     return _blur(x), y
 
 
 def _fashion_minibatches(n: int, rng: torch.Generator) -> Clouds:
-    return _draw_two(_fashion(), n, rng)
+    return _draw_two(_images("FashionMNIST"), n, rng)
 
 
 # Clouds of low and middle dimension
@@ -209,6 +214,7 @@ WORKLOADS: dict[str, Workload] = {
         "sqeuclidean",
         (100.0, 10.0),
         (64, 256, 512, 1000),
+        dataset="MNIST",
     ),
     "perturbed_digits": Workload(
         "perturbed digits vs digits, d=784",
@@ -216,6 +222,7 @@ WORKLOADS: dict[str, Workload] = {
         "sqeuclidean",
         (10.0, 1.0),
         (64, 256, 512, 1000),
+        dataset="MNIST",
     ),
     "perturbed_digits_euclidean": Workload(
         "perturbed digits vs digits, d=784, |x-y|",
@@ -223,6 +230,7 @@ WORKLOADS: dict[str, Workload] = {
         "euclidean",
         (1.0,),
         (64, 256, 512, 1000),
+        dataset="MNIST",
     ),
     "fashion_minibatches": Workload(
         "two FashionMNIST minibatches, d=784",
@@ -230,23 +238,33 @@ WORKLOADS: dict[str, Workload] = {
         "sqeuclidean",
         (10.0,),
         (64, 256, 512, 1000),
+        dataset="FashionMNIST",
     ),
     "fashion_blurred": Workload(
         "blurred vs real FashionMNIST, d=784",
         _blurred_vs_fashion,
         "sqeuclidean",
-        (100.0, 10.0),
-        (64, 256, 512, 1000),
+        (100.0, 10.0, 1.0),
+        (200, 500),
+        dataset="FashionMNIST",
+    ),
+    "fashion_blurred_euclidean": Workload(
+        "blurred vs real FashionMNIST, d=784, |x-y|",
+        _blurred_vs_fashion,
+        "euclidean",
+        (100.0, 10.0, 1.0),
+        (200, 500),
+        dataset="FashionMNIST",
     ),
     "shapes_3d": Workload(
         "sphere vs torus, d=3, blur .05 and .01",
         _shapes,
         "sqeuclidean",
         (5e-3, 2e-4),
-        (2000,),
+        (2000, 10_000, 100_000),
     ),
     "gaussians_64d": Workload(
-        "Gaussians, d=64", _gaussians, "sqeuclidean", (50.0, 5.0), (512, 1000)
+        "Gaussians, d=64", _gaussians, "sqeuclidean", (50.0, 5.0), (1000, 5000)
     ),
     "gaussians_64d_weighted": Workload(
         "Gaussians, d=64, random weights",
@@ -280,7 +298,17 @@ def make(name: str, n: int, eps: float | None = None, seed: int = 0) -> Problem:
     x, y = workload.clouds(n, rng)
     a, b = (_weights(n, workload.uniform, rng).float() for _ in range(2))
     eps = workload.eps[0] if eps is None else eps
-    return Problem(name, x.contiguous(), y.contiguous(), a, b, workload.cost, eps, workload.uniform)
+    return Problem(
+        name,
+        x.contiguous(),
+        y.contiguous(),
+        a,
+        b,
+        workload.cost,
+        eps,
+        workload.uniform,
+        _source(workload.dataset),
+    )
 
 
 def spread(C: Tensor, most: int = 256) -> float:

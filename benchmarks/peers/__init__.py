@@ -14,7 +14,9 @@ states the peer's own conventions once, so that suites only ever see those of ot
     overhead(problem, n_iters) -> list[Variant]
         Value and x-gradient of the Sinkhorn divergence after about ``n_iters`` iterations.
     divergence(problem) -> list[Variant]
-        The same to a wanted accuracy: a ladder of settings, from the cheapest to the most exact.
+        The same to a wanted accuracy: for each way to use the peer (a family) a ladder of settings
+        from the cheapest to the most exact, in steps of at most a third more work; ``STEP`` is
+        the ratio where a setting is a number. Empty if the peer cannot solve the problem.
 """
 
 from __future__ import annotations
@@ -28,7 +30,13 @@ from typing import Any
 
 from torch import Tensor
 
+from benchmarks.workloads import Problem
+
 ValueAndGradient = tuple[Tensor, Tensor]
+
+STEP = 1.15  # between numbers of iterations
+TOLERANCES = tuple(10 ** (-k / 8) for k in range(49))  # 1 to 1e-6
+LARGEST_MATRIX = 1 << 26  # entries: peers that store costs do not try more
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,15 @@ class Variant:
 
     label: str
     call: Callable[[], ValueAndGradient]
+    family: str = ""
+    # Log-sum-exp reductions over all pairs of the problem between the two clouds, as `call` does.
+    passes: Callable[[], int] | None = None
+
+
+def storable(problem: Problem) -> bool:
+    """Whether the problem's cost matrix is of a size that peers which store it are asked to."""
+    n, m = problem.sizes
+    return n * m <= LARGEST_MATRIX
 
 
 @dataclass(frozen=True)

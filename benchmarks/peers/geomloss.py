@@ -1,4 +1,4 @@
-"""GeomLoss ``SamplesLoss("sinkhorn")``, tensorized backend.
+"""GeomLoss ``SamplesLoss("sinkhorn")``: tensorized, and on KeOps "online" and "multiscale".
 
 It takes C = |x-y|^2 / 2 and eps = blur^2 (p=2), or C = |x-y| and eps = blur (p=1). Halving the
 cost and eps halves the divergence, so S at eps is 2 SamplesLoss(blur=sqrt(eps/2)). It anneals
@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.peers import ValueAndGradient, Variant, importable
+from benchmarks.peers import STEP, ValueAndGradient, Variant, importable, storable
 from benchmarks.reference import cost_matrix
 from benchmarks.workloads import Problem
 
-SCALINGS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
+# scaling = 4^(-1 / STEP^k): the number of values of eps grows by STEP from one to the next.
+SCALINGS = tuple(0.25 ** (STEP**-k) for k in range(44))
+# KeOps sums the dimensions one by one, and multiscale clusters on a grid.
+MOST_DIMENSIONS = {"online": 64, "multiscale": 3}
 # The largest cosine distance, where GeomLoss would take the diameter of the cloud.
 COSINE_DIAMETER = 2.0
 
@@ -80,11 +83,27 @@ def overhead(problem: Problem, n_iters: int) -> list[Variant]:
     return [Variant("GeomLoss SamplesLoss", partial(_value_and_gradient, problem, *calls))]
 
 
+def _passes(problem: Problem, scaling: float) -> int:
+    """Two for each value of eps, for the start and for the last extrapolation."""
+    convention, _ = _convention(problem)
+    diameter = convention.get("diameter") or _diameter(problem.x, problem.y)
+    steps = math.ceil(math.log(convention["blur"] / diameter) / math.log(scaling))
+    return 2 * (max(steps, 0) + 4)
+
+
+def _backends(problem: Problem) -> list[str]:
+    d = problem.x.shape[1]
+    keops = importable("pykeops")[0] and problem.cost != "cosine"
+    found = ["tensorized"] if storable(problem) else []
+    return found + [name for name, most in MOST_DIMENSIONS.items() if keops and d <= most]
+
+
 def divergence(problem: Problem) -> list[Variant]:
-    return [
-        Variant(
-            f"scaling={scaling:g}",
-            partial(_value_and_gradient, problem, *_module(problem, scaling=scaling)),
+    def at(backend: str, scaling: float) -> Variant:
+        module = _module(problem, backend=backend, scaling=scaling)
+        call = partial(_value_and_gradient, problem, *module)
+        return Variant(
+            f"{backend}, scaling={scaling:.3f}", call, backend, lambda: _passes(problem, scaling)
         )
-        for scaling in SCALINGS
-    ]
+
+    return [at(backend, scaling) for backend in _backends(problem) for scaling in SCALINGS]

@@ -9,10 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.peers import IterationVariant, ValueAndGradient, Variant, importable
+from benchmarks.peers import (
+    TOLERANCES,
+    IterationVariant,
+    ValueAndGradient,
+    Variant,
+    importable,
+)
 from benchmarks.workloads import Problem
 
-TOLERANCES = (3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6)
+MAX_ITERS = 20_000
 
 
 def available() -> tuple[bool, str]:
@@ -55,10 +61,20 @@ def overhead(problem: Problem, n_iters: int) -> list[Variant]:
     ]
 
 
+def _sweeps(problem: Problem, tol: float) -> int:
+    import otloss
+
+    options: dict[str, Any] = {"cost": problem.cost, "tol": tol, "max_iters": MAX_ITERS}
+    if not problem.uniform:
+        options |= {"a": problem.a, "b": problem.b}
+    with torch.no_grad():
+        return int(otloss.solve_sample(problem.x, problem.y, problem.eps, **options).n_iters)
+
+
 def divergence(problem: Problem) -> list[Variant]:
     def at(tol: float) -> Variant:
-        call = partial(_value_and_gradient, problem, tol=tol, max_iters=5000)
-        return Variant(f"tol={tol:g}", call)
+        call = partial(_value_and_gradient, problem, tol=tol, max_iters=MAX_ITERS)
+        return Variant(f"tol={tol:.2g}", call, passes=lambda: 2 * _sweeps(problem, tol))
 
     ladder = [at(tol) for tol in TOLERANCES]
-    return [Variant("default", partial(_value_and_gradient, problem)), *ladder]
+    return [Variant("default", partial(_value_and_gradient, problem), "default"), *ladder]

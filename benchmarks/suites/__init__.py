@@ -12,15 +12,20 @@ A suite module defines
 from __future__ import annotations
 
 import argparse
+import importlib
+import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from benchmarks.timing import Timer
 
-NAMES = ("iteration", "overhead", "divergence", "passes", "memory")
+NAMES = ("iteration", "overhead", "accuracy", "passes", "memory")
 
 
 @dataclass(frozen=True)
@@ -30,11 +35,30 @@ class Context:
     peers: dict[str, ModuleType]
     device: torch.device
     options: argparse.Namespace
+    environment: dict[str, Any]
+    path: Path  # of the suite's JSON
     skipped: dict[str, str] = field(default_factory=dict)
 
     @property
     def timer(self) -> Timer:
         return Timer(self.device, self.options.clock)
+
+    def earlier(self) -> dict[str, Any]:
+        """The suite's result of an earlier run, {} if there is none."""
+        return json.loads(self.path.read_text())["result"] if self.path.exists() else {}
+
+    def save(self, result: dict[str, Any]) -> None:
+        """Write the JSON: at the end of a run, or after each part of a long one."""
+        suite = importlib.import_module(f"{__name__}.{self.path.stem}")
+        document = {
+            "suite": self.path.stem,
+            "title": suite.TITLE,
+            "environment": {**self.environment, "load_average_after": list(os.getloadavg())},
+            "skipped_peers": self.skipped,
+            "result": result,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(document, indent=1) + "\n")
 
     def supporting(self, function: str) -> dict[str, ModuleType]:
         """The peers that have the suite's function; the others are reported as skipped."""

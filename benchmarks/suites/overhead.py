@@ -25,15 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """No options of its own."""
 
 
-def _errors(variant: Variant, solution: reference.Solution) -> dict[str, float]:
-    value, gradient = variant.call()
-    difference = (gradient.double().cpu() - solution.gradient).norm()
-    return {
-        "value_error": abs(value.item() - solution.value) / abs(solution.value),
-        "gradient_error": (difference / solution.gradient.norm()).item(),
-    }
-
-
 def _all_errors(
     variants: list[Variant], solution: reference.Solution, context: Context
 ) -> dict[str, dict[str, float]]:
@@ -41,7 +32,7 @@ def _all_errors(
     errors = {}
     for variant in variants:
         try:
-            errors[variant.label] = _errors(variant, solution)
+            errors[variant.label] = solution.errors(*variant.call())
         except NotImplementedError as error:
             context.skipped[variant.label] = str(error)
             print(f"{variant.label}: skipped, {error}")
