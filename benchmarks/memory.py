@@ -1,10 +1,11 @@
 """Peak memory of a call, measured in a process of its own.
 
     from benchmarks.memory import peak
-    peak("otloss", "gaussians_64d", 4000)       # bytes that the call added
+    peak("otloss", "gaussians_64d", 4000).added       # bytes that the call added
 
 The child builds the problem, notes its peak resident memory, calls, and notes it again. On CUDA
-the allocator's own record is used instead. As a program (``python -m benchmarks.memory PEER
+the allocator's own record is used instead. It times the call too, and with ``errors`` compares its
+result with the converged one afterwards. As a program (``python -m benchmarks.memory PEER
 WORKLOAD N``) this file is that child.
 """
 
@@ -15,19 +16,25 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks.process import set_thread_variables
 
+Call = Callable[[], Any]
 ROOT = Path(__file__).resolve().parents[1]
 
 
 class Peak(NamedTuple):
-    """Peak bytes before and after the call; their difference is what the call added."""
+    """Peak bytes before and after the call, whose difference is what it added; its seconds."""
 
     before: int
     after: int
+    wall_seconds: float
+    cpu_seconds: float
+    gradient_error: float | None = None
 
     @property
     def added(self) -> int:
@@ -56,18 +63,23 @@ def peak(
     workload: str,
     n: int,
     *,
+    eps: float | None = None,
     setting: str = "",
+    errors: bool = False,
     device: str = "cpu",
     threads: int = 1,
     timeout: float = 600,
 ) -> Peak:
     """Peak memory of value and gradient of a divergence, in a fresh process.
 
-    ``setting`` is the label of a variant of the peer's ``divergence`` ladder, by default the
-    first. Raises ``subprocess.SubprocessError`` when the child fails or takes too long.
+    ``eps`` is by default the workload's first; ``setting`` the label of a variant of the peer's
+    ``divergence`` ladder, by default the first. Raises ``subprocess.SubprocessError`` when the
+    child fails or takes too long.
     """
     command = [sys.executable, "-m", "benchmarks.memory", peer, workload, str(n)]
     command += ["--setting", setting, "--device", device, "--threads", str(threads)]
+    command += [] if eps is None else ["--eps", str(eps)]
+    command += ["--errors"] * errors
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ.copy(), timeout=timeout, check=True, capture_output=True
     )
@@ -77,7 +89,7 @@ def peak(
 def _measure(arguments: argparse.Namespace) -> Peak:
     import torch
 
-    from benchmarks import peers, workloads
+    from benchmarks import peers, reference, workloads
 
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
@@ -86,22 +98,32 @@ def _measure(arguments: argparse.Namespace) -> Peak:
         sys.exit(f"{arguments.peer}: {skipped[arguments.peer]}")
     peer = usable[arguments.peer]
 
-    def ladder(n: int) -> dict:
-        problem = workloads.make(arguments.workload, n).to(device)
-        return {variant.label: variant.call for variant in peer.divergence(problem)}
+    def make(n: int) -> workloads.Problem:
+        return workloads.make(arguments.workload, n, arguments.eps)
 
-    calls = ladder(arguments.n)
+    def ladder(problem: workloads.Problem) -> dict[str, Call]:
+        return {variant.label: variant.call for variant in peer.divergence(problem.to(device))}
+
+    def peak_now() -> int:
+        return torch.cuda.max_memory_allocated(device) if on_gpu else resident_peak()
+
+    on_gpu = device.type == "cuda"
+    problem = make(arguments.n)
+    calls = ladder(problem)
     label = arguments.setting or next(iter(calls))
     # A tiny call first: what is loaded or compiled once is not the problem's memory.
-    ladder(8)[label]()
-    if device.type == "cuda":
+    ladder(make(8))[label]()
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.max_memory_allocated(device)
-        calls[label]()
-        return Peak(before, torch.cuda.max_memory_allocated(device))
-    before = resident_peak()
-    calls[label]()
-    return Peak(before, resident_peak())
+    before, wall, cpu = peak_now(), time.perf_counter(), time.process_time()
+    result = calls[label]()
+    after = peak_now()
+    seconds = time.perf_counter() - wall, time.process_time() - cpu
+    if not arguments.errors:
+        return Peak(before, after, *seconds)
+    x, y, a, b = problem.x, problem.y, problem.a, problem.b
+    solution = reference.divergence(x, y, a, b, problem.cost, problem.eps)
+    return Peak(before, after, *seconds, solution.errors(*result)["gradient_error"])
 
 
 def main() -> None:
@@ -109,7 +131,9 @@ def main() -> None:
     parser.add_argument("peer")
     parser.add_argument("workload")
     parser.add_argument("n", type=int)
+    parser.add_argument("--eps", type=float)
     parser.add_argument("--setting", default="")
+    parser.add_argument("--errors", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()

@@ -101,16 +101,12 @@ def _bundled_digits() -> Tensor:
     return torch.cat([large.roll(shift, (2, 3)) for shift in shifts]).flatten(1)
 
 
-def _images(name: str) -> Tensor:
-    images = _dataset(name)
-    return _bundled_digits() if images is None else images
-
-
-def _source(name: str | None) -> str:
-    """What the points of a workload are made from on this machine."""
-    if name is None:
-        return "synthetic"
-    return name if _dataset(name) is not None else f"bundled digits in place of {name}"
+def images(name: str) -> tuple[Tensor, str]:
+    """A dataset's training images (N, 784), or what stands in for them, and which it is."""
+    found = _dataset(name)
+    if found is not None:
+        return found, name
+    return _bundled_digits(), f"bundled digits in place of {name}"
 
 
 def _draw(pool: Tensor, n: int, rng: torch.Generator) -> Tensor:
@@ -124,9 +120,9 @@ def _draw_two(pool: Tensor, n: int, rng: torch.Generator) -> Clouds:
     return both[:n], both[n:]
 
 
-def _blur(images: Tensor) -> Tensor:
+def _blur(pictures: Tensor) -> Tensor:
     """A 5x5 mean: what an early generator's samples look like to a squared distance."""
-    square = images.view(-1, 1, IMAGE_SIDE, IMAGE_SIDE)
+    square = pictures.view(-1, 1, IMAGE_SIDE, IMAGE_SIDE)
     return avg_pool2d(square, 5, stride=1, padding=2, count_include_pad=False).flatten(1)
 
 
@@ -138,21 +134,21 @@ def _smooth_noise(n: int, rng: torch.Generator) -> Tensor:
 
 
 def _random_vs_digits(n: int, rng: torch.Generator) -> Clouds:
-    return _smooth_noise(n, rng), _draw(_images("MNIST"), n, rng)
+    return _smooth_noise(n, rng), _draw(images("MNIST")[0], n, rng)
 
 
 def _perturbed_vs_digits(n: int, rng: torch.Generator) -> Clouds:
-    x, y = _draw_two(_images("MNIST"), n, rng)
+    x, y = _draw_two(images("MNIST")[0], n, rng)
     return x + 0.3 * torch.randn(x.shape, generator=rng), y
 
 
 def _blurred_vs_fashion(n: int, rng: torch.Generator) -> Clouds:
-    x, y = _draw_two(_images("FashionMNIST"), n, rng)
+    x, y = _draw_two(images("FashionMNIST")[0], n, rng)
     return _blur(x), y
 
 
 def _fashion_minibatches(n: int, rng: torch.Generator) -> Clouds:
-    return _draw_two(_images("FashionMNIST"), n, rng)
+    return _draw_two(images("FashionMNIST")[0], n, rng)
 
 
 # Clouds of low and middle dimension
@@ -307,7 +303,7 @@ def make(name: str, n: int, eps: float | None = None, seed: int = 0) -> Problem:
         workload.cost,
         eps,
         workload.uniform,
-        _source(workload.dataset),
+        images(workload.dataset)[1] if workload.dataset else "synthetic",
     )
 
 

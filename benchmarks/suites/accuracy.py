@@ -41,7 +41,7 @@ BUDGET_SECONDS = 2.0  # per call and case, for the full timing
 # The bars. Up to MOST_SMALL points: this many times faster than the best peer, or within this
 # factor of the floor. In 3-D from LEAST_LARGE points on: faster than GeomLoss, there on KeOps.
 MOST_SMALL, SMALL_BAR, FLOOR_BAR = 2048, 30.0, 2.0
-LEAST_LARGE, LARGE_BAR, LARGE_PEER = 10_000, 5.0, "geomloss"
+LEAST_LARGE, LARGE_DIMENSION, LARGE_BAR, LARGE_PEER = 10_000, 3, 5.0, "geomloss"
 
 DEFAULT_WORKLOADS = (
     "fashion_blurred",
@@ -211,16 +211,18 @@ def _candidates(families: list[Rung], target: str) -> list[str]:
 
 
 def _closest(families: list[Rung]) -> Rung:
-    """How far a peer came that does not reach a target."""
+    """How far a peer came that does not reach a target, and what time it would at least need."""
+    # A family that might get there with more time is not one that cannot.
+    slow = [f for f in families if f["stop"] and ("search" in f["stop"] or "more" in f["stop"])]
+    stops = [f["stop"] for f in (slow or families) if f["stop"]]
     rungs = [rung for f in families for rung in f["rungs"]]
-    stops = [f["stop"] for f in families if f["stop"]]
-    # A peer that might get there with more time is not one that cannot.
-    slow = [s for s in stops if "s of search" in s or s.startswith("more than")]
     best = min(rungs, key=lambda rung: rung["gradient_error"], default=None)
     return {
-        "miss": (slow or stops or ["not reached"])[0],
-        "slow": bool(slow),
+        "miss": (stops or ["not reached"])[0],
         "closest": best and {k: best[k] for k in ("setting", "rough_seconds", "gradient_error")},
+        "at_least": min(
+            (max(rung["rough_seconds"] for rung in f["rungs"]) for f in slow), default=None
+        ),
     }
 
 
@@ -330,10 +332,7 @@ def _add_ratios(targets: list[Rung], floor: dict[str, float] | None) -> None:
     own = {t["target"]: t["seconds"]["median"] for t in targets if t["peer"] == OWN}
     for entry in targets:
         ours = own.get(entry["target"])
-        closest = entry.get("closest")
-        seconds = entry["seconds"]["median"] if entry["seconds"] else None
-        if seconds is None and entry["slow"] and closest:
-            seconds = closest["rough_seconds"]
+        seconds = entry["seconds"]["median"] if entry["seconds"] else entry["at_least"]
         entry["ratio_to_otloss"] = seconds / ours if seconds and ours else None
         entry["ratio_to_floor"] = seconds / floor["median"] if seconds and floor else None
 
@@ -419,16 +418,56 @@ def _merge(old: dict[str, Any], new: dict[str, Any], peers: list[str]) -> dict[s
     return merged
 
 
-def _save(context: Context, case: dict[str, Any], peers: list[str]) -> dict[str, Any]:
+def _short(value: Any) -> Any:
+    """Numbers to four digits: the result is long."""
+    if isinstance(value, dict):
+        return {k: _short(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_short(v) for v in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def _save(context: Context, case: dict[str, Any], peers: list[str]) -> None:
     """Put one case into the result on disk, which another run may have changed meanwhile."""
     cases = context.earlier().get("cases", [])
     old = next((c for c in cases if _identity(c) == _identity(case)), {})
     cases = [c for c in cases if c is not old] + [_merge(old, case, peers)]
     order = list(workloads.WORKLOADS)
     cases.sort(key=lambda c: (c["threads"], order.index(c["workload"]), c["n"], -c["eps"]))
-    result = {"cases": cases, "targets": list(TARGETS)}
-    context.save(result)
-    return result
+    bars = [_bar(c, target) for c in cases for target in TARGETS]
+    context.save({"cases": [_short(c) for c in cases], "bars": bars, "targets": list(TARGETS)})
+
+
+def _bar(case: dict[str, Any], target: float) -> dict[str, Any]:
+    """The case against its bar at a target: otloss, its best rival, the ratios, the verdict.
+
+    ``met`` is None where there is no bar. A rival that gave up counts with the time it had taken.
+    """
+    entries = [t for t in case["targets"] if t["target"] == target]
+    own = next((t for t in entries if t["peer"] == OWN), None)
+    rivals = [t for t in entries if t["peer"] != OWN and t["ratio_to_otloss"]]
+    large = case["n"] >= LEAST_LARGE and case["d"] == LARGE_DIMENSION
+    if large:
+        rivals = [t for t in rivals if t["peer"] == LARGE_PEER]
+    best = min(rivals, key=lambda t: t["ratio_to_otloss"], default=None)
+    ratio = best["ratio_to_otloss"] if best else None
+    floor = own and own["ratio_to_floor"]
+    met = None
+    if own is None or own["seconds"] is None:
+        met = False
+    elif large:
+        met = ratio is None or ratio >= LARGE_BAR
+    elif case["n"] <= MOST_SMALL:
+        met = ratio is None or ratio >= SMALL_BAR or (floor is not None and floor <= FLOOR_BAR)
+    return {
+        **{key: case[key] for key in ("workload", "n", "eps", "threads")},
+        "target": target,
+        "best_peer": best and best["peer"],
+        "best_reaches_it": bool(best and best["seconds"]),
+        "ratio": ratio,
+        "floor_ratio": floor,
+        "met": met,
+    }
 
 
 def _missing(context: Context, old: dict[str, Any] | None) -> list[str]:
@@ -480,28 +519,6 @@ def problem_title(case: dict[str, Any]) -> str:
     return f"{case['workload']}, n={case['n']}, eps={case['eps']:g}"
 
 
-def judge(case: dict[str, Any], target: float) -> dict[str, Any]:
-    """The case against its bar at a target: otloss, its best rival, the ratios, the verdict."""
-    entries = [t for t in case["targets"] if t["target"] == target]
-    own = next((t for t in entries if t["peer"] == OWN), None)
-    rivals = [t for t in entries if t["peer"] != OWN and t["ratio_to_otloss"]]
-    large = case["n"] >= LEAST_LARGE and case["d"] == 3
-    if large:
-        rivals = [t for t in rivals if t["peer"] == LARGE_PEER]
-    best = min(rivals, key=lambda t: t["ratio_to_otloss"], default=None)
-    ratio = best["ratio_to_otloss"] if best else None
-    floor = own and own["ratio_to_floor"]
-    if own is None or own["seconds"] is None:
-        met = False
-    elif large:
-        met = None if ratio is None else ratio >= LARGE_BAR
-    elif case["n"] <= MOST_SMALL:
-        met = bool(ratio is None or ratio >= SMALL_BAR or (floor and floor <= FLOOR_BAR))
-    else:
-        met = None
-    return {"own": own, "best": best, "ratio": ratio, "floor": floor, "met": met}
-
-
 def _cells(case: dict[str, Any], entry: Rung) -> list[str]:
     seconds, ratio = entry["seconds"], entry["ratio_to_otloss"]
     closest = entry.get("closest")
@@ -542,20 +559,14 @@ def _default_rows(cases: list[dict[str, Any]]) -> list[list[str]]:
     ]
 
 
-def _verdicts(result: dict[str, Any]) -> list[str]:
-    lines = []
-    for case in result["cases"]:
-        for target in result["targets"]:
-            found = judge(case, target)
-            if found["met"] is None:
-                continue
-            best = found["best"]
-            against = f"{found['ratio']:.1f}x {best['peer']}" if best else "no peer reaches it"
-            floor = f", {found['floor']:.1f}x the floor" if found["floor"] else ""
-            said = "met" if found["met"] else "NOT met"
-            threads = f"{case['threads']} thread(s)"
-            lines.append(f"{problem_title(case)}, {threads}, {target:g}: {against}{floor}: {said}")
-    return lines
+def _verdict(bar: dict[str, Any]) -> str:
+    more = "" if bar["best_reaches_it"] else "more than "
+    best = f"{more}{bar['ratio']:.1f}x {bar['best_peer']}" if bar["ratio"] else "no peer reaches it"
+    floor = f", {bar['floor_ratio']:.1f}x the floor" if bar["floor_ratio"] else ""
+    said = {True: ": met", False: ": NOT met", None: ""}[bar["met"]]
+    return (
+        f"{problem_title(bar)}, {bar['threads']} thread(s), {bar['target']:g}: {best}{floor}{said}"
+    )
 
 
 def table(result: dict[str, Any]) -> str:
@@ -565,7 +576,7 @@ def table(result: dict[str, Any]) -> str:
         text_table(header, _default_rows(result["cases"])),
         f"Bars: {SMALL_BAR:g}x the best peer or within {FLOOR_BAR:g}x of the floor up to "
         f"n={MOST_SMALL}; {LARGE_BAR:g}x GeomLoss on KeOps in 3-D from n={LEAST_LARGE} on.\n"
-        + "\n".join(_verdicts(result)),
+        + "\n".join(map(_verdict, result["bars"])),
     ]
     return "\n\n".join(parts)
 

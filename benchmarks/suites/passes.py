@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import otloss
 from benchmarks import workloads
 from benchmarks.suites import Context, text_table
 
@@ -56,6 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _divergence(problem: workloads.Problem, tol: float, method: str) -> tuple[float, Tensor]:
+    import otloss
+
     x = problem.x.clone().requires_grad_()
     value = otloss.sinkhorn_divergence(
         x,
@@ -73,6 +74,8 @@ def _divergence(problem: workloads.Problem, tol: float, method: str) -> tuple[fl
 
 
 def _sweeps(problem: workloads.Problem, tol: float, method: str) -> int:
+    import otloss
+
     result = otloss.solve_sample(
         problem.x,
         problem.y,
@@ -120,6 +123,8 @@ def _case(name: str, n: int, eps: float, method: str) -> dict[str, Any]:
 
 
 def run(context: Context) -> dict[str, Any]:
+    import otloss
+
     rows = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", otloss.ConvergenceWarning)
