@@ -253,7 +253,7 @@ WORKLOADS: dict[str, Workload] = {
         dataset="FashionMNIST",
     ),
     "shapes_3d": Workload(
-        "sphere vs torus, d=3, blur .05 and .01",
+        "sphere vs torus, d=3",
         _shapes,
         "sqeuclidean",
         (5e-3, 2e-4),
