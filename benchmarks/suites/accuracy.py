@@ -100,8 +100,8 @@ class _Ladder:
         if index not in self.rungs and self.stop is None:
             try:
                 self.rungs[index] = self._measure(self.variants[index])
-            except (RuntimeError, ValueError, ArithmeticError) as error:
-                self.stop = f"fails: {str(error).splitlines()[0][:80]}"
+            except Exception as error:  # whatever a peer raises, the others are measured
+                self.stop = f"fails: {(str(error) or repr(error)).splitlines()[0][:80]}"
             else:
                 self._check_budget(self.rungs[index]["rough_seconds"])
         return self.rungs.get(index)
