@@ -48,7 +48,8 @@ def load(suite: str) -> tuple[dict[str, Any], str]:
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    escaped = [[cell.replace("|", r"\|") for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in escaped)
 
 
 def number(value: float) -> str:
@@ -92,7 +93,11 @@ def overhead() -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.2g}" if seconds < 0.1 else f"{1e3 * seconds:.0f}"
+    return f"{1e3 * seconds:.2g}" if seconds < 0.1 else f"{1e3 * float(f'{seconds:.2g}'):.0f}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.2g}%"
 
 
 def problem_title(case: dict[str, Any]) -> str:
@@ -107,9 +112,9 @@ def peer_time(case: dict[str, Any], peer: str, target: float) -> str:
         return ""
     if entry["seconds"]:
         return milliseconds(entry["seconds"]["median"])
-    error = f"error {entry['closest']['gradient_error']:.0%}" if entry["closest"] else entry["miss"]
-    if entry["closest"] and entry["closest"]["gradient_error"] > 1:
-        error = "fails"
+    closest = entry["closest"]
+    fails = closest is None or closest["gradient_error"] > 1
+    error = "fails" if fails else f"error {percent(closest['gradient_error'])}"
     return f"> {milliseconds(entry['at_least'])} ({error})" if entry["at_least"] else f"- ({error})"
 
 
@@ -150,7 +155,7 @@ def accuracy_all() -> str:
     parts = []
     for target in (0.01, 0.001):
         cases, how = accuracy_cases(1)
-        parts.append(f"Milliseconds to a gradient error of {target:.1%} ({how}):\n")
+        parts.append(f"Milliseconds to a gradient error of {percent(target)} ({how}):\n")
         parts.append(peer_times(cases, target) + "\n")
     return "\n".join(parts)
 
@@ -167,7 +172,9 @@ def accuracy_bars() -> str:
         [titles[key], *(found.get(column, "") for column in columns)]
         for key, found in cells.items()
     ]
-    heads = [f"{threads} thread{'s' * (threads > 1)}, {-target:.1%}" for threads, target in columns]
+    heads = [
+        f"{threads} thread{'s' * (threads > 1)}, {percent(-target)}" for threads, target in columns
+    ]
     judged = [bar["met"] for bar in result["bars"] if bar["met"] is not None]
     return (
         f"{table(['', *heads], rows)}\n\n"
@@ -217,14 +224,15 @@ def memory() -> str:
     for row in result["rows"]:
         if row["added_bytes"] is None:
             continue
-        error = "" if row["gradient_error"] is None else f"{row['gradient_error']:.1%}"
+        # A time without its error says nothing, and small ones contain first calls.
+        error, seconds = row["gradient_error"], number(row["cpu_seconds"])
+        checked = ["", ""] if error is None else [seconds, percent(error)]
         rows.append(
             [
                 f"{row['title']}, n = {row['n']}, eps {row['eps']:g}",
                 f"{PEERS[row['peer']]} {row['setting']}".strip(),
                 f"{row['added_bytes'] / 2**20:.0f}",
-                number(row["cpu_seconds"]),
-                error,
+                *checked,
             ]
         )
     header = ["", "", "peak memory added, MiB", "seconds", "gradient error"]
