@@ -480,10 +480,8 @@ std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors, Tensors> solve_points(
     return std::tuple_cat(
         solve_groups<T>(device, weights, pairs, coefficients, init, options, trace,
                         [&](SolveGroup<T>& group, int64_t p, int64_t i, int64_t j) {
-                          if (dense)
-                            group.C = data<T>(costs[p]);
-                          else
-                            group.points = point_pair<T>(clouds, kind, i, j);
+                          if (dense) group.C = data<T>(costs[p]);
+                          group.points = point_pair<T>(clouds, kind, i, j);
                         }),
         std::make_tuple(costs));
   });

@@ -37,7 +37,8 @@ enum StatusField : int {
   kStatusFields
 };
 
-// The points of the two sides, made ready (see CloudGroup), in place of a cost matrix.
+// The points of the two sides, made ready (see CloudGroup): in place of a cost matrix, or beside it
+// for a start.
 template <typename T>
 struct PointPair {
   CostKind kind;

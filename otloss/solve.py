@@ -7,7 +7,7 @@ import math
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -249,10 +249,11 @@ class OTResult:
 
     @functools.cached_property
     def _cost(self) -> Tensor:
-        """The cost matrix (B, n, m), made when a streamed result is asked for what needs it."""
+        """The cost matrix (B, n, m); from points it is made when first needed."""
         if self._given_cost is not None:
             return self._given_cost
-        return build_costs(self._problem, [0, 1], self._options.cost, False)[0]
+        plain = self._options.method == "reference"
+        return build_costs(self._problem, [0, 1], self._options.cost, plain)[0]
 
     @functools.cached_property
     def _plan(self) -> Tensor:
@@ -476,10 +477,9 @@ def solve_sample(
         method=method,
     )
     problem = check_clouds({"x": x, "y": y}, {"a": a, "b": b}, balanced=options.balanced)
-    costs = None
-    if not streams(problem, [0, 1], options):
-        costs = build_costs(problem, [0, 1], options.cost, options.method == "reference")
-    return _solve_one(problem, costs, options, init)
+    dense, named = not streams(problem, [0, 1], options), isinstance(options.cost, str)
+    costs = None if named else build_costs(problem, [0, 1], options.cost, False)
+    return _solve_one(problem, costs, options, init, dense=dense)
 
 
 def _solve_one(
@@ -487,11 +487,17 @@ def _solve_one(
     costs: tuple[Tensor, ...] | None,
     options: Options,
     init: OTResult | tuple[Tensor, Tensor] | None,
+    *,
+    dense: bool = True,
 ) -> OTResult:
+    if not torch.is_grad_enabled():  # what the result makes later must not start a graph either
+        problem = replace(
+            problem,
+            points=tuple(x.detach() for x in problem.points),
+            weights=tuple(w.detach() for w in problem.weights),
+        )
     start = _initial_potentials(init, problem)
-    solved = run(
-        problem, costs, [0, 1], [1.0], options, start, potentials=True, dense=costs is not None
-    )
+    solved = run(problem, costs, [0, 1], [1.0], options, start, potentials=True, dense=dense)
     return OTResult(problem, costs[0] if costs else None, options, solved)
 
 

@@ -18,11 +18,24 @@
 
 namespace otloss::cpu {
 
+// Where the solver begins, g (m,): from the points, where they are known and there is a formula.
+template <typename T>
+void first_potential(int64_t n, int64_t m, const PointPair<T>& points, int64_t problem, double eps,
+                     const T* a, const T* b, T* g) {
+  const int64_t d = points.d;
+  if (points.zx && points.kind == CostKind::kSqEuclidean && d <= kGaussianDims)
+    gaussian_start(GaussianStart<T>{n, m, d, points.zx + problem * n * d,
+                                    points.zy + problem * m * d, a, b, eps, g});
+  else
+    std::fill(g, g + m, T(0));
+}
+
 // A cost matrix that is kept.
 template <typename T>
 class StoredRows {
  public:
-  StoredRows(int64_t n, int64_t m, const T* C) : n_(n), m_(m), C_(C) {}
+  StoredRows(int64_t n, int64_t m, const T* C, const PointPair<T>& points, int64_t problem)
+      : n_(n), m_(m), C_(C + problem * n * m), points_(points), problem_(problem) {}
 
   int64_t at_once() const { return n_; }
   int64_t scratch() const { return 0; }
@@ -42,14 +55,15 @@ class StoredRows {
 
   double max_cost(const T* a, const T* b) const { return max_abs(MaxAbs<T>{n_, m_, C_, a, b}); }
 
-  // Where the solver begins: nothing is known here but the costs.
-  void start(double /*eps*/, const T* /*a*/, const T* /*b*/, T* g) const {
-    std::fill(g, g + m_, T(0));
+  void start(double eps, const T* a, const T* b, T* g) const {
+    first_potential(n_, m_, points_, problem_, eps, a, b, g);
   }
 
  private:
   int64_t n_, m_;
   const T* C_;  // (n, m)
+  const PointPair<T>& points_;
+  int64_t problem_;
 };
 
 // A cost matrix that is made from prepared points, a few rows at a time.
@@ -58,6 +72,8 @@ class MadeRows {
  public:
   MadeRows(int64_t n, int64_t m, const PointPair<T>& points, int64_t problem, bool symmetric)
       : n_(n),
+        points_(points),
+        problem_(problem),
         kind_(points.kind),
         symmetric_(symmetric),
         z_(points.zx + problem * n * points.d),
@@ -91,12 +107,8 @@ class MadeRows {
     return kind_ == CostKind::kEuclidean ? reach : reach * reach;
   }
 
-  // Where the solver begins.
   void start(double eps, const T* a, const T* b, T* g) const {
-    if (kind_ == CostKind::kSqEuclidean && to_.d <= kGaussianDims)
-      gaussian_start(GaussianStart<T>{n_, to_.m, to_.d, z_, to_.z, a, b, eps, g});
-    else
-      std::fill(g, g + to_.m, T(0));
+    first_potential(n_, to_.m, points_, problem_, eps, a, b, g);
   }
 
  private:
@@ -118,6 +130,8 @@ class MadeRows {
   }
 
   int64_t n_;
+  const PointPair<T>& points_;
+  int64_t problem_;
   CostKind kind_;
   bool symmetric_;
   const T* z_;  // (n, d)

@@ -128,7 +128,7 @@ void solve(const std::vector<SolveGroup<T>>& groups, const SolveOptions& options
   for_each_problem(groups, [&](const SolveGroup<T>& group, int64_t p, bool split) {
     const int64_t n = group.n, m = group.m;
     if (group.C)
-      solve_problem(group, p, options, split, StoredRows<T>(n, m, group.C + p * n * m));
+      solve_problem(group, p, options, split, StoredRows<T>(n, m, group.C, group.points, p));
     else
       solve_problem(group, p, options, split, MadeRows<T>(n, m, group.points, p, group.symmetric));
   });

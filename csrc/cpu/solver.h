@@ -231,12 +231,15 @@ template <typename T, typename Engine>
 void ascend(Engine& engine, double eps, double tol, int64_t max_iters, double mass, T* F,
             SemidualPoint<T>& point, int64_t& iterations) {
   constexpr int kTries = 5;
-  constexpr double kShrink = 0.3, kSufficient = 1e-4, kFlat = 1e-2;
+  constexpr double kShrink = 0.3, kSufficient = 1e-4, kFlat = 1e-2, kReach = 10;
   const int64_t m = engine.m;
   LbfgsMemory<T> memory(m, engine.b);
   SemidualPoint<T> trial(m);
   std::vector<T> r = residual(engine, mass, point);
-  double stretch = 1;
+  double stretch = 1, reach = std::numeric_limits<double>::infinity();
+  const auto length = [&](const std::vector<T>& v) {
+    return std::sqrt(dot(m, engine.b, v.data(), v.data()));
+  };
   while (point.error > tol && iterations < max_iters && !interrupted()) {
     std::vector<T> p = memory.direction(r);
     const auto slope_along = [&](const std::vector<T>& v) {  // <b - P^T 1, v>
@@ -253,7 +256,7 @@ void ascend(Engine& engine, double eps, double tol, int64_t max_iters, double ma
       slope = slope_along(p);
     }
     bool accepted = false;
-    double t = stretch;
+    double t = std::min(stretch, reach / length(p));
     // The last pass that is allowed is a plain iteration.
     for (int attempt = 0; attempt < kTries && iterations + 1 < max_iters && !accepted; ++attempt) {
       for (int64_t j = 0; j < m; ++j) trial.g[j] = point.g[j] + static_cast<T>(t) * p[j];
@@ -277,12 +280,17 @@ void ascend(Engine& engine, double eps, double tol, int64_t max_iters, double ma
       }
       // Where clusters are many eps apart the semidual is a plane until they exchange mass: a step
       // that leaves the residual as it was tells nothing of how far to go, so the next is longer.
-      const double unchanged =
-          dot(m, engine.b, change.data(), change.data()) / dot(m, engine.b, r.data(), r.data());
-      stretch = unchanged < kFlat * kFlat ? 2 * stretch : 1;
-      memory.push(std::move(step), std::move(change));
+      // A change that is only rounding would be taken for a curvature of any size.
+      const double changed = dot(m, engine.b, change.data(), change.data());
+      const double rounding =
+          4 * (point.noise / mass + 4 * std::numeric_limits<T>::epsilon() * eps);
+      const bool flat = changed < kFlat * kFlat * dot(m, engine.b, r.data(), r.data());
+      stretch = flat ? 2 * stretch : 1;
+      reach = kReach * length(step);
+      if (changed > rounding * rounding * mass) memory.push(std::move(step), std::move(change));
     } else {
       stretch = 1;
+      reach = kReach * length(r);
     }
     r = std::move(next);
     std::swap(point, trial);
