@@ -11,7 +11,7 @@ t mod (n_gen + 1) == 0, so first; at the other steps the generator does.
 
 Presets:
 
-* ``tiny``: 1/8 of the channels, 2 x 100 images, 2000 steps: half an hour on one CPU core
+* ``tiny``: 1/8 of the channels, 2 x 100 images, 2000 steps: a quarter of an hour on one CPU core
 * ``mnist``: full width, for 28x28 images (also --data fashion)
 * ``cifar10``: full width, 2 x 4000 images in chunks of 500, mirrored at random
 """

@@ -533,6 +533,26 @@ def test_cifar_folders_and_archive(packed: bool, tmp_path: Path):
     assert torch.equal(images.train_labels, (images.train[:, 0, 0, 0] > 100).long())
 
 
+def test_cifar_binary_files(tmp_path: Path):
+    folder = tmp_path / data.CIFAR_FOLDER
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    files = [file for split in data.CIFAR_FILES.values() for file in split]
+    records = {file: rng.integers(0, 10, (2, 3073), dtype=np.uint8) for file in files}
+    for file, table in records.items():
+        table.tofile(folder / file)
+    images = data.load("cifar10", tmp_path)
+    assert images.train.shape == (10, 3, 32, 32)
+    assert images.test.shape == (2, 3, 32, 32)
+    fifth = records["data_batch_3.bin"][0]
+    assert images.train_labels[4] == fifth[0]
+    # Red plane first, row by row.
+    assert images.train[4, 1, 2, 3] == fifth[1 + 1024 + 2 * 32 + 3]
+    (folder / "test_batch.bin").write_bytes(b"123")
+    with pytest.raises(ValueError, match="has 3 bytes, expected a multiple of 3073"):
+        data.load("cifar10", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

@@ -4,7 +4,8 @@ Layouts (``root`` is ``--data-dir``; each IDX file may also be gzipped, as ``.gz
 
     root/MNIST/raw/train-images-idx3-ubyte ...                    MNIST, as torchvision keeps it
     root/FashionMNIST/raw/train-images-idx3-ubyte ...             FashionMNIST, likewise
-    root/cifar10-jpeg/{train,test}/<class>/*.jpg                  CIFAR-10, or
+    root/cifar-10-batches-bin/{data_batch_1..5,test_batch}.bin    CIFAR-10, its binary version, or
+    root/cifar10-jpeg/{train,test}/<class>/*.jpg                  as JPEG files, or
     root/cifar10-jpeg/cifar10-jpeg.tar.xz                         the same folders in one archive
 
 ``digits`` (1797 images of 8x8 pixels) and ``iris`` come with scikit-learn and need no folder.
@@ -35,6 +36,8 @@ IDX_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
+CIFAR_FOLDER = "cifar-10-batches-bin"
+CIFAR_FILES = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
 DIGITS_TEST = 500
 
 
@@ -199,6 +202,9 @@ def _load_digits() -> ImageData:
 
 
 def _cifar_source(root: Path) -> Path | None:
+    binary = root / CIFAR_FOLDER
+    if all((binary / file).is_file() for split in CIFAR_FILES.values() for file in split):
+        return binary
     folder = root / "cifar10-jpeg"
     if all((folder / split).is_dir() for split in ("train", "test")):
         return folder
@@ -219,11 +225,27 @@ def _jpegs(source: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _load_cifar10(root: Path) -> ImageData:
-    from PIL import Image
-
     source = _cifar_source(root)
     if source is None:
         raise FileNotFoundError(_missing("cifar10", root))
+    if source.name == CIFAR_FOLDER:
+        splits = [[source / file for file in files] for files in CIFAR_FILES.values()]
+        return ImageData("cifar10", *_cifar_records(splits[0]), *_cifar_records(splits[1]))
+    return _load_cifar_jpegs(root, source)
+
+
+def _cifar_records(paths: Sequence[Path]) -> tuple[Tensor, Tensor]:
+    """Images and labels of binary files: records of a label and 3072 bytes of colour planes."""
+    records = np.concatenate([np.fromfile(path, np.uint8) for path in paths])
+    if len(records) == 0 or len(records) % 3073:
+        raise ValueError(f"{paths[0].parent} has {len(records)} bytes, expected a multiple of 3073")
+    table = torch.from_numpy(records).reshape(-1, 3073)
+    return table[:, 1:].reshape(-1, 3, 32, 32).contiguous(), table[:, 0].long()
+
+
+def _load_cifar_jpegs(root: Path, source: Path) -> ImageData:
+    from PIL import Image
+
     found: dict[str, list[tuple[str, np.ndarray]]] = {"train": [], "test": []}
     for name, contents in _jpegs(source):
         split = name.split("/")[0]
@@ -248,7 +270,8 @@ def _labelled(files: list[tuple[str, np.ndarray]], classes: Sequence[str]) -> tu
 
 def _missing(name: str, root: Path | None) -> str:
     if name == "cifar10":
-        files = ["cifar10-jpeg/{train,test}/<class>/*.jpg, or", "cifar10-jpeg/cifar10-jpeg.tar.xz"]
+        files = [f"{CIFAR_FOLDER}/{{data_batch_1..5,test_batch}}.bin, or"]
+        files += ["cifar10-jpeg/{train,test}/<class>/*.jpg, or", "cifar10-jpeg/cifar10-jpeg.tar.xz"]
     else:
         raw = f"{IDX_FOLDERS[name]}/raw"
         files = [f"{raw}/{file}[.gz]" for split in IDX_FILES.values() for file in split]
