@@ -30,7 +30,7 @@ import otloss
 
 MODES, RADIUS, DEVIATION = 8, 2.0, 0.2
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"steps": 40_000, "freeze": 15_000, "lr": 1e-3, "schedule": "cosine"}
+    "paper": {"steps": 40_000, "freeze": 15_000, "lr": 3e-4, "schedule": "cosine"}
 }
 TOLERANCE = 1e-2  # ten times the default: the noise of a minibatch is larger still
 SHOWN = 5  # times along the run at which samples are kept for the figure
