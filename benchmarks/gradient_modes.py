@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, inf
 
 import otloss
 from benchmarks.environment import record
@@ -158,11 +158,10 @@ def times(L: int = 50) -> list[dict[str, Any]]:
             x, y = clouds(n, 16, dtype)
             costs = ops.cost([x.detach()[None], y[None]], [], [0, 1], 0)
             a = torch.full((1, n), 1 / n, dtype=dtype)
-            head, tail = (costs, [a, a], [0, 1], [1.0]), (4.0, 0, [1], True)
-            inf = float("inf")
+            head, tail = (costs, [a, a], [0, 1], [1.0]), (0, [1], True)
 
             def forward(
-                head: Any = head, inf: float = inf
+                head: Any = head,
             ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
                 return ops.solve(*head, [], 4.0, inf, inf, 1e-3, 1, L, 0, True)
 
@@ -171,7 +170,7 @@ def times(L: int = 50) -> list[dict[str, Any]]:
             def backward(
                 head: Any = head, tail: Any = tail, traces: Any = traces, one: Tensor = one
             ) -> Any:
-                return ops.unrolled_backward(one, [], [], *head, [], traces, *tail)
+                return ops.unrolled_backward(one, [], [], *head, [], traces, 4.0, inf, inf, *tail)
 
             there, back = fastest(forward), fastest(backward)
             scale = 1e9 / (n * n * L)

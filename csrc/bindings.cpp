@@ -12,6 +12,7 @@
 #include <array>
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <csignal>
 #include <memory>
 #include <string>
@@ -364,13 +365,33 @@ Tensors cost_backward(Tensors grad_costs, Tensors costs, Tensors points, Tensors
 
 // ----------------------------------------------------------------------- solve, solve_backward
 
+// How strongly plans are held to the weights: cloud 0 by x, every other by y, by themselves too.
+struct Strengths {
+  double x, y;
+
+  bool balanced() const { return std::isinf(x) && std::isinf(y); }
+  Strength of_pair(int64_t i, int64_t j) const {
+    return {i == 0 ? x : y, j == 0 ? x : y, balanced()};
+  }
+};
+
+Strengths checked_strengths(const Device& device, double rho_x, double rho_y) {
+  const Strengths rho{rho_x, rho_y};
+#if defined(OTLOSS_WITH_CUDA)
+  STD_TORCH_CHECK(rho.balanced() || !device.is_cuda(),
+                  "otloss: the CUDA kernels take balanced problems only");
+#endif
+  static_cast<void>(device);
+  return rho;
+}
+
 using SolveResult = std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors>;
 
 // What both forms of solve share. `place(group, p, i, j)` says where the costs of pair p come from;
 // init: f and g of each pair in turn, or nothing.
 template <typename T, typename Place>
 SolveResult solve_groups(const Device& device, const Tensors& weights, const Ints& pairs,
-                         const Doubles& coefficients, const Tensors& init,
+                         const Doubles& coefficients, const Tensors& init, const Strengths& rho,
                          const SolveOptions& options, bool trace, Place&& place) {
   constexpr ScalarType dtype = sizeof(T) == sizeof(float) ? ScalarType::Float : ScalarType::Double;
   const int64_t P = coefficients.size(), B = weights.at(0).size(0);
@@ -401,7 +422,8 @@ SolveResult solve_groups(const Device& device, const Tensors& weights, const Int
                         data<T>(all_g.back()),
                         trace ? data<T>(traces.back()) : nullptr,
                         data<T>(values) + p * B,
-                        data<double>(status) + p * B * kStatusFields};
+                        data<double>(status) + p * B * kStatusFields,
+                        rho.of_pair(i, j)};
     place(group, p, i, j);
     groups.push_back(group);
   }
@@ -423,12 +445,10 @@ SolveResult solve_groups(const Device& device, const Tensors& weights, const Int
   return SolveResult{loss, status, all_f, all_g, traces};
 }
 
-SolveOptions solve_options(double eps, double rho_x, double rho_y, double tol, int64_t max_iters,
-                           int64_t n_iters, int64_t objective, bool warm_start) {
+SolveOptions solve_options(double eps, double tol, int64_t max_iters, int64_t n_iters,
+                           int64_t objective, bool warm_start) {
   SolveOptions options;
   options.eps = eps;
-  options.rho_x = rho_x;
-  options.rho_y = rho_y;
   options.tol = tol;
   options.max_iters = max_iters;
   options.n_iters = n_iters;
@@ -441,11 +461,12 @@ SolveResult solve(Tensors costs, Tensors weights, Ints pairs, Doubles coefficien
                   double eps, double rho_x, double rho_y, double tol, int64_t max_iters,
                   int64_t n_iters, int64_t objective, bool trace) {
   const Device device{costs, weights, init};
+  const Strengths rho = checked_strengths(device, rho_x, rho_y);
   const SolveOptions options =
-      solve_options(eps, rho_x, rho_y, tol, max_iters, n_iters, objective, !init.empty());
+      solve_options(eps, tol, max_iters, n_iters, objective, !init.empty());
   return dispatch_dtype(costs.at(0), [&](auto zero) {
     using T = decltype(zero);
-    return solve_groups<T>(device, weights, pairs, coefficients, init, options, trace,
+    return solve_groups<T>(device, weights, pairs, coefficients, init, rho, options, trace,
                            [&](SolveGroup<T>& group, int64_t p, int64_t, int64_t) {
                              check(costs.at(p), {group.batch, group.n, group.m},
                                    costs[0].scalar_type(), "costs");
@@ -471,14 +492,15 @@ std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors, Tensors> solve_points(
     int64_t max_iters, int64_t n_iters, int64_t objective, bool trace) {
   const Device device{points, weights, init};
   const CostKind kind = static_cast<CostKind>(kind_index);
+  const Strengths rho = checked_strengths(device, rho_x, rho_y);
   const SolveOptions options =
-      solve_options(eps, rho_x, rho_y, tol, max_iters, n_iters, objective, !init.empty());
+      solve_options(eps, tol, max_iters, n_iters, objective, !init.empty());
   return dispatch_dtype(points.at(0), [&](auto zero) {
     using T = decltype(zero);
     const Prepared clouds = prepare<T>(device, points, weights, kind);
     const Tensors costs = dense ? costs_between<T>(device, clouds, pairs, kind) : Tensors();
     return std::tuple_cat(
-        solve_groups<T>(device, weights, pairs, coefficients, init, options, trace,
+        solve_groups<T>(device, weights, pairs, coefficients, init, rho, options, trace,
                         [&](SolveGroup<T>& group, int64_t p, int64_t i, int64_t j) {
                           if (dense) group.C = data<T>(costs[p]);
                           group.points = point_pair<T>(clouds, kind, i, j);
@@ -502,6 +524,7 @@ struct GradientArguments {
   const Doubles& coefficients;
   const Ints& want_cost;
   bool want_weights;
+  Strengths rho;
 };
 
 // Checks and allocates for pair p and describes it to the kernels, but for f and g.
@@ -533,7 +556,8 @@ EnvelopeGroup<T> gradient_group(const GradientArguments& given, int64_t p, bool 
           static_cast<T>(given.coefficients.at(p)),
           with_cost ? data<T>(out.C.back()) : nullptr,
           with_weights ? data<T>(out.a.back()) : nullptr,
-          with_weights ? data<T>(out.b.back()) : nullptr};
+          with_weights ? data<T>(out.b.back()) : nullptr,
+          given.rho.of_pair(given.pairs[2 * p], given.pairs[2 * p + 1])};
 }
 
 // The p-th of a list of (B, size) tensors, null if the list is empty.
@@ -548,14 +572,16 @@ const T* optional_data(const Tensors& list, int64_t p, int64_t B, int64_t size, 
 std::tuple<Tensors, Tensors, Tensors> envelope_backward(Tensor grad_loss, Tensors costs,
                                                         Tensors weights, Ints pairs,
                                                         Doubles coefficients, Tensors f, Tensors g,
-                                                        double eps, int64_t objective,
-                                                        Ints want_cost, bool want_weights) {
+                                                        double eps, double rho_x, double rho_y,
+                                                        int64_t objective, Ints want_cost,
+                                                        bool want_weights) {
   const Device device{{grad_loss}, costs, weights, f, g};
   return dispatch_dtype(grad_loss, [&](auto zero) {
     using T = decltype(zero);
     const ScalarType dtype = grad_loss.scalar_type();
-    const GradientArguments given{grad_loss,    costs,     weights,     pairs,
-                                  coefficients, want_cost, want_weights};
+    const GradientArguments given{
+        grad_loss,    costs,     weights,      pairs,
+        coefficients, want_cost, want_weights, checked_strengths(device, rho_x, rho_y)};
     Gradients grads;
     std::vector<EnvelopeGroup<T>> groups;
     for (size_t p = 0; p < costs.size(); ++p) {
@@ -573,14 +599,14 @@ std::tuple<Tensors, Tensors, Tensors> envelope_backward(Tensor grad_loss, Tensor
 // grad_f, grad_g: one per pair, or nothing; init likewise, f and g of each pair in turn.
 std::tuple<Tensors, Tensors, Tensors> unrolled_backward(
     Tensor grad_loss, Tensors grad_f, Tensors grad_g, Tensors costs, Tensors weights, Ints pairs,
-    Doubles coefficients, Tensors init, Tensors traces, double eps, int64_t objective,
-    Ints want_cost, bool want_weights) {
+    Doubles coefficients, Tensors init, Tensors traces, double eps, double rho_x, double rho_y,
+    int64_t objective, Ints want_cost, bool want_weights) {
   clear_interruption();
   return dispatch_dtype(grad_loss, [&](auto zero) {
     using T = decltype(zero);
     const ScalarType dtype = grad_loss.scalar_type();
-    const GradientArguments given{grad_loss,    costs,     weights,     pairs,
-                                  coefficients, want_cost, want_weights};
+    const GradientArguments given{grad_loss,    costs,     weights,      pairs,
+                                  coefficients, want_cost, want_weights, {rho_x, rho_y}};
     Gradients grads;
     std::vector<UnrolledGroup<T>> groups;
     for (size_t p = 0; p < costs.size(); ++p) {
@@ -603,14 +629,14 @@ std::tuple<Tensors, Tensors, Tensors> unrolled_backward(
 
 std::tuple<Tensors, Tensors, Tensors, Tensor> implicit_backward(
     Tensor grad_loss, Tensors grad_f, Tensors grad_g, Tensors costs, Tensors weights, Ints pairs,
-    Doubles coefficients, Tensors f, Tensors g, double eps, int64_t objective, Ints want_cost,
-    bool want_weights) {
+    Doubles coefficients, Tensors f, Tensors g, double eps, double rho_x, double rho_y,
+    int64_t objective, Ints want_cost, bool want_weights) {
   clear_interruption();
   return dispatch_dtype(grad_loss, [&](auto zero) {
     using T = decltype(zero);
     const ScalarType dtype = grad_loss.scalar_type();
-    const GradientArguments given{grad_loss,    costs,     weights,     pairs,
-                                  coefficients, want_cost, want_weights};
+    const GradientArguments given{grad_loss,    costs,     weights,      pairs,
+                                  coefficients, want_cost, want_weights, {rho_x, rho_y}};
     const int64_t P = costs.size(), B = grad_loss.size(0);
     const Tensor status =
         empty(grad_loss, {P, B, kImplicitStatusFields}, aoti_torch_dtype_float64());

@@ -17,10 +17,17 @@ namespace otloss {
 
 enum class Objective : int { kRegularized = 0, kTransport = 1 };
 
+// How the plan is held to a and b: rho_x KL(P 1 | a) and rho_y KL(P^T 1 | b), infinite: P 1 = a.
+struct Strength {
+  double rho_x = std::numeric_limits<double>::infinity();
+  double rho_y = std::numeric_limits<double>::infinity();
+  // Every marginal of the call is a constraint. Totals are then equal, potentials free up to a
+  // constant, and the value is <a, f> + <b, g>, without -eps (sum P - sum a sum b).
+  bool balanced = true;
+};
+
 struct SolveOptions {
   double eps;
-  double rho_x = std::numeric_limits<double>::infinity();  // infinite: the marginal is a constraint
-  double rho_y = std::numeric_limits<double>::infinity();
   double tol;         // on the L1 marginal error over the total mass
   int64_t max_iters;  // at most so many passes
   int64_t n_iters;    // >= 0: exactly so many iterations and no stopping test
@@ -64,6 +71,7 @@ struct SolveGroup {
   T* trace;        // (B, L, n + m) f and g after each iteration, or null
   T* value;        // (B,)
   double* status;  // (B, kStatusFields)
+  Strength strength;
 };
 
 // ------------------------------------------------------------------------------- solve_backward
@@ -84,6 +92,7 @@ struct EnvelopeGroup {
   T* grad_C;      // (B, n, m) or null
   T* grad_a;      // (B, n) or null
   T* grad_b;      // (B, m) or null
+  Strength strength;
 };
 
 // The same for the iterations that ran: the adjoint of each, from its potentials. f and g of the

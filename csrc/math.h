@@ -49,7 +49,8 @@ OTLOSS_HOST_DEVICE float exp2_polynomial(float z) {
   return q * z + 1.0f;
 }
 
-OTLOSS_HOST_DEVICE double exp2_polynomial(double z) {
+// 2^z - 1.
+OTLOSS_HOST_DEVICE double exp2m1_polynomial(double z) {
   double q = 4.434762438682524172e-10;
   q = q * z + 7.073784038835729919e-9;
   q = q * z + 1.017819963671766526e-7;
@@ -61,8 +62,10 @@ OTLOSS_HOST_DEVICE double exp2_polynomial(double z) {
   q = q * z + 0.05550410866482008216;
   q = q * z + 0.2402265069591013129;
   q = q * z + 0.6931471805599453258;
-  return q * z + 1.0;
+  return q * z;
 }
+
+OTLOSS_HOST_DEVICE double exp2_polynomial(double z) { return exp2m1_polynomial(z) + 1.0; }
 
 // t clamped to [-kExp2Limit, kExp2Limit] by its bits: two integer operations, where a comparison
 // that is right for NaN takes two or three for each end. As signed integers positive floats are
@@ -107,6 +110,15 @@ OTLOSS_HOST_DEVICE double fast_exp2(double t) {
   const double shifted = t + kRound;
   const double p = exp2_polynomial(t - (shifted - kRound));
   return bit_cast<double>(bit_cast<uint64_t>(p) + (bit_cast<uint64_t>(shifted) << 52));
+}
+
+// 2^t - 1, to the last digits where it is small.
+OTLOSS_HOST_DEVICE double fast_exp2m1(double t) {
+  constexpr double kRound = 6755399441055744.0;
+  t = clamp_exponent(t);
+  const double shifted = t + kRound, whole = shifted - kRound;
+  const double power = bit_cast<double>((bit_cast<uint64_t>(shifted) + 1023) << 52);
+  return (power - 1.0) + power * exp2m1_polynomial(t - whole);
 }
 
 // log2(v) for normal v > 0: v = 2^e m with m in [sqrt(1/2), sqrt(2)), log2(m) by the series of

@@ -11,6 +11,7 @@ in plain torch and differentiates that. It costs nothing unless a second derivat
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
@@ -42,6 +43,10 @@ class Settings(NamedTuple):
     trace: bool  # keep the potentials of every iteration, for backward="unrolled"
     dense: bool  # store the cost matrices
     batched: bool  # the loss is (B,), not ()
+
+    @property
+    def balanced(self) -> bool:
+        return math.isinf(self.rho_x) and math.isinf(self.rho_y)
 
 
 def _implementation(plain: bool) -> ModuleType:
@@ -279,7 +284,7 @@ class Solve(torch.autograd.Function):
             s.objective,
             s.trace,
         )
-        if s.potentials and s.n_iters < 0:
+        if s.potentials and s.balanced and s.n_iters < 0:
             f, g = _centred(s, weights, f, g)
         ctx.settings, ctx.problems, ctx.clouds = s, problems, clouds
         ctx.set_materialize_grads(False)
@@ -387,18 +392,18 @@ def _gradients(
     if s.backward == "unrolled":
         return implementation.unrolled_backward(
             grad_loss, grad_f, grad_g, costs, weights, s.pairs, s.coefficients, init, traces,
-            s.eps, s.objective, want_cost, want_weights,
+            s.eps, s.rho_x, s.rho_y, s.objective, want_cost, want_weights,
         )  # fmt: skip
     if not _is_envelope(s, seeds):
         *grads, status = implementation.implicit_backward(
             grad_loss, grad_f, grad_g, costs, weights, s.pairs, s.coefficients, f, g,
-            s.eps, s.objective, want_cost, want_weights,
+            s.eps, s.rho_x, s.rho_y, s.objective, want_cost, want_weights,
         )  # fmt: skip
         _report_system(status, costs[0].dtype)
         return grads
     return implementation.envelope_backward(
-        grad_loss, costs, weights, s.pairs, s.coefficients, f, g, s.eps, s.objective,
-        want_cost, want_weights,
+        grad_loss, costs, weights, s.pairs, s.coefficients, f, g, s.eps, s.rho_x, s.rho_y,
+        s.objective, want_cost, want_weights,
     )  # fmt: skip
 
 
@@ -481,10 +486,10 @@ def _unrolled_in_torch(
     for p, (i, j) in enumerate(reference.as_pairs(s.pairs)):
         C, a, b = (t.view_as(t) for t in (costs[p], weights[i], weights[j]))
         start = init[2 * p + 1] if init else torch.zeros_like(b)
-        f, g, *_ = reference.fixed_iterations(C, a, b, start, s.eps, s.n_iters)
-        total = (
-            s.coefficients[p] * grad_loss * reference.value(s.eps, C, f, g, a, b, s.objective)
-        ).sum()
+        marginals = reference.marginals_of(s.rho_x, s.rho_y, i, j)
+        f, g, *_ = reference.fixed_iterations(C, a, b, start, s.eps, s.n_iters, marginals)
+        value = reference.value(s.eps, C, f, g, a, b, s.objective, marginals)
+        total = (s.coefficients[p] * grad_loss * value).sum()
         if len(seeds) > 1:
             total = total + (seeds[1 + p] * f).sum() + (seeds[1 + P + p] * g).sum()
         for result, grad in zip(
@@ -502,7 +507,10 @@ def _implicit_in_torch(
     P, grad_loss = len(costs), seeds[0]
     both = Potentials.apply(s, P, *costs, *weights, *solution[: 2 * P])
     f, g = list(both[:P]), list(both[P:])
-    arguments = (costs, weights, s.pairs, s.coefficients, f, g, s.eps, s.objective, [1] * P, True)
+    arguments = (
+        costs, weights, s.pairs, s.coefficients, f, g, s.eps, s.rho_x, s.rho_y, s.objective,
+        [1] * P, True,
+    )  # fmt: skip
     if not _is_envelope(s, seeds):
         grad_f, grad_g = seeds[1 : P + 1], seeds[P + 1 :]
         return reference.implicit_backward(grad_loss, grad_f, grad_g, *arguments)[:3]
@@ -580,7 +588,7 @@ class SolvePoints(torch.autograd.Function):
             s.objective,
             s.trace,
         )
-        if s.potentials and s.n_iters < 0:
+        if s.potentials and s.balanced and s.n_iters < 0:
             f, g = _centred(s, weights, f, g)
         ctx.settings, ctx.kind, ctx.clouds = s, kind, clouds
         ctx.set_materialize_grads(False)
@@ -669,8 +677,8 @@ def _at_fixed_potentials(
         return grads, [None] * len(weights)
     unread, want_cost = f, [0] * P  # the weights' gradients need no cost matrix
     _, grad_a, grad_b = implementation.envelope_backward(
-        seeds[0], unread, weights, s.pairs, s.coefficients, f, g, s.eps, s.objective, want_cost,
-        True,
+        seeds[0], unread, weights, s.pairs, s.coefficients, f, g, s.eps, s.rho_x, s.rho_y,
+        s.objective, want_cost, True,
     )  # fmt: skip
     return grads, _sum_over_pairs(s.pairs, grad_a, grad_b, want_weights)
 

@@ -65,7 +65,12 @@ def combine(
     solved = run(problem, costs, pairs, coefficients, options, init, dense=dense)
     if memory is not None:
         memory.keep(solved)
-    return solved.loss
+    loss = solved.loss
+    if combination is DEBIASED and not options.balanced and options.objective == "regularized":
+        a, b = problem.weights
+        term = 0.5 * options.eps * (a.sum(-1) - b.sum(-1)).square()
+        loss = loss + (term if problem.batched else term[0])
+    return loss
 
 
 def sinkhorn_divergence(

@@ -16,7 +16,8 @@ is a cloud against itself. All tensors carry a batch dimension.
                        pair if they are to be stored (`dense`)
     envelope_backward_points    gradient of the loss, costs or none  -> gradients of wanted clouds
 
-The loss is the sum over the pairs of a coefficient times OT of the pair.
+The loss is the sum over the pairs of a coefficient times OT of the pair. Cloud 0 is held to its
+weights by ``rho_x``, every other by ``rho_y``; infinite is a constraint.
 
 Without the native library (a pure-Python install) ``otloss.reference`` serves them.
 """
@@ -65,19 +66,20 @@ _library.define(
 )
 _library.define(
     "envelope_backward(Tensor grad_loss, Tensor[] costs, Tensor[] weights, int[] pairs, "
-    "float[] coefficients, Tensor[] f, Tensor[] g, float eps, int objective, "
-    "int[] want_cost, bool want_weights) -> (Tensor[], Tensor[], Tensor[])",
+    "float[] coefficients, Tensor[] f, Tensor[] g, float eps, float rho_x, float rho_y, "
+    "int objective, int[] want_cost, bool want_weights) -> (Tensor[], Tensor[], Tensor[])",
 )
 _library.define(
     "unrolled_backward(Tensor grad_loss, Tensor[] grad_f, Tensor[] grad_g, Tensor[] costs, "
     "Tensor[] weights, int[] pairs, float[] coefficients, Tensor[] init, Tensor[] traces, "
-    "float eps, int objective, int[] want_cost, bool want_weights) "
+    "float eps, float rho_x, float rho_y, int objective, int[] want_cost, bool want_weights) "
     "-> (Tensor[], Tensor[], Tensor[])",
 )
 _library.define(
     "implicit_backward(Tensor grad_loss, Tensor[] grad_f, Tensor[] grad_g, Tensor[] costs, "
     "Tensor[] weights, int[] pairs, float[] coefficients, Tensor[] f, Tensor[] g, float eps, "
-    "int objective, int[] want_cost, bool want_weights) -> (Tensor[], Tensor[], Tensor[], Tensor)",
+    "float rho_x, float rho_y, int objective, int[] want_cost, bool want_weights) "
+    "-> (Tensor[], Tensor[], Tensor[], Tensor)",
 )
 _library.define(
     "solve_points(Tensor[] points, Tensor[] weights, int[] pairs, float[] coefficients, "
@@ -215,6 +217,8 @@ def _(
     f: list[Tensor],
     g: list[Tensor],
     eps: float,
+    rho_x: float,
+    rho_y: float,
     objective: int,
     want_cost: list[int],
     want_weights: bool,
@@ -234,6 +238,8 @@ def _(
     init: list[Tensor],
     traces: list[Tensor],
     eps: float,
+    rho_x: float,
+    rho_y: float,
     objective: int,
     want_cost: list[int],
     want_weights: bool,
@@ -253,6 +259,8 @@ def _(
     f: list[Tensor],
     g: list[Tensor],
     eps: float,
+    rho_x: float,
+    rho_y: float,
     objective: int,
     want_cost: list[int],
     want_weights: bool,

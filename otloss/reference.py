@@ -8,24 +8,30 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 __all__ = [
     "OPERATIONS",
+    "Marginals",
     "as_pairs",
     "cost",
     "cost_backward",
     "cost_between",
     "cost_gradient",
+    "damping",
+    "dual",
     "envelope_backward",
     "fixed_iterations",
     "full_precision",
     "implicit_backward",
     "implicit_gradient",
+    "marginals_of",
     "plan",
+    "share",
+    "soft_mean",
     "softmin",
     "solve",
     "solve_points",
@@ -152,6 +158,53 @@ def _tangent(W: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return torch.where(positive, tangent / torch.where(positive, squared, 1.0).sqrt(), 0.0)
 
 
+# ---------------------------------------------------------------------------------- marginals
+
+
+class Marginals(NamedTuple):
+    """How the plan of a pair is held to its weights: rho KL(P 1 | a), infinite for P 1 = a."""
+
+    x: float
+    y: float
+    balanced: bool  # every marginal of the call is a constraint
+
+
+BALANCED = Marginals(math.inf, math.inf, True)
+
+
+def marginals_of(rho_x: float, rho_y: float, i: int, j: int) -> Marginals:
+    """Of the pair (i, j): cloud 0 is held by rho_x, every other by rho_y, by themselves too."""
+    rho = (rho_x, rho_y)
+    return Marginals(rho[i > 0], rho[j > 0], math.isinf(rho_x) and math.isinf(rho_y))
+
+
+def damping(rho: float, eps: float) -> float:
+    """The factor of a softmin in the update of a potential; 1 for a constraint."""
+    return 1 / (1 + eps / rho)
+
+
+def dual(f: Tensor, rho: float) -> Tensor:
+    """rho (1 - exp(-f / rho)), what a point of weight 1 adds to the dual; f for a constraint."""
+    return f if math.isinf(rho) else -rho * torch.expm1(-f / rho)
+
+
+def share(f: Tensor, rho: float) -> Tensor:
+    """exp(-f / rho), the part of a point's weight that the plan takes; 1 for a constraint."""
+    return torch.ones_like(f) if math.isinf(rho) else (-f / rho).exp()
+
+
+def soft_mean(f: Tensor, w: Tensor, rho: float) -> Tensor:
+    """-rho log(<w, exp(-f / rho)> / <w, 1>), (B, 1); the mean for a constraint."""
+    mass = w.sum(-1, True)
+    if math.isinf(rho):
+        return (w * f).sum(-1, True) / mass
+    least = torch.where(w > 0, f, math.inf).amin(-1, True)
+    raised = torch.where(w > 0, f - least, 0.0)
+    lost = (w * torch.expm1(-raised / rho)).sum(-1, True) / mass
+    exact = (w * (-raised / rho).exp()).sum(-1, True) / mass
+    return least - rho * torch.where(lost > -0.5, torch.log1p(lost), exact.log())
+
+
 # -------------------------------------------------------------------------------------- solve
 
 
@@ -175,12 +228,25 @@ def _counted(C: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def value(
-    eps: float, C: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor, objective: int
+    eps: float,
+    C: Tensor,
+    f: Tensor,
+    g: Tensor,
+    a: Tensor,
+    b: Tensor,
+    objective: int,
+    marginals: Marginals,
 ) -> Tensor:
-    """<a, f> + <b, g>, or <P, C> for the transport objective; (B,)."""
+    """The dual, or <P, C> for the transport objective; (B,).
+
+    After an update of g the plan has the column sums b share(g).
+    """
     if objective == TRANSPORT:
         return (plan(eps, C, f, g, a, b) * _counted(C, a, b)).sum((-2, -1))
-    return (a * f).sum(-1) + (b * g).sum(-1)
+    terms = (a * dual(f, marginals.x)).sum(-1) + (b * dual(g, marginals.y)).sum(-1)
+    if marginals.balanced:
+        return terms
+    return terms - eps * ((b * share(g, marginals.y)).sum(-1) - a.sum(-1) * b.sum(-1))
 
 
 def solve(
@@ -201,8 +267,9 @@ def solve(
     loss = torch.zeros_like(costs[0][:, 0, 0])
     statuses, all_f, all_g, traces = [], [], [], []
     for p, (i, j) in enumerate(as_pairs(pairs)):
-        C, a, b = costs[p], weights[i], weights[j]
-        b = b * (a.sum(-1, True) / b.sum(-1, True))  # totals may differ by rounding
+        C, a, b, marginals = costs[p], weights[i], weights[j], marginals_of(rho_x, rho_y, i, j)
+        if marginals.balanced:
+            b = b * (a.sum(-1, True) / b.sum(-1, True))  # totals may differ by rounding
         f, g = (
             (init[2 * p], init[2 * p + 1]) if init else (torch.zeros_like(a), torch.zeros_like(b))
         )
@@ -212,16 +279,15 @@ def solve(
             f, g = torch.full_like(f, math.nan), torch.full_like(g, math.nan)
             iterations, error = 0, torch.full_like(max_cost, math.nan)
         elif n_iters >= 0:
-            f, g, error, steps = fixed_iterations(C, a, b, g, eps, n_iters)
+            f, g, error, steps = fixed_iterations(C, a, b, g, eps, n_iters, marginals)
             iterations = n_iters
         elif i == j:
-            f, error, iterations = _symmetric(C, a, f, eps, tol, max_iters)
+            f, error, iterations = _symmetric(C, a, f, eps, tol, max_iters, marginals.x)
             g = f
         else:
-            f, g, error, iterations = _annealed(
-                C, a, b, g, eps, tol, max_iters, 0.0 if init else float(max_cost.max())
-            )
-        loss = loss + coefficients[p] * value(eps, C, f, g, a, b, objective)
+            scale = 0.0 if init else float(max_cost.max())
+            f, g, error, iterations = _annealed(C, a, b, g, eps, tol, max_iters, scale, marginals)
+        loss = loss + coefficients[p] * value(eps, C, f, g, a, b, objective, marginals)
         count = torch.full_like(error, iterations)
         statuses.append(torch.stack([count, error, (error <= tol).to(error), max_cost], dim=-1))
         all_f.append(f.clone())
@@ -232,19 +298,30 @@ def solve(
     return loss, torch.stack(statuses).double(), all_f, all_g, traces
 
 
-def _update(eps: float, C: Tensor, g: Tensor, b: Tensor, a: Tensor) -> Tensor:
-    """The row update, with the potential of points of weight 0 kept at 0."""
+def _softmin(eps: float, C: Tensor, g: Tensor, b: Tensor, a: Tensor) -> Tensor:
+    """The softmin over rows, 0 for points of weight 0: their potential is kept there."""
     return torch.where(a > 0, softmin(eps, C, g, b), 0.0)
 
 
-def _marginal_error(old: Tensor, new: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """L1 marginal error over the mass: the marginal before an update is w exp((old - new)/eps)."""
-    ratio = ((old - new) / eps).clamp(max=80).exp()
-    return (weight * (ratio - 1).abs()).sum(-1) / weight.sum(-1)
+def _marginal_error(g: Tensor, update: Tensor, b: Tensor, eps: float, rho: float) -> Tensor:
+    """L1 distance of a marginal of the plan to the one that is asked for, over the latter's mass.
+
+    The plan has b exp((g - update) / eps), ``update`` being the softmin that follows on g. Asked for
+    is b share(g).
+    """
+    asked = b * share(torch.where(b > 0, g - soft_mean(g, b, rho), 0.0), rho)
+    ratio = ((g - update) / eps + g / rho).clamp(max=80).exp()
+    return (asked * (ratio - 1).abs()).sum(-1) / asked.sum(-1)
 
 
 def fixed_iterations(
-    C: Tensor, a: Tensor, b: Tensor, g: Tensor, eps: float, n_iters: int
+    C: Tensor,
+    a: Tensor,
+    b: Tensor,
+    g: Tensor,
+    eps: float,
+    n_iters: int,
+    marginals: Marginals = BALANCED,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """``n_iters`` updates of f, then g, from g: f, g, the error, and [f g] of each iteration.
 
@@ -253,41 +330,52 @@ def fixed_iterations(
     C = _counted(C, a, b)
     f, error, steps = torch.zeros_like(a), torch.full_like(a[..., 0], math.nan), []
     for _ in range(n_iters):
-        f = _update(eps, C, g, b, a)
-        updated = _update(eps, C.mT, f, a, b)
-        error = _marginal_error(g, updated, b, eps)
-        g = updated
+        f = damping(marginals.x, eps) * _softmin(eps, C, g, b, a)
+        update = _softmin(eps, C.mT, f, a, b)
+        error = _marginal_error(g, update, b, eps, marginals.y)
+        g = damping(marginals.y, eps) * update
         steps.append(torch.cat([f, g], dim=-1))
     return f, g, error, steps
 
 
 def _symmetric(
-    C: Tensor, a: Tensor, f: Tensor, eps: float, tol: float, max_iters: int
+    C: Tensor, a: Tensor, f: Tensor, eps: float, tol: float, max_iters: int, rho: float
 ) -> tuple[Tensor, Tensor, int]:
-    iterations = 0
+    """One potential, f = damping T(f), by relaxed iterations that contract whatever eps."""
+    iterations, factor = 0, damping(rho, eps)
     if not bool(f.any()):
-        f = _update(eps, C, f, a, a)
-        f = torch.where(a > 0, f - 0.5 * (a * f).sum(-1, True) / a.sum(-1, True), 0.0)
+        f = _softmin(eps, C, f, a, a)
+        mean = (a * f).sum(-1, True) / a.sum(-1, True)
+        f = torch.where(a > 0, factor * (f - factor / (1 + factor) * mean), 0.0)
         iterations = 1
     while True:
-        updated = _update(eps, C, f, a, a)
+        update = _softmin(eps, C, f, a, a)
         iterations += 1
-        error = _marginal_error(f, updated, a, eps)
+        error = _marginal_error(f, update, a, eps, rho)
+        step = factor * update - f
         if bool((error <= tol).all()) or iterations >= max_iters:
-            return 0.5 * (f + updated), error, iterations
-        f = f + 2 / 3 * (updated - f)
+            return f + step / (1 + factor), error, iterations
+        f = f + 2 / (2 + factor) * step
 
 
 def _annealed(
-    C: Tensor, a: Tensor, b: Tensor, g: Tensor, eps: float, tol: float, max_iters: int, scale: float
+    C: Tensor,
+    a: Tensor,
+    b: Tensor,
+    g: Tensor,
+    eps: float,
+    tol: float,
+    max_iters: int,
+    scale: float,
+    marginals: Marginals,
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Gauss-Seidel iterations while eps halves from the largest cost down to its value."""
     iterations, step_eps = 0, max(eps, scale)
     while True:
-        f = _update(step_eps, C, g, b, a)
-        updated = _update(step_eps, C.mT, f, a, b)
-        error = _marginal_error(g, updated, b, step_eps)
-        g = updated
+        f, g = _update_rows(step_eps, C, a, b, g, marginals)
+        update = _softmin(step_eps, C.mT, f, a, b)
+        error = _marginal_error(g, update, b, step_eps, marginals.y)
+        g = damping(marginals.y, step_eps) * update
         iterations += 1
         if step_eps == eps and (bool((error <= tol).all()) or iterations >= max_iters):
             return f, g, error, iterations
@@ -295,6 +383,24 @@ def _annealed(
             step_eps = max(eps, step_eps / 2)
         if iterations + 1 >= max_iters:
             step_eps = eps
+
+
+def _update_rows(
+    eps: float, C: Tensor, a: Tensor, b: Tensor, g: Tensor, marginals: Marginals
+) -> tuple[Tensor, Tensor]:
+    """The best f and the best translation of g together: f of g - t, and g - t.
+
+    Without the translation a large rho takes some rho / eps iterations to find the total mass
+    (Séjourné, Vialard, Peyré 2022). Between constraints there is nothing to find.
+    """
+    update, factor = _softmin(eps, C, g, b, a), damping(marginals.x, eps)
+    if math.isinf(marginals.x) and math.isinf(marginals.y):
+        return update, g
+    excess = (a.sum(-1, True) / b.sum(-1, True)).log()
+    excess = excess - soft_mean(factor * update, a, marginals.x) / marginals.x
+    excess = excess + soft_mean(g, b, marginals.y) / marginals.y
+    t = excess / (1 / marginals.y + factor / marginals.x)
+    return torch.where(a > 0, factor * (update + t), 0.0), torch.where(b > 0, g - t, 0.0)
 
 
 # ----------------------------------------------------------------------------------- backward
@@ -309,6 +415,8 @@ def envelope_backward(
     f: list[Tensor],
     g: list[Tensor],
     eps: float,
+    rho_x: float,
+    rho_y: float,
     objective: int,
     want_cost: list[int],
     want_weights: bool,
@@ -323,13 +431,29 @@ def envelope_backward(
             grad_costs.append(empty)
         if want_weights:
             on = scale if objective != TRANSPORT else torch.zeros_like(scale)
-            shift = ((b * g[p]).sum(-1) - (a * f[p]).sum(-1)) / (2 * a.sum(-1))
-            grad_a.append(torch.where(a > 0, on[:, None] * (f[p] + shift[:, None]), 0.0))
-            grad_b.append(torch.where(b > 0, on[:, None] * (g[p] - shift[:, None]), 0.0))
+            of_a, of_b = _weight_gradients(eps, f[p], g[p], a, b, marginals_of(rho_x, rho_y, i, j))
+            grad_a.append(torch.where(a > 0, on[:, None] * of_a, 0.0))
+            grad_b.append(torch.where(b > 0, on[:, None] * of_b, 0.0))
         else:
             grad_a.append(empty)
             grad_b.append(empty)
     return grad_costs, grad_a, grad_b
+
+
+def _weight_gradients(
+    eps: float, f: Tensor, g: Tensor, a: Tensor, b: Tensor, marginals: Marginals
+) -> tuple[Tensor, Tensor]:
+    """dOT/da and dOT/db at the solution, where the plan has the row sums a share(f).
+
+    Of a balanced problem they are f + t and g - t; the one with <a, f + t> = <b, g - t>.
+    """
+    mass_a, mass_b = a.sum(-1, True), b.sum(-1, True)
+    if marginals.balanced:
+        shift = ((b * g).sum(-1, True) - (a * f).sum(-1, True)) / (2 * mass_a)
+        return f + shift, g - shift
+    of_a = dual(f, marginals.x) + eps * (mass_b - share(f, marginals.x))
+    of_b = dual(g, marginals.y) + eps * (mass_a - share(g, marginals.y))
+    return of_a, of_b
 
 
 def _quotient(numerator: Tensor, weight: Tensor) -> Tensor:
@@ -348,6 +472,20 @@ def _transport_terms(
     return grad_C, row / eps, column / eps, _quotient(row, a), _quotient(column, b)
 
 
+def _value_terms(
+    scale: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor, eps: float, marginals: Marginals
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """scale * value, the regularized one, differentiated with respect to f, g, a, b."""
+    share_g, of_a, of_b = share(g, marginals.y), dual(f, marginals.x), dual(g, marginals.y)
+    if not marginals.balanced:
+        of_a = of_a + eps * b.sum(-1, True)
+        of_b = of_b + eps * (a.sum(-1, True) - share_g)
+    of_f = a * share(f, marginals.x)
+    of_g = b * share_g / damping(marginals.y, eps)
+    scale = scale[:, None]
+    return scale * of_f, scale * of_g, scale * of_a, scale * of_b
+
+
 def unrolled_backward(
     grad_loss: Tensor,
     grad_f: list[Tensor],
@@ -359,28 +497,33 @@ def unrolled_backward(
     init: list[Tensor],
     traces: list[Tensor],
     eps: float,
+    rho_x: float,
+    rho_y: float,
     objective: int,
     want_cost: list[int],
     want_weights: bool,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """The adjoint of the iterations, from their potentials, last to first.
 
-    An iteration is f = T(g'), g = T(f). With S_ij = a_i exp((f_i + g_j - C_ij) / eps), whose
-    columns sum to 1, and R_ij = b_j exp((f_i + g'_j - C_ij) / eps), whose rows do,
-    dg_j = sum_i S_ij (dC_ij - df_i - eps da_i / a_i) and
-    df_i = sum_j R_ij (dC_ij - dg'_j - eps db_j / b_j).
+    An iteration is f = p T(g'), g = q T(f), p and q the dampings. With
+    S_ij = a_i exp((f_i + g_j / q - C_ij) / eps), whose columns sum to 1, and
+    R_ij = b_j exp((f_i / p + g'_j - C_ij) / eps), whose rows do,
+    dg_j = q sum_i S_ij (dC_ij - df_i - eps da_i / a_i) and
+    df_i = p sum_j R_ij (dC_ij - dg'_j - eps db_j / b_j).
     """
     results: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
     for p, (i, j) in enumerate(as_pairs(pairs)):
         a, b, trace, scale = weights[i], weights[j], traces[p], coefficients[p] * grad_loss
+        marginals = marginals_of(rho_x, rho_y, i, j)
+        damp_f, damp_g = damping(marginals.x, eps), damping(marginals.y, eps)
         C, n, L = _counted(costs[p], a, b), a.shape[-1], trace.shape[1]
         f, g = trace[:, -1, :n], trace[:, -1, n:]
         if objective == TRANSPORT:
             P = plan(eps, C, f, g, a, b)
             C_bar, f_bar, g_bar, a_bar, b_bar = _transport_terms(scale, P, C, a, b, eps)
         else:
-            C_bar, f_bar, g_bar = torch.zeros_like(C), scale[:, None] * a, scale[:, None] * b
-            a_bar, b_bar = scale[:, None] * f, scale[:, None] * g
+            C_bar = torch.zeros_like(C)
+            f_bar, g_bar, a_bar, b_bar = _value_terms(scale, f, g, a, b, eps, marginals)
         if grad_f:
             f_bar = f_bar + torch.where(a > 0, grad_f[p], 0.0)
             g_bar = g_bar + torch.where(b > 0, grad_g[p], 0.0)
@@ -388,10 +531,10 @@ def unrolled_backward(
             f, g = trace[:, step, :n], trace[:, step, n:]
             start = init[2 * p + 1] if init else torch.zeros_like(b)
             before = trace[:, step - 1, n:] if step else torch.where(b > 0, start, 0.0)
-            S = plan(eps, C, f, g, a, (b > 0).to(b)) * g_bar.unsqueeze(-2)
+            S = plan(eps, C, f, g / damp_g, a, (b > 0).to(b)) * damp_g * g_bar.unsqueeze(-2)
             u = S.sum(-1)
             f_bar = f_bar - u
-            R = plan(eps, C, f, before, (a > 0).to(a), b) * f_bar.unsqueeze(-1)
+            R = plan(eps, C, f / damp_f, before, (a > 0).to(a), b) * damp_f * f_bar.unsqueeze(-1)
             v = R.sum(-2)
             C_bar = C_bar + S + R
             a_bar = a_bar - eps * _quotient(u, a)
@@ -416,19 +559,23 @@ def implicit_gradient(
     eps: float,
     objective: int,
     same: bool,
+    marginals: Marginals,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of scale * value + <f_bar, f> + <g_bar, g> with respect to C, a, b; differentiable.
 
-    At the solution, with r and c the plan's marginals, df and dg obey
+    At the solution, with r and c the plan's marginals over the dampings, df and dg obey
     [diag(r) P; P' diag(c)] (df, dg) = (sum_j P (dC - eps db / b), sum_i P (dC - eps da / a)).
-    f and g stand for the pair with <a, f> = <b, g>, and a cloud against itself has one potential.
-    Of the weight gradients, defined up to (t, -t), it returns the one with <a, a_bar> = <b, b_bar>.
+    A cloud against itself has one potential. In a balanced problem f and g stand for the pair with
+    <a, f> = <b, g>, and of the weight gradients, defined up to (t, -t), it returns the one with
+    <a, a_bar> = <b, b_bar>.
     """
     dtype = C.dtype
     scale, f_bar, g_bar, C, a, b, f, g = (t.double() for t in (scale, f_bar, g_bar, C, a, b, f, g))
     mass = a.sum(-1, True) + b.sum(-1, True)
-    shift = ((b * g).sum(-1, True) - (a * f).sum(-1, True)) / mass
-    f, g = torch.where(a > 0, f + shift, 0.0), torch.where(b > 0, g - shift, 0.0)
+    if marginals.balanced:
+        shift = ((b * g).sum(-1, True) - (a * f).sum(-1, True)) / mass
+        f, g = f + shift, g - shift
+    f, g = torch.where(a > 0, f, 0.0), torch.where(b > 0, g, 0.0)
     if same:
         f = g = 0.5 * (f + g)
     C = _counted(C, a, b)
@@ -438,25 +585,32 @@ def implicit_gradient(
         C_bar, f_direct, g_direct, a_bar, b_bar = _transport_terms(scale, P, C, a, b, eps)
         f_bar, g_bar = f_bar + f_direct, g_bar + g_direct
     else:
-        C_bar, a_bar, b_bar = scale[:, None, None] * P, scale[:, None] * f, scale[:, None] * g
-    gauge = (f_bar.sum(-1, True) - g_bar.sum(-1, True)) / mass
-    f_bar, g_bar = f_bar - gauge * a, g_bar + gauge * b
-    a_bar, b_bar = a_bar - gauge * f, b_bar + gauge * g
-    r, c = P.sum(-1), P.sum(-2)
+        C_bar = scale[:, None, None] * P
+        of_a, of_b = _weight_gradients(eps, f, g, a, b, marginals)
+        a_bar, b_bar = scale[:, None] * of_a, scale[:, None] * of_b
+    if marginals.balanced:
+        gauge = (f_bar.sum(-1, True) - g_bar.sum(-1, True)) / mass
+        f_bar, g_bar = f_bar - gauge * a, g_bar + gauge * b
+        a_bar, b_bar = a_bar - gauge * f, b_bar + gauge * g
+    r, c = P.sum(-1) / damping(marginals.x, eps), P.sum(-2) / damping(marginals.y, eps)
     padding = torch.diag_embed((b <= 0).to(b))  # so that no row of the system is empty
     if same:
         half = 0.5 * (f_bar + g_bar)
         alpha = beta = _solve_linear(torch.diag_embed(r) + P + padding, half)
     else:
         row = P / torch.where(a > 0, r, 1.0).unsqueeze(-1)
-        schur = torch.diag_embed(c) - P.mT @ row + padding + b.unsqueeze(-1) * b.unsqueeze(-2)
+        schur = torch.diag_embed(c) - P.mT @ row + padding
+        if marginals.balanced:  # constants are its null space
+            schur = schur + b.unsqueeze(-1) * b.unsqueeze(-2)
         beta = _solve_linear(schur, g_bar - (row.mT @ f_bar.unsqueeze(-1)).squeeze(-1))
         alpha = _quotient(f_bar - (P @ beta.unsqueeze(-1)).squeeze(-1), r)
     C_bar = C_bar + P * (alpha.unsqueeze(-1) + beta.unsqueeze(-2))
     a_bar = a_bar - eps * _quotient((P @ beta.unsqueeze(-1)).squeeze(-1), a)
     b_bar = b_bar - eps * _quotient((P.mT @ alpha.unsqueeze(-1)).squeeze(-1), b)
-    t = ((b * b_bar).sum(-1, True) - (a * a_bar).sum(-1, True)) / mass
-    a_bar, b_bar = torch.where(a > 0, a_bar + t, 0.0), torch.where(b > 0, b_bar - t, 0.0)
+    if marginals.balanced:
+        t = ((b * b_bar).sum(-1, True) - (a * a_bar).sum(-1, True)) / mass
+        a_bar, b_bar = a_bar + t, b_bar - t
+    a_bar, b_bar = torch.where(a > 0, a_bar, 0.0), torch.where(b > 0, b_bar, 0.0)
     return C_bar.to(dtype), a_bar.to(dtype), b_bar.to(dtype)
 
 
@@ -475,6 +629,8 @@ def implicit_backward(
     f: list[Tensor],
     g: list[Tensor],
     eps: float,
+    rho_x: float,
+    rho_y: float,
     objective: int,
     want_cost: list[int],
     want_weights: bool,
@@ -494,6 +650,7 @@ def implicit_backward(
             eps,
             objective,
             i == j,
+            marginals_of(rho_x, rho_y, i, j),
         )
         wanted = (bool(want_cost[p]), want_weights, want_weights)
         for result, grad, want in zip(results, grads, wanted, strict=True):
@@ -556,7 +713,9 @@ def envelope_backward_points(
     wanted: list[int],
 ) -> list[Tensor]:
     costs = costs or cost(points, weights, pairs, kind)
+    unread = math.inf  # rho: the plan does not depend on it
     grad_costs, _, _ = envelope_backward(
-        grad_loss, costs, weights, pairs, coefficients, f, g, eps, 0, [1] * len(costs), False
-    )
+        grad_loss, costs, weights, pairs, coefficients, f, g, eps, unread, unread, 0,
+        [1] * len(costs), False,
+    )  # fmt: skip
     return cost_backward(grad_costs, costs, points, weights, pairs, kind, wanted)

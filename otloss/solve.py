@@ -135,6 +135,11 @@ def streams(problem: Problem, pairs: list[int], options: Options) -> bool:
     return choose_method(problem.points, sizes, problem.weights[0].element_size()) == "streamed"
 
 
+def _has_kernels(options: Options, problem: Problem) -> bool:
+    """The CUDA kernels take balanced problems only; plain torch serves the others there."""
+    return options.balanced or problem.weights[0].device.type == "cpu"
+
+
 def run(
     problem: Problem,
     costs: Sequence[Tensor] | None,
@@ -151,8 +156,6 @@ def run(
     ``costs``: None to work on the points, with or without (``dense``) storing cost matrices.
     ``potentials``: whether f and g are wanted as differentiable outputs.
     """
-    if not options.balanced:
-        raise NotImplementedError("unbalanced= is not available yet; only balanced transport is")
     inputs = problem.points if costs is None else tuple(costs)
     needs_grad = torch.is_grad_enabled() and any(
         t.requires_grad for t in (*inputs, *problem.weights)
@@ -169,7 +172,7 @@ def run(
         n_iters=options.n_iters,
         objective=_check.OBJECTIVES.index(options.objective),
         backward=backward,
-        plain=options.method == "reference",
+        plain=options.method == "reference" or not _has_kernels(options, problem),
         potentials=potentials,
         trace=needs_grad and backward == "unrolled",
         dense=dense,
@@ -289,12 +292,18 @@ class OTResult:
     def marginal_error(self) -> Any:
         """L1 distance of the plan's marginals to a and b, the larger, over the total mass.
 
-        Computed from the plan that is returned; a float, or (B,) for a batch.
+        With ``unbalanced`` to those that the optimality conditions ask for, ``a exp(-f / rho_x)``
+        and ``b exp(-g / rho_y)``, each over its own mass. Computed from the plan that is returned;
+        a float, or (B,) for a batch.
         """
         with torch.no_grad():
-            row = (self._plan.sum(-1) - self._a).abs().sum(-1) / self._a.sum(-1)
-            column = (self._plan.sum(-2) - self._b).abs().sum(-1) / self._b.sum(-1)
-            error = torch.maximum(row, column)
+            a = self._a * reference.share(self._f, self._options.rho_x)
+            b = self._b * reference.share(self._g, self._options.rho_y)
+            row = (self._plan.sum(-1) - a).abs().sum(-1)
+            column = (self._plan.sum(-2) - b).abs().sum(-1)
+            # A plan that is 0 has the marginals 0 that are asked of it.
+            relative = [torch.where(e > 0, e / w.sum(-1), e) for e, w in ((row, a), (column, b))]
+            error = torch.maximum(*relative)
         return error if self._problem.batched else error[0].item()
 
     @property
@@ -320,14 +329,21 @@ class OTResult:
         return out.squeeze(-1) if vector else out
 
     def barycentric_map(self) -> Tensor:
-        """Where each x_i goes on average: rows of ``P y / a``, (n, d); 0 for points of weight 0."""
+        """Where each x_i goes on average: rows of ``P y / a``, (n, d); 0 for points of weight 0.
+
+        With ``unbalanced``, where the part of x_i goes that is transported: ``P y / P 1``.
+        """
         y = self._need_points("barycentric_map")[1]
         image = self.apply(y)
-        a = self._out(self._a).unsqueeze(-1)
-        return torch.where(a > 0, image / torch.where(a > 0, a, 1.0), 0.0)
+        mass = self._a if self._options.balanced else self._plan.sum(-1)
+        mass = self._out(mass).unsqueeze(-1)
+        return torch.where(mass > 0, image / torch.where(mass > 0, mass, 1.0), 0.0)
 
     def extend(self, x_new: Tensor) -> Tensor:
-        """f on new points, (k,): ``-eps log sum_j b_j exp((g_j - c(x_new, y_j)) / eps)``."""
+        """f on new points, (k,): ``-eps log sum_j b_j exp((g_j - c(x_new, y_j)) / eps)``.
+
+        With ``unbalanced`` times ``rho_x / (rho_x + eps)``, as f is.
+        """
         y = self._need_points("extend")[1]
         x_new = _check.points("x_new", x_new)
         _check.same_space("y", y, "x_new", x_new)
@@ -337,7 +353,9 @@ class OTResult:
             ("x_new", "y"), (x_new, y), (_as_weights(None, x_new, k), self._b), True, False
         )
         (C,) = build_costs(clouds, [0, 1], self._options.cost, self._options.method == "reference")
-        return self._out(reference.softmin(self._options.eps, C.to(dtype), self._g, self._b))
+        eps = self._options.eps
+        factor = reference.damping(self._options.rho_x, eps)
+        return self._out(factor * reference.softmin(eps, C.to(dtype), self._g, self._b))
 
     def _need_points(self, name: str) -> tuple[Tensor, ...]:
         if not self._problem.points:

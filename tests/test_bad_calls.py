@@ -360,12 +360,6 @@ def test_modules_check_when_they_are_made(make, message):
         make()
 
 
-def test_not_available_yet():
-    """Remove this with the change that adds it."""
-    with pytest.raises(NotImplementedError, match="unbalanced"):
-        otloss.sinkhorn_divergence(X, Y, EPS, unbalanced=1.0)
-
-
 @pytest.mark.parametrize("method", ["dense", "reference"])
 def test_interruption(method):
     """Ctrl-C ends a solve that would take hours, within a second or two."""

@@ -19,6 +19,7 @@ COSTS = ("sqeuclidean", "euclidean", "cosine")
 OBJECTIVES = ("regularized", "transport")
 TIGHT: dict[str, Any] = {"tol": 1e-13, "max_iters": 20000}
 EXACT = 1e-10
+HARD = (math.inf, math.inf)  # rho_x, rho_y
 
 
 def clouds(n: int = 7, m: int = 5, d: int = 3, seed: int = 0) -> tuple[Tensor, ...]:
@@ -297,7 +298,7 @@ def problem(dtype: torch.dtype, eps: float, objective: int, L: int) -> tuple[Any
     weights = [a / a.sum(-1, True), b / b.sum(-1, True)]
     pairs, coefficients = [0, 1, 0, 0, 1, 0], [1.0, -0.5, 2.0]
     costs = ops.cost([x, y], weights, pairs, 0)
-    rest = (math.inf, math.inf, 1e-12, 20000, L, objective, L > 0)
+    rest = (*HARD, 1e-12, 20000, L, objective, L > 0)
     loss, _, f, g, traces = ops.solve(costs, weights, pairs, coefficients, [], eps, *rest)
     outside = [[torch.randn(t.shape, generator=make, dtype=dtype) for t in side] for side in (f, g)]
     return (torch.randn_like(loss), *outside), (costs, weights, pairs, coefficients), f, g, traces
@@ -306,7 +307,7 @@ def problem(dtype: torch.dtype, eps: float, objective: int, L: int) -> tuple[Any
 @pytest.mark.parametrize("objective", [0, 1])
 @pytest.mark.parametrize("eps", [1.0, 0.05])
 def test_operations_agree_with_their_reference(eps: float, objective: int) -> None:
-    wanted = (eps, objective, [1, 1, 1], True)
+    wanted = (eps, *HARD, objective, [1, 1, 1], True)
     seeds, given, _, _, traces = problem(torch.float64, eps, objective, 5)
     for outside in (seeds, (seeds[0], [], [])):
         arguments = (*outside, *given, [], traces, *wanted)
@@ -326,12 +327,12 @@ def test_operations_agree_with_their_reference(eps: float, objective: int) -> No
 
 def test_operations_leave_out_what_is_not_wanted() -> None:
     seeds, given, _, _, traces = problem(torch.float64, 1.0, 1, 4)
-    some = ops.unrolled_backward(*seeds, *given, [], traces, 1.0, 1, [0, 1, 0], False)
+    some = ops.unrolled_backward(*seeds, *given, [], traces, 1.0, *HARD, 1, [0, 1, 0], False)
     assert [t.numel() > 0 for t in some[0]] == [False, True, False]
     assert not any(t.numel() for t in (*some[1], *some[2]))
-    every = ops.unrolled_backward(*seeds, *given, [], traces, 1.0, 1, [1, 1, 1], True)
+    every = ops.unrolled_backward(*seeds, *given, [], traces, 1.0, *HARD, 1, [1, 1, 1], True)
     torch.testing.assert_close(some[0][1], every[0][1])
-    weights = ops.unrolled_backward(*seeds, *given, [], traces, 1.0, 1, [0, 0, 0], True)
+    weights = ops.unrolled_backward(*seeds, *given, [], traces, 1.0, *HARD, 1, [0, 0, 0], True)
     torch.testing.assert_close(weights[1:], every[1:])
 
 
@@ -339,7 +340,7 @@ def test_operations_leave_out_what_is_not_wanted() -> None:
 def test_opcheck(name: str) -> None:
     seeds, given, f, g, traces = problem(torch.float64, 1.0, 0, 3)
     middle = ([], traces) if name == "unrolled" else (f, g)
-    arguments = (*seeds, *given, *middle, 1.0, 0, [1, 0, 1], True)
+    arguments = (*seeds, *given, *middle, 1.0, *HARD, 0, [1, 0, 1], True)
     torch.library.opcheck(
         getattr(ops, f"{name}_backward"),
         arguments,

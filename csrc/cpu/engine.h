@@ -10,6 +10,7 @@
 
 #include "gaussian.h"
 #include "kernels.h"
+#include "marginal.h"
 #include "math.h"
 #include "parallel.h"
 #include "points.h"
@@ -145,9 +146,20 @@ class Engine {
   const int64_t n, m;
   const T* const a;
   const T* const b;
+  const Side<T> x, y;
 
-  Engine(int64_t n, int64_t m, const T* a, const T* b, const Source& source, bool split)
-      : n(n), m(m), a(a), b(b), source_(source), parts_(1), G_(padded<T>(m), T(kLog2Zero)), s_(n) {
+  Engine(int64_t n, int64_t m, const T* a, const T* b, const Source& source, bool split,
+         const Strength& strength = {})
+      : n(n),
+        m(m),
+        a(a),
+        b(b),
+        x(n, a, strength.rho_x),
+        y(m, b, strength.rho_y),
+        source_(source),
+        parts_(1),
+        G_(padded<T>(m), T(kLog2Zero)),
+        s_(n) {
     if (split) parts_ = std::clamp<int64_t>(n * m / kSplitGrain, 1, std::min(thread_count(), n));
     workspaces_.resize(parts_);
     for (Workspace& w : workspaces_) {
@@ -166,7 +178,8 @@ class Engine {
     });
   }
 
-  // The same, then gt = column update of F and q = column sums of the plan (F, g) over b.
+  // The same, then gt = column update of F and q = column sums of the plan (F, g) over b; F damped
+  // in both, where rows are.
   void iterate(double eps, const T* g, T* F, T* gt, T* q) {
     absorb(eps, g);
     for_each_part([&](Workspace& w, int64_t begin, int64_t end) {
@@ -251,6 +264,7 @@ class Engine {
   };
 
   static T factor(double eps) { return static_cast<T>(kLog2E / eps); }
+  T tilt(double eps) const { return static_cast<T>(-eps * x.rate * x.damping(eps)); }
 
   void absorb(double eps, const T* g) { absorb_weights(m, factor(eps), g, b, G_.data()); }
 
@@ -279,7 +293,7 @@ class Engine {
       const int64_t beyond = source_.available(i) - padded<T>(m);
       const int64_t readable = beyond < 0 ? 0 : std::min(count, beyond / m + 1);
       sweep_rows(RowSweep<T>{count, m, factor(eps), C, a + i, G_.data(), F + i, s + i, c,
-                             w.e.data(), readable});
+                             w.e.data(), readable, tilt(eps)});
     });
   }
 
@@ -287,7 +301,7 @@ class Engine {
   // subtracted where a block holds a sum that cannot be trusted.
   void update_columns(double eps, const T* g, const T* F, const double* c, T* gt, T* q) {
     const T to_cost = static_cast<T>(eps / kLog2E);
-    const double least = least_column_sum();
+    const double least = least_column_sum(tilt(eps), F);
     for (int64_t begin = 0; begin < m; begin += kColumnBlock) {
       const int64_t end = std::min(m, begin + kColumnBlock);
       bool good = true;
@@ -307,11 +321,16 @@ class Engine {
   }
 
   // Column sums that are smaller may owe a digit to exponentials clamped at 2^-kExp2Limit: row i
-  // adds a_i / s_i of them.
-  double least_column_sum() const {
+  // adds a_i / s_i of them, times what it is tilted by. None is large enough if that was clamped.
+  double least_column_sum(T tilt, const T* F) const {
     double clamped = 0;
-    for (int64_t i = 0; i < n; ++i)
-      if (a[i] > T(0)) clamped += static_cast<double>(a[i] / (trusted(s_[i]) ? s_[i] : T(1)));
+    for (int64_t i = 0; i < n; ++i) {
+      if (!(a[i] > T(0))) continue;
+      double added = static_cast<double>(a[i] / (trusted(s_[i]) ? s_[i] : T(1)));
+      if (tilt != T(0)) added *= static_cast<double>(fast_exp2(tilt * F[i]));
+      if (tilt * F[i] > static_cast<T>(kExp2Limit)) return std::numeric_limits<double>::infinity();
+      clamped += added;
+    }
     return clamped * std::exp2(-kExp2Limit) /
            static_cast<double>(std::numeric_limits<T>::epsilon());
   }
@@ -320,8 +339,9 @@ class Engine {
                        T* q) {
     const T k = factor(eps), to_cost = static_cast<T>(eps / kLog2E);
     std::vector<T> A(n);
+    const T damping = static_cast<T>(x.damping(eps));
     for (int64_t i = 0; i < n; ++i)
-      A[i] = a[i] > T(0) ? F[i] + fast_log2(a[i]) : static_cast<T>(kLog2Zero);
+      A[i] = a[i] > T(0) ? damping * F[i] + fast_log2(a[i]) : static_cast<T>(kLog2Zero);
     T lse[kColumnBlock];
     int64_t stride = 0;
     const T* C = source_.columns(begin, end, columns_, stride);

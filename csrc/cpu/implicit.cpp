@@ -9,6 +9,9 @@
 // M has the null vector (1, -1): only f_i + g_j is determined. f and g stand for the solution with
 // <a, f> = <b, g>, which moves f_bar, g_bar into the range of M.
 //
+// Where a marginal is soft, r_i = a_i exp(-f_i / rho) at the solution. That divides r in M by the
+// damping rho / (rho + eps), likewise c, and changes nothing else: M is then regular.
+//
 // Eliminating alpha leaves S beta = g_bar - P^T (f_bar / r) with S = diag(c) - P^T diag(1/r) P, a
 // weighted graph's Laplacian, solved by conjugate gradients preconditioned by diag(c). Eliminating
 // beta instead would have the same spectrum; this way a product with S is one reading of P, row by
@@ -24,6 +27,7 @@
 
 #include "adjoint.h"
 #include "kernels.h"
+#include "marginal.h"
 #include "math.h"
 #include "parallel.h"
 #include "problems.h"
@@ -97,6 +101,9 @@ class ImplicitProblem {
         m_(group.m),
         eps_(eps),
         symmetric_(group.symmetric),
+        balanced_(group.strength.balanced),
+        x_(n_, group.a + p * n_, group.strength.rho_x),
+        y_(m_, group.b + p * m_, group.strength.rho_y),
         C_(group.C + p * n_ * m_),
         a_(group.a + p * n_),
         b_(group.b + p * m_),
@@ -126,7 +133,7 @@ class ImplicitProblem {
     for (int64_t j = 0; j < m_; ++j)
       g_bar_[j] = grad_g && b_[j] > T(0) ? static_cast<double>(grad_g[j]) : 0.0;
     seed(scale, objective);
-    fix_gauge();
+    if (balanced_) fix_gauge();
     const CgReport report = symmetric_ ? solve_symmetric() : solve_pair();
     for (int64_t i = 0; i < n_; ++i)  // (P beta)_i = f_bar_i - r_i alpha_i
       a_bar_[i] -= eps_ * quotient(f_bar_[i] - r_[i] * alpha_[i], a_[i]);
@@ -146,7 +153,7 @@ class ImplicitProblem {
   // Of (a_bar + t, b_bar - t), all gradients on weights of equal total, that with
   // <a, a_bar> = <b, b_bar>.
   void weight_gradients(T* grad_a, T* grad_b) const {
-    const double shift = (dot(b_, b_bar_) - dot(a_, a_bar_)) / mass();
+    const double shift = balanced_ ? (dot(b_, b_bar_) - dot(a_, a_bar_)) / mass() : 0.0;
     for (int64_t i = 0; i < n_; ++i)
       grad_a[i] = a_[i] > T(0) ? static_cast<T>(a_bar_[i] + shift) : T(0);
     for (int64_t j = 0; j < m_; ++j)
@@ -162,13 +169,13 @@ class ImplicitProblem {
     for (size_t i = 0; i < x.size(); ++i) sum += static_cast<double>(w[i]) * x[i];
     return sum;
   }
-  double mass() const { return total(n_, a_) + total(m_, b_); }
+  double mass() const { return x_.mass + y_.mass; }
 
-  // The potentials with <a, f> = <b, g>; one potential for a cloud against itself.
+  // The potentials, with <a, f> = <b, g> if balanced; one potential for a cloud against itself.
   void centre_potentials(const T* f, const T* g) {
     for (int64_t i = 0; i < n_; ++i) f_[i] = a_[i] > T(0) ? static_cast<double>(f[i]) : 0.0;
     for (int64_t j = 0; j < m_; ++j) g_[j] = b_[j] > T(0) ? static_cast<double>(g[j]) : 0.0;
-    const double shift = (dot(b_, g_) - dot(a_, f_)) / mass();
+    const double shift = balanced_ ? (dot(b_, g_) - dot(a_, f_)) / mass() : 0.0;
     for (int64_t i = 0; i < n_; ++i) f_[i] += a_[i] > T(0) ? shift : 0.0;
     for (int64_t j = 0; j < m_; ++j) g_[j] -= b_[j] > T(0) ? shift : 0.0;
     if (symmetric_)
@@ -188,10 +195,13 @@ class ImplicitProblem {
       plan_sums(PlanSums<T>{rows, m_, P_ + at, nullptr, r_.data() + begin, columns_.part(part)});
     });
     const double* c = columns_.total();
-    for (int64_t i = 0; i < n_; ++i) inverse_r_[i] = r_[i] > 0 ? 1.0 / r_[i] : 0.0;
+    for (int64_t i = 0; i < n_; ++i) {
+      r_[i] /= x_.damping(eps_);
+      inverse_r_[i] = r_[i] > 0 ? 1.0 / r_[i] : 0.0;
+    }
     for (int64_t j = 0; j < m_; ++j) {
-      c_[j] = c[j];
-      inverse_c_[j] = c[j] > 0 ? 1.0 / c[j] : 0.0;
+      c_[j] = c[j] / y_.damping(eps_);
+      inverse_c_[j] = c_[j] > 0 ? 1.0 / c_[j] : 0.0;
     }
   }
 
@@ -199,8 +209,10 @@ class ImplicitProblem {
   // and, for <P, C>, what it puts on the potentials.
   void seed(double scale, Objective objective) {
     if (objective == Objective::kRegularized) {
-      for (int64_t i = 0; i < n_; ++i) a_bar_[i] = scale * f_[i];
-      for (int64_t j = 0; j < m_; ++j) b_bar_[j] = scale * g_[j];
+      for (int64_t i = 0; i < n_; ++i)
+        a_bar_[i] = scale * (balanced_ ? f_[i] : x_.weight_gradient(eps_, y_.mass, f_[i]));
+      for (int64_t j = 0; j < m_; ++j)
+        b_bar_[j] = scale * (balanced_ ? g_[j] : y_.weight_gradient(eps_, x_.mass, g_[j]));
       return;
     }
     Vector row(n_);
@@ -262,6 +274,7 @@ class ImplicitProblem {
     }
     const double mass = inner_one(c_);
     const auto project = [&](Vector& r) {
+      if (!balanced_) return;
       const double mean = inner_one(r) / mass;
       for (int64_t j = 0; j < m_; ++j) r[j] -= mean * c_[j];
     };
@@ -310,7 +323,8 @@ class ImplicitProblem {
 
   const int64_t n_, m_;
   const double eps_;
-  const bool symmetric_;
+  const bool symmetric_, balanced_;
+  const Side<T> x_, y_;
   const T* const C_;  // (n, m)
   const T* const a_;  // (n,)
   const T* const b_;  // (m,)
@@ -320,7 +334,7 @@ class ImplicitProblem {
   Vector f_, g_;                          // (n,) (m,) the solution with <a, f> = <b, g>
   Vector f_bar_, g_bar_, a_bar_, b_bar_;  // (n,) (m,) (n,) (m,)
   Vector inverse_r_, inverse_c_;          // (n,) (m,) 0 for padding
-  Vector r_, c_;                          // (n,) (m,) sums of P
+  Vector r_, c_;                          // (n,) (m,) sums of P over the dampings
   Vector alpha_, beta_;                   // (n,) (m,)
 };
 

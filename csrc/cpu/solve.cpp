@@ -18,13 +18,26 @@
 namespace otloss::cpu {
 namespace {
 
+template <typename T, typename Engine>
+double value_of(Engine& engine, const SolveOptions& options, bool balanced, const T* f,
+                const T* g) {
+  if (options.objective == Objective::kTransport) {
+    std::vector<T> F(engine.n);
+    const T to_base2 = static_cast<T>(kLog2E / options.eps);
+    for (int64_t i = 0; i < engine.n; ++i) F[i] = to_base2 * f[i];
+    return engine.transport(options.eps, F.data(), g);
+  }
+  if (!balanced) return soft_value(engine.x, engine.y, options.eps, f, g);
+  return dot(engine.n, engine.a, f) + dot(engine.m, engine.b, g);
+}
+
 template <typename T, typename Source>
 void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& options, bool split,
                    const Source& source) {
   const int64_t n = group.n, m = group.m;
   T *f = group.f + p * n, *g = group.g + p * m;
-  const std::vector<T> b = with_mass_of(n, group.a + p * n, m, group.b + p * m);
-  Engine<T, Source> engine(n, m, group.a + p * n, b.data(), source, split);
+  const std::vector<T> b = column_weights(group.strength, n, group.a + p * n, m, group.b + p * m);
+  Engine<T, Source> engine(n, m, group.a + p * n, b.data(), source, split, group.strength);
   const double max_cost = engine.max_cost();
   double* status = group.status + p * kStatusFields;
   status[kStatusMaxCost] = max_cost;
@@ -35,15 +48,17 @@ void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& op
     std::fill(g, g + m, std::numeric_limits<T>::quiet_NaN());
     group.value[p] = std::numeric_limits<T>::quiet_NaN();
   } else {
-    const T to_base2 = static_cast<T>(kLog2E / options.eps);
+    const bool one_potential = group.symmetric && options.n_iters < 0;
+    // The solvers work on what is damped to give f, the symmetric one on f itself.
+    const double damping = one_potential ? 1 : engine.x.damping(options.eps);
+    const T to_base2 = static_cast<T>(kLog2E / options.eps / damping);
     std::vector<T> F(n);
     if (options.warm_start)
       for (int64_t i = 0; i < n; ++i) F[i] = to_base2 * f[i];
-    else if (options.n_iters >= 0)
+    else if (options.n_iters >= 0 || !group.strength.balanced)
       std::fill(g, g + m, T(0));
     else
       source.start(options.eps, engine.a, engine.b, g);
-    const bool one_potential = group.symmetric && options.n_iters < 0;
     if (options.n_iters >= 0) {
       T* trace = group.trace ? group.trace + p * options.n_iters * (n + m) : nullptr;
       outcome = solve_fixed(engine, options, F.data(), g, trace);
@@ -52,33 +67,39 @@ void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& op
     } else {
       outcome = solve_pair(engine, options, F.data(), g);
     }
-    const T to_cost = static_cast<T>(options.eps / kLog2E);
+    const T to_cost = static_cast<T>(damping * options.eps / kLog2E);
     for (int64_t i = 0; i < n; ++i) f[i] = to_cost * F[i];
     if (one_potential) std::copy(f, f + n, g);
-    group.value[p] = static_cast<T>(options.objective == Objective::kTransport
-                                        ? engine.transport(options.eps, F.data(), g)
-                                        : dot(n, engine.a, f) + dot(m, engine.b, g));
+    group.value[p] = static_cast<T>(value_of(engine, options, group.strength.balanced, f, g));
   }
   status[kStatusIterations] = static_cast<double>(outcome.iterations);
   status[kStatusError] = outcome.error;
   status[kStatusConverged] = outcome.converged ? 1.0 : 0.0;
 }
 
-// dOT/da = f up to a constant; the one with <a, f> = <b, g>. The transport objective's plan is held
-// constant, so its weights receive nothing.
+// dOT/da = f up to a constant; the one with <a, f> = <b, g>. Where a side is soft there is no
+// constant to choose. The transport objective's plan is held constant, so its weights receive
+// nothing.
 template <typename T>
-void weight_gradients(const EnvelopeGroup<T>& group, int64_t p, Objective objective) {
+void weight_gradients(const EnvelopeGroup<T>& group, int64_t p, double eps, Objective objective) {
+  if (!group.grad_a && !group.grad_b) return;
   const int64_t n = group.n, m = group.m;
-  const T *a = group.a + p * n, *b = group.b + p * m;
   const T *f = group.f + p * n, *g = group.g + p * m;
+  const Side<T> x(n, group.a + p * n, group.strength.rho_x);
+  const Side<T> y(m, group.b + p * m, group.strength.rho_y);
   const T scale = objective == Objective::kRegularized ? group.coefficient * group.grad[p] : T(0);
-  const T shift = static_cast<T>((dot(m, b, g) - dot(n, a, f)) / (2 * total(n, a)));
-  if (group.grad_a)
-    for (int64_t i = 0; i < n; ++i)
-      group.grad_a[p * n + i] = a[i] > T(0) ? scale * (f[i] + shift) : T(0);
-  if (group.grad_b)
-    for (int64_t j = 0; j < m; ++j)
-      group.grad_b[p * m + j] = b[j] > T(0) ? scale * (g[j] - shift) : T(0);
+  const auto fill = [&](const Side<T>& side, const Side<T>& other, const T* v, double shift,
+                        T* grad) {
+    for (int64_t i = 0; i < side.count; ++i) {
+      const double value = group.strength.balanced
+                               ? static_cast<double>(v[i]) + shift
+                               : side.weight_gradient(eps, other.mass, static_cast<double>(v[i]));
+      grad[i] = side.weight[i] > T(0) ? scale * static_cast<T>(value) : T(0);
+    }
+  };
+  const double shift = (dot(m, y.weight, g) - dot(n, x.weight, f)) / (2 * x.mass);
+  if (group.grad_a) fill(x, y, f, shift, group.grad_a + p * n);
+  if (group.grad_b) fill(y, x, g, -shift, group.grad_b + p * m);
 }
 
 // grad_C = coefficient * grad * P.
@@ -139,7 +160,7 @@ void envelope_backward(const std::vector<EnvelopeGroup<T>>& groups, double eps,
                        Objective objective) {
   for_each_problem(groups, [&](const EnvelopeGroup<T>& group, int64_t p, bool split) {
     if (group.grad_C) matrix_gradient(group, p, eps, split);
-    weight_gradients(group, p, objective);
+    weight_gradients(group, p, eps, objective);
   });
 }
 

@@ -1,20 +1,21 @@
 // The solver: which potentials to try next. It sees the problem only through an Engine, which reads
 // the cost (stored or recomputed) once per pass:
 //
-//     int64_t n, m;  const T *a, *b;                   sizes and weights
-//     void iterate(eps, g, F, gt, q)                   one pass: F = exact row update of g (F is
-//     also
-//                                                      the guess on entry), gt = column update of
-//                                                      F, q = column sums of the plan (F, g) over b
+//     int64_t n, m;  const T *a, *b;  Side x, y;       sizes, weights, strength of the marginals
+//     void iterate(eps, g, F, gt, q)                   one pass: F = softmin over rows of g (F is
+//                                                      also the guess on entry), gt = softmin over
+//                                                      columns of f, q = column sums of the plan
+//                                                      (f, g) over b; f = damping F
 //     void update_rows(eps, g, F, s)                   rows only; s = row sums before, over a
 //     double sigma()                                   how varied the cost is
 //
-// F is k f with k = log2(e) / eps; g and gt are in units of cost.
+// F is in units of 1 / k, k = log2(e) / eps; g and gt are in units of cost. The updates are the
+// softmins times x.damping and y.damping, which are 1 unless a marginal is soft.
 //
 // Method (docs/solver.md): Sinkhorn's iteration is a fixed-point map g -> gt whose residual
-// r = gt - g is the semidual's gradient, preconditioned. L-BFGS on r in the b-weighted inner
-// product needs a fraction of the passes, and falls back to the plain iteration, which always
-// ascends.
+// r = gt - g is the semidual's gradient, preconditioned. L-BFGS on r in the inner product weighted
+// by the column sums asked for (b, or b e^{-g/rho}) needs a fraction of the passes, and falls back
+// to the plain iteration, which always ascends.
 #pragma once
 
 #include <algorithm>
@@ -23,6 +24,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "marginal.h"
 #include "math.h"
 #include "parallel.h"
 
@@ -75,26 +77,37 @@ std::vector<T> with_mass_of(int64_t n, const T* a, int64_t m, const T* b) {
   return scaled;
 }
 
+// The weights b that a problem is solved with.
+template <typename T>
+std::vector<T> column_weights(const Strength& strength, int64_t n, const T* a, int64_t m,
+                              const T* b) {
+  return strength.balanced ? with_mass_of(n, a, m, b) : std::vector<T>(b, b + m);
+}
+
 // ----------------------------------------------------------------- exactly n_iters iterations
 
 // f then g, from the potentials given, at one eps: what papers write as "L iterations".
 template <typename T, typename Engine>
 Outcome solve_fixed(Engine& engine, const SolveOptions& options, T* F, T* g, T* trace) {
   const int64_t n = engine.n, m = engine.m;
-  const T to_cost = static_cast<T>(options.eps / kLog2E);
-  std::vector<T> gt(m), q(m);
+  const double eps = options.eps;
+  const T to_cost = static_cast<T>(eps / kLog2E * engine.x.damping(eps));
+  const T damping = static_cast<T>(engine.y.damping(eps));
+  std::vector<T> gt(m), q(m), asked(engine.b, engine.b + m);
   Outcome outcome;
   for (int64_t it = 0; it < options.n_iters && !interrupted(); ++it) {
-    engine.iterate(options.eps, g, F, gt.data(), q.data());
-    std::copy(gt.begin(), gt.end(), g);
+    engine.iterate(eps, g, F, gt.data(), q.data());
+    if (it + 1 == options.n_iters && !engine.y.hard())
+      engine.y.ask(eps, 0, g, gt.data(), engine.y.soft_mean(g, 1).mean, q.data(), asked.data());
+    for (int64_t j = 0; j < m; ++j) g[j] = damping * gt[j];
     if (trace) {
       for (int64_t i = 0; i < n; ++i) trace[i] = to_cost * F[i];
-      std::copy(gt.begin(), gt.end(), trace + n);
+      std::copy(g, g + m, trace + n);
       trace += n + m;
     }
     ++outcome.iterations;
   }
-  outcome.error = marginal_error(m, engine.b, q.data()) / total(m, engine.b);
+  outcome.error = marginal_error(m, asked.data(), q.data()) / engine.y.mass;
   outcome.converged = outcome.error <= options.tol;
   return outcome;
 }
@@ -104,20 +117,25 @@ Outcome solve_fixed(Engine& engine, const SolveOptions& options, T* F, T* g, T* 
 // One potential, f <- f + 2/3 (T(f) - f) from T(0) - <a, T(0)> / 2: the error contracts by 1/3 or
 // more per pass whatever eps. Returns the mean of f and T(f), which is a further step towards the
 // solution and makes 2 <a, f> the semidual value <a, f> + <a, T(f)>, exact to second order.
+// With damping p, T becomes p T, 2/3 becomes 2 / (2 + p), the contraction p / (2 + p), and the two
+// halves, of the start and of the mean, p / (1 + p) and 1 / (1 + p): what takes constants and first
+// order errors of the value to 0.
 template <typename T, typename Engine>
 Outcome solve_symmetric(Engine& engine, const SolveOptions& options, T* F) {
   const int64_t n = engine.n;
-  const double mass = total(n, engine.a);
-  const T to_cost = static_cast<T>(options.eps / kLog2E);
+  const double damping = engine.x.damping(options.eps), mass = engine.x.mass;
+  const T to_cost = static_cast<T>(damping * options.eps / kLog2E);
   const T to_base2 = static_cast<T>(kLog2E / options.eps);
-  std::vector<T> f(n), s(n);
+  const T step = static_cast<T>(2 / (2 + damping)), last = static_cast<T>(1 / (1 + damping));
+  const T undamped = static_cast<T>(options.eps / kLog2E);
+  std::vector<T> f(n), s(n), softmin(n), asked(engine.a, engine.a + n);
   Outcome outcome;
   if (options.warm_start) {
-    for (int64_t i = 0; i < n; ++i) f[i] = to_cost * F[i];
+    for (int64_t i = 0; i < n; ++i) f[i] = F[i] / to_base2;
   } else {
     engine.update_rows(options.eps, f.data(), F, s.data());
     ++outcome.iterations;
-    const double half_mean = 0.5 * dot(n, engine.a, F) / mass;
+    const double half_mean = damping / (1 + damping) * dot(n, engine.a, F) / mass;
     for (int64_t i = 0; i < n; ++i)
       f[i] = engine.a[i] > 0 ? to_cost * static_cast<T>(F[i] - half_mean) : T(0);
   }
@@ -125,12 +143,17 @@ Outcome solve_symmetric(Engine& engine, const SolveOptions& options, T* F) {
     for (int64_t i = 0; i < n; ++i) F[i] = to_base2 * f[i];
     engine.update_rows(options.eps, f.data(), F, s.data());
     ++outcome.iterations;
-    outcome.error = marginal_error(n, engine.a, s.data()) / mass;
+    if (!engine.x.hard()) {
+      for (int64_t i = 0; i < n; ++i) softmin[i] = undamped * F[i];
+      engine.x.ask(options.eps, 0, f.data(), softmin.data(), engine.x.soft_mean(f.data(), 1).mean,
+                   s.data(), asked.data());
+    }
+    outcome.error = marginal_error(n, asked.data(), s.data()) / mass;
     outcome.converged = outcome.error <= options.tol;
     if (outcome.converged || outcome.iterations >= options.max_iters || interrupted()) break;
-    for (int64_t i = 0; i < n; ++i) f[i] += T(2.0 / 3.0) * (to_cost * F[i] - f[i]);
+    for (int64_t i = 0; i < n; ++i) f[i] += step * (to_cost * F[i] - f[i]);
   }
-  for (int64_t i = 0; i < n; ++i) F[i] = T(0.5) * (F[i] + to_base2 * f[i]);
+  for (int64_t i = 0; i < n; ++i) F[i] = to_base2 * (f[i] + last * (to_cost * F[i] - f[i]));
   return outcome;
 }
 
@@ -143,6 +166,14 @@ class LbfgsMemory {
   LbfgsMemory(int64_t size, const T* weight) : size_(size), weight_(weight) {}
 
   void clear() { pairs_.clear(); }
+
+  // From here on the inner product is that of `weight`; pairs of no curvature in it are dropped.
+  void weigh(const T* weight) {
+    weight_ = weight;
+    std::vector<Pair> old;
+    std::swap(old, pairs_);
+    for (Pair& pair : old) push(std::move(pair.step), std::move(pair.change));
+  }
 
   // step = change of g, change = old residual - new residual.
   void push(std::vector<T> step, std::vector<T> change) {
@@ -190,30 +221,64 @@ class LbfgsMemory {
 // A point of the semidual and what one pass tells about it.
 template <typename T>
 struct SemidualPoint {
-  std::vector<T> g, gt, q;
-  double value = 0;  // <a, f> + <b, g>
-  double noise = 0;  // rounding error of `value`
-  double error = 0;  // L1 marginal error over the total mass
+  std::vector<T> g, gt, q;  // q: the plan's column sums over those asked for
+  std::vector<T> asked;     // the column sums asked for, scaled to the total of b
+  double value = 0;         // <a, f> + <b, g>; see settle() where a side is soft
+  double noise = 0;         // rounding error of `value`
+  double error = 0;         // L1 marginal error over the total mass
 
-  explicit SemidualPoint(int64_t m) : g(m), gt(m), q(m) {}
+  explicit SemidualPoint(int64_t m, const T* b) : g(m), gt(m), q(m), asked(b, b + m) {}
 };
+
+// Where a side is soft: the best translation (F + t, g - t) of a point that was passed over, taken
+// at once, and what it makes of the point. Softmins are only shifted by it, so that the pass holds
+// good, and the plan's total becomes the M that both potentials ask for. Without it a large rho
+// would take some rho / eps passes to find M (Séjourné, Vialard, Peyré 2022).
+//
+// With both sides soft the dual is then a constant less (rho_x + rho_y + eps) M, which rounding
+// hides where M is small. So `value` is -log M times what makes <asked (1 - q), p> its derivative
+// along p; written in the mean of the side that is held more, it has the limit <b, g> (or <a, f>)
+// of a constraint.
+template <typename T, typename Engine>
+void settle(const Engine& engine, double eps, T* F, SemidualPoint<T>& point) {
+  const Side<T>&x = engine.x, &y = engine.y;
+  const double damping = x.damping(eps), to_cost = eps / kLog2E;
+  SoftMean f = x.soft_mean(F, damping * to_cost), g = y.soft_mean(point.g.data(), 1);
+  const double excess = std::log(x.mass / y.mass) - x.rate * f.mean + y.rate * g.mean;
+  const double t = excess / (y.rate + damping * x.rate);
+  f.mean += damping * t, g.mean -= t;
+  const T on_F = static_cast<T>(t / to_cost), on_g = static_cast<T>(t);
+  const T on_gt = static_cast<T>(damping * t), damp = static_cast<T>(y.damping(eps));
+  for (int64_t i = 0; i < engine.n; ++i) F[i] += engine.a[i] > T(0) ? on_F : T(0);
+  for (int64_t j = 0; j < engine.m; ++j) {
+    point.g[j] -= engine.b[j] > T(0) ? on_g : T(0);
+    point.gt[j] -= engine.b[j] > T(0) ? on_gt : T(0);
+  }
+  y.ask(eps, -kLog2E * x.rate * damping * t, point.g.data(), point.gt.data(), g.mean,
+        point.q.data(), point.asked.data());
+  for (T& value : point.gt) value *= damp;
+  const bool by_x = x.rate < y.rate;
+  const double held = by_x ? x.rate : y.rate, soft = by_x ? y.rate : x.rate;
+  const double mean = (1 + held / soft + eps * held) * (by_x ? f.mean : g.mean);
+  point.value = y.mass * mean;
+  point.noise = y.mass * (4 * static_cast<double>(std::numeric_limits<T>::epsilon()) *
+                              (f.magnitude + g.magnitude) +
+                          4 * std::numeric_limits<double>::epsilon() * std::abs(mean));
+}
 
 template <typename T, typename Engine>
 void evaluate(Engine& engine, double eps, double mass, T* F, SemidualPoint<T>& point) {
   engine.iterate(eps, point.g.data(), F, point.gt.data(), point.q.data());
-  const double to_cost = eps / kLog2E;
-  double value = 0, size = 0;
-  for (int64_t i = 0; i < engine.n; ++i) {
-    const double term = static_cast<double>(engine.a[i]) * to_cost * static_cast<double>(F[i]);
-    value += term, size += std::abs(term);
+  const Side<T>&x = engine.x, &y = engine.y;
+  if (x.hard() && y.hard()) {
+    const SoftMean f = x.soft_mean(F, eps / kLog2E), g = y.soft_mean(point.g.data(), 1);
+    point.value = x.mass * f.mean + y.mass * g.mean;
+    point.noise = 4 * static_cast<double>(std::numeric_limits<T>::epsilon()) *
+                  (x.mass * f.magnitude + y.mass * g.magnitude);
+  } else {
+    settle(engine, eps, F, point);
   }
-  for (int64_t j = 0; j < engine.m; ++j) {
-    const double term = static_cast<double>(engine.b[j]) * static_cast<double>(point.g[j]);
-    value += term, size += std::abs(term);
-  }
-  point.value = value;
-  point.noise = 4 * static_cast<double>(std::numeric_limits<T>::epsilon()) * size;
-  point.error = marginal_error(engine.m, engine.b, point.q.data()) / mass;
+  point.error = marginal_error(engine.m, point.asked.data(), point.q.data()) / mass;
 }
 
 // Residual gt - g without its mean, which the semidual does not see.
@@ -221,7 +286,7 @@ template <typename T, typename Engine>
 std::vector<T> residual(const Engine& engine, double mass, const SemidualPoint<T>& point) {
   std::vector<T> r(engine.m);
   for (int64_t j = 0; j < engine.m; ++j) r[j] = point.gt[j] - point.g[j];
-  const T mean = static_cast<T>(dot(engine.m, engine.b, r.data()) / mass);
+  const T mean = static_cast<T>(dot(engine.m, point.asked.data(), r.data()) / mass);
   for (int64_t j = 0; j < engine.m; ++j) r[j] = engine.b[j] > T(0) ? r[j] - mean : T(0);
   return r;
 }
@@ -233,19 +298,20 @@ void ascend(Engine& engine, double eps, double tol, int64_t max_iters, double ma
   constexpr int kTries = 5;
   constexpr double kShrink = 0.3, kSufficient = 1e-4, kFlat = 1e-2, kReach = 10;
   const int64_t m = engine.m;
-  LbfgsMemory<T> memory(m, engine.b);
-  SemidualPoint<T> trial(m);
+  LbfgsMemory<T> memory(m, point.asked.data());
+  SemidualPoint<T> trial(m, engine.b);
   std::vector<T> r = residual(engine, mass, point);
   double stretch = 1, reach = std::numeric_limits<double>::infinity();
-  const auto length = [&](const std::vector<T>& v) {
-    return std::sqrt(dot(m, engine.b, v.data(), v.data()));
+  const auto squared = [&](const std::vector<T>& v) {
+    return dot(m, point.asked.data(), v.data(), v.data());
   };
+  const auto length = [&](const std::vector<T>& v) { return std::sqrt(squared(v)); };
   while (point.error > tol && iterations < max_iters && !interrupted()) {
     std::vector<T> p = memory.direction(r);
     const auto slope_along = [&](const std::vector<T>& v) {  // <b - P^T 1, v>
       double slope = 0;
       for (int64_t j = 0; j < m; ++j)
-        slope += static_cast<double>(engine.b[j]) * (1.0 - static_cast<double>(point.q[j])) *
+        slope += static_cast<double>(point.asked[j]) * (1.0 - static_cast<double>(point.q[j])) *
                  static_cast<double>(v[j]);
       return slope;
     };
@@ -281,10 +347,10 @@ void ascend(Engine& engine, double eps, double tol, int64_t max_iters, double ma
       // Where clusters are many eps apart the semidual is a plane until they exchange mass: a step
       // that leaves the residual as it was tells nothing of how far to go, so the next is longer.
       // A change that is only rounding would be taken for a curvature of any size.
-      const double changed = dot(m, engine.b, change.data(), change.data());
+      const double changed = squared(change);
       const double rounding =
           4 * (point.noise / mass + 4 * std::numeric_limits<T>::epsilon() * eps);
-      const bool flat = changed < kFlat * kFlat * dot(m, engine.b, r.data(), r.data());
+      const bool flat = changed < kFlat * kFlat * squared(r);
       stretch = flat ? 2 * stretch : 1;
       reach = kReach * length(step);
       if (changed > rounding * rounding * mass) memory.push(std::move(step), std::move(change));
@@ -294,6 +360,7 @@ void ascend(Engine& engine, double eps, double tol, int64_t max_iters, double ma
     }
     r = std::move(next);
     std::swap(point, trial);
+    if (!engine.y.hard()) memory.weigh(point.asked.data());
   }
 }
 
@@ -324,7 +391,7 @@ Outcome solve_pair(Engine& engine, const SolveOptions& options, T* F, T* g) {
   const int64_t n = engine.n, m = engine.m;
   const double mass = total(m, engine.b);
   Outcome outcome;
-  SemidualPoint<T> point(m);
+  SemidualPoint<T> point(m, engine.b);
   std::copy(g, g + m, point.g.begin());
   const auto start = [&](double eps) {
     evaluate(engine, eps, mass, F, point);

@@ -142,6 +142,8 @@ OTLOSS_INLINE void sweep_rows_body(const RowSweep<T>& p) {
       w[r] = a[r] / sum[r];
       F[r] -= fast_log2(sum[r]);
     }
+    if (p.tilt != T(0))
+      for (int64_t r = 0; r < kRows; ++r) w[r] *= fast_exp2(p.tilt * F[r]);
     std::copy(F, F + rows, p.F + i);
     if (p.c) add_rows(width, w, p.e, p.c);
   }

@@ -23,12 +23,13 @@ struct RowSweep {
                      // room for padded m; null: not wanted
   T* e;              // (kSweepScratchRows, padded m) scratch, finite on entry
   int64_t readable;  // rows [0, readable) of C may be read up to the padded width
+  T tilt;            // c is of the plan of (1 + tilt) F: 0, or less where rows are damped
 };
 
 constexpr int64_t kSweepScratchRows = 4;
 
 // One full iteration's reading of C: rows are made exact and their column sums accumulated, with
-// one exp2 per entry.
+// one exp2 per entry. A factor for each row is all that damping takes.
 void sweep_rows(const RowSweep<float>& sweep);
 void sweep_rows(const RowSweep<double>& sweep);
 

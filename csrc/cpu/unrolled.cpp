@@ -10,11 +10,14 @@
 //     u_i = sum_j e_ij g_bar_j        f_bar_i -= a_i u_i       a_bar_i -= eps u_i
 //     v_j = sum_i R_ij f_bar_i        g_bar'_j = -v_j          b_bar_j -= eps v_j / b_j
 //     C_bar_ij += S_ij g_bar_j + R_ij f_bar_i.
+// Where a marginal is soft, f and g are softmins times dampings p and q. Then g stands for g / q in
+// e and in w, g_bar for q g_bar from the start, f_bar in the second line for p f_bar, and
+// R_ij = z_i e_ij w_j with z_i = exp((f_i / p - f_i) / eps) = exp(f_i / rho_x).
 // A row needs u_i before it can add to v and C_bar, and is still in L1 when it is read again. Rows
 // are taken kRows at a time, so that g_bar, w and v are read once per kRows entries.
 //
-// Where w is huge (a cold start at small eps), e underflows although R does not: that iteration
-// takes a second exponential for R.
+// Where w or z is huge (a cold start at small eps, points that are not transported), e underflows
+// although R does not: that iteration takes a second exponential for R.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -22,6 +25,7 @@
 #include "adjoint.h"
 #include "blocks.h"
 #include "kernels.h"
+#include "marginal.h"
 #include "math.h"
 #include "parallel.h"
 #include "problems.h"
@@ -42,8 +46,10 @@ struct AdjointSweep {
   const T* C;      // (n, m)
   const T* a;      // (n,)
   const T* F;      // (n,) k f
-  const T* G;      // (m,) k g
-  const T* H;      // (m,) k g' + log2 b, or null: R = e w
+  const T* G;      // (m,) k g / q
+  const T* E;      // (n,) k f / p, read with H
+  const T* H;      // (m,) k g' + log2 b, or null: R = z e w
+  const T* z;      // (n,) times p
   const T* w;      // (m,)
   const T* g_bar;  // (m,)
   T* f_bar;        // (n,) in: the gradient from outside, out: the whole
@@ -58,7 +64,8 @@ template <typename T>
 struct RowGroup {
   const T* C[kRows];
   T* C_bar[kRows];
-  T F[kRows], S[kRows], R[kRows];  // S, R: what e is multiplied by with g_bar, and with w
+  T F[kRows], E[kRows];
+  T S[kRows], R[kRows];  // what e is multiplied by with g_bar, and with w
 };
 
 // e_rj = exp2(F_r + G_j - k C_rj) and u_r = sum_j e_rj g_bar_j.
@@ -135,12 +142,12 @@ OTLOSS_INLINE void second_pass(const AdjointSweep<T>& p, const Blocks<T>& blocks
 template <typename T>
 OTLOSS_INLINE void second_pass_apart(const AdjointSweep<T>& p, const RowGroup<T>& rows) {
   for (int64_t r = 0; r < kRows; ++r) {
-    const T F = rows.F[r], S = rows.S[r], R = rows.R[r];
+    const T E = rows.E[r], S = rows.S[r], R = rows.R[r];
     const T *C = rows.C[r], *e = p.e + r * p.m;
     T* C_bar = p.C_bar ? rows.C_bar[r] : nullptr;
     if (S == T(0) && R == T(0)) continue;
     for (int64_t j = 0; j < p.m; ++j) {
-      const T value = R * fast_exp2(F + p.H[j] - p.k * C[j]);
+      const T value = R * fast_exp2(E + p.H[j] - p.k * C[j]);
       p.v[j] += value;
       if (C_bar) C_bar[j] += S * e[j] * p.g_bar[j] + (p.H[j] > T(0.5 * kLog2Zero) ? value : T(0));
     }
@@ -157,7 +164,7 @@ OTLOSS_INLINE void adjoint_sweep_body(const AdjointSweep<T>& p) {
       const int64_t row = inside ? i + r : p.rows - 1;
       rows.C[r] = p.C + row * p.m;
       rows.C_bar[r] = inside && p.C_bar ? p.C_bar + row * p.m : p.e + r * p.m;
-      rows.F[r] = p.F[row];
+      rows.F[r] = p.F[row], rows.E[r] = p.E[row];
     }
     T u[kRows];
     first_pass(p, blocks, rows, u);
@@ -166,7 +173,7 @@ OTLOSS_INLINE void adjoint_sweep_body(const AdjointSweep<T>& p) {
       rows.S[r] = counts ? p.a[i + r] : T(0);
       if (counts) p.f_bar[i + r] -= p.a[i + r] * u[r];
       if (i + r < p.rows) p.u[i + r] = counts ? u[r] : T(0);
-      rows.R[r] = counts ? p.f_bar[i + r] : T(0);
+      rows.R[r] = counts ? p.f_bar[i + r] * p.z[i + r] : T(0);
     }
     if (p.H)
       second_pass_apart(p, rows);
@@ -191,8 +198,13 @@ class UnrolledProblem {
         k_(static_cast<T>(kLog2E / eps)),
         C_(group.C + p * n_ * m_),
         a_(group.a + p * n_),
-        mass_b_(with_mass_of(n_, a_, m_, group.b + p * m_)),
-        b_(mass_b_.data()),
+        balanced_(group.strength.balanced),
+        used_b_(column_weights(group.strength, n_, a_, m_, group.b + p * m_)),
+        b_(used_b_.data()),
+        x_(n_, a_, group.strength.rho_x),
+        y_(m_, b_, group.strength.rho_y),
+        damp_f_(x_.damping(eps)),
+        damp_g_(y_.damping(eps)),
         trace_(group.trace + p * L_ * (n_ + m_)),
         start_(group.start ? group.start + p * m_ : nullptr),
         C_bar_(group.grad_C ? group.grad_C + p * n_ * m_ : nullptr),
@@ -200,6 +212,8 @@ class UnrolledProblem {
         v_(parts_, m_),
         e_(parts_.count() * kRows * m_),
         F_(n_),
+        E_(n_),
+        z_(n_, static_cast<T>(damp_f_)),
         G_(m_),
         H_(m_),
         w_(m_),
@@ -233,19 +247,27 @@ class UnrolledProblem {
       seed_transport(scale);
     } else {
       if (C_bar_) std::fill(C_bar_, C_bar_ + n_ * m_, T(0));
-      for (int64_t i = 0; i < n_; ++i) {
-        f_bar_[i] = scale * a_[i];
-        a_bar_[i] = static_cast<double>(scale) * static_cast<double>(f(L_ - 1)[i]);
-      }
-      for (int64_t j = 0; j < m_; ++j) {
-        g_bar_[j] = scale * b_[j];
-        b_bar_[j] = static_cast<double>(scale) * static_cast<double>(g(L_ - 1)[j]);
-      }
+      seed_value(static_cast<double>(scale));
     }
     for (int64_t i = 0; i < n_; ++i)
       if (grad_f && a_[i] > T(0)) f_bar_[i] += grad_f[i];
     for (int64_t j = 0; j < m_; ++j)
       if (grad_g && b_[j] > T(0)) g_bar_[j] += grad_g[j];
+  }
+
+  // The dual, in which the plan has the column sums b share(g): its last term is 0 if balanced.
+  void seed_value(double scale) {
+    const double eps = balanced_ ? 0.0 : eps_;
+    for (int64_t i = 0; i < n_; ++i) {
+      const double v = static_cast<double>(f(L_ - 1)[i]);
+      f_bar_[i] = static_cast<T>(scale * x_.share(v)) * a_[i];
+      a_bar_[i] = scale * (x_.dual(v) + eps * y_.mass);
+    }
+    for (int64_t j = 0; j < m_; ++j) {
+      const double v = static_cast<double>(g(L_ - 1)[j]), share = y_.share(v);
+      g_bar_[j] = static_cast<T>(scale * share / damp_g_) * b_[j];
+      b_bar_[j] = scale * (y_.dual(v) + eps * (x_.mass - share));
+    }
   }
 
   // <P, C> with P = a b exp((f + g - C) / eps): P (1 - C / eps) to C, and the sums of P C.
@@ -283,15 +305,21 @@ class UnrolledProblem {
 
   // One iteration back. `before` is g of the iteration before, null for 0.
   void step(const T* f, const T* g, const T* before) {
-    for (int64_t i = 0; i < n_; ++i) F_[i] = k_ * f[i];
-    const bool apart = column_factors(g, before);
+    const T damp_g = static_cast<T>(damp_g_);
+    for (int64_t j = 0; j < m_; ++j) g_bar_[j] *= damp_g;
+    const bool tall = row_factors(f), apart = column_factors(g, before) || tall;
+    if (apart) {
+      const std::vector<T> zero(before ? 0 : m_);
+      absorb_weights(m_, k_, before ? before : zero.data(), b_, H_.data());
+      std::fill(z_.begin(), z_.end(), static_cast<T>(damp_f_));
+    }
     v_.clear();
     parts_.for_each([&](int64_t part, int64_t begin, int64_t end) {
-      adjoint_sweep(
-          AdjointSweep<T>{end - begin, m_, k_, C_ + begin * m_, a_ + begin, F_.data() + begin,
-                          G_.data(), apart ? H_.data() : nullptr, w_.data(), g_bar_.data(),
-                          f_bar_.data() + begin, u_.data() + begin, v_.part(part),
-                          C_bar_ ? C_bar_ + begin * m_ : nullptr, e_.data() + part * kRows * m_});
+      adjoint_sweep(AdjointSweep<T>{
+          end - begin, m_, k_, C_ + begin * m_, a_ + begin, F_.data() + begin, G_.data(),
+          E_.data() + begin, apart ? H_.data() : nullptr, z_.data() + begin, w_.data(),
+          g_bar_.data(), f_bar_.data() + begin, u_.data() + begin, v_.part(part),
+          C_bar_ ? C_bar_ + begin * m_ : nullptr, e_.data() + part * kRows * m_});
     });
     const T* v = v_.total();
     for (int64_t i = 0; i < n_; ++i) {
@@ -305,39 +333,53 @@ class UnrolledProblem {
     }
   }
 
-  // G and w, and where w is out of range H. Columns of weight 0 get w = 0 and g_bar = 0.
+  // F, E and z; whether z is out of range.
+  bool row_factors(const T* f) {
+    const T to_E = static_cast<T>(kLog2E / eps_ / damp_f_), damp = static_cast<T>(damp_f_);
+    T largest = 0;
+    for (int64_t i = 0; i < n_; ++i) {
+      F_[i] = k_ * f[i];
+      E_[i] = to_E * f[i];
+      if (x_.hard()) continue;
+      const T change = static_cast<T>(kLog2E * x_.rate) * f[i];
+      z_[i] = damp * fast_exp2(change);
+      largest = std::max(largest, change);
+    }
+    return !(largest < std::log2(static_cast<T>(kTrusted)));
+  }
+
+  // G and w; whether w is out of range. Columns of weight 0 get w = 0 and g_bar = 0.
   bool column_factors(const T* g, const T* before) {
+    const T to_G = static_cast<T>(kLog2E / eps_ / damp_g_);
     T largest = 0;
     for (int64_t j = 0; j < m_; ++j) {
       const bool counts = b_[j] > T(0);
-      const T change = counts ? k_ * ((before ? before[j] : T(0)) - g[j]) : T(0);
-      G_[j] = k_ * g[j];
+      G_[j] = to_G * g[j];
+      const T change = counts ? k_ * (before ? before[j] : T(0)) - G_[j] : T(0);
       w_[j] = counts ? b_[j] * fast_exp2(change) : T(0);
       if (!counts) g_bar_[j] = 0;
       largest = std::max(largest, change);
     }
-    const bool apart = !(largest < std::log2(static_cast<T>(kTrusted)));
-    if (apart) {
-      const std::vector<T> zero(before ? 0 : m_);
-      absorb_weights(m_, k_, before ? before : zero.data(), b_, H_.data());
-    }
-    return apart;
+    return !(largest < std::log2(static_cast<T>(kTrusted)));
   }
 
   const int64_t n_, m_, L_;
   const double eps_;
   const T k_;
-  const T* const C_;             // (n, m)
-  const T* const a_;             // (n,)
-  const std::vector<T> mass_b_;  // what the iterations ran with
+  const T* const C_;  // (n, m)
+  const T* const a_;  // (n,)
+  const bool balanced_;
+  const std::vector<T> used_b_;  // what the iterations ran with
   const T* const b_;             // (m,)
-  const T* const trace_;         // (L, n + m)
-  const T* const start_;         // (m,) or null
-  T* const C_bar_;               // (n, m) or null
+  const Side<T> x_, y_;
+  const double damp_f_, damp_g_;
+  const T* const trace_;  // (L, n + m)
+  const T* const start_;  // (m,) or null
+  T* const C_bar_;        // (n, m) or null
   RowParts parts_;
   PartSums<T> v_;              // (m,)
   std::vector<T> e_;           // (parts, kRows, m)
-  std::vector<T> F_;           // (n,)
+  std::vector<T> F_, E_, z_;   // (n,) each
   std::vector<T> G_, H_, w_;   // (m,) each
   std::vector<T> u_, f_bar_;   // (n,) each
   std::vector<T> g_bar_;       // (m,)
