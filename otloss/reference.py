@@ -306,8 +306,8 @@ def _softmin(eps: float, C: Tensor, g: Tensor, b: Tensor, a: Tensor) -> Tensor:
 def _marginal_error(g: Tensor, update: Tensor, b: Tensor, eps: float, rho: float) -> Tensor:
     """L1 distance of a marginal of the plan to the one that is asked for, over the latter's mass.
 
-    The plan has b exp((g - update) / eps), ``update`` being the softmin that follows on g. Asked for
-    is b share(g).
+    The plan has b exp((g - update) / eps), where the softmin ``update`` follows on g. Asked for is
+    b share(g).
     """
     asked = b * share(torch.where(b > 0, g - soft_mean(g, b, rho), 0.0), rho)
     ratio = ((g - update) / eps + g / rho).clamp(max=80).exp()
