@@ -67,8 +67,9 @@ def combine(
         memory.keep(solved)
     loss = solved.loss
     if combination is DEBIASED and not options.balanced and options.objective == "regularized":
-        a, b = problem.weights
-        term = 0.5 * options.eps * (a.sum(-1) - b.sum(-1)).square()
+        # Not the plain totals: nothing flows to a point of weight 0.
+        a, b = (torch.where(w > 0, w, 0.0).sum(-1) for w in problem.weights)
+        term = 0.5 * options.eps * (a - b).square()
         loss = loss + (term if problem.batched else term[0])
     return loss
 

@@ -301,9 +301,12 @@ class OTResult:
             b = self._b * reference.share(self._g, self._options.rho_y)
             row = (self._plan.sum(-1) - a).abs().sum(-1)
             column = (self._plan.sum(-2) - b).abs().sum(-1)
-            # A plan that is 0 has the marginals 0 that are asked of it.
-            relative = [torch.where(e > 0, e / w.sum(-1), e) for e, w in ((row, a), (column, b))]
-            error = torch.maximum(*relative)
+            # A plan that underflows has the marginals that are asked of it: 0.
+            limits = torch.finfo(a.dtype)
+            least = limits.tiny / limits.eps
+            error = torch.maximum(
+                row / a.sum(-1).clamp(min=least), column / b.sum(-1).clamp(min=least)
+            )
         return error if self._problem.batched else error[0].item()
 
     @property

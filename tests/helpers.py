@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,10 @@ DTYPES = (torch.float32, torch.float64)
 METHODS = ("dense", "streamed", "reference")
 WEIGHTS = ("uniform", "random", "wide", "padded")
 LAYOUTS = ("contiguous", "strided", "transposed", "expanded")
+# unbalanced=: soft, of different strength, and with a constraint on either side.
+STRENGTHS = (0.3, (2.0, 0.1), (None, 0.5), (0.5, None))
+
+Strength = float | tuple[float | None, float | None]
 
 
 def name(value: object) -> str:
@@ -104,6 +109,29 @@ def relaid(t: Tensor, layout: str) -> Tensor:
     if layout == "transposed":
         return t.mT.contiguous().mT if t.dim() > 1 else relaid(t, "strided")
     return t[:1].expand(t.shape)
+
+
+def scaled(strength: Strength, unit: float) -> Strength:
+    """unbalanced= in other units of cost."""
+    if isinstance(strength, tuple):
+        x, y = (None if rho is None else unit * rho for rho in strength)
+        return x, y
+    return unit * strength
+
+
+def rho(strength: Strength) -> tuple[float, float]:
+    """(rho_x, rho_y), infinite for a constraint."""
+    pair = strength if isinstance(strength, tuple) else (strength, strength)
+    x, y = (math.inf if value is None else value for value in pair)
+    return x, y
+
+
+def unequal(c: Clouds, ratio: float) -> Clouds:
+    """The same with `ratio` times as much weight on y."""
+    n, m = c.x.shape[-2], c.y.shape[-2]
+    a = torch.full_like(c.x[..., 0], 1 / n) if c.a is None else c.a
+    b = torch.full_like(c.y[..., 0], 1 / m) if c.b is None else c.b
+    return Clouds(c.x, c.y, a, ratio * b)
 
 
 def close(got: Tensor, expected: Tensor, tol: float, scale: float | Tensor | None = None) -> None:

@@ -4,12 +4,14 @@ One problem at a time: x (n, d), y (m, d), C (n, m), a (n,), b (m,), all float64
 are removed before solving, so padding is compared with its definition.
 
 Sinkhorn's iteration in the log domain comes close to the solution and Newton's method on the
-semidual finishes, to a marginal error of about 1e-14. The gradients are the envelope theorem's for
-the regularised objective, and the implicit function theorem's for everything else.
+semidual (where a marginal is soft: on the dual) finishes, to a marginal error of about 1e-14. The
+gradients are the envelope theorem's for the regularised objective, and the implicit function
+theorem's for everything else.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -148,32 +150,127 @@ def _symmetric_newton(C: Tensor, a: Tensor, g: Tensor, eps: float) -> Tensor:
     return f
 
 
-def iterate(C: Tensor, a: Tensor, b: Tensor, eps: float, count: int) -> list[tuple[Tensor, Tensor]]:
+# ------------------------------------------------------------------------------------ unbalanced
+
+HARD = (math.inf, math.inf)  # (rho_x, rho_y)
+
+
+def asked(w: Tensor, v: Tensor, rho: float) -> Tensor:
+    """The marginal that the optimality conditions ask of the plan."""
+    return w * (-v / rho).exp()
+
+
+def dual(
+    C: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor, eps: float, rho: tuple[float, float]
+) -> Tensor:
+    """With the mass term: at the maximum the value with the generalised KL."""
+    terms = [
+        (w * v).sum() if math.isinf(r) else r * (w * (1 - (-v / r).exp())).sum()
+        for w, v, r in ((a, f, rho[0]), (b, g, rho[1]))
+    ]
+    return terms[0] + terms[1] - eps * (plan(C, f, g, a, b, eps).sum() - a.sum() * b.sum())
+
+
+def primal(
+    C: Tensor, P: Tensor, a: Tensor, b: Tensor, eps: float, rho: tuple[float, float]
+) -> Tensor:
+    """<P, C> + eps KL(P | a b) + rho_x KL(P 1 | a) + rho_y KL(P^T 1 | b) of any plan."""
+
+    def kl(p: Tensor, q: Tensor) -> Tensor:
+        return (torch.special.xlogy(p, p / q) - p + q).sum()
+
+    total = (P * C).sum() + eps * kl(P, a[:, None] * b)
+    for marginal, w, r in ((P.sum(1), a, rho[0]), (P.sum(0), b, rho[1])):
+        total = total + (0.0 if math.isinf(r) else r * kl(marginal, w))
+    return total
+
+
+def soft_solve(C: Tensor, a: Tensor, b: Tensor, eps: float, rho: tuple[float, float]) -> Solution:
+    """The optimum where at least one marginal is soft: Newton's method on the dual."""
+    C, a, b = C.detach(), a.detach(), b.detach()
+    rows, columns = a > 0, b > 0
+    small, a_, b_ = C[rows][:, columns], a[rows], b[columns]
+    n = a_.numel()
+    z = torch.cat(iterate(small, a_, b_, eps, 20, rho)[-1])
+    w = torch.cat([a_, b_])
+    error = math.inf
+    for _ in range(500):
+        f, g = z[:n], z[n:]
+        P = plan(small, f, g, a_, b_, eps)
+        wanted = torch.cat([asked(a_, f, rho[0]), asked(b_, g, rho[1])])
+        residual = wanted - torch.cat([P.sum(1), P.sum(0)])
+        error = float(residual.abs().sum() / P.sum())
+        if error < 1e-13:
+            break
+        H = torch.diag(torch.cat([P.sum(1), P.sum(0)]) / eps)
+        H[:n, n:], H[n:, :n] = P / eps, P.T / eps
+        H += torch.diag(
+            wanted / torch.cat([torch.full_like(f, rho[0]), torch.full_like(g, rho[1])])
+        )
+        root = H.diagonal().sqrt()
+        scaled = H / root[:, None] / root + min(1e-3, error) * torch.eye(len(w), dtype=C.dtype)
+        step = torch.linalg.solve(scaled, residual / root) / root
+        t, start = 1.0, dual(small, f, g, a_, b_, eps, rho)
+        noise = 1e-14 * float(abs(start)) + 1e-14 * float(w.sum()) * float(z.abs().max())
+        while t > 1e-9:
+            trial = z + t * step
+            if dual(small, trial[:n], trial[n:], a_, b_, eps, rho) >= start - noise:
+                break
+            t /= 2
+        z = z + t * step
+    assert error < 1e-9, f"the oracle did not converge: {error}"
+    f, g, P = torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(C)
+    f[rows], g[columns] = z[:n], z[n:]
+    P_ = plan(small, z[:n], z[n:], a_, b_, eps)
+    P[rows[:, None] & columns] = P_.flatten()
+    value = primal(small, P_, a_, b_, eps, rho)
+    return Solution(f, g, P, value, (P_ * small).sum(), error, 1.0)
+
+
+def solution(C: Tensor, a: Tensor, b: Tensor, eps: float, rho: tuple[float, float]) -> Solution:
+    if rho != HARD:
+        return soft_solve(C, a, b, eps, rho)
+    return solve(C, a, b, eps)
+
+
+# ----------------------------------------------------------------------------------- derivatives
+
+
+def iterate(
+    C: Tensor, a: Tensor, b: Tensor, eps: float, count: int, rho: tuple[float, float] = HARD
+) -> list[tuple[Tensor, Tensor]]:
     """(f, g) after each of `count` full iterations from zero potentials; differentiable."""
     g, steps = torch.zeros_like(b), []
+    on_f, on_g = (1 / (1 + eps / r) for r in rho)
     for _ in range(count):
-        f = torch.where(a > 0, softmin(C, g, b, eps), 0.0)
-        g = torch.where(b > 0, softmin(C.T, f, a, eps), 0.0)
+        f = torch.where(a > 0, on_f * softmin(C, g, b, eps), 0.0)
+        g = torch.where(b > 0, on_g * softmin(C.T, f, a, eps), 0.0)
         steps.append((f, g))
     return steps
 
 
-def differentiable_potentials(C: Tensor, a: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def differentiable_potentials(
+    C: Tensor, a: Tensor, b: Tensor, eps: float, rho: tuple[float, float] = HARD
+) -> tuple[Tensor, Tensor]:
     """The optimal potentials with their exact first derivatives in C, a and b.
 
     z = z* - J^+ F(z*, C, a, b) with F the marginal residuals: a Newton step of length 0. Weights
-    must be positive; the derivative holds along changes that keep <a, 1> = <b, 1>.
+    must be positive; where both marginals are constraints the derivative holds along changes that
+    keep <a, 1> = <b, 1>.
     """
-    solution = solve(C, a, b, eps)
-    f, g, P = solution.f, solution.g, solution.P
-    scale = torch.cat([a, b]).detach().rsqrt()
+    found = solution(C, a, b, eps, rho)
+    f, g, P = found.f, found.g, found.P
+    wanted = torch.cat([asked(a, f, rho[0]), asked(b, g, rho[1])])
+    scale = wanted.detach().rsqrt()
     n = a.numel()
     J = torch.zeros(scale.numel(), scale.numel(), dtype=C.dtype)
     J[:n, :n], J[n:, n:] = torch.diag(P.sum(1)), torch.diag(P.sum(0))
     J[:n, n:], J[n:, :n] = P, P.T
+    inverse_rho = torch.cat([torch.full_like(f, 1 / rho[0]), torch.full_like(g, 1 / rho[1])])
+    J += torch.diag(eps * inverse_rho * wanted.detach())
     inverse = torch.linalg.pinv(scale[:, None] * J * scale, hermitian=True, rtol=1e-13)
     Q = plan(C, f, g, a, b, eps)
-    F = torch.cat([Q.sum(1) - a, Q.sum(0) - b])
+    F = torch.cat([Q.sum(1), Q.sum(0)]) - wanted
     z = torch.cat([f, g]) - eps * scale * (inverse @ (scale * F))
     return z[:n], z[n:]
 
@@ -194,6 +291,32 @@ class Loss:
         return [torch.zeros_like(t) if grad is None else grad for grad, t in pairs]
 
 
+def soft_term(
+    C: Tensor,
+    a: Tensor,
+    b: Tensor,
+    eps: float,
+    objective: str,
+    backward: str,
+    rho: tuple[float, float],
+) -> Loss:
+    """One problem of a call with a soft marginal, even if this one has none."""
+    s = solution(C, a, b, eps, rho)
+    # C may be infinite at points of weight 0
+    linear = (s.P * torch.where(s.P > 0, C, 0.0)).sum()
+    if objective == "transport":
+        if backward == "implicit":
+            f, g = differentiable_potentials(C, a, b, eps, rho)
+            linear = (plan(C, f, g, a, b, eps) * C).sum()
+        return Loss(s.transport, linear)
+    rows, columns = a > 0, b > 0
+    small = C[rows][:, columns]
+    value = dual(small, s.f[rows], s.g[columns], a[rows], b[columns], eps, rho)
+    if rho != HARD:
+        torch.testing.assert_close(s.value, value.detach(), rtol=1e-8, atol=1e-8)
+    return Loss(value.detach(), value)
+
+
 def term(C: Tensor, a: Tensor, b: Tensor, eps: float, objective: str, backward: str) -> Loss:
     """One OT problem: `C`, `a`, `b` may require gradients."""
     if backward == "implicit":
@@ -209,10 +332,18 @@ def term(C: Tensor, a: Tensor, b: Tensor, eps: float, objective: str, backward: 
     return Loss(s.value, linear + (a * s.f).sum() + (b * s.g).sum())
 
 
-def unrolled_term(C: Tensor, a: Tensor, b: Tensor, eps: float, objective: str, count: int) -> Loss:
+def unrolled_term(
+    C: Tensor,
+    a: Tensor,
+    b: Tensor,
+    eps: float,
+    objective: str,
+    count: int,
+    rho: tuple[float, float] | None = None,
+) -> Loss:
     """One OT problem after exactly `count` iterations, differentiated through all of them."""
-    f, g = iterate(C, a, b, eps, count)[-1]
-    value = (a * f).sum() + (b * g).sum()
+    f, g = iterate(C, a, b, eps, count, rho or HARD)[-1]
+    value = (a * f).sum() + (b * g).sum() if rho is None else dual(C, f, g, a, b, eps, rho)
     if objective == "transport":
         value = (plan(C, f, g, a, b, eps) * C).sum()
     return Loss(value.detach(), value)
@@ -235,19 +366,29 @@ def loss(
     debiased: bool = True,
     backward: str = "envelope",
     n_iters: int | None = None,
+    rho: tuple[float, float] | None = None,
 ) -> Loss:
     """The Sinkhorn divergence, or with ``debiased=False`` the plain OT loss."""
     a, b = _uniform(x) if a is None else a, _uniform(y) if b is None else b
+    rho_x, rho_y = rho or HARD
 
-    def one(u: Tensor, v: Tensor, p: Tensor, q: Tensor) -> Loss:
-        C = cost(u, v, cost_name)
+    def one(u: Tensor, v: Tensor, p: Tensor, q: Tensor, *strength: float) -> Loss:
+        C, pair = cost(u, v, cost_name), None if rho is None else strength
         if n_iters is not None:
-            return unrolled_term(C, p, q, eps, objective, n_iters)
-        return term(C, p, q, eps, objective, backward)
+            return unrolled_term(C, p, q, eps, objective, n_iters, pair)
+        if pair is None:
+            return term(C, p, q, eps, objective, backward)
+        return soft_term(C, p, q, eps, objective, backward, pair)
 
+    between = one(x, y, a, b, rho_x, rho_y)
     if not debiased:
-        return one(x, y, a, b)
-    return combine([(1.0, one(x, y, a, b)), (-0.5, one(x, x, a, a)), (-0.5, one(y, y, b, b))])
+        return between
+    terms = [(1.0, between)]
+    terms += [(-0.5, one(x, x, a, a, rho_x, rho_x)), (-0.5, one(y, y, b, b, rho_y, rho_y))]
+    if rho is not None and objective == "regularized":
+        mass = eps / 2 * (a.sum() - b.sum()) ** 2
+        terms.append((1.0, Loss(mass.detach(), mass)))
+    return combine(terms)
 
 
 def _uniform(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import STRENGTHS, Strength
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -105,6 +106,21 @@ def test_unrolled_at_every_block_shape(n: int, m: int) -> None:
     assert relative(found, expected) < EXACT
 
 
+@pytest.mark.parametrize("strength", [0.5, (1e-2, 3.0), (None, 1e-3)], ids=str)
+@pytest.mark.parametrize("eps", [0.5, 0.02])
+def test_unrolled_of_points_that_are_not_transported(strength: Strength, eps: float) -> None:
+    """exp(f / rho) overflows, and so may the factors of the columns."""
+    x, y, a, b = soft_clouds(30, 26)
+    C = 3 * cost_of(x.detach(), y.detach(), "sqeuclidean").requires_grad_()
+    leaves, found = (C, a, b), []
+    for method in ("dense", "reference"):
+        r = otloss.solve(C, eps, a=a, b=b, unbalanced=strength, n_iters=3, method=method)
+        f, g = r.potentials
+        found.append(torch.autograd.grad(r.value + f.sin().sum() + g.square().sum(), leaves))
+    for p, q in zip(*found, strict=True):
+        assert relative([p], [q]) < 1e-9
+
+
 @pytest.mark.parametrize(
     ("dtype", "tol"), [(torch.float64, 1e-9), (torch.float32, 2e-4)], ids=["float64", "float32"]
 )
@@ -189,6 +205,86 @@ def test_first_and_second_order(loss: str, mode: str, objective: str, cost: str)
     if mode != "envelope" or objective == "regularized":  # else the plan is held constant
         assert gradcheck(call, leaves, atol=1e-6, rtol=1e-4)
     assert gradgradcheck(call, leaves, atol=1e-5, rtol=1e-4, fast_mode=True)
+
+
+def soft_clouds(n: int, m: int, d: int = 2) -> tuple[Tensor, ...]:
+    """x, y, a, b: all leaves, and totals that differ."""
+    x, y, la, lb = clouds(n, m, d)
+    a, b = la.detach().softmax(0), 2.5 * lb.detach().softmax(0)
+    return x, y, a.requires_grad_(), b.requires_grad_()
+
+
+@pytest.mark.parametrize("strength", STRENGTHS[1:], ids=str)
+@pytest.mark.parametrize(
+    ("mode", "objective", "cost"),
+    [
+        case
+        for case in itertools.product(["unrolled", "implicit", "envelope"], OBJECTIVES, COSTS)
+        if case[:2] != ("envelope", "transport")  # which holds the plan constant
+    ],
+)
+def test_unbalanced_first_and_second_order(
+    mode: str, objective: str, cost: str, strength: Strength
+) -> None:
+    """Every weight is free: nothing ties the totals."""
+    kw: dict[str, Any] = {"n_iters": 2} if mode == "unrolled" else TIGHT
+
+    def call(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return otloss.sinkhorn_divergence(
+            x, y, eps_of(cost), a=a, b=b, cost=cost, objective=objective, backward=mode,
+            unbalanced=strength, **kw,
+        )  # fmt: skip
+
+    leaves = soft_clouds(4, 3)
+    assert gradcheck(call, leaves, atol=1e-6, rtol=1e-4)
+    if cost != "euclidean":
+        assert gradgradcheck(call, leaves, atol=1e-5, rtol=1e-4, fast_mode=True)
+
+
+@pytest.mark.parametrize("method", ["dense", "streamed", "reference"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("strength", STRENGTHS, ids=str)
+def test_unbalanced_modes_agree_at_convergence(
+    strength: Strength, objective: str, method: str
+) -> None:
+    leaves = soft_clouds(12, 9)
+
+    def gradient(backward: str, **kw: Any) -> tuple[Tensor, ...]:
+        x, y, a, b = leaves
+        loss = otloss.sinkhorn_divergence(
+            x, y, 1.0, a=a, b=b, objective=objective, backward=backward, unbalanced=strength,
+            method=method, **kw,
+        )  # fmt: skip
+        return torch.autograd.grad(loss, leaves)
+
+    implicit = gradient("implicit", **TIGHT)
+    assert relative(gradient("auto", **TIGHT), implicit) == 0
+    if strength != STRENGTHS[2] and strength != STRENGTHS[3]:
+        assert relative(gradient("unrolled", n_iters=300), implicit) < 1e-6
+    if objective == "regularized":
+        assert relative(gradient("envelope", **TIGHT), implicit) < 1e-9
+
+
+@pytest.mark.parametrize("strength", STRENGTHS, ids=str)
+def test_unbalanced_results_are_differentiable(strength: Strength) -> None:
+    """Finite differences on the solved problem, twice. Potentials need no convention."""
+    leaves, x_new = soft_clouds(4, 3), clouds(2, 1, 2, seed=5)[0].detach()
+
+    def outputs(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        r = otloss.solve_sample(x, y, 1.0, a=a, b=b, unbalanced=strength, **TIGHT)
+        f, g = r.potentials
+        row, column = r.marginals
+        parts = (
+            r.value + 3 * r.value_linear + f.sin().sum() + g.cos().sum(),
+            (r.plan.square() * torch.arange(3)).sum() + row.square().sum() + column.norm(),
+            r.barycentric_map().square().sum() + r.extend(x_new).square().sum(),
+        )
+        return torch.stack(parts)
+
+    assert gradcheck(outputs, leaves, atol=1e-6, rtol=1e-4)
+    assert gradgradcheck(
+        lambda *leaves: outputs(*leaves)[:2], leaves, atol=1e-5, rtol=1e-4, fast_mode=True
+    )
 
 
 def test_results_are_differentiable_through_the_solution() -> None:
@@ -288,7 +384,13 @@ def test_implicit_in_float32(objective: str) -> None:
 # --------------------------------------------------------------------------------- the operations
 
 
-def problem(dtype: torch.dtype, eps: float, objective: int, L: int) -> tuple[Any, ...]:
+def problem(
+    dtype: torch.dtype,
+    eps: float,
+    objective: int,
+    L: int,
+    rho: tuple[float, float] = HARD,
+) -> tuple[Any, ...]:
     """Three pairs, one of a cloud with itself, with padding, and random gradients from outside."""
     make = torch.Generator().manual_seed(1)
     x, y = (torch.randn(2, k, 3, generator=make, dtype=dtype) for k in (21, 34))
@@ -298,24 +400,29 @@ def problem(dtype: torch.dtype, eps: float, objective: int, L: int) -> tuple[Any
     weights = [a / a.sum(-1, True), b / b.sum(-1, True)]
     pairs, coefficients = [0, 1, 0, 0, 1, 0], [1.0, -0.5, 2.0]
     costs = ops.cost([x, y], weights, pairs, 0)
-    rest = (*HARD, 1e-12, 20000, L, objective, L > 0)
+    rest = (*rho, 1e-12, 20000, L, objective, L > 0)
     loss, _, f, g, traces = ops.solve(costs, weights, pairs, coefficients, [], eps, *rest)
     outside = [[torch.randn(t.shape, generator=make, dtype=dtype) for t in side] for side in (f, g)]
     return (torch.randn_like(loss), *outside), (costs, weights, pairs, coefficients), f, g, traces
 
 
+@pytest.mark.parametrize("rho", [HARD, (1.0, 0.1), (math.inf, 3.0)])
 @pytest.mark.parametrize("objective", [0, 1])
 @pytest.mark.parametrize("eps", [1.0, 0.05])
-def test_operations_agree_with_their_reference(eps: float, objective: int) -> None:
-    wanted = (eps, *HARD, objective, [1, 1, 1], True)
-    seeds, given, _, _, traces = problem(torch.float64, eps, objective, 5)
+def test_operations_agree_with_their_reference(
+    eps: float, objective: int, rho: tuple[float, float]
+) -> None:
+    wanted = (eps, *rho, objective, [1, 1, 1], True)
+    seeds, given, _, _, traces = problem(torch.float64, eps, objective, 5, rho)
     for outside in (seeds, (seeds[0], [], [])):
         arguments = (*outside, *given, [], traces, *wanted)
         found, expected = ops.unrolled_backward(*arguments), reference.unrolled_backward(*arguments)
         for p, q in zip(found, expected, strict=True):
             assert relative(p, q) < EXACT
-    seeds, given, f, g, _ = problem(torch.float64, eps, objective, -1)
+    seeds, given, f, g, _ = problem(torch.float64, eps, objective, -1, rho)
     arguments = (*seeds, *given, f, g, *wanted)
+    held = (seeds[0], *given, f, g, *wanted)
+    torch.testing.assert_close(ops.envelope_backward(*held), reference.envelope_backward(*held))
     *found, status = ops.implicit_backward(*arguments)
     *expected, _ = reference.implicit_backward(*arguments)
     for p, q in zip(found, expected, strict=True):

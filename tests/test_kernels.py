@@ -11,7 +11,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from helpers import COSTS, DTYPES, clouds, make_weights, name, pick, rand, randn
+from helpers import COSTS, DTYPES, clouds, make_weights, name, pick, rand, randn, rho
 from torch import Tensor
 
 import otloss
@@ -36,7 +36,15 @@ def settings(**changes: Any) -> dict[str, Any]:
     }
 
 
-def trajectory(module: Any, C: Tensor, a: Tensor, b: Tensor, eps: float, count: int) -> Tensor:
+def trajectory(
+    module: Any,
+    C: Tensor,
+    a: Tensor,
+    b: Tensor,
+    eps: float,
+    count: int,
+    rho: tuple[float, float] = (INF, INF),
+) -> Tensor:
     """(count, n + m): f and g after each of `count` iterations."""
     *_, traces = module.solve(
         [C[None]],
@@ -44,17 +52,23 @@ def trajectory(module: Any, C: Tensor, a: Tensor, b: Tensor, eps: float, count: 
         [0, 1],
         [1.0],
         [],
-        **settings(eps=eps, n_iters=count, trace=True),
+        **settings(eps=eps, n_iters=count, trace=True, rho_x=rho[0], rho_y=rho[1]),
     )
     return traces[0][0]
 
 
 def assert_same_iterations(
-    module: Any, C: Tensor, a: Tensor, b: Tensor, eps: float, count: int = 4
+    module: Any,
+    C: Tensor,
+    a: Tensor,
+    b: Tensor,
+    eps: float,
+    count: int = 4,
+    rho: tuple[float, float] = (INF, INF),
 ) -> None:
     """Every iterate equals the oracle's, to some roundings of the potentials and the exponent."""
-    got = trajectory(module, C, a, b, eps, count)
-    steps = oracle.iterate(C.double(), a.double(), b.double(), eps, count)
+    got = trajectory(module, C, a, b, eps, count, rho)
+    steps = oracle.iterate(C.double(), a.double(), b.double(), eps, count, rho)
     expected = torch.stack([torch.cat(step) for step in steps])
     unit = torch.finfo(C.dtype).eps
     size = float(expected.abs().max()) + float(C.abs().max())
@@ -75,6 +89,18 @@ def test_sizes(dtype, m, module, rng):
         C = randn(rng, n, m, dtype=dtype)
         a, b = (make_weights(rng, (k,), "random").to(dtype) for k in (n, m))
         assert_same_iterations(module, C, a, b, 0.3)
+
+
+@modules
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("strength", [0.3, (2.0, 0.1), (None, 1e-3), (1e-3, None), (1e-4, 1e6)])
+@pytest.mark.parametrize("eps", [0.5, 1e-2])
+def test_damped_iterations(eps, strength, dtype, module, rng):
+    """Down to where most points give up all but e^-1000 of their weight, which trips the guards."""
+    C = randn(rng, 37, 45, dtype=dtype).square()
+    C[:3] += 5
+    a, b = (make_weights(rng, (k,), "random").to(dtype) for k in (37, 45))
+    assert_same_iterations(module, C, a, 7 * b, eps, rho=rho(strength))
 
 
 Case = tuple[Tensor, Tensor, Tensor, float]

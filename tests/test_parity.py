@@ -21,14 +21,19 @@ from helpers import (
     DTYPES,
     LAYOUTS,
     METHODS,
+    STRENGTHS,
     WEIGHTS,
     Clouds,
     close,
     clouds,
     name,
     pick,
+    rand,
     randn,
     relaid,
+    rho,
+    scaled,
+    unequal,
 )
 from torch import Tensor
 
@@ -174,6 +179,110 @@ def test_objectives(debiased, objective, cost, method, rng):
     got = torch.autograd.grad(loss, c.inputs())
     tol = Tolerance(1e-10, 1e-8, 1e-7, 1e-6)
     assert_gradients(list(got), truth.grads(*exact.inputs()), exact, tol, cost)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("objective", ["regularized", "transport"])
+@pytest.mark.parametrize("strength", STRENGTHS, ids=str)
+@pytest.mark.parametrize("debiased", [True, False], ids=["divergence", "loss"])
+def test_unbalanced(debiased, strength, objective, cost, method, rng):
+    """Soft marginals, on one side or both, and unequal totals: value and gradients."""
+    weights = WEIGHTS[pick(rng, 0, 3)]
+    c = unequal(
+        clouds(rng, pick(rng, 1, 15), pick(rng, 1, 15), 3, weights=weights),
+        10 ** (4 * float(rand(rng, 1)) - 2),
+    )
+    exact = c.double().require_grad()
+    unit = mean_cost(Clouds(exact.x, exact.y, exact.a, exact.b / exact.b.sum()), cost)
+    eps, strength = (0.02, 0.2, 5.0)[pick(rng, 0, 2)] * unit, scaled(strength, unit)
+    function = otloss.sinkhorn_divergence if debiased else otloss.sinkhorn_loss
+    c.require_grad()
+    options = {"cost": cost, "objective": objective, "unbalanced": strength, "method": method}
+    tight = {"tol": 1e-10, "max_iters": 20_000, "backward": "envelope"}
+    loss = function(c.x, c.y, eps, a=c.a, b=c.b, **options, **tight)
+    truth = oracle.loss(
+        exact.x,
+        exact.y,
+        eps,
+        exact.a,
+        exact.b,
+        cost_name=cost,
+        objective=objective,
+        debiased=debiased,
+        rho=rho(strength),
+    )
+    size = unit * float(1 + exact.b.detach().sum())
+    close(loss, truth.value, 1e-8, size)
+    got = torch.autograd.grad(loss, c.inputs())
+    for index, (grad, expected) in enumerate(zip(got, truth.grads(*exact.inputs()), strict=True)):
+        w = (c.a, c.b)[index % 2].detach()
+        if index < 2 and cost == "cosine":
+            norm = (c.x, c.y)[index].detach().norm(dim=-1, keepdim=True)
+            grad, expected = grad * norm, expected * norm
+        if index >= 2:  # a light point's own potential is not controlled
+            grad, expected = grad * w / w.max(), expected * w / w.max()
+        assert not grad[w == 0].any()
+        close(grad, expected, 1e-5, float(expected.detach().norm()) + 1e-4 * size)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("strength", STRENGTHS, ids=str)
+def test_unbalanced_in_float32(strength, method, rng):
+    c = clouds(rng, pick(rng, 5, 30), pick(rng, 5, 30), 3, weights="random", dtype=torch.float32)
+    c = unequal(c, 3.0)
+    exact = c.double().require_grad()
+    loss = otloss.sinkhorn_divergence(
+        *c.require_grad().inputs()[:2], 1.0, a=c.a, b=c.b, unbalanced=strength, tol=1e-5,
+        method=method,
+    )  # fmt: skip
+    truth = oracle.loss(exact.x, exact.y, 1.0, exact.a, exact.b, rho=rho(strength))
+    close(loss, truth.value, 1e-5, float(truth.value.abs()) + 1)
+    got = torch.autograd.grad(loss, c.inputs())
+    for grad, expected in zip(got, truth.grads(*exact.inputs()), strict=True):
+        close(grad, expected, 1e-4, float(expected.norm()) + 0.1)
+
+
+@pytest.mark.parametrize("strength", STRENGTHS, ids=str)
+def test_unbalanced_minimises_the_primal(strength, rng):
+    """No plan does better, and a descent on plans themselves ends at the same value."""
+    n, m, eps = 5, 4, 0.4
+    C, c = 2 * rand(rng, n, m), unequal(clouds(rng, n, m, 1, weights="random"), 2.5)
+    result = otloss.solve(C, eps, a=c.a, b=c.b, unbalanced=strength, tol=1e-12)
+    logits = randn(rng, n, m).requires_grad_()
+    optimiser = torch.optim.LBFGS([logits], max_iter=2000, line_search_fn="strong_wolfe")
+    optimiser.param_groups[0].update(tolerance_grad=1e-12, tolerance_change=1e-15)
+
+    def primal() -> Tensor:
+        P = logits.exp()
+        if rho(strength)[0] == torch.inf:
+            P = c.a[:, None] * logits.softmax(1)
+        if rho(strength)[1] == torch.inf:
+            P = c.b * logits.softmax(0)
+        return oracle.primal(C, P, c.a, c.b, eps, rho(strength))
+
+    def step() -> Tensor:
+        optimiser.zero_grad()
+        value = primal()
+        value.backward()
+        return value
+
+    optimiser.step(step)
+    torch.testing.assert_close(primal().detach(), result.value, rtol=1e-7, atol=1e-9)
+    at_plan = oracle.primal(C, result.plan, c.a, c.b, eps, rho(strength))
+    torch.testing.assert_close(at_plan, result.value, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("strength", [0.3, (2.0, 0.1)], ids=str)
+def test_unbalanced_plans_of_pot(strength, rng):
+    """Only the plan: POT's value of this problem is something else."""
+    ot = pytest.importorskip("ot")
+    C, c = 2 * rand(rng, 9, 7), unequal(clouds(rng, 9, 7, 1, weights="random"), 2.5)
+    result = otloss.solve(C, 0.2, a=c.a, b=c.b, unbalanced=strength, tol=1e-11)
+    plan = ot.unbalanced.sinkhorn_unbalanced(
+        c.a, c.b, C, 0.2, strength, reg_type="kl", numItermax=100_000, stopThr=1e-14
+    )
+    torch.testing.assert_close(result.plan, plan, rtol=1e-6, atol=1e-10)
 
 
 @pytest.mark.parametrize("method", METHODS)
