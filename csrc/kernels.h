@@ -71,7 +71,7 @@ struct SolveGroup {
   T* trace;        // (B, L, n + m) f and g after each iteration, or null
   T* value;        // (B,)
   double* status;  // (B, kStatusFields)
-  Strength strength;
+  Strength strength = {};
 };
 
 // ------------------------------------------------------------------------------- solve_backward
@@ -92,7 +92,7 @@ struct EnvelopeGroup {
   T* grad_C;      // (B, n, m) or null
   T* grad_a;      // (B, n) or null
   T* grad_b;      // (B, m) or null
-  Strength strength;
+  Strength strength = {};
 };
 
 // The same for the iterations that ran: the adjoint of each, from its potentials. f and g of the
