@@ -70,6 +70,8 @@ class MinibatchEnergyDistance(_Loss):
     combination = losses.MINIBATCH
 
     def __init__(self, eps: float, **kwargs: Any) -> None:
+        if "unbalanced" in kwargs:
+            raise TypeError("MinibatchEnergyDistance takes no argument unbalanced")
         super().__init__(eps, **{**losses.MINIBATCH_DEFAULTS, **kwargs})
 
     def forward(self, x1: Tensor, x2: Tensor, y1: Tensor, y2: Tensor) -> Tensor:

@@ -85,6 +85,22 @@ def test_unbalanced(unbalanced, kind, message):
         otloss.sinkhorn_loss(X, Y, EPS, unbalanced=unbalanced)
 
 
+def test_totals_may_differ_where_a_marginal_is_soft():
+    more = torch.full((5,), 0.5)
+    for unbalanced in (1.0, (None, 1.0), (1.0, None)):
+        otloss.sinkhorn_loss(X, Y, EPS, b=more, unbalanced=unbalanced)
+    for unbalanced in (None, (None, None)):
+        with pytest.raises(ValueError, match=r"same total mass .* give unbalanced="):
+            otloss.sinkhorn_loss(X, Y, EPS, b=more, unbalanced=unbalanced)
+
+
+def test_minibatch_energy_distance_is_balanced():
+    with pytest.raises(TypeError, match="unbalanced"):
+        otloss.minibatch_energy_distance(X, X, Y, Y, EPS, unbalanced=1.0)
+    with pytest.raises(TypeError, match="unbalanced"):
+        otloss.MinibatchEnergyDistance(EPS, unbalanced=1.0)
+
+
 @pytest.mark.parametrize(
     ("cost", "kind", "message"),
     [

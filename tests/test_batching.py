@@ -6,7 +6,19 @@ import warnings
 
 import pytest
 import torch
-from helpers import COSTS, DTYPES, METHODS, Clouds, clouds, name, pick, rand, randn
+from helpers import (
+    COSTS,
+    DTYPES,
+    METHODS,
+    STRENGTHS,
+    Clouds,
+    clouds,
+    name,
+    pick,
+    rand,
+    randn,
+    unequal,
+)
 from torch import Tensor
 
 import otloss
@@ -43,6 +55,26 @@ def test_batch_is_a_loop(dtype, cost, weights, method, rng):
         torch.testing.assert_close(loss[k], one, **CLOSE[dtype])
         for grad, truth in zip(grads, expected, strict=True):
             torch.testing.assert_close(grad[k], truth, **CLOSE[dtype])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("strength", STRENGTHS, ids=str)
+def test_unbalanced_batch_and_padding(strength, method, rng):
+    """Problems of different totals; points of weight 0 are not there, in the mass term neither."""
+    sizes = [(3, 6, 2.0), (5, 2, 0.1), (1, 1, 30.0)]
+    pieces = [unequal(clouds(rng, n, m, 2, weights="random"), ratio) for n, m, ratio in sizes]
+    x, y = torch.full((3, 5, 2), torch.nan).double(), torch.full((3, 6, 2), 1e6).double()
+    a, b = torch.zeros(3, 5).double(), torch.zeros(3, 6).double()
+    for k, ((n, m, _), c) in enumerate(zip(sizes, pieces, strict=True)):
+        x[k, :n], y[k, :m], a[k, :n], b[k, :m] = c.x, c.y, c.a, c.b
+    options = {"unbalanced": strength, "tol": 1e-10, "method": method}
+    loss, grads = value_and_gradients(Clouds(x, y, a, b), **options)
+    for k, ((n, m, _), c) in enumerate(zip(sizes, pieces, strict=True)):
+        one, expected = value_and_gradients(c, **options)
+        torch.testing.assert_close(loss[k], one, rtol=1e-8, atol=1e-9)
+        for grad, truth, size in zip(grads, expected, (n, m, n, m), strict=True):
+            torch.testing.assert_close(grad[k, :size], truth, rtol=1e-6, atol=1e-8)
+            assert not grad[k, size:].any()
 
 
 @pytest.mark.parametrize("objective", ["regularized", "transport"])

@@ -37,6 +37,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
         x, y, 0.5, cost=lambda x, y: (x[..., None, :] - y[..., None, :, :]).abs().sum(-1)
     ),
     "module": otloss.SinkhornDivergence(0.5),
+    "unbalanced": lambda x, y: otloss.sinkhorn_divergence(x, y, 0.5, unbalanced=(1.0, None)),
 }
 
 

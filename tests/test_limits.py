@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from helpers import COSTS, DTYPES, METHODS, clouds, make_weights, name, randn, relaid
+from helpers import COSTS, DTYPES, METHODS, clouds, make_weights, name, randn, relaid, unequal
 from scipy.optimize import linear_sum_assignment, linprog
 from torch import Tensor
 
@@ -219,3 +219,47 @@ def test_near_duplicates_under_euclidean(rng):
         size = float(x.norm(dim=1).max())
         allowed = 4 * 6e-8 * size / apart * pair + 1e-5
         assert float((got.double() - truth).abs().max()) <= allowed
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("debiased", [True, False])
+@pytest.mark.parametrize("strength", [1e6, (1e7, None), (None, 1e9), 1e12])
+def test_strong_marginals_are_constraints(strength, debiased, method, rng):
+    """With equal totals the limit is the balanced problem, to some C / rho; no digit is lost."""
+    c = clouds(rng, 30, 25, 3, weights="random")
+    function = otloss.sinkhorn_divergence if debiased else otloss.sinkhorn_loss
+    found = []
+    for unbalanced in (strength, None):
+        c.require_grad()
+        loss = function(c.x, c.y, 1.0, a=c.a, b=c.b, unbalanced=unbalanced, method=method, **TIGHT)
+        grads = torch.autograd.grad(loss, c.inputs())
+        # The balanced gradient of weights is defined up to a constant.
+        found.append((loss.detach(), *grads[:2], *(grad - grad.mean() for grad in grads[2:])))
+    for soft, hard in zip(*found, strict=True):
+        torch.testing.assert_close(soft, hard, rtol=2e-5, atol=2e-5)
+
+
+def test_a_weak_marginal_lets_everything_go(rng):
+    """As rho falls the plan vanishes, and what is left is the price of giving up all the mass."""
+    c = unequal(clouds(rng, 20, 15, 3, weights="random"), 2.0)
+    c.x += 5  # far enough that nothing is worth transporting
+    for strength in (0.1, 1e-2, 1e-3):
+        result = otloss.solve_sample(c.x, c.y, 0.1, a=c.a, b=c.b, unbalanced=strength)
+        assert result.converged
+        assert float(result.plan.sum()) < 1e-20
+        price = strength * (1 + 2) + 0.1 * 1 * 2
+        torch.testing.assert_close(float(result.value), price)
+
+
+@pytest.mark.parametrize("strength", [1.0, 100.0])
+def test_two_points(strength):
+    """One point each: the plan is one number, known in closed form."""
+    x, y, eps, m_a, m_b = torch.zeros(1, 1).double(), torch.ones(1, 1).double(), 0.5, 2.0, 0.3
+    result = otloss.solve_sample(
+        x, y, eps, a=m_a + x[0], b=m_b + x[0], unbalanced=strength, tol=1e-14
+    )
+    # c + eps log(p / (m_a m_b)) + rho log(p / m_a) + rho log(p / m_b) = 0
+    p = (m_a * m_b) ** ((eps + strength) / (eps + 2 * strength)) * np.exp(-1 / (eps + 2 * strength))
+    assert float(result.plan) == pytest.approx(p, rel=1e-10)
+    value = strength * (m_a + m_b) + eps * m_a * m_b - (2 * strength + eps) * p
+    assert float(result.value) == pytest.approx(value, rel=1e-10)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
-from helpers import COSTS, Clouds, clouds
+from helpers import COSTS, Clouds, Strength, clouds, scaled, unequal
+from helpers import rho as rho_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -158,3 +160,66 @@ def test_plan_is_a_coupling(c, eps, cost, method):
     assert bool((result.plan >= 0).all())
     assert float((result.plan.sum(1) - a).abs().sum()) <= 2e-8
     assert float((result.plan.sum(0) - b).abs().sum()) <= 2e-8
+
+
+@st.composite
+def soft_problems(draw: st.DrawFn) -> tuple[Clouds, float, Strength]:
+    """Weights over 8 orders of magnitude, totals that differ by up to 1e3 either way, outliers."""
+    seed = draw(seeds)
+    rng = torch.Generator().manual_seed(seed)
+    kind = draw(st.sampled_from(["uniform", "wide", "padded"]))
+    ratio = 10 ** draw(st.floats(-3, 3))
+    c = unequal(clouds(rng, draw(sizes), draw(sizes), 3, weights=kind), ratio)
+    if draw(st.booleans()):
+        c.x[0] += 100 * (c.a[0] > 0)
+    unit = float((c.a[:, None] * c.b * otloss.cost_matrix(c.x, c.y).nan_to_num()).sum())
+    unit = unit / float(c.a.sum() * c.b.sum())
+    rho_x, rho_y = (unit * 10 ** draw(st.floats(-3, 6)) for _ in range(2))
+    strength = draw(st.sampled_from([rho_x, (rho_x, rho_y), (None, rho_y), (rho_x, None)]))
+    return c, unit * 10 ** draw(st.floats(-2, 2)), strength
+
+
+@settings(max_examples=100)
+@given(soft_problems(), methods)
+def test_unbalanced_converges(problem, method):
+    """And `converged` is the truth."""
+    c, eps, strength = problem
+    result = otloss.solve_sample(
+        c.x, c.y, eps, a=c.a, b=c.b, unbalanced=strength, tol=1e-6, max_iters=5000, method=method
+    )
+    assert result.converged
+    assert result.value.isfinite()
+    # The potentials are rounded where they are large: rho log(total / total).
+    size = max(float(v.abs().max()) for v in result.potentials)
+    assert result.marginal_error <= 2e-6 + 1e-15 * size / eps
+
+
+@EXAMPLES
+@given(soft_problems(), costs, methods)
+def test_unbalanced_not_negative(problem, cost, method):
+    """Whatever the totals, and of different strength on the two sides too."""
+    c, eps, strength = problem
+    unit = 1.0 if cost == "sqeuclidean" else 0.1
+    options = {"unbalanced": scaled(strength, unit), "cost": cost, "method": method, "a": c.a}
+    loss = otloss.sinkhorn_divergence(
+        c.x, c.y, unit * eps, b=c.b, tol=1e-8, max_iters=5000, **options
+    )
+    largest = max(rho for rho in rho_pair(strength) if rho < math.inf)
+    mass = float(c.a.sum() + c.b.sum())
+    assert loss >= -1e-7 * mass * (eps * (1 + mass) + unit) - 1e-13 * largest * mass
+
+
+@EXAMPLES
+@given(problems(), epsilons, costs, methods, st.floats(1e-2, 1e3))
+def test_unbalanced_zero_on_itself(c, eps, cost, method, strength):
+    same = Clouds(c.x, c.x.clone(), c.a, c.a)
+    assert abs(divergence(same, eps, cost=cost, method=method, unbalanced=strength)) <= SLACK
+
+
+@EXAMPLES
+@given(problems(), epsilons, methods, st.floats(1e-2, 1e3), st.floats(0.01, 100))
+def test_unbalanced_swapped(c, eps, method, rho_x, rho_y):
+    swapped = Clouds(c.y, c.x, c.b, c.a)
+    one = divergence(c, eps, method=method, unbalanced=(rho_x, rho_y))
+    other = divergence(swapped, eps, method=method, unbalanced=(rho_y, rho_x))
+    torch.testing.assert_close(one, other, rtol=1e-7, atol=SLACK)

@@ -8,7 +8,7 @@ import warnings
 import oracle
 import pytest
 import torch
-from helpers import COSTS, METHODS, clouds, make_weights, randn
+from helpers import COSTS, METHODS, STRENGTHS, clouds, make_weights, randn, rho, unequal
 from torch import Tensor
 
 import otloss
@@ -71,6 +71,68 @@ def test_tol_is_kept(method, tol, rng):
     assert result.converged
     # The last column update is half a step beyond the potentials that were tested.
     assert result.marginal_error <= 1.5 * tol
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("strength", STRENGTHS, ids=str)
+def test_unbalanced_results(strength, method, rng):
+    """What `marginal_error` and the maps mean where the plan need not have the marginals a, b."""
+    c = unequal(clouds(rng, 9, 8, 2, weights="random"), 3.0)
+    rho_x, rho_y = rho(strength)
+    options = {"a": c.a, "b": c.b, "unbalanced": strength, "method": method}
+    for stop in ({"n_iters": 2}, {"tol": 1e-8}):
+        result = otloss.solve_sample(c.x, c.y, 0.3, **options, **stop)
+        f, g = result.potentials
+        wanted = c.a * (-f / rho_x).exp(), c.b * (-g / rho_y).exp()
+        errors = [
+            float((got - w).abs().sum() / w.sum())
+            for got, w in zip(result.marginals, wanted, strict=True)
+        ]
+        assert result.marginal_error == pytest.approx(max(errors), rel=1e-6, abs=1e-13)
+    assert result.converged
+    assert result.marginal_error <= 1e-8
+    torch.testing.assert_close(result.extend(c.x), f, rtol=1e-6, atol=1e-7)
+    image = result.plan @ c.y / result.plan.sum(1, keepdim=True)
+    torch.testing.assert_close(result.barycentric_map(), image)
+
+
+def test_outliers_are_not_transported(rng):
+    """A few points far away keep their weight, and the map does not move the others for them."""
+    x, y = randn(rng, 40, 2), randn(rng, 40, 2)
+    y[:4] += 100
+    result = otloss.solve_sample(x, y, 0.1, unbalanced=2.0)
+    assert float(result.marginals[1][:4].sum()) < 1e-12
+    clean = otloss.solve_sample(x, y[4:], 0.1, b=torch.full((36,), 1 / 40).double(), unbalanced=2.0)
+    torch.testing.assert_close(
+        result.barycentric_map(), clean.barycentric_map(), rtol=1e-2, atol=1e-2
+    )
+
+
+def test_unbalanced_warm_start(rng):
+    c = unequal(clouds(rng, 30, 25, 2, weights="random"), 3.0)
+    options = {"a": c.a, "b": c.b, "unbalanced": 5.0, "tol": 1e-8}
+    cold = otloss.solve_sample(c.x, c.y, 0.1, **options)
+    warm = otloss.solve_sample(c.x, c.y, 0.1, init=cold, **options)
+    assert warm.n_iters < cold.n_iters
+    torch.testing.assert_close(warm.value, cold.value)
+    module = otloss.SinkhornDivergence(0.1, unbalanced=5.0, tol=1e-8, warm_start=True)
+    first = module(c.x, c.y, c.a, c.b)
+    torch.testing.assert_close(module(c.x, c.y, c.a, c.b), first, rtol=1e-6, atol=1e-9)
+    plain = otloss.sinkhorn_divergence(c.x, c.y, 0.1, a=c.a, b=c.b, unbalanced=5.0, tol=1e-8)
+    torch.testing.assert_close(first, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("objective", ["regularized", "transport"])
+@pytest.mark.parametrize("strength", STRENGTHS, ids=str)
+def test_unbalanced_fixed_iterations(strength, objective, method, rng):
+    c = unequal(clouds(rng, 7, 6, 3, weights="random"), 0.4)
+    options = {"n_iters": 3, "objective": objective}
+    loss = otloss.sinkhorn_divergence(
+        c.x, c.y, 0.3, a=c.a, b=c.b, unbalanced=strength, method=method, **options
+    )
+    truth = oracle.loss(c.x, c.y, 0.3, c.a, c.b, rho=rho(strength), **options)
+    torch.testing.assert_close(loss, truth.value, rtol=1e-9, atol=1e-11)
 
 
 def test_apply_is_the_plan(rng):

@@ -66,6 +66,21 @@ def test_iterations_are_those_of_the_stored_matrix(
         helpers.close(got, expected, 1e-10)
 
 
+@pytest.mark.parametrize("strength", helpers.STRENGTHS, ids=str)
+@pytest.mark.parametrize("cost", helpers.COSTS)
+def test_unbalanced(rng: torch.Generator, cost: str, strength: helpers.Strength) -> None:
+    """Values, first gradients and, through cost matrices, the exact one of the transport value."""
+    c = helpers.unequal(helpers.clouds(rng, 45, 70, 5, weights="padded"), 0.3).require_grad()
+    eps = _eps(c, cost, 0.05)
+    options = {"unbalanced": helpers.scaled(strength, 20 * eps), **FIRST_ORDER}
+    for objective in ("regularized", "transport"):
+        dense, dense_grads = _divergence(c, eps, cost, "dense", objective=objective, **options)
+        streamed, grads = _divergence(c, eps, cost, "streamed", objective=objective, **options)
+        helpers.close(streamed, dense, 1e-8, scale=float(dense.detach().abs()) + eps)
+        for got, expected in zip(grads, dense_grads, strict=True):
+            helpers.close(got, expected, 1e-6, scale=float(expected.norm()) + 1e-3 * eps)
+
+
 def test_batches_and_float32(rng: torch.Generator) -> None:
     c = helpers.clouds(rng, 40, 50, 5, batch=3, dtype=torch.float32).require_grad()
     dense, dense_grads = _divergence(c, 1.0, "sqeuclidean", "dense", tol=1e-5)
