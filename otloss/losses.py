@@ -98,20 +98,26 @@ def sinkhorn_divergence(
     Non-negative, and zero exactly when the weighted clouds are equal. It tends to optimal transport
     as ``eps`` goes to 0 and to :func:`energy_distance` of the same cost as ``eps`` grows.
 
+    With ``unbalanced`` each OT is that of :func:`sinkhorn_loss`, a cloud against itself with its own
+    strength on both sides, and the regularized objective has the further term
+    :math:`\tfrac\varepsilon2 (\sum_i a_i - \sum_j b_j)^2`. It is non-negative whatever the totals.
+
     Args:
         x, y: clouds (n, d) and (m, d), or batches (B, n, d) and (B, m, d). float16 and bfloat16
             are computed in float32, float64 stays float64.
         eps: regularisation, in units of cost, absolute. A few percent of the mean cost is sharp,
             the mean cost is blurred.
-        a, b: weights (n,) and (m,), or (B, n) and (B, m), of equal total; default uniform. A point
-            of weight 0 is padding: it changes nothing and receives gradient 0.
+        a, b: weights (n,) and (m,), or (B, n) and (B, m), of equal total unless ``unbalanced``;
+            default uniform. A point of weight 0 is padding: it changes nothing and receives
+            gradient 0.
         cost: ``"sqeuclidean"`` |x - y|^2 (no 1/2), ``"euclidean"`` |x - y|, ``"cosine"``
             1 - <x, y> / (|x| |y|), or a differentiable function ``(x, y) -> C``.
         objective: ``"regularized"``: OT_eps as above, the divergence of Feydy et al.;
             ``"transport"``: each term is <P_eps, C>, without the entropy. Genevay et al.'s
             W̄ = 2W(a,b) - W(a,a) - W(b,b) is twice this divergence with ``"transport"``.
-        unbalanced: KL strength of the marginals, one number or a pair ``(rho_x, rho_y)`` with None
-            for a hard constraint; default None, balanced.
+        unbalanced: strength rho of the KL penalty that holds the plan's marginals to a and b, in
+            units of cost, absolute: one number, or a pair ``(rho_x, rho_y)`` with None for a hard
+            constraint. Mass is moved over costs up to a few rho. Default None, balanced.
         tol: stop when the L1 marginal error over the total mass is at most this.
         max_iters: stop there with a :class:`ConvergenceWarning`.
         n_iters: instead, run exactly so many iterations from zero potentials at this ``eps``.
@@ -133,7 +139,8 @@ def sinkhorn_divergence(
 
     References:
         Genevay, Peyré, Cuturi, *Learning generative models with Sinkhorn divergences* (2018);
-        Feydy et al., *Interpolating between optimal transport and MMD* (2019).
+        Feydy et al., *Interpolating between optimal transport and MMD* (2019); Séjourné et al.,
+        *Sinkhorn divergences for unbalanced optimal transport* (2019).
     """
     options = _check.options(
         eps,
@@ -170,13 +177,18 @@ def sinkhorn_loss(
     .. math:: OT_\varepsilon(a, b) = \min_{P 1 = a,\; P^T 1 = b}
               \langle P, C\rangle + \varepsilon\, KL(P \,|\, a \otimes b)
 
+    With ``unbalanced`` the constraints are penalties, :math:`\rho_x KL(P 1 \,|\, a)` and
+    :math:`\rho_y KL(P^T 1 \,|\, b)` with :math:`KL(p \,|\, q) = \sum p \log (p / q) - p + q`: points too
+    far from everything are left out, and the totals of a and b may differ.
+
     As a training loss it shrinks the model towards the mean of the data, the more the larger
     ``eps``; :func:`sinkhorn_divergence` does not.
 
     Args, returns and raises: as :func:`sinkhorn_divergence`.
 
     References:
-        Cuturi, *Sinkhorn distances: lightspeed computation of optimal transport* (2013).
+        Cuturi, *Sinkhorn distances: lightspeed computation of optimal transport* (2013); Chizat et
+        al., *Scaling algorithms for unbalanced optimal transport problems* (2018).
     """
     options = _check.options(
         eps,

@@ -234,7 +234,8 @@ class OTResult:
     Attributes:
         value: ``OT_eps`` or, with ``objective="transport"``, ``<P, C>``; () or (B,).
         potentials: ``(f, g)``, (n,) and (m,), the plan being
-            ``P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps)``. Points of weight 0 have potential 0.
+            ``P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps)``, unbalanced or not. Points of weight 0
+            have potential 0.
     """
 
     def __init__(
@@ -395,6 +396,11 @@ def solve(
               \langle P, C\rangle + \varepsilon\, KL(P \,|\, a \otimes b)
               = \langle a, f\rangle + \langle b, g\rangle
 
+    With ``unbalanced`` the constraints are penalties, :math:`\rho_x KL(P 1 \,|\, a)` and
+    :math:`\rho_y KL(P^T 1 \,|\, b)` with :math:`KL(p \,|\, q) = \sum p \log (p / q) - p + q`, and the
+    totals of a and b may differ. At the solution the marginals are
+    :math:`a\, e^{-f / \rho_x}` and :math:`b\, e^{-g / \rho_y}`.
+
     Args:
         C: cost matrix (n, m), or (B, n, m) for a batch of independent problems.
         eps: regularisation, in units of ``C``, absolute.
@@ -402,7 +408,8 @@ def solve(
             padding: it changes nothing and receives gradient 0.
         objective: ``"regularized"``: :math:`OT_\varepsilon`; ``"transport"``:
             :math:`\langle P_\varepsilon, C\rangle`.
-        unbalanced: KL strength of the marginals, one number or a pair.
+        unbalanced: strength rho of the penalties, in units of ``C``, absolute: one number, or a
+            pair ``(rho_x, rho_y)`` with None for a constraint; default None, balanced.
         tol: stop when the marginal error, L1 over the total mass, is at most this.
         max_iters: stop after so many iterations with a :class:`ConvergenceWarning`.
         n_iters: run exactly so many iterations (f, then g, from zero potentials) instead.
@@ -417,8 +424,9 @@ def solve(
         init: potentials to start from: an :class:`OTResult` or ``(f, g)``.
 
     Returns:
-        :class:`OTResult`, differentiable in C, a and b, twice. Of the potentials (f + t, g - t) it
-        has those with ``<a, f> = <b, g>``, or, with ``n_iters``, those of the last iteration.
+        :class:`OTResult`, differentiable in C, a and b, twice. Of the balanced potentials
+        (f + t, g - t) it has those with ``<a, f> = <b, g>``, or, with ``n_iters``, those of the
+        last iteration; unbalanced ones are unique.
 
     Raises:
         ValueError, TypeError: a wrong argument, named, with what is expected.
