@@ -98,8 +98,8 @@ def sinkhorn_divergence(
     Non-negative, and zero exactly when the weighted clouds are equal. It tends to optimal transport
     as ``eps`` goes to 0 and to :func:`energy_distance` of the same cost as ``eps`` grows.
 
-    With ``unbalanced`` each OT is that of :func:`sinkhorn_loss`, a cloud against itself with its own
-    strength on both sides, and the regularized objective has the further term
+    With ``unbalanced`` each OT is that of :func:`sinkhorn_loss`, a cloud against itself with its
+    own strength on both sides, and the regularized objective has the further term
     :math:`\tfrac\varepsilon2 (\sum_i a_i - \sum_j b_j)^2`. It is non-negative whatever the totals.
 
     Args:
@@ -178,8 +178,8 @@ def sinkhorn_loss(
               \langle P, C\rangle + \varepsilon\, KL(P \,|\, a \otimes b)
 
     With ``unbalanced`` the constraints are penalties, :math:`\rho_x KL(P 1 \,|\, a)` and
-    :math:`\rho_y KL(P^T 1 \,|\, b)` with :math:`KL(p \,|\, q) = \sum p \log (p / q) - p + q`: points too
-    far from everything are left out, and the totals of a and b may differ.
+    :math:`\rho_y KL(P^T 1 \,|\, b)` with :math:`KL(p \,|\, q) = \sum p \log (p / q) - p + q`: points
+    too far from everything are left out, and the totals of a and b may differ.
 
     As a training loss it shrinks the model towards the mean of the data, the more the larger
     ``eps``; :func:`sinkhorn_divergence` does not.

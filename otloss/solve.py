@@ -397,8 +397,8 @@ def solve(
               = \langle a, f\rangle + \langle b, g\rangle
 
     With ``unbalanced`` the constraints are penalties, :math:`\rho_x KL(P 1 \,|\, a)` and
-    :math:`\rho_y KL(P^T 1 \,|\, b)` with :math:`KL(p \,|\, q) = \sum p \log (p / q) - p + q`, and the
-    totals of a and b may differ. At the solution the marginals are
+    :math:`\rho_y KL(P^T 1 \,|\, b)` with :math:`KL(p \,|\, q) = \sum p \log (p / q) - p + q`, and
+    the totals of a and b may differ. At the solution the marginals are
     :math:`a\, e^{-f / \rho_x}` and :math:`b\, e^{-g / \rho_y}`.
 
     Args:
