@@ -145,6 +145,15 @@ def options(
 _cost, _unbalanced = cost, unbalanced  # `options` has arguments of these names
 
 
+def no_transforms() -> None:
+    """The differentiable operations here have no rules for torch.func."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "otloss does not work inside torch.func.vmap, grad, jacrev or jvp: give a batch "
+            "(B, n, d) in place of vmap and differentiate with torch.autograd.grad"
+        )
+
+
 # -------------------------------------------------------------------------------------- tensors
 
 
@@ -163,6 +172,7 @@ def floating(name: str, value: Any) -> Tensor:
 
 def points(name: str, value: Any) -> Tensor:
     """A cloud (n, d) or (B, n, d), not empty."""
+    no_transforms()
     x = floating(name, value)
     if x.dim() not in (2, 3):
         raise ValueError(f"{name} must have shape (n, d) or (B, n, d), got {describe(x)}")
@@ -205,6 +215,7 @@ def same_kind(reference_name: str, reference: Tensor, name: str, value: Tensor) 
 
 
 def matrix(value: Any) -> Tensor:
+    no_transforms()
     C = floating("C", value)
     if C.dim() not in (2, 3):
         raise ValueError(f"C must have shape (n, m) or (B, n, m), got {describe(C)}")

@@ -178,8 +178,8 @@ def sinkhorn_loss(
               \langle P, C\rangle + \varepsilon\, KL(P \,|\, a \otimes b)
 
     With ``unbalanced`` the constraints are penalties, :math:`\rho_x KL(P 1 \,|\, a)` and
-    :math:`\rho_y KL(P^T 1 \,|\, b)` with :math:`KL(p \,|\, q) = \sum p \log (p / q) - p + q`: points
-    too far from everything are left out, and the totals of a and b may differ.
+    :math:`\rho_y KL(P^T 1 \,|\, b)` with :math:`KL(p \,|\, q) = \sum p \log (p / q) - p + q`:
+    points too far from everything are left out, and the totals of a and b may differ.
 
     As a training loss it shrinks the model towards the mean of the data, the more the larger
     ``eps``; :func:`sinkhorn_divergence` does not.

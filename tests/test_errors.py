@@ -281,3 +281,18 @@ def test_ctrl_c_stops_a_long_solve(method: str) -> None:
     out, err = run.communicate(timeout=30)
     assert "KeyboardInterrupt" in err
     assert "finished" not in out
+
+
+@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.grad, torch.func.jacrev])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: otloss.sinkhorn_divergence(x, x + 1, 0.5),
+        lambda x: otloss.energy_distance(x, x + 1),
+        lambda x: otloss.solve(x, 0.5).value,
+    ],
+)
+def test_function_transforms_are_refused_by_name(function, transform):
+    x = torch.rand(2, 4, 3) if transform is torch.func.vmap else torch.rand(4, 3)
+    with pytest.raises(NotImplementedError, match=r"batch \(B, n, d\) in place of vmap"):
+        transform(function)(x)
