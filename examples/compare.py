@@ -44,7 +44,7 @@ COMMANDS = {
     "sae": "train_sinkhorn.py --data fashion --preset sae --epochs 5",
     "digits": "train_sinkhorn.py --data digits",
     "genevay-a": "train_sinkhorn.py --data mnist --preset genevay-a --epochs 5",
-    "mixture": "toy_mixture.py",
+    "mixture": "toy_mixture.py --lr 1e-3",
     "ellipses": "fit_ellipses.py",
     "ellipses-seed1": "fit_ellipses.py --seed 1",
     "ellipses-seed2": "fit_ellipses.py --seed 2",

@@ -704,7 +704,7 @@ def test_page_of_results(tmp_path: Path):
     assert "| med | med2 | ≤ 9 | 20.00 | **no** |" in page
     assert "| med-seed2 | is | ≥ 7.8 | not run |" in page
     assert "python examples/train_sinkhorn.py --seed 1" in page
-    assert "# not run: mixture: toy_mixture.py" in page
+    assert "# not run: mixture: toy_mixture.py --lr 1e-3" in page
     assert "<!-- table" not in page
     assert "<!-- figure" not in page
     # The page can be written again from what it kept.
