@@ -1,7 +1,10 @@
 // Rows in whole vector blocks, without a scalar rest.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <new>
+#include <vector>
 
 namespace otloss::cpu {
 
@@ -14,6 +17,28 @@ template <typename T>
 constexpr int64_t padded(int64_t columns) {
   return (columns + kBlock<T> - 1) / kBlock<T> * kBlock<T>;
 }
+
+// Scratch that starts where a block may start: a vector that straddles two cache lines takes twice
+// as long to move.
+template <typename T>
+struct BlockAllocator {
+  using value_type = T;
+  static constexpr std::align_val_t kAlignment{64};
+
+  BlockAllocator() = default;
+  template <typename U>
+  BlockAllocator(const BlockAllocator<U>&) {}  // NOLINT: as the standard asks
+
+  T* allocate(size_t count) {
+    return static_cast<T*>(::operator new(count * sizeof(T), kAlignment));
+  }
+  void deallocate(T* p, size_t /*count*/) { ::operator delete(p, kAlignment); }
+  bool operator==(const BlockAllocator&) const { return true; }
+  bool operator!=(const BlockAllocator&) const { return false; }
+};
+
+template <typename T>
+using BlockVector = std::vector<T, BlockAllocator<T>>;
 
 // A row that must not be read past its end is done in whole blocks; what is left over is done as
 // one more block that ends with the row and overlaps the one before, masked so that no column

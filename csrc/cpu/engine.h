@@ -256,10 +256,10 @@ class Engine {
   static constexpr int64_t kFlushRows = 4096;
 
   struct Workspace {            // of one thread
-    std::vector<T> c;           // (padded m,) column sums of some rows
+    BlockVector<T> c;           // (padded m,) column sums of some rows
     std::vector<double> total;  // (m,) of all its rows
-    std::vector<T> e;           // (kSweepScratchRows, padded m)
-    std::vector<T> C;           // rows that were made
+    BlockVector<T> e;           // (kSweepScratchRows, padded m)
+    BlockVector<T> C;           // rows that were made
     double sum = 0;
   };
 
@@ -366,7 +366,7 @@ class Engine {
 
   const Source& source_;
   int64_t parts_;
-  std::vector<T> G_;  // (padded m,)
+  BlockVector<T> G_;  // (padded m,)
   std::vector<T> s_;  // (n,)
   std::vector<Workspace> workspaces_;
   std::vector<T> columns_;  // a block of columns that was made
