@@ -156,6 +156,9 @@ def run(
     ``costs``: None to work on the points, with or without (``dense``) storing cost matrices.
     ``potentials``: whether f and g are wanted as differentiable outputs.
     """
+    kernels = _has_kernels(options, problem)
+    if costs is None and not kernels and options.method != "reference":
+        costs = build_costs(problem, pairs, options.cost, False)
     inputs = problem.points if costs is None else tuple(costs)
     needs_grad = torch.is_grad_enabled() and any(
         t.requires_grad for t in (*inputs, *problem.weights)
@@ -172,7 +175,7 @@ def run(
         n_iters=options.n_iters,
         objective=_check.OBJECTIVES.index(options.objective),
         backward=backward,
-        plain=options.method == "reference" or not _has_kernels(options, problem),
+        plain=options.method == "reference" or not kernels,
         potentials=potentials,
         trace=needs_grad and backward == "unrolled",
         dense=dense,
