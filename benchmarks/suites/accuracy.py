@@ -293,6 +293,7 @@ class _Case:
         }
         if (OWN, DEFAULT) in variants:
             calls[OWN, DEFAULT] = variants[OWN, DEFAULT].call
+            rough[OWN, DEFAULT] = max(s for (peer, _), s in rough.items() if peer == OWN)
         if self.floor:
             calls[FLOOR, ""] = self.floor
         options = self.context.options
@@ -441,7 +442,8 @@ def _save(context: Context, case: dict[str, Any], peers: list[str]) -> None:
 def _bar(case: dict[str, Any], target: float) -> dict[str, Any]:
     """The case against its bar at a target: otloss, its best rival, the ratios, the verdict.
 
-    ``met`` is None where there is no bar. A rival that gave up counts with the time it had taken.
+    A rival that gave up counts with the time it had taken. ``met`` is None where there is no bar,
+    and where that time is too short to tell.
     """
     entries = [t for t in case["targets"] if t["target"] == target]
     own = next((t for t in entries if t["peer"] == OWN), None)
@@ -452,13 +454,15 @@ def _bar(case: dict[str, Any], target: float) -> dict[str, Any]:
     best = min(rivals, key=lambda t: t["ratio_to_otloss"], default=None)
     ratio = best["ratio_to_otloss"] if best else None
     floor = own and own["ratio_to_floor"]
-    met = None
+    bar = LARGE_BAR if large else SMALL_BAR if case["n"] <= MOST_SMALL else None
+    near_floor = not large and floor is not None and floor <= FLOOR_BAR
+    met: bool | None = None
     if own is None or own["seconds"] is None:
         met = False
-    elif large:
-        met = ratio is None or ratio >= LARGE_BAR
-    elif case["n"] <= MOST_SMALL:
-        met = ratio is None or ratio >= SMALL_BAR or (floor is not None and floor <= FLOOR_BAR)
+    elif bar is not None:
+        met = near_floor or best is None or best["ratio_to_otloss"] >= bar
+        if not met and best is not None and best["seconds"] is None:
+            met = None
     return {
         **{key: case[key] for key in ("workload", "n", "eps", "threads")},
         "target": target,
