@@ -113,7 +113,7 @@ def peer_time(case: dict[str, Any], peer: str, target: float) -> str:
     if entry["seconds"]:
         return milliseconds(entry["seconds"]["median"])
     closest = entry["closest"]
-    fails = closest is None or closest["gradient_error"] > 1
+    fails = closest is None or closest["gradient_error"] > 1e3
     error = "fails" if fails else f"error {percent(closest['gradient_error'])}"
     return f"> {milliseconds(entry['at_least'])} ({error})" if entry["at_least"] else f"- ({error})"
 
