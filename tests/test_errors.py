@@ -1,11 +1,12 @@
-"""A wrong call never returns a number: it raises, names the argument and says what it was."""
+"""A wrong call never returns a number: every error says what was given and what is expected."""
 
 from __future__ import annotations
 
-import re
+import math
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable
@@ -13,137 +14,257 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import METHODS, randn
 
 import otloss
 
-X, Y = torch.randn(5, 3), torch.randn(6, 3)
-LOSSES: list[Callable[..., Any]] = [
-    otloss.sinkhorn_divergence,
-    otloss.sinkhorn_loss,
-    otloss.solve_sample,
+X, Y = torch.zeros(4, 3), torch.ones(5, 3)
+A, B = torch.full((4,), 0.25), torch.full((5,), 0.2)
+EPS = 0.5
+
+FUNCTIONS = {
+    "sinkhorn_divergence": otloss.sinkhorn_divergence,
+    "sinkhorn_loss": otloss.sinkhorn_loss,
+    "solve_sample": otloss.solve_sample,
+    "solve": lambda x, y, eps, **k: otloss.solve(torch.cdist(x, y), eps, **k),
+    "minibatch": lambda x, y, eps, **k: otloss.minibatch_energy_distance(x, x, y, y, eps, **k),
+    "SinkhornDivergence": lambda x, y, eps, **k: otloss.SinkhornDivergence(eps, **k)(x, y),
+}
+every_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+
+
+@every_function
+@pytest.mark.parametrize("eps", [0, 0.0, -1.0, math.nan, math.inf, -math.inf])
+def test_eps_value(function, eps):
+    with pytest.raises(ValueError, match=rf"eps must be finite and > 0, got {eps}"):
+        function(X, Y, eps)
+
+
+@every_function
+@pytest.mark.parametrize("eps", ["0.1", None, True, torch.tensor(0.1), 1j, [0.1]], ids=repr)
+def test_eps_kind(function, eps):
+    with pytest.raises(TypeError, match=r"eps must be a number, got"):
+        function(X, Y, eps)
+
+
+OPTIONS = [
+    ({"tol": 0}, ValueError, r"tol must be finite and > 0, got 0"),
+    ({"tol": "x"}, TypeError, r"tol must be a number, got str"),
+    ({"max_iters": 0}, ValueError, r"max_iters must be at least 1, got 0"),
+    ({"max_iters": 2.5}, TypeError, r"max_iters must be an integer, got float: 2.5"),
+    ({"n_iters": 0}, ValueError, r"n_iters must be at least 1, got 0"),
+    ({"n_iters": True}, TypeError, r"n_iters must be an integer, got bool"),
+    ({"objective": "x"}, ValueError, r"objective must be one of 'regularized', .*got 'x'"),
+    ({"backward": "x"}, ValueError, r"backward must be one of 'auto', 'envelope', .*got 'x'"),
+    ({"backward": None}, ValueError, r"backward must be one of .*got None"),
+    ({"method": "x"}, ValueError, r"method must be one of 'auto', 'dense', .*got 'x'"),
+    ({"backward": "unrolled"}, ValueError, r'"unrolled" .*give n_iters'),
 ]
-every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
 
 
-def uniform(n: int, **kwargs: Any) -> torch.Tensor:
-    return torch.full((n,), 1 / n, **kwargs)
+@every_function
+@pytest.mark.parametrize(("option", "kind", "message"), OPTIONS, ids=str)
+def test_options(function, option, kind, message):
+    with pytest.raises(kind, match=message):
+        function(X, Y, EPS, **option)
 
 
-# -------------------------------------------------------------------------- keyword arguments
-
-
-@every_loss
-@pytest.mark.parametrize("eps", [0, -1.0, float("nan"), float("inf"), -float("inf")])
-def test_eps_must_be_finite_and_positive(loss: Callable[..., Any], eps: float) -> None:
-    with pytest.raises(ValueError, match=rf"eps must be finite and > 0, got {eps!r}"):
-        loss(X, Y, eps)
-
-
-@pytest.mark.parametrize("eps", ["1", None, True, torch.tensor(1.0)])
-def test_eps_must_be_a_number(eps: Any) -> None:
-    with pytest.raises(TypeError, match="eps must be a number, got"):
-        otloss.sinkhorn_divergence(X, Y, eps)
-
-
-@every_loss
 @pytest.mark.parametrize(
-    ("name", "value", "message"),
+    ("unbalanced", "kind", "message"),
     [
-        ("cost", "l1", "cost must be one of 'sqeuclidean', 'euclidean', 'cosine', got 'l1'"),
-        (
-            "objective",
-            "primal",
-            "objective must be one of 'regularized', 'transport', got 'primal'",
-        ),
-        ("backward", "autodiff", "backward must be one of 'auto', .*, got 'autodiff'"),
-        ("method", "gpu", "method must be one of 'auto', .*, got 'gpu'"),
-        ("tol", 0, "tol must be finite and > 0, got 0"),
-        ("max_iters", 0, "max_iters must be at least 1, got 0"),
-        ("n_iters", 0, "n_iters must be at least 1, got 0"),
-        ("backward", "unrolled", 'backward="unrolled" .* give n_iters, which was None'),
-        ("unbalanced", -1.0, r"unbalanced must be finite and > 0, got -1\.0"),
-        ("unbalanced", (1.0, 2.0, 3.0), "unbalanced must be one number or a pair"),
+        (0.0, ValueError, r"unbalanced must be finite and > 0, got 0.0"),
+        (-1, ValueError, r"unbalanced must be finite and > 0, got -1"),
+        ("x", TypeError, r"unbalanced must be a number, got str"),
+        ((1.0, 2.0, 3.0), ValueError, r"one number or a pair \(rho_x, rho_y\)"),
+        ((1.0, -2.0), ValueError, r"unbalanced must be finite and > 0, got -2.0"),
     ],
+    ids=str,
 )
-def test_choices_and_ranges(loss: Callable[..., Any], name: str, value: Any, message: str) -> None:
+def test_unbalanced(unbalanced, kind, message):
+    with pytest.raises(kind, match=message):
+        otloss.sinkhorn_loss(X, Y, EPS, unbalanced=unbalanced)
+
+
+def test_totals_may_differ_where_a_marginal_is_soft():
+    more = torch.full((5,), 0.5)
+    for unbalanced in (1.0, (None, 1.0), (1.0, None)):
+        otloss.sinkhorn_loss(X, Y, EPS, b=more, unbalanced=unbalanced)
+    for unbalanced in (None, (None, None)):
+        with pytest.raises(ValueError, match=r"same total mass .* give unbalanced="):
+            otloss.sinkhorn_loss(X, Y, EPS, b=more, unbalanced=unbalanced)
+
+
+def test_minibatch_energy_distance_is_balanced():
+    with pytest.raises(TypeError, match="unbalanced"):
+        otloss.minibatch_energy_distance(X, X, Y, Y, EPS, unbalanced=1.0)
+    with pytest.raises(TypeError, match="unbalanced"):
+        otloss.MinibatchEnergyDistance(EPS, unbalanced=1.0)
+
+
+@pytest.mark.parametrize(
+    ("cost", "kind", "message"),
+    [
+        ("sqeuclid", ValueError, r"cost must be one of 'sqeuclidean', .*got 'sqeuclid'"),
+        (2, TypeError, r"cost must be a name or a function \(x, y\) -> C, got int"),
+        (lambda x, y: 1.0, ValueError, r"cost must return a tensor of shape \(4, 5\).*got 1.0"),
+        (lambda x, y: x, ValueError, r"cost must return a tensor .*got a tensor of shape \(4, 3\)"),
+    ],
+    ids=["name", "kind", "number", "shape"],
+)
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda cost: otloss.sinkhorn_loss(X, Y, EPS, cost=cost),
+        lambda cost: otloss.energy_distance(X, Y, cost=cost),
+        lambda cost: otloss.cost_matrix(X, Y, cost),
+    ],
+    ids=["loss", "energy", "cost_matrix"],
+)
+def test_cost(function, cost, kind, message):
+    with pytest.raises(kind, match=message):
+        function(cost)
+
+
+CLOUDS = [
+    (X[0], Y, ValueError, r"x must have shape \(n, d\) or \(B, n, d\), got .*shape \(3,\)"),
+    (X[None, None], Y, ValueError, r"x must have shape .*got .*shape \(1, 1, 4, 3\)"),
+    (X[:0], Y, ValueError, r"x must not be empty, got a tensor of shape \(0, 3\)"),
+    (X, Y[:0], ValueError, r"y must not be empty, got a tensor of shape \(0, 3\)"),
+    (X[:, :0], Y[:, :0], ValueError, r"x must not be empty, got a tensor of shape \(4, 0\)"),
+    (X[:0, None], Y[:0, None], ValueError, r"x must not be empty"),
+    (X, Y[:, :2], ValueError, r"x and y must have the same dimension d, got 3 and 2"),
+    (
+        X.expand(2, 4, 3),
+        Y.expand(3, 5, 3),
+        ValueError,
+        r"x and y must have the same batch size B, got 2 and 3",
+    ),
+    (X.expand(2, 4, 3), Y, ValueError, r"both be single clouds or both batches, got .*\(2, 4, 3\)"),
+    (X.long(), Y, TypeError, r"x must be a floating-point tensor.*torch.int64"),
+    (X, Y.int(), TypeError, r"y must be a floating-point tensor.*torch.int32"),
+    (X, Y.bool(), TypeError, r"y must be a floating-point tensor.*torch.bool"),
+    (X.to(torch.cfloat), Y, TypeError, r"x must be a floating-point tensor.*torch.complex64"),
+    (X.to(torch.float8_e4m3fn), Y, TypeError, r"x must be a floating-point tensor.*float8"),
+    (X.to_sparse(), Y, TypeError, r"x must be a dense tensor, got layout torch.sparse_coo"),
+    (X.numpy(), Y, TypeError, r"x must be a torch.Tensor, got ndarray"),
+    (X, [[0.0]], TypeError, r"y must be a torch.Tensor, got list"),
+    (X, None, TypeError, r"y must be a torch.Tensor, got NoneType"),
+    (X, Y.double(), ValueError, r"x and y must have one dtype, got torch.float32 and .*float64"),
+    (X.half(), Y, ValueError, r"x and y must have one dtype, got torch.float16 and .*float32"),
+    (X, Y.to("meta"), ValueError, r"x and y must be on one device, got cpu and meta"),
+]
+
+
+@pytest.mark.parametrize("function", [
+    lambda x, y: otloss.sinkhorn_divergence(x, y, EPS),
+    lambda x, y: otloss.solve_sample(x, y, EPS),
+    lambda x, y: otloss.sinkhorn_loss(x, y, EPS, cost=torch.cdist),
+    otloss.energy_distance,
+    otloss.cost_matrix,
+], ids=["divergence", "solve_sample", "callable", "energy", "cost_matrix"])  # fmt: skip
+@pytest.mark.parametrize(("x", "y", "kind", "message"), CLOUDS)
+def test_clouds(function, x, y, kind, message):
+    with pytest.raises(kind, match=message):
+        function(x, y)
+
+
+@pytest.mark.parametrize("position", range(1, 4))
+def test_clouds_of_the_minibatch_distance_are_named(position):
+    clouds = [X, X, X, X]
+    clouds[position] = X[:, :2]
+    name = ("x1", "x2", "y1", "y2")[position]
+    with pytest.raises(ValueError, match=rf"x1 and {name} must have the same dimension d"):
+        otloss.minibatch_energy_distance(*clouds, EPS)
+
+
+NAN, INF = math.nan, math.inf
+WEIGHTS = [
+    (A[:3], B, ValueError, r"a must have shape \(4,\), one weight per point of .*\(3,\)"),
+    (A[None], B, ValueError, r"a must have shape \(4,\).*got a tensor of shape \(1, 4\)"),
+    (A, B[:, None], ValueError, r"b must have shape \(5,\).*\(5, 1\)"),
+    (A * torch.tensor([-1, 1, 1, 3]), B, ValueError, r"a must be non-negative.*least .* -0.25"),
+    (A, B * NAN, ValueError, r"b must be non-negative, but its least value is nan"),
+    (A * torch.tensor([1, INF, 1, 1]), B, ValueError, r"a must be finite.*largest value is inf"),
+    (A * 0, B, ValueError, r"a must have a positive total, but its weights are all 0"),
+    (2 * A, B, ValueError, r"same total mass for balanced transport, got .*2.*1.*normalise"),
+    (A, None, None, r""),
+    (3 * A, None, ValueError, r"same total mass for balanced transport"),
+    (A.double(), B, ValueError, r"must have one dtype, got torch.float32 and torch.float64"),
+    (A.to("meta"), B, ValueError, r"must be on one device, got cpu and meta"),
+    (A.long(), B, TypeError, r"a must be a floating-point tensor"),
+    ([0.25] * 4, B, TypeError, r"a must be a torch.Tensor, got list"),
+]
+
+
+@pytest.mark.parametrize("function", [
+    lambda a, b: otloss.sinkhorn_divergence(X, Y, EPS, a=a, b=b),
+    lambda a, b: otloss.solve(torch.ones(4, 5), EPS, a=a, b=b),
+    lambda a, b: otloss.energy_distance(X, Y, a=a, b=b),
+], ids=["divergence", "solve", "energy"])  # fmt: skip
+@pytest.mark.parametrize(("a", "b", "kind", "message"), WEIGHTS)
+def test_weights(function, a, b, kind, message):
+    if kind is None:
+        function(a, b)
+        return
+    with pytest.raises(kind, match=message):
+        function(a, b)
+
+
+def test_weights_of_a_batch():
+    x, y, b = X.expand(2, 4, 3), Y.expand(2, 5, 3), B.expand(2, 5)
+    with pytest.raises(ValueError, match=r"a must have shape \(2, 4\)"):
+        otloss.sinkhorn_loss(x, y, EPS, a=A, b=b)
+    one_of_two = torch.stack([A, torch.zeros(4)])
+    with pytest.raises(ValueError, match=r"a must have a positive total"):
+        otloss.sinkhorn_loss(x, y, EPS, a=one_of_two, b=b)
+    with pytest.raises(ValueError, match=r"same total mass.*\[1.0, 2.0\] and \[1.0, 1.0\]"):
+        otloss.sinkhorn_loss(x, y, EPS, a=torch.stack([A, 2 * A]), b=b)
+
+
+@pytest.mark.parametrize(
+    ("C", "kind", "message"),
+    [
+        (torch.zeros(3), ValueError, r"C must have shape \(n, m\) or \(B, n, m\), got .*\(3,\)"),
+        (torch.zeros(0, 3), ValueError, r"C must not be empty, got a tensor of shape \(0, 3\)"),
+        (torch.zeros(2, 2).int(), TypeError, r"C must be a floating-point tensor"),
+        ([[0.0]], TypeError, r"C must be a torch.Tensor, got list"),
+        (torch.tensor([[0.0, NAN]]), ValueError, r"C must be finite.*is nan; 1 of 2 values"),
+        (torch.tensor([[0.0, INF]]), ValueError, r"C must be finite.*is inf; 1 of 2 values"),
+    ],
+    ids=["shape", "empty", "integer", "list", "nan", "inf"],
+)
+def test_cost_matrix_given(C, kind, message):
+    with pytest.raises(kind, match=message):
+        otloss.solve(C, EPS)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("name", ["x", "y"])
+@pytest.mark.parametrize(
+    "cost",
+    ["sqeuclidean", "euclidean", "cosine", torch.cdist],
+    ids=["sqeuclidean", "euclidean", "cosine", "callable"],
+)
+@pytest.mark.parametrize("d", [3, 40])  # costs from differences, and from products
+@pytest.mark.parametrize("method", METHODS)
+def test_data_that_is_not_finite(method, d, cost, name, value):
+    data = {"x": torch.full((4, d), 2.0), "y": torch.ones(5, d)}
+    data[name][2, 1] = value
+    x, y = data["x"], data["y"]
+    message = rf"{name} must be finite, but {name}\[2, 1\] is {value}; 1 of \d+ values"
+    if not (method == "streamed" and callable(cost)):
+        for function in (otloss.sinkhorn_divergence, otloss.sinkhorn_loss, otloss.solve_sample):
+            with pytest.raises(ValueError, match=message):
+                function(x, y, EPS, cost=cost, method=method)
     with pytest.raises(ValueError, match=message):
-        loss(X, Y, 1.0, **{name: value})
+        otloss.energy_distance(x, y, cost=cost)
+    if not callable(cost):
+        with pytest.raises(ValueError, match=message):
+            otloss.cost_matrix(x, y, cost)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("cost", 2, r"cost must be a name or a function \(x, y\) -> C, got int"),
-        ("tol", "small", "tol must be a number, got str"),
-        ("max_iters", 1.5, r"max_iters must be an integer, got float: 1\.5"),
-        ("n_iters", True, "n_iters must be an integer, got bool"),
-    ],
-)
-def test_kinds(name: str, value: Any, message: str) -> None:
-    with pytest.raises(TypeError, match=message):
-        otloss.sinkhorn_divergence(X, Y, 1.0, **{name: value})
-
-
-def test_modules_check_when_they_are_made() -> None:
-    with pytest.raises(ValueError, match="eps must be finite and > 0"):
-        otloss.SinkhornDivergence(0)
-    with pytest.raises(ValueError, match="cost must be one of"):
-        otloss.MinibatchEnergyDistance(0.1, cost="l1")
-    with pytest.raises(TypeError, match="unexpected keyword argument 'blur'"):
-        otloss.SinkhornLoss(0.1, blur=0.05)
-
-
-# ----------------------------------------------------------------------------------- clouds
-
-
-@every_loss
-@pytest.mark.parametrize(
-    ("x", "y", "message"),
-    [
-        (torch.empty(0, 3), Y, r"x must not be empty, got a tensor of shape \(0, 3\)"),
-        (X, torch.empty(6, 0), r"y must not be empty, got a tensor of shape \(6, 0\)"),
-        (X[0], Y, r"x must have shape \(n, d\) or \(B, n, d\), got a tensor of shape \(3,\)"),
-        (X, torch.randn(6, 4), "x and y must have the same dimension d, got 3 and 4"),
-        (
-            X[None],
-            torch.randn(2, 6, 3),
-            "x and y must have the same batch size B, got 1 and 2",
-        ),
-        (X, Y[None], "x and y must both be single clouds or both batches"),
-        (X, Y.double(), "x and y must have one dtype, got torch.float32 and torch.float64"),
-        (X, Y.to("meta"), "x and y must be on one device, got cpu and meta"),
-    ],
-)
-def test_clouds_that_do_not_fit(
-    loss: Callable[..., Any], x: torch.Tensor, y: torch.Tensor, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        loss(x, y, 1.0)
-
-
-@every_loss
-def test_tensors_of_the_wrong_kind(loss: Callable[..., Any]) -> None:
-    with pytest.raises(TypeError, match=r"x must be a floating-point tensor .*torch.int64"):
-        loss(X.long(), Y, 1.0)
-    with pytest.raises(TypeError, match=r"y must be a torch\.Tensor, got list"):
-        loss(X, Y.tolist(), 1.0)
-    with pytest.raises(TypeError, match=r"x must be a dense tensor, got layout torch\.sparse_coo"):
-        loss(X.to_sparse(), Y, 1.0)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@every_loss
-def test_data_that_is_not_finite(loss: Callable[..., Any], value: float) -> None:
-    bad = Y.clone()
-    bad[4, 1] = value
-    with pytest.raises(ValueError, match=re.escape(f"y must be finite, but y[4, 1] is {value}")):
-        loss(X, bad, 1.0)
-    with pytest.raises(ValueError, match=r"x must be finite, but x\[4, 1\] is .*1 of 18 values"):
-        loss(bad, X, 1.0)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_other_functions_say_where_it_is_too(value: float) -> None:
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_other_functions_say_where_it_is_too(value):
     bad = X.clone()
     bad[2, 0] = value
     for call in (otloss.cost_matrix, otloss.energy_distance):
@@ -157,130 +278,154 @@ def test_other_functions_say_where_it_is_too(value: float) -> None:
         otloss.solve(C, 1.0)
 
 
-def test_minibatches_are_named() -> None:
-    with pytest.raises(ValueError, match="x1 and y2 must have the same dimension d, got 3 and 2"):
-        otloss.minibatch_energy_distance(X, X, Y, Y[:, :2], 0.1)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean"])
+def test_costs_that_overflow(cost, method):
+    with pytest.raises(ValueError, match=r"overflow torch.float32|cost matrix must be finite"):
+        otloss.sinkhorn_loss(1e30 * (X + 1), -1e30 * Y, EPS, cost=cost, method=method)
 
 
-def test_eps_below_what_the_dtype_resolves() -> None:
-    message = r"eps=1e-08 is below what torch.float32 can resolve against costs up to .*float64"
-    with pytest.raises(ValueError, match=message):
-        otloss.sinkhorn_divergence(X, Y, 1e-8)
+def test_callable_cost_that_is_not_finite():
+    with pytest.raises(ValueError, match=r"cost matrix must be finite.*20 of 20 values"):
+        otloss.sinkhorn_loss(X, Y, EPS, cost=lambda x, y: torch.cdist(x, y) / 0)
 
 
-# ---------------------------------------------------------------------------------- weights
-
-
-@every_loss
-@pytest.mark.parametrize(
-    ("name", "weight", "message"),
-    [
-        ("a", uniform(6), r"a must have shape \(5,\), one weight per point of x, got .*\(6,\)"),
-        ("b", uniform(6)[:, None], r"b must have shape \(6,\), one weight per point of y"),
-        ("a", torch.tensor([2.0, -1.0, 0, 0, 0]), "a must be non-negative, .* least value is -1.0"),
-        ("a", torch.tensor([float("nan"), 0, 0, 0, 1]), "a must be non-negative, .* is nan"),
-        ("b", torch.tensor([float("inf"), 0, 0, 0, 0, 1]), "b must be finite, .* value is inf"),
-        ("a", torch.zeros(5), "a must have a positive total"),
-        (
-            "b",
-            uniform(6) * 2,
-            "a and b must have the same total mass .* got .*1.* and .*2.*normalise them",
-        ),
-        ("a", uniform(5, dtype=torch.float64), "x and a must have one dtype"),
-        ("b", uniform(6, device="meta"), "y and b must be on one device, got cpu and meta"),
-    ],
-)
-def test_weights(loss: Callable[..., Any], name: str, weight: torch.Tensor, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        loss(X, Y, 1.0, **{name: weight})
-
-
-def test_weights_must_be_floats() -> None:
-    with pytest.raises(TypeError, match="a must be a floating-point tensor"):
-        otloss.sinkhorn_loss(X, Y, 1.0, a=torch.ones(5, dtype=torch.long))
-
-
-# --------------------------------------------------------------------------- matrices, results
-
-
-def test_matrices() -> None:
-    with pytest.raises(
-        ValueError, match=r"C must have shape \(n, m\) or \(B, n, m\), got .*\(4,\)"
-    ):
-        otloss.solve(torch.rand(4), 1.0)
-    with pytest.raises(ValueError, match=r"C must not be empty, got a tensor of shape \(0, 4\)"):
-        otloss.solve(torch.rand(0, 4), 1.0)
-    with pytest.raises(TypeError, match="C must be a floating-point tensor"):
-        otloss.solve(torch.ones(4, 4, dtype=torch.int32), 1.0)
-    with pytest.raises(ValueError, match=r"a must have shape \(4,\), one weight per point of C"):
-        otloss.solve(torch.rand(4, 5), 1.0, a=uniform(5))
-
-
-def test_a_cost_function_must_return_a_matrix() -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_eps_that_the_dtype_cannot_resolve(method):
+    """(f + g - C) / eps would have no correct digit: 4 * 1.2e-7 * 3 = 1.4e-6."""
     message = (
-        r"cost must return a tensor of shape \(5, 6\) for clouds of shapes \(5, 3\) and \(6, 3\)"
+        r"eps=1e-06 is below what torch.float32 can resolve against costs up to 3 \(least: 1.43"
     )
     with pytest.raises(ValueError, match=message):
-        otloss.sinkhorn_loss(X, Y, 1.0, cost=lambda x, y: x.sum())
+        otloss.sinkhorn_loss(X, Y, 1e-6, method=method, n_iters=1)
+    double = otloss.sinkhorn_loss(X.double(), Y.double(), 1e-6, method=method)
+    assert double.item() == pytest.approx(3, abs=1e-5)
+    otloss.sinkhorn_loss(X, Y, 1e-5, method=method)
 
 
-def test_results_check_what_they_are_asked() -> None:
-    result = otloss.solve(torch.rand(4, 5), 1.0)
-    with pytest.raises(ValueError, match="axis must be 0 or 1, got 2"):
-        result.apply(torch.rand(5), axis=2)
-    with pytest.raises(ValueError, match=r"v must have 5 rows for axis=1, got .*\(4,\)"):
-        result.apply(torch.rand(4))
-    with pytest.raises(ValueError, match="barycentric_map needs the points: use solve_sample"):
-        result.barycentric_map()
-    with pytest.raises(ValueError, match="extend needs the points"):
-        result.extend(X)
-    with pytest.raises(ValueError, match=r"init g must have shape \(6,\), got .*\(5,\)"):
-        otloss.solve_sample(X, Y, 1.0, init=(torch.zeros(5), torch.zeros(5)))
-    with pytest.raises(ValueError, match="y and x_new must have the same dimension d"):
-        otloss.solve_sample(X, Y, 1.0).extend(X[:, :2])
-
-
-# -------------------------------------------------------------------------------- convergence
-
-
-def test_stopping_early_warns_once_and_says_what_to_do() -> None:
-    message = (
-        r"stopped after 3 iterations at a marginal error of \S+, above tol=1e-06\. "
-        r"Raise max_iters \(3\), eps \(0\.01; costs are up to \S+\) or tol\."
-    )
+@pytest.mark.parametrize("method", ["dense", "reference"])
+def test_convergence_warning(method, rng):
+    """It says what was reached, what was asked, and what to change; the result says so too."""
+    x, y = randn(rng, 50, 2), randn(rng, 40, 2)
+    message = r"stopped after 3 iterations at a marginal error of .*above tol=1e-09.*Raise max_iters \(3\), eps \(0.05; costs are up to .*\) or tol"  # noqa: E501
     with pytest.warns(otloss.ConvergenceWarning, match=message) as caught:
-        otloss.sinkhorn_divergence(X, Y, 0.01, tol=1e-6, max_iters=3)
+        otloss.sinkhorn_divergence(x, y, 0.05, tol=1e-9, max_iters=3, method=method)
     assert len(caught) == 1
-    assert caught[0].filename == __file__
-
-
-def test_a_fixed_number_of_iterations_does_not_warn() -> None:
+    with pytest.warns(otloss.ConvergenceWarning):
+        result = otloss.solve_sample(x, y, 0.05, tol=1e-9, max_iters=3, method=method)
+    assert not result.converged
+    assert result.marginal_error > 1e-9
+    assert result.n_iters == 3
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        result = otloss.solve_sample(X, Y, 0.01, n_iters=1, tol=1e-9)
+        otloss.solve_sample(x, y, 0.05, tol=1e-9, max_iters=100_000, method=method)
+        otloss.solve_sample(x, y, 0.05, n_iters=3, method=method)  # no test, no warning
+
+
+def test_a_fixed_number_of_iterations_does_not_warn(rng):
+    x, y = randn(rng, 5, 3), randn(rng, 6, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = otloss.solve_sample(x, y, 0.01, n_iters=1, tol=1e-9)
     assert not result.converged
     assert result.n_iters == 1
 
 
-@pytest.mark.parametrize("method", ["dense", "streamed"])
-def test_ctrl_c_stops_a_long_solve(method: str) -> None:
-    script = (
-        "import torch, otloss\n"
-        "x, y = torch.rand(2, 3000, 3, dtype=torch.float64)\n"
-        "print('ready', flush=True)\n"
-        f"otloss.sinkhorn_loss(x, y, 1e-3, n_iters=10**6, backward='envelope', method='{method}')\n"
-        "print('finished')"
-    )
-    run = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert run.stdout is not None
-    assert run.stdout.readline() == "ready\n"
-    time.sleep(1)
-    run.send_signal(signal.SIGINT)
-    out, err = run.communicate(timeout=30)
-    assert "KeyboardInterrupt" in err
-    assert "finished" not in out
+@pytest.mark.parametrize("max_iters", [1, 2, 3, 5, 9])
+def test_max_iters_is_a_limit(max_iters, rng):
+    x, y = randn(rng, 30, 2), randn(rng, 20, 2)
+    with pytest.warns(otloss.ConvergenceWarning):
+        result = otloss.solve_sample(x, y, 0.001, tol=1e-9, max_iters=max_iters)
+    assert result.n_iters == max_iters
+
+
+def test_warning_points_at_the_caller(rng):
+    with pytest.warns(otloss.ConvergenceWarning) as caught:
+        otloss.solve_sample(randn(rng, 9, 2), randn(rng, 8, 2), 0.01, tol=1e-9, max_iters=2)
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("init", "kind", "message"),
+    [
+        (
+            (torch.zeros(3), torch.zeros(5)),
+            ValueError,
+            r"init f must have shape \(4,\), got .*\(3,\)",
+        ),
+        ((torch.zeros(4), torch.zeros(1, 5)), ValueError, r"init g must have shape \(5,\)"),
+        ((torch.zeros(4).long(), torch.zeros(5)), TypeError, r"init f must be a floating-point"),
+        ((torch.full((4,), NAN), torch.zeros(5)), ValueError, r"init f must be finite.*4 of 4"),
+    ],
+    ids=["f", "g", "integer", "nan"],
+)
+def test_init(init, kind, message):
+    with pytest.raises(kind, match=message):
+        otloss.solve_sample(X, Y, EPS, init=init)
+
+
+def test_results():
+    result = otloss.solve_sample(X, Y, EPS)
+    with pytest.raises(ValueError, match=r"axis must be 0 or 1, got 2"):
+        result.apply(torch.zeros(5), axis=2)
+    with pytest.raises(ValueError, match=r"v must have 5 rows for axis=1, got .*\(4,\)"):
+        result.apply(torch.zeros(4))
+    with pytest.raises(ValueError, match=r"v must have 4 rows for axis=0, got .*\(5, 2\)"):
+        result.apply(torch.zeros(5, 2), axis=0)
+    with pytest.raises(TypeError, match=r"v must be a floating-point tensor"):
+        result.apply(torch.zeros(5).int())
+    with pytest.raises(
+        ValueError, match=r"y and x_new must have the same dimension d, got 3 and 2"
+    ):
+        result.extend(torch.zeros(2, 2))
+    given = otloss.solve(torch.zeros(4, 5), EPS)
+    for method in (given.barycentric_map, lambda: given.extend(X)):
+        with pytest.raises(ValueError, match=r"needs the points: use solve_sample\(x, y, ...\)"):
+            method()
+
+
+MODULES: list[tuple[Callable[..., Any], str]] = [
+    (lambda: otloss.SinkhornDivergence(-1.0), r"eps must be finite and > 0"),
+    (lambda: otloss.SinkhornLoss(1.0, cost="x"), r"cost must be one of"),
+    (lambda: otloss.MinibatchEnergyDistance(1.0, backward="x"), r"backward must be one of"),
+    (lambda: otloss.EnergyDistance(cost="x"), r"cost must be one of"),
+    (lambda: otloss.EnergyDistance(method="x"), r"method must be one of"),
+    (lambda: otloss.show_config("x"), r"mode must be one of 'stdout', 'dicts', got 'x'"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), MODULES)
+def test_modules_check_when_they_are_made(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_interruption(method):
+    """Ctrl-C ends a solve that would take hours, within a second or two."""
+    program = f"""
+        import torch, otloss
+        x, y = torch.randn(600, 2), torch.randn(500, 2)
+        otloss.sinkhorn_loss(x, y, 0.1)
+        print("ready", flush=True)
+        otloss.sinkhorn_divergence(
+            x, y, 0.1, n_iters=100_000_000, method="{method}", backward="envelope"
+        )
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(0.5)
+            assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode != 0
+    assert "KeyboardInterrupt" in errors
 
 
 @pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.grad, torch.func.jacrev])
