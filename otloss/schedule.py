@@ -16,8 +16,8 @@ dense_budget = int(os.environ.get("OTLOSS_DENSE_BUDGET", 1 << 30))
 # Above this dimension making a cost again takes longer than reading it: what fits is kept.
 STREAMED_DIMS = 8
 
-# Below this many bytes a stored matrix stays in the cache and is faster whatever the dimension.
-CACHED_BYTES = 1 << 25
+# Below this many bytes a stored matrix stays near and is faster whatever the dimension.
+CACHED_BYTES = 1 << 22
 
 
 def choose_method(points: Sequence[Tensor], sizes: Sequence[tuple[int, int]], itemsize: int) -> str:

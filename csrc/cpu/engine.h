@@ -19,16 +19,17 @@
 
 namespace otloss::cpu {
 
-// Where the solver begins, g (m,): from the points, where they are known and there is a formula.
+// Where to begin better than from 0, g (m,): false where the points are not known or there is no
+// formula.
 template <typename T>
-void first_potential(int64_t n, int64_t m, const PointPair<T>& points, int64_t problem, double eps,
-                     const T* a, const T* b, T* g) {
+bool propose_start(int64_t n, int64_t m, const PointPair<T>& points, int64_t problem, double eps,
+                   const T* a, const T* b, T* g) {
   const int64_t d = points.d;
-  if (points.zx && points.kind == CostKind::kSqEuclidean && d <= kGaussianDims)
-    gaussian_start(GaussianStart<T>{n, m, d, points.zx + problem * n * d,
-                                    points.zy + problem * m * d, a, b, eps, g});
-  else
-    std::fill(g, g + m, T(0));
+  if (!points.zx || points.kind != CostKind::kSqEuclidean || !gaussian_start_pays(n, m, d))
+    return false;
+  gaussian_start(GaussianStart<T>{n, m, d, points.zx + problem * n * d, points.zy + problem * m * d,
+                                  a, b, eps, g});
+  return true;
 }
 
 // A cost matrix that is kept.
@@ -56,8 +57,8 @@ class StoredRows {
 
   double max_cost(const T* a, const T* b) const { return max_abs(MaxAbs<T>{n_, m_, C_, a, b}); }
 
-  void start(double eps, const T* a, const T* b, T* g) const {
-    first_potential(n_, m_, points_, problem_, eps, a, b, g);
+  bool propose(double eps, const T* a, const T* b, T* g) const {
+    return propose_start(n_, m_, points_, problem_, eps, a, b, g);
   }
 
  private:
@@ -108,8 +109,8 @@ class MadeRows {
     return kind_ == CostKind::kEuclidean ? reach : reach * reach;
   }
 
-  void start(double eps, const T* a, const T* b, T* g) const {
-    first_potential(n_, to_.m, points_, problem_, eps, a, b, g);
+  bool propose(double eps, const T* a, const T* b, T* g) const {
+    return propose_start(n_, to_.m, points_, problem_, eps, a, b, g);
   }
 
  private:
@@ -223,6 +224,9 @@ class Engine {
       });
     });
   }
+
+  // A start that may be better than 0.
+  bool propose(double eps, T* g) const { return source_.propose(eps, a, b, g); }
 
   // max |C_ij| over points of positive weight or a bound of it, NaN if one is not finite.
   double max_cost() const { return source_.max_cost(a, b); }

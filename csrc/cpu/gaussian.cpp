@@ -11,7 +11,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <vector>
 
 namespace otloss::cpu {
@@ -102,7 +101,7 @@ Matrix apply(int64_t d, const Matrix& S, F&& function) {
 
 // The potential on the points y.
 template <typename T>
-Vector potential(const GaussianStart<T>& p) {
+void potential(const GaussianStart<T>& p) {
   const int64_t d = p.d;
   const double e = p.eps / 2;
   const Moments mx = moments(p.n, d, p.x, p.a), my = moments(p.m, d, p.y, p.b);
@@ -113,74 +112,24 @@ Vector potential(const GaussianStart<T>& p) {
   Matrix M = product(d, product(d, root, inverse), root);
   for (int64_t k = 0; k < d; ++k)
     for (int64_t l = 0; l < d; ++l) M[k * d + l] = (k == l ? 1.0 : 0.0) - M[k * d + l];
-  Vector g(p.m), z(d);
+  Vector z(d);
   for (int64_t j = 0; j < p.m; ++j) {
+    p.g[j] = 0;
     if (!(p.b[j] > T(0))) continue;
+    double g = 0;
     for (int64_t k = 0; k < d; ++k) z[k] = static_cast<double>(p.y[j * d + k]) - my.mean[k];
     for (int64_t k = 0; k < d; ++k) {
       double Mz = 0;
       for (int64_t l = 0; l < d; ++l) Mz += M[k * d + l] * z[l];
-      g[j] += z[k] * (Mz + 2 * (my.mean[k] - mx.mean[k]));
+      g += z[k] * (Mz + 2 * (my.mean[k] - mx.mean[k]));
     }
+    p.g[j] = static_cast<T>(g);
   }
-  return g;
-}
-
-template <typename T>
-std::vector<int64_t> sample(int64_t count, const T* weight) {
-  constexpr int64_t kSample = 256;
-  std::vector<int64_t> chosen;
-  const int64_t wanted = std::min(count, kSample);
-  for (int64_t i = 0; i < wanted; ++i)
-    if (weight[i * count / wanted] > T(0)) chosen.push_back(i * count / wanted);
-  return chosen;
-}
-
-// <a, T_x(t g)> + <b, t g> on a sample of both clouds.
-template <typename T>
-double sampled_dual(const GaussianStart<T>& p, const Vector& g, double t,
-                    const std::vector<int64_t>& rows, const std::vector<int64_t>& columns) {
-  double mass_a = 0, mass_b = 0, value = 0;
-  for (const int64_t i : rows) mass_a += static_cast<double>(p.a[i]);
-  for (const int64_t j : columns) mass_b += static_cast<double>(p.b[j]);
-  std::vector<double> exponent(columns.size());
-  for (const int64_t i : rows) {
-    double largest = -std::numeric_limits<double>::infinity(), sum = 0;
-    for (size_t c = 0; c < columns.size(); ++c) {
-      const int64_t j = columns[c];
-      double cost = 0;
-      for (int64_t k = 0; k < p.d; ++k) {
-        const double z = static_cast<double>(p.x[i * p.d + k] - p.y[j * p.d + k]);
-        cost += z * z;
-      }
-      exponent[c] = (t * g[j] - cost) / p.eps;
-      largest = std::max(largest, exponent[c]);
-    }
-    for (size_t c = 0; c < columns.size(); ++c)
-      sum += static_cast<double>(p.b[columns[c]]) / mass_b * std::exp(exponent[c] - largest);
-    value -= static_cast<double>(p.a[i]) / mass_a * p.eps * (largest + std::log(sum));
-  }
-  for (const int64_t j : columns) value += static_cast<double>(p.b[j]) / mass_b * t * g[j];
-  return value;
-}
-
-template <typename T>
-void start(const GaussianStart<T>& p) {
-  const Vector g = potential(p);
-  const std::vector<int64_t> rows = sample(p.n, p.a), columns = sample(p.m, p.b);
-  double best = 0;
-  const double none = sampled_dual(p, g, 0.0, rows, columns);
-  for (const double t : {1.0, 0.25}) {
-    if (!(sampled_dual(p, g, t, rows, columns) >= none)) continue;
-    best = t;
-    break;
-  }
-  for (int64_t j = 0; j < p.m; ++j) p.g[j] = best > 0 ? static_cast<T>(best * g[j]) : T(0);
 }
 
 }  // namespace
 
-void gaussian_start(const GaussianStart<float>& args) { start(args); }
-void gaussian_start(const GaussianStart<double>& args) { start(args); }
+void gaussian_start(const GaussianStart<float>& args) { potential(args); }
+void gaussian_start(const GaussianStart<double>& args) { potential(args); }
 
 }  // namespace otloss::cpu

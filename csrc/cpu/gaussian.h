@@ -15,11 +15,15 @@ struct GaussianStart {
   const T* a;       // (n,)
   const T* b;       // (m,)
   double eps;       // of the squared euclidean cost |x - y|^2
-  T* g;             // (m,) out: the start, or 0 where that is better
+  T* g;             // (m,) out
 };
 
-// Squared euclidean costs only. The start is kept if it raises the dual value on a sample of the
-// points; otherwise a quarter of it, otherwise none.
+// Whether the passes that it may save, some ten over n m costs, take longer than the start does.
+inline bool gaussian_start_pays(int64_t n, int64_t m, int64_t d) {
+  return d <= kGaussianDims && n * m >= 40 * d * d * d + (n + m) * d * d / 2;
+}
+
+// Squared euclidean costs only.
 void gaussian_start(const GaussianStart<float>& args);
 void gaussian_start(const GaussianStart<double>& args);
 

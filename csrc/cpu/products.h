@@ -23,16 +23,16 @@ struct ProductRow {
 // Distances of which the expanded form has lost half of the digits are computed again directly.
 template <typename Cost, typename T>
 OTLOSS_INLINE void costs_from_products(const ProductRow<T>& r) {
-  T least = T(1);
-#pragma omp simd reduction(min : least)
+  int cancelled = 0;
+#pragma omp simd reduction(+ : cancelled)
   for (int64_t j = 0; j < r.count; ++j) {
     const T scale = r.hx + r.hy[j];
     const T left = scale - T(2) * r.C[j] - cancellation_limit<T>() * scale;
-    least = left < least ? left : least;
+    cancelled += left <= T(0);
     r.C[j] = Cost::from_product(r.hx, r.hy[j], r.C[j]);
   }
   if constexpr (!Cost::kUnitNorm) {
-    if (least > T(0)) return;
+    if (cancelled == 0) return;
     for (int64_t j = 0; j < r.valid; ++j) {
       const T c = r.C[j];
       const T squared = Cost::kKind == CostKind::kEuclidean ? c * c : c;

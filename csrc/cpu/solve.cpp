@@ -18,15 +18,6 @@
 namespace otloss::cpu {
 namespace {
 
-// Where the solver begins. A marginal that is too soft to resist the potential of a balanced
-// problem would give way to it.
-template <typename T, typename Engine, typename Source>
-void start(const Engine& engine, const Source& source, double eps, T* g) {
-  source.start(eps, engine.a, engine.b, g);
-  const double rate = std::max(engine.x.rate, engine.y.rate);
-  if (rate > 0 && rate * engine.y.soft_mean(g, 1).magnitude > 1) std::fill(g, g + engine.m, T(0));
-}
-
 template <typename T, typename Engine>
 double value_of(Engine& engine, const SolveOptions& options, bool balanced, const T* f,
                 const T* g) {
@@ -64,10 +55,8 @@ void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& op
     std::vector<T> F(n);
     if (options.warm_start)
       for (int64_t i = 0; i < n; ++i) F[i] = to_base2 * f[i];
-    else if (options.n_iters >= 0)
-      std::fill(g, g + m, T(0));
     else
-      start(engine, source, options.eps, g);
+      std::fill(g, g + m, T(0));
     if (options.n_iters >= 0) {
       T* trace = group.trace ? group.trace + p * options.n_iters * (n + m) : nullptr;
       outcome = solve_fixed(engine, options, F.data(), g, trace);

@@ -364,17 +364,22 @@ void ascend(Engine& engine, double eps, double tol, int64_t max_iters, double ma
   }
 }
 
-// Stages of decreasing eps where a cold start would be slow: the decision needs one pass. The error
-// alone does not see a few outliers, whose mass is small but whose potentials are far off.
+// Whether the iterations can start here. The error alone does not see a few outliers, whose mass is
+// small but whose potentials are far off.
+template <typename T>
+bool is_near(double eps, const SemidualPoint<T>& point) {
+  constexpr double kNearError = 0.6, kNearResidual = 10;
+  double residual = 0;
+  for (size_t j = 0; j < point.g.size(); ++j)
+    residual = std::max(residual, static_cast<double>(std::abs(point.gt[j] - point.g[j])));
+  return point.error <= kNearError && residual <= kNearResidual * eps;
+}
+
+// Stages of decreasing eps where a cold start would be slow.
 template <typename T, typename Engine>
 std::vector<double> stages(const Engine& engine, double eps, const SemidualPoint<T>& first_point) {
-  constexpr double kEasyError = 0.6, kEasyResidual = 10, kEasyEps = 0.077;
-  constexpr double kFirst = 0.1, kRatio = 0.25;
-  double residual = 0;
-  for (int64_t j = 0; j < engine.m; ++j)
-    residual =
-        std::max(residual, static_cast<double>(std::abs(first_point.gt[j] - first_point.g[j])));
-  if (first_point.error <= kEasyError && residual <= kEasyResidual * eps) return {eps};
+  constexpr double kEasyEps = 0.077, kFirst = 0.1, kRatio = 0.25;
+  if (is_near(eps, first_point)) return {eps};
   const double sigma = engine.sigma(), first = kFirst * sigma;
   if (!(eps < kEasyEps * sigma)) return {eps};
   const int count =
@@ -383,6 +388,20 @@ std::vector<double> stages(const Engine& engine, double eps, const SemidualPoint
   for (int i = 0; i < count; ++i) all.push_back(first * std::pow(eps / first, double(i) / count));
   all.push_back(eps);
   return all;
+}
+
+// The start that is proposed, in place of the point evaluated from 0, if its dual value is higher.
+template <typename T, typename Engine>
+int64_t try_proposal(Engine& engine, double eps, double mass, T* F, SemidualPoint<T>& point) {
+  SemidualPoint<T> other(engine.m, engine.b);
+  if (!engine.propose(eps, other.g.data())) return 0;
+  std::vector<T> other_F(engine.n);
+  evaluate(engine, eps, mass, other_F.data(), other);
+  if (other.value > point.value) {
+    std::swap(point, other);
+    std::copy(other_F.begin(), other_F.end(), F);
+  }
+  return 1;
 }
 
 template <typename T, typename Engine>
@@ -398,6 +417,8 @@ Outcome solve_pair(Engine& engine, const SolveOptions& options, T* F, T* g) {
     ++outcome.iterations;
   };
   start(options.eps);
+  if (!options.warm_start && !is_near(options.eps, point) && options.max_iters > 2)
+    outcome.iterations += try_proposal(engine, options.eps, mass, F, point);
   const std::vector<double> schedule = stages(engine, options.eps, point);
   double at = options.eps;
   for (const double eps : schedule) {
