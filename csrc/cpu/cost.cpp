@@ -202,7 +202,7 @@ void cost_epilogue(const CostGroup<T>& group, CostKind kind) {
       T* C = group.C + (p * n + i) * m;
       const T hx = group.hx[p * n + i];
       product_row(cost, ProductRow<T>{m, m, d, hx, group.hy + p * m, group.zx + (p * n + i) * d,
-                                      group.zy + p * m * d, C});
+                                      group.zy + p * m * d, group.symmetric ? i : -1, C});
       // A point is at distance 0 from itself; a point of zero norm has no direction and costs 1.
       if (group.symmetric && (kind != CostKind::kCosine || hx > T(0))) C[i] = 0;
     });

@@ -73,7 +73,7 @@ OTLOSS_INLINE void cost_tile(const CostRows<T>& p, int64_t first_row, int64_t fi
     else
       costs_from_products<Cost>(ProductRow<T>{kStrip<T>, width, d, p.h[first_row + r],
                                               p.to->h.data() + first, x[r], p.to->z + first * d,
-                                              sum});
+                                              p.diagonal + first_row + r - first, sum});
     T* C = p.C + (first_row + r) * p.stride + (first - p.begin);
     if (width == kStrip<T>)
       std::copy(sum, sum + kStrip<T>, C);

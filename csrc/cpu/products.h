@@ -13,11 +13,12 @@ struct ProductRow {
   int64_t count;  // columns computed; those from `valid` on are padding
   int64_t valid;
   int64_t d;
-  T hx;         // norm of the row's point
-  const T* hy;  // (count,) norms
-  const T* zx;  // (d,) the row's point
-  const T* zy;  // (valid, d) points
-  T* C;         // (count,) in: inner products, out: costs
+  T hx;          // norm of the row's point
+  const T* hy;   // (count,) norms
+  const T* zx;   // (d,) the row's point
+  const T* zy;   // (valid, d) points
+  int64_t self;  // the column that is the row's own point, whose cost the caller sets; or none
+  T* C;          // (count,) in: inner products, out: costs
 };
 
 // Distances of which the expanded form has lost half of the digits are computed again directly.
@@ -32,13 +33,16 @@ OTLOSS_INLINE void costs_from_products(const ProductRow<T>& r) {
     r.C[j] = Cost::from_product(r.hx, r.hy[j], r.C[j]);
   }
   if constexpr (!Cost::kUnitNorm) {
-    if (cancelled == 0) return;
+    const bool has_self = r.self >= 0 && r.self < r.valid;
+    if (cancelled <= (has_self ? 1 : 0)) return;
     for (int64_t j = 0; j < r.valid; ++j) {
+      if (j == r.self) continue;
       const T c = r.C[j];
       const T squared = Cost::kKind == CostKind::kEuclidean ? c * c : c;
       if (squared > cancellation_limit<T>() * (r.hx + r.hy[j])) continue;
       const T* y = r.zy + j * r.d;
       T exact = 0;
+#pragma omp simd reduction(+ : exact)
       for (int64_t k = 0; k < r.d; ++k) exact += (r.zx[k] - y[k]) * (r.zx[k] - y[k]);
       r.C[j] = Cost::from_difference(exact);
     }
