@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "math.h"
+#include "sweep.h"
 
 namespace otloss::cpu {
 
@@ -81,12 +82,8 @@ struct Side {
 
  private:
   SoftMean plain_mean(const T* v, double unit) const {
-    double sum = 0, size = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const double term = static_cast<double>(weight[i]) * static_cast<double>(v[i]);
-      sum += term, size += std::abs(term);
-    }
-    return {unit * sum / mass, unit * size / mass};
+    const SumAndSize all = sum_and_size(count, weight, v);
+    return {unit * all.sum / mass, unit * all.size / mass};
   }
 };
 

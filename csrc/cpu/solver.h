@@ -27,6 +27,7 @@
 #include "marginal.h"
 #include "math.h"
 #include "parallel.h"
+#include "sweep.h"
 
 namespace otloss::cpu {
 
@@ -35,30 +36,6 @@ struct Outcome {
   double error = std::numeric_limits<double>::quiet_NaN();
   bool converged = false;
 };
-
-template <typename T>
-double dot(int64_t count, const T* x, const T* y) {
-  double sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(x[i]) * static_cast<double>(y[i]);
-  return sum;
-}
-
-template <typename T>
-double dot(int64_t count, const T* w, const T* x, const T* y) {
-  double sum = 0;
-  for (int64_t i = 0; i < count; ++i)
-    sum += static_cast<double>(w[i]) * static_cast<double>(x[i]) * static_cast<double>(y[i]);
-  return sum;
-}
-
-// sum_j b_j |q_j - 1|: the L1 marginal error, given the marginal as a ratio q to what it should be.
-template <typename T>
-double marginal_error(int64_t count, const T* b, const T* q) {
-  double sum = 0;
-  for (int64_t j = 0; j < count; ++j)
-    sum += static_cast<double>(b[j]) * std::abs(static_cast<double>(q[j]) - 1.0);
-  return sum;
-}
 
 template <typename T>
 double total(int64_t count, const T* w) {
@@ -300,7 +277,7 @@ void ascend(Engine& engine, double eps, double tol, int64_t max_iters, double ma
   const int64_t m = engine.m;
   LbfgsMemory<T> memory(m, point.asked.data());
   SemidualPoint<T> trial(m, engine.b);
-  std::vector<T> r = residual(engine, mass, point);
+  std::vector<T> r = residual(engine, mass, point), excess(m);
   double stretch = 1, reach = std::numeric_limits<double>::infinity();
   const auto squared = [&](const std::vector<T>& v) {
     return dot(m, point.asked.data(), v.data(), v.data());
@@ -308,12 +285,9 @@ void ascend(Engine& engine, double eps, double tol, int64_t max_iters, double ma
   const auto length = [&](const std::vector<T>& v) { return std::sqrt(squared(v)); };
   while (point.error > tol && iterations < max_iters && !interrupted()) {
     std::vector<T> p = memory.direction(r);
+    for (int64_t j = 0; j < m; ++j) excess[j] = T(1) - point.q[j];
     const auto slope_along = [&](const std::vector<T>& v) {  // <b - P^T 1, v>
-      double slope = 0;
-      for (int64_t j = 0; j < m; ++j)
-        slope += static_cast<double>(point.asked[j]) * (1.0 - static_cast<double>(point.q[j])) *
-                 static_cast<double>(v[j]);
-      return slope;
+      return dot(m, point.asked.data(), excess.data(), v.data());
     };
     double slope = slope_along(p);
     if (!(slope > 0)) {

@@ -303,4 +303,59 @@ OTLOSS_SIMD void absorb_weights(int64_t count, double k, const double* g, const 
   absorb_weights_body(count, k, g, b, G);
 }
 
+// In vector lanes: the two dozen sums of a quasi-Newton step, added up one by one, would take as
+// long as a sweep over a few hundred rows.
+template <typename T>
+OTLOSS_INLINE double dot_body(int64_t count, const T* x, const T* y) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(x[i]) * static_cast<double>(y[i]);
+  return sum;
+}
+
+template <typename T>
+OTLOSS_INLINE double dot_body(int64_t count, const T* w, const T* x, const T* y) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; ++i)
+    sum += static_cast<double>(w[i]) * static_cast<double>(x[i]) * static_cast<double>(y[i]);
+  return sum;
+}
+
+template <typename T>
+OTLOSS_INLINE double marginal_error_body(int64_t count, const T* w, const T* q) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < count; ++j)
+    sum += static_cast<double>(w[j]) * std::abs(static_cast<double>(q[j]) - 1.0);
+  return sum;
+}
+
+template <typename T>
+OTLOSS_INLINE SumAndSize sum_and_size_body(int64_t count, const T* w, const T* v) {
+  double sum = 0, size = 0;
+#pragma omp simd reduction(+ : sum, size)
+  for (int64_t i = 0; i < count; ++i) {
+    const double term = static_cast<double>(w[i]) * static_cast<double>(v[i]);
+    sum += term;
+    size += std::abs(term);
+  }
+  return {sum, size};
+}
+
+#define OTLOSS_SUMS(T)                                                                            \
+  OTLOSS_SIMD double dot(int64_t count, const T* x, const T* y) { return dot_body(count, x, y); } \
+  OTLOSS_SIMD double dot(int64_t count, const T* w, const T* x, const T* y) {                     \
+    return dot_body(count, w, x, y);                                                              \
+  }                                                                                               \
+  OTLOSS_SIMD double marginal_error(int64_t count, const T* w, const T* q) {                      \
+    return marginal_error_body(count, w, q);                                                      \
+  }                                                                                               \
+  OTLOSS_SIMD SumAndSize sum_and_size(int64_t count, const T* w, const T* v) {                    \
+    return sum_and_size_body(count, w, v);                                                        \
+  }
+OTLOSS_SUMS(float)
+OTLOSS_SUMS(double)
+#undef OTLOSS_SUMS
+
 }  // namespace otloss::cpu

@@ -83,6 +83,22 @@ struct MaxAbs {
 double max_abs(const MaxAbs<float>& args);
 double max_abs(const MaxAbs<double>& args);
 
+// Sums over vectors, in double: sum x y, sum w x y, and sum w |q - 1|, the L1 marginal error of a
+// marginal given as a ratio q to what it should be.
+double dot(int64_t count, const float* x, const float* y);
+double dot(int64_t count, const double* x, const double* y);
+double dot(int64_t count, const float* w, const float* x, const float* y);
+double dot(int64_t count, const double* w, const double* x, const double* y);
+double marginal_error(int64_t count, const float* w, const float* q);
+double marginal_error(int64_t count, const double* w, const double* q);
+
+// sum w v and sum w |v|.
+struct SumAndSize {
+  double sum, size;
+};
+SumAndSize sum_and_size(int64_t count, const float* w, const float* v);
+SumAndSize sum_and_size(int64_t count, const double* w, const double* v);
+
 // y_j -= log2 x_j, elementwise: the update of a potential from its sums.
 void subtract_log2(int64_t count, const float* x, float* y);
 void subtract_log2(int64_t count, const double* x, double* y);
