@@ -118,7 +118,9 @@ def sinkhorn_divergence(
         unbalanced: strength rho of the KL penalty that holds the plan's marginals to a and b, in
             units of cost, absolute: one number, or a pair ``(rho_x, rho_y)`` with None for a hard
             constraint. Mass is moved over costs up to a few rho. Default None, balanced.
-        tol: stop when the L1 marginal error over the total mass is at most this.
+        tol: stop when the L1 marginal error over the total mass is at most this. With the default
+            the gradient was within 0.4% of the exact one on every workload of docs/solver.md; its
+            error is about one to five times ``tol``.
         max_iters: stop there with a :class:`ConvergenceWarning`.
         n_iters: instead, run exactly so many iterations from zero potentials at this ``eps``.
         backward: ``"envelope"``: the gradient at fixed potentials, exact at convergence for the
@@ -127,7 +129,9 @@ def sinkhorn_divergence(
             objectives. ``"unrolled"``: the exact derivative of the ``n_iters`` iterations.
             ``"auto"``: unrolled with ``n_iters``, else implicit, which is the envelope for the
             regularized objective. See docs/gradients.md.
-        method: ``"dense"`` (cost matrices kept), ``"reference"`` (plain torch) or ``"auto"``.
+        method: ``"dense"`` (cost matrices kept), ``"streamed"`` (never stored, memory O((n + m) d);
+            named costs on the CPU), ``"reference"`` (plain torch) or ``"auto"``: dense unless the
+            matrices exceed ``otloss.schedule.dense_budget`` or are slower.
 
     Returns:
         () or (B,), float32 or float64; differentiable in x, y, a and b, twice. Gradients come back

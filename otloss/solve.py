@@ -488,7 +488,9 @@ def solve_sample(
         eps: regularisation, in units of cost, absolute.
         cost: ``"sqeuclidean"`` |x - y|^2 (no 1/2), ``"euclidean"`` |x - y|, ``"cosine"``
             1 - <x, y> / (|x| |y|), or a function ``(x, y) -> C``.
-        a, b, objective, unbalanced, tol, max_iters, n_iters, backward, method, init: as in
+        method: ``"dense"``, ``"streamed"``, ``"reference"`` or ``"auto"``, as in
+            :func:`otloss.sinkhorn_divergence`.
+        a, b, objective, unbalanced, tol, max_iters, n_iters, backward, init: as in
             :func:`otloss.solve`.
 
     Returns:
