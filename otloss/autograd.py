@@ -43,6 +43,7 @@ class Settings(NamedTuple):
     trace: bool  # keep the potentials of every iteration, for backward="unrolled"
     dense: bool  # store the cost matrices
     batched: bool  # the loss is (B,), not ()
+    system: list[Tensor] | None = None  # receives the status of the implicit gradient's system
 
     @property
     def balanced(self) -> bool:
@@ -400,6 +401,8 @@ def _gradients(
             s.eps, s.rho_x, s.rho_y, s.objective, want_cost, want_weights,
         )  # fmt: skip
         _report_system(status, costs[0].dtype)
+        if s.system is not None:
+            s.system[:] = [status]
         return grads
     return implementation.envelope_backward(
         grad_loss, costs, weights, s.pairs, s.coefficients, f, g, s.eps, s.rho_x, s.rho_y,

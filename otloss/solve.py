@@ -150,11 +150,13 @@ def run(
     *,
     potentials: bool = False,
     dense: bool = True,
+    system: list[Tensor] | None = None,
 ) -> Solved:
     """Solves all pairs and adds their values up.
 
     ``costs``: None to work on the points, with or without (``dense``) storing cost matrices.
     ``potentials``: whether f and g are wanted as differentiable outputs.
+    ``system``: receives the status of the linear system when an implicit gradient is taken.
     """
     kernels = _has_kernels(options, problem)
     if costs is None and not kernels and options.method != "reference":
@@ -180,6 +182,7 @@ def run(
         trace=needs_grad and backward == "unrolled",
         dense=dense,
         batched=problem.batched,
+        system=system,
     )
     if costs is None:
         loss, status, *rest = SolvePoints.apply(
@@ -242,10 +245,15 @@ class OTResult:
     """
 
     def __init__(
-        self, problem: Problem, cost: Tensor | None, options: Options, solved: Solved
+        self,
+        problem: Problem,
+        cost: Tensor | None,
+        options: Options,
+        solved: Solved,
+        system: list[Tensor],
     ) -> None:
         self._problem, self._given_cost, self._options = problem, cost, options
-        self._status = solved.status[0]
+        self._status, self._system = solved.status[0], system
         self._a, self._b = problem.weights[0], problem.weights[1]
         self._f, self._g = solved.f[0], solved.g[0]
         self.value = solved.loss
@@ -318,6 +326,18 @@ class OTResult:
         """Whether the marginal error came below ``tol``: a bool, or (B,) for a batch."""
         flag = self._status_field(ops.CONVERGED)
         return flag.bool() if self._problem.batched else bool(flag)
+
+    @property
+    def linear_system(self) -> tuple[Any, Any] | None:
+        """Iterations and relative residual of the last implicit backward pass, as (int, float) or
+        (B,) each; None before one that had to solve a linear system. A residual above 1e-6
+        (float64) or 1e-4 (float32) also warns."""
+        if not self._system:
+            return None
+        iterations, residual = self._system[0][0].unbind(-1)
+        if self._problem.batched:
+            return iterations.long(), residual
+        return int(iterations.item()), residual.item()
 
     def apply(self, v: Tensor, axis: int = 1) -> Tensor:
         """``P @ v`` for ``axis=1`` (v has m rows), ``P.T @ v`` for ``axis=0`` (v has n rows)."""
@@ -531,8 +551,11 @@ def _solve_one(
             weights=tuple(w.detach() for w in problem.weights),
         )
     start = _initial_potentials(init, problem)
-    solved = run(problem, costs, [0, 1], [1.0], options, start, potentials=True, dense=dense)
-    return OTResult(problem, costs[0] if costs else None, options, solved)
+    system: list[Tensor] = []
+    solved = run(
+        problem, costs, [0, 1], [1.0], options, start, potentials=True, dense=dense, system=system
+    )
+    return OTResult(problem, costs[0] if costs else None, options, solved, system)
 
 
 def _initial_potentials(
