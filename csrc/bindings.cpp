@@ -385,6 +385,14 @@ Strengths checked_strengths(const Device& device, double rho_x, double rho_y) {
   return rho;
 }
 
+// Only the CPU kernels make costs on the way.
+void check_stored(const Device& device, bool stored) {
+#if defined(OTLOSS_WITH_CUDA)
+  STD_TORCH_CHECK(stored || !device.is_cuda(), "otloss: the CUDA kernels need stored costs");
+#endif
+  static_cast<void>(device), static_cast<void>(stored);
+}
+
 using SolveResult = std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors>;
 
 // What both forms of solve share. `place(group, p, i, j)` says where the costs of pair p come from;
@@ -493,6 +501,7 @@ std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors, Tensors> solve_points(
   const Device device{points, weights, init};
   const CostKind kind = static_cast<CostKind>(kind_index);
   const Strengths rho = checked_strengths(device, rho_x, rho_y);
+  check_stored(device, dense);
   const SolveOptions options =
       solve_options(eps, tol, max_iters, n_iters, objective, !init.empty());
   return dispatch_dtype(points.at(0), [&](auto zero) {
@@ -734,6 +743,7 @@ Tensors envelope_backward_points(Tensor grad_loss, Tensors costs, Tensors points
                                  Ints pairs, Doubles coefficients, Tensors f, Tensors g,
                                  int64_t kind_index, double eps, Ints wanted) {
   const Device device{{grad_loss}, costs, points, weights, f, g};
+  check_stored(device, !costs.empty());
   const CostKind kind = static_cast<CostKind>(kind_index);
   return dispatch_dtype(grad_loss, [&](auto zero) {
     using T = decltype(zero);

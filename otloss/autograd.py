@@ -1,8 +1,8 @@
 """The differentiable operations, each a ``torch.autograd.Function`` over the registered ones.
 
 ``CostMatrices`` turns clouds into cost matrices and ``Solve`` turns cost matrices and weights into
-values and potentials. A loss is one after the other; a callable cost or a given matrix enters
-``Solve`` directly. ``SolvePoints`` is both in one, without cost matrices.
+values and potentials: a callable cost or a given matrix enters ``Solve`` directly. ``SolvePoints``
+is both in one, for the named costs, with cost matrices or without.
 
 The backward passes are functions of their own, ``CostGradient`` and ``SolveGradient``, so that they
 can be differentiated again: their forward is the native kernel, their backward repeats the gradient
@@ -48,6 +48,12 @@ class Settings(NamedTuple):
     @property
     def balanced(self) -> bool:
         return math.isinf(self.rho_x) and math.isinf(self.rho_y)
+
+    @property
+    def solver(self) -> tuple[float, float, float, float, int, int, int, bool]:
+        """What the operations that solve take last."""
+        limits = (self.tol, self.max_iters, self.n_iters)
+        return (self.eps, self.rho_x, self.rho_y, *limits, self.objective, self.trace)
 
 
 def _implementation(plain: bool) -> ModuleType:
@@ -271,19 +277,7 @@ class Solve(torch.autograd.Function):
         weights = [w.contiguous() for w in tensors[problems : problems + clouds]]
         init = [v.contiguous() for v in tensors[problems + clouds :]]
         loss, status, f, g, traces = _implementation(s.plain).solve(
-            costs,
-            weights,
-            s.pairs,
-            s.coefficients,
-            init,
-            s.eps,
-            s.rho_x,
-            s.rho_y,
-            s.tol,
-            s.max_iters,
-            s.n_iters,
-            s.objective,
-            s.trace,
+            costs, weights, s.pairs, s.coefficients, init, *s.solver
         )
         if s.potentials and s.balanced and s.n_iters < 0:
             f, g = _centred(s, weights, f, g)
@@ -575,21 +569,7 @@ class SolvePoints(torch.autograd.Function):
         weights = [w.contiguous() for w in tensors[clouds : 2 * clouds]]
         init = [v.contiguous() for v in tensors[2 * clouds :]]
         loss, status, f, g, traces, costs = _implementation(s.plain).solve_points(
-            points,
-            weights,
-            s.pairs,
-            s.coefficients,
-            init,
-            kind,
-            s.dense,
-            s.eps,
-            s.rho_x,
-            s.rho_y,
-            s.tol,
-            s.max_iters,
-            s.n_iters,
-            s.objective,
-            s.trace,
+            points, weights, s.pairs, s.coefficients, init, kind, s.dense, *s.solver
         )
         if s.potentials and s.balanced and s.n_iters < 0:
             f, g = _centred(s, weights, f, g)

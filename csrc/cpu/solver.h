@@ -244,7 +244,7 @@ void settle(const Engine& engine, double eps, T* F, SemidualPoint<T>& point) {
 }
 
 template <typename T, typename Engine>
-void evaluate(Engine& engine, double eps, double mass, T* F, SemidualPoint<T>& point) {
+void evaluate(Engine& engine, double eps, T* F, SemidualPoint<T>& point) {
   engine.iterate(eps, point.g.data(), F, point.gt.data(), point.q.data());
   const Side<T>&x = engine.x, &y = engine.y;
   if (x.hard() && y.hard()) {
@@ -255,29 +255,30 @@ void evaluate(Engine& engine, double eps, double mass, T* F, SemidualPoint<T>& p
   } else {
     settle(engine, eps, F, point);
   }
-  point.error = marginal_error(engine.m, point.asked.data(), point.q.data()) / mass;
+  point.error = marginal_error(engine.m, point.asked.data(), point.q.data()) / y.mass;
 }
 
 // Residual gt - g without its mean, which the semidual does not see.
 template <typename T, typename Engine>
-std::vector<T> residual(const Engine& engine, double mass, const SemidualPoint<T>& point) {
+std::vector<T> residual(const Engine& engine, const SemidualPoint<T>& point) {
   std::vector<T> r(engine.m);
   for (int64_t j = 0; j < engine.m; ++j) r[j] = point.gt[j] - point.g[j];
-  const T mean = static_cast<T>(dot(engine.m, point.asked.data(), r.data()) / mass);
+  const T mean = static_cast<T>(dot(engine.m, point.asked.data(), r.data()) / engine.y.mass);
   for (int64_t j = 0; j < engine.m; ++j) r[j] = engine.b[j] > T(0) ? r[j] - mean : T(0);
   return r;
 }
 
 // Ascends the semidual at one eps until the error is at most `tol`. On entry `point` is evaluated.
 template <typename T, typename Engine>
-void ascend(Engine& engine, double eps, double tol, int64_t max_iters, double mass, T* F,
+void ascend(Engine& engine, double eps, double tol, int64_t max_iters, T* F,
             SemidualPoint<T>& point, int64_t& iterations) {
   constexpr int kTries = 5;
   constexpr double kShrink = 0.3, kSufficient = 1e-4, kFlat = 1e-2, kReach = 10;
   const int64_t m = engine.m;
+  const double mass = engine.y.mass;
   LbfgsMemory<T> memory(m, point.asked.data());
   SemidualPoint<T> trial(m, engine.b);
-  std::vector<T> r = residual(engine, mass, point), excess(m);
+  std::vector<T> r = residual(engine, point), excess(m);
   double stretch = 1, reach = std::numeric_limits<double>::infinity();
   const auto squared = [&](const std::vector<T>& v) {
     return dot(m, point.asked.data(), v.data(), v.data());
@@ -300,7 +301,7 @@ void ascend(Engine& engine, double eps, double tol, int64_t max_iters, double ma
     // The last pass that is allowed is a plain iteration.
     for (int attempt = 0; attempt < kTries && iterations + 1 < max_iters && !accepted; ++attempt) {
       for (int64_t j = 0; j < m; ++j) trial.g[j] = point.g[j] + static_cast<T>(t) * p[j];
-      evaluate(engine, eps, mass, F, trial);
+      evaluate(engine, eps, F, trial);
       ++iterations;
       accepted = trial.value >= point.value + kSufficient * t * slope - point.noise;
       t *= kShrink;
@@ -308,10 +309,10 @@ void ascend(Engine& engine, double eps, double tol, int64_t max_iters, double ma
     if (!accepted) {
       memory.clear();
       trial.g = point.gt;
-      evaluate(engine, eps, mass, F, trial);
+      evaluate(engine, eps, F, trial);
       ++iterations;
     }
-    std::vector<T> next = residual(engine, mass, trial);
+    std::vector<T> next = residual(engine, trial);
     if (accepted) {
       std::vector<T> step(m), change(m);
       for (int64_t j = 0; j < m; ++j) {
@@ -366,11 +367,11 @@ std::vector<double> stages(const Engine& engine, double eps, const SemidualPoint
 
 // The start that is proposed, in place of the point evaluated from 0, if its dual value is higher.
 template <typename T, typename Engine>
-int64_t try_proposal(Engine& engine, double eps, double mass, T* F, SemidualPoint<T>& point) {
+int64_t try_proposal(Engine& engine, double eps, T* F, SemidualPoint<T>& point) {
   SemidualPoint<T> other(engine.m, engine.b);
   if (!engine.propose(eps, other.g.data())) return 0;
   std::vector<T> other_F(engine.n);
-  evaluate(engine, eps, mass, other_F.data(), other);
+  evaluate(engine, eps, other_F.data(), other);
   if (other.value > point.value) {
     std::swap(point, other);
     std::copy(other_F.begin(), other_F.end(), F);
@@ -382,17 +383,16 @@ template <typename T, typename Engine>
 Outcome solve_pair(Engine& engine, const SolveOptions& options, T* F, T* g) {
   constexpr double kStageTol = 0.01;
   const int64_t n = engine.n, m = engine.m;
-  const double mass = total(m, engine.b);
   Outcome outcome;
   SemidualPoint<T> point(m, engine.b);
   std::copy(g, g + m, point.g.begin());
   const auto start = [&](double eps) {
-    evaluate(engine, eps, mass, F, point);
+    evaluate(engine, eps, F, point);
     ++outcome.iterations;
   };
   start(options.eps);
   if (!options.warm_start && !is_near(options.eps, point) && options.max_iters > 2)
-    outcome.iterations += try_proposal(engine, options.eps, mass, F, point);
+    outcome.iterations += try_proposal(engine, options.eps, F, point);
   const std::vector<double> schedule = stages(engine, options.eps, point);
   double at = options.eps;
   for (const double eps : schedule) {
@@ -405,7 +405,7 @@ Outcome solve_pair(Engine& engine, const SolveOptions& options, T* F, T* g) {
       at = eps;
     }
     const double tol = last ? options.tol : std::max(kStageTol, options.tol);
-    ascend(engine, eps, tol, max_iters, mass, F, point, outcome.iterations);
+    ascend(engine, eps, tol, max_iters, F, point, outcome.iterations);
     point.g = last ? point.g : point.gt;
   }
   // F is the row update of point.g; gt, the column update of F, is one half step further.
