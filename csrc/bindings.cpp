@@ -141,32 +141,6 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// A strided view of a (B, rows, columns) tensor: a matrix if B is 1, transposed if asked.
-Tensor view(const Tensor& t, bool transpose) {
-  const int64_t rows = t.size(1), columns = t.size(2), skip = t.size(0) == 1 ? 1 : 0;
-  const std::array<int64_t, 3> sizes{t.size(0), transpose ? columns : rows,
-                                     transpose ? rows : columns};
-  const std::array<int64_t, 3> strides{rows * columns, transpose ? 1 : columns,
-                                       transpose ? columns : 1};
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
-      t.get(), 3 - skip, sizes.data() + skip, strides.data() + skip, 0, &handle));
-  return Tensor(handle);
-}
-
-// out = left right, batched, either transposed if asked. The out= form, because autocast leaves it
-// in the inputs' precision.
-void multiply(const Tensor& left, bool transpose_left, const Tensor& right, bool transpose_right,
-              const Tensor& out) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(view(left, transpose_left)),
-                                    torch::stable::detail::from(view(right, transpose_right)),
-                                    torch::stable::detail::from(view(out, false))};
-  const char* name = out.size(0) == 1 ? "aten::mm" : "aten::bmm";
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher(name, "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // takes ownership of the returned reference
-}
-
 // Where an operation runs: the device of its tensors, which it makes the current one, and on a GPU
 // the current stream and the memory that kernels asked for.
 class Device {
@@ -231,6 +205,46 @@ auto dispatch_dtype(const Tensor& t, F&& function) {
 
 // ------------------------------------------------------------------------- cost, cost_backward
 
+// Products on a GPU are torch's own; on the CPU they are part of the kernels.
+#if defined(OTLOSS_WITH_CUDA)
+// A strided view of a (B, rows, columns) tensor: a matrix if B is 1, transposed if asked.
+Tensor view(const Tensor& t, bool transpose) {
+  const int64_t rows = t.size(1), columns = t.size(2), skip = t.size(0) == 1 ? 1 : 0;
+  const std::array<int64_t, 3> sizes{t.size(0), transpose ? columns : rows,
+                                     transpose ? rows : columns};
+  const std::array<int64_t, 3> strides{rows * columns, transpose ? 1 : columns,
+                                       transpose ? columns : 1};
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
+      t.get(), 3 - skip, sizes.data() + skip, strides.data() + skip, 0, &handle));
+  return Tensor(handle);
+}
+
+// out = left right, batched, either transposed if asked. The out= form, because autocast leaves it
+// in the inputs' precision.
+void torch_product(const Tensor& left, bool transpose_left, const Tensor& right,
+                   bool transpose_right, const Tensor& out) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(view(left, transpose_left)),
+                                    torch::stable::detail::from(view(right, transpose_right)),
+                                    torch::stable::detail::from(view(out, false))};
+  const char* name = out.size(0) == 1 ? "aten::mm" : "aten::bmm";
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher(name, "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // takes ownership of the returned reference
+}
+#endif
+
+// out = V z, or V^T z.
+template <typename T>
+void multiply([[maybe_unused]] const Device& device, const Tensor& V, bool transposed,
+              const Tensor& z, const Tensor& out) {
+#if defined(OTLOSS_WITH_CUDA)
+  if (device.is_cuda()) return torch_product(V, transposed, z, false, out);
+#endif
+  cpu::multiply(ProductGroup<T>{out.size(0), out.size(1), z.size(1), z.size(2), transposed,
+                                data<T>(V), data<T>(z), data<T>(out)});
+}
+
 // The clouds made ready for products: z (B, n, d) and norms (B, n).
 struct Prepared {
   Tensors z, norm;
@@ -266,8 +280,10 @@ Tensors costs_between(const Device& device, const Prepared& clouds, const Ints& 
     const Tensor &zx = clouds.z.at(i), &zy = clouds.z.at(j);
     const int64_t n = zx.size(1), m = zy.size(1);
     Tensor C = empty(zx, {B, n, m});
-    if (d > kDirectDims) multiply(zx, false, zy, true, C);
-    OTLOSS_LAUNCH(device, cost_epilogue,
+#if defined(OTLOSS_WITH_CUDA)
+    if (device.is_cuda() && d > kDirectDims) torch_product(zx, false, zy, true, C);
+#endif
+    OTLOSS_LAUNCH(device, cost_matrices,
                   CostGroup<T>{B, n, m, d, i == j, data<T>(zx), data<T>(zy),
                                data<T>(clouds.norm[i]), data<T>(clouds.norm[j]), data<T>(C)},
                   kind);
@@ -317,12 +333,12 @@ class PointGradients {
                              data<T>(col_sum)});
     if (wants(i)) {
       const Tensor Vy = empty(C, {B, n, d});
-      multiply(V, false, clouds_.z[j], false, Vy);
+      multiply<T>(device_, V, false, clouds_.z[j], Vy);
       add(i, data<T>(row_sum), data<T>(Vy));
     }
     if (i != j && wants(j)) {
       const Tensor Vx = empty(C, {B, m, d});
-      multiply(V, true, clouds_.z[i], false, Vx);
+      multiply<T>(device_, V, true, clouds_.z[i], Vx);
       add(j, data<T>(col_sum), data<T>(Vx));
     }
   }

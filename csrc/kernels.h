@@ -166,7 +166,20 @@ struct CostGroup {
   const T* zy;     // (B, m, d)
   const T* hx;     // (B, n) their norms, see CloudGroup
   const T* hy;     // (B, m)
-  T* C;            // (B, n, m) in: inner products <zx, zy> (d > kDirectDims), out: costs
+  T* C;            // (B, n, m) out; on a GPU in: inner products <zx, zy>, if d > kDirectDims
+};
+
+// out = V z, what the gradient of a cost matrix takes. (On a GPU it is torch's product.)
+template <typename T>
+struct ProductGroup {
+  int64_t batch;    // B
+  int64_t n;        // rows of the product
+  int64_t m;        // inner
+  int64_t d;        // coordinates
+  bool transposed;  // V is (B, m, n)
+  const T* V;       // (B, n, m)
+  const T* z;       // (B, m, d)
+  T* out;           // (B, n, d)
 };
 
 // Before the gradient's products: V = W * gradient_weight(C) and its row and column sums.
@@ -214,7 +227,9 @@ namespace cpu {
 template <typename T>
 void prepare_clouds(const std::vector<CloudGroup<T>>& clouds, CostKind kind);
 template <typename T>
-void cost_epilogue(const CostGroup<T>& group, CostKind kind);
+void cost_matrices(const CostGroup<T>& group, CostKind kind);
+template <typename T>
+void multiply(const ProductGroup<T>& group);
 template <typename T>
 void cost_weights(const CostWeightGroup<T>& group, CostKind kind);
 template <typename T>
@@ -257,7 +272,7 @@ template <typename T>
 void prepare_clouds(const Context& context, const std::vector<CloudGroup<T>>& clouds,
                     CostKind kind);
 template <typename T>
-void cost_epilogue(const Context& context, const CostGroup<T>& group, CostKind kind);
+void cost_matrices(const Context& context, const CostGroup<T>& group, CostKind kind);
 template <typename T>
 void cost_weights(const Context& context, const CostWeightGroup<T>& group, CostKind kind);
 template <typename T>

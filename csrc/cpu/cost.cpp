@@ -1,14 +1,14 @@
-// Cost matrices and their gradients: everything around the matrix products, which the caller does.
+// Cost matrices and their gradients:
 //
 //     prepare:   z = x - centre, |z|^2  (cosine: z = x / |x|, |x|)
-//     product:   C = zx zy^T                                      caller
-//     epilogue:  C = cost(|zx|^2, |zy|^2, C), in place
+//     costs:     C = cost(|zx|^2, |zy|^2, zx zy^T), a tile at a time
 //     weights:   V = W * gradient_weight(C), its row and column sums; W may be a plan, made a row
 //                at a time
-//     product:   V zy, V^T zx                                     caller
+//     product:   V zy, V^T zx
 //     gradient:  grad += zx * row_sum - V zy  (cosine: its tangent part / |x|)
 //
-// All are bandwidth-bound passes over C or over the points; the loops vectorise along rows.
+// Costs and products are bound by arithmetic where there are many coordinates (tile.cpp), all the
+// rest are bandwidth-bound passes over C or over the points, whose loops vectorise along rows.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -18,7 +18,6 @@
 #include "parallel.h"
 #include "points.h"
 #include "problems.h"
-#include "products.h"
 #include "sweep.h"
 
 namespace otloss::cpu {
@@ -78,31 +77,43 @@ OTLOSS_SIMD double prepare_row(int64_t d, const double* x, const double* shift, 
   return prepare_row_body(d, x, shift, scale, z);
 }
 
-// ------------------------------------------------------------------------------------ epilogue
+// ------------------------------------------------------------------------------------- costs
 
-#define OTLOSS_PRODUCT_ROW(Cost, T) \
-  OTLOSS_SIMD void product_row(Cost, const ProductRow<T>& r) { costs_from_products<Cost>(r); }
-OTLOSS_PRODUCT_ROW(SqEuclidean, float)
-OTLOSS_PRODUCT_ROW(SqEuclidean, double)
-OTLOSS_PRODUCT_ROW(Euclidean, float)
-OTLOSS_PRODUCT_ROW(Euclidean, double)
-OTLOSS_PRODUCT_ROW(Cosine, float)
-OTLOSS_PRODUCT_ROW(Cosine, double)
-#undef OTLOSS_PRODUCT_ROW
+// Rows of a block of products: so many that the strips of the other cloud, which every block reads,
+// are used often once they are in the L2 cache.
+constexpr int64_t kProductRows = 96;
 
-// From differences: no products are needed.
+// Coordinates from which on half of a symmetric matrix and its reflection is less work than all.
+constexpr int64_t kReflectDims = 64;
+
+// Copies the part above the diagonal to the part below.
 template <typename T>
-void direct_costs(const CostGroup<T>& group, CostKind kind) {
-  const int64_t n = group.n, m = group.m, d = group.d, never = -1 - group.n;
-  for (int64_t p = 0; p < group.batch; ++p) {
-    const PackedCloud<T> to(m, d, group.zy + p * m * d, group.hy + p * m);
-    const int64_t step = rows_at_once(d), blocks = (n + step - 1) / step;
-    for_each_row(1, blocks, step * m, [&](int64_t, int64_t block) {
-      const int64_t i = block * step, row = p * n + i;
-      cost_rows(kind, CostRows<T>{std::min(step, n - i), 0, m, group.symmetric ? i : never,
-                                  group.zx + row * d, group.hx + row, &to, group.C + row * m, m});
-    });
-  }
+void reflect(int64_t n, T* C) {
+  constexpr int64_t kTile = 32;
+  for_each_row(1, strips_of<T>(n), n * kTile, [&](int64_t, int64_t tile) {
+    const int64_t i0 = tile * kTile;
+    for (int64_t j0 = 0; j0 <= i0; j0 += kTile)
+      for (int64_t i = i0; i < std::min(n, i0 + kTile); ++i)
+        for (int64_t j = j0; j < std::min(i, j0 + kTile); ++j) C[i * n + j] = C[j * n + i];
+  });
+}
+
+template <typename T>
+void cost_matrix(const CostGroup<T>& group, int64_t p, CostKind kind) {
+  const int64_t n = group.n, m = group.m, d = group.d;
+  const PackedCloud<T> to(m, d, group.zy + p * m * d, group.hy + p * m);
+  const PackedCloud<T> other(group.symmetric ? 0 : n, d, group.zx + p * n * d, group.hx + p * n);
+  const PackedCloud<T>& from = group.symmetric ? to : other;
+  const bool half = group.symmetric && d >= kReflectDims;
+  const int64_t share = strips_of<T>(groups_of(n, thread_count())) * kStrip<T>;
+  const int64_t step = d <= kDirectDims ? rows_at_once(d) : std::min(kProductRows, share);
+  T* C = group.C + p * n * m;
+  for_each_row(1, groups_of(n, step), step * m * d, [&](int64_t, int64_t block) {
+    const int64_t first = block * step, begin = half ? first / kStrip<T> * kStrip<T> : 0;
+    cost_rows(kind, CostRows<T>{first, std::min(step, n - first), begin, m, group.symmetric, &from,
+                                &to, C + first * m + begin, m});
+  });
+  if (half) reflect(n, C);
 }
 
 // ------------------------------------------------------------------------------------ gradient
@@ -194,19 +205,9 @@ void prepare_clouds(const std::vector<CloudGroup<T>>& clouds, CostKind kind) {
 }
 
 template <typename T>
-void cost_epilogue(const CostGroup<T>& group, CostKind kind) {
-  const int64_t n = group.n, m = group.m, d = group.d;
-  if (d <= kDirectDims) return direct_costs(group, kind);
-  dispatch_cost(kind, [&](auto cost) {
-    for_each_row(group.batch, n, m, [&](int64_t p, int64_t i) {
-      T* C = group.C + (p * n + i) * m;
-      const T hx = group.hx[p * n + i];
-      product_row(cost, ProductRow<T>{m, m, d, hx, group.hy + p * m, group.zx + (p * n + i) * d,
-                                      group.zy + p * m * d, group.symmetric ? i : -1, C});
-      // A point is at distance 0 from itself; a point of zero norm has no direction and costs 1.
-      if (group.symmetric && (kind != CostKind::kCosine || hx > T(0))) C[i] = 0;
-    });
-  });
+void cost_matrices(const CostGroup<T>& group, CostKind kind) {
+  for_each_problem(std::vector{group},
+                   [&](const auto&, int64_t p, bool /*split*/) { cost_matrix(group, p, kind); });
 }
 
 template <typename T>
@@ -240,6 +241,23 @@ void plan_weights(const PlanWeightGroup<T>& group, CostKind kind, double eps) {
 }
 
 template <typename T>
+void multiply(const ProductGroup<T>& group) {
+  const int64_t n = group.n, m = group.m, d = group.d;
+  for_each_problem(std::vector{group}, [&](const auto&, int64_t p, bool /*split*/) {
+    BlockVector<T> z(strips_of<T>(d) * m * kStrip<T>);
+    pack(Packing<T>{d, m, group.z + p * m * d, d, true, z.data()});
+    const int64_t share = strips_of<T>(groups_of(n, thread_count())) * kStrip<T>;
+    const int64_t step = std::min(kProductRows, share);
+    for_each_row(1, groups_of(n, step), step * m * d, [&](int64_t, int64_t block) {
+      const int64_t first = block * step, row = p * n + first;
+      const T* V = group.V + p * n * m + first * (group.transposed ? 1 : m);
+      multiply_rows(RowsProduct<T>{std::min(step, n - first), m, d, V, group.transposed ? n : m,
+                                   group.transposed, z.data(), group.out + row * d});
+    });
+  });
+}
+
+template <typename T>
 void cost_gradient(const CostGradientGroup<T>& group, CostKind kind) {
   const int64_t d = group.d;
   for_each_row(1, group.batch * group.n, d, [&](int64_t, int64_t i) {
@@ -261,9 +279,10 @@ void cost_gradient(const CostGradientGroup<T>& group, CostKind kind) {
 
 #define OTLOSS_INSTANTIATE(T)                                                \
   template void prepare_clouds(const std::vector<CloudGroup<T>>&, CostKind); \
-  template void cost_epilogue(const CostGroup<T>&, CostKind);                \
+  template void cost_matrices(const CostGroup<T>&, CostKind);                \
   template void cost_weights(const CostWeightGroup<T>&, CostKind);           \
   template void plan_weights(const PlanWeightGroup<T>&, CostKind, double);   \
+  template void multiply(const ProductGroup<T>&);                            \
   template void cost_gradient(const CostGradientGroup<T>&, CostKind);
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)

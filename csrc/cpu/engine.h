@@ -78,8 +78,7 @@ class MadeRows {
         problem_(problem),
         kind_(points.kind),
         symmetric_(symmetric),
-        z_(points.zx + problem * n * points.d),
-        h_(points.hx + problem * n),
+        from_(n, points.d, points.zx + problem * n * points.d, points.hx + problem * n),
         to_(m, points.d, points.zy + problem * m * points.d, points.hy + problem * m) {}
 
   const PackedCloud<T>& to() const { return to_; }
@@ -103,9 +102,8 @@ class MadeRows {
 
   // An upper bound, from the largest norms.
   double max_cost(const T* a, const T* b) const {
-    if (kind_ == CostKind::kCosine)
-      return 2 + 0 * (largest(n_, h_, a) + largest(to_.m, to_.norm, b));
-    const double reach = std::sqrt(largest(n_, h_, a)) + std::sqrt(largest(to_.m, to_.norm, b));
+    if (kind_ == CostKind::kCosine) return 2 + 0 * (largest(from_, a) + largest(to_, b));
+    const double reach = std::sqrt(largest(from_, a)) + std::sqrt(largest(to_, b));
     return kind_ == CostKind::kEuclidean ? reach : reach * reach;
   }
 
@@ -115,18 +113,16 @@ class MadeRows {
 
  private:
   void make(int64_t row, int64_t count, int64_t begin, int64_t end, T* C, int64_t stride) const {
-    const int64_t never = -1 - n_;
-    cost_rows(kind_, CostRows<T>{count, begin, end, symmetric_ ? row : never, z_ + row * to_.d,
-                                 h_ + row, &to_, C, stride});
+    cost_rows(kind_, CostRows<T>{row, count, begin, end, symmetric_, &from_, &to_, C, stride});
   }
 
   // The largest norm of points of positive weight, NaN if one is not finite.
-  static double largest(int64_t count, const T* h, const T* weight) {
+  static double largest(const PackedCloud<T>& cloud, const T* weight) {
     double result = 0, nonfinite = 0;
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; i < cloud.m; ++i) {
       if (!(weight[i] > T(0))) continue;
-      result = std::max(result, static_cast<double>(h[i]));
-      nonfinite += static_cast<double>(h[i]) * 0;
+      result = std::max(result, static_cast<double>(cloud.norm[i]));
+      nonfinite += static_cast<double>(cloud.norm[i]) * 0;
     }
     return result + nonfinite;
   }
@@ -136,9 +132,7 @@ class MadeRows {
   int64_t problem_;
   CostKind kind_;
   bool symmetric_;
-  const T* z_;  // (n, d)
-  const T* h_;  // (n,)
-  PackedCloud<T> to_;
+  PackedCloud<T> from_, to_;
 };
 
 template <typename T, typename Source>
@@ -217,7 +211,7 @@ class Engine {
   void for_each_plan_block(double eps, T scale, const T* F, const T* g, Function&& function) {
     absorb(eps, g);
     for_each_part([&](Workspace& w, int64_t begin, int64_t end) {
-      std::vector<T> P(source_.at_once() * m);
+      BlockVector<T> P(source_.at_once() * m);
       for_each_block(w, begin, end, [&](const T* C, int64_t i, int64_t count) {
         plan_rows(PlanRows<T>{count, m, factor(eps), scale, C, a + i, F + i, G_.data(), P.data()});
         function(P.data(), C, i, count);

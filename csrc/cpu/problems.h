@@ -29,6 +29,7 @@ void for_each_problem(const std::vector<Group>& groups, F&& function) {
   if (count >= thread_count()) {
     parallel_tasks(count, [&](int64_t i) { function(*items[i].group, items[i].problem, false); });
   } else {
+    const FlushDenormals flush;
     for (const Item& item : items) function(*item.group, item.problem, true);
   }
 }

@@ -129,14 +129,17 @@ void point_sums(const PointGradientGroup<T>& group, int64_t p, double eps, bool 
   std::vector<T> F(n);
   for (int64_t i = 0; i < n; ++i) F[i] = k * group.f[p * n + i];
   const T scale = group.coefficient * group.grad[p];
-  const int64_t width = source.to().padded_d;
+  BlockVector<T> coordinates;
+  if (d > kLaneDims) {
+    coordinates.resize(strips_of<T>(d) * m * kStrip<T>);
+    pack(Packing<T>{d, m, source.to().z, d, true, coordinates.data()});
+  }
   engine.for_each_plan_block(
       eps, scale, F.data(), group.g + p * m, [&](T* P, const T* C, int64_t i, int64_t count) {
         weight_rows(source.kind(), count * m, C, P);
-        std::vector<T> product(count * width);
-        apply_rows(ApplyRows<T>{count, P, m, &source.to(), group.sum + p * n + i, product.data()});
-        for (int64_t r = 0; r < count; ++r)
-          std::copy_n(&product[r * width], d, group.product + (p * n + i + r) * d);
+        const int64_t row = p * n + i;
+        apply_rows(ApplyRows<T>{count, P, m, &source.to(), coordinates.data(), group.sum + row,
+                                group.product + row * d});
       });
 }
 

@@ -181,18 +181,9 @@ OTLOSS_INLINE T plan_entry(T t) {
 }
 
 template <typename T>
-OTLOSS_INLINE void plan_rows_body(const PlanRows<T>& p) {
-  for (int64_t i = 0; i < p.rows; ++i) {
-    const T* C = p.C + i * p.m;
-    T* P = p.P + i * p.m;
-    const T F = p.F[i], scale = p.scale * p.a[i];
-    if (!(p.a[i] > T(0))) {
-      std::fill(P, P + p.m, T(0));
-      continue;
-    }
+OTLOSS_INLINE void plan_row_body(int64_t m, T scale, T F, T k, const T* C, const T* G, T* P) {
 #pragma omp simd
-    for (int64_t j = 0; j < p.m; ++j) P[j] = scale * plan_entry(F + p.G[j] - p.k * C[j]);
-  }
+  for (int64_t j = 0; j < m; ++j) P[j] = scale * plan_entry(F + G[j] - k * C[j]);
 }
 
 // sum_j C_j exp2(F + G_j - k C_j).
@@ -209,6 +200,26 @@ OTLOSS_INLINE T transport_row_body(int64_t m, T F, T k, const T* C, const T* G) 
 }
 
 // Functions of one row: the compiler does not vectorise such loops inside a loop over the rows.
+OTLOSS_SIMD void plan_row(int64_t m, float scale, float F, float k, const float* C, const float* G,
+                          float* P) {
+  plan_row_body(m, scale, F, k, C, G, P);
+}
+OTLOSS_SIMD void plan_row(int64_t m, double scale, double F, double k, const double* C,
+                          const double* G, double* P) {
+  plan_row_body(m, scale, F, k, C, G, P);
+}
+
+template <typename T>
+void plan_of_rows(const PlanRows<T>& p) {
+  for (int64_t i = 0; i < p.rows; ++i) {
+    T* P = p.P + i * p.m;
+    if (p.a[i] > T(0))
+      plan_row(p.m, p.scale * p.a[i], p.F[i], p.k, p.C + i * p.m, p.G, P);
+    else
+      std::fill(P, P + p.m, T(0));
+  }
+}
+
 OTLOSS_SIMD float transport_row(int64_t m, float F, float k, const float* C, const float* G) {
   return transport_row_body(m, F, k, C, G);
 }
@@ -283,8 +294,8 @@ OTLOSS_SIMD void sweep_rows(const RowSweep<float>& p) { sweep_rows_body(p); }
 OTLOSS_SIMD void sweep_rows(const RowSweep<double>& p) { sweep_rows_body(p); }
 OTLOSS_SIMD void column_lse(const ColumnLse<float>& p) { column_lse_body(p); }
 OTLOSS_SIMD void column_lse(const ColumnLse<double>& p) { column_lse_body(p); }
-OTLOSS_SIMD void plan_rows(const PlanRows<float>& p) { plan_rows_body(p); }
-OTLOSS_SIMD void plan_rows(const PlanRows<double>& p) { plan_rows_body(p); }
+void plan_rows(const PlanRows<float>& p) { plan_of_rows(p); }
+void plan_rows(const PlanRows<double>& p) { plan_of_rows(p); }
 double transport_rows(const PlanRows<float>& p) { return transport_sum(p); }
 double transport_rows(const PlanRows<double>& p) { return transport_sum(p); }
 double max_abs(const MaxAbs<float>& p) { return max_abs_rows(p); }

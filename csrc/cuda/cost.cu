@@ -260,7 +260,7 @@ void prepare_clouds(const Context& context, const std::vector<CloudGroup<T>>& cl
 }
 
 template <typename T>
-void cost_epilogue(const Context& context, const CostGroup<T>& group, CostKind kind) {
+void cost_matrices(const Context& context, const CostGroup<T>& group, CostKind kind) {
   dispatch_cost(kind, [&](auto cost) {
     using Kernel = EpilogueKernel<T, decltype(cost)>;
     Grid grid;
@@ -309,7 +309,7 @@ void cost_gradient(const Context& context, const CostGradientGroup<T>& group, Co
 
 #define OTLOSS_INSTANTIATE(T)                                                                \
   template void prepare_clouds(const Context&, const std::vector<CloudGroup<T>>&, CostKind); \
-  template void cost_epilogue(const Context&, const CostGroup<T>&, CostKind);                \
+  template void cost_matrices(const Context&, const CostGroup<T>&, CostKind);                \
   template void cost_weights(const Context&, const CostWeightGroup<T>&, CostKind);           \
   template void plan_weights(const Context&, const PlanWeightGroup<T>&, CostKind, double);   \
   template void cost_gradient(const Context&, const CostGradientGroup<T>&, CostKind);

@@ -92,7 +92,7 @@ void cost(const CostCall& c, int step) {
     if (!c.symmetric) clouds.push_back({c.batch, c.m, c.d, in(c.y), in(c.b), out(c.zy), out(c.hy)});
     cuda::prepare_clouds(context, clouds, kind);
   } else if (step == 1) {
-    cuda::cost_epilogue(context,
+    cuda::cost_matrices(context,
                         CostGroup<T>{c.batch, c.n, c.m, c.d, c.symmetric != 0, in(c.zx), in(c.zy),
                                      in(c.hx), in(c.hy), out(c.product)},
                         kind);
