@@ -626,6 +626,7 @@ std::tuple<Tensors, Tensors, Tensors> unrolled_backward(
     Tensor grad_loss, Tensors grad_f, Tensors grad_g, Tensors costs, Tensors weights, Ints pairs,
     Doubles coefficients, Tensors init, Tensors traces, double eps, double rho_x, double rho_y,
     int64_t objective, Ints want_cost, bool want_weights) {
+  const Device device{{grad_loss}, grad_f, grad_g, costs, weights, init, traces};
   clear_interruption();
   return dispatch_dtype(grad_loss, [&](auto zero) {
     using T = decltype(zero);
@@ -647,7 +648,7 @@ std::tuple<Tensors, Tensors, Tensors> unrolled_backward(
                         optional_data<T>(grad_g, p, B, m, dtype, "grad_g"), L, data<T>(traces[p]),
                         start});
     }
-    cpu::unrolled_backward(groups, eps, static_cast<Objective>(objective));
+    OTLOSS_LAUNCH(device, unrolled_backward, groups, eps, static_cast<Objective>(objective));
     return std::make_tuple(grads.C, grads.a, grads.b);
   });
 }
@@ -656,6 +657,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensor> implicit_backward(
     Tensor grad_loss, Tensors grad_f, Tensors grad_g, Tensors costs, Tensors weights, Ints pairs,
     Doubles coefficients, Tensors f, Tensors g, double eps, double rho_x, double rho_y,
     int64_t objective, Ints want_cost, bool want_weights) {
+  const Device device{{grad_loss}, grad_f, grad_g, costs, weights, f, g};
   clear_interruption();
   return dispatch_dtype(grad_loss, [&](auto zero) {
     using T = decltype(zero);
@@ -681,7 +683,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensor> implicit_backward(
                         group.grad_C ? group.grad_C : data<T>(scratch.back()),
                         data<double>(status) + p * B * kImplicitStatusFields});
     }
-    cpu::implicit_backward(groups, eps, static_cast<Objective>(objective));
+    OTLOSS_LAUNCH(device, implicit_backward, groups, eps, static_cast<Objective>(objective));
     return std::make_tuple(grads.C, grads.a, grads.b, status);
   });
 }
@@ -795,6 +797,8 @@ STABLE_TORCH_LIBRARY_IMPL(otloss, CUDA, library) {
   library.impl("solve", TORCH_BOX(&otloss::solve));
   library.impl("solve_points", TORCH_BOX(&otloss::solve_points));
   library.impl("envelope_backward", TORCH_BOX(&otloss::envelope_backward));
+  library.impl("unrolled_backward", TORCH_BOX(&otloss::unrolled_backward));
+  library.impl("implicit_backward", TORCH_BOX(&otloss::implicit_backward));
   library.impl("envelope_backward_points", TORCH_BOX(&otloss::envelope_backward_points));
 }
 #endif

@@ -290,6 +290,12 @@ void solve(const Context& context, const std::vector<SolveGroup<T>>& groups,
 template <typename T>
 void envelope_backward(const Context& context, const std::vector<EnvelopeGroup<T>>& groups,
                        double eps, Objective objective);
+template <typename T>
+void unrolled_backward(const Context& context, const std::vector<UnrolledGroup<T>>& groups,
+                       double eps, Objective objective);
+template <typename T>
+void implicit_backward(const Context& context, const std::vector<ImplicitGroup<T>>& groups,
+                       double eps, Objective objective);
 
 }  // namespace cuda
 }  // namespace otloss

@@ -94,25 +94,13 @@ _library.define(
 )
 
 
-# Operations with CUDA kernels, see csrc/bindings.cpp. The others run in plain torch there,
-# and so do all in a build without CUDA.
-_CUDA_KERNELS = (
-    "cost",
-    "cost_backward",
-    "solve",
-    "solve_points",
-    "envelope_backward",
-    "envelope_backward_points",
-)
-
-
 def _load_native() -> Any:
     """The compiled module, whose import registers its kernels; None for a pure-Python install."""
     if importlib.util.find_spec("otloss._C") is not None:
         native = importlib.import_module("otloss._C")
-        on_cuda = _CUDA_KERNELS if native.build_info()["cuda_architectures"] else ()
-        for name in set(reference.OPERATIONS) - set(on_cuda):
-            _library.impl(name, getattr(reference, name), "CUDA")
+        if not native.build_info()["cuda_architectures"]:
+            for name in reference.OPERATIONS:
+                _library.impl(name, getattr(reference, name), "CUDA")
         return native
     for name in reference.OPERATIONS:
         _library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")

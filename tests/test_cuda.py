@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ pytestmark = [
 COSTS = ["sqeuclidean", "euclidean", "cosine"]
 DTYPES = [torch.float32, torch.float64]
 REGIMES = ["auto", "block", "cluster", "grid", "dense"]
+# Envelope, unrolled and implicit gradients.
+MODES: list[dict[str, Any]] = [{}, {"n_iters": 7}, {"objective": "transport"}]
 SIZES = [(1, 1), (7, 300), (64, 64), (200, 190), (700, 650), (1500, 1600)]
 
 
@@ -82,6 +85,106 @@ def test_agrees_with_the_cpu(regime: str, cost: str, d: int, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES[1:], ids=str)
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (7, 300), (120, 100), (64, 2500), (700, 650)])
+def test_unrolled_and_implicit_gradients(
+    regime: str, n: int, m: int, mode: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """The same potentials on both sides, so that only the gradients' arithmetic differs."""
+    if regime in ("block", "cluster") and n * m > 40000:
+        pytest.skip("the cost does not fit in shared memory")
+    x, y, a, b = clouds(n, m, dtype=dtype, batch=(2,))
+    costs = ops.cost([x, y], [], [0, 1, 0, 0], 0)
+    pairs, coefficients = [0, 1, 0, 0], [1.0, -0.5]
+    n_iters, objective = mode.get("n_iters", -1), int("objective" in mode)
+    rho = (math.inf, math.inf)
+    head = (costs, [a, b], pairs, coefficients)
+    _, _, f, g, traces = ops.solve(
+        *head, [], 1.0, *rho, 1e-5, 1000, n_iters, objective, n_iters > 0
+    )
+    seeds = ([torch.linspace(-1, 1, v.shape[1]).expand_as(v).to(v).contiguous() for v in side]
+             for side in (f, g))  # fmt: skip
+    arguments = [torch.tensor([1.0, -2.0], dtype=dtype), *seeds, *head]
+    if n_iters > 0:
+        gradient, arguments = ops.unrolled_backward, [*arguments, [], traces]
+    else:
+        gradient, arguments = ops.implicit_backward, [*arguments, f, g]
+    arguments += [1.0, *rho, objective, [1, 1], True]
+    expected = gradient(*arguments)
+    found = gradient(*(_on_gpu(argument) for argument in arguments))
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-9
+    for left, right in zip(found[:3], expected[:3], strict=True):
+        scale = max(1e-3, *(float(t.abs().max()) for t in right))
+        for s, t in zip(left, right, strict=True):
+            torch.testing.assert_close(s.cpu() / scale, t / scale, rtol=0, atol=tolerance)
+    if n_iters < 0:
+        assert float(found[3][..., 1].max()) < (1e-8 if dtype == torch.float32 else 1e-13)
+
+
+def _on_gpu(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.cuda()
+    if isinstance(argument, list):
+        return [_on_gpu(item) for item in argument]
+    return argument
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_second_derivatives(mode: dict[str, Any]) -> None:
+    tensors = clouds(30, 25, dtype=torch.float64)
+
+    def curvature(device: str) -> list[Tensor]:
+        x, y, a, b = (t.to(device) for t in tensors)
+        x.requires_grad_()
+        loss = otloss.sinkhorn_divergence(x, y, 1.0, a=a, b=b, **{"tol": 1e-9, **mode})
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        return [g.cpu() for g in torch.autograd.grad(first.square().sum(), x)]
+
+    for found, expected in zip(curvature("cuda"), curvature("cpu"), strict=True):
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=1e-6)
+
+
+def test_results_report_the_linear_system() -> None:
+    x, y, a, b = (t.cuda() for t in clouds(80, 70))
+    result = otloss.solve_sample(x.requires_grad_(), y, 0.5, a=a, b=b, objective="transport")
+    assert result.linear_system is None
+    result.value.backward()
+    assert result.linear_system is not None
+    iterations, residual = result.linear_system
+    assert iterations > 0
+    assert residual < 1e-8
+
+
+def test_memory_of_unrolled_gradients() -> None:
+    """The potentials of each iteration, not its matrices."""
+    n, L, eps = 1000, 200, 10.0
+    x, y, _, _ = (t.cuda() for t in clouds(n, n, 64))
+
+    def loop(x: Tensor) -> Tensor:
+        C = torch.cdist(x, y).square()
+        f = g = x.new_zeros(n)
+        for _ in range(L):
+            f = -eps * torch.logsumexp((g - C) / eps - math.log(n), dim=1)
+            g = -eps * torch.logsumexp((f[:, None] - C) / eps - math.log(n), dim=0)
+        return f.mean() + g.mean()
+
+    def added(loss: Callable[[Tensor], Tensor]) -> tuple[int, Tensor]:
+        leaf = x.detach().requires_grad_()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        (grad,) = torch.autograd.grad(loss(leaf), leaf)
+        return torch.cuda.max_memory_allocated() - before, grad
+
+    ours, grad = added(lambda leaf: otloss.sinkhorn_loss(leaf, y, eps, n_iters=L))
+    theirs, expected = added(loop)
+    assert ours < theirs / 50
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(grad / scale, expected / scale, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "m"), SIZES)
 def test_sizes(regime: str, n: int, m: int, dtype: torch.dtype) -> None:
     if regime == "block" and n * m > 40000:
@@ -124,14 +227,15 @@ def test_what_is_not_finite_gives_nan(regime: str) -> None:
     assert result.converged.tolist() == [True, False]
 
 
-def test_repeats_bit_for_bit(regime: str) -> None:
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_repeats_bit_for_bit(regime: str, mode: dict[str, Any]) -> None:
     tensors = [t.cuda() for t in clouds(180, 150, batch=(2,))]
     for t in tensors[:2]:
         t.requires_grad_()
     results = []
     for _ in range(5):
         x, y, a, b = tensors
-        value = otloss.sinkhorn_divergence(x, y, 0.3, a=a, b=b)
+        value = otloss.sinkhorn_divergence(x, y, 0.3, a=a, b=b, **mode)
         results.append((value.detach(), *torch.autograd.grad(value.sum(), (x, y))))
     for other in results[1:]:
         assert all(bool((s == t).all()) for s, t in zip(results[0], other, strict=True))
@@ -157,12 +261,13 @@ def test_uses_the_current_stream(regime: str) -> None:
     torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_graph_capture(regime: str) -> None:
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_graph_capture(regime: str, mode: dict[str, Any]) -> None:
     x, y, _, _ = (t.cuda() for t in clouds(100, 90))
     x.requires_grad_()
 
     def step() -> tuple[Tensor, Tensor]:
-        value = otloss.sinkhorn_divergence(x, y, 1.0)
+        value = otloss.sinkhorn_divergence(x, y, 1.0, **mode)
         return value, torch.autograd.grad(value, x)[0]
 
     stream = torch.cuda.Stream()
@@ -182,13 +287,14 @@ def test_graph_capture(regime: str) -> None:
         assert bool((value == expected).all() and (grad == expected_grad).all())
 
 
-def test_does_not_synchronise(regime: str) -> None:
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_does_not_synchronise(regime: str, mode: dict[str, Any]) -> None:
     x, y, _, _ = (t.cuda() for t in clouds(100, 90))
     x.requires_grad_()
-    otloss.sinkhorn_divergence(x, y, 1.0).backward()
+    otloss.sinkhorn_divergence(x, y, 1.0, **mode).backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        otloss.sinkhorn_divergence(x, y, 1.0).backward()
+        otloss.sinkhorn_divergence(x, y, 1.0, **mode).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

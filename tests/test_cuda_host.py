@@ -13,18 +13,21 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 import otloss
-from otloss import reference
+from otloss import ops, reference
 
 ROOT = Path(__file__).parent.parent
 DTYPES = [torch.float32, torch.float64]
 REGIMES = ["block", "cluster", "grid", "dense"]
 DIVERGENCE = [0, 1, 0, 0, 1, 1]
+HARD = (math.inf, math.inf)  # rho_x, rho_y
+STRENGTHS = [HARD, (0.7, 0.3), (math.inf, 0.5), (0.02, math.inf)]
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -62,6 +65,79 @@ class EnvelopeCall(Call):
         ("coefficient", ctypes.c_double),
         *_fields("", "C a b f g grad grad_C grad_a grad_b"),
     ]
+
+
+class GradientCall(Call):
+    _fields_ = [
+        *_fields("batch n m L symmetric balanced", ""),
+        *((name, ctypes.c_double) for name in ("coefficient", "rho_x", "rho_y")),
+        *_fields("", "C a b f g grad grad_f grad_g trace start grad_C grad_a grad_b P status"),
+    ]
+
+
+class Problem(NamedTuple):
+    """What a gradient takes, solved on the CPU."""
+
+    costs: list[Tensor]
+    weights: list[Tensor]
+    pairs: list[int]
+    eps: float
+    objective: int
+    rho: tuple[float, float]
+    n_iters: int
+    coefficients: list[float]
+    init: list[Tensor]
+    grad: Tensor
+    grad_f: list[Tensor]
+    grad_g: list[Tensor]
+    f: list[Tensor]
+    g: list[Tensor]
+    traces: list[Tensor]
+
+    def on_cpu(
+        self, *, implicit: bool, costs: bool = True, potentials: bool = True
+    ) -> list[Tensor]:
+        """As Engine.gradient."""
+        seeds = (self.grad_f, self.grad_g) if potentials else ([], [])
+        head = (self.grad, *seeds, self.costs, self.weights, self.pairs, self.coefficients)
+        tail = (self.eps, *self.rho, self.objective, [int(costs)] * len(self.costs), True)
+        if implicit:
+            *grads, status = ops.implicit_backward(*head, self.f, self.g, *tail)
+        else:
+            grads, status = ops.unrolled_backward(*head, self.init, self.traces, *tail), None
+        per_pair = [grad for pair in zip(*grads, strict=True) for grad in pair if grad.numel()]
+        return per_pair if status is None else [*per_pair, status]
+
+
+def solved(
+    costs: list[Tensor],
+    weights: list[Tensor],
+    pairs: list[int],
+    eps: float,
+    *,
+    n_iters: int = -1,
+    objective: int = 0,
+    rho: tuple[float, float] = HARD,
+    init: list[Tensor] | None = None,
+) -> Problem:
+    like, count, init = costs[0], len(costs), init or []
+    generator = torch.Generator().manual_seed(like.shape[-1])
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=like.dtype)
+
+    coefficients = [1.0, -0.5, -0.5, *[0.25] * count][:count]
+    _, _, f, g, traces = ops.solve(
+        costs, weights, pairs, coefficients, init, eps, *rho, 1e-6, 500, n_iters, objective,
+        n_iters > 0,
+    )  # fmt: skip
+    return Problem(
+        costs, weights, pairs, eps, objective, rho, n_iters, coefficients, init,
+        random(like.shape[0]),
+        [0.1 * random(*v.shape) for v in f],
+        [0.1 * random(*v.shape) for v in g],
+        f, g, traces,
+    )  # fmt: skip
 
 
 class Engine:
@@ -133,6 +209,56 @@ class Engine:
             )
         )
         return values, status, all_f, all_g, traces
+
+    def gradient(
+        self, p: Problem, *, implicit: bool, costs: bool = True, potentials: bool = True
+    ) -> list[Tensor]:
+        """Per pair the gradients of C, a, b, then the status of all pairs if implicit."""
+        count, B, like = len(p.costs), p.costs[0].shape[0], p.costs[0]
+        status = torch.full((count, B, 2), math.nan, dtype=torch.float64)
+        calls, results = [], []
+        for q, (i, j) in enumerate(reference.as_pairs(p.pairs)):
+            tensors = (p.costs[q], p.weights[i], p.weights[j])
+            grads = [torch.full_like(t, math.nan) for t in tensors]
+            calls.append(
+                GradientCall(
+                    batch=B,
+                    n=tensors[1].shape[1],
+                    m=tensors[2].shape[1],
+                    L=p.n_iters,
+                    symmetric=int(i == j),
+                    balanced=int(p.rho == HARD),
+                    coefficient=p.coefficients[q],
+                    rho_x=p.rho[i > 0],
+                    rho_y=p.rho[j > 0],
+                    C=tensors[0],
+                    a=tensors[1],
+                    b=tensors[2],
+                    f=p.f[q],
+                    g=p.g[q],
+                    grad=p.grad,
+                    grad_f=p.grad_f[q] if potentials else None,
+                    grad_g=p.grad_g[q] if potentials else None,
+                    trace=p.traces[q] if p.traces else None,
+                    start=p.init[2 * q + 1] if p.init else None,
+                    grad_C=grads[0] if costs else None,
+                    grad_a=grads[1],
+                    grad_b=grads[2],
+                    P=grads[0],
+                    status=status[q] if implicit else None,
+                )
+            )
+            results += grads if costs else grads[1:]
+        self.check(
+            self.library.engine_gradient(
+                int(like.dtype == torch.float64),
+                (GradientCall * count)(*calls),
+                ctypes.c_int64(count),
+                ctypes.c_double(p.eps),
+                p.objective,
+            )
+        )
+        return [*results, status] if implicit else results
 
 
 @pytest.fixture(scope="session")
@@ -304,6 +430,8 @@ def test_what_is_not_finite(engine: Engine, regime: str) -> None:
     assert bool(values[0, 0].isfinite() and values[0, 1].isnan())
     assert status[0, :, 2].tolist() == [1, 0]
     assert bool(f[0][1].isnan().all() and status[0, 1, 3].isnan())
+    *_, (trace,) = engine.solve([C], weights, [0, 1], 1.0, n_iters=2, trace=True)
+    assert bool(trace[0].isfinite().all() and trace[1].isnan().all())
 
 
 @pytest.mark.parametrize("content", [0.0, 3.0, 1e30])
@@ -503,3 +631,182 @@ def test_envelope_gradients(engine: Engine, dtype: torch.dtype, objective: int) 
     expected_b = torch.where(b > 0, on[:, None] * (g - shift[:, None]), 0.0)
     torch.testing.assert_close(grad_a, expected_a, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(grad_b, expected_b, rtol=1e-4, atol=1e-6)
+
+
+# ------------------------------------------------------------------- unrolled, implicit gradients
+
+
+def assert_gradients_agree(
+    found: list[Tensor], expected: list[Tensor], dtype: torch.dtype, *, looser: float = 1.0
+) -> None:
+    tolerance = looser * (2e-5 if dtype == torch.float32 else 1e-10)
+    for x, y in zip(found, expected, strict=True):
+        # Gradients of weights are differences of larger terms.
+        scale = max(float(other.abs().max()) for other in expected if other.dim() == y.dim())
+        torch.testing.assert_close(x / scale, y / scale, rtol=0, atol=tolerance)
+
+
+def soft(weights: list[Tensor], rho: tuple[float, float]) -> list[Tensor]:
+    """Totals that differ, where nothing ties them."""
+    return [weights[0], weights[1] if rho == HARD else 2.5 * weights[1]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("objective", [0, 1])
+@pytest.mark.parametrize("rho", STRENGTHS, ids=str)
+def test_unrolled(
+    engine: Engine, regime: str, dtype: torch.dtype, objective: int, rho: tuple[float, float]
+) -> None:
+    points, weights = clouds(dtype)
+    costs = reference.cost(points, [], DIVERGENCE, 0)
+    problem = solved(
+        costs, soft(weights, rho), DIVERGENCE, 0.5, n_iters=11, objective=objective, rho=rho
+    )
+    found = engine.gradient(problem, implicit=False)
+    assert_gradients_agree(found, problem.on_cpu(implicit=False), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("objective", [0, 1])
+@pytest.mark.parametrize("rho", STRENGTHS, ids=str)
+def test_implicit(
+    engine: Engine, regime: str, dtype: torch.dtype, objective: int, rho: tuple[float, float]
+) -> None:
+    points, weights = clouds(dtype)
+    costs = reference.cost(points, [], DIVERGENCE, 0)
+    problem = solved(costs, soft(weights, rho), DIVERGENCE, 0.5, objective=objective, rho=rho)
+    *found, status = engine.gradient(problem, implicit=True)
+    *expected, true_status = problem.on_cpu(implicit=True)
+    assert_gradients_agree(found, expected, dtype)
+    assert bool(((status[..., 0] - true_status[..., 0]).abs() <= 1).all())
+    assert float(status[..., 1].max()) < (1e-8 if dtype == torch.float32 else 1e-13)
+
+
+@pytest.mark.parametrize("implicit", [False, True], ids=["unrolled", "implicit"])
+@pytest.mark.parametrize(
+    ("n", "m"), [(1, 1), (1, 9), (9, 1), (3, 70), (70, 3), (64, 64), (17, 600), (130, 129)]
+)
+def test_gradients_at_every_shape(
+    engine: Engine, regime: str, n: int, m: int, implicit: bool
+) -> None:
+    for dtype in DTYPES:
+        points, weights = clouds(dtype, 1, n, m)
+        costs = reference.cost(points, [], [0, 1], 1)
+        problem = solved(costs, weights, [0, 1], 0.3, n_iters=-1 if implicit else 3, objective=1)
+        found = engine.gradient(problem, implicit=implicit)
+        expected = problem.on_cpu(implicit=implicit)
+        assert_gradients_agree(found[:3], expected[:3], dtype, looser=3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("scale", "eps", "rho"),
+    [(4.0, 0.05, HARD), (3.0, 0.02, (1e-2, 3.0)), (3.0, 0.5, (math.inf, 1e-3))],
+    ids=str,
+)
+def test_unrolled_where_factors_overflow(
+    engine: Engine,
+    regime: str,
+    dtype: torch.dtype,
+    scale: float,
+    eps: float,
+    rho: tuple[float, float],
+) -> None:
+    """exp((g' - g) / eps) in a cold start, exp(f / rho) of points that are not transported."""
+    points, weights = clouds(dtype, 2, 30, 26)
+    costs = [scale * C for C in reference.cost(points, [], DIVERGENCE, 0)]
+    problem = solved(costs, soft(weights, rho), DIVERGENCE, eps, n_iters=3, rho=rho)
+    found = engine.gradient(problem, implicit=False)
+    assert_gradients_agree(found, problem.on_cpu(implicit=False), dtype, looser=20)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unrolled_from_given_potentials(engine: Engine, regime: str, dtype: torch.dtype) -> None:
+    points, weights = clouds(dtype)
+    costs = reference.cost(points, [], DIVERGENCE, 0)
+    sides = [weights[c] for c in DIVERGENCE]
+    init = [torch.where(w > 0, torch.linspace(-1, 1, w.shape[1]).to(w), 0.0) for w in sides]
+    problem = solved(costs, weights, DIVERGENCE, 0.5, n_iters=2, init=init)
+    found = engine.gradient(problem, implicit=False)
+    assert_gradients_agree(found, problem.on_cpu(implicit=False), dtype)
+
+
+@pytest.mark.parametrize("implicit", [False, True], ids=["unrolled", "implicit"])
+@pytest.mark.parametrize("costs", [False, True])
+@pytest.mark.parametrize("potentials", [False, True])
+def test_gradients_of_what_is_wanted(
+    engine: Engine, implicit: bool, costs: bool, potentials: bool
+) -> None:
+    points, weights = clouds(torch.float64)
+    given = reference.cost(points, [], DIVERGENCE, 2)
+    problem = solved(given, weights, DIVERGENCE, 0.2, n_iters=-1 if implicit else 4, objective=1)
+    wanted = {"implicit": implicit, "costs": costs, "potentials": potentials}
+    found, expected = engine.gradient(problem, **wanted), problem.on_cpu(**wanted)
+    count = 3 * (2 + costs)
+    assert_gradients_agree(found[:count], expected[:count], torch.float64)
+
+
+@pytest.mark.parametrize("implicit", [False, True], ids=["unrolled", "implicit"])
+def test_gradients_do_not_depend_on_the_order_of_threads(
+    engine: Engine, regime: str, implicit: bool
+) -> None:
+    points, weights = clouds(torch.float32, 2, 37, 150)
+    costs = reference.cost(points, [], DIVERGENCE, 0)
+    n_iters = -1 if implicit else 5
+    problem = solved(costs, weights, DIVERGENCE, 0.2, n_iters=n_iters, objective=1)
+    results = []
+    for order in range(3):
+        engine.configure(order=order)
+        results.append(engine.gradient(problem, implicit=implicit))
+    for other in results[1:]:
+        assert all(bool((x == y).all()) for x, y in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("implicit", [False, True], ids=["unrolled", "implicit"])
+@pytest.mark.parametrize("content", [3.0, 1e30, math.nan])
+def test_padding_receives_no_gradient(
+    engine: Engine, regime: str, implicit: bool, content: float
+) -> None:
+    points, weights = clouds(torch.float32)
+    (C,) = reference.cost(points, [], [0, 1], 0)
+    problem = solved([C], weights, [0, 1], 0.5, n_iters=-1 if implicit else 4, objective=1)
+    padded = C.clone()
+    padded[:, 40 // 3] = content
+    padded[:, :, 33 // 3] = content
+    clean = engine.gradient(problem, implicit=implicit)
+    found = engine.gradient(problem._replace(costs=[padded]), implicit=implicit)
+    for x, y in zip(found, clean, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+    grad_C, grad_a, grad_b = found[:3]
+    assert not bool(grad_C[:, 40 // 3].any() or grad_C[:, :, 33 // 3].any())
+    assert not bool(grad_a[:, 40 // 3].any() or grad_b[:, 33 // 3].any())
+
+
+@pytest.mark.parametrize("implicit", [False, True], ids=["unrolled", "implicit"])
+def test_gradients_of_many_problems(engine: Engine, regime: str, implicit: bool) -> None:
+    """More than run at once, and more pairs than a launch takes."""
+    engine.configure(multiprocessors=3)
+    points, weights = clouds(torch.float64, 5, 12, 10)
+    pairs = [0, 1] * 10
+    costs = reference.cost(points, [], pairs, 0)
+    problem = solved(costs, weights, pairs, 0.5, n_iters=-1 if implicit else 3, objective=1)
+    count = 3 * len(costs)
+    found = engine.gradient(problem, implicit=implicit)
+    expected = problem.on_cpu(implicit=implicit)
+    assert_gradients_agree(found[:count], expected[:count], torch.float64)
+
+
+@pytest.mark.parametrize("implicit", [False, True], ids=["unrolled", "implicit"])
+def test_gradients_of_what_is_not_finite(engine: Engine, regime: str, implicit: bool) -> None:
+    points, weights = clouds(torch.float32)
+    (C,) = reference.cost(points, [], [0, 1], 0)
+    problem = solved([C], weights, [0, 1], 0.5, n_iters=-1 if implicit else 3, objective=1)
+    for tensor in (*problem.f, *problem.g, *problem.traces):
+        tensor[1] = math.nan
+    counted = (weights[0] > 0).unsqueeze(-1) & (weights[1] > 0).unsqueeze(-2)
+    grad_C, *rest = engine.gradient(problem, implicit=implicit)
+    assert bool(all(t[0].isfinite().all() for t in (grad_C, *rest[:2])))
+    assert bool(grad_C[1][counted[1]].isnan().all())
+    if implicit:
+        residual = rest[2][0, :, 1]
+        assert bool(residual[0].isfinite() and residual[1].isnan())

@@ -284,6 +284,12 @@ class Solver {
       const T nan = std::numeric_limits<T>::quiet_NaN();
       for (int i = thread_; i < rows_; i += kThreads) f[i] = nan;
       for_columns([&](int j) { g[j] = nan; });
+      const int64_t length = p.n + p.m;
+      T* trace = p.trace != nullptr ? p.trace + batch * options_.n_iters * length : nullptr;
+      for (int64_t l = 0; trace != nullptr && l < options_.n_iters; ++l, trace += length) {
+        for (int i = thread_; i < rows_; i += kThreads) trace[first_row_ + i] = nan;
+        for_columns([&](int j) { trace[p.n + j] = nan; });
+      }
       if (value) *value = nan;
       return;
     }

@@ -7,8 +7,10 @@
 
 #include "cuda/cost.cu"
 #include "cuda/envelope.cu"
+#include "cuda/implicit.cu"
 #include "cuda/plan.cpp"
 #include "cuda/solve.cu"
+#include "cuda/unrolled.cu"
 
 namespace {
 
@@ -136,6 +138,52 @@ void envelope(const EnvelopeCall* calls, int64_t count, double eps, int objectiv
   cuda::envelope_backward(memory.context(), groups, eps, static_cast<Objective>(objective));
 }
 
+struct GradientCall {
+  int64_t batch, n, m, L, symmetric, balanced;
+  double coefficient, rho_x, rho_y;
+  const void *C, *a, *b, *f, *g, *grad, *grad_f, *grad_g, *trace, *start;
+  void *grad_C, *grad_a, *grad_b, *P;
+  double* status;  // null: the unrolled gradient, else the implicit one
+};
+
+template <typename T, typename Group>
+Group gradient_group(const GradientCall& c) {
+  Group group{};
+  group.batch = c.batch, group.n = c.n, group.m = c.m;
+  group.C = static_cast<const T*>(c.C);
+  group.a = static_cast<const T*>(c.a), group.b = static_cast<const T*>(c.b);
+  group.f = static_cast<const T*>(c.f), group.g = static_cast<const T*>(c.g);
+  group.grad = static_cast<const T*>(c.grad);
+  group.grad_f = static_cast<const T*>(c.grad_f), group.grad_g = static_cast<const T*>(c.grad_g);
+  group.coefficient = static_cast<T>(c.coefficient);
+  group.grad_C = static_cast<T*>(c.grad_C);
+  group.grad_a = static_cast<T*>(c.grad_a), group.grad_b = static_cast<T*>(c.grad_b);
+  group.strength = {c.rho_x, c.rho_y, c.balanced != 0};
+  return group;
+}
+
+template <typename T>
+void gradient(const GradientCall* calls, int64_t count, double eps, Objective objective) {
+  std::vector<UnrolledGroup<T>> unrolled;
+  std::vector<ImplicitGroup<T>> implicit;
+  for (const GradientCall* c = calls; c < calls + count; ++c) {
+    if (c->status == nullptr) {
+      unrolled.push_back(gradient_group<T, UnrolledGroup<T>>(*c));
+      unrolled.back().L = c->L;
+      unrolled.back().trace = static_cast<const T*>(c->trace);
+      unrolled.back().start = static_cast<const T*>(c->start);
+    } else {
+      implicit.push_back(gradient_group<T, ImplicitGroup<T>>(*c));
+      implicit.back().symmetric = c->symmetric != 0;
+      implicit.back().P = static_cast<T*>(c->P);
+      implicit.back().status = c->status;
+    }
+  }
+  Memory memory;
+  if (!unrolled.empty()) cuda::unrolled_backward(memory.context(), unrolled, eps, objective);
+  if (!implicit.empty()) cuda::implicit_backward(memory.context(), implicit, eps, objective);
+}
+
 }  // namespace
 
 extern "C" {
@@ -171,6 +219,15 @@ int engine_envelope(int is_double, const EnvelopeCall* calls, int64_t count, dou
   return guarded([&] {
     is_double ? envelope<double>(calls, count, eps, objective)
               : envelope<float>(calls, count, eps, objective);
+  });
+}
+
+int engine_gradient(int is_double, const GradientCall* calls, int64_t count, double eps,
+                    int objective) {
+  return guarded([&] {
+    const Objective which = static_cast<Objective>(objective);
+    is_double ? gradient<double>(calls, count, eps, which)
+              : gradient<float>(calls, count, eps, which);
   });
 }
 
