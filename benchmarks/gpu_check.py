@@ -130,6 +130,8 @@ def main() -> int:
     for module, peer in PEERS.items():
         if importlib.util.find_spec(module) is None:
             report.skip(f"benchmark against {peer}", "it is not installed")
+    gradients = [sys.executable, "-m", "benchmarks.gradient_modes", "--device", "cuda"]
+    report.run("gradients against iterations", gradients)
     suites = ["iteration", "divergence"]
     for suite in suites:
         benchmark = [sys.executable, "-m", "benchmarks.run", suite, "--device", "cuda"]

@@ -7,7 +7,10 @@ Three measurements, printed and kept in ``benchmarks/results/gradient_modes.json
 - memory: what one loss and its gradient add to the peak memory, n = m = 1000, d = 64, 200
   iterations, against autograd through the same iterations written in torch; each in a process of
   its own.
-- time: the backward pass over the forward pass of the same iterations.
+- time: the backward pass over the forward pass of the same iterations, and an implicit gradient
+  with its number of conjugate-gradient steps.
+
+``--device cuda`` measures time only, on a GPU, and keeps it in a folder of that name.
 """
 
 from __future__ import annotations
@@ -16,7 +19,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from torch import Tensor, inf
 import otloss
 from benchmarks.environment import record
 from benchmarks.memory import resident_peak
+from benchmarks.timing import Timer
 from otloss import ops
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,39 +143,40 @@ def memory(n: int = 1000, d: int = 64, L: int = 200) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------ time
 
 
-def fastest(function: Callable[[], Any], repetitions: int = 9) -> float:
-    function()
-    times = []
-    for _ in range(repetitions):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def fastest(function: Callable[[], Any], device: torch.device, repetitions: int = 9) -> float:
+    timer = Timer(device)
+    timer.seconds(function)
+    return min(timer.seconds(function) for _ in range(repetitions))
 
 
-def times(L: int = 50) -> list[dict[str, Any]]:
-    """Nanoseconds per entry and iteration, forward with trace and backward, one thread."""
+def times(device: torch.device, sizes: tuple[int, ...], L: int = 50) -> list[dict[str, Any]]:
+    """Nanoseconds per entry and iteration, forward with trace and backward; steps of implicit."""
     rows = []
     for dtype in (torch.float32, torch.float64):
-        for n in (128, 256, 512, 1000):
-            x, y = clouds(n, 16, dtype)
-            costs = ops.cost([x.detach()[None], y[None]], [], [0, 1], 0)
-            a = torch.full((1, n), 1 / n, dtype=dtype)
+        for n in sizes:
+            x, y = (t.detach().to(device) for t in clouds(n, 16, dtype))
+            costs = ops.cost([x[None], y[None]], [], [0, 1], 0)
+            a = torch.full((1, n), 1 / n, dtype=dtype, device=device)
             head, tail = (costs, [a, a], [0, 1], [1.0]), (0, [1], True)
+            one = torch.ones(1, dtype=dtype, device=device)
 
-            def forward(
-                head: Any = head,
-            ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+            def forward(head: Any = head) -> tuple[Tensor, ...]:
                 return ops.solve(*head, [], 4.0, inf, inf, 1e-3, 1, L, 0, True)
 
-            traces, one = forward()[4], torch.ones(1, dtype=dtype)
+            _, _, f, g, traces = forward()
 
             def backward(
                 head: Any = head, tail: Any = tail, traces: Any = traces, one: Tensor = one
             ) -> Any:
                 return ops.unrolled_backward(one, [], [], *head, [], traces, 4.0, inf, inf, *tail)
 
-            there, back = fastest(forward), fastest(backward)
+            def implicit(
+                head: Any = head, f: Any = f, g: Any = g, one: Tensor = one
+            ) -> tuple[Tensor, ...]:
+                return ops.implicit_backward(one, [], [], *head, f, g, 4.0, inf, inf, 1, [1], True)
+
+            there, back = fastest(forward, device), fastest(backward, device)
+            steps = int(implicit()[3][0, 0, 0])
             scale = 1e9 / (n * n * L)
             rows.append(
                 {
@@ -181,6 +185,8 @@ def times(L: int = 50) -> list[dict[str, Any]]:
                     "forward_ns": there * scale,
                     "backward_ns": back * scale,
                     "ratio": back / there,
+                    "implicit_s": fastest(implicit, device),
+                    "implicit_steps": steps,
                 }
             )
     return rows
@@ -189,6 +195,7 @@ def times(L: int = 50) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--child", nargs=4, metavar=("WHICH", "N", "D", "L"))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -196,16 +203,23 @@ def main() -> None:
         which, *sizes = arguments.child
         child(which, *map(int, sizes))
         return
-    result = {"error": errors(), "memory": memory(), "time": times()}
-    draw(result["error"])
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    environment = record({}, torch.device("cpu")) | {"command": f"python -m {__spec__.name}"}
+    device, out = torch.device(arguments.device), arguments.out
+    if device.type == "cuda":
+        result: dict[str, Any] = {"time": times(device, (200, 1000, 2000, 4000))}
+        out = out / device.type
+    else:
+        time = times(device, (128, 256, 512, 1000))
+        result = {"error": errors(), "memory": memory(), "time": time}
+        draw(result["error"])
+    out.mkdir(parents=True, exist_ok=True)
+    environment = record({}, device) | {"command": f"python -m {__spec__.name}"}
     document = {"environment": environment, "result": result}
-    (arguments.out / "gradient_modes.json").write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(result["memory"], indent=1))
+    (out / "gradient_modes.json").write_text(json.dumps(document, indent=1) + "\n")
+    if "memory" in result:
+        print(json.dumps(result["memory"], indent=1))
     for row in result["time"]:
         print(row)
-    for key, value in result["error"].items():
+    for key, value in result.get("error", {}).items():
         print(key, [f"{v:.1e}" if isinstance(v, float) else v for v in value]
               if isinstance(value, list) else value)  # fmt: skip
 
