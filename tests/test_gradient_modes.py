@@ -426,7 +426,7 @@ def test_operations_agree_with_their_reference(
     *found, status = ops.implicit_backward(*arguments)
     *expected, _ = reference.implicit_backward(*arguments)
     for p, q in zip(found, expected, strict=True):
-        assert relative(p, q) < 1e-9
+        assert relative(p, q) < 1e-8  # a residual of 1e-13 times the system's condition
     assert status.shape == (3, 2, 2)
     assert bool((status[..., 0] > 0).all())
     assert float(status[..., 1].max()) < 1e-12
