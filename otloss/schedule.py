@@ -13,11 +13,9 @@ __all__ = ["choose_method", "dense_budget"]
 # environment variable or by assignment, `otloss.schedule.dense_budget = 1 << 30`.
 dense_budget = int(os.environ.get("OTLOSS_DENSE_BUDGET", 1 << 30))
 
-# Above this dimension making a cost again takes longer than reading it: what fits is kept.
-STREAMED_DIMS = 8
-
-# Below this many bytes a stored matrix stays near and is faster whatever the dimension.
-CACHED_BYTES = 1 << 22
+# Where making a cost again is faster than reading it: up to so many dimensions, and for matrices of
+# more than so many bytes. A matrix that stays in the second cache is only slower than that to make.
+STREAMED_FROM = {4: 1 << 20, 16: 12 << 20}
 
 
 def choose_method(points: Sequence[Tensor], sizes: Sequence[tuple[int, int]], itemsize: int) -> str:
@@ -25,4 +23,5 @@ def choose_method(points: Sequence[Tensor], sizes: Sequence[tuple[int, int]], it
     shape, bytes_of = points[0].shape, [n * m * itemsize for n, m in sizes]
     if sum(bytes_of) * (shape[0] if len(shape) == 3 else 1) > dense_budget:
         return "streamed"
-    return "streamed" if shape[-1] <= STREAMED_DIMS and max(bytes_of) > CACHED_BYTES else "dense"
+    least = [least for dims, least in STREAMED_FROM.items() if shape[-1] <= dims]
+    return "streamed" if least and max(bytes_of) > min(least) else "dense"
