@@ -18,10 +18,21 @@ dense_budget = int(os.environ.get("OTLOSS_DENSE_BUDGET", 1 << 30))
 STREAMED_FROM = {4: 1 << 20, 16: 12 << 20}
 
 
-def choose_method(points: Sequence[Tensor], sizes: Sequence[tuple[int, int]], itemsize: int) -> str:
-    """``"dense"`` or ``"streamed"`` for pairs of ``sizes`` (n, m) over ``points`` (B, n, d)."""
+def choose_method(
+    points: Sequence[Tensor],
+    sizes: Sequence[tuple[int, int]],
+    itemsize: int,
+    *,
+    many_passes_back: bool = False,
+) -> str:
+    """``"dense"`` or ``"streamed"`` for pairs of ``sizes`` (n, m) over ``points`` (B, n, d).
+
+    ``many_passes_back``: whether the gradient will go over the costs again and again, which pays
+    for a matrix that fits.
+    """
     shape, bytes_of = points[0].shape, [n * m * itemsize for n, m in sizes]
     if sum(bytes_of) * (shape[0] if len(shape) == 3 else 1) > dense_budget:
         return "streamed"
     least = [least for dims, least in STREAMED_FROM.items() if shape[-1] <= dims]
-    return "streamed" if least and max(bytes_of) > min(least) else "dense"
+    faster = bool(least) and max(bytes_of) > min(least) and not many_passes_back
+    return "streamed" if faster else "dense"

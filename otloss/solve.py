@@ -132,7 +132,15 @@ def streams(problem: Problem, pairs: list[int], options: Options) -> bool:
         (problem.weights[i].shape[1], problem.weights[j].shape[1])
         for i, j in reference.as_pairs(pairs)
     ]
-    return choose_method(problem.points, sizes, problem.weights[0].element_size()) == "streamed"
+    backward = _choose_backward(options)
+    regularized = options.objective == "regularized"
+    chosen = choose_method(
+        problem.points,
+        sizes,
+        problem.weights[0].element_size(),
+        many_passes_back=backward == "unrolled" or (backward == "implicit" and not regularized),
+    )
+    return chosen == "streamed"
 
 
 def _has_kernels(options: Options, problem: Problem) -> bool:

@@ -125,10 +125,16 @@ def test_the_gaussian_start_saves_passes(rng: torch.Generator) -> None:
 
 
 def test_auto_keeps_matrices_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    points, sizes = [torch.zeros(10, 3)], [(1000, 1000)]
+    points, sizes = [torch.zeros(10, 30)], [(1000, 1000)]
     assert schedule.choose_method(points, sizes, 4) == "dense"
     monkeypatch.setattr(schedule, "dense_budget", 3_999_999)
     assert schedule.choose_method(points, sizes, 4) == "streamed"
+
+
+def test_auto_streams_few_dimensions_unless_the_gradient_takes_many_passes() -> None:
+    points, sizes = [torch.zeros(10, 3)], [(1000, 1000)]
+    assert schedule.choose_method(points, sizes, 4) == "streamed"
+    assert schedule.choose_method(points, sizes, 4, many_passes_back=True) == "dense"
 
 
 def test_memory_does_not_grow_with_the_matrix() -> None:
