@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.timing import Timer
 
-NAMES = ("iteration", "overhead", "accuracy", "passes", "training_step", "memory")
+NAMES = ("iteration", "costs", "overhead", "accuracy", "passes", "training_step", "memory")
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,14 @@ void for_each_row(int64_t batch, int64_t rows, int64_t width, F&& function) {
 
 // ------------------------------------------------------------------------------------- clouds
 
+template <typename T>
+OTLOSS_INLINE void add_row_body(int64_t d, const T* x, double* sum) {
+#pragma omp simd
+  for (int64_t k = 0; k < d; ++k) sum[k] += static_cast<double>(x[k]);
+}
+OTLOSS_SIMD void add_row(int64_t d, const float* x, double* sum) { add_row_body(d, x, sum); }
+OTLOSS_SIMD void add_row(int64_t d, const double* x, double* sum) { add_row_body(d, x, sum); }
+
 // The mean, over all clouds, of the points of positive weight: any centre is right, a near one
 // keeps digits. Accumulated in double.
 template <typename T>
@@ -47,8 +55,7 @@ std::vector<T> centre(const std::vector<CloudGroup<T>>& clouds, int64_t p) {
   for (const CloudGroup<T>& cloud : clouds)
     for (int64_t i = 0; i < cloud.n; ++i) {
       if (cloud.weight && !(cloud.weight[p * cloud.n + i] > T(0))) continue;
-      const T* x = cloud.x + (p * cloud.n + i) * d;
-      for (int64_t k = 0; k < d; ++k) sum[k] += static_cast<double>(x[k]);
+      add_row(d, cloud.x + (p * cloud.n + i) * d, sum.data());
       ++count;
     }
   std::vector<T> mean(d);
