@@ -40,16 +40,18 @@ struct AdjointGroup : UnrolledGroup<T> {
   double* masses;  // (B, 2) of a and b
 };
 
-// The totals of the weights, and the weights b that the iterations ran with.
+// The totals of the weights a, and of the weights b that the iterations ran with: if balanced,
+// those given, scaled to the total of a.
 struct Masses {
-  double a, b;
-  bool balanced;
+  double a, b, ratio;
+
+  OTLOSS_HOST_DEVICE Masses(double of_a, double given_b, bool balanced)
+      : a(of_a), b(balanced ? of_a : given_b), ratio(balanced ? of_a / given_b : 1.0) {}
 
   template <typename T>
   OTLOSS_HOST_DEVICE T scaled(T b_j) const {
-    return balanced ? static_cast<T>(static_cast<double>(b_j) * (a / b)) : b_j;
+    return static_cast<T>(static_cast<double>(b_j) * ratio);
   }
-  OTLOSS_HOST_DEVICE double used_b() const { return balanced ? a : b; }
 };
 
 template <typename T>
@@ -112,7 +114,7 @@ struct FactorKernel {
       sums[2] += b[j] > T(0) && !(change(j) < limit) ? 1 : 0;
     }
     block_sum<kThreads>(block, sums, block.template shared<double>());
-    const Masses masses{sums[0], sums[1], p.strength.balanced};
+    const Masses masses(sums[0], sums[1], p.strength.balanced);
     const bool apart = sums[2] > 0;
     T* w = p.w + (batch * p.L + l) * p.m;
     for (int64_t j = block.thread(); j < p.m; j += kThreads) {
@@ -307,7 +309,7 @@ class Adjoint {
     x_ = row_penalty(p), y_ = column_penalty(p);
     damp_f_ = x_.damping(eps_), damp_g_ = y_.damping(eps_);
     k_ = static_cast<T>(kLog2E / eps_);
-    masses_ = {p.masses[2 * batch], p.masses[2 * batch + 1], p.strength.balanced};
+    masses_ = Masses(p.masses[2 * batch], p.masses[2 * batch + 1], p.strength.balanced);
     a_ = p.a + batch * p.n + row;
     b_ = p.b + batch * p.m;
     f_bar_ = kernel_.f_bar + team_.index() * rows + row;
@@ -351,7 +353,7 @@ class Adjoint {
       team_.for_rows([&](int i) {
         const double v = static_cast<double>(f[i]);
         f_bar_[i] = static_cast<T>(scale * x_.share(v)) * a_[i];
-        a_bar_[i] = scale * (x_.dual(v) + eps * masses_.used_b());
+        a_bar_[i] = scale * (x_.dual(v) + eps * masses_.b);
       });
       team_.for_columns([&](int j) {
         const double v = static_cast<double>(g[j]), share = y_.share(v);
@@ -413,7 +415,7 @@ class Adjoint {
   Penalty x_, y_;
   double damp_f_, damp_g_;
   T k_;
-  Masses masses_;
+  Masses masses_{0, 0, false};
   const T* tile_;  // (rows, m)
   const T* a_;     // (rows,)
   const T* b_;     // (m,)
@@ -548,7 +550,7 @@ struct AccumulateKernel {
   OTLOSS_DEVICE void add_transport(const AdjointGroup<T>& p, int64_t batch, int64_t row,
                                    int64_t column, const T (&cost)[kRows][kColumns],
                                    T (&sum)[kRows][kColumns]) const {
-    const Masses masses{p.masses[2 * batch], p.masses[2 * batch + 1], p.strength.balanced};
+    const Masses masses(p.masses[2 * batch], p.masses[2 * batch + 1], p.strength.balanced);
     const T *a = p.a + batch * p.n, *b = p.b + batch * p.m;
     const T *f = trace_f(p, batch, p.L - 1), *g = trace_g(p, batch, p.L - 1);
     const T k = static_cast<T>(kLog2E / eps), s = p.coefficient * p.grad[batch];
