@@ -1,5 +1,6 @@
 """otloss: differentiable optimal-transport losses for PyTorch, with fused C++ and CUDA kernels."""
 
+from otloss import distributed
 from otloss._check import ConvergenceWarning
 from otloss.losses import (
     cost_matrix,
@@ -27,6 +28,7 @@ __all__ = [
     "SinkhornDivergence",
     "SinkhornLoss",
     "cost_matrix",
+    "distributed",
     "energy_distance",
     "minibatch_energy_distance",
     "show_config",

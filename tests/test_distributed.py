@@ -1,0 +1,139 @@
+"""The loss of points spread over processes against one process with all of them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import otloss
+import otloss.distributed
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch has no torch.distributed")
+
+COSTS = ["sqeuclidean", "euclidean", "cosine"]
+Case = dict[str, Any]
+CASES: list[Case] = [
+    *(
+        {"cost": cost, "objective": objective, "n_iters": n_iters}
+        for cost, objective, n_iters in itertools.product(
+            COSTS, ["regularized", "transport"], [None, 3]
+        )
+    ),
+    {"dtype": torch.float32},
+    {"dtype": torch.float32, "d": 40, "eps": 20.0},
+    {"dtype": torch.bfloat16, "n_iters": 5},
+    {"weighted": True},
+    {"weighted": True, "n_iters": 4, "cost": "euclidean"},
+    {"eps": 0.02},
+    {"n": 3, "m": 50},
+]
+
+
+def clouds(case: Case) -> list[Tensor]:
+    """x, y, a, b."""
+    n, m, d = case.get("n", 41), case.get("m", 34), case.get("d", 3)
+    make = torch.Generator().manual_seed(n * m + d)
+    x, y, a, b = (
+        torch.rand(*shape, generator=make, dtype=torch.float64) + 0.1
+        for shape in ((n, d), (m, d), (n,), (m,))
+    )
+    a[1], b[2] = 0, 0
+    return [t.to(case.get("dtype", torch.float64)) for t in (x, 1.5 * y, a / a.sum(), b / b.sum())]
+
+
+def settings(case: Case) -> Case:
+    kept = {k: case[k] for k in ("cost", "objective", "n_iters") if k in case}
+    eps = case.get("eps", 0.1)
+    return {"eps": eps, "tol": 1e-9 if "dtype" not in case else 1e-5, "max_iters": 5000, **kept}
+
+
+def cuts(size: int, ranks: int) -> list[int]:
+    """Uneven shards: the first rank has one point."""
+    rest = size - 1
+    return [0, 1, *(1 + rest * k // (ranks - 1) for k in range(1, ranks))]
+
+
+def work(rank: int, ranks: int, folder: str) -> None:
+    """Every case on one rank: the loss and the gradients of its points."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
+    results = []
+    for case in CASES:
+        x, y, a, b = clouds(case)
+        n, m = (cuts(len(t), ranks)[rank : rank + 2] for t in (x, y))
+        x_local = x[n[0] : n[1]].requires_grad_()
+        y_local = y[m[0] : m[1]].requires_grad_()
+        weights = {}
+        if case.get("weighted"):
+            weights = {"a_local": a[n[0] : n[1]], "b_local": b[m[0] : m[1]]}
+        loss = otloss.distributed.sinkhorn_divergence(x_local, y_local, **settings(case), **weights)
+        loss.backward()
+        results.append((loss.detach(), x_local.grad, y_local.grad))
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(work, (request.param, str(folder)), nprocs=request.param)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: str(CASES[number]))
+def test_is_the_loss_of_one_process(results: list[Any], number: int) -> None:
+    case = CASES[number]
+    x, y, a, b = clouds(case)
+    leaves = [x.requires_grad_(), y.requires_grad_()]
+    weights = {"a": a, "b": b} if case.get("weighted") else {}
+    call = {"backward": "envelope", **settings(case), **weights}
+    loss = otloss.sinkhorn_divergence(*leaves, **call)
+    expected = torch.autograd.grad(loss, leaves)
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 2e-2}.get(x.dtype, 1e-6)
+    ranks = [rank[number] for rank in results]
+    for value, _, _ in ranks:
+        assert bool(value == ranks[0][0])
+        torch.testing.assert_close(value, loss.detach(), rtol=tolerance, atol=tolerance)
+    for side, grad in enumerate(expected):
+        found = torch.cat([rank[1 + side] for rank in ranks])
+        assert found.dtype == x.dtype
+        scale = float(grad.abs().max())
+        torch.testing.assert_close(found / scale, grad / scale, rtol=0, atol=tolerance)
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Any:
+    """A group of one rank, in this process."""
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_bad_input(alone: None) -> None:
+    loss = otloss.distributed.sinkhorn_divergence
+    x, y = torch.rand(5, 2), torch.rand(4, 2)
+    with pytest.raises(TypeError, match="cost must be a name"):
+        loss(x, y, 0.1, cost=torch.cdist)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="eps must be finite"):
+        loss(x, y, 0.0)
+    with pytest.raises(NotImplementedError, match="batches"):
+        loss(x[None], y[None], 0.1)
+    with pytest.raises(NotImplementedError, match="weights"):
+        loss(x, y, 0.1, a_local=torch.full((5,), 0.2).requires_grad_())
+    with pytest.raises(ValueError, match="same total mass"):
+        loss(x, y, 0.1, a_local=torch.ones(5))
+    with pytest.raises(ValueError, match=r"y_local\[1, 0\] is nan"):
+        loss(x, y.index_put((torch.tensor(1), torch.tensor(0)), torch.tensor(math.nan)), 0.1)
+    with pytest.warns(otloss.ConvergenceWarning, match="max_iters"):
+        loss(x, y, 0.01, tol=1e-7, max_iters=3)
+    leaf = x.requires_grad_()
+    (grad,) = torch.autograd.grad(loss(leaf, y, 0.1), leaf, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        grad.sum().backward()
