@@ -401,14 +401,6 @@ Strengths checked_strengths(const Device& device, double rho_x, double rho_y) {
   return rho;
 }
 
-// Only the CPU kernels make costs on the way.
-void check_stored(const Device& device, bool stored) {
-#if defined(OTLOSS_WITH_CUDA)
-  STD_TORCH_CHECK(stored || !device.is_cuda(), "otloss: the CUDA kernels need stored costs");
-#endif
-  static_cast<void>(device), static_cast<void>(stored);
-}
-
 using SolveResult = std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors>;
 
 // What both forms of solve share. `place(group, p, i, j)` says where the costs of pair p come from;
@@ -517,7 +509,6 @@ std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors, Tensors> solve_points(
   const Device device{points, weights, init};
   const CostKind kind = static_cast<CostKind>(kind_index);
   const Strengths rho = checked_strengths(device, rho_x, rho_y);
-  check_stored(device, dense);
   const SolveOptions options =
       solve_options(eps, tol, max_iters, n_iters, objective, !init.empty());
   return dispatch_dtype(points.at(0), [&](auto zero) {
@@ -727,7 +718,7 @@ void add_dense(const Device& device, const Solution& s, const Tensors& costs, Co
 
 // Without cost matrices: both sides of each pair apart, as rows.
 template <typename T>
-void add_streamed(const Solution& s, const Prepared& clouds, CostKind kind,
+void add_streamed(const Device& device, const Solution& s, const Prepared& clouds, CostKind kind,
                   const PointGradients<T>& grads) {
   const int64_t P = s.coefficients.size(), B = s.grad_loss.size(0), d = clouds.z.at(0).size(2);
   Tensors kept;
@@ -751,7 +742,7 @@ void add_streamed(const Solution& s, const Prepared& clouds, CostKind kind,
     side(p, i, j, s.f[p], s.g[p]);
     side(p, j, i, s.g[p], s.f[p]);
   }
-  cpu::point_gradient_sums(groups, s.eps);
+  OTLOSS_LAUNCH(device, point_gradient_sums, groups, s.eps);
   for (size_t k = 0; k < groups.size(); ++k)
     grads.add(receiver[k], groups[k].sum, groups[k].product);
 }
@@ -761,7 +752,6 @@ Tensors envelope_backward_points(Tensor grad_loss, Tensors costs, Tensors points
                                  Ints pairs, Doubles coefficients, Tensors f, Tensors g,
                                  int64_t kind_index, double eps, Ints wanted) {
   const Device device{{grad_loss}, costs, points, weights, f, g};
-  check_stored(device, !costs.empty());
   const CostKind kind = static_cast<CostKind>(kind_index);
   return dispatch_dtype(grad_loss, [&](auto zero) {
     using T = decltype(zero);
@@ -769,7 +759,7 @@ Tensors envelope_backward_points(Tensor grad_loss, Tensors costs, Tensors points
     const PointGradients<T> grads(device, clouds, kind, wanted);
     const Solution solution{grad_loss, weights, f, g, pairs, coefficients, eps};
     if (costs.empty())
-      add_streamed<T>(solution, clouds, kind, grads);
+      add_streamed<T>(device, solution, clouds, kind, grads);
     else
       add_dense<T>(device, solution, costs, kind, grads);
     return grads.result();

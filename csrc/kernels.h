@@ -296,6 +296,9 @@ void unrolled_backward(const Context& context, const std::vector<UnrolledGroup<T
 template <typename T>
 void implicit_backward(const Context& context, const std::vector<ImplicitGroup<T>>& groups,
                        double eps, Objective objective);
+template <typename T>
+void point_gradient_sums(const Context& context, const std::vector<PointGradientGroup<T>>& groups,
+                         double eps);
 
 }  // namespace cuda
 }  // namespace otloss

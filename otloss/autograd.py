@@ -600,7 +600,7 @@ class SolvePoints(torch.autograd.Function):
         higher, envelope = torch.is_grad_enabled(), _is_envelope(s, seeds)
         if envelope and not higher:
             gradients = _at_fixed_potentials
-        elif s.dense or _dense_bytes(s, solved.points) <= schedule.dense_budget:
+        elif s.dense or _dense_bytes(s, solved.points) <= schedule.budget(solved.points[0].device):
             gradients = _differentiable if higher else _through_costs
         elif envelope:
             gradients = _first_order_only

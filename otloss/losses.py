@@ -130,8 +130,8 @@ def sinkhorn_divergence(
             ``"auto"``: unrolled with ``n_iters``, else implicit, which is the envelope for the
             regularized objective. See docs/gradients.md.
         method: ``"dense"`` (cost matrices kept), ``"streamed"`` (never stored, memory O((n + m) d);
-            named costs on the CPU), ``"reference"`` (plain torch) or ``"auto"``: dense unless the
-            matrices exceed ``otloss.schedule.dense_budget`` or are slower.
+            named costs), ``"reference"`` (plain torch) or ``"auto"``: dense unless the matrices
+            exceed ``otloss.schedule.dense_budget`` or are slower.
 
     Returns:
         () or (B,), float32 or float64; differentiable in x, y, a and b, twice. Gradients come back

@@ -35,6 +35,7 @@ from torch import Tensor
 from otloss import reference
 
 __all__ = [
+    "CUDA_KERNELS",
     "NATIVE",
     "build_info",
     "cost",
@@ -114,6 +115,7 @@ def _load_native() -> Any:
 
 _native = _load_native()
 NATIVE = _native is not None
+CUDA_KERNELS = NATIVE and bool(_native.build_info()["cuda_architectures"])
 
 
 def build_info() -> dict[str, str]:

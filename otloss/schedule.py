@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-__all__ = ["choose_method", "dense_budget"]
+__all__ = ["budget", "choose_method", "dense_budget"]
 
-# Cost matrices that together take more bytes than this are not stored. Set it through the
-# environment variable or by assignment, `otloss.schedule.dense_budget = 1 << 30`.
-dense_budget = int(os.environ.get("OTLOSS_DENSE_BUDGET", 1 << 30))
+# Cost matrices that together take more bytes than this are not stored; on a GPU, where it is left
+# at this default, more than CUDA_SHARE of the memory. Set it through the environment variable or by
+# assignment, `otloss.schedule.dense_budget = 1 << 30`.
+DEFAULT_BUDGET = 1 << 30
+dense_budget = int(os.environ.get("OTLOSS_DENSE_BUDGET", DEFAULT_BUDGET))
+CUDA_SHARE = 0.25
 
-# Where making a cost again is faster than reading it: up to so many dimensions, and for matrices of
-# more than so many bytes. A matrix that stays in the second cache is only slower than that to make.
-STREAMED_FROM = {4: 1 << 20, 16: 12 << 20}
+# Where making a cost again is faster than reading it, on each kind of device: up to so many
+# dimensions, and for matrices of more than so many bytes. A matrix that stays in the second cache
+# (in the multiprocessors) is only slower than that to make.
+STREAMED_FROM = {"cpu": {4: 1 << 20, 16: 12 << 20}, "cuda": {3: 1 << 25}}
 
 
 def choose_method(
@@ -30,9 +35,21 @@ def choose_method(
     ``many_passes_back``: whether the gradient will go over the costs again and again, which pays
     for a matrix that fits.
     """
-    shape, bytes_of = points[0].shape, [n * m * itemsize for n, m in sizes]
-    if sum(bytes_of) * (shape[0] if len(shape) == 3 else 1) > dense_budget:
+    shape, device = points[0].shape, points[0].device
+    if device.type == "cuda":
+        forced = os.environ.get("OTLOSS_CUDA_REGIME") or "auto"
+        if forced != "auto":
+            return "streamed" if forced == "streamed" else "dense"
+    bytes_of = [n * m * itemsize for n, m in sizes]
+    if sum(bytes_of) * (shape[0] if len(shape) == 3 else 1) > budget(device):
         return "streamed"
-    least = [least for dims, least in STREAMED_FROM.items() if shape[-1] <= dims]
+    least = [least for dims, least in STREAMED_FROM[device.type].items() if shape[-1] <= dims]
     faster = bool(least) and max(bytes_of) > min(least) and not many_passes_back
     return "streamed" if faster else "dense"
+
+
+def budget(device: torch.device) -> int:
+    """Bytes that the cost matrices of a call may take together."""
+    if device.type == "cuda" and dense_budget == DEFAULT_BUDGET:
+        return int(CUDA_SHARE * torch.cuda.get_device_properties(device).total_memory)
+    return dense_budget

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import otloss
-from otloss import ops
+from otloss import ops, schedule
 
 CUDA_BUILT = bool(ops.build_info().get("cuda_architectures"))
 
@@ -22,7 +22,7 @@ pytestmark = [
 
 COSTS = ["sqeuclidean", "euclidean", "cosine"]
 DTYPES = [torch.float32, torch.float64]
-REGIMES = ["auto", "block", "cluster", "grid", "dense"]
+REGIMES = ["auto", "block", "cluster", "grid", "dense", "streamed"]
 # Envelope, unrolled and implicit gradients.
 MODES: list[dict[str, Any]] = [{}, {"n_iters": 7}, {"objective": "transport"}]
 SIZES = [(1, 1), (7, 300), (64, 64), (200, 190), (700, 650), (1500, 1600)]
@@ -314,3 +314,42 @@ def test_refuses_a_regime_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -
     x, y, _, _ = (t.cuda() for t in clouds(10, 9))
     with pytest.raises(RuntimeError, match="OTLOSS_CUDA_REGIME"):
         otloss.sinkhorn_loss(x, y, 1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("d", [2, 17, 70])
+def test_streamed_solves_and_gradients(cost: str, d: int, dtype: torch.dtype) -> None:
+    x, y, a, b = clouds(2100, 3300, d, dtype)
+    eps = 0.1 * float(otloss.cost_matrix(x, y, cost).mean())
+
+    def loss(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        call = {"a": a, "b": b, "cost": cost, "tol": 1e-5, "method": "streamed"}
+        return otloss.sinkhorn_divergence(x, y, eps, **call)
+
+    value, grads = gradients(loss, (x, y, a, b), "cuda")
+    expected, expected_grads = gradients(loss, (x, y, a, b), "cpu")
+    torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-3 * eps)
+    for grad, true in zip(grads[:2], expected_grads[:2], strict=True):
+        scale = float(true.abs().max())
+        torch.testing.assert_close(grad / scale, true / scale, rtol=0, atol=3e-3)
+
+
+def test_streamed_stores_no_matrix() -> None:
+    """60 000 x 60 000 float32 costs would take 14 GB."""
+    x, y = (torch.rand(60_000, 3, device="cuda") for _ in range(2))
+    x.requires_grad_()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    otloss.sinkhorn_loss(x, y, 0.1, n_iters=2, backward="envelope", method="streamed").backward()
+    assert torch.cuda.max_memory_allocated() - before < 100e6
+    assert bool(x.grad is not None and x.grad.isfinite().all())
+
+
+def test_auto_streams_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OTLOSS_CUDA_REGIME", raising=False)
+    x = torch.empty(1, 10, 64, device="cuda")
+    memory = torch.cuda.get_device_properties(0).total_memory
+    n = math.isqrt(memory // 16)
+    assert schedule.choose_method([x], [(n // 2, n)], 4) == "dense"
+    assert schedule.choose_method([x], [(2 * n, n)], 4) == "streamed"

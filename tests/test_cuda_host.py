@@ -49,7 +49,10 @@ def _fields(integers: str, pointers: str) -> list[tuple[str, type]]:
 
 
 class SolveCall(Call):
-    _fields_ = _fields("batch n m symmetric", "C a b f g trace value status")
+    _fields_ = [
+        *_fields("batch n m symmetric", "C a b f g trace value status"),
+        *_fields("kind d", "zx zy hx hy"),
+    ]
 
 
 class CostCall(Call):
@@ -140,6 +143,33 @@ def solved(
     )  # fmt: skip
 
 
+class PointGradientCall(Call):
+    _fields_ = [
+        *_fields("batch n m symmetric kind d", ""),
+        ("coefficient", ctypes.c_double),
+        *_fields("", "zx zy hx hy a b f g grad sum product"),
+    ]
+
+
+class Cloud:
+    """Points made ready, as csrc/cuda/cost.cu does: centred, or of norm 1."""
+
+    def __init__(self, points: list[Tensor], kind: int) -> None:
+        self.kind = kind
+        if kind == 2:
+            self.norm = [x.norm(dim=-1) for x in points]
+            self.z = [torch.nn.functional.normalize(x, dim=-1) for x in points]
+        else:
+            centre = torch.cat(points, 1).mean(1, keepdim=True)
+            self.z = [(x - centre).contiguous() for x in points]
+            self.norm = [z.square().sum(-1) for z in self.z]
+
+    def pair(self, i: int, j: int) -> dict[str, object]:
+        z, norm = self.z, self.norm
+        sides = {"zx": z[i], "zy": z[j], "hx": norm[i], "hy": norm[j]}
+        return {"kind": self.kind, "d": z[0].shape[-1], **sides}
+
+
 class Engine:
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
@@ -156,7 +186,7 @@ class Engine:
 
     def solve(
         self,
-        costs: list[Tensor],
+        costs: list[Tensor] | Cloud,
         weights: list[Tensor],
         pairs: list[int],
         eps: float,
@@ -168,7 +198,8 @@ class Engine:
         init: list[Tensor] | None = None,
         trace: bool = False,
     ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-        P, B, like = len(costs), costs[0].shape[0], costs[0]
+        """Of cost matrices per pair, or of points, without matrices."""
+        P, B, like = len(pairs) // 2, weights[0].shape[0], weights[0]
         values = like.new_full((P, B), math.nan)
         status = torch.full((P, B, 4), math.nan, dtype=torch.float64)
         calls, all_f, all_g, traces = [], [], [], []
@@ -185,7 +216,7 @@ class Engine:
                     n=n,
                     m=m,
                     symmetric=int(i == j),
-                    C=costs[p],
+                    **(costs.pair(i, j) if isinstance(costs, Cloud) else {"C": costs[p]}),
                     a=weights[i],
                     b=weights[j],
                     f=all_f[p],
@@ -810,3 +841,199 @@ def test_gradients_of_what_is_not_finite(engine: Engine, regime: str, implicit: 
     if implicit:
         residual = rest[2][0, :, 1]
         assert bool(residual[0].isfinite() and residual[1].isnan())
+
+
+# ---------------------------------------------------------------------------------- streamed
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [0, 1, 2])
+@pytest.mark.parametrize("d", [1, 3, 16, 17, 70])
+@pytest.mark.parametrize("eps", [1.0, 0.1])
+def test_solves_points(engine: Engine, dtype: torch.dtype, kind: int, d: int, eps: float) -> None:
+    points, weights = clouds(dtype, d=d)
+    points[1][:, 4] = points[0][:, 5]  # coincident points
+    if kind != 2:  # far from the origin
+        points = [x + 10 for x in points]
+    costs = reference.cost(points, [], DIVERGENCE, kind)
+    scale = float(costs[0].mean())
+    values, status, f, g, _ = engine.solve(
+        Cloud(points, kind), weights, DIVERGENCE, eps * scale, tol=1e-5
+    )
+    expected, true_f, true_g = truth(costs, weights, DIVERGENCE, eps * scale)
+    assert bool((status[..., 2] == 1).all())
+    for p, (i, j) in enumerate(reference.as_pairs(DIVERGENCE)):
+        torch.testing.assert_close(values[p].double(), expected[p], rtol=2e-5, atol=2e-5 * scale)
+        assert spread(f[p], true_f[p], weights[i]) < 1e-3 * scale
+        assert spread(g[p], true_g[p], weights[j]) < 1e-3 * scale
+        assert bool((f[p][weights[i] == 0] == 0).all() and (g[p][weights[j] == 0] == 0).all())
+        assert bool((status[p, :, 3] >= costs[p].amax((1, 2)) * (1 - 1e-5)).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("n", "m"), [(1, 1), (1, 9), (9, 1), (3, 700), (700, 3), (64, 64), (17, 1100), (2500, 40)]
+)
+@pytest.mark.parametrize("d", [2, 50])
+def test_shapes_of_points(engine: Engine, n: int, m: int, d: int, dtype: torch.dtype) -> None:
+    points, weights = clouds(dtype, 1, n, m, d)
+    costs = reference.cost(points, [], [0, 1], 1)
+    values, status, *_ = engine.solve(Cloud(points, 1), weights, [0, 1], 1.0, tol=1e-5)
+    expected, *_ = truth(costs, weights, [0, 1], 1.0)
+    assert bool((status[..., 2] == 1).all())
+    torch.testing.assert_close(values[0].double(), expected[0], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [0, 1, 2])
+@pytest.mark.parametrize("fraction", [1.0, 1e-3])
+def test_fixed_iterations_of_points(
+    engine: Engine, dtype: torch.dtype, kind: int, fraction: float
+) -> None:
+    """From a cold start at small eps most sums underflow and are made again."""
+    points, weights = clouds(dtype, d=5)
+    costs = reference.cost(points, [], DIVERGENCE, kind)
+    eps = fraction * float(costs[0].mean())
+    _, status, f, _, traces = engine.solve(
+        Cloud(points, kind), weights, DIVERGENCE, eps, n_iters=4, trace=True
+    )
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-9
+    for p, (i, j) in enumerate(reference.as_pairs(DIVERGENCE)):
+        C, a, b = costs[p], weights[i], weights[j]
+        true_g = torch.zeros_like(b)
+        for step in range(4):
+            true_f = torch.where(a > 0, reference.softmin(eps, C, true_g, b), 0.0)
+            true_g = torch.where(b > 0, reference.softmin(eps, C.mT, true_f, a), 0.0)
+            expected = torch.cat([true_f, true_g], -1)
+            scale = float(expected.abs().max())
+            torch.testing.assert_close(traces[p][:, step], expected, rtol=0, atol=tolerance * scale)
+        assert bool((f[p] == traces[p][:, -1, : f[p].shape[1]]).all())
+    assert bool((status[..., 0] == 4).all())
+
+
+@pytest.mark.parametrize("d", [3, 30])
+def test_small_eps_on_points(engine: Engine, d: int) -> None:
+    points, weights = clouds(torch.float32, 1, 50, 45, d)
+    points = [100 * x for x in points]
+    costs = reference.cost(points, [], DIVERGENCE, 1)
+    values, status, *_ = engine.solve(
+        Cloud(points, 1), weights, DIVERGENCE, 2.0, tol=1e-3, max_iters=3000
+    )
+    expected, *_ = truth(costs, weights, DIVERGENCE, 2.0)
+    assert bool((status[..., 2] == 1).all())
+    for p in range(3):
+        torch.testing.assert_close(values[p].double(), expected[p], rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2])
+@pytest.mark.parametrize("d", [3, 30])
+def test_transport_objective_of_points(engine: Engine, kind: int, d: int) -> None:
+    points, weights = clouds(torch.float64, d=d)
+    costs = reference.cost(points, [], DIVERGENCE, kind)
+    eps = 0.1 * float(costs[0].mean())
+    values, _, f, g, _ = engine.solve(
+        Cloud(points, kind), weights, DIVERGENCE, eps, tol=1e-6, objective=1
+    )
+    for p, (i, j) in enumerate(reference.as_pairs(DIVERGENCE)):
+        P = reference.plan(eps, costs[p], f[p], g[p], weights[i], weights[j])
+        torch.testing.assert_close(values[p], (P * costs[p]).sum((1, 2)), rtol=1e-9, atol=1e-9)
+
+
+def test_points_that_are_not_finite(engine: Engine) -> None:
+    points, weights = clouds(torch.float32)
+    points[0][1, 4, 1] = math.nan
+    values, status, f, _, _ = engine.solve(Cloud(points, 0), weights, [0, 1], 1.0)
+    assert bool(values[0, 0].isfinite() and values[0, 1].isnan())
+    assert status[0, :, 2].tolist() == [1, 0]
+    assert bool(f[0][1].isnan().all() and status[0, 1, 3].isnan())
+
+
+@pytest.mark.parametrize("d", [3, 40])
+def test_order_of_threads_does_not_matter_to_points(engine: Engine, d: int) -> None:
+    points, weights = clouds(torch.float32, 2, 37, 350, d)
+    results = []
+    for order in range(3):
+        engine.configure(order=order)
+        values, status, f, g, _ = engine.solve(Cloud(points, 0), weights, DIVERGENCE, 2.0, tol=1e-4)
+        results.append([values, status, *f, *g])
+    for other in results[1:]:
+        assert all(bool((x == y).all()) for x, y in zip(results[0], other, strict=True))
+
+
+def test_many_problems_of_points(engine: Engine) -> None:
+    """More than there are multiprocessors: a block each, several one after the other."""
+    engine.configure(multiprocessors=3, capability=80, shared=163 * 1024)
+    points, weights = clouds(torch.float32, 7, 12, 10)
+    costs = reference.cost(points, [], [0, 1], 0)
+    values, status, *_ = engine.solve(Cloud(points, 0), weights, [0, 1], 0.5, tol=1e-5)
+    expected, *_ = truth(costs, weights, [0, 1], 0.5)
+    assert bool((status[..., 2] == 1).all())
+    torch.testing.assert_close(values[0].double(), expected[0], rtol=1e-5, atol=1e-5)
+
+
+def test_coordinates_in_chunks(engine: Engine) -> None:
+    """More coordinates than a stage of shared memory holds."""
+    engine.configure(shared=48 * 1024)
+    points, weights = clouds(torch.float32, 1, 150, 140, 130)
+    costs = reference.cost(points, [], [0, 1], 0)
+    values, status, *_ = engine.solve(Cloud(points, 0), weights, [0, 1], 30.0, tol=1e-5)
+    expected, *_ = truth(costs, weights, [0, 1], 30.0)
+    assert bool((status[..., 2] == 1).all())
+    torch.testing.assert_close(values[0].double(), expected[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_regime_that_stores_costs_is_refused_for_points(engine: Engine, regime: str) -> None:
+    points, weights = clouds(torch.float32)
+    with pytest.raises(RuntimeError, match=f"OTLOSS_CUDA_REGIME={regime} stores costs"):
+        engine.solve(Cloud(points, 0), weights, [0, 1], 0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [0, 1, 2])
+@pytest.mark.parametrize("d", [1, 3, 16, 40, 70])
+@pytest.mark.parametrize(("n", "m", "same"), [(40, 33, False), (35, 700, False), (150, 150, True)])
+def test_gradient_sums_of_points(
+    engine: Engine, dtype: torch.dtype, kind: int, d: int, n: int, m: int, same: bool
+) -> None:
+    points, weights = clouds(dtype, 2, n, m, d)
+    if same:
+        points, weights = [points[0]] * 2, [weights[0]] * 2
+    prepared = Cloud(points[: 2 - same], kind).pair(0, int(not same))
+    (a, b), zy = weights, prepared["zy"]
+    # Of the rounded points: the reciprocal of a small distance magnifies their rounding.
+    sides = [prepared["zx"].double(), zy.double()]
+    (C,) = reference.cost(sides[: 2 - same], [], [0, int(not same)], kind)
+    eps = 0.3 * float(C.mean()) + 0.01
+    f, g = eps * torch.randn(2, n, dtype=dtype), eps * torch.randn(2, m, dtype=dtype)
+    grad = torch.tensor([2.0, -0.5], dtype=dtype)
+    total, product = a.new_full((2, n), math.nan), a.new_full((2, n, d), math.nan)
+    call = PointGradientCall(
+        batch=2,
+        n=n,
+        m=m,
+        symmetric=int(same),
+        coefficient=-0.5,
+        a=a,
+        b=b,
+        f=f,
+        g=g,
+        grad=grad,
+        sum=total,
+        product=product,
+        **prepared,
+    )
+    engine.check(
+        engine.library.engine_point_gradients(
+            int(dtype == torch.float64), ctypes.byref(call), ctypes.c_int64(1), ctypes.c_double(eps)
+        )
+    )
+    P = reference.plan(eps, C, f.double(), g.double(), a.double(), b.double())
+    V = -0.5 * grad.double()[:, None, None] * P
+    if kind == 0:
+        V = 2 * V
+    elif kind == 1:
+        V = torch.where(C > 0, V / C, 0.0)
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-11
+    for got, expected in ((total, V.sum(-1)), (product, V @ zy.double())):
+        scale = float(expected.abs().max()) + 1e-30
+        torch.testing.assert_close(got.double() / scale, expected / scale, rtol=0, atol=tolerance)

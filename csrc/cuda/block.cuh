@@ -9,7 +9,9 @@
 // cluster_sync(), arrive_and_wait(counter, arrivals) (a barrier between blocks, called by one
 // thread of each); shuffle_xor(value, mask), shuffle(value, lane) and any(flag) within a warp;
 // shared<T>() (dynamic shared memory); load, store (global memory that other blocks write, past
-// L1).
+// L1); load_constant (16 bytes that nobody writes during the launch); copy_async(to, from, inside)
+// (16 bytes from global to shared memory, past L1, or zeros), commit_copies() and wait_for_copies()
+// (all of this thread's).
 #pragma once
 
 #include <cstddef>
@@ -93,6 +95,22 @@ class GpuBlock {
   __device__ void store(T* p, T value) const {
     __stcg(p, value);
   }
+
+  template <typename V>
+  __device__ V load_constant(const V* p) const {
+    static_assert(sizeof(V) == 16, "loads 16 bytes");
+    return bit_cast<V>(__ldg(reinterpret_cast<const uint4*>(p)));
+  }
+  template <typename T>
+  __device__ void copy_async(T* to, const T* from, bool inside) const {
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    const int bytes = inside ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
+                 "r"(bytes)
+                 : "memory");
+  }
+  __device__ void commit_copies() const { asm volatile("cp.async.commit_group;" ::: "memory"); }
+  __device__ void wait_for_copies() const { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
   template <typename T>
   __device__ T* shared() const {

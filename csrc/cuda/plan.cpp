@@ -19,6 +19,14 @@ constexpr double kClusterSync = 300;
 constexpr double kGridSync = 2000;
 constexpr double kSyncsPerPass = 4;
 
+// Streamed: instructions per entry beside those on its coordinates, at so many per clock; barriers
+// in a pass; and what problems lose that run side by side, since they need different numbers of
+// passes and the last one has the device to itself on its share of it only.
+constexpr double kEntryOperations = 8;
+constexpr double kOperations = 128;
+constexpr double kStreamedSyncs = 5;
+constexpr double kUneven = 1.5;
+
 constexpr int64_t kAlign = 16;
 
 int64_t ceil_to(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
@@ -47,6 +55,17 @@ SharedLayout lay_out(const Shape& shape, int columns_per_thread, int64_t rows, b
   return layout;
 }
 
+// All that is left of shared memory is for the two stages; vectors are in the workspace.
+SharedLayout lay_out_streamed(const Shape& shape, const Limits& limits) {
+  SharedLayout layout = lay_out(shape, kFewColumns, 0, false, false);
+  layout.sums = layout.bytes;
+  layout.tile = layout.sums + kStreamedSums * static_cast<int64_t>(sizeof(double));
+  const int64_t left = static_cast<int64_t>(limits.shared_per_block) - layout.tile;
+  layout.stage = left / (2 * shape.element) / kPackedAlign * kPackedAlign;
+  layout.bytes = layout.tile + 2 * layout.stage * shape.element;
+  return layout;
+}
+
 struct Candidate {
   Regime regime;
   Barrier barrier;
@@ -61,6 +80,7 @@ const char* name_of(Regime regime) {
     case Regime::kCluster: return "cluster";
     case Regime::kGrid: return "grid";
     case Regime::kDense: return "dense";
+    case Regime::kStreamed: return "streamed";
   }
   return "";
 }
@@ -104,19 +124,22 @@ SolvePlan complete(const Shape& shape, const Limits& limits, const Candidate& ca
 std::string SolvePlan::describe() const {
   return std::string(name_of(regime)) + ", " + std::to_string(team_size) +
          (team_size == 1 ? " block" : " blocks") + " per problem, " + std::to_string(teams) +
-         " at once, cost tile in " + (resident ? "shared" : "global") + " memory, " +
-         std::to_string(shared.bytes) + " bytes of shared memory, " +
+         " at once, " +
+         (regime == Regime::kStreamed
+              ? std::string("costs made on the way")
+              : std::string("cost tile in ") + (resident ? "shared" : "global") + " memory") +
+         ", " + std::to_string(shared.bytes) + " bytes of shared memory, " +
          std::to_string(static_cast<int64_t>(cycles)) + " cycles per pass predicted";
 }
 
 Regime forced_regime() {
   const char* text = std::getenv("OTLOSS_CUDA_REGIME");
   if (text == nullptr || *text == '\0') return Regime::kAuto;
-  for (const Regime regime :
-       {Regime::kAuto, Regime::kBlock, Regime::kCluster, Regime::kGrid, Regime::kDense})
+  for (const Regime regime : {Regime::kAuto, Regime::kBlock, Regime::kCluster, Regime::kGrid,
+                              Regime::kDense, Regime::kStreamed})
     if (std::string(text) == name_of(regime)) return regime;
   throw std::runtime_error(std::string("otloss: OTLOSS_CUDA_REGIME must be auto, block, cluster, "
-                                       "grid or dense, got ") +
+                                       "grid, dense or streamed, got ") +
                            text);
 }
 
@@ -155,6 +178,39 @@ SolvePlan choose_plan(const Shape& shape, const Limits& limits, Regime forced,
                                   ? std::string(": the rows of one block need more shared memory "
                                                 "than there is")
                                   : std::string(" with OTLOSS_CUDA_REGIME=") + name_of(forced)));
+  return best;
+}
+
+SolvePlan choose_streamed_plan(const Shape& shape, int64_t d, const Limits& limits, Regime forced) {
+  if (forced != Regime::kAuto && forced != Regime::kStreamed)
+    throw std::runtime_error(std::string("otloss: OTLOSS_CUDA_REGIME=") + name_of(forced) +
+                             " stores costs, but method=\"streamed\" was asked for");
+  const double element = static_cast<double>(shape.element);
+  // Both half passes, see docs/gpu.md.
+  const double operations =
+      2 * (kEntryOperations + static_cast<double>(d <= kDirectDims ? 2 * d : d));
+  const double rate = kOperations * 4 / element / operations;
+  SolvePlan best{};
+  best.cycles = -1;
+  const int64_t multiprocessors = limits.multiprocessors;
+  for (int64_t team = multiprocessors; team >= 1; team = team == 1 ? 0 : ceil_div(team, 2)) {
+    SolvePlan plan{};
+    plan.regime = Regime::kStreamed;
+    plan.team_size = static_cast<int>(team);
+    plan.barrier = team > 1 ? Barrier::kGrid : Barrier::kBlock;
+    plan.columns_per_thread = kFewColumns;
+    plan.vector_length = packed_stride(std::max(shape.n, shape.m));
+    plan.teams = std::min(shape.problems, std::max<int64_t>(1, multiprocessors / team));
+    plan.shared = lay_out_streamed(shape, limits);
+    const int64_t rows = ceil_to(ceil_div(shape.n, team), kTileRows);
+    const double turns = static_cast<double>(ceil_div(shape.problems, plan.teams));
+    const double sync = team > 1 ? kStreamedSyncs * kGridSync : 0;
+    const double uneven = plan.teams > 1 && turns == 1 ? kUneven : 1;
+    plan.cycles =
+        turns * uneven *
+        (static_cast<double>(rows) * static_cast<double>(shape.m) / rate + kVectorCycles + sync);
+    if (best.cycles < 0 || plan.cycles < best.cycles) best = plan;
+  }
   return best;
 }
 

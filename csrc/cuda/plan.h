@@ -42,7 +42,9 @@ struct SharedLayout {
   int64_t a;         // (rows,)
   int64_t s;         // (rows,)
   int64_t vectors;   // (kVectors + 1, m), or -1: in the workspace
-  int64_t tile;      // (rows, m), or -1: in global memory
+  int64_t tile;      // (rows, m), or -1: in global memory; streamed: (2, stage) coordinates
+  int64_t sums;      // (kStreamedSums,), streamed
+  int64_t stage;     // elements of a stage, streamed
   int64_t bytes;
 };
 
@@ -53,8 +55,9 @@ struct Step {
 };
 
 // Regimes: one block per problem, a cluster per problem, or the blocks of a cooperative launch
-// divided among the problems; the cost tile in shared memory or, `dense`, in global memory.
-enum class Regime : int { kAuto, kBlock, kCluster, kGrid, kDense };
+// divided among the problems; the cost tile in shared memory or, `dense`, in global memory, or,
+// `streamed`, nowhere.
+enum class Regime : int { kAuto, kBlock, kCluster, kGrid, kDense, kStreamed };
 
 // What the plan depends on: the largest problem of a launch.
 struct Shape {
@@ -79,15 +82,31 @@ struct SolvePlan {
   std::string describe() const;
 };
 
+// Streamed: rows of a thread, rows of each row group whose sums are kept at once, and how many sums
+// that is for a block. See streamed.cuh.
+constexpr int kTileRows = 8;
+constexpr int kStreamedRows = 256;
+constexpr int kStreamedSums = kSolveThreads / kWarp * kStreamedRows;
+
+// Points of a packed cloud are padded to whole lines, so that vectors of them are aligned.
+constexpr int64_t kPackedAlign = 32;
+static_assert(kPackedAlign % kTileRows == 0, "rows beyond the last are read, but are there");
+OTLOSS_HOST_DEVICE constexpr int64_t packed_stride(int64_t count) {
+  return ceil_div(count, kPackedAlign) * kPackedAlign;
+}
+
 constexpr int kManyColumns = 32;  // the same in the other, float32 only
 constexpr int kFewColumns = 4;    // per thread, in the instance for few columns
 constexpr int kLargestCluster = 16;
 
-// OTLOSS_CUDA_REGIME: auto, block, cluster, grid or dense.
+// OTLOSS_CUDA_REGIME: auto, block, cluster, grid, dense or streamed.
 Regime forced_regime();
 
 // `fits`: whether the device can run the plan's clusters. Throws if a forced regime cannot run.
 SolvePlan choose_plan(const Shape& shape, const Limits& limits, Regime forced,
                       const std::function<bool(const SolvePlan&)>& fits);
+
+// For costs that are made from points of d coordinates.
+SolvePlan choose_streamed_plan(const Shape& shape, int64_t d, const Limits& limits, Regime forced);
 
 }  // namespace otloss::cuda

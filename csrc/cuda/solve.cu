@@ -7,6 +7,7 @@
 #include <string>
 
 #include "plan.h"
+#include "streamed.h"
 
 namespace otloss::cuda {
 namespace {
@@ -18,21 +19,6 @@ void dispatch_kernel(const SolvePlan& plan, F&& function) {
   if constexpr (sizeof(T) == 4)
     if (plan.columns_per_thread == kManyColumns) return function(SolveKernel<T, kManyColumns>{});
   function(SolveKernel<T, kFewColumns>{});
-}
-
-template <typename T>
-Shape shape_of(const Pack<SolveGroup<T>>& pack) {
-  Shape shape;
-  shape.element = sizeof(T);
-  shape.most_entries = kEntries<T>;
-  for (int i = 0; i < pack.count; ++i) {
-    const SolveGroup<T>& p = pack.items[i];
-    shape.problems += p.batch;
-    shape.n = std::max(shape.n, p.n);
-    shape.m = std::max(shape.m, p.m);
-    shape.entries = std::max(shape.entries, p.n * p.m);
-  }
-  return shape;
 }
 
 // loss_k = sum_p coefficient_p value_pk; a thread per k.
@@ -62,6 +48,8 @@ struct CombineKernel {
 template <typename T>
 void solve(const Context& context, const std::vector<SolveGroup<T>>& groups,
            const SolveOptions& options) {
+  if (!groups.empty() && groups.front().C == nullptr)
+    return solve_streamed(context, groups, options);
   for_each_pack(groups, [&](const Pack<SolveGroup<T>>& pack) {
     const Shape shape = shape_of(pack);
     if (shape.problems == 0) return;
@@ -74,28 +62,8 @@ void solve(const Context& context, const std::vector<SolveGroup<T>>& groups,
       return result;
     };
     const SolvePlan plan = choose_plan(shape, limits(context.device), forced_regime(), fits);
-    const int64_t length = plan.vector_length;
-    SolveArguments<T> arguments{};
-    arguments.groups = pack;
-    arguments.options = options;
-    arguments.shared = plan.shared;
-    arguments.barrier = plan.barrier;
-    arguments.team_size = plan.team_size;
-    arguments.teams = plan.teams;
-    arguments.problems = shape.problems;
-    arguments.vector_length = length;
-    if (plan.shared.vectors < 0)
-      arguments.vectors = context.scratch<T>(plan.teams * (kVectors + 1) * length);
-    arguments.column_parts = context.scratch<T>(plan.teams * 3 * plan.team_size * length);
-    arguments.team_parts = context.scratch<double>(plan.teams * 2 * plan.team_size * kTeamValues);
-    arguments.counters = context.scratch<unsigned>(plan.teams * kCounterStride);
-    if (plan.barrier == Barrier::kGrid)
-      clear(context, arguments.counters, plan.teams * kCounterStride * sizeof(unsigned));
-    Grid grid;
-    grid.x = plan.teams * plan.team_size;
-    grid.shared = static_cast<size_t>(plan.shared.bytes);
-    grid.cluster = plan.barrier == Barrier::kCluster ? plan.team_size : 1;
-    grid.cooperative = plan.barrier == Barrier::kGrid;
+    const SolveArguments<T> arguments = solve_arguments(context, pack, options, shape, plan);
+    const Grid grid = solve_grid(plan);
     dispatch_kernel<T>(plan, [&](auto kernel) {
       kernel.arguments = arguments;
       launch(context, kernel, grid);

@@ -29,6 +29,7 @@
 #include "math.h"
 #include "plan.h"
 #include "reduce.cuh"
+#include "streamed.cuh"
 #include "team.cuh"
 
 namespace otloss::cuda {
@@ -45,23 +46,35 @@ OTLOSS_HOST_DEVICE double least_column() {
 }
 static_assert(kExp2Limit == 126.0 && kTrustedRow == 0x1p20, "least_column is derived from these");
 
+// The points of a problem's group, where costs are made from them.
+template <typename T>
+struct PackedPair {
+  CostKind kind;
+  int64_t d;   // coordinates
+  const T* x;  // (B, d + 1, packed_stride(n)) points, then their norms
+  const T* y;  // (B, d + 1, packed_stride(m))
+};
+
 template <typename T>
 struct SolveArguments {
   Pack<SolveGroup<T>> groups;
   SolveOptions options;
   SharedLayout shared;
   Barrier barrier;
-  int team_size;          // blocks per problem
-  int64_t teams;          // team t solves problems t, t + teams, ...
-  int64_t problems;       // of all groups
-  int64_t vector_length;  // at least every m, and a multiple of 32
-  T* vectors;             // (teams, kVectors + 1, vector_length)
-  T* column_parts;        // (teams, 3, team_size, vector_length)
-  double* team_parts;     // (teams, 2, team_size, kTeamValues)
-  unsigned* counters;     // (teams, kCounterStride), 0
+  int team_size;                     // blocks per problem
+  int64_t teams;                     // team t solves problems t, t + teams, ...
+  int64_t problems;                  // of all groups
+  int64_t vector_length;             // at least every m, and a multiple of 32
+  PackedPair<T> points[kMaxGroups];  // of the groups, streamed
+  T* vectors;                        // (teams, kVectors + 1, vector_length)
+  T* streamed;                       // (teams, kStreamedVectors, vector_length)
+  T* column_parts;                   // (teams, 3, team_size, vector_length)
+  double* team_parts;                // (teams, 2, team_size, kTeamValues)
+  unsigned* counters;                // (teams, kCounterStride), 0
 };
 
 constexpr int64_t kCounterStride = 32;  // a line for each counter
+constexpr int kStreamedVectors = 7;     // see Solver::place_streamed
 
 template <typename T, int kColumnsPerThread>
 struct SolveKernel {
@@ -70,6 +83,22 @@ struct SolveKernel {
   static constexpr int kColumns = kColumnsPerThread;
   static constexpr int kRows = kEntries<T> / kColumns;
   static_assert(kRows >= 1 && (kRows & (kRows - 1)) == 0, "scatter_reduce needs a power of two");
+  static constexpr bool kStreamed = false;
+
+  SolveArguments<T> arguments;
+
+  template <class Block>
+  OTLOSS_DEVICE void operator()(Block& block) const;
+};
+
+// The same without cost matrices.
+template <typename T>
+struct StreamedKernel {
+  static constexpr int kThreads = kSolveThreads;
+  static constexpr int kWarps = kThreads / kWarp;
+  static constexpr int kColumns = kFewColumns;
+  static constexpr int kRows = kEntries<T> / kColumns;
+  static constexpr bool kStreamed = true;
 
   SolveArguments<T> arguments;
 
@@ -100,13 +129,16 @@ class Solver {
         columns_(at<T>(arguments.shared.columns)),
         F_(at<T>(arguments.shared.F)),
         a_(at<T>(arguments.shared.a)),
-        s_(at<T>(arguments.shared.s)) {}
+        s_(at<T>(arguments.shared.s)) {
+    if constexpr (kStreamed) place_streamed();
+  }
 
   OTLOSS_DEVICE void run() {
     for (int64_t p = team_index_; p < args_.problems; p += args_.teams) {
       int64_t batch = p;
       int group = 0;
       while (batch >= args_.groups.items[group].batch) batch -= args_.groups.items[group++].batch;
+      if constexpr (kStreamed) place_points(group, batch);
       solve(args_.groups.items[group], batch);
       team_.sync();  // before the next problem takes the buffers
     }
@@ -119,6 +151,9 @@ class Solver {
   static constexpr int kRows = Kernel::kRows;
   static constexpr int kLanes = kWarp / kRows;  // lanes that look after one row of a step
   static constexpr int kSlots = LbfgsGram::kSlots;
+  static constexpr bool kStreamed = Kernel::kStreamed;
+  // Blocks have whole pieces of so many rows and columns.
+  static constexpr int kShare = kStreamed ? kTileRows : 1;
   // As in csrc/cpu/solver.h.
   static constexpr int kTries = 5;
   static constexpr double kShrink = 0.3, kSufficient = 1e-4, kStageTol = 0.01;
@@ -163,15 +198,18 @@ class Solver {
   // Pointers and sizes of the problem.
   OTLOSS_DEVICE void place(const SolveGroup<T>& p, int64_t batch) {
     n_ = p.n, m_ = static_cast<int>(p.m);
-    const int64_t rows = ceil_div(n_, team_.size());
+    const int64_t rows = ceil_div(n_, team_.size() * kShare) * kShare;
     first_row_ = rows * team_.rank() < n_ ? rows * team_.rank() : n_;
     rows_ = static_cast<int>((first_row_ + rows < n_ ? first_row_ + rows : n_) - first_row_);
-    const int share = (m_ + team_.size() - 1) / team_.size();
+    const int share = static_cast<int>(ceil_div(m_, team_.size() * kShare) * kShare);
     first_column_ = share * team_.rank() < m_ ? share * team_.rank() : m_;
     column_count_ = (first_column_ + share < m_ ? first_column_ + share : m_) - first_column_;
     column_share_ = share;
-    C_ = p.C + batch * n_ * m_ + first_row_ * m_;
-    tile_ = args_.shared.tile >= 0 ? at<T>(args_.shared.tile) : C_;
+    row_offset_ = batch * n_ + first_row_;
+    if constexpr (!kStreamed) {
+      C_ = p.C + row_offset_ * m_;
+      tile_ = args_.shared.tile >= 0 ? at<T>(args_.shared.tile) : C_;
+    }
     b_ = p.b + batch * m_;
     row_weights_ = p.a + batch * n_;
     warps_ = 1;
@@ -192,12 +230,14 @@ class Solver {
     pairs_ = vectors;
     parts_ = args_.column_parts + team_index_ * 3 * team_.size() * length;
     symmetric_ = p.symmetric && options_.n_iters < 0;
+    if constexpr (kStreamed)
+      F_ = all_F_ + first_row_, a_ = all_a_ + first_row_, s_ = all_s_ + first_row_;
   }
 
   // Loads weights and tile. Returns max |C_ij| over points of positive weight, or NaN.
   OTLOSS_DEVICE double load_rows(const SolveGroup<T>& p) {
-    const T* a = p.a + (C_ - p.C) / m_;
-    const T* f = p.f + (C_ - p.C) / m_;
+    const T* a = p.a + row_offset_;
+    const T* f = p.f + row_offset_;
     const T k = factor(options_.eps);
     double mass[2] = {0, 0};
     for (int i = thread_; i < rows_; i += kThreads) {
@@ -207,13 +247,25 @@ class Solver {
     }
     for (int j = first_column_ + thread_; j < first_column_ + column_count_; j += kThreads)
       mass[1] += static_cast<double>(b_[j]);
+    double largest[2] = {0, 0};  // max |C|, and 1 where it is not finite
+    if constexpr (kStreamed)
+      bound_costs(largest);
+    else
+      load_costs(largest);
+    team_.template reduce<Sum>(mass);
+    team_.template reduce<Max>(largest);
+    mass_ = mass[0], ratio_ = mass[0] / mass[1];
+    return largest[1] > 0 ? static_cast<double>(std::numeric_limits<T>::quiet_NaN()) : largest[0];
+  }
+
+  // The tile to where it is read from, and max |C|, or 1 in the second place.
+  OTLOSS_DEVICE void load_costs(double (&largest)[2]) {
     if (args_.shared.tile >= 0) {
       T* tile = at<T>(args_.shared.tile);
       for (int64_t e = thread_; e < static_cast<int64_t>(rows_) * m_; e += kThreads)
         tile[e] = C_[e];
     }
     block_.sync();
-    double largest[2] = {0, 0};  // max |C|, and 1 where it is not finite
     for (int i = warp_; i < rows_; i += kWarps) {
       if (!(a_[i] > T(0))) continue;
       for (int j = lane_; j < m_; j += kWarp) {
@@ -224,10 +276,6 @@ class Solver {
         largest[0] = Max::join(largest[0], static_cast<double>(magnitude));
       }
     }
-    team_.template reduce<Sum>(mass);
-    team_.template reduce<Max>(largest);
-    mass_ = mass[0], ratio_ = mass[0] / mass[1];
-    return largest[1] > 0 ? static_cast<double>(std::numeric_limits<T>::quiet_NaN()) : largest[0];
   }
 
   // The first point to evaluate.
@@ -242,7 +290,7 @@ class Solver {
     const bool warm = options_.warm_start;
     if (symmetric_) {
       phase_ = warm ? Phase::kSymmetric : Phase::kSymmetricFirst;
-      const T* f = p.f + (C_ - p.C) / m_;
+      const T* f = p.f + row_offset_;
       for_columns([&](int j) { g_[j] = warm ? f[j - first_column_] : T(0); });
       evaluated_ = g_;
     } else {
@@ -255,17 +303,22 @@ class Solver {
 
   // Evaluates a point and chooses the next. False: done.
   OTLOSS_DEVICE bool turn(const SolveGroup<T>& p, int64_t batch) {
-    if (wide_)
-      wide_pass();
-    else
-      pass();
+    if constexpr (kStreamed) {
+      streamed_pass();
+    } else {
+      if (wide_)
+        wide_pass();
+      else
+        pass();
+    }
     ++iterations_;
     double sums[6];
-    if (symmetric_) {
+    if (symmetric_)
       row_sums(sums);
-    } else {
+    else if constexpr (kStreamed)
+      scalars(sums);
+    else
       update_columns(sums);
-    }
     error_ = sums[0] / mass_;
     if (phase_ == Phase::kFixed) return fixed_turn(p, batch);
     if (symmetric_) return symmetric_turn(sums[1]);
@@ -277,7 +330,7 @@ class Solver {
 
   // f and g out, value.
   OTLOSS_DEVICE void finish(const SolveGroup<T>& p, int64_t batch, bool finite) {
-    T* f = p.f + (C_ - p.C) / m_;
+    T* f = p.f + row_offset_;
     T* g = p.g + (b_ - p.b);
     T* value = team_.rank() == 0 && thread_ == 0 ? p.value + batch : nullptr;
     if (!finite) {
@@ -308,7 +361,10 @@ class Solver {
     });
     if (options_.objective == Objective::kTransport) {
       publish(g);
-      sums[0] = transport();
+      if constexpr (kStreamed)
+        sums[0] = streamed_transport();
+      else
+        sums[0] = transport();
     }
     team_.template reduce<Sum>(sums);
     if (value) *value = static_cast<T>(sums[0]);
@@ -521,6 +577,100 @@ class Solver {
         if (a_[i] > T(0)) total += a_[i] * fast_exp2(F_[i] + G - k_ * cost(i, j));
       team_.store(part(0) + j, total);
     }
+  }
+
+  // ------------------------------------------------------------------------------ the streamed
+  // pass
+
+  // Where the blocks of the team keep what does not fit into shared memory.
+  OTLOSS_DEVICE void place_streamed() {
+    const int64_t length = args_.vector_length;
+    T* vectors = args_.streamed + team_index_ * kStreamedVectors * length;
+    const auto next = [&] {
+      T* v = vectors;
+      vectors += length;
+      return v;
+    };
+    all_F_ = next(), all_a_ = next(), all_s_ = next(), A_ = next(), U_ = next();
+    scratch_ = vectors;  // (2, length)
+    sweep_.sums = args_.shared.sums;
+    sweep_.tiles.stages = args_.shared.tile;
+    sweep_.tiles.stage = args_.shared.stage;
+  }
+
+  OTLOSS_DEVICE void place_points(int group, int64_t batch) {
+    const SolveGroup<T>& p = args_.groups.items[group];
+    const PackedPair<T>& points = args_.points[group];
+    sweep_.tiles.kind = points.kind;
+    sweep_.tiles.d = points.d;
+    sweep_.tiles.symmetric = p.symmetric;
+    x_ = packed_cloud(points.x, batch, points.d, p.n);
+    y_ = packed_cloud(points.y, batch, points.d, p.m);
+  }
+
+  // The sweep over columns for this block's rows, or over rows for its columns.
+  OTLOSS_DEVICE RowSums<T> sweep(bool over_rows) const {
+    RowSums<T> sweep = sweep_;
+    RowTiles<T>& tiles = sweep.tiles;
+    tiles.k = k_;
+    tiles.rows = over_rows ? y_ : x_, tiles.columns = over_rows ? x_ : y_;
+    tiles.first = over_rows ? first_column_ : first_row_;
+    tiles.last = tiles.first + (over_rows ? column_count_ : rows_);
+    tiles.begin = 0, tiles.end = tiles.columns.count;
+    tiles.G = over_rows ? A_ : G_;
+    return sweep;
+  }
+
+  // F exact for G, s = row sums before; then gt and q = column sums of the plan over b.
+  OTLOSS_DEVICE void streamed_pass() {
+    softmin(block_, sweep(false), a_, F_, s_, scratch_ + 2 * first_row_);
+    if (symmetric_) return;
+    for (int i = thread_; i < rows_; i += kThreads)
+      team_.store(A_ + first_row_ + i, F_[i] + log2_weight(a_[i]));
+    for_columns([&](int j) { U_[j] = k_ * trial_g_[j]; });
+    team_.sync();
+    softmin(block_, sweep(true), b_ + first_column_, U_ + first_column_, trial_q_ + first_column_,
+            scratch_ + 2 * first_column_);
+    for_columns([&](int j) { trial_gt_[j] = to_cost_ * U_[j]; });
+  }
+
+  // <P, C> over this thread's share, for the published G.
+  OTLOSS_DEVICE double streamed_transport() {
+    RowSums<T> rows = sweep(false);
+    T* const costs = scratch_ + 2 * first_row_;
+    rows.what = RowSum::kCost, rows.tiles.F = F_, rows.out = costs;
+    reduce_rows(block_, rows);
+    double total = 0;
+    for (int i = thread_; i < rows_; i += kThreads)
+      total += static_cast<double>(a_[i]) * static_cast<double>(costs[i]);
+    return total;
+  }
+
+  // A bound of max |C| from the largest norms, in the first place; 1 in the second if one is not
+  // finite. Also fills what is read of the vectors beyond their ends.
+  OTLOSS_DEVICE void bound_costs(double (&largest)[2]) {
+    double norms[3] = {0, 0, 0};
+    const auto look = [&](T weight, T norm, double& most) {
+      if (!(weight > T(0))) return;
+      if (!(norm <= std::numeric_limits<T>::max())) norms[2] = 1;
+      most = Max::join(most, static_cast<double>(norm));
+    };
+    for (int i = thread_; i < rows_; i += kThreads) look(a_[i], x_.norm[first_row_ + i], norms[0]);
+    for_columns([&](int j) { look(b_[j], y_.norm[j], norms[1]); });
+    if (team_.rank() == 0) {
+      for (int64_t i = x_.count + thread_; i < x_.stride; i += kThreads) team_.store(A_ + i, T(0));
+      for (int64_t j = y_.count + thread_; j < y_.stride; j += kThreads) team_.store(G_ + j, T(0));
+    }
+    team_.template reduce<Max>(norms);
+    const double reach = sqrt(norms[0]) + sqrt(norms[1]);
+    largest[0] = sweep_.tiles.kind == CostKind::kSqEuclidean ? reach * reach
+                 : sweep_.tiles.kind == CostKind::kEuclidean ? reach
+                                                             : 2;
+    largest[1] = norms[2];
+  }
+
+  OTLOSS_DEVICE T point_cost(int64_t i, int64_t j) const {
+    return pair_cost(sweep_.tiles.kind, sweep_.tiles.d, sweep_.tiles.symmetric, x_, i, y_, j);
   }
 
   // Row `which` of this block's column parts: 0 column sums, 1 and 2 guarded ones.
@@ -885,7 +1035,12 @@ class Solver {
   // weight. Every block computes it for itself, from global memory.
   OTLOSS_DEVICE double sigma() {
     const int r = n_ < kSample ? static_cast<int>(n_) : kSample, c = m_ < kSample ? m_ : kSample;
-    const T* C = C_ - first_row_ * m_;
+    const auto entry = [&](int64_t i, int64_t j) {
+      if constexpr (kStreamed)
+        return static_cast<double>(point_cost(i, j));
+      else
+        return static_cast<double>(C_[(i - first_row_) * m_ + j]);
+    };
     const auto row = [&](int i) { return static_cast<int64_t>(i) * n_ / r; };
     const auto column = [&](int j) { return static_cast<int64_t>(j) * m_ / c; };
     double sums[6] = {};  // of C, C^2, squares of row sums, of column sums; rows, columns
@@ -894,7 +1049,7 @@ class Solver {
       double sum[2] = {0, 0};
       for (int j = lane_; j < c; j += kWarp) {
         if (!(b_[column(j)] > T(0))) continue;
-        const double value = static_cast<double>(C[row(i) * m_ + column(j)]);
+        const double value = entry(row(i), column(j));
         sum[0] += value, sum[1] += value * value;
       }
       warp_sum(block_, sum);
@@ -905,7 +1060,7 @@ class Solver {
       if (!(b_[column(j)] > T(0))) continue;
       double sum = 0;
       for (int i = 0; i < r; ++i)
-        if (row_weights_[row(i)] > T(0)) sum += static_cast<double>(C[row(i) * m_ + column(j)]);
+        if (row_weights_[row(i)] > T(0)) sum += entry(row(i), column(j));
       sums[3] += sum * sum, sums[5] += 1;
     }
     team_.template reduce<Sum>(sums);
@@ -928,11 +1083,12 @@ class Solver {
   Step& step_;
   T* const exchange_;  // (2, kWarps, kRows)
   T* const columns_;   // (row_teams, columns of a row team), or (kThreads,)
-  T* const F_;         // (rows,) k f
-  T* const a_;         // (rows,)
-  T* const s_;         // (rows,) row sums before the update, over a
+  T* F_;               // (rows,) k f
+  T* a_;               // (rows,)
+  T* s_;               // (rows,) row sums before the update, over a
 
   int64_t n_, first_row_;
+  int64_t row_offset_;  // of the first row, in (B, n)
   int m_, rows_, first_column_, column_count_, column_share_;
   const T* C_;            // (rows, m) of this block, global
   const T* tile_;         // (rows, m) of this block, where passes read it
@@ -947,6 +1103,13 @@ class Solver {
   T* G_;                               // (m,) k g + log2 b of the point under evaluation
   T* pairs_;                           // (kSlots, 2, m)
   T* parts_;                           // (3, team_size, m)
+  // Streamed:
+  RowSums<T> sweep_;            // what is the same for all sweeps
+  PackedCloud<T> x_, y_;        // the points
+  T *all_F_, *all_a_, *all_s_;  // (n,) of all blocks
+  T* A_;                        // (n,) F + log2 a, for all blocks to see
+  T* U_;                        // (m,) k g, then k gt
+  T* scratch_;                  // (2, max(n, m))
   double mass_, ratio_;
   double eps_;
   T k_, to_cost_;
@@ -971,6 +1134,65 @@ template <class Block>
 OTLOSS_DEVICE void SolveKernel<T, kColumnsPerThread>::operator()(Block& block) const {
   Solver<T, SolveKernel, Block> solver(block, arguments);
   solver.run();
+}
+
+template <typename T>
+template <class Block>
+OTLOSS_DEVICE void StreamedKernel<T>::operator()(Block& block) const {
+  Solver<T, StreamedKernel, Block> solver(block, arguments);
+  solver.run();
+}
+
+// ------------------------------------------------------------------------------------- launching
+
+template <typename T>
+Shape shape_of(const Pack<SolveGroup<T>>& pack) {
+  Shape shape;
+  shape.element = sizeof(T);
+  shape.most_entries = kEntries<T>;
+  for (int i = 0; i < pack.count; ++i) {
+    const SolveGroup<T>& p = pack.items[i];
+    shape.problems += p.batch;
+    shape.n = std::max(shape.n, p.n);
+    shape.m = std::max(shape.m, p.m);
+    shape.entries = std::max(shape.entries, p.n * p.m);
+  }
+  return shape;
+}
+
+// The arguments of a launch but for the points: workspace and layout by the plan.
+template <typename T>
+SolveArguments<T> solve_arguments(const Context& context, const Pack<SolveGroup<T>>& pack,
+                                  const SolveOptions& options, const Shape& shape,
+                                  const SolvePlan& plan) {
+  const int64_t length = plan.vector_length;
+  SolveArguments<T> arguments{};
+  arguments.groups = pack;
+  arguments.options = options;
+  arguments.shared = plan.shared;
+  arguments.barrier = plan.barrier;
+  arguments.team_size = plan.team_size;
+  arguments.teams = plan.teams;
+  arguments.problems = shape.problems;
+  arguments.vector_length = length;
+  if (plan.shared.vectors < 0)
+    arguments.vectors = context.scratch<T>(plan.teams * (kVectors + 1) * length);
+  if (plan.regime != Regime::kStreamed)
+    arguments.column_parts = context.scratch<T>(plan.teams * 3 * plan.team_size * length);
+  arguments.team_parts = context.scratch<double>(plan.teams * 2 * plan.team_size * kTeamValues);
+  arguments.counters = context.scratch<unsigned>(plan.teams * kCounterStride);
+  if (plan.barrier == Barrier::kGrid)
+    clear(context, arguments.counters, plan.teams * kCounterStride * sizeof(unsigned));
+  return arguments;
+}
+
+inline Grid solve_grid(const SolvePlan& plan) {
+  Grid grid;
+  grid.x = plan.teams * plan.team_size;
+  grid.shared = static_cast<size_t>(plan.shared.bytes);
+  grid.cluster = plan.barrier == Barrier::kCluster ? plan.team_size : 1;
+  grid.cooperative = plan.barrier == Barrier::kGrid;
+  return grid;
 }
 
 }  // namespace otloss::cuda

@@ -413,10 +413,11 @@ Grid plan_team(const Context& context, const Pack<Group>& pack, TeamArguments<S>
     const bool fits = plan.resident && both <= static_cast<int64_t>(device.shared_per_block);
     return static_cast<size_t>(fits ? both : SweepShape<S>::kTile);
   };
-  const SolvePlan plan =
-      choose_plan(shape, device, forced_regime(), [&](const SolvePlan& candidate) {
-        return cluster_fits<Kernel>(context, candidate.team_size, bytes(candidate));
-      });
+  // Gradients of a streamed solve that need the matrices get them.
+  const Regime asked = forced_regime(), forced = asked == Regime::kStreamed ? Regime::kAuto : asked;
+  const SolvePlan plan = choose_plan(shape, device, forced, [&](const SolvePlan& candidate) {
+    return cluster_fits<Kernel>(context, candidate.team_size, bytes(candidate));
+  });
   Grid grid;
   grid.x = plan.teams * plan.team_size;
   grid.shared = bytes(plan);

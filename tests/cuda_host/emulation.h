@@ -65,6 +65,12 @@ constexpr size_t kStack = 256 * 1024;
 
 class EmulatedBlock;
 
+// 16 bytes on their way into shared memory; from null: zeros.
+struct Copy {
+  void* to;
+  const void* from;
+};
+
 struct Fiber {
   jmp_buf state;
   ucontext_t context;
@@ -76,6 +82,8 @@ struct Fiber {
   uint64_t waiting_since = 0;
   const unsigned* counter = nullptr;
   unsigned arrivals = 0;
+  std::vector<Copy> copies;
+  size_t committed = 0;  // of them
   void (*body)(Fiber*, const void*) = nullptr;
   const void* work = nullptr;
 };
@@ -214,6 +222,24 @@ class EmulatedBlock {
   void store(T* p, T value) const {
     *p = value;
   }
+  template <typename V>
+  V load_constant(const V* p) const {
+    return *p;
+  }
+  // Copies arrive when they are waited for or, in backward order, at once: the first shows a use
+  // that comes too early, the second a buffer that is still in use.
+  template <typename T>
+  void copy_async(T* to, const T* from, bool inside) const {
+    if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) {
+      std::fputs("emulation: a copy of 16 bytes that is not aligned\n", stderr);
+      std::abort();  // an exception cannot leave a fiber
+    }
+    fiber_->copies.push_back({to, inside ? from : nullptr});
+    if (Emulation::get().order == Order::kBackward) finish_copies(fiber_->copies.size());
+  }
+  void commit_copies() const { fiber_->committed = fiber_->copies.size(); }
+  void wait_for_copies() const { finish_copies(fiber_->committed); }
+
   template <typename T>
   T* shared() const {
     return reinterpret_cast<T*>(block_.memory.data() + kGuard);
@@ -221,6 +247,18 @@ class EmulatedBlock {
 
  private:
   HostWarp& warp() const { return block_.warps[fiber_->thread / kWarp]; }
+
+  void finish_copies(size_t count) const {
+    std::vector<Copy>& copies = fiber_->copies;
+    for (size_t c = 0; c < count; ++c) {
+      if (copies[c].from)
+        std::memcpy(copies[c].to, copies[c].from, 16);
+      else
+        std::memset(copies[c].to, 0, 16);
+    }
+    copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(count));
+    fiber_->committed = 0;
+  }
 
   void wait(Gate& gate) const {
     if (++gate.arrived == gate.size) {

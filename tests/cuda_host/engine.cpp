@@ -10,6 +10,7 @@
 #include "cuda/implicit.cu"
 #include "cuda/plan.cpp"
 #include "cuda/solve.cu"
+#include "cuda/streamed.cu"
 #include "cuda/unrolled.cu"
 
 namespace {
@@ -50,6 +51,8 @@ struct SolveCall {
   const void *C, *a, *b;
   void *f, *g, *trace, *value;
   double* status;
+  int64_t kind, d;  // without C: of the prepared points
+  const void *zx, *zy, *hx, *hy;
 };
 
 template <typename T>
@@ -64,6 +67,9 @@ void solve(const SolveCall* calls, int64_t count, const SolveOptions& options) {
     group.f = static_cast<T*>(c.f), group.g = static_cast<T*>(c.g);
     group.trace = static_cast<T*>(c.trace), group.value = static_cast<T*>(c.value);
     group.status = c.status;
+    group.points = {static_cast<CostKind>(c.kind), c.d,
+                    static_cast<const T*>(c.zx),   static_cast<const T*>(c.zy),
+                    static_cast<const T*>(c.hx),   static_cast<const T*>(c.hy)};
     groups.push_back(group);
   }
   Memory memory;
@@ -184,6 +190,29 @@ void gradient(const GradientCall* calls, int64_t count, double eps, Objective ob
   if (!implicit.empty()) cuda::implicit_backward(memory.context(), implicit, eps, objective);
 }
 
+struct PointGradientCall {
+  int64_t batch, n, m, symmetric, kind, d;
+  double coefficient;
+  const void *zx, *zy, *hx, *hy, *a, *b, *f, *g, *grad;
+  void *sum, *product;
+};
+
+template <typename T>
+void point_gradients(const PointGradientCall* calls, int64_t count, double eps) {
+  const auto in = [](const void* p) { return static_cast<const T*>(p); };
+  std::vector<PointGradientGroup<T>> groups;
+  for (int64_t i = 0; i < count; ++i) {
+    const PointGradientCall& c = calls[i];
+    groups.push_back({c.batch, c.n, c.m, c.symmetric != 0,
+                      {static_cast<CostKind>(c.kind), c.d, in(c.zx), in(c.zy), in(c.hx), in(c.hy)},
+                      in(c.a), in(c.b), in(c.f), in(c.g), in(c.grad),
+                      static_cast<T>(c.coefficient), static_cast<T*>(c.sum),
+                      static_cast<T*>(c.product)});
+  }
+  Memory memory;
+  cuda::point_gradient_sums(memory.context(), groups, eps);
+}
+
 }  // namespace
 
 extern "C" {
@@ -228,6 +257,14 @@ int engine_gradient(int is_double, const GradientCall* calls, int64_t count, dou
     const Objective which = static_cast<Objective>(objective);
     is_double ? gradient<double>(calls, count, eps, which)
               : gradient<float>(calls, count, eps, which);
+  });
+}
+
+int engine_point_gradients(int is_double, const PointGradientCall* calls, int64_t count,
+                           double eps) {
+  return guarded([&] {
+    is_double ? point_gradients<double>(calls, count, eps)
+              : point_gradients<float>(calls, count, eps);
   });
 }
 
