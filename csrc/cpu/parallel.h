@@ -18,8 +18,8 @@ void run_parallel(int64_t begin, int64_t end, int64_t grain, RangeFunction funct
 int64_t thread_count();
 
 // While it lives, this thread's results below the least normal number become 0. Most entries of a
-// plan at small eps are next to nothing, and times a weight they would be denormal, which costs many
-// clocks each.
+// plan at small eps are next to nothing, and times a weight they would be denormal, which costs
+// many clocks each.
 class FlushDenormals {
  public:
 #if defined(__SSE2__)
