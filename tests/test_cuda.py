@@ -86,9 +86,15 @@ def test_agrees_with_the_cpu(regime: str, cost: str, d: int, dtype: torch.dtype)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", MODES[1:], ids=str)
+@pytest.mark.parametrize("rho", [(math.inf, math.inf), (0.7, math.inf)], ids=str)
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (7, 300), (120, 100), (64, 2500), (700, 650)])
 def test_unrolled_and_implicit_gradients(
-    regime: str, n: int, m: int, mode: dict[str, Any], dtype: torch.dtype
+    regime: str,
+    n: int,
+    m: int,
+    rho: tuple[float, float],
+    mode: dict[str, Any],
+    dtype: torch.dtype,
 ) -> None:
     """The same potentials on both sides, so that only the gradients' arithmetic differs."""
     if regime in ("block", "cluster") and n * m > 40000:
@@ -97,7 +103,6 @@ def test_unrolled_and_implicit_gradients(
     costs = ops.cost([x, y], [], [0, 1, 0, 0], 0)
     pairs, coefficients = [0, 1, 0, 0], [1.0, -0.5]
     n_iters, objective = mode.get("n_iters", -1), int("objective" in mode)
-    rho = (math.inf, math.inf)
     head = (costs, [a, b], pairs, coefficients)
     _, _, f, g, traces = ops.solve(
         *head, [], 1.0, *rho, 1e-5, 1000, n_iters, objective, n_iters > 0

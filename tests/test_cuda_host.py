@@ -827,6 +827,17 @@ def test_gradients_of_many_problems(engine: Engine, regime: str, implicit: bool)
     assert_gradients_agree(found[:count], expected[:count], torch.float64)
 
 
+@pytest.mark.parametrize(("implicit", "launches"), [(False, 3), (True, 1)])
+def test_gradients_are_few_launches(engine: Engine, implicit: bool, launches: int) -> None:
+    """Whatever the number of pairs, problems and iterations."""
+    points, weights = clouds(torch.float32)
+    costs = reference.cost(points, [], DIVERGENCE, 0)
+    problem = solved(costs, weights, DIVERGENCE, 0.5, n_iters=-1 if implicit else 20, objective=1)
+    before = engine.library.engine_launches()
+    engine.gradient(problem, implicit=implicit)
+    assert engine.library.engine_launches() - before == launches
+
+
 @pytest.mark.parametrize("implicit", [False, True], ids=["unrolled", "implicit"])
 def test_gradients_of_what_is_not_finite(engine: Engine, regime: str, implicit: bool) -> None:
     points, weights = clouds(torch.float32)

@@ -225,6 +225,8 @@ void engine_configure(int multiprocessors, int capability, int64_t shared, int o
   emulation.order = static_cast<cuda::Order>(order);
 }
 
+int64_t engine_launches() { return cuda::Emulation::get().launches; }
+
 int engine_solve(int is_double, const SolveCall* calls, int64_t count, double eps, double tol,
                  int64_t max_iters, int64_t n_iters, int objective, int warm_start) {
   return guarded([&] {
