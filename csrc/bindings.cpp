@@ -531,7 +531,8 @@ struct Gradients {
   Tensors C, a, b;
 };
 
-// What every gradient of a solve takes; f and g may be empty.
+// What every gradient of a solve takes. `costs` and `want_cost` are empty where costs are made from
+// points.
 struct GradientArguments {
   const Tensor& grad_loss;
   const Tensors& costs;
@@ -548,22 +549,23 @@ template <typename T>
 EnvelopeGroup<T> gradient_group(const GradientArguments& given, int64_t p, bool reads_cost,
                                 Gradients& out) {
   const ScalarType dtype = given.grad_loss.scalar_type();
-  const Tensor& C = given.costs.at(p);
   const Tensor& a = given.weights.at(given.pairs.at(2 * p));
   const Tensor& b = given.weights.at(given.pairs.at(2 * p + 1));
   const int64_t B = given.grad_loss.size(0), n = a.size(1), m = b.size(1);
   check(given.grad_loss, {B}, dtype, "grad_loss");
   check(a, {B, n}, dtype, "weights");
   check(b, {B, m}, dtype, "weights");
-  const bool with_cost = given.want_cost.at(p) != 0, with_weights = given.want_weights;
-  if (reads_cost || with_cost) check(C, {B, n, m}, dtype, "costs");
+  const bool with_cost = !given.costs.empty() && given.want_cost.at(p) != 0;
+  const bool with_weights = given.want_weights;
+  const T* C = given.costs.empty() ? nullptr : data<T>(given.costs.at(p));
+  if (C && (reads_cost || with_cost)) check(given.costs[p], {B, n, m}, dtype, "costs");
   out.C.push_back(with_cost ? empty(a, {B, n, m}) : empty(a, {0}));
   out.a.push_back(with_weights ? empty(a, {B, n}) : empty(a, {0}));
   out.b.push_back(with_weights ? empty(a, {B, m}) : empty(a, {0}));
   return {B,
           n,
           m,
-          data<T>(C),
+          C,
           data<T>(a),
           data<T>(b),
           nullptr,
@@ -644,6 +646,32 @@ std::tuple<Tensors, Tensors, Tensors> unrolled_backward(
   });
 }
 
+// The groups of implicit_backward. `status` (P, B, fields) is allocated; `place(group, p)` says
+// where the costs of pair p and its plan are.
+template <typename T, typename Place>
+std::vector<ImplicitGroup<T>> implicit_groups(const GradientArguments& given, const Tensors& grad_f,
+                                              const Tensors& grad_g, const Tensors& f,
+                                              const Tensors& g, Tensor& status, Gradients& grads,
+                                              Place&& place) {
+  const ScalarType dtype = given.grad_loss.scalar_type();
+  const int64_t P = given.coefficients.size(), B = given.grad_loss.size(0);
+  status = empty(given.grad_loss, {P, B, kImplicitStatusFields}, aoti_torch_dtype_float64());
+  std::vector<ImplicitGroup<T>> groups;
+  for (int64_t p = 0; p < P; ++p) {
+    EnvelopeGroup<T> group = gradient_group<T>(given, p, true, grads);
+    const int64_t n = group.n, m = group.m;
+    check(f.at(p), {B, n}, dtype, "f");
+    check(g.at(p), {B, m}, dtype, "g");
+    group.f = data<T>(f[p]), group.g = data<T>(g[p]);
+    groups.push_back({group, optional_data<T>(grad_f, p, B, n, dtype, "grad_f"),
+                      optional_data<T>(grad_g, p, B, m, dtype, "grad_g"),
+                      given.pairs[2 * p] == given.pairs[2 * p + 1], nullptr,
+                      data<double>(status) + p * B * kImplicitStatusFields});
+    place(groups.back(), p);
+  }
+  return groups;
+}
+
 std::tuple<Tensors, Tensors, Tensors, Tensor> implicit_backward(
     Tensor grad_loss, Tensors grad_f, Tensors grad_g, Tensors costs, Tensors weights, Ints pairs,
     Doubles coefficients, Tensors f, Tensors g, double eps, double rho_x, double rho_y,
@@ -652,30 +680,85 @@ std::tuple<Tensors, Tensors, Tensors, Tensor> implicit_backward(
   clear_interruption();
   return dispatch_dtype(grad_loss, [&](auto zero) {
     using T = decltype(zero);
-    const ScalarType dtype = grad_loss.scalar_type();
     const GradientArguments given{grad_loss,    costs,     weights,      pairs,
                                   coefficients, want_cost, want_weights, {rho_x, rho_y}};
-    const int64_t P = costs.size(), B = grad_loss.size(0);
-    const Tensor status =
-        empty(grad_loss, {P, B, kImplicitStatusFields}, aoti_torch_dtype_float64());
+    Tensor status;
     Gradients grads;
     Tensors scratch;  // plans of pairs whose cost gradient, which could hold them, is not wanted
-    std::vector<ImplicitGroup<T>> groups;
-    for (int64_t p = 0; p < P; ++p) {
-      EnvelopeGroup<T> group = gradient_group<T>(given, p, true, grads);
-      const int64_t n = group.n, m = group.m;
-      check(f.at(p), {B, n}, dtype, "f");
-      check(g.at(p), {B, m}, dtype, "g");
-      group.f = data<T>(f[p]), group.g = data<T>(g[p]);
-      if (!group.grad_C) scratch.push_back(empty(grad_loss, {B, n, m}));
-      groups.push_back({group, optional_data<T>(grad_f, p, B, n, dtype, "grad_f"),
-                        optional_data<T>(grad_g, p, B, m, dtype, "grad_g"),
-                        pairs[2 * p] == pairs[2 * p + 1],
-                        group.grad_C ? group.grad_C : data<T>(scratch.back()),
-                        data<double>(status) + p * B * kImplicitStatusFields});
-    }
+    const auto groups = implicit_groups<T>(
+        given, grad_f, grad_g, f, g, status, grads, [&](ImplicitGroup<T>& group, int64_t) {
+          if (!group.grad_C) scratch.push_back(empty(grad_loss, {group.batch, group.n, group.m}));
+          group.P = group.grad_C ? group.grad_C : data<T>(scratch.back());
+        });
     OTLOSS_LAUNCH(device, implicit_backward, groups, eps, static_cast<Objective>(objective));
     return std::make_tuple(grads.C, grads.a, grads.b, status);
+  });
+}
+
+// Where costs are made from points on the way: what pairs need, and the points' gradients from it.
+template <typename T>
+class MadeCosts {
+ public:
+  MadeCosts(const Device& device, const Tensors& points, const Tensors& weights, const Ints& pairs,
+            CostKind kind, const Ints& wanted)
+      : clouds_(prepare<T>(device, points, weights, kind)),
+        pairs_(pairs),
+        kind_(kind),
+        grads_(device, clouds_, kind, wanted) {}
+
+  MadeCost<T> pair(int64_t p) {
+    const int64_t i = pairs_.at(2 * p), j = pairs_.at(2 * p + 1);
+    return {point_pair<T>(clouds_, kind_, i, j), i == j, side(i),
+            i == j ? PointSums<T>{} : side(j)};
+  }
+
+  // Of the wanted clouds, in their order.
+  Tensors gradients() const {
+    for (const Side& side : sides_)
+      grads_.add(side.cloud, data<T>(side.sum), data<T>(side.product));
+    return grads_.result();
+  }
+
+ private:
+  struct Side {
+    int64_t cloud;
+    Tensor sum, product;
+  };
+
+  PointSums<T> side(int64_t c) {
+    if (!grads_.wants(c)) return {};
+    const Tensor& z = clouds_.z[c];
+    const int64_t B = z.size(0), n = z.size(1), d = z.size(2);
+    sides_.push_back({c, empty(z, {B, n}), empty(z, {B, n, d})});
+    return {data<T>(sides_.back().sum), data<T>(sides_.back().product)};
+  }
+
+  Prepared clouds_;
+  const Ints& pairs_;
+  CostKind kind_;
+  PointGradients<T> grads_;
+  std::vector<Side> sides_;
+};
+
+// Gradients of the clouds listed in `wanted`, in that order, and of the weights of each pair.
+std::tuple<Tensors, Tensors, Tensors, Tensor> implicit_backward_points(
+    Tensor grad_loss, Tensors grad_f, Tensors grad_g, Tensors points, Tensors weights, Ints pairs,
+    Doubles coefficients, Tensors f, Tensors g, int64_t kind, double eps, double rho_x,
+    double rho_y, int64_t objective, Ints wanted, bool want_weights) {
+  const Device device{{grad_loss}, grad_f, grad_g, points, weights, f, g};
+  clear_interruption();
+  return dispatch_dtype(grad_loss, [&](auto zero) {
+    using T = decltype(zero);
+    const GradientArguments given{grad_loss,    {}, weights,      pairs,
+                                  coefficients, {}, want_weights, {rho_x, rho_y}};
+    MadeCosts<T> made(device, points, weights, pairs, static_cast<CostKind>(kind), wanted);
+    Tensor status;
+    Gradients grads;
+    const auto groups =
+        implicit_groups<T>(given, grad_f, grad_g, f, g, status, grads,
+                           [&](ImplicitGroup<T>& group, int64_t p) { group.made = made.pair(p); });
+    cpu::implicit_backward(groups, eps, static_cast<Objective>(objective));
+    return std::make_tuple(made.gradients(), grads.a, grads.b, status);
   });
 }
 
@@ -778,6 +861,7 @@ STABLE_TORCH_LIBRARY_IMPL(otloss, CPU, library) {
   library.impl("unrolled_backward", TORCH_BOX(&otloss::unrolled_backward));
   library.impl("implicit_backward", TORCH_BOX(&otloss::implicit_backward));
   library.impl("envelope_backward_points", TORCH_BOX(&otloss::envelope_backward_points));
+  library.impl("implicit_backward_points", TORCH_BOX(&otloss::implicit_backward_points));
 }
 
 #if defined(OTLOSS_WITH_CUDA)

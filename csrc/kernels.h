@@ -95,6 +95,23 @@ struct EnvelopeGroup {
   Strength strength = {};
 };
 
+// What the gradient of the points of one side needs, without a matrix: with V = gradient_weight of
+// the cost's gradient, that side as rows, V 1 and V y. CostGradientGroup does the rest.
+template <typename T>
+struct PointSums {
+  T* sum;      // (B, n) out, or null: not wanted
+  T* product;  // (B, n, d) out
+};
+
+// In place of C and its gradient, which are then null: the points that costs are made from.
+template <typename T>
+struct MadeCost {
+  PointPair<T> points;
+  bool symmetric;  // a cloud against itself: x takes both sides' sums, y is null
+  PointSums<T> x;
+  PointSums<T> y;  // (B, m) (B, m, d)
+};
+
 // The same for the iterations that ran: the adjoint of each, from its potentials. f and g of the
 // base are not read.
 template <typename T>
@@ -104,6 +121,7 @@ struct UnrolledGroup : EnvelopeGroup<T> {
   int64_t L;        // iterations
   const T* trace;   // (B, L, n + m) f and g after each iteration
   const T* start;   // (B, m) g before the first, or null: 0
+  MadeCost<T> made = {};
 };
 
 // The same for the solution: through the optimality conditions.
@@ -112,8 +130,9 @@ struct ImplicitGroup : EnvelopeGroup<T> {
   const T* grad_f;  // (B, n) or null: further gradients, of the potentials
   const T* grad_g;  // (B, m) or null
   bool symmetric;   // a cloud against itself: one potential
-  T* P;             // (B, n, m) scratch; may be grad_C
+  T* P;             // (B, n, m) scratch; may be grad_C; null where costs are made
   double* status;   // (B, kImplicitStatusFields)
+  MadeCost<T> made = {};
 };
 
 enum ImplicitStatusField : int {
@@ -122,8 +141,7 @@ enum ImplicitStatusField : int {
   kImplicitStatusFields
 };
 
-// What the gradient of the row points needs, without a matrix: with V = gradient_weight of the
-// scaled plan, V 1 and V y. CostGradientGroup does the rest.
+// What the gradient of the row points needs at fixed potentials: PointSums of the scaled plan.
 template <typename T>
 struct PointGradientGroup {
   int64_t batch;   // B

@@ -85,9 +85,8 @@ _THIRD_ORDER = (
     "otloss.reference.fixed_iterations has every order, for small problems"
 )
 _STREAMED = (
-    'method="streamed" has the first derivative of the regularized value only, unless cost '
-    "matrices of {size:.2g} GB fit in otloss.schedule.dense_budget: use "
-    'backward="envelope" or method="dense"'
+    'this derivative of method="streamed" needs cost matrices, here {size:.2g} GB, more than '
+    'otloss.schedule.dense_budget: raise that or use method="dense"'
 )
 
 
@@ -394,9 +393,7 @@ def _gradients(
             grad_loss, grad_f, grad_g, costs, weights, s.pairs, s.coefficients, f, g,
             s.eps, s.rho_x, s.rho_y, s.objective, want_cost, want_weights,
         )  # fmt: skip
-        _report_system(status, costs[0].dtype)
-        if s.system is not None:
-            s.system[:] = [status]
+        _report_system(s, status, costs[0].dtype)
         return grads
     return implementation.envelope_backward(
         grad_loss, costs, weights, s.pairs, s.coefficients, f, g, s.eps, s.rho_x, s.rho_y,
@@ -432,8 +429,10 @@ def _sum_over_pairs(
     return total
 
 
-def _report_system(status: Tensor, dtype: torch.dtype) -> None:
-    """Warns where conjugate gradients left a residual that shows in the gradient."""
+def _report_system(s: Settings, status: Tensor, dtype: torch.dtype) -> None:
+    """Keeps the status; warns where conjugate gradients left a residual that shows."""
+    if s.system is not None:
+        s.system[:] = [status]
     if not _check.readable(status):
         return
     limit = 1e-6 if dtype == torch.float64 else 1e-4
@@ -556,8 +555,7 @@ class SolvePoints(torch.autograd.Function):
     """``(settings, kind, clouds, *points, *weights, *init) -> (loss, status, *f, *g)``.
 
     ``CostMatrices`` and ``Solve`` in one node and one operation. Without ``settings.dense`` no cost
-    matrix is stored. The gradient at fixed potentials needs none either; for every other one they
-    are made in the backward pass.
+    matrix is stored, and first derivatives make none. For second derivatives they are made.
     """
 
     @staticmethod
@@ -597,15 +595,12 @@ class SolvePoints(torch.autograd.Function):
             return None, None, None, *[None] * inputs
         wanted = [c for c in range(clouds) if needed[c]]
         want_weights = needed[clouds : 2 * clouds]
-        higher, envelope = torch.is_grad_enabled(), _is_envelope(s, seeds)
-        if envelope and not higher:
-            gradients = _at_fixed_potentials
-        elif s.dense or _dense_bytes(s, solved.points) <= schedule.budget(solved.points[0].device):
-            gradients = _differentiable if higher else _through_costs
-        elif envelope:
-            gradients = _first_order_only
+        if not torch.is_grad_enabled():
+            gradients = _first_order
+        elif s.dense or _fits(s, solved.points):
+            gradients = _differentiable
         else:
-            raise NotImplementedError(_streamed_message(s, solved.points))
+            gradients = _first_order_only
         grads, grad_weights = gradients(s, seeds, solved, wanted, want_weights)
         result: list[Tensor | None] = [None] * inputs
         for c, grad in zip(wanted, grads, strict=True):
@@ -632,11 +627,30 @@ def _dense_bytes(s: Settings, points: Sequence[Tensor]) -> int:
     return sum(sizes) * points[0].shape[0] * points[0].element_size()
 
 
+def _fits(s: Settings, points: Sequence[Tensor]) -> bool:
+    return _dense_bytes(s, points) <= schedule.budget(points[0].device)
+
+
 def _streamed_message(s: Settings, points: Sequence[Tensor]) -> str:
     return _STREAMED.format(size=_dense_bytes(s, points) / 1e9)
 
 
 _Gradients = tuple[Sequence[Tensor], list[Tensor | None]]  # of the wanted clouds, of the weights
+
+
+def _first_order(
+    s: Settings,
+    seeds: list[Tensor],
+    solved: _Solved,
+    wanted: list[int],
+    want_weights: Sequence[bool],
+) -> _Gradients:
+    """By the kernels."""
+    if _is_envelope(s, seeds):
+        return _at_fixed_potentials(s, seeds, solved, wanted, want_weights)
+    streamed = not s.dense and s.backward == "implicit" and not solved.points[0].is_cuda
+    gradients = _from_points if streamed else _through_costs
+    return gradients(s, seeds, solved, wanted, want_weights)
 
 
 def _at_fixed_potentials(
@@ -675,7 +689,7 @@ def _first_order_only(
 ) -> _Gradients:
     """The same where a graph is being made: differentiating the result raises."""
     solved = solved._replace(solution=[t.detach() for t in solved.solution])
-    grads, grad_weights = _at_fixed_potentials(s, seeds, solved, wanted, want_weights)
+    grads, grad_weights = _first_order(s, seeds, solved, wanted, want_weights)
     given = [*grads, *(grad for grad in grad_weights if grad is not None)]
     message = _streamed_message(s, solved.points)
     refused = iter(_refuse_higher_order(given, (*solved.points, *solved.weights, *seeds), message))
@@ -690,10 +704,12 @@ def _through_costs(
     wanted: list[int],
     want_weights: Sequence[bool],
 ) -> _Gradients:
-    """Every other gradient, by way of those of the cost matrices."""
+    """Implicit and unrolled gradients by way of those of the cost matrices."""
     kind, points, weights, init, solution, costs = solved
     implementation, pairs = _implementation(s.plain), reference.as_pairs(s.pairs)
     if not s.dense:
+        if not _fits(s, points):
+            raise NotImplementedError(_streamed_message(s, points))
         costs = implementation.cost(points, weights, s.pairs, kind)
     parts = [seeds, list(costs), weights, list(init), list(solution)]
     given = [p for p, (i, j) in enumerate(pairs) if i in wanted or j in wanted]
@@ -710,6 +726,26 @@ def _through_costs(
             kind,
             wanted,
         )
+    return grads, _sum_over_pairs(s.pairs, grad_a, grad_b, want_weights)
+
+
+def _from_points(
+    s: Settings,
+    seeds: list[Tensor],
+    solved: _Solved,
+    wanted: list[int],
+    want_weights: Sequence[bool],
+) -> _Gradients:
+    """The same without cost matrices, from points to points in one operation."""
+    kind, points, weights, _, solution, _ = solved
+    P, implementation, weighted = len(s.coefficients), _implementation(s.plain), any(want_weights)
+    grad_loss, grad_f, grad_g = seeds[0], seeds[1 : P + 1], seeds[P + 1 :]
+    f, g = solution[:P], solution[P : 2 * P]
+    grads, grad_a, grad_b, status = implementation.implicit_backward_points(
+        grad_loss, grad_f, grad_g, points, weights, s.pairs, s.coefficients, f, g, kind,
+        s.eps, s.rho_x, s.rho_y, s.objective, wanted, weighted,
+    )  # fmt: skip
+    _report_system(s, status, points[0].dtype)
     return grads, _sum_over_pairs(s.pairs, grad_a, grad_b, want_weights)
 
 

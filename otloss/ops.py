@@ -15,6 +15,8 @@ is a cloud against itself. All tensors carry a batch dimension.
     solve_points       points, weights                               -> as solve, and costs per
                        pair if they are to be stored (`dense`)
     envelope_backward_points    gradient of the loss, costs or none  -> gradients of wanted clouds
+    implicit_backward_points    as implicit_backward, without costs  -> gradients of wanted clouds,
+                       weights, status
 
 The loss is the sum over the pairs of a coefficient times OT of the pair. Cloud 0 is held to its
 weights by ``rho_x``, every other by ``rho_y``; infinite is a constraint.
@@ -43,6 +45,7 @@ __all__ = [
     "envelope_backward",
     "envelope_backward_points",
     "implicit_backward",
+    "implicit_backward_points",
     "solve",
     "solve_points",
     "unrolled_backward",
@@ -93,6 +96,12 @@ _library.define(
     "Tensor[] weights, int[] pairs, float[] coefficients, Tensor[] f, Tensor[] g, int kind, "
     "float eps, int[] wanted) -> Tensor[]",
 )
+_library.define(
+    "implicit_backward_points(Tensor grad_loss, Tensor[] grad_f, Tensor[] grad_g, "
+    "Tensor[] points, Tensor[] weights, int[] pairs, float[] coefficients, Tensor[] f, "
+    "Tensor[] g, int kind, float eps, float rho_x, float rho_y, int objective, int[] wanted, "
+    "bool want_weights) -> (Tensor[], Tensor[], Tensor[], Tensor)",
+)
 
 
 def _load_native() -> Any:
@@ -131,6 +140,7 @@ unrolled_backward = torch.ops.otloss.unrolled_backward.default
 implicit_backward = torch.ops.otloss.implicit_backward.default
 solve_points = torch.ops.otloss.solve_points.default
 envelope_backward_points = torch.ops.otloss.envelope_backward_points.default
+implicit_backward_points = torch.ops.otloss.implicit_backward_points.default
 
 
 # ------------------------------------------------------------------------ shapes, for tracing
@@ -188,13 +198,20 @@ def _empty_gradients(
     want_cost: list[int],
     want_weights: bool,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    def like(t: Tensor, wanted: bool) -> Tensor:
-        return torch.empty_like(t) if wanted else t.new_empty(0)
+    grad_costs = [_like(c, bool(w)) for c, w in zip(costs, want_cost, strict=True)]
+    return grad_costs, *_empty_weight_gradients(weights, pairs, want_weights)
 
-    grad_costs = [like(c, bool(w)) for c, w in zip(costs, want_cost, strict=True)]
-    grad_a = [like(weights[i], want_weights) for i in pairs[::2]]
-    grad_b = [like(weights[j], want_weights) for j in pairs[1::2]]
-    return grad_costs, grad_a, grad_b
+
+def _empty_weight_gradients(
+    weights: list[Tensor], pairs: list[int], wanted: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    grad_a = [_like(weights[i], wanted) for i in pairs[::2]]
+    grad_b = [_like(weights[j], wanted) for j in pairs[1::2]]
+    return grad_a, grad_b
+
+
+def _like(t: Tensor, wanted: bool) -> Tensor:
+    return torch.empty_like(t) if wanted else t.new_empty(0)
 
 
 @torch.library.register_fake("otloss::envelope_backward", lib=_library)
@@ -309,3 +326,27 @@ def _(
     wanted: list[int],
 ) -> list[Tensor]:
     return [torch.empty_like(points[c]) for c in wanted]
+
+
+@torch.library.register_fake("otloss::implicit_backward_points", lib=_library)
+def _(
+    grad_loss: Tensor,
+    grad_f: list[Tensor],
+    grad_g: list[Tensor],
+    points: list[Tensor],
+    weights: list[Tensor],
+    pairs: list[int],
+    coefficients: list[float],
+    f: list[Tensor],
+    g: list[Tensor],
+    kind: int,
+    eps: float,
+    rho_x: float,
+    rho_y: float,
+    objective: int,
+    wanted: list[int],
+    want_weights: bool,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    grads = [torch.empty_like(points[c]) for c in wanted]
+    status = grad_loss.new_empty(len(f), grad_loss.shape[0], 2, dtype=torch.float64)
+    return grads, *_empty_weight_gradients(weights, pairs, want_weights), status

@@ -27,6 +27,7 @@ __all__ = [
     "fixed_iterations",
     "full_precision",
     "implicit_backward",
+    "implicit_backward_points",
     "implicit_gradient",
     "marginals_of",
     "plan",
@@ -49,6 +50,7 @@ OPERATIONS = (
     "implicit_backward",
     "solve_points",
     "envelope_backward_points",
+    "implicit_backward_points",
 )
 
 TRANSPORT = 1  # the objective's number, see csrc/kernels.h
@@ -719,3 +721,30 @@ def envelope_backward_points(
         [1] * len(costs), False,
     )  # fmt: skip
     return cost_backward(grad_costs, costs, points, weights, pairs, kind, wanted)
+
+
+def implicit_backward_points(
+    grad_loss: Tensor,
+    grad_f: list[Tensor],
+    grad_g: list[Tensor],
+    points: list[Tensor],
+    weights: list[Tensor],
+    pairs: list[int],
+    coefficients: list[float],
+    f: list[Tensor],
+    g: list[Tensor],
+    kind: int,
+    eps: float,
+    rho_x: float,
+    rho_y: float,
+    objective: int,
+    wanted: list[int],
+    want_weights: bool,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    costs = cost(points, weights, pairs, kind)
+    grad_costs, grad_a, grad_b, status = implicit_backward(
+        grad_loss, grad_f, grad_g, costs, weights, pairs, coefficients, f, g, eps, rho_x, rho_y,
+        objective, [1] * len(costs), want_weights,
+    )  # fmt: skip
+    grads = cost_backward(grad_costs, costs, points, weights, pairs, kind, wanted)
+    return grads, grad_a, grad_b, status

@@ -6,16 +6,20 @@ rounding; converged results agree to the tolerance whatever the start.
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import helpers
 import pytest
 import torch
 
 import otloss
-from otloss import schedule
+from otloss import ops, schedule
 
+ROOT = Path(__file__).parents[1]
 FIRST_ORDER = {"tol": 1e-9, "max_iters": 20_000}
 
 
@@ -175,3 +179,162 @@ def test_modules_start_from_the_last_potentials(rng: torch.Generator) -> None:
 def test_a_warm_start_excludes_a_fixed_number_of_iterations() -> None:
     with pytest.raises(ValueError, match=r"warm_start must be False with n_iters.*n_iters=3"):
         otloss.SinkhornDivergence(0.1, n_iters=3, warm_start=True)
+
+
+# ------------------------------------------------------------------- gradients without matrices
+
+MODES = ("implicit",)
+Strength2 = tuple[float, float]  # rho_x, rho_y
+RHO: tuple[Strength2, ...] = ((math.inf, math.inf), (2.0, 0.5), (math.inf, 0.7), (0.7, math.inf))
+
+
+def _problem(
+    rng: torch.Generator, cost: str, d: int, objective: int, rho: Strength2, mode: str, **kw: Any
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """A divergence's three pairs, solved: what is before, in and after the costs' place in the
+    arguments of the mode's gradient. Gradients of f and g come from outside."""
+    sizes = kw.get("sizes", (helpers.pick(rng, 33, 90), helpers.pick(rng, 65, 140)))
+    c = helpers.clouds(rng, *sizes, d, weights="padded", batch=kw.get("batch", 2))
+    eps = 0.5 if cost == "cosine" else 0.5 * d**0.5
+    weights, pairs = [c.a, c.b], [0, 1, 0, 0, 1, 1]
+    coefficients, kind = [1.0, -0.5, -0.7], helpers.COSTS.index(cost)
+    n_iters = 5 if mode == "unrolled" else -1
+    settings = (eps, *rho, 1e-10, 20_000, n_iters, objective, mode == "unrolled")
+    points = [c.x, c.y]
+    loss, _, f, g, traces, _ = ops.solve_points(
+        points, weights, pairs, coefficients, [], kind, True, *settings
+    )
+    outside = [[helpers.randn(rng, *t.shape) for t in side] for side in (f, g)]
+    before = [helpers.randn(rng, *loss.shape), *outside]
+    solution = [[], traces] if mode == "unrolled" else [f, g]
+    return before, [points, weights, pairs, coefficients, kind], [*solution, eps, *rho, objective]
+
+
+def _native(dtype: torch.dtype, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_native(dtype, v) for v in value]
+    return value.to(dtype) if isinstance(value, torch.Tensor) else value
+
+
+def _through_matrices(mode: str, before: Any, middle: Any, after: Any, wanted: list[int]) -> Any:
+    points, weights, pairs, coefficients, kind = middle
+    costs = ops.cost(points, weights, pairs, kind)
+    gradient = getattr(ops, f"{mode}_backward")
+    grad_costs, grad_a, grad_b, *_ = gradient(
+        *before, costs, weights, pairs, coefficients, *after, [1] * len(costs), True
+    )
+    grads = ops.cost_backward(grad_costs, costs, points, weights, pairs, kind, wanted)
+    return [*grads, *grad_a, *grad_b]
+
+
+def _without(mode: str, before: Any, middle: Any, after: Any, wanted: list[int]) -> Any:
+    *middle, kind = middle
+    first, second, *rest = after
+    gradient = getattr(ops, f"{mode}_backward_points")
+    grads, grad_a, grad_b, *_ = gradient(*before, *middle, first, second, kind, *rest, wanted, True)
+    return [*grads, *grad_a, *grad_b]
+
+
+@pytest.mark.parametrize("rho", RHO, ids=str)
+@pytest.mark.parametrize("objective", [0, 1])
+@pytest.mark.parametrize("d", [1, 3, 20])
+@pytest.mark.parametrize("cost", helpers.COSTS)
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_are_those_of_the_stored_matrix(
+    rng: torch.Generator, mode: str, cost: str, d: int, objective: int, rho: Strength2
+) -> None:
+    """Of one solution, so that nothing but rounding differs."""
+    parts = _problem(rng, cost, d, objective, rho, mode)
+    expected, got = (call(mode, *parts, [0, 1]) for call in (_through_matrices, _without))
+    for one, other in zip(got, expected, strict=True):
+        helpers.close(one, other, 1e-10, scale=float(other.norm()) + 1e-3)
+    for x, w in zip(got, parts[1][1], strict=False):
+        assert (x[w == 0] == 0).all()
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 70), (67, 1), (4, 1030)], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_of_small_and_of_long_rows(
+    rng: torch.Generator, mode: str, sizes: tuple[int, int]
+) -> None:
+    parts = _problem(rng, "euclidean", 3, 1, RHO[1], mode, sizes=sizes)
+    expected, got = (call(mode, *parts, [0, 1]) for call in (_through_matrices, _without))
+    for one, other in zip(got, expected, strict=True):
+        helpers.close(one, other, 1e-10, scale=float(other.norm()) + 1e-3)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_in_float32(rng: torch.Generator, mode: str) -> None:
+    parts = _problem(rng, "sqeuclidean", 20, 1, RHO[0], mode)
+    expected = _without(mode, *parts, [0, 1])
+    got = _without(mode, *_native(torch.float32, parts), [0, 1])
+    for one, other in zip(got, expected, strict=True):
+        helpers.close(one, other, 1e-3, scale=float(other.norm()) + 1e-3)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_leave_out_what_is_not_wanted(rng: torch.Generator, mode: str) -> None:
+    parts = _problem(rng, "sqeuclidean", 3, 0, RHO[0], mode)
+    every = _without(mode, *parts, [0, 1])
+    assert torch.equal(_without(mode, *parts, [1])[0], every[1])
+    assert len(_without(mode, *parts, [])) == len(every) - 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_on_threads(rng: torch.Generator, mode: str, threads: None) -> None:
+    """Rows of each problem in two parts, the second at any row."""
+    parts = _problem(rng, "sqeuclidean", 3, 1, RHO[0], mode, sizes=(701, 803), batch=1)
+    torch.set_num_threads(1)
+    expected = _without(mode, *parts, [0, 1])
+    torch.set_num_threads(4)
+    for one, other in zip(_without(mode, *parts, [0, 1]), expected, strict=True):
+        helpers.close(one, other, 1e-9, scale=float(other.norm()) + 1e-3)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_of_losses_make_no_matrix(
+    rng: torch.Generator, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a loss and a result hand back, with a budget that no matrix fits in."""
+    monkeypatch.setattr(schedule, "dense_budget", 0)
+    c = helpers.clouds(rng, 45, 70, 3, weights="random").require_grad()
+    kw: dict[str, Any] = {"tol": 1e-11, "max_iters": 20_000}
+    kw = {"n_iters": 6} if mode == "unrolled" else kw
+
+    def gradients(method: str) -> tuple[torch.Tensor, ...]:
+        given = {"a": c.a, "b": c.b, "method": method, "backward": mode, **kw}
+        loss = otloss.sinkhorn_divergence(c.x, c.y, 0.5, objective="transport", **given)
+        f, g = otloss.solve_sample(c.x, c.y, 0.5, **given).potentials
+        return torch.autograd.grad(loss + f.sin().sum() + g.cos().sum(), c.inputs())
+
+    for one, other in zip(gradients("streamed"), gradients("dense"), strict=True):
+        helpers.close(one, other, 1e-7)
+    loss = otloss.sinkhorn_loss(c.x, c.y, 0.5, method="streamed", objective="transport", **kw)
+    (first,) = torch.autograd.grad(loss, c.x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="dense_budget"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_memory_of_gradients_does_not_grow_with_the_matrix(mode: str) -> None:
+    """12 000 x 10 000 float32 costs would take 0.48 GB; six iterations keep 1 MB."""
+    script = (
+        "import otloss\n"
+        "from otloss import schedule\n"
+        "import torch\n"
+        "from benchmarks.memory import resident_peak\n"
+        "schedule.dense_budget = 0\n"
+        f"kw = {{'n_iters': 6}} if '{mode}' == 'unrolled' else {{'tol': 0.1}}\n"
+        "def call(n, m):\n"
+        "    x, y = torch.rand(n, 3).requires_grad_(), torch.rand(m, 3).requires_grad_()\n"
+        "    kw['objective'] = 'transport'\n"
+        "    otloss.sinkhorn_loss(x, y, 1.0, method='streamed', **kw).backward()\n"
+        "call(50, 60)\n"
+        "before = resident_peak()\n"
+        "call(12_000, 10_000)\n"
+        "print(resident_peak() - before)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert int(run.stdout) < 40e6, f"{int(run.stdout) / 1e6:.0f} MB more"

@@ -18,6 +18,9 @@
 // row: w_i = sum_j P_ij x_j / r_i, then y_j += P_ij w_i. All vectors and sums are double; r and c
 // are P's own sums, so that S 1 = 0 to rounding even when P is float.
 //
+// Where costs are made from points, a product makes the plan again, a few rows at a time, and what
+// the points receive from C_bar is one more pass for each side.
+//
 // A cloud against itself has one potential, and the system is (diag(r) + P) alpha = h with
 // h = (f_bar + g_bar) / 2: well conditioned whatever eps, while S vanishes as eps does.
 #include <algorithm>
@@ -30,7 +33,9 @@
 #include "marginal.h"
 #include "math.h"
 #include "parallel.h"
+#include "point_sums.h"
 #include "problems.h"
+#include "rows.h"
 #include "solver.h"
 #include "sweep.h"
 
@@ -104,12 +109,18 @@ class ImplicitProblem {
         balanced_(group.strength.balanced),
         x_(n_, group.a + p * n_, group.strength.rho_x),
         y_(m_, group.b + p * m_, group.strength.rho_y),
-        C_(group.C + p * n_ * m_),
+        split_(split),
+        made_(group.made),
+        problem_(p),
         a_(group.a + p * n_),
         b_(group.b + p * m_),
-        P_(group.P + p * n_ * m_),
+        kept_P_(group.P ? group.P + p * n_ * m_ : nullptr),
         parts_(n_, m_, split),
+        costs_(parts_, n_, m_, group.C, made_.points, p, symmetric_),
+        made_P_(kept_P_ ? 0 : parts_.count() * costs_.at_once() * m_),
         columns_(parts_, m_),
+        F_(n_),
+        G_(m_),
         f_(n_),
         g_(m_),
         f_bar_(n_),
@@ -140,14 +151,32 @@ class ImplicitProblem {
     return report;
   }
 
-  void cost_gradient(double scale, Objective objective, T* grad_C) const {
+  void cost_gradient(double scale, Objective objective, T* grad_C) {
     const std::vector<T> alpha(alpha_.begin(), alpha_.end()), beta(beta_.begin(), beta_.end());
-    const double t = objective == Objective::kTransport ? -scale / eps_ : 0.0;
-    parts_.for_each([&](int64_t, int64_t begin, int64_t end) {
-      const int64_t at = begin * m_;
-      weigh_plan(WeighPlan<T>{end - begin, m_, static_cast<T>(scale), static_cast<T>(t), P_ + at,
-                              C_ + at, alpha.data() + begin, beta.data(), grad_C + at});
+    const T s = static_cast<T>(scale), t = static_cast<T>(of_cost(scale, objective));
+    for_each_block([&](int64_t, const T* P, const T* C, int64_t i, int64_t rows) {
+      weigh_plan(
+          WeighPlan<T>{rows, m_, s, t, P, C, alpha.data() + i, beta.data(), grad_C + i * m_});
     });
+  }
+
+  // The sums that the points' gradients need. Both sides of a cloud against itself are the same.
+  void point_gradients(double scale, Objective objective) const {
+    const double sides = symmetric_ ? 2 : 1;
+    std::vector<T> alpha(n_), beta(m_);
+    for (int64_t i = 0; i < n_; ++i) alpha[i] = static_cast<T>(sides * alpha_[i]);
+    for (int64_t j = 0; j < m_; ++j) beta[j] = static_cast<T>(sides * beta_[j]);
+    const std::vector<T> f(f_.begin(), f_.end()), g(g_.begin(), g_.end());
+    const T s = static_cast<T>(sides * scale);
+    const T t = static_cast<T>(sides * of_cost(scale, objective));
+    if (made_.x.sum)
+      point_sums(made_.points, n_, m_, problem_, symmetric_, split_,
+                 PlanGradient<T>{eps_, s, t, a_, b_, f.data(), g.data(), alpha.data(), beta.data()},
+                 made_.x);
+    if (made_.y.sum)
+      point_sums(exchanged(made_.points), m_, n_, problem_, symmetric_, split_,
+                 PlanGradient<T>{eps_, s, t, b_, a_, g.data(), f.data(), beta.data(), alpha.data()},
+                 made_.y);
   }
 
   // Of (a_bar + t, b_bar - t), all gradients on weights of equal total, that with
@@ -171,6 +200,24 @@ class ImplicitProblem {
   }
   double mass() const { return x_.mass + y_.mass; }
 
+  // t of the cost's gradient P_ij (scale + t C_ij + alpha_i + beta_j).
+  double of_cost(double scale, Objective objective) const {
+    return objective == Objective::kTransport ? -scale / eps_ : 0.0;
+  }
+
+  // Calls function(part, P, C, first row, rows) for all rows of the plan: kept where costs are
+  // stored, made again each time where they are made.
+  template <typename Function>
+  void for_each_block(Function&& function) {
+    const T k = static_cast<T>(kLog2E / eps_);
+    costs_.for_each([&](int64_t part, const T* C, int64_t i, int64_t rows) {
+      T* P = kept_P_ ? kept_P_ + i * m_ : made_P_.data() + part * costs_.at_once() * m_;
+      if (!plan_is_kept_)
+        plan_rows(PlanRows<T>{rows, m_, k, T(1), C, a_ + i, F_.data() + i, G_.data(), P});
+      function(part, P, C, i, rows);
+    });
+  }
+
   // The potentials, with <a, f> = <b, g> if balanced; one potential for a cloud against itself.
   void centre_potentials(const T* f, const T* g) {
     for (int64_t i = 0; i < n_; ++i) f_[i] = a_[i] > T(0) ? static_cast<double>(f[i]) : 0.0;
@@ -184,16 +231,14 @@ class ImplicitProblem {
 
   void make_plan() {
     const double k = kLog2E / eps_;
-    std::vector<T> F(n_), g(g_.begin(), g_.end()), G(m_);
-    for (int64_t i = 0; i < n_; ++i) F[i] = static_cast<T>(k * f_[i]);
-    absorb_weights(m_, static_cast<T>(k), g.data(), b_, G.data());
+    const std::vector<T> g(g_.begin(), g_.end());
+    for (int64_t i = 0; i < n_; ++i) F_[i] = static_cast<T>(k * f_[i]);
+    absorb_weights(m_, static_cast<T>(k), g.data(), b_, G_.data());
     columns_.clear();
-    parts_.for_each([&](int64_t part, int64_t begin, int64_t end) {
-      const int64_t rows = end - begin, at = begin * m_;
-      plan_rows(PlanRows<T>{rows, m_, static_cast<T>(k), T(1), C_ + at, a_ + begin,
-                            F.data() + begin, G.data(), P_ + at});
-      plan_sums(PlanSums<T>{rows, m_, P_ + at, nullptr, r_.data() + begin, columns_.part(part)});
+    for_each_block([&](int64_t part, const T* P, const T*, int64_t i, int64_t rows) {
+      plan_sums(PlanSums<T>{rows, m_, P, nullptr, r_.data() + i, columns_.part(part)});
     });
+    plan_is_kept_ = kept_P_ != nullptr;
     const double* c = columns_.total();
     for (int64_t i = 0; i < n_; ++i) {
       r_[i] /= x_.damping(eps_);
@@ -217,9 +262,8 @@ class ImplicitProblem {
     }
     Vector row(n_);
     columns_.clear();
-    parts_.for_each([&](int64_t part, int64_t begin, int64_t end) {
-      plan_sums(PlanSums<T>{end - begin, m_, P_ + begin * m_, C_ + begin * m_, row.data() + begin,
-                            columns_.part(part)});
+    for_each_block([&](int64_t part, const T* P, const T* C, int64_t i, int64_t rows) {
+      plan_sums(PlanSums<T>{rows, m_, P, C, row.data() + i, columns_.part(part)});
     });
     const double* column = columns_.total();
     for (int64_t i = 0; i < n_; ++i) {
@@ -252,10 +296,9 @@ class ImplicitProblem {
   const double* product(const double* x, const double* base, const double* factor, Vector& w,
                         bool columns) {
     columns_.clear();
-    parts_.for_each([&](int64_t part, int64_t begin, int64_t end) {
-      plan_product(PlanProduct<T>{end - begin, m_, P_ + begin * m_, x,
-                                  base ? base + begin : nullptr, factor + begin, w.data() + begin,
-                                  columns ? columns_.part(part) : nullptr});
+    for_each_block([&](int64_t part, const T* P, const T*, int64_t i, int64_t rows) {
+      plan_product(PlanProduct<T>{rows, m_, P, x, base ? base + i : nullptr, factor + i,
+                                  w.data() + i, columns ? columns_.part(part) : nullptr});
     });
     return columns_.total();
   }
@@ -325,12 +368,18 @@ class ImplicitProblem {
   const double eps_;
   const bool symmetric_, balanced_;
   const Side<T> x_, y_;
-  const T* const C_;  // (n, m)
+  const bool split_;
+  const MadeCost<T>& made_;
+  const int64_t problem_;
   const T* const a_;  // (n,)
   const T* const b_;  // (m,)
-  T* const P_;        // (n, m)
+  T* const kept_P_;   // (n, m) or null
+  bool plan_is_kept_ = false;
   RowParts parts_;
+  CostBlocks<T> costs_;
+  BlockVector<T> made_P_;                 // (parts, at_once, m) or nothing
   PartSums<double> columns_;              // (m,)
+  std::vector<T> F_, G_;                  // (n,) (m,) the plan's, in base-2 units
   Vector f_, g_;                          // (n,) (m,) the solution with <a, f> = <b, g>
   Vector f_bar_, g_bar_, a_bar_, b_bar_;  // (n,) (m,) (n,) (m,)
   Vector inverse_r_, inverse_c_;          // (n,) (m,) 0 for padding
@@ -351,6 +400,7 @@ void implicit_backward(const std::vector<ImplicitGroup<T>>& groups, double eps,
         problem.run(scale, objective, group.grad_f ? group.grad_f + p * n : nullptr,
                     group.grad_g ? group.grad_g + p * m : nullptr);
     if (group.grad_C) problem.cost_gradient(scale, objective, group.grad_C + p * n * m);
+    if (!group.C) problem.point_gradients(scale, objective);
     if (group.grad_a) problem.weight_gradients(group.grad_a + p * n, group.grad_b + p * m);
     double* status = group.status + p * kImplicitStatusFields;
     status[kImplicitIterations] = static_cast<double>(report.iterations);

@@ -11,6 +11,7 @@
 #include "kernels.h"
 #include "math.h"
 #include "parallel.h"
+#include "point_sums.h"
 #include "problems.h"
 #include "solver.h"
 #include "sweep.h"
@@ -119,30 +120,6 @@ void matrix_gradient(const EnvelopeGroup<T>& group, int64_t p, double eps, bool 
     rows(0, n);
 }
 
-// The sums that the gradient of the row points needs: V 1 and V y, V = gradient weight of P.
-template <typename T>
-void point_sums(const PointGradientGroup<T>& group, int64_t p, double eps, bool split) {
-  const int64_t n = group.n, m = group.m, d = group.points.d;
-  const MadeRows<T> source(n, m, group.points, p, group.symmetric);
-  Engine<T, MadeRows<T>> engine(n, m, group.a + p * n, group.b + p * m, source, split);
-  const T k = static_cast<T>(kLog2E / eps);
-  std::vector<T> F(n);
-  for (int64_t i = 0; i < n; ++i) F[i] = k * group.f[p * n + i];
-  const T scale = group.coefficient * group.grad[p];
-  BlockVector<T> coordinates;
-  if (d > kLaneDims) {
-    coordinates.resize(strips_of<T>(d) * m * kStrip<T>);
-    pack(Packing<T>{d, m, source.to().z, d, true, coordinates.data()});
-  }
-  engine.for_each_plan_block(
-      eps, scale, F.data(), group.g + p * m, [&](T* P, const T* C, int64_t i, int64_t count) {
-        weight_rows(source.kind(), count * m, C, P);
-        const int64_t row = p * n + i;
-        apply_rows(ApplyRows<T>{count, P, m, &source.to(), coordinates.data(), group.sum + row,
-                                group.product + row * d});
-      });
-}
-
 }  // namespace
 
 template <typename T>
@@ -168,7 +145,17 @@ void envelope_backward(const std::vector<EnvelopeGroup<T>>& groups, double eps,
 template <typename T>
 void point_gradient_sums(const std::vector<PointGradientGroup<T>>& groups, double eps) {
   for_each_problem(groups, [&](const PointGradientGroup<T>& group, int64_t p, bool split) {
-    point_sums(group, p, eps, split);
+    const int64_t n = group.n, m = group.m;
+    const PlanGradient<T> plan{eps,
+                               group.coefficient * group.grad[p],
+                               T(0),
+                               group.a + p * n,
+                               group.b + p * m,
+                               group.f + p * n,
+                               group.g + p * m,
+                               nullptr,
+                               nullptr};
+    point_sums(group.points, n, m, p, group.symmetric, split, plan, {group.sum, group.product});
   });
 }
 
