@@ -88,8 +88,10 @@ class Engine {
     return sum;
   }
 
-  // A start that may be better than 0.
-  bool propose(double eps, T* g) const { return source_.propose(eps, a, b, g); }
+  // A start that may be better than 0, if it takes less time than so many sweeps.
+  bool propose(double sweeps, double eps, T* g) const {
+    return source_.propose(sweeps, eps, a, b, g);
+  }
 
   // max |C_ij| over points of positive weight or a bound of it, NaN if one is not finite.
   double max_cost() const { return source_.max_cost(a, b); }

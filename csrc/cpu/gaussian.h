@@ -18,9 +18,10 @@ struct GaussianStart {
   T* g;             // (m,) out
 };
 
-// Whether the passes that it may save, some ten over n m costs, take longer than the start does.
-inline bool gaussian_start_pays(int64_t n, int64_t m, int64_t d) {
-  return d <= kGaussianDims && n * m >= 40 * d * d * d + (n + m) * d * d / 2;
+// Whether it takes less time than so many sweeps over n m costs.
+inline bool gaussian_start_within(double sweeps, int64_t n, int64_t m, int64_t d) {
+  const double work = 400.0 * d * d * d + 5.0 * (n + m) * d * d;  // in costs of a sweep
+  return d <= kGaussianDims && sweeps * n * m >= work;
 }
 
 // Squared euclidean costs only.

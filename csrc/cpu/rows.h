@@ -14,14 +14,14 @@
 
 namespace otloss::cpu {
 
-// Where to begin better than from 0, g (m,): false where the points are not known or there is no
-// formula.
+// Where to begin better than from 0, g (m,): false where the points are not known, there is no
+// formula, or it takes longer than so many sweeps.
 template <typename T>
-bool propose_start(int64_t n, int64_t m, const PointPair<T>& points, int64_t problem, double eps,
-                   const T* a, const T* b, T* g) {
+bool propose_start(int64_t n, int64_t m, const PointPair<T>& points, int64_t problem, double sweeps,
+                   double eps, const T* a, const T* b, T* g) {
   const int64_t d = points.d;
-  if (!points.zx || points.kind != CostKind::kSqEuclidean || !gaussian_start_pays(n, m, d))
-    return false;
+  if (!points.zx || points.kind != CostKind::kSqEuclidean) return false;
+  if (!gaussian_start_within(sweeps, n, m, d)) return false;
   gaussian_start(GaussianStart<T>{n, m, d, points.zx + problem * n * d, points.zy + problem * m * d,
                                   a, b, eps, g});
   return true;
@@ -52,8 +52,8 @@ class StoredRows {
 
   double max_cost(const T* a, const T* b) const { return max_abs(MaxAbs<T>{n_, m_, C_, a, b}); }
 
-  bool propose(double eps, const T* a, const T* b, T* g) const {
-    return propose_start(n_, m_, points_, problem_, eps, a, b, g);
+  bool propose(double sweeps, double eps, const T* a, const T* b, T* g) const {
+    return propose_start(n_, m_, points_, problem_, sweeps, eps, a, b, g);
   }
 
  private:
@@ -107,8 +107,8 @@ class MadeRows {
     return kind_ == CostKind::kEuclidean ? reach : reach * reach;
   }
 
-  bool propose(double eps, const T* a, const T* b, T* g) const {
-    return propose_start(n_, to_.m, points_, problem_, eps, a, b, g);
+  bool propose(double sweeps, double eps, const T* a, const T* b, T* g) const {
+    return propose_start(n_, to_.m, points_, problem_, sweeps, eps, a, b, g);
   }
 
  private:

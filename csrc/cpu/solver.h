@@ -365,18 +365,26 @@ std::vector<double> stages(const Engine& engine, double eps, const SemidualPoint
   return all;
 }
 
-// The start that is proposed, in place of the point evaluated from 0, if its dual value is higher.
+// Evaluates where to begin, at `point`; returns the passes that took. A proposal that costs next to
+// nothing comes first and 0 second, another the other way round; the second is only tried if the
+// iterations cannot start at the first, and the one of the higher dual value is kept.
 template <typename T, typename Engine>
-int64_t try_proposal(Engine& engine, double eps, T* F, SemidualPoint<T>& point) {
+int64_t begin(Engine& engine, const SolveOptions& options, T* F, SemidualPoint<T>& point) {
+  constexpr double kCheapSweeps = 1,
+                   kWorthSweeps = 10;  // what a good start saves, at least and at most
+  const double eps = options.eps;
+  const bool cheap = !options.warm_start && engine.propose(kCheapSweeps, eps, point.g.data());
+  evaluate(engine, eps, F, point);
+  if (options.warm_start || options.max_iters <= 2 || is_near(eps, point)) return 1;
   SemidualPoint<T> other(engine.m, engine.b);
-  if (!engine.propose(eps, other.g.data())) return 0;
+  if (!cheap && !engine.propose(kWorthSweeps, eps, other.g.data())) return 1;
   std::vector<T> other_F(engine.n);
   evaluate(engine, eps, other_F.data(), other);
   if (other.value > point.value) {
     std::swap(point, other);
     std::copy(other_F.begin(), other_F.end(), F);
   }
-  return 1;
+  return 2;
 }
 
 template <typename T, typename Engine>
@@ -386,13 +394,7 @@ Outcome solve_pair(Engine& engine, const SolveOptions& options, T* F, T* g) {
   Outcome outcome;
   SemidualPoint<T> point(m, engine.b);
   std::copy(g, g + m, point.g.begin());
-  const auto start = [&](double eps) {
-    evaluate(engine, eps, F, point);
-    ++outcome.iterations;
-  };
-  start(options.eps);
-  if (!options.warm_start && !is_near(options.eps, point) && options.max_iters > 2)
-    outcome.iterations += try_proposal(engine, options.eps, F, point);
+  outcome.iterations = begin(engine, options, F, point);
   const std::vector<double> schedule = stages(engine, options.eps, point);
   double at = options.eps;
   for (const double eps : schedule) {
@@ -401,7 +403,8 @@ Outcome solve_pair(Engine& engine, const SolveOptions& options, T* F, T* g) {
     if (!last && outcome.iterations + 1 >= max_iters) continue;
     if (eps != at) {
       for (int64_t i = 0; i < n; ++i) F[i] *= static_cast<T>(at / eps);
-      start(eps);
+      evaluate(engine, eps, F, point);
+      ++outcome.iterations;
       at = eps;
     }
     const double tol = last ? options.tol : std::max(kStageTol, options.tol);
