@@ -24,7 +24,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # A few small solves in every regime, for tools that slow the program down a hundredfold.
 SANITIZED = "test_sizes or test_small_eps or test_graph_capture"
 SANITIZED_SIZES = "1-1 or 7-300 or 64-64"
-PEERS = {"ot": "POT", "geomloss": "GeomLoss", "flash_sinkhorn": "FlashSinkhorn"}
+PEERS = {
+    "ot": "POT",
+    "geomloss": "GeomLoss",
+    "pykeops": "KeOps",
+    "flash_sinkhorn": "FlashSinkhorn",
+}
 
 
 class Report:
@@ -132,10 +137,11 @@ def main() -> int:
             report.skip(f"benchmark against {peer}", "it is not installed")
     gradients = [sys.executable, "-m", "benchmarks.gradient_modes", "--device", "cuda"]
     report.run("gradients against iterations", gradients)
-    suites = ["iteration", "divergence"]
-    for suite in suites:
-        benchmark = [sys.executable, "-m", "benchmarks.run", suite, "--device", "cuda"]
-        report.run(f"benchmark {suite}", [*benchmark, "--no-plot"])
+    iteration = [sys.executable, "-m", "benchmarks.run", "iteration", "--device", "cuda"]
+    report.run("benchmark iteration", [*iteration, "--no-plot"])
+    folder = ROOT / "benchmarks/results" / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    against = [sys.executable, "-m", "benchmarks.gpu", "--out", str(folder / "gpu.json")]
+    report.run("benchmarks against other libraries", against)
     return report.finish()
 
 
