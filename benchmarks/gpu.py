@@ -281,7 +281,7 @@ def ladder(
 
 
 def emit_ladder(row: Row, rungs: Iterator[tuple[int, float, Loss]], x: Tensor, y: Tensor) -> None:
-    """The first rung that reaches each target; stops at the last target or after a minute."""
+    """The first rung that reaches each target; stops at the last target or after 15 s."""
     reached: dict[float, tuple[int, float, Loss]] = {}
 
     def climb() -> Row:
@@ -289,7 +289,7 @@ def emit_ladder(row: Row, rungs: Iterator[tuple[int, float, Loss]], x: Tensor, y
         for rung in rungs:
             best = min(best, rung[1])
             reached.update({t: rung for t in TARGETS if t not in reached and rung[1] <= t})
-            if len(reached) == len(TARGETS) or time.perf_counter() - begin > 60:
+            if len(reached) == len(TARGETS) or time.perf_counter() - begin > 15:
                 break
         return {"best_error": best}
 

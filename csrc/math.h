@@ -112,6 +112,20 @@ OTLOSS_HOST_DEVICE double fast_exp2(double t) {
   return bit_cast<double>(bit_cast<uint64_t>(p) + (bit_cast<uint64_t>(shifted) << 52));
 }
 
+// For terms of a sum that is checked: below -kExp2Limit it may also give 0, which spares the GPU an
+// instruction.
+OTLOSS_HOST_DEVICE float fast_exp2_unclamped(float t) {
+#if defined(__CUDA_ARCH__)
+  float p;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(p) : "f"(t));
+  return p;
+#else
+  return fast_exp2(t);
+#endif
+}
+
+OTLOSS_HOST_DEVICE double fast_exp2_unclamped(double t) { return fast_exp2(t); }
+
 // 2^t - 1, to the last digits where it is small.
 OTLOSS_HOST_DEVICE double fast_exp2m1(double t) {
   constexpr double kRound = 6755399441055744.0;

@@ -6,6 +6,8 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "costs.h"
+
 namespace otloss::cuda {
 namespace {
 

@@ -366,6 +366,27 @@ OTLOSS_DEVICE double join_sums(RowSum what, double x, double y) {
   return what == RowSum::kLargest ? Max::join(x, y) : Sum::join(x, y);
 }
 
+// Joined over the warp: lane l gets row l / (kWarp / kTileRows) of the tile.
+template <RowSum kWhat, typename T, class Block>
+OTLOSS_DEVICE T tile_sum(Block& block, const TileEntries<T>& e) {
+  using Join = std::conditional_t<kWhat == RowSum::kLargest, Max, Sum>;
+  T sums[kTileRows];
+#pragma unroll
+  for (int r = 0; r < kTileRows; ++r) {
+    const T F = e.potential(r);
+#pragma unroll
+    for (int c = 0; c < kVector<T>; ++c) {
+      const T t = e.exponent(F, r, c);
+      T term = t;
+      if constexpr (kWhat == RowSum::kPlan) term = fast_exp2_unclamped(t);
+      if constexpr (kWhat == RowSum::kCost)  // a clamped exponential stands for 0
+        term = t > static_cast<T>(-kExp2Limit) ? fast_exp2(t) * e.cost[r][c] : T(0);
+      sums[r] = c == 0 ? term : Join::join(sums[r], term);
+    }
+  }
+  return scatter_reduce<Join>(block, sums);
+}
+
 // Not inlined: each is a few hundred instructions, called a few times per pass.
 template <class Cost, bool kDifference, typename T, class Block>
 OTLOSS_NOINLINE void sum_rows(Block block, const RowSums<T>& p) {
@@ -382,33 +403,9 @@ OTLOSS_NOINLINE void sum_rows(Block block, const RowSums<T>& p) {
     for (int s = block.thread(); s < kStreamedSums; s += kSolveThreads)
       sums[s] = static_cast<double>(start);
     maker.run(first, rows, [&](const TileEntries<T>& e) {
-      T partial[kTileRows], joined;
-      if (p.what == RowSum::kLargest) {
-#pragma unroll
-        for (int r = 0; r < kTileRows; ++r) {
-          const T F = e.potential(r);
-          partial[r] = e.exponent(F, r, 0);
-#pragma unroll
-          for (int c = 1; c < kVector<T>; ++c)
-            partial[r] = Max::join(partial[r], e.exponent(F, r, c));
-        }
-        joined = scatter_reduce<Max>(block, partial);
-      } else {
-        const bool cost = p.what == RowSum::kCost;
-#pragma unroll
-        for (int r = 0; r < kTileRows; ++r) {
-          const T F = e.potential(r);
-          partial[r] = T(0);
-#pragma unroll
-          for (int c = 0; c < kVector<T>; ++c) {
-            const T t = e.exponent(F, r, c), plan = fast_exp2(t);
-            // Where costs are added a clamped exponential stands for 0.
-            const T factor = t > static_cast<T>(-kExp2Limit) ? e.cost[r][c] : T(0);
-            partial[r] += cost ? plan * factor : plan;
-          }
-        }
-        joined = scatter_reduce<Sum>(block, partial);
-      }
+      const T joined = p.what == RowSum::kPlan   ? tile_sum<RowSum::kPlan>(block, e)
+                       : p.what == RowSum::kCost ? tile_sum<RowSum::kCost>(block, e)
+                                                 : tile_sum<RowSum::kLargest>(block, e);
       if (lane % kLanes != 0) return;
       double& total = sums[maker.warp_of_group() * most + e.local + lane / kLanes];
       total = join_sums(p.what, total, static_cast<double>(joined));
