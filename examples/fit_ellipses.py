@@ -70,7 +70,7 @@ def loss_of(name: str, real: Tensor, fake: Tensor, n_iters: int) -> Tensor:
     if kind == "med":
         halves = (*real[torch.randperm(len(real))].chunk(2), *fake.chunk(2))
         return otloss.minibatch_energy_distance(*halves, eps, cost="sqeuclidean")
-    return 2 * otloss.sinkhorn_divergence(real, fake, eps, objective="transport", n_iters=n_iters)
+    return 2 * otloss.sinkhorn_divergence(fake, real, eps, objective="transport", n_iters=n_iters)
 
 
 def score(model: Ellipsoids, points: Tensor, labels: Tensor) -> dict[str, Any]:

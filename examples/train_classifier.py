@@ -1,9 +1,4 @@
-"""Train the small CNN whose logits and features the metrics use.
-
-    python examples/train_classifier.py --data fashion --out runs/classifier_fashion
-
-The other scripts train it themselves when ``classifier_<data>`` is not beside their ``--out``.
-"""
+"""Train the small CNN whose logits and features the metrics use: see ``common/classifier.py``."""
 
 from __future__ import annotations
 

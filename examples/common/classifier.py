@@ -24,6 +24,16 @@ CNN: dict[str, Any] = {
     # The 1297 digits are ten batches an epoch.
     "by_data": {"digits": {"epochs": 60.0}, "cifar10": {"epochs": 15.0}},
 }
+DESCRIPTION = """Train the small CNN whose logits and features the metrics use.
+
+    python examples/train_classifier.py --data fashion --out runs/classifier_fashion
+
+The other scripts look for it in ``classifier_<data>`` beside their ``--out``, and train it when it
+is not there. Presets:
+
+* ``cnn``: until real images score as in the tables that we compare with
+* ``quick``: two epochs, for a first look
+"""
 PRESETS = {
     "cnn": CNN,
     "quick": {**CNN, "epochs": 2.0},
@@ -32,7 +42,7 @@ PRESETS = {
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Options of ``train_classifier.py``."""
-    parser = run.parser("train_classifier.py", "Train the small CNN that the metrics use.", PRESETS)
+    parser = run.parser("train_classifier.py", DESCRIPTION, PRESETS)
     run.add_image_options(parser)
     return run.parse(parser, PRESETS, argv)
 

@@ -50,7 +50,11 @@ Losses = Mapping[str, Tensor]
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults behind every option, and the description as it is written."""
+    """Defaults behind the options that have one, and the description as it is written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        unset = action.default is None or action.default is False
+        return action.help if unset else super()._get_help_string(action)
 
 
 class Stateful(Protocol):
@@ -114,7 +118,10 @@ def parse(
     A preset maps options to values; its entry ``by_data`` maps names of data sets to what differs
     there.
     """
-    preset = dict(presets[parser.parse_known_args(argv)[0].preset])
+    # A parser without --help, so that the help shows the defaults of the preset.
+    named = argparse.ArgumentParser(add_help=False)
+    named.add_argument("--preset", default=next(iter(presets)))
+    preset = dict(presets.get(named.parse_known_args(argv)[0].preset, {}))
     by_data = preset.pop("by_data", {})
     parser.set_defaults(**preset)
     first = parser.parse_known_args(argv)[0]
@@ -193,7 +200,7 @@ class Run:
     def __init__(self, args: argparse.Namespace, state: Mapping[str, Stateful]) -> None:
         self.args, self.state = args, state
         self.out: Path = args.out
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
         self.rows: list[dict[str, float]] = []
         self.pending: list[dict[str, Tensor]] = []
         self.evaluations: list[dict[str, float]] = []
@@ -217,9 +224,10 @@ class Run:
             tqdm(total=self.args.steps, initial=self.step, desc=self.out.name, unit="step") as bar,
         ):
             while self.step < last and not stopped:
-                start = time.monotonic()
+                start, cpu_start = time.monotonic(), time.process_time()
                 self._record(step(self.step), bar)
                 self.seconds += time.monotonic() - start
+                self.cpu_seconds += time.process_time() - cpu_start
                 self.step += 1
                 bar.update()
                 if after is not None:
@@ -262,6 +270,8 @@ class Run:
             },
             "steps": self.step,
             "seconds": round(self.seconds, 2),
+            # What the run cost on the CPU, whatever else the machine did meanwhile.
+            "cpu_seconds": round(self.cpu_seconds, 2),
             **results,
             "evaluations": self.evaluations,
         }
@@ -273,7 +283,7 @@ class Run:
             curves = {name: (steps, [row[name] for row in self.rows]) for name in names}
             save_curves(curves, self.out / "loss.png")
 
-    _kept = ("step", "seconds", "rows", "pending", "evaluations")
+    _kept = ("step", "seconds", "cpu_seconds", "rows", "pending", "evaluations")
 
     def _record(self, losses: Losses, bar: tqdm) -> None:
         self.pending.append({name: value.detach() for name, value in losses.items()})
