@@ -24,14 +24,13 @@ from PIL import Image
 Report = dict[str, Any]
 
 # Every run by name: how `--train` makes it. Its folder is `--runs`/name.
-COMMANDS = {
+BASES = {
     "classifier_fashion": "train_classifier.py --data fashion",
     "classifier_fashion_5": "train_classifier.py --data fashion --epochs 5",
     "classifier_mnist": "train_classifier.py --data mnist --epochs 5",
+    "classifier_cifar10": "train_classifier.py --data cifar10 --epochs 5",
     "med": "train_sinkhorn.py --data fashion",
-    "med-seed1": "train_sinkhorn.py --data fashion --seed 1",
-    "med-seed2": "train_sinkhorn.py --data fashion --seed 2",
-    "med-40": "train_sinkhorn.py --data fashion --epochs 40 --batch 1000",
+    "med-40": "train_sinkhorn.py --data fashion --epochs 40 --batch 1000 --eps 0.3",
     "geist-1": "train_sinkhorn.py --data fashion --preset geist-1 --epochs 12",
     "geist-10": "train_sinkhorn.py --data fashion --preset geist-10 --epochs 12",
     "geist-100": "train_sinkhorn.py --data fashion --preset geist-100 --epochs 14",
@@ -39,28 +38,71 @@ COMMANDS = {
     "otgan": "train_otgan.py --data fashion --preset tiny --eval-every 500",
     "otgan-random": "train_otgan.py --data fashion --preset tiny --match random --steps 1000"
     " --eval-every 500",
+    "otgan-label": "train_otgan.py --data mnist --preset tiny --labels 2 --steps 400",
+    "otgan-cifar10": "train_otgan.py --preset cifar10 --width 0.125 --batch 200 --steps 900"
+    " --eval-every 450",
+    "otgan-cifar10-random": "train_otgan.py --preset cifar10 --width 0.125 --batch 200 --steps 450"
+    " --match random",
     "gan-basic": "train_gan.py --data fashion --preset basic --epochs 1",
     "gan-dcgan": "train_gan.py --data fashion --preset dcgan --epochs 1 --width 0.25",
+    "wgan-clip": "train_gan.py --data fashion --preset wgan-clip --epochs 2",
+    "wgan-gp": "train_gan.py --data fashion --preset wgan-gp --epochs 3",
     "sae": "train_sinkhorn.py --data fashion --preset sae --epochs 5",
     "digits": "train_sinkhorn.py --data digits",
-    "genevay-a": "train_sinkhorn.py --data mnist --preset genevay-a --epochs 5",
-    "mixture": "toy_mixture.py --lr 1e-3",
+    "genevay-a": "train_sinkhorn.py --data mnist --preset genevay-a",
+    "genevay-b": "train_sinkhorn.py --data mnist --preset genevay-b",
+    "genevay-c": "train_sinkhorn.py --data mnist --preset genevay-c",
+    "learned-cost": "train_sinkhorn.py --data fashion --preset learned-cost --width 0.125"
+    " --lr 3e-4 --steps 600",
+    "mixture": "toy_mixture.py",
     "ellipses": "fit_ellipses.py",
-    "ellipses-seed1": "fit_ellipses.py --seed 1",
-    "ellipses-seed2": "fit_ellipses.py --seed 2",
+    "ellipses-1000": "fit_ellipses.py --samples 1000 --losses mmd 'eps 1' 'eps 0.1' 'eps 0.03'",
+}
+# Runs that are repeated: how often, each time with another seed.
+SEEDS = {
+    **dict.fromkeys(("med", "geist-1", "geist-10", "geist-100", "gan-geist"), 3),
+    **dict.fromkeys(("ellipses", "ellipses-1000"), 3),
 }
 
-# Rows of the FashionMNIST table: the runs of one setting, one per seed, and what the report says.
-FASHION: dict[str, tuple[tuple[str, ...], str]] = {
-    "Sinkhorn, eps 1 (Geist & Gérard)": (("geist-1",), "49 / 6.8"),
-    "Sinkhorn, eps 10": (("geist-10",), "63 / 7.7"),
-    "Sinkhorn, eps 100": (("geist-100",), "75 / 7.5"),
-    "GAN (Geist & Gérard)": (("gan-geist",), "82 / 8.3"),
-    "**MED, ours**": (("med", "med-seed1", "med-seed2"), "-"),
-    "**MED, ours, 40 epochs, 2 x 500**": (("med-40",), "-"),
-    "**OT-GAN at 1/8 width**": (("otgan",), "-"),
-    "random matching, 1/8 width, half as long": (("otgan-random",), "-"),
-    "Sinkhorn autoencoder, 5 epochs": (("sae",), "-"),
+
+def names_of(base: str) -> list[str]:
+    """The runs of one setting, one per seed."""
+    return [base, *(f"{base}-seed{seed}" for seed in range(1, SEEDS.get(base, 1)))]
+
+
+def command_of(name: str) -> str:
+    """Script and options of a run."""
+    base, _, seed = name.partition("-seed")
+    return BASES[base] + (f" --seed {seed}" if seed else "")
+
+
+COMMANDS = {name: command_of(name) for base in BASES for name in names_of(base)}
+
+# Rows of the FashionMNIST table: the setting, and what the report says.
+FASHION = {
+    "Sinkhorn, eps 1 (Geist & Gérard)": ("geist-1", "49 / 6.8"),
+    "Sinkhorn, eps 10": ("geist-10", "63 / 7.7"),
+    "Sinkhorn, eps 100": ("geist-100", "75 / 7.5"),
+    "GAN (Geist & Gérard)": ("gan-geist", "82 / 8.3"),
+    "**MED, ours, 15 epochs, 2 x 125**": ("med", "-"),
+    "**MED, ours, 40 epochs, 2 x 500**": ("med-40", "-"),
+    "**OT-GAN at 1/8 width**": ("otgan", "-"),
+    "random matching, 1/8 width, half as long": ("otgan-random", "-"),
+    "Wasserstein GAN, clipped, 2 epochs": ("wgan-clip", "-"),
+    "Wasserstein GAN, gradient penalty, 3 epochs": ("wgan-gp", "-"),
+    "learned cost, 1/8 width, 600 steps": ("learned-cost", "-"),
+    "Sinkhorn autoencoder, 5 epochs": ("sae", "-"),
+}
+# Rows of the tables of the other images.
+MNIST = {
+    "(1, 200, 10)": "genevay-a",
+    "(.1, 200, 100)": "genevay-b",
+    "(.1, 10, 300)": "genevay-c",
+}
+LABEL = {"OT-GAN at 1/8 width, 400 steps": "otgan-label"}
+CIFAR10 = {
+    "OT-GAN, 900 steps": "otgan-cifar10",
+    "random matching, 450 steps": "otgan-cifar10-random",
 }
 COLUMNS = {
     "geist_ot": "OT, their protocol",
@@ -75,7 +117,7 @@ COLUMNS = {
 }
 DIGITS = {"fid": 1, "precision": 2, "recall": 2, "is": 2, "geist_is": 2}
 
-# (run, figure, least, most): what each run is expected to reach.
+# (setting, figure, least, most): what each run of it is expected to reach.
 INF = float("inf")
 BARS: list[tuple[str, str, float, float]] = [
     ("classifier_fashion_5", "accuracy", 0.915, 1),
@@ -88,17 +130,11 @@ BARS: list[tuple[str, str, float, float]] = [
     ("geist-100", "geist_is", 6.9, 8.1),
     ("gan-geist", "is", 7.2, INF),
     ("gan-geist", "geist_ot", 80, 90),
-    *[
-        (run, *bar)
-        for run in ("med", "med-seed1", "med-seed2")
-        for bar in (
-            ("is", 7.8, INF),
-            ("fid", 0, 330),
-            ("recall", 0.15, 1),
-            ("ot_gap", 0, 3),
-            ("med2", -INF, 9),
-        )
-    ],
+    ("med", "is", 7.8, INF),
+    ("med", "fid", 0, 330),
+    ("med", "recall", 0.15, 1),
+    ("med", "ot_gap", 0, 3),
+    ("med", "med2", -INF, 9),
     ("med-40", "is", 8.1, INF),
     ("med-40", "fid", 0, 270),
     ("digits", "is", 8, INF),
@@ -108,8 +144,8 @@ BARS: list[tuple[str, str, float, float]] = [
     ("mixture", "modes", 8, 8),
     ("mixture", "near", 0.9, 1),
     ("ellipses", "best", 109, INF),
-    ("ellipses-seed1", "best", 109, INF),
-    ("ellipses-seed2", "best", 109, INF),
+    ("ellipses-1000", "best", 109, INF),
+    ("ellipses-1000", "above_mmd", 1, INF),
 ]
 
 # Rows of the ellipses table: fit, and what the paper has for it.
@@ -140,14 +176,26 @@ FIGURES: dict[str, list[tuple[str, str]]] = {
     ],
     "samples": [
         ("med", "real.png"),
-        ("med", "samples_001800.png"),
+        ("med", "samples_003600.png"),
         ("med-40", "samples_002400.png"),
         ("otgan", "samples_002000.png"),
     ],
     "matching": [("otgan", "samples_001000.png"), ("otgan-random", "samples_001000.png")],
     "autoencoder": [("sae", "reconstructions.png"), ("sae", "samples_000600.png")],
     "digits": [("digits", "real.png"), ("digits", "samples_001500.png")],
-    "genevay": [("genevay-a", "manifold.png")],
+    "genevay": [(f"genevay-{part}", "manifold.png") for part in "abc"],
+    "critics": [
+        ("wgan-clip", "samples_001200.png"),
+        ("wgan-gp", "samples_001800.png"),
+        ("learned-cost", "samples_000600.png"),
+    ],
+    "label": [("otgan-label", "real.png"), ("otgan-label", "samples_000400.png")],
+    "cifar10": [
+        ("otgan-cifar10", "real.png"),
+        ("otgan-cifar10", "samples_000900.png"),
+        ("otgan-cifar10", "samples_000450.png"),
+        ("otgan-cifar10-random", "samples_000450.png"),
+    ],
     "mixture": [("mixture", "mixture.png")],
     "ellipses": [("ellipses", "ellipses.png")],
 }
@@ -158,7 +206,10 @@ CAPTIONS = {
     "matching": "After 1000 steps: optimal transport, random matching",
     "autoencoder": "Test images beside their reconstructions, and samples of the autoencoder",
     "digits": "Real digits, and generated ones",
-    "genevay": "The manifold of genevay-a on MNIST after 5 epochs",
+    "genevay": "Manifolds of genevay-a, -b and -c on MNIST",
+    "critics": "Wasserstein GAN with clipped weights, with a gradient penalty; learned cost",
+    "label": "Real images of a 2, and those of OT-GAN",
+    "cifar10": "Real images; OT-GAN after 900 and after 450 steps; random matching after 450",
     "mixture": "The mixture along the run; circles of three deviations around the modes",
     "ellipses": "Flowers by species, and the ellipsoids fitted to them",
 }
@@ -183,12 +234,13 @@ def collect(runs: Path, out: Path) -> dict[str, Report]:
 
 
 def _with_sums(report: Report) -> Report:
-    """Ellipses: the difference per fit, and the best of those, among the metrics."""
+    """Ellipses: the best difference of the fits, and by how much it is above that of the MMD."""
     fits = {k: v for k, v in report["metrics"].items() if isinstance(v, dict)}
     if fits:
         gains = {name: fit["diagonal"] - fit["off_diagonal"] for name, fit in fits.items()}
-        above = {name: gain for name, gain in gains.items() if name != "mmd"}
-        report["metrics"] = {**fits, "gains": gains, "best": max(above.values())}
+        mmd = gains.pop("mmd")
+        best = max(gains.values())
+        report["metrics"] = {**fits, "best": best, "above_mmd": best - mmd}
     return report
 
 
@@ -213,70 +265,111 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def cell(reports: Sequence[Report], key: str, part: str = "metrics") -> str:
-    """One figure: the value, or mean ± deviation of several seeds; - where it does not apply."""
-    values = [report[part][key] for report in reports if key in report[part]]
+def present(reports: Mapping[str, Report], base: str) -> list[Report]:
+    """The reports of one setting, one per seed."""
+    return [reports[name] for name in names_of(base) if name in reports]
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """The value, or mean ± deviation of several seeds; - where there is none."""
     if not values:
         return "-"
-    digits = DIGITS.get(key, 1)
     text = f"{statistics.fmean(values):.{digits}f}"
     return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
+def cell(reports: Sequence[Report], key: str, part: str = "metrics") -> str:
+    """One figure of the runs that have it."""
+    return spread([report[part][key] for report in reports if key in report[part]], digits_of(key))
+
+
+def digits_of(key: str) -> int:
+    """Decimals of a figure."""
+    return DIGITS.get(key, 1)
+
+
+def cpu_seconds(reports: Sequence[Report]) -> str:
+    """What a run took of one core. Where that was not recorded the wall time bounds it."""
+    if measured := [report["cpu_seconds"] for report in reports if "cpu_seconds" in report]:
+        return f"{statistics.fmean(measured):.0f}"
+    return f"≤ {statistics.fmean(report['seconds'] for report in reports):.0f}"
+
+
+def scores(
+    reports: Mapping[str, Report], rows: Mapping[str, str], columns: Sequence[str]
+) -> list[list[str]]:
+    """Rows of figures by label, the floors of the first run that is there above them."""
+    table_rows = []
+    for label, base in rows.items():
+        if found := present(reports, base):
+            cells = [cell(found, key) for key in columns]
+            table_rows.append([label, *cells, f"{len(found)}", cpu_seconds(found)])
+        else:
+            table_rows.append([label, "not run", *[""] * (len(columns) + 1)])
+    if real := [report for base in rows.values() for report in present(reports, base)]:
+        floors = [cell(real[:1], key, "floors") for key in columns]
+        table_rows.insert(0, ["real against real", *floors, "", ""])
+    return table_rows
+
+
 def fashion(reports: Mapping[str, Report]) -> str:
     """The report's table beside ours."""
-    rows = []
-    for label, (names, published) in FASHION.items():
-        present = [reports[name] for name in names if name in reports]
-        if not present:
-            rows.append([label, published, "not run", *[""] * len(COLUMNS)])
-            continue
-        seconds = statistics.fmean(report["seconds"] for report in present)
-        cells = [cell(present, key) for key in COLUMNS]
-        rows.append([label, published, *cells, f"{len(present)}", f"{seconds:.0f}"])
-    if floors := next((r for n, r in reports.items() if n == "med"), None):
-        floor = [cell([floors], key, "floors") for key in COLUMNS]
-        rows.insert(0, ["real against real", "-", *floor, "", ""])
-    return table(["", "report: OT / IS", *COLUMNS.values(), "seeds", "seconds"], rows)
+    published = {label: figures for label, (_, figures) in FASHION.items()}
+    rows = scores(reports, {label: base for label, (base, _) in FASHION.items()}, list(COLUMNS))
+    rows = [[label, published.get(label, "-"), *rest] for label, *rest in rows]
+    return table(["", "report: OT / IS", *COLUMNS.values(), "seeds", "CPU seconds"], rows)
+
+
+def plain_scores(rows: Mapping[str, str]) -> Callable[[Mapping[str, Report]], str]:
+    """The same without the columns that only Geist & Gérard's protocol fills."""
+    columns = {key: name for key, name in COLUMNS.items() if not key.startswith("geist")}
+
+    def part(reports: Mapping[str, Report]) -> str:
+        header = ["", *columns.values(), "seeds", "CPU seconds"]
+        return table(header, scores(reports, rows, list(columns)))
+
+    return part
 
 
 def bars(reports: Mapping[str, Report]) -> str:
     """Every bar, what was reached, and whether that is within it."""
     rows = []
-    for run, key, least, most in BARS:
+    for base, key, least, most in BARS:
         wanted = f"≥ {least:g}" if most in (INF, 1) else f"{least:g} to {most:g}"
         wanted = f"≤ {most:g}" if least in (-INF, 0) else wanted
-        if run not in reports:
-            rows.append([run, key, wanted, "not run", ""])
-            continue
-        value = reports[run]["metrics"][key]
+        values = [report["metrics"][key] for report in present(reports, base)]
+        reached = spread(values, 3 if key == "accuracy" else 2) if values else "not run"
         # Beyond the better side of a two-sided bar is still beyond what the source reports.
-        verdict = "yes" if least <= value <= most else "**no**"
-        rows.append(
-            [run, key, wanted, f"{value:.3g}" if key == "accuracy" else f"{value:.2f}", verdict]
-        )
-    return table(["run", "figure", "bar", "reached", "within"], rows)
+        within = sum(least <= value <= most for value in values)
+        verdict = "yes" if values and least <= statistics.fmean(values) <= most else "**no**"
+        if within < len(values) and len(values) > 1:
+            verdict += f", {within} of {len(values)} seeds"
+        rows.append([base, key, wanted, reached, f"{len(values)}", verdict if values else ""])
+    return table(["run", "figure", "bar", "reached", "seeds", "within"], rows)
 
 
 def ellipses(reports: Mapping[str, Report]) -> str:
-    """Right minus wrong for each fit and seed."""
-    present = [r for name, r in reports.items() if name.startswith("ellipses")]
-    if not present:
-        return "not run"
+    """Right minus wrong for each fit, for both numbers of draws."""
+    runs = [present(reports, base) for base in ("ellipses", "ellipses-1000")]
     rows = []
     for fit, published in ELLIPSES.items():
-        fits = [report["metrics"][fit] for report in present]
-        ours = [
-            f"{f['diagonal']} - {f['off_diagonal']} = {f['diagonal'] - f['off_diagonal']}"
-            for f in fits
-        ]
-        rows.append([fit, published, *ours])
-    start = present[0]["floors"]["k-means, A = I"]
-    right, wrong = start["diagonal"], start["off_diagonal"]
-    rows.append(["before the fit: k-means, A = I", "-", f"{right} - {wrong} = {right - wrong}"])
-    seeds = [f"seed {report['args']['seed']}" for report in present]
-    rows[-1] += [""] * (len(seeds) - 1)
-    return table(["loss", "paper", *seeds], rows)
+        found = [[r["metrics"][fit] for r in seeds if fit in r["metrics"]] for seeds in runs]
+        rows.append([fit, published, *map(_right_and_wrong, found)])
+    start = [report["floors"]["k-means, A = I"] for report in runs[0]]
+    rows.append(["before the fit: k-means, A = I", "-", _right_and_wrong(start), ""])
+    return table(["loss", "paper", "200 draws", "1000 draws"], rows)
+
+
+def _right_and_wrong(fits: Sequence[Mapping[str, Any]]) -> str:
+    """``right - wrong = difference`` over the seeds."""
+    if not fits:
+        return "-"
+    right, wrong = (statistics.fmean(fit[key] for fit in fits) for key in ("diagonal", OFF))
+    gains = [fit["diagonal"] - fit[OFF] for fit in fits]
+    return f"{right:.0f} - {wrong:.0f} = {spread(gains, 0)}"
+
+
+OFF = "off_diagonal"
 
 
 def mixture(reports: Mapping[str, Report]) -> str:
@@ -341,7 +434,7 @@ def times(reports: Mapping[str, Report]) -> str:
 def commands(reports: Mapping[str, Report]) -> str:
     """The command of every run."""
     lines = [
-        reports[name]["args"]["command"] if name in reports else f"# not run: {name}: {text}"
+        ("" if name in reports else "# not run: ") + f"python examples/{text} --out runs/{name}"
         for name, text in COMMANDS.items()
     ]
     return "```sh\n" + "\n".join(lines) + "\n```"
@@ -359,6 +452,9 @@ def page(reports: Mapping[str, Report], out: Path) -> str:
     text = Path(__file__).with_suffix(".md").read_text()
     parts: dict[str, Callable[[Mapping[str, Report]], str]] = {
         "fashion": fashion,
+        "mnist": plain_scores(MNIST),
+        "label": plain_scores(LABEL),
+        "cifar10": plain_scores(CIFAR10),
         "bars": bars,
         "ellipses": ellipses,
         "mixture": mixture,

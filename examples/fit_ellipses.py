@@ -48,10 +48,10 @@ class Ellipsoids(nn.Module):
 
     def draw(self, n: int) -> Tensor:
         """``n`` points, as many of each ellipsoid as of the others up to one."""
-        k, d = self.centres.shape
-        direction = nn.functional.normalize(torch.randn(n, d), dim=1)
-        ball = direction * torch.rand(n, 1) ** (1 / d)
-        which = torch.arange(n) % k
+        (k, d), device = self.centres.shape, self.centres.device
+        direction = nn.functional.normalize(torch.randn(n, d, device=device), dim=1)
+        ball = direction * torch.rand(n, 1, device=device) ** (1 / d)
+        which = torch.arange(n, device=device) % k
         return torch.einsum("nij,nj->ni", self.axes[which], ball) + self.centres[which]
 
     @torch.no_grad()
@@ -116,19 +116,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    run.begin(args)
+    device = run.begin(args)
     measurements, labels = load_iris()
     centred = measurements - measurements.mean(0)
     points = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:COMPONENTS].T
     kmeans = KMeans(COMPONENTS, n_init=10, random_state=args.seed).fit(points.numpy())
     centres = torch.from_numpy(kmeans.cluster_centers_)
     models = {name: Ellipsoids(centres) for name in args.losses}
-    everything = nn.ModuleList(models.values())
+    everything = nn.ModuleList(models.values()).to(device)
+    data = points.to(device)
     optimiser = torch.optim.Adam(everything.parameters(), args.lr)
 
     def step(i: int) -> run.Losses:
         losses = {
-            name: loss_of(name, points, model.draw(args.samples), args.n_iters)
+            name: loss_of(name, data, model.draw(args.samples), args.n_iters)
             for name, model in models.items()
         }
         run.set_rate(optimiser, args, i)
@@ -140,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = {"models": everything, "optimiser": optimiser}
     training = run.Run(args, state)
     if training.train(step):
+        everything.cpu()
         results = {name: score(model, points, labels) for name, model in models.items()}
         picture(models, points, labels, training.out / "ellipses.png")
         start = score(Ellipsoids(centres), points, labels)

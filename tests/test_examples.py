@@ -725,15 +725,17 @@ def test_page_of_results(tmp_path: Path):
     command = ["--runs", str(runs), "--out", str(out)]
     compare.main(command)
     page = (out / "README.md").read_text()
-    med = next(line for line in page.splitlines() if line.startswith("| **MED, ours** |"))
+    med = next(line for line in page.splitlines() if line.startswith("| **MED, ours, 15 epochs"))
     assert "| 0.19 ± 0.08 |" in med
     assert med.endswith("| 2 | 50 |")
     assert "| med | fid | ≤ 330 | 300.00 ± 0.00 | 2 | yes |" in page
-    assert "| med | recall | ≥ 0.15 | 0.19 ± 0.08 | 2 | **1 of 2** |" in page
-    assert "| med | med2 | ≤ 9 | 20.00 ± 0.00 | 2 | **0 of 2** |" in page
+    assert "| med | recall | ≥ 0.15 | 0.19 ± 0.08 | 2 | yes, 1 of 2 seeds |" in page
+    assert "| med | med2 | ≤ 9 | 20.00 ± 0.00 | 2 | **no**, 0 of 2 seeds |" in page
     assert "| med-40 | is | ≥ 8.1 | not run | 0 |  |" in page
-    assert "python examples/train_sinkhorn.py --seed 1" in page
-    assert "# not run: mixture: toy_mixture.py" in page
+    assert (
+        "\npython examples/train_sinkhorn.py --data fashion --seed 1 --out runs/med-seed1" in page
+    )
+    assert "\n# not run: python examples/toy_mixture.py --out runs/mixture" in page
     assert "<!-- table" not in page
     assert "<!-- figure" not in page
     # The page can be written again from what it kept.
