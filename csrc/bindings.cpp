@@ -614,7 +614,32 @@ std::tuple<Tensors, Tensors, Tensors> envelope_backward(Tensor grad_loss, Tensor
   });
 }
 
-// grad_f, grad_g: one per pair, or nothing; init likewise, f and g of each pair in turn.
+// The groups of unrolled_backward; `place(group, p)` says where the costs of pair p are. grad_f,
+// grad_g: one per pair, or nothing; init likewise, f and g of each pair in turn.
+template <typename T, typename Place>
+std::vector<UnrolledGroup<T>> unrolled_groups(const GradientArguments& given, const Tensors& grad_f,
+                                              const Tensors& grad_g, const Tensors& init,
+                                              const Tensors& traces, Gradients& grads,
+                                              Place&& place) {
+  const ScalarType dtype = given.grad_loss.scalar_type();
+  std::vector<UnrolledGroup<T>> groups;
+  for (size_t p = 0; p < given.coefficients.size(); ++p) {
+    const EnvelopeGroup<T> group = gradient_group<T>(given, p, true, grads);
+    const int64_t B = group.batch, n = group.n, m = group.m, L = traces.at(p).size(1);
+    check(traces[p], {B, L, n + m}, dtype, "traces");
+    const T* start = nullptr;
+    if (!init.empty()) {
+      check(init.at(2 * p + 1), {B, m}, dtype, "init");
+      start = data<T>(init[2 * p + 1]);
+    }
+    groups.push_back({group, optional_data<T>(grad_f, p, B, n, dtype, "grad_f"),
+                      optional_data<T>(grad_g, p, B, m, dtype, "grad_g"), L, data<T>(traces[p]),
+                      start});
+    place(groups.back(), p);
+  }
+  return groups;
+}
+
 std::tuple<Tensors, Tensors, Tensors> unrolled_backward(
     Tensor grad_loss, Tensors grad_f, Tensors grad_g, Tensors costs, Tensors weights, Ints pairs,
     Doubles coefficients, Tensors init, Tensors traces, double eps, double rho_x, double rho_y,
@@ -623,24 +648,11 @@ std::tuple<Tensors, Tensors, Tensors> unrolled_backward(
   clear_interruption();
   return dispatch_dtype(grad_loss, [&](auto zero) {
     using T = decltype(zero);
-    const ScalarType dtype = grad_loss.scalar_type();
     const GradientArguments given{grad_loss,    costs,     weights,      pairs,
                                   coefficients, want_cost, want_weights, {rho_x, rho_y}};
     Gradients grads;
-    std::vector<UnrolledGroup<T>> groups;
-    for (size_t p = 0; p < costs.size(); ++p) {
-      const EnvelopeGroup<T> group = gradient_group<T>(given, p, true, grads);
-      const int64_t B = group.batch, n = group.n, m = group.m, L = traces.at(p).size(1);
-      check(traces[p], {B, L, n + m}, dtype, "traces");
-      const T* start = nullptr;
-      if (!init.empty()) {
-        check(init.at(2 * p + 1), {B, m}, dtype, "init");
-        start = data<T>(init[2 * p + 1]);
-      }
-      groups.push_back({group, optional_data<T>(grad_f, p, B, n, dtype, "grad_f"),
-                        optional_data<T>(grad_g, p, B, m, dtype, "grad_g"), L, data<T>(traces[p]),
-                        start});
-    }
+    const auto groups = unrolled_groups<T>(given, grad_f, grad_g, init, traces, grads,
+                                           [](UnrolledGroup<T>&, int64_t) {});
     OTLOSS_LAUNCH(device, unrolled_backward, groups, eps, static_cast<Objective>(objective));
     return std::make_tuple(grads.C, grads.a, grads.b);
   });
@@ -762,6 +774,26 @@ std::tuple<Tensors, Tensors, Tensors, Tensor> implicit_backward_points(
   });
 }
 
+std::tuple<Tensors, Tensors, Tensors> unrolled_backward_points(
+    Tensor grad_loss, Tensors grad_f, Tensors grad_g, Tensors points, Tensors weights, Ints pairs,
+    Doubles coefficients, Tensors init, Tensors traces, int64_t kind, double eps, double rho_x,
+    double rho_y, int64_t objective, Ints wanted, bool want_weights) {
+  const Device device{{grad_loss}, grad_f, grad_g, points, weights, init, traces};
+  clear_interruption();
+  return dispatch_dtype(grad_loss, [&](auto zero) {
+    using T = decltype(zero);
+    const GradientArguments given{grad_loss,    {}, weights,      pairs,
+                                  coefficients, {}, want_weights, {rho_x, rho_y}};
+    MadeCosts<T> made(device, points, weights, pairs, static_cast<CostKind>(kind), wanted);
+    Gradients grads;
+    const auto groups =
+        unrolled_groups<T>(given, grad_f, grad_g, init, traces, grads,
+                           [&](UnrolledGroup<T>& group, int64_t p) { group.made = made.pair(p); });
+    cpu::unrolled_backward(groups, eps, static_cast<Objective>(objective));
+    return std::make_tuple(made.gradients(), grads.a, grads.b);
+  });
+}
+
 // What the gradient of a solution takes, checked where a pair is looked at.
 struct Solution {
   const Tensor& grad_loss;
@@ -861,6 +893,7 @@ STABLE_TORCH_LIBRARY_IMPL(otloss, CPU, library) {
   library.impl("unrolled_backward", TORCH_BOX(&otloss::unrolled_backward));
   library.impl("implicit_backward", TORCH_BOX(&otloss::implicit_backward));
   library.impl("envelope_backward_points", TORCH_BOX(&otloss::envelope_backward_points));
+  library.impl("unrolled_backward_points", TORCH_BOX(&otloss::unrolled_backward_points));
   library.impl("implicit_backward_points", TORCH_BOX(&otloss::implicit_backward_points));
 }
 

@@ -648,8 +648,9 @@ def _first_order(
     """By the kernels."""
     if _is_envelope(s, seeds):
         return _at_fixed_potentials(s, seeds, solved, wanted, want_weights)
-    streamed = not s.dense and s.backward == "implicit" and not solved.points[0].is_cuda
-    gradients = _from_points if streamed else _through_costs
+    # The CUDA kernels of these gradients need stored costs.
+    through_costs = s.dense or solved.points[0].is_cuda
+    gradients = _through_costs if through_costs else _from_points
     return gradients(s, seeds, solved, wanted, want_weights)
 
 
@@ -737,15 +738,18 @@ def _from_points(
     want_weights: Sequence[bool],
 ) -> _Gradients:
     """The same without cost matrices, from points to points in one operation."""
-    kind, points, weights, _, solution, _ = solved
-    P, implementation, weighted = len(s.coefficients), _implementation(s.plain), any(want_weights)
-    grad_loss, grad_f, grad_g = seeds[0], seeds[1 : P + 1], seeds[P + 1 :]
-    f, g = solution[:P], solution[P : 2 * P]
-    grads, grad_a, grad_b, status = implementation.implicit_backward_points(
-        grad_loss, grad_f, grad_g, points, weights, s.pairs, s.coefficients, f, g, kind,
-        s.eps, s.rho_x, s.rho_y, s.objective, wanted, weighted,
-    )  # fmt: skip
-    _report_system(s, status, points[0].dtype)
+    kind, points, weights, init, solution, _ = solved
+    P, implementation = len(s.coefficients), _implementation(s.plain)
+    given = (seeds[0], seeds[1 : P + 1], seeds[P + 1 :], points, weights, s.pairs, s.coefficients)
+    rest = (kind, s.eps, s.rho_x, s.rho_y, s.objective, wanted, any(want_weights))
+    f, g, traces = solution[:P], solution[P : 2 * P], solution[2 * P :]
+    if s.backward == "unrolled":
+        grads, grad_a, grad_b = implementation.unrolled_backward_points(
+            *given, list(init), traces, *rest
+        )
+    else:
+        grads, grad_a, grad_b, status = implementation.implicit_backward_points(*given, f, g, *rest)
+        _report_system(s, status, points[0].dtype)
     return grads, _sum_over_pairs(s.pairs, grad_a, grad_b, want_weights)
 
 

@@ -15,8 +15,8 @@ is a cloud against itself. All tensors carry a batch dimension.
     solve_points       points, weights                               -> as solve, and costs per
                        pair if they are to be stored (`dense`)
     envelope_backward_points    gradient of the loss, costs or none  -> gradients of wanted clouds
-    implicit_backward_points    as implicit_backward, without costs  -> gradients of wanted clouds,
-                       weights, status
+    unrolled_backward_points    the two before without costs         -> gradients of wanted clouds,
+    implicit_backward_points                                            weights (, status)
 
 The loss is the sum over the pairs of a coefficient times OT of the pair. Cloud 0 is held to its
 weights by ``rho_x``, every other by ``rho_y``; infinite is a constraint.
@@ -49,6 +49,7 @@ __all__ = [
     "solve",
     "solve_points",
     "unrolled_backward",
+    "unrolled_backward_points",
 ]
 
 # Fields of one row of ``status``; csrc/kernels.h lists the same.
@@ -97,6 +98,12 @@ _library.define(
     "float eps, int[] wanted) -> Tensor[]",
 )
 _library.define(
+    "unrolled_backward_points(Tensor grad_loss, Tensor[] grad_f, Tensor[] grad_g, "
+    "Tensor[] points, Tensor[] weights, int[] pairs, float[] coefficients, Tensor[] init, "
+    "Tensor[] traces, int kind, float eps, float rho_x, float rho_y, int objective, "
+    "int[] wanted, bool want_weights) -> (Tensor[], Tensor[], Tensor[])",
+)
+_library.define(
     "implicit_backward_points(Tensor grad_loss, Tensor[] grad_f, Tensor[] grad_g, "
     "Tensor[] points, Tensor[] weights, int[] pairs, float[] coefficients, Tensor[] f, "
     "Tensor[] g, int kind, float eps, float rho_x, float rho_y, int objective, int[] wanted, "
@@ -140,6 +147,7 @@ unrolled_backward = torch.ops.otloss.unrolled_backward.default
 implicit_backward = torch.ops.otloss.implicit_backward.default
 solve_points = torch.ops.otloss.solve_points.default
 envelope_backward_points = torch.ops.otloss.envelope_backward_points.default
+unrolled_backward_points = torch.ops.otloss.unrolled_backward_points.default
 implicit_backward_points = torch.ops.otloss.implicit_backward_points.default
 
 
@@ -326,6 +334,29 @@ def _(
     wanted: list[int],
 ) -> list[Tensor]:
     return [torch.empty_like(points[c]) for c in wanted]
+
+
+@torch.library.register_fake("otloss::unrolled_backward_points", lib=_library)
+def _(
+    grad_loss: Tensor,
+    grad_f: list[Tensor],
+    grad_g: list[Tensor],
+    points: list[Tensor],
+    weights: list[Tensor],
+    pairs: list[int],
+    coefficients: list[float],
+    init: list[Tensor],
+    traces: list[Tensor],
+    kind: int,
+    eps: float,
+    rho_x: float,
+    rho_y: float,
+    objective: int,
+    wanted: list[int],
+    want_weights: bool,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    grads = [torch.empty_like(points[c]) for c in wanted]
+    return grads, *_empty_weight_gradients(weights, pairs, want_weights)
 
 
 @torch.library.register_fake("otloss::implicit_backward_points", lib=_library)

@@ -37,6 +37,7 @@ __all__ = [
     "solve",
     "solve_points",
     "unrolled_backward",
+    "unrolled_backward_points",
     "value",
     "without_padding",
 ]
@@ -50,6 +51,7 @@ OPERATIONS = (
     "implicit_backward",
     "solve_points",
     "envelope_backward_points",
+    "unrolled_backward_points",
     "implicit_backward_points",
 )
 
@@ -721,6 +723,33 @@ def envelope_backward_points(
         [1] * len(costs), False,
     )  # fmt: skip
     return cost_backward(grad_costs, costs, points, weights, pairs, kind, wanted)
+
+
+def unrolled_backward_points(
+    grad_loss: Tensor,
+    grad_f: list[Tensor],
+    grad_g: list[Tensor],
+    points: list[Tensor],
+    weights: list[Tensor],
+    pairs: list[int],
+    coefficients: list[float],
+    init: list[Tensor],
+    traces: list[Tensor],
+    kind: int,
+    eps: float,
+    rho_x: float,
+    rho_y: float,
+    objective: int,
+    wanted: list[int],
+    want_weights: bool,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    costs = cost(points, weights, pairs, kind)
+    grad_costs, grad_a, grad_b = unrolled_backward(
+        grad_loss, grad_f, grad_g, costs, weights, pairs, coefficients, init, traces, eps,
+        rho_x, rho_y, objective, [1] * len(costs), want_weights,
+    )  # fmt: skip
+    grads = cost_backward(grad_costs, costs, points, weights, pairs, kind, wanted)
+    return grads, grad_a, grad_b
 
 
 def implicit_backward_points(

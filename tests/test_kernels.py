@@ -318,6 +318,7 @@ def sample_arguments() -> dict[str, tuple[Any, ...]]:
         "solve_points:dense": ([x, y], weights, pairs, coefficients, [], 1, True, *options),
         "envelope_backward_points": (ones, [], *points_gradient),
         "envelope_backward_points:dense": (ones, C, *points_gradient),
+        "unrolled_backward_points": (*points_before, [], traces, 1, 0.5, 2.0, INF, 0, [1], True),
         "implicit_backward_points": (*points_before, f, g, 1, 0.5, 2.0, INF, 0, [1], True),
     }
 

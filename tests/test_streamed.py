@@ -183,30 +183,33 @@ def test_a_warm_start_excludes_a_fixed_number_of_iterations() -> None:
 
 # ------------------------------------------------------------------- gradients without matrices
 
-MODES = ("implicit",)
-Strength2 = tuple[float, float]  # rho_x, rho_y
-RHO: tuple[Strength2, ...] = ((math.inf, math.inf), (2.0, 0.5), (math.inf, 0.7), (0.7, math.inf))
+MODES = ("unrolled", "implicit")
+Rho = tuple[float, float]  # rho_x, rho_y
+RHO: tuple[Rho, ...] = ((math.inf, math.inf), (2.0, 0.5), (math.inf, 0.7), (0.7, math.inf))
 
 
 def _problem(
-    rng: torch.Generator, cost: str, d: int, objective: int, rho: Strength2, mode: str, **kw: Any
+    rng: torch.Generator, cost: str, d: int, objective: int, rho: Rho, mode: str, **kw: Any
 ) -> tuple[list[Any], list[Any], list[Any]]:
     """A divergence's three pairs, solved: what is before, in and after the costs' place in the
     arguments of the mode's gradient. Gradients of f and g come from outside."""
     sizes = kw.get("sizes", (helpers.pick(rng, 33, 90), helpers.pick(rng, 65, 140)))
     c = helpers.clouds(rng, *sizes, d, weights="padded", batch=kw.get("batch", 2))
-    eps = 0.5 if cost == "cosine" else 0.5 * d**0.5
+    eps = kw.get("eps", 0.5 if cost == "cosine" else 0.5 * d**0.5)
     weights, pairs = [c.a, c.b], [0, 1, 0, 0, 1, 1]
     coefficients, kind = [1.0, -0.5, -0.7], helpers.COSTS.index(cost)
     n_iters = 5 if mode == "unrolled" else -1
     settings = (eps, *rho, 1e-10, 20_000, n_iters, objective, mode == "unrolled")
     points = [c.x, c.y]
+    level = kw.get("level", 0.0)  # of the potentials that iterations start from
+    init = [torch.full_like(weights[i], level).where(weights[i] > 0, 0.0) for i in pairs]
+    init = init if level else []
     loss, _, f, g, traces, _ = ops.solve_points(
-        points, weights, pairs, coefficients, [], kind, True, *settings
+        points, weights, pairs, coefficients, init, kind, True, *settings
     )
     outside = [[helpers.randn(rng, *t.shape) for t in side] for side in (f, g)]
     before = [helpers.randn(rng, *loss.shape), *outside]
-    solution = [[], traces] if mode == "unrolled" else [f, g]
+    solution = [init, traces] if mode == "unrolled" else [f, g]
     return before, [points, weights, pairs, coefficients, kind], [*solution, eps, *rho, objective]
 
 
@@ -241,7 +244,7 @@ def _without(mode: str, before: Any, middle: Any, after: Any, wanted: list[int])
 @pytest.mark.parametrize("cost", helpers.COSTS)
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_are_those_of_the_stored_matrix(
-    rng: torch.Generator, mode: str, cost: str, d: int, objective: int, rho: Strength2
+    rng: torch.Generator, mode: str, cost: str, d: int, objective: int, rho: Rho
 ) -> None:
     """Of one solution, so that nothing but rounding differs."""
     parts = _problem(rng, cost, d, objective, rho, mode)
@@ -259,6 +262,26 @@ def test_gradients_of_small_and_of_long_rows(
 ) -> None:
     parts = _problem(rng, "euclidean", 3, 1, RHO[1], mode, sizes=sizes)
     expected, got = (call(mode, *parts, [0, 1]) for call in (_through_matrices, _without))
+    for one, other in zip(got, expected, strict=True):
+        helpers.close(one, other, 1e-10, scale=float(other.norm()) + 1e-3)
+
+
+@pytest.mark.parametrize(("rho", "level"), [((0.03, 0.05), 0.0), ((0.7, math.inf), 50.0)])
+@pytest.mark.parametrize("objective", [0, 1])
+def test_gradients_where_the_softmaxes_of_an_iteration_are_far_apart(
+    rng: torch.Generator, objective: int, rho: Rho, level: float
+) -> None:
+    """By a factor of a row, or of a column, that is out of range: both take an exponential."""
+    eps = 0.02
+    parts = _problem(rng, "sqeuclidean", 3, objective, rho, "unrolled", eps=eps, level=level)
+    weights, (init, traces) = parts[1][1], parts[2][:2]
+    n, trace, b = weights[0].shape[1], traces[0], weights[1]
+    if level:
+        factor = torch.where(b > 0, (init[1] - trace[:, 0, n:]) / eps, 0.0)
+    else:
+        factor = trace[..., :n] / rho[0]
+    assert factor.max() > 60 * math.log(2)  # kTrusted
+    expected, got = (call("unrolled", *parts, [0, 1]) for call in (_through_matrices, _without))
     for one, other in zip(got, expected, strict=True):
         helpers.close(one, other, 1e-10, scale=float(other.norm()) + 1e-3)
 

@@ -18,6 +18,11 @@
 //
 // Where w or z is huge (a cold start at small eps, points that are not transported), e underflows
 // although R does not: that iteration takes a second exponential for R.
+//
+// Where costs are made from points C_bar is not stored: the sweeps leave the vectors of each
+// iteration, and then C_bar is made a few rows at a time, all iterations in turn, and applied to
+// the points. That is a second exponential per entry and iteration, or a third where both sides
+// want a gradient.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -28,7 +33,9 @@
 #include "marginal.h"
 #include "math.h"
 #include "parallel.h"
+#include "point_sums.h"
 #include "problems.h"
+#include "rows.h"
 #include "solver.h"
 #include "sweep.h"
 
@@ -185,6 +192,82 @@ OTLOSS_INLINE void adjoint_sweep_body(const AdjointSweep<T>& p) {
 OTLOSS_SIMD void adjoint_sweep(const AdjointSweep<float>& p) { adjoint_sweep_body(p); }
 OTLOSS_SIMD void adjoint_sweep(const AdjointSweep<double>& p) { adjoint_sweep_body(p); }
 
+// ---------------------------------------------------------------- cost gradients without a matrix
+
+// Rows of C_bar made together, and how many columns of them at a time: they and the costs stay in
+// the first cache while the iterations pass by.
+constexpr int64_t kTermRows = 16;
+template <typename T>
+constexpr int64_t kTermColumns = 512 / sizeof(T);
+static_assert(kTermRows % kRows == 0, "rows are done kRows at a time");
+
+// One side of a term. Rows are read kTermRows at a time and columns in whole blocks; what lies past
+// the end is 0.
+template <typename T>
+struct TermSide {
+  BlockVector<T> base, first, second;  // (count + kTermRows,) (..) (..)
+
+  explicit TermSide(int64_t count)
+      : base(count + kTermRows), first(count + kTermRows), second(count + kTermRows) {}
+
+  void set(int64_t i, T base_i, T first_i, T second_i) {
+    base[i] = base_i, first[i] = first_i, second[i] = second_i;
+  }
+};
+
+// C_bar_ij += exp2(x.base_i + y.base_j - k C_ij) (x.first_i y.first_j + x.second_i y.second_j):
+// what an iteration adds, or half of it where R takes its own exponential.
+template <typename T>
+struct Term {
+  TermSide<T> x, y;  // (n,) (m,)
+};
+
+template <typename T>
+struct AddTerms {
+  int64_t row;     // the first
+  int64_t rows;    // up to kTermRows; those after it are computed up to a multiple of kRows
+  int64_t stride;  // columns in whole blocks
+  T k;
+  const std::vector<Term<T>>* terms;
+  bool exchanged;  // rows are those of y
+  const T* C;      // (kTermRows, stride)
+  T* C_bar;        // (kTermRows, stride)
+};
+
+template <typename T>
+OTLOSS_INLINE void add_term(const AddTerms<T>& p, const TermSide<T>& x, const TermSide<T>& y,
+                            int64_t r, int64_t begin, int64_t end) {
+  static_assert(kRows == 4, "four rows are unrolled");
+  const T *F = x.base.data() + p.row + r, *S = x.first.data() + p.row + r;
+  const T* R = x.second.data() + p.row + r;
+  const T F0 = F[0], F1 = F[1], F2 = F[2], F3 = F[3];
+  const T S0 = S[0], S1 = S[1], S2 = S[2], S3 = S[3];
+  const T R0 = R[0], R1 = R[1], R2 = R[2], R3 = R[3];
+  const T *C0 = p.C + r * p.stride, *C1 = C0 + p.stride, *C2 = C1 + p.stride, *C3 = C2 + p.stride;
+  T *B0 = p.C_bar + r * p.stride, *B1 = B0 + p.stride, *B2 = B1 + p.stride, *B3 = B2 + p.stride;
+  const T *G = y.base.data(), *u = y.first.data(), *w = y.second.data();
+#pragma omp simd
+  for (int64_t j = begin; j < end; ++j) {
+    B0[j] += fast_exp2(F0 + G[j] - p.k * C0[j]) * (S0 * u[j] + R0 * w[j]);
+    B1[j] += fast_exp2(F1 + G[j] - p.k * C1[j]) * (S1 * u[j] + R1 * w[j]);
+    B2[j] += fast_exp2(F2 + G[j] - p.k * C2[j]) * (S2 * u[j] + R2 * w[j]);
+    B3[j] += fast_exp2(F3 + G[j] - p.k * C3[j]) * (S3 * u[j] + R3 * w[j]);
+  }
+}
+
+template <typename T>
+OTLOSS_INLINE void add_terms_body(const AddTerms<T>& p) {
+  for (int64_t begin = 0; begin < p.stride; begin += kTermColumns<T>) {
+    const int64_t end = std::min(p.stride, begin + kTermColumns<T>);
+    for (const Term<T>& term : *p.terms)
+      for (int64_t r = 0; r < p.rows; r += kRows)
+        add_term(p, p.exchanged ? term.y : term.x, p.exchanged ? term.x : term.y, r, begin, end);
+  }
+}
+
+OTLOSS_SIMD void add_terms(const AddTerms<float>& p) { add_terms_body(p); }
+OTLOSS_SIMD void add_terms(const AddTerms<double>& p) { add_terms_body(p); }
+
 // ------------------------------------------------------------------------------- one problem
 
 template <typename T>
@@ -196,7 +279,8 @@ class UnrolledProblem {
         L_(group.L),
         eps_(eps),
         k_(static_cast<T>(kLog2E / eps)),
-        C_(group.C + p * n_ * m_),
+        problem_(p),
+        made_(group.made),
         a_(group.a + p * n_),
         balanced_(group.strength.balanced),
         used_b_(column_weights(group.strength, n_, a_, m_, group.b + p * m_)),
@@ -208,7 +292,9 @@ class UnrolledProblem {
         trace_(group.trace + p * L_ * (n_ + m_)),
         start_(group.start ? group.start + p * m_ : nullptr),
         C_bar_(group.grad_C ? group.grad_C + p * n_ * m_ : nullptr),
+        split_(split),
         parts_(n_, m_, split),
+        costs_(parts_, n_, m_, group.C, made_.points, p, made_.symmetric),
         v_(parts_, m_),
         e_(parts_.count() * kRows * m_),
         F_(n_),
@@ -230,6 +316,12 @@ class UnrolledProblem {
       const T* before = l > 0 ? g(l - 1) : start_;
       step(f(l), g(l), before);
     }
+  }
+
+  // The sums that the points' gradients need.
+  void point_gradients(T scale, Objective objective) const {
+    if (made_.x.sum) side_sums(scale, objective, false);
+    if (made_.y.sum) side_sums(scale, objective, true);
   }
 
   void weight_gradients(T* grad_a, T* grad_b) const {
@@ -272,23 +364,20 @@ class UnrolledProblem {
 
   // <P, C> with P = a b exp((f + g - C) / eps): P (1 - C / eps) to C, and the sums of P C.
   void seed_transport(T scale) {
-    std::vector<T> own;
-    if (!C_bar_) own.resize(n_ * m_);
-    T* P = C_bar_ ? C_bar_ : own.data();
     for (int64_t i = 0; i < n_; ++i) F_[i] = k_ * f(L_ - 1)[i];
     absorb_weights(m_, k_, g(L_ - 1), b_, G_.data());
     std::vector<double> row(n_);
     PartSums<double> column(parts_, m_);
     const std::vector<T> none_a(n_), none_b(m_);
-    const T t = static_cast<T>(-static_cast<double>(scale) / eps_);
-    parts_.for_each([&](int64_t part, int64_t begin, int64_t end) {
-      const int64_t rows = end - begin, at = begin * m_;
-      plan_rows(PlanRows<T>{rows, m_, k_, T(1), C_ + at, a_ + begin, F_.data() + begin, G_.data(),
-                            P + at});
-      plan_sums(PlanSums<T>{rows, m_, P + at, C_ + at, row.data() + begin, column.part(part)});
+    const int64_t block = costs_.at_once() * m_;
+    BlockVector<T> made(C_bar_ ? 0 : parts_.count() * block);
+    costs_.for_each([&](int64_t part, const T* C, int64_t i, int64_t rows) {
+      T* P = C_bar_ ? C_bar_ + i * m_ : made.data() + part * block;
+      plan_rows(PlanRows<T>{rows, m_, k_, T(1), C, a_ + i, F_.data() + i, G_.data(), P});
+      plan_sums(PlanSums<T>{rows, m_, P, C, row.data() + i, column.part(part)});
       if (C_bar_)
-        weigh_plan(WeighPlan<T>{rows, m_, scale, t, P + at, C_ + at, none_a.data() + begin,
-                                none_b.data(), C_bar_ + at});
+        weigh_plan(WeighPlan<T>{rows, m_, scale, of_cost(scale), P, C, none_a.data() + i,
+                                none_b.data(), P});
     });
     const double* col = column.total();
     for (int64_t i = 0; i < n_; ++i) {
@@ -314,13 +403,14 @@ class UnrolledProblem {
       std::fill(z_.begin(), z_.end(), static_cast<T>(damp_f_));
     }
     v_.clear();
-    parts_.for_each([&](int64_t part, int64_t begin, int64_t end) {
-      adjoint_sweep(AdjointSweep<T>{
-          end - begin, m_, k_, C_ + begin * m_, a_ + begin, F_.data() + begin, G_.data(),
-          E_.data() + begin, apart ? H_.data() : nullptr, z_.data() + begin, w_.data(),
-          g_bar_.data(), f_bar_.data() + begin, u_.data() + begin, v_.part(part),
-          C_bar_ ? C_bar_ + begin * m_ : nullptr, e_.data() + part * kRows * m_});
+    costs_.for_each([&](int64_t part, const T* C, int64_t i, int64_t rows) {
+      adjoint_sweep(AdjointSweep<T>{rows, m_, k_, C, a_ + i, F_.data() + i, G_.data(),
+                                    E_.data() + i, apart ? H_.data() : nullptr, z_.data() + i,
+                                    w_.data(), g_bar_.data(), f_bar_.data() + i, u_.data() + i,
+                                    v_.part(part), C_bar_ ? C_bar_ + i * m_ : nullptr,
+                                    e_.data() + part * kRows * m_});
     });
+    if (made_.x.sum || made_.y.sum) keep_terms(apart);
     const T* v = v_.total();
     for (int64_t i = 0; i < n_; ++i) {
       a_bar_[i] -= eps_ * static_cast<double>(u_[i]);
@@ -332,6 +422,62 @@ class UnrolledProblem {
       b_bar_[j] += eps_ * static_cast<double>(g_bar_[j]) / static_cast<double>(b_[j]);
     }
   }
+
+  // What the iteration adds to the gradient of the cost.
+  void keep_terms(bool apart) {
+    terms_.push_back({TermSide<T>(n_), TermSide<T>(m_)});
+    Term<T>& both = terms_.back();
+    for (int64_t i = 0; i < n_; ++i)
+      if (a_[i] > T(0)) both.x.set(i, F_[i], a_[i], apart ? T(0) : f_bar_[i] * z_[i]);
+    for (int64_t j = 0; j < m_; ++j)
+      if (b_[j] > T(0)) both.y.set(j, G_[j], g_bar_[j], apart ? T(0) : w_[j]);
+    if (!apart) return;
+    terms_.push_back({TermSide<T>(n_), TermSide<T>(m_)});
+    Term<T>& second = terms_.back();
+    for (int64_t i = 0; i < n_; ++i)
+      if (a_[i] > T(0)) second.x.set(i, E_[i], T(0), f_bar_[i] * z_[i]);
+    for (int64_t j = 0; j < m_; ++j)
+      if (b_[j] > T(0)) second.y.set(j, H_[j], T(0), T(1));
+  }
+
+  // The plan of the last potentials.
+  std::vector<Term<T>> plan_term() const {
+    std::vector<T> G(m_);
+    absorb_weights(m_, k_, g(L_ - 1), b_, G.data());
+    std::vector<Term<T>> plan;
+    plan.push_back({TermSide<T>(n_), TermSide<T>(m_)});
+    for (int64_t i = 0; i < n_; ++i)
+      if (a_[i] > T(0)) plan[0].x.set(i, k_ * f(L_ - 1)[i], a_[i], T(0));
+    for (int64_t j = 0; j < m_; ++j)
+      if (b_[j] > T(0)) plan[0].y.set(j, G[j], T(1), T(0));
+    return plan;
+  }
+
+  // Of x, or of y as rows. A cloud against itself takes the terms of both at once.
+  void side_sums(T scale, Objective objective, bool exchange) const {
+    const bool symmetric = made_.symmetric, transport = objective == Objective::kTransport;
+    const int64_t n = exchange ? m_ : n_, m = exchange ? n_ : m_;
+    const PointPair<T> points = exchange ? exchanged(made_.points) : made_.points;
+    const std::vector<Term<T>> plan = transport ? plan_term() : std::vector<Term<T>>();
+    const auto gradient = [&](const T* C, int64_t i, int64_t rows, int64_t stride, T* V) {
+      std::fill_n(V, kTermRows * stride, T(0));
+      if (interrupted()) return;
+      const auto add = [&](const std::vector<Term<T>>& terms) {
+        add_terms(AddTerms<T>{i, rows, stride, k_, &terms, exchange, C, V});
+        if (symmetric) add_terms(AddTerms<T>{i, rows, stride, k_, &terms, !exchange, C, V});
+      };
+      if (transport) {
+        add(plan);
+        for (int64_t at = 0; at < rows * stride; ++at) V[at] *= scale + of_cost(scale) * C[at];
+      }
+      add(terms_);
+    };
+    point_sums(MadeRows<T>(n, m, points, problem_, symmetric), RowParts(n, m, split_), kTermRows,
+               of_problem(exchange ? made_.y : made_.x, problem_, n, points.d), gradient);
+  }
+
+  // What the transport objective's derivative P (scale + t C) takes of the cost.
+  T of_cost(T scale) const { return static_cast<T>(-static_cast<double>(scale) / eps_); }
 
   // F, E and z; whether z is out of range.
   bool row_factors(const T* f) {
@@ -366,7 +512,8 @@ class UnrolledProblem {
   const int64_t n_, m_, L_;
   const double eps_;
   const T k_;
-  const T* const C_;  // (n, m)
+  const int64_t problem_;
+  const MadeCost<T>& made_;
   const T* const a_;  // (n,)
   const bool balanced_;
   const std::vector<T> used_b_;  // what the iterations ran with
@@ -376,15 +523,18 @@ class UnrolledProblem {
   const T* const trace_;  // (L, n + m)
   const T* const start_;  // (m,) or null
   T* const C_bar_;        // (n, m) or null
+  const bool split_;
   RowParts parts_;
-  PartSums<T> v_;              // (m,)
-  std::vector<T> e_;           // (parts, kRows, m)
-  std::vector<T> F_, E_, z_;   // (n,) each
-  std::vector<T> G_, H_, w_;   // (m,) each
-  std::vector<T> u_, f_bar_;   // (n,) each
-  std::vector<T> g_bar_;       // (m,)
-  std::vector<double> a_bar_;  // (n,) summed over all iterations
-  std::vector<double> b_bar_;  // (m,)
+  CostBlocks<T> costs_;
+  std::vector<Term<T>> terms_;  // of each iteration that was gone back, where costs are made
+  PartSums<T> v_;               // (m,)
+  std::vector<T> e_;            // (parts, kRows, m)
+  std::vector<T> F_, E_, z_;    // (n,) each
+  std::vector<T> G_, H_, w_;    // (m,) each
+  std::vector<T> u_, f_bar_;    // (n,) each
+  std::vector<T> g_bar_;        // (m,)
+  std::vector<double> a_bar_;   // (n,) summed over all iterations
+  std::vector<double> b_bar_;   // (m,)
 };
 
 }  // namespace
@@ -397,6 +547,7 @@ void unrolled_backward(const std::vector<UnrolledGroup<T>>& groups, double eps,
     problem.run(group.coefficient * group.grad[p], objective,
                 group.grad_f ? group.grad_f + p * group.n : nullptr,
                 group.grad_g ? group.grad_g + p * group.m : nullptr);
+    if (!group.C) problem.point_gradients(group.coefficient * group.grad[p], objective);
     if (group.grad_a)
       problem.weight_gradients(group.grad_a + p * group.n, group.grad_b + p * group.m);
   });
