@@ -391,16 +391,6 @@ struct Strengths {
   }
 };
 
-Strengths checked_strengths(const Device& device, double rho_x, double rho_y) {
-  const Strengths rho{rho_x, rho_y};
-#if defined(OTLOSS_WITH_CUDA)
-  STD_TORCH_CHECK(rho.balanced() || !device.is_cuda(),
-                  "otloss: the CUDA kernels take balanced problems only");
-#endif
-  static_cast<void>(device);
-  return rho;
-}
-
 using SolveResult = std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors>;
 
 // What both forms of solve share. `place(group, p, i, j)` says where the costs of pair p come from;
@@ -477,7 +467,7 @@ SolveResult solve(Tensors costs, Tensors weights, Ints pairs, Doubles coefficien
                   double eps, double rho_x, double rho_y, double tol, int64_t max_iters,
                   int64_t n_iters, int64_t objective, bool trace) {
   const Device device{costs, weights, init};
-  const Strengths rho = checked_strengths(device, rho_x, rho_y);
+  const Strengths rho{rho_x, rho_y};
   const SolveOptions options =
       solve_options(eps, tol, max_iters, n_iters, objective, !init.empty());
   return dispatch_dtype(costs.at(0), [&](auto zero) {
@@ -508,7 +498,7 @@ std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors, Tensors> solve_points(
     int64_t max_iters, int64_t n_iters, int64_t objective, bool trace) {
   const Device device{points, weights, init};
   const CostKind kind = static_cast<CostKind>(kind_index);
-  const Strengths rho = checked_strengths(device, rho_x, rho_y);
+  const Strengths rho{rho_x, rho_y};
   const SolveOptions options =
       solve_options(eps, tol, max_iters, n_iters, objective, !init.empty());
   return dispatch_dtype(points.at(0), [&](auto zero) {
@@ -597,9 +587,8 @@ std::tuple<Tensors, Tensors, Tensors> envelope_backward(Tensor grad_loss, Tensor
   return dispatch_dtype(grad_loss, [&](auto zero) {
     using T = decltype(zero);
     const ScalarType dtype = grad_loss.scalar_type();
-    const GradientArguments given{
-        grad_loss,    costs,     weights,      pairs,
-        coefficients, want_cost, want_weights, checked_strengths(device, rho_x, rho_y)};
+    const GradientArguments given{grad_loss,    costs,     weights,      pairs,
+                                  coefficients, want_cost, want_weights, {rho_x, rho_y}};
     Gradients grads;
     std::vector<EnvelopeGroup<T>> groups;
     for (size_t p = 0; p < costs.size(); ++p) {

@@ -145,11 +145,6 @@ def streams(problem: Problem, pairs: list[int], options: Options) -> bool:
     return chosen == "streamed"
 
 
-def _has_kernels(options: Options, problem: Problem) -> bool:
-    """The CUDA kernels take balanced problems only; plain torch serves the others there."""
-    return options.balanced or problem.weights[0].device.type == "cpu"
-
-
 def run(
     problem: Problem,
     costs: Sequence[Tensor] | None,
@@ -168,9 +163,6 @@ def run(
     ``potentials``: whether f and g are wanted as differentiable outputs.
     ``system``: receives the status of the linear system when an implicit gradient is taken.
     """
-    kernels = _has_kernels(options, problem)
-    if costs is None and not kernels and options.method != "reference":
-        costs = build_costs(problem, pairs, options.cost, False)
     inputs = problem.points if costs is None else tuple(costs)
     needs_grad = torch.is_grad_enabled() and any(
         t.requires_grad for t in (*inputs, *problem.weights)
@@ -187,7 +179,7 @@ def run(
         n_iters=options.n_iters,
         objective=_check.OBJECTIVES.index(options.objective),
         backward=backward,
-        plain=options.method == "reference" or not kernels,
+        plain=options.method == "reference",
         potentials=potentials,
         trace=needs_grad and backward == "unrolled",
         dense=dense,

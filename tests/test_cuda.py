@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import STRENGTHS, Strength
+from helpers import rho as rho_pair
 from torch import Tensor
 
 import otloss
@@ -24,7 +26,13 @@ COSTS = ["sqeuclidean", "euclidean", "cosine"]
 DTYPES = [torch.float32, torch.float64]
 REGIMES = ["auto", "block", "cluster", "grid", "dense", "streamed"]
 # Envelope, unrolled and implicit gradients.
-MODES: list[dict[str, Any]] = [{}, {"n_iters": 7}, {"objective": "transport"}]
+MODES: list[dict[str, Any]] = [
+    {},
+    {"n_iters": 7},
+    {"objective": "transport"},
+    {"unbalanced": 2.0},
+    {"unbalanced": (None, 2.0), "objective": "transport"},
+]
 SIZES = [(1, 1), (7, 300), (64, 64), (200, 190), (700, 650), (1500, 1600)]
 
 
@@ -302,6 +310,84 @@ def test_does_not_synchronise(regime: str, mode: dict[str, Any]) -> None:
         otloss.sinkhorn_divergence(x, y, 1.0, **mode).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("strength", STRENGTHS, ids=str)
+@pytest.mark.parametrize("objective", ["regularized", "transport"])
+def test_unbalanced(regime: str, objective: str, strength: Strength, dtype: torch.dtype) -> None:
+    x, y, a, b = clouds(90, 80, 3, dtype, (2,))
+    b = 1.7 * b
+
+    def loss(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return otloss.sinkhorn_divergence(
+            x, y, 0.5, a=a, b=b, unbalanced=strength, objective=objective, tol=1e-5
+        )
+
+    value, grads = gradients(loss, (x, y, a, b), "cuda")
+    expected, expected_grads = gradients(loss, (x, y, a, b), "cpu")
+    torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+    for grad, true in zip(grads, expected_grads, strict=True):
+        scale = float(true.abs().max())
+        torch.testing.assert_close(grad / scale, true / scale, rtol=0, atol=3e-3)
+
+
+@pytest.mark.parametrize("strength", STRENGTHS, ids=str)
+def test_unbalanced_results_and_fixed_iterations(regime: str, strength: Strength) -> None:
+    x, y, a, b = clouds(80, 70)
+    for n_iters in (None, 5):
+        call = {"unbalanced": strength, "n_iters": n_iters, "tol": 1e-5}
+        expected = otloss.solve_sample(x, y, 0.5, a=a, b=2 * b, **call)
+        result = otloss.solve_sample(x.cuda(), y.cuda(), 0.5, a=a.cuda(), b=2 * b.cuda(), **call)
+        torch.testing.assert_close(result.plan.cpu(), expected.plan, rtol=1e-2, atol=1e-6)
+        torch.testing.assert_close(result.value.cpu(), expected.value, rtol=1e-4, atol=1e-5)
+        assert result.converged == expected.converged
+
+
+@pytest.mark.parametrize("strength", [None, 2.0], ids=str)
+def test_warm_start(regime: str, strength: Strength | None) -> None:
+    x, y, a, b = (t.cuda() for t in clouds(120, 110, dtype=torch.float64))
+    call = {"a": a, "b": b, "unbalanced": strength}
+    cold = otloss.solve_sample(x, y, 0.3, tol=1e-7, **call)
+    warm = otloss.solve_sample(x, y, 0.3, tol=1e-6, init=cold, **call)
+    assert cold.n_iters > 2 >= warm.n_iters
+    torch.testing.assert_close(warm.value, cold.value, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("d", [3, 64])
+def test_autocast(regime: str, d: int, dtype: torch.dtype) -> None:
+    """Losses are those of the same numbers in float32; gradients come back in the input's dtype."""
+    x, y = (t.cuda().to(dtype) for t in clouds(100, 90, d)[:2])
+    results = []
+    for inputs, autocast in ((x, True), (x, False), (x.float(), False)):
+        leaf = inputs.detach().requires_grad_()
+        with torch.autocast("cuda", dtype=dtype, enabled=autocast):
+            loss = otloss.sinkhorn_divergence(leaf, y.to(leaf.dtype), float(d))
+            plan = otloss.solve_sample(leaf, y.to(leaf.dtype), float(d)).plan
+        assert loss.dtype == plan.dtype == torch.float32
+        (grad,) = torch.autograd.grad(loss, leaf)
+        assert grad.dtype == leaf.dtype
+        results.append((loss.detach(), plan.detach(), grad.float()))
+    *halves, (loss, plan, grad) = results
+    for other_loss, other_plan, other_grad in halves:
+        torch.testing.assert_close(other_loss, loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(other_plan, plan, rtol=1e-4, atol=1e-8)
+        error = 2 * torch.finfo(dtype).eps * (float(grad.norm()) + 1e-3)
+        assert float((other_grad - grad).norm()) <= error
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_around_a_network(dtype: torch.dtype) -> None:
+    network = torch.nn.Linear(3, 8).cuda()
+    x = clouds(60, 50)[0].cuda()
+    with torch.autocast("cuda", dtype=dtype):
+        features = network(x)
+        assert features.dtype == dtype
+        loss = otloss.sinkhorn_divergence(features, features.detach() + 1, 0.5)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert bool(network.weight.grad.isfinite().all())
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

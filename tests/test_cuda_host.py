@@ -17,13 +17,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from helpers import DTYPES, Strength, name, rand, randn, scaled
+from helpers import STRENGTHS as SOFT
+from helpers import rho as rho_pair
 from torch import Tensor
 
 import otloss
 from otloss import ops, reference
 
 ROOT = Path(__file__).parent.parent
-DTYPES = [torch.float32, torch.float64]
 REGIMES = ["block", "cluster", "grid", "dense"]
 DIVERGENCE = [0, 1, 0, 0, 1, 1]
 HARD = (math.inf, math.inf)  # rho_x, rho_y
@@ -48,8 +50,24 @@ def _fields(integers: str, pointers: str) -> list[tuple[str, type]]:
     ]
 
 
+class Rho(ctypes.Structure):
+    """How the plan is held to its weights: what csrc/kernels.h calls Strength."""
+
+    _fields_ = [
+        ("x", ctypes.c_double),
+        ("y", ctypes.c_double),
+        ("balanced", ctypes.c_int64),
+    ]
+
+
+def rho_of(rho: tuple[float, float], i: int, j: int) -> Rho:
+    """Of the pair (i, j), as in csrc/bindings.cpp."""
+    return Rho(rho[i > 0], rho[j > 0], rho == HARD)
+
+
 class SolveCall(Call):
     _fields_ = [
+        ("rho", Rho),
         *_fields("batch n m symmetric", "C a b f g trace value status"),
         *_fields("kind d", "zx zy hx hy"),
     ]
@@ -64,6 +82,7 @@ class CostCall(Call):
 
 class EnvelopeCall(Call):
     _fields_ = [
+        ("rho", Rho),
         *_fields("batch n m", ""),
         ("coefficient", ctypes.c_double),
         *_fields("", "C a b f g grad grad_C grad_a grad_b"),
@@ -197,6 +216,7 @@ class Engine:
         objective: int = 0,
         init: list[Tensor] | None = None,
         trace: bool = False,
+        rho: tuple[float, float] = HARD,
     ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
         """Of cost matrices per pair, or of points, without matrices."""
         P, B, like = len(pairs) // 2, weights[0].shape[0], weights[0]
@@ -212,6 +232,7 @@ class Engine:
                 traces.append(like.new_full((B, n_iters, n + m), math.nan))
             calls.append(
                 SolveCall(
+                    rho=rho_of(rho, i, j),
                     batch=B,
                     n=n,
                     m=m,
@@ -292,25 +313,33 @@ class Engine:
         return [*results, status] if implicit else results
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("cuda_host") / "engine.so"
+def compiled(target: Path, *macros: str) -> Path:
     command = ["g++", "-O1", "-std=c++17", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
     # Barriers jump between stacks, which the checked longjmp of fortified builds refuses.
     command += ["-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", "-DOTLOSS_SOLVE_THREADS=128"]
     command += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/cuda'}", f"-I{ROOT / 'tests/cuda_host'}"]
-    subprocess.run([*command, str(ROOT / "tests/cuda_host/engine.cpp"), "-o", target], check=True)
+    command += [*macros, str(ROOT / "tests/cuda_host/engine.cpp"), "-o", str(target)]
+    subprocess.run(command, check=True)
     return target
 
 
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled(tmp_path_factory.mktemp("cuda_host") / "engine.so")
+
+
+@pytest.fixture(scope="session")
+def long_memory(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """With as many L-BFGS pairs as the CPU."""
+    target = tmp_path_factory.mktemp("cuda_host") / "long_memory.so"
+    return Engine(compiled(target, "-DOTLOSS_LBFGS_PAIRS=8"))
+
+
 @pytest.fixture
-def engine(library: Path) -> Iterator[Engine]:
+def engine(library: Path) -> Engine:
     engine = Engine(library)
     engine.configure()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the problems are tiny
-    yield engine
-    torch.set_num_threads(threads)
+    return engine
 
 
 @pytest.fixture(params=REGIMES)
@@ -353,6 +382,29 @@ def truth(
         all_f.append(f)
         all_g.append(g)
     return values, all_f, all_g
+
+
+def on_the_cpu(
+    costs: list[Tensor],
+    weights: list[Tensor],
+    pairs: list[int],
+    eps: float,
+    *,
+    tol: float = 1e-3,
+    max_iters: int = 1000,
+    n_iters: int = -1,
+    objective: int = 0,
+    rho: tuple[float, float] = HARD,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Values per pair, status and potentials of the CPU kernels, which take the same steps."""
+    settings = (eps, *rho, tol, max_iters, n_iters, objective, False)
+    P = len(costs)
+    values = []
+    for p in range(P):
+        only = [float(p == other) for other in range(P)]
+        loss, status, f, g, _ = ops.solve(costs, weights, pairs, only, [], *settings)
+        values.append(loss)
+    return torch.stack(values), status, f, g
 
 
 def spread(x: Tensor, y: Tensor, w: Tensor) -> float:
@@ -622,30 +674,36 @@ def test_costs_and_their_gradients(
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("objective", [0, 1])
-def test_envelope_gradients(engine: Engine, dtype: torch.dtype, objective: int) -> None:
+@pytest.mark.parametrize("strength", [None, *SOFT], ids=str)
+def test_envelope_gradients(
+    engine: Engine, objective: int, strength: Strength | None, dtype: torch.dtype
+) -> None:
     points, weights = clouds(dtype)
+    rho = HARD if strength is None else rho_pair(strength)
+    if strength is not None:
+        weights[1] = 1.7 * weights[1]
     (C,) = reference.cost(points, [], [0, 1], 0)
-    _, _, (f,), (g,), _ = engine.solve([C], weights, [0, 1], 0.5)
-    a, b = weights
+    _, _, (f,), (g,), _ = engine.solve([C], weights, [0, 1], 0.5, rho=rho)
     grad = torch.tensor([2.0, -0.5], dtype=dtype)
-    grad_C, grad_a, grad_b = (torch.full_like(t, math.nan) for t in (C, a, b))
+    grads = [torch.full_like(t, math.nan) for t in (C, *weights)]
     calls = (EnvelopeCall * 1)(
         EnvelopeCall(
+            rho=rho_of(rho, 0, 1),
             batch=2,
             n=40,
             m=33,
             coefficient=-0.5,
             C=C,
-            a=a,
-            b=b,
+            a=weights[0],
+            b=weights[1],
             f=f,
             g=g,
             grad=grad,
-            grad_C=grad_C,
-            grad_a=grad_a,
-            grad_b=grad_b,
+            grad_C=grads[0],
+            grad_a=grads[1],
+            grad_b=grads[2],
         )
     )
     engine.check(
@@ -653,15 +711,11 @@ def test_envelope_gradients(engine: Engine, dtype: torch.dtype, objective: int) 
             int(dtype == torch.float64), calls, ctypes.c_int64(1), ctypes.c_double(0.5), objective
         )
     )
-    scale = -0.5 * grad
-    P = reference.plan(0.5, C, f, g, a, b)
-    torch.testing.assert_close(grad_C, scale[:, None, None] * P, rtol=1e-4, atol=1e-7)
-    shift = ((b * g).sum(-1) - (a * f).sum(-1)) / (2 * a.sum(-1))
-    on = scale if objective == 0 else torch.zeros_like(scale)
-    expected_a = torch.where(a > 0, on[:, None] * (f + shift[:, None]), 0.0)
-    expected_b = torch.where(b > 0, on[:, None] * (g - shift[:, None]), 0.0)
-    torch.testing.assert_close(grad_a, expected_a, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(grad_b, expected_b, rtol=1e-4, atol=1e-6)
+    expected = reference.envelope_backward(
+        grad, [C], weights, [0, 1], [-0.5], [f], [g], 0.5, *rho, objective, [1], True
+    )
+    for got, (true,) in zip(grads, expected, strict=True):
+        torch.testing.assert_close(got, true, rtol=1e-4, atol=1e-6)
 
 
 # ------------------------------------------------------------------- unrolled, implicit gradients
@@ -1048,3 +1102,214 @@ def test_gradient_sums_of_points(
     for got, expected in ((total, V.sum(-1)), (product, V @ zy.double())):
         scale = float(expected.abs().max()) + 1e-30
         torch.testing.assert_close(got.double() / scale, expected / scale, rtol=0, atol=tolerance)
+
+
+# --------------------------------------------------------------------------- soft marginals, steps
+
+
+def soft_problem(
+    rng: torch.Generator, dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor], float]:
+    """Costs of a divergence between clouds of unequal totals, weights, and a unit for rho."""
+    x, y = randn(rng, 2, 23, 3, dtype=dtype), 0.7 * randn(rng, 2, 19, 3, dtype=dtype) + 0.5
+    a, b = (rand(rng, 2, size, dtype=dtype) + 0.1 for size in (23, 19))
+    a[:, 3] = b[:, 5] = 0
+    weights = [a / a.sum(-1, keepdim=True), 1.7 * b / b.sum(-1, keepdim=True)]
+    costs = reference.cost([x, y], [], DIVERGENCE, 0)
+    return costs, weights, float(costs[0].mean())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("strength", [*SOFT, 1e-3, 1e3], ids=str)
+def test_soft_marginals(
+    engine: Engine, regime: str, strength: Strength, dtype: torch.dtype, rng: torch.Generator
+) -> None:
+    costs, weights, unit = soft_problem(rng, dtype)
+    rho = rho_pair(scaled(strength, unit))
+    tol = 1e-8 if dtype == torch.float64 else 3e-5
+    if dtype == torch.float32 and strength == 1e3:
+        tol = 1e-2  # potentials of some 1000 cannot resolve more of eps
+    values, status, f, g, _ = engine.solve(costs, weights, DIVERGENCE, 0.2, tol=tol, rho=rho)
+    double = [w.double() for w in weights]
+    exact, _, true_f, true_g = on_the_cpu(
+        [C.double() for C in costs], double, DIVERGENCE, 0.2, tol=1e-10, rho=rho
+    )
+    assert bool((status[..., 2] == 1).all())
+    assert float(status[..., 1].max()) <= tol
+    scale = float(exact.abs().max())
+    torch.testing.assert_close(values.double() / scale, exact / scale, rtol=0, atol=tol)
+    for p, (i, j) in enumerate(reference.as_pairs(DIVERGENCE)):
+        for got, true, w in ((f[p], true_f[p], weights[i]), (g[p], true_g[p], weights[j])):
+            assert bool((got[w == 0] == 0).all())
+            digits = 1e-4 if dtype == torch.float32 else 1e-10
+            torch.testing.assert_close(got.double(), true, rtol=digits, atol=100 * tol)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("strength", [*SOFT, 1e-3], ids=str)
+@pytest.mark.parametrize("eps", [0.5, 0.02])
+def test_soft_fixed_iterations(
+    engine: Engine,
+    regime: str,
+    eps: float,
+    strength: Strength,
+    dtype: torch.dtype,
+    rng: torch.Generator,
+) -> None:
+    costs, weights, unit = soft_problem(rng, dtype)
+    rho = rho_pair(scaled(strength, unit))
+    _, status, f, g, traces = engine.solve(
+        costs, weights, DIVERGENCE, eps, n_iters=3, trace=True, rho=rho
+    )
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-10
+    for p, (i, j) in enumerate(reference.as_pairs(DIVERGENCE)):
+        C, a, b = (t.double() for t in (costs[p], weights[i], weights[j]))
+        marginals = reference.marginals_of(*rho, i, j)
+        true_f, true_g, error, steps = reference.fixed_iterations(
+            C, a, b, torch.zeros_like(b), eps, 3, marginals
+        )
+        expected = torch.stack(steps, dim=1)
+        size = float(expected.abs().max())
+        got = torch.cat([f[p], g[p]], -1).double()
+        torch.testing.assert_close(
+            traces[p].double() / size, expected / size, rtol=0, atol=tolerance
+        )
+        torch.testing.assert_close(
+            got / size, torch.cat([true_f, true_g], -1) / size, rtol=0, atol=tolerance
+        )
+        torch.testing.assert_close(status[p, :, 1], error, rtol=3e2 * tolerance, atol=tolerance)
+    assert bool((status[..., 0] == 3).all())
+
+
+@pytest.mark.parametrize("strength", [0.3, (None, 0.5)], ids=str)
+def test_soft_transport_objective(
+    engine: Engine, regime: str, strength: Strength, rng: torch.Generator
+) -> None:
+    costs, weights, unit = soft_problem(rng, torch.float64)
+    rho = rho_pair(scaled(strength, unit))
+    values, _, f, g, _ = engine.solve(
+        costs, weights, DIVERGENCE, 0.2, tol=1e-6, objective=1, rho=rho
+    )
+    for p, (i, j) in enumerate(reference.as_pairs(DIVERGENCE)):
+        P = reference.plan(0.2, costs[p], f[p], g[p], weights[i], weights[j])
+        torch.testing.assert_close(values[p], (P * costs[p]).sum((1, 2)), rtol=1e-9, atol=1e-12)
+
+
+def test_soft_columns_beyond_the_registers(engine: Engine, rng: torch.Generator) -> None:
+    C = rand(rng, 1, 3, 4200, dtype=torch.float32)
+    weights = [torch.full((1, n), 1 / n) for n in (3, 4200)]
+    values, status, *_ = engine.solve([C], weights, [0, 1], 0.1, tol=1e-5, rho=(2.0, 0.5))
+    exact, *_ = on_the_cpu(
+        [C.double()], [w.double() for w in weights], [0, 1], 0.1, tol=1e-9, rho=(2.0, 0.5)
+    )
+    assert bool((status[..., 2] == 1).all())
+    torch.testing.assert_close(values.double(), exact, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("strength", [(1e-2, 1e-3), (None, 1e-2)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_soft_factors_that_overflow(
+    engine: Engine, regime: str, dtype: torch.dtype, strength: Strength, rng: torch.Generator
+) -> None:
+    """exp(-f / rho) is beyond any number where C is far below 0: all columns take the guard."""
+    C = 3 * randn(rng, 1, 14, 11, dtype=dtype)
+    weights = [torch.full((1, n), 1 / n, dtype=dtype) for n in (14, 11)]
+    rho = rho_pair(strength)
+    _, _, f, g, _ = engine.solve([C], weights, [0, 1], 0.05, n_iters=2, rho=rho)
+    marginals = reference.marginals_of(*rho, 0, 1)
+    true_f, true_g, *_ = reference.fixed_iterations(
+        C.double(), *(w.double() for w in weights), torch.zeros(1, 11).double(), 0.05, 2, marginals
+    )
+    torch.testing.assert_close(f[0].double(), true_f, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(g[0].double(), true_g, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strength", [0.5, (None, 0.5)], ids=str)
+def test_soft_warm_start(
+    engine: Engine, regime: str, strength: Strength, rng: torch.Generator
+) -> None:
+    costs, weights, unit = soft_problem(rng, torch.float64)
+    call = {"rho": rho_pair(scaled(strength, unit))}
+    _, cold, f, g, _ = engine.solve(costs, weights, DIVERGENCE, 0.1, tol=1e-6, **call)
+    init = [v for pair in zip(f, g, strict=True) for v in pair]
+    _, warm, *_ = engine.solve(costs, weights, DIVERGENCE, 0.1, tol=1e-5, init=init, **call)
+    assert float(warm[..., 0].max()) <= 2
+    assert float(cold[..., 0].min()) > 2
+
+
+def test_soft_order_of_threads(engine: Engine, regime: str, rng: torch.Generator) -> None:
+    costs, weights, unit = soft_problem(rng, torch.float32)
+    results = []
+    for order in range(3):
+        engine.configure(order=order)
+        values, status, f, g, _ = engine.solve(
+            costs, weights, DIVERGENCE, 0.1, tol=1e-4, rho=(unit, math.inf)
+        )
+        results.append([values, status, *f, *g])
+    for other in results[1:]:
+        assert all(bool((x == y).all()) for x, y in zip(results[0], other, strict=True))
+
+
+# Problems that trip the solver: (x, y, a, b) and eps.
+HARD_PROBLEMS = ["near", "far clusters", "outliers", "wide weights"]
+
+
+def hard_problem(kind: str, rng: torch.Generator) -> tuple[Tensor, list[Tensor], float]:
+    n, m = 30, 26
+    x, y = randn(rng, 1, n, 3), 0.7 * randn(rng, 1, m, 3) + 0.5
+    weights = [torch.full((1, size), 1 / size, dtype=torch.float64) for size in (n, m)]
+    eps = 0.03
+    if kind == "far clusters":  # the semidual is flat until they exchange mass
+        x[:, : n // 2] += 20
+        y[:, : m // 3] += 20
+        eps = 0.2
+    elif kind == "outliers":
+        y[:, :2] *= 20
+        eps = 0.2
+    elif kind == "wide weights":
+        weights = [10 ** (-6 * rand(rng, 1, size)) for size in (n, m)]
+        weights = [w / w.sum(-1, keepdim=True) for w in weights]
+    (C,) = reference.cost([x, y], [], [0, 1], 0)
+    return C, weights, eps
+
+
+@pytest.mark.parametrize("kind", HARD_PROBLEMS)
+@pytest.mark.parametrize("strength", [None, 1e-2, 1e3, (None, 0.1)], ids=str)
+def test_takes_the_steps_of_the_cpu(
+    engine: Engine,
+    long_memory: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    strength: Strength | None,
+    rng: torch.Generator,
+) -> None:
+    """With one memory the passes agree, but for what rounding makes of a long way; with less memory
+    they are some more."""
+    monkeypatch.setenv("OTLOSS_CUDA_REGIME", "block")
+    long_memory.configure()
+    C, weights, eps = hard_problem(kind, rng)
+    unit = float(C.mean())
+    rho = HARD if strength is None else rho_pair(scaled(strength, unit))
+    call = {"tol": 1e-3, "max_iters": 2000, "rho": rho}
+    expected, cpu, *_ = on_the_cpu([C], weights, [0, 1], eps, **call)
+    passes = float(cpu[0, 0, 0])
+    assert bool(cpu[0, 0, 2])
+    for solver, few, share in ((long_memory, 2, 0.15), (engine, 4, 0.5)):
+        values, status, *_ = solver.solve([C], weights, [0, 1], eps, **call)
+        assert bool(status[0, 0, 2])
+        assert abs(float(status[0, 0, 0]) - passes) <= few + share * passes
+        torch.testing.assert_close(values, expected, rtol=1e-2, atol=1e-3 * unit)
+
+
+@pytest.mark.parametrize("kind", HARD_PROBLEMS)
+def test_hard_problems_in_float32(
+    engine: Engine, regime: str, kind: str, rng: torch.Generator
+) -> None:
+    C, weights, eps = hard_problem(kind, rng)
+    call = {"tol": 1e-2, "max_iters": 2000}
+    expected, *_ = on_the_cpu([C], weights, [0, 1], eps, tol=1e-6, max_iters=20000)
+    values, status, *_ = engine.solve(
+        [C.float()], [w.float() for w in weights], [0, 1], eps, **call
+    )
+    assert bool((status[..., 2] == 1).all())
+    torch.testing.assert_close(values.double(), expected, rtol=3e-2, atol=1e-2 * eps)

@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "lbfgs.h"
 #include "marginal.h"
 #include "math.h"
 #include "parallel.h"
@@ -155,7 +156,7 @@ class LbfgsMemory {
   // step = change of g, change = old residual - new residual.
   void push(std::vector<T> step, std::vector<T> change) {
     const double sy = inner(step, change), ss = inner(step, step), yy = inner(change, change);
-    if (!(sy > 1e-10 * std::sqrt(ss) * std::sqrt(yy))) return;
+    if (!is_curved(sy, ss, yy)) return;
     if (pairs_.size() == kMemory) pairs_.erase(pairs_.begin());
     pairs_.push_back({std::move(step), std::move(change), sy, sy / yy});
   }
@@ -211,36 +212,25 @@ struct SemidualPoint {
 // at once, and what it makes of the point. Softmins are only shifted by it, so that the pass holds
 // good, and the plan's total becomes the M that both potentials ask for. Without it a large rho
 // would take some rho / eps passes to find M (Séjourné, Vialard, Peyré 2022).
-//
-// With both sides soft the dual is then a constant less (rho_x + rho_y + eps) M, which rounding
-// hides where M is small. So `value` is -log M times what makes <asked (1 - q), p> its derivative
-// along p; written in the mean of the side that is held more, it has the limit <b, g> (or <a, f>)
-// of a constraint.
 template <typename T, typename Engine>
 void settle(const Engine& engine, double eps, T* F, SemidualPoint<T>& point) {
   const Side<T>&x = engine.x, &y = engine.y;
   const double damping = x.damping(eps), to_cost = eps / kLog2E;
-  SoftMean f = x.soft_mean(F, damping * to_cost), g = y.soft_mean(point.g.data(), 1);
-  const double excess = std::log(x.mass / y.mass) - x.rate * f.mean + y.rate * g.mean;
-  const double t = excess / (y.rate + damping * x.rate);
-  f.mean += damping * t, g.mean -= t;
-  const T on_F = static_cast<T>(t / to_cost), on_g = static_cast<T>(t);
-  const T on_gt = static_cast<T>(damping * t), damp = static_cast<T>(y.damping(eps));
+  const Translation best(x, y, x.mass, y.mass, eps,
+                         static_cast<double>(std::numeric_limits<T>::epsilon()),
+                         x.soft_mean(F, damping * to_cost), y.soft_mean(point.g.data(), 1));
+  const T on_F = static_cast<T>(best.t / to_cost), on_g = static_cast<T>(best.t);
+  const T on_gt = static_cast<T>(damping * best.t), damp = static_cast<T>(y.damping(eps));
   for (int64_t i = 0; i < engine.n; ++i) F[i] += engine.a[i] > T(0) ? on_F : T(0);
   for (int64_t j = 0; j < engine.m; ++j) {
     point.g[j] -= engine.b[j] > T(0) ? on_g : T(0);
     point.gt[j] -= engine.b[j] > T(0) ? on_gt : T(0);
   }
-  y.ask(eps, -kLog2E * x.rate * damping * t, point.g.data(), point.gt.data(), g.mean,
+  y.ask(eps, -kLog2E * x.rate * damping * best.t, point.g.data(), point.gt.data(), best.mean_g,
         point.q.data(), point.asked.data());
   for (T& value : point.gt) value *= damp;
-  const bool by_x = x.rate < y.rate;
-  const double held = by_x ? x.rate : y.rate, soft = by_x ? y.rate : x.rate;
-  const double mean = (1 + held / soft + eps * held) * (by_x ? f.mean : g.mean);
-  point.value = y.mass * mean;
-  point.noise = y.mass * (4 * static_cast<double>(std::numeric_limits<T>::epsilon()) *
-                              (f.magnitude + g.magnitude) +
-                          4 * std::numeric_limits<double>::epsilon() * std::abs(mean));
+  point.value = best.value;
+  point.noise = best.noise;
 }
 
 template <typename T, typename Engine>
@@ -272,18 +262,14 @@ std::vector<T> residual(const Engine& engine, const SemidualPoint<T>& point) {
 template <typename T, typename Engine>
 void ascend(Engine& engine, double eps, double tol, int64_t max_iters, T* F,
             SemidualPoint<T>& point, int64_t& iterations) {
-  constexpr int kTries = 5;
-  constexpr double kShrink = 0.3, kSufficient = 1e-4, kFlat = 1e-2, kReach = 10;
   const int64_t m = engine.m;
-  const double mass = engine.y.mass;
   LbfgsMemory<T> memory(m, point.asked.data());
   SemidualPoint<T> trial(m, engine.b);
   std::vector<T> r = residual(engine, point), excess(m);
-  double stretch = 1, reach = std::numeric_limits<double>::infinity();
+  StepLength length;
   const auto squared = [&](const std::vector<T>& v) {
     return dot(m, point.asked.data(), v.data(), v.data());
   };
-  const auto length = [&](const std::vector<T>& v) { return std::sqrt(squared(v)); };
   while (point.error > tol && iterations < max_iters && !interrupted()) {
     std::vector<T> p = memory.direction(r);
     for (int64_t j = 0; j < m; ++j) excess[j] = T(1) - point.q[j];
@@ -297,13 +283,13 @@ void ascend(Engine& engine, double eps, double tol, int64_t max_iters, T* F,
       slope = slope_along(p);
     }
     bool accepted = false;
-    double t = std::min(stretch, reach / length(p));
+    double t = length.first(squared(p));
     // The last pass that is allowed is a plain iteration.
     for (int attempt = 0; attempt < kTries && iterations + 1 < max_iters && !accepted; ++attempt) {
       for (int64_t j = 0; j < m; ++j) trial.g[j] = point.g[j] + static_cast<T>(t) * p[j];
       evaluate(engine, eps, F, trial);
       ++iterations;
-      accepted = trial.value >= point.value + kSufficient * t * slope - point.noise;
+      accepted = ascends(trial.value, point.value, t * slope, point.noise);
       t *= kShrink;
     }
     if (!accepted) {
@@ -319,19 +305,13 @@ void ascend(Engine& engine, double eps, double tol, int64_t max_iters, T* F,
         step[j] = engine.b[j] > T(0) ? trial.g[j] - point.g[j] : T(0);
         change[j] = r[j] - next[j];
       }
-      // Where clusters are many eps apart the semidual is a plane until they exchange mass: a step
-      // that leaves the residual as it was tells nothing of how far to go, so the next is longer.
-      // A change that is only rounding would be taken for a curvature of any size.
       const double changed = squared(change);
-      const double rounding =
-          4 * (point.noise / mass + 4 * std::numeric_limits<T>::epsilon() * eps);
-      const bool flat = changed < kFlat * kFlat * squared(r);
-      stretch = flat ? 2 * stretch : 1;
-      reach = kReach * length(step);
-      if (changed > rounding * rounding * mass) memory.push(std::move(step), std::move(change));
+      const double roundoff = static_cast<double>(std::numeric_limits<T>::epsilon());
+      length.accepted(squared(step), changed, squared(r));
+      if (changed > least_change(point.noise, engine.y.mass, roundoff, eps))
+        memory.push(std::move(step), std::move(change));
     } else {
-      stretch = 1;
-      reach = kReach * length(r);
+      length.plain(squared(r));
     }
     r = std::move(next);
     std::swap(point, trial);
@@ -339,30 +319,12 @@ void ascend(Engine& engine, double eps, double tol, int64_t max_iters, T* F,
   }
 }
 
-// Whether the iterations can start here. The error alone does not see a few outliers, whose mass is
-// small but whose potentials are far off.
 template <typename T>
 bool is_near(double eps, const SemidualPoint<T>& point) {
-  constexpr double kNearError = 0.6, kNearResidual = 10;
   double residual = 0;
   for (size_t j = 0; j < point.g.size(); ++j)
     residual = std::max(residual, static_cast<double>(std::abs(point.gt[j] - point.g[j])));
-  return point.error <= kNearError && residual <= kNearResidual * eps;
-}
-
-// Stages of decreasing eps where a cold start would be slow.
-template <typename T, typename Engine>
-std::vector<double> stages(const Engine& engine, double eps, const SemidualPoint<T>& first_point) {
-  constexpr double kEasyEps = 0.077, kFirst = 0.1, kRatio = 0.25;
-  if (is_near(eps, first_point)) return {eps};
-  const double sigma = engine.sigma(), first = kFirst * sigma;
-  if (!(eps < kEasyEps * sigma)) return {eps};
-  const int count =
-      std::max(1, static_cast<int>(std::lround(std::log(eps / first) / std::log(kRatio))));
-  std::vector<double> all;
-  for (int i = 0; i < count; ++i) all.push_back(first * std::pow(eps / first, double(i) / count));
-  all.push_back(eps);
-  return all;
+  return otloss::is_near(point.error, residual, eps);
 }
 
 // Evaluates where to begin, at `point`; returns the passes that took. A proposal that costs next to
@@ -389,16 +351,17 @@ int64_t begin(Engine& engine, const SolveOptions& options, T* F, SemidualPoint<T
 
 template <typename T, typename Engine>
 Outcome solve_pair(Engine& engine, const SolveOptions& options, T* F, T* g) {
-  constexpr double kStageTol = 0.01;
   const int64_t n = engine.n, m = engine.m;
   Outcome outcome;
   SemidualPoint<T> point(m, engine.b);
   std::copy(g, g + m, point.g.begin());
   outcome.iterations = begin(engine, options, F, point);
-  const std::vector<double> schedule = stages(engine, options.eps, point);
+  const Stages stages = is_near(options.eps, point) ? Stages{0, options.eps, options.eps}
+                                                    : make_stages(options.eps, engine.sigma());
   double at = options.eps;
-  for (const double eps : schedule) {
-    const bool last = eps == options.eps;
+  for (int stage = 0; stage <= stages.count; ++stage) {
+    const double eps = stages.at(stage);
+    const bool last = stage == stages.count;
     const int64_t max_iters = last ? options.max_iters : options.max_iters - 1;
     if (!last && outcome.iterations + 1 >= max_iters) continue;
     if (eps != at) {

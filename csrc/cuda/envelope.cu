@@ -2,6 +2,7 @@
 //
 //     grad_C_ij = grad a_i b_j exp((f_i + g_j - C_ij) / eps)      PlanKernel
 //     grad_a_i  = grad (f_i + shift), grad_b likewise             PotentialKernel
+//                 or, unbalanced, grad dOT/da_i of csrc/penalty.h
 //
 // PlanKernel reads C once and writes grad_C once, so it is bound by memory: a warp takes a row, its
 // lanes neighbouring columns, and the four potentials and weights come from L2. One block holds
@@ -11,6 +12,7 @@
 
 #include "block.cuh"
 #include "math.h"
+#include "penalty.h"
 #include "reduce.cuh"
 
 namespace otloss::cuda {
@@ -55,6 +57,7 @@ struct PotentialKernel {
   static constexpr int kThreads = 256;
 
   Pack<EnvelopeGroup<T>> groups;
+  double eps;
   T on;  // 1, or 0 for the transport objective, whose plan is held constant
 
   template <class Block>
@@ -64,21 +67,34 @@ struct PotentialKernel {
     for (int64_t batch = block.x(); batch < p.batch; batch += kGridX) {
       const T *a = p.a + batch * p.n, *f = p.f + batch * p.n;
       const T *b = p.b + batch * p.m, *g = p.g + batch * p.m;
-      double sums[4] = {};  // <a, f>, <b, g>, <a, 1>
+      double sums[4] = {};  // <a, f>, <b, g>, <a, 1>, <b, 1>
       for (int64_t i = block.thread(); i < p.n; i += kThreads) {
         sums[0] += static_cast<double>(a[i]) * static_cast<double>(f[i]);
         sums[2] += static_cast<double>(a[i]);
       }
-      for (int64_t j = block.thread(); j < p.m; j += kThreads)
+      for (int64_t j = block.thread(); j < p.m; j += kThreads) {
         sums[1] += static_cast<double>(b[j]) * static_cast<double>(g[j]);
+        sums[3] += static_cast<double>(b[j]);
+      }
       block_sum<kThreads>(block, sums, scratch);
-      // dOT/da = f up to a constant; the one with <a, f> = <b, g>.
-      const T shift = static_cast<T>((sums[1] - sums[0]) / (2 * sums[2]));
+      // dOT/da = f up to a constant; the one with <a, f> = <b, g>. Where a side is soft there is
+      // none to choose.
+      const double shift = (sums[1] - sums[0]) / (2 * sums[2]);
       const T scale = on * p.coefficient * p.grad[batch];
-      for (int64_t i = block.thread(); p.grad_a != nullptr && i < p.n; i += kThreads)
-        p.grad_a[batch * p.n + i] = a[i] > T(0) ? scale * (f[i] + shift) : T(0);
-      for (int64_t j = block.thread(); p.grad_b != nullptr && j < p.m; j += kThreads)
-        p.grad_b[batch * p.m + j] = b[j] > T(0) ? scale * (g[j] - shift) : T(0);
+      const bool balanced = p.strength.balanced;
+      const auto fill = [&](int64_t count, const T* weight, const T* v, double rho,
+                            double other_mass, double constant, T* grad) {
+        if (grad == nullptr) return;
+        const Penalty side{1 / rho};
+        for (int64_t i = block.thread(); i < count; i += kThreads) {
+          const double potential = static_cast<double>(v[i]);
+          const double value =
+              balanced ? potential + constant : side.weight_gradient(eps, other_mass, potential);
+          grad[batch * count + i] = weight[i] > T(0) ? scale * static_cast<T>(value) : T(0);
+        }
+      };
+      fill(p.n, a, f, p.strength.rho_x, sums[3], shift, p.grad_a);
+      fill(p.m, b, g, p.strength.rho_y, sums[2], -shift, p.grad_b);
     }
   }
 };
@@ -109,8 +125,8 @@ void envelope_backward(const Context& context, const std::vector<EnvelopeGroup<T
       grid.x = std::min(batch, kGridX);
       grid.z = pack.count;
       grid.shared = block_sum_bytes<PotentialKernel<T>::kThreads>(4);
-      launch(context, PotentialKernel<T>{pack, objective == Objective::kRegularized ? T(1) : T(0)},
-             grid);
+      const T on = objective == Objective::kRegularized ? T(1) : T(0);
+      launch(context, PotentialKernel<T>{pack, eps, on}, grid);
     }
   });
 }

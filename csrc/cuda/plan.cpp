@@ -52,7 +52,7 @@ SharedLayout lay_out(const Shape& shape, int columns_per_thread, int64_t rows, b
   layout.s = take(rows * shape.element);
   layout.vectors = -1;
   layout.tile = -1;
-  if (vectors) layout.vectors = take((kVectors + 1) * ceil_to(shape.m, kWarp) * shape.element);
+  if (vectors) layout.vectors = take(kVectors * ceil_to(shape.m, kWarp) * shape.element);
   if (tile) layout.tile = take(rows * shape.m * shape.element);
   return layout;
 }

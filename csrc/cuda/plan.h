@@ -14,11 +14,12 @@ namespace otloss::cuda {
 // How the blocks of a team wait for each other, see team.cuh.
 enum class Barrier : int { kBlock, kCluster, kGrid };
 
-// Values reduced at once; also the capacity of the buffers below.
-constexpr int kTeamValues = 48;
-
-// Doubles of shared memory that Team::reduce needs.
-constexpr int64_t team_doubles(int threads) { return kTeamValues * (threads / kWarp + 1); }
+// Values that a block shows the others of its team at once: all inner products of the solver.
+constexpr int kTeamValues = LbfgsGram::kVectors * LbfgsGram::kBasis;
+// Values of every thread that are reduced at once, and the doubles of shared memory that takes.
+constexpr int kReduced = 8;
+constexpr int64_t team_doubles(int threads) { return kReduced * (threads / kWarp + 1); }
+static_assert(kReduced <= kTeamValues, "they share the buffers between blocks");
 
 #if !defined(OTLOSS_SOLVE_THREADS)
 #define OTLOSS_SOLVE_THREADS 512  // the host emulation uses fewer
@@ -30,7 +31,7 @@ template <typename T>
 constexpr int kEntries = sizeof(T) == 4 ? 32 : 16;
 
 // Vectors of the solver, each of one entry per column, see Solver::place.
-constexpr int kVectors = 9 + 2 * LbfgsGram::kSlots;
+constexpr int kVectors = 10 + 2 * LbfgsGram::kSlots;
 
 // Where things are in shared memory, in bytes. Made on the host, see solve.cu.
 struct SharedLayout {
@@ -41,16 +42,19 @@ struct SharedLayout {
   int64_t F;         // (rows,)
   int64_t a;         // (rows,)
   int64_t s;         // (rows,)
-  int64_t vectors;   // (kVectors + 1, m), or -1: in the workspace
+  int64_t vectors;   // (kVectors, m), or -1: in the workspace
   int64_t tile;      // (rows, m), or -1: in global memory; streamed: (2, stage) coordinates
   int64_t sums;      // (kStreamedSums,), streamed
   int64_t stage;     // elements of a stage, streamed
   int64_t bytes;
 };
 
-// The quasi-Newton step, made by one thread for all.
+// The quasi-Newton step, made by one warp for all.
 struct Step {
-  double on_s[LbfgsGram::kSlots], on_y[LbfgsGram::kSlots], on_r, slope;
+  double on[LbfgsGram::kBasis];  // the direction
+  double slope, first;           // of the value along it, and the factor to try first
+  double residual;               // <r, r>
+  StepLength length;
   int slot;  // for the next pair
 };
 

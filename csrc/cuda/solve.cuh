@@ -15,8 +15,10 @@
 //
 // After a pass: column sums are joined over row teams (shared memory) and blocks (global memory),
 // each block makes its columns' update, and the scalars of the step (error, dual value) are one
-// team reduction, after which every thread takes the same decision. Vectors of the solver are cut
-// by columns: a thread only ever touches its own entries, except G, which everybody reads.
+// team reduction, after which every thread takes the same decision. Soft marginals take two more:
+// the least potentials, so that no exponential overflows, and the soft means. Vectors of the solver
+// are cut by columns: a thread only ever touches its own entries, except G, which everybody reads,
+// and in the inner products, where a warp goes through those of its block.
 //
 // The solver is that of csrc/cpu/solver.h as a state machine, so that there is one place that
 // passes over C: each turn evaluates one point and decides which is next.
@@ -27,6 +29,7 @@
 #include "block.cuh"
 #include "lbfgs.h"
 #include "math.h"
+#include "penalty.h"
 #include "plan.h"
 #include "reduce.cuh"
 #include "streamed.cuh"
@@ -66,7 +69,7 @@ struct SolveArguments {
   int64_t problems;                  // of all groups
   int64_t vector_length;             // at least every m, and a multiple of 32
   PackedPair<T> points[kMaxGroups];  // of the groups, streamed
-  T* vectors;                        // (teams, kVectors + 1, vector_length)
+  T* vectors;                        // (teams, kVectors, vector_length)
   T* streamed;                       // (teams, kStreamedVectors, vector_length)
   T* column_parts;                   // (teams, 3, team_size, vector_length)
   double* team_parts;                // (teams, 2, team_size, kTeamValues)
@@ -151,12 +154,10 @@ class Solver {
   static constexpr int kRows = Kernel::kRows;
   static constexpr int kLanes = kWarp / kRows;  // lanes that look after one row of a step
   static constexpr int kSlots = LbfgsGram::kSlots;
+  static constexpr int kBasis = LbfgsGram::kBasis;
   static constexpr bool kStreamed = Kernel::kStreamed;
   // Blocks have whole pieces of so many rows and columns.
   static constexpr int kShare = kStreamed ? kTileRows : 1;
-  // As in csrc/cpu/solver.h.
-  static constexpr int kTries = 5;
-  static constexpr double kShrink = 0.3, kSufficient = 1e-4, kStageTol = 0.01;
 
   // What the point that was just evaluated is.
   enum class Phase { kFixed, kSymmetricFirst, kSymmetric, kStart, kTrial, kPlain };
@@ -198,6 +199,9 @@ class Solver {
   // Pointers and sizes of the problem.
   OTLOSS_DEVICE void place(const SolveGroup<T>& p, int64_t batch) {
     n_ = p.n, m_ = static_cast<int>(p.m);
+    side_x_.rate = 1 / p.strength.rho_x, side_y_.rate = 1 / p.strength.rho_y;
+    soft_ = !(side_x_.hard() && side_y_.hard());
+    balanced_ = p.strength.balanced;
     const int64_t rows = ceil_div(n_, team_.size() * kShare) * kShare;
     first_row_ = rows * team_.rank() < n_ ? rows * team_.rank() : n_;
     rows_ = static_cast<int>((first_row_ + rows < n_ ? first_row_ + rows : n_) - first_row_);
@@ -218,15 +222,15 @@ class Solver {
     wide_ = kThreads * kColumns < m_;
     const int64_t length = args_.vector_length;
     T* vectors = args_.shared.vectors >= 0 ? at<T>(args_.shared.vectors)
-                                           : args_.vectors + team_index_ * (kVectors + 1) * length;
+                                           : args_.vectors + team_index_ * kVectors * length;
     const auto next = [&] {
       T* v = vectors;
       vectors += length;
       return v;
     };
-    g_ = next(), gt_ = next(), q_ = next();
-    trial_g_ = next(), trial_gt_ = next(), trial_q_ = next();
-    r_ = next(), p_ = next(), G_ = next();
+    g_ = next(), gt_ = next(), trial_g_ = next(), trial_gt_ = next(), q_ = next();
+    w_ = next(), asked_ = next(), r_ = next(), p_ = next(), G_ = next();
+    if (!soft_) asked_ = w_;
     pairs_ = vectors;
     parts_ = args_.column_parts + team_index_ * 3 * team_.size() * length;
     symmetric_ = p.symmetric && options_.n_iters < 0;
@@ -235,10 +239,12 @@ class Solver {
   }
 
   // Loads weights and tile. Returns max |C_ij| over points of positive weight, or NaN.
-  OTLOSS_DEVICE double load_rows(const SolveGroup<T>& p) {
+  OTLOSS_NOINLINE double load_rows(const SolveGroup<T>& p) {
     const T* a = p.a + row_offset_;
     const T* f = p.f + row_offset_;
-    const T k = factor(options_.eps);
+    // What is iterated on is damped to give f, but for a cloud against itself.
+    const double damping = symmetric_ ? 1 : side_x_.damping(options_.eps);
+    const T k = static_cast<T>(kLog2E / options_.eps / damping);
     double mass[2] = {0, 0};
     for (int i = thread_; i < rows_; i += kThreads) {
       a_[i] = a[i];
@@ -254,7 +260,11 @@ class Solver {
       load_costs(largest);
     team_.template reduce<Sum>(mass);
     team_.template reduce<Max>(largest);
-    mass_ = mass[0], ratio_ = mass[0] / mass[1];
+    // b is scaled to the total of a: weights that were rounded differently must not keep the error
+    // up.
+    mass_x_ = mass[0], mass_y_ = balanced_ ? mass[0] : mass[1];
+    const double ratio = mass_y_ / mass[1];
+    for_columns([&](int j) { w_[j] = static_cast<T>(static_cast<double>(b_[j]) * ratio); });
     return largest[1] > 0 ? static_cast<double>(std::numeric_limits<T>::quiet_NaN()) : largest[0];
   }
 
@@ -312,24 +322,18 @@ class Solver {
         pass();
     }
     ++iterations_;
-    double sums[6];
-    if (symmetric_)
-      row_sums(sums);
-    else if constexpr (kStreamed)
-      scalars(sums);
-    else
-      update_columns(sums);
-    error_ = sums[0] / mass_;
-    if (phase_ == Phase::kFixed) return fixed_turn(p, batch);
-    if (symmetric_) return symmetric_turn(sums[1]);
-    const Scalars scalars{sums[1],
-                          4 * static_cast<double>(std::numeric_limits<T>::epsilon()) * sums[2],
-                          error_, sums[3] / mass_};
-    return pair_turn(scalars);
+    if (phase_ == Phase::kSymmetricFirst) return begin_symmetric();
+    if (symmetric_) {
+      error_ = symmetric_error();
+      return symmetric_turn();
+    }
+    const Scalars trial = update_columns();
+    error_ = trial.error;
+    return phase_ == Phase::kFixed ? fixed_turn(p, batch) : pair_turn(trial);
   }
 
   // f and g out, value.
-  OTLOSS_DEVICE void finish(const SolveGroup<T>& p, int64_t batch, bool finite) {
+  OTLOSS_NOINLINE void finish(const SolveGroup<T>& p, int64_t batch, bool finite) {
     T* f = p.f + row_offset_;
     T* g = p.g + (b_ - p.b);
     T* value = team_.rank() == 0 && thread_ == 0 ? p.value + batch : nullptr;
@@ -347,43 +351,59 @@ class Solver {
       return;
     }
     set_eps(options_.eps);
-    double sums[1] = {0};
-    if (symmetric_)  // the mean of f and T(f)
-      for_rows([&](int i, T& old) { F_[i] = T(0.5) * (F_[i] + k_ * old); });
-    for (int i = thread_; i < rows_; i += kThreads) {
-      f[i] = to_cost_ * F_[i];
-      sums[0] += static_cast<double>(a_[i]) * static_cast<double>(f[i]);
+    const T damping = static_cast<T>(damping_);
+    if (symmetric_) {  // a further step, which makes the value exact to second order
+      const T last = static_cast<T>(1 / (1 + damping_));
+      for_rows([&](int i, T& old) {
+        const T start = k_ * old;
+        F_[i] = start + last * (damping * F_[i] - start);
+      });
+    } else {
+      for (int i = thread_; i < rows_; i += kThreads) F_[i] *= damping;
     }
+    for (int i = thread_; i < rows_; i += kThreads) f[i] = to_cost_ * F_[i];
     const T* last = options_.n_iters == 0 ? trial_g_ : gt_;
-    for_columns([&](int j) {
-      g[j] = symmetric_ ? f[j - first_column_] : last[j];
-      sums[0] += static_cast<double>(weight(j)) * static_cast<double>(g[j]);
-    });
+    for_columns([&](int j) { g[j] = symmetric_ ? f[j - first_column_] : last[j]; });
+    const double result = value_of(f, g);
+    if (value) *value = static_cast<T>(result);
+  }
+
+  // f (rows,) and g (m,): the potentials, F_ = k f.
+  OTLOSS_DEVICE double value_of(const T* f, const T* g) {
+    double sums[1] = {0};
     if (options_.objective == Objective::kTransport) {
       publish(g);
       if constexpr (kStreamed)
         sums[0] = streamed_transport();
       else
         sums[0] = transport();
+    } else if (!balanced_) {
+      SoftMean mean_f, mean_g;
+      find_least(f, g);
+      soft_means(f, 1, g, &mean_f, &mean_g);
+      return soft_value(side_x_, side_y_, mass_x_, mass_y_, eps_, mean_f.mean, mean_g.mean);
+    } else {
+      for (int i = thread_; i < rows_; i += kThreads)
+        sums[0] += static_cast<double>(a_[i]) * static_cast<double>(f[i]);
+      for_columns(
+          [&](int j) { sums[0] += static_cast<double>(w_[j]) * static_cast<double>(g[j]); });
     }
     team_.template reduce<Sum>(sums);
-    if (value) *value = static_cast<T>(sums[0]);
+    return sums[0];
   }
 
   // --------------------------------------------------------------------------------- small parts
 
-  OTLOSS_DEVICE static T factor(double eps) { return static_cast<T>(kLog2E / eps); }
-
   OTLOSS_DEVICE void set_eps(double eps) {
     eps_ = eps;
-    k_ = factor(eps);
+    k_ = static_cast<T>(kLog2E / eps);
     to_cost_ = static_cast<T>(eps / kLog2E);
+    damping_ = side_x_.damping(eps);
+    tilt_ = static_cast<T>(-eps * side_x_.rate * damping_);
   }
 
-  // b_j, scaled to the total of a: weights that were rounded differently must not keep the error
-  // up.
-  OTLOSS_DEVICE T weight(int j) const {
-    return static_cast<T>(static_cast<double>(b_[j]) * ratio_);
+  OTLOSS_DEVICE static double roundoff() {
+    return static_cast<double>(std::numeric_limits<T>::epsilon());
   }
 
   OTLOSS_DEVICE T cost(int i, int j) const { return tile_[static_cast<int64_t>(i) * m_ + j]; }
@@ -397,8 +417,8 @@ class Solver {
   // G_j = k g_j + log2 b_j for the potential to be evaluated, for all blocks to see.
   OTLOSS_DEVICE void publish(const T* potential) {
     for_columns([&](int j) {
-      const T b = weight(j);
-      team_.store(G_ + j, b > T(0) ? k_ * potential[j] + fast_log2(b) : static_cast<T>(kLog2Zero));
+      const T w = w_[j];
+      team_.store(G_ + j, w > T(0) ? k_ * potential[j] + fast_log2(w) : static_cast<T>(kLog2Zero));
     });
     team_.sync();
   }
@@ -437,8 +457,9 @@ class Solver {
 
   // ------------------------------------------------------------------------------------- the pass
 
-  // F exact for G, s = row sums before, and this block's column sums of the plan to parts_.
-  OTLOSS_DEVICE void pass() {
+  // F exact for G, s = row sums before, and this block's column sums to parts_, of the plan of F,
+  // damped where rows are: a factor for each row is all that takes.
+  OTLOSS_NOINLINE void pass() {
     const int row_team = warp_ / warps_, warp = warp_ % warps_;
     const int chunk = warps_ * kWarp;         // columns between v and v + 1
     const int column = warp * kWarp + lane_;  // of v = 0
@@ -519,7 +540,8 @@ class Solver {
         F_[i] = counts ? F - fast_log2(sum) : T(0);
         s_[i] = before;
       }
-      const T weight = counts ? a / sum : T(0);
+      T weight = counts ? a / sum : T(0);
+      if (counts && tilt_ != T(0)) weight *= fast_exp2(tilt_ * (F - fast_log2(sum)));
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const T w = block_.shuffle(weight, r * kLanes);
@@ -550,7 +572,7 @@ class Solver {
 
   // The same for more columns than the registers of a block hold: rows first, a warp each, then
   // column sums, a panel of columns at a time.
-  OTLOSS_DEVICE void wide_pass() {
+  OTLOSS_NOINLINE void wide_pass() {
     for (int i = warp_; i < rows_; i += kWarps) {
       const T a = a_[i], F = F_[i];
       T sum = T(0);
@@ -570,11 +592,12 @@ class Solver {
     }
     block_.sync();
     if (symmetric_) return;
+    const T damping = static_cast<T>(damping_);
     for (int j = thread_; j < m_; j += kThreads) {
       const T G = team_.load(G_ + j);
       T total = T(0);
       for (int i = 0; i < rows_; ++i)
-        if (a_[i] > T(0)) total += a_[i] * fast_exp2(F_[i] + G - k_ * cost(i, j));
+        if (a_[i] > T(0)) total += a_[i] * fast_exp2(damping * F_[i] + G - k_ * cost(i, j));
       team_.store(part(0) + j, total);
     }
   }
@@ -621,15 +644,17 @@ class Solver {
     return sweep;
   }
 
-  // F exact for G, s = row sums before; then gt and q = column sums of the plan over b.
+  // F exact for G, s = row sums before; then gt and q = column sums over b, of the plan of F,
+  // damped where rows are.
   OTLOSS_DEVICE void streamed_pass() {
     softmin(block_, sweep(false), a_, F_, s_, scratch_ + 2 * first_row_);
     if (symmetric_) return;
+    const T damping = static_cast<T>(damping_);
     for (int i = thread_; i < rows_; i += kThreads)
-      team_.store(A_ + first_row_ + i, F_[i] + log2_weight(a_[i]));
+      team_.store(A_ + first_row_ + i, damping * F_[i] + log2_weight(a_[i]));
     for_columns([&](int j) { U_[j] = k_ * trial_g_[j]; });
     team_.sync();
-    softmin(block_, sweep(true), b_ + first_column_, U_ + first_column_, trial_q_ + first_column_,
+    softmin(block_, sweep(true), b_ + first_column_, U_ + first_column_, q_ + first_column_,
             scratch_ + 2 * first_column_);
     for_columns([&](int j) { trial_gt_[j] = to_cost_ * U_[j]; });
   }
@@ -696,39 +721,88 @@ class Solver {
 
   // ------------------------------------------------------------------------------- after the pass
 
-  // For a cloud against itself: sums = marginal error, <a, f>.
-  OTLOSS_DEVICE void row_sums(double (&sums)[6]) {
-    for (double& sum : sums) sum = 0;
-    for (int i = thread_; i < rows_; i += kThreads) {
-      const double a = static_cast<double>(a_[i]);
-      const double off = static_cast<double>(s_[i]) - 1;
-      sums[0] += a * (off < 0 ? -off : off);
-      sums[1] += a * static_cast<double>(to_cost_) * static_cast<double>(F_[i]);
+  // The marginal error of a cloud against itself, whose f stands in g_.
+  OTLOSS_DEVICE double symmetric_error() {
+    SoftMean mean{0, 0};
+    if (soft_) {
+      SoftMean same;
+      find_least(g_ + first_column_, g_);
+      soft_means(g_ + first_column_, 1, g_, &same, &mean);
     }
+    const Asked<T> asked(side_x_, eps_, 0, mean.mean);
+    double sums[1] = {0};
+    for_rows([&](int i, T& f) {
+      if (!(a_[i] > T(0))) return;
+      const T w = soft_ ? asked.of(a_[i], f) : a_[i];
+      const T q = soft_ ? asked.ratio(s_[i], f, to_cost_ * F_[i]) : s_[i];
+      const double off = static_cast<double>(q) - 1;
+      sums[0] += static_cast<double>(w) * (off < 0 ? -off : off);
+    });
     team_.template reduce<Sum>(sums);
+    return sums[0] / mass_x_;
   }
 
-  // gt and q of the evaluated point from the column sums of all blocks; sums = marginal error, dual
-  // value, its absolute size, <b, gt - g>, columns not to be trusted, 0.
-  OTLOSS_DEVICE void update_columns(double (&sums)[6]) {
-    team_.sync();  // the parts are there
-    join_columns();
-#pragma unroll 1
-    for (bool guarded = false;; guarded = true) {
-      scalars(sums);
-      if (guarded || !(sums[4] > 0)) break;
-      guard_columns();
+  // The least potentials of points that count: of f, in its units, and of g. Also a barrier.
+  OTLOSS_DEVICE void find_least(const T* f, const T* g) {
+    double least[2] = {Max::identity(), Max::identity()};
+    for (int i = thread_; i < rows_; i += kThreads)
+      if (a_[i] > T(0)) least[0] = Max::join(least[0], -static_cast<double>(f[i]));
+    for_columns([&](int j) {
+      if (w_[j] > T(0)) least[1] = Max::join(least[1], -static_cast<double>(g[j]));
+    });
+    team_.template reduce<Max>(least);
+    least_f_ = -least[0], least_g_ = -least[1];
+  }
+
+  // The soft means of unit * f and of g; also sums up `count`.
+  OTLOSS_NOINLINE double soft_means(const T* f, double unit, const T* g, SoftMean* mean_f,
+                                    SoftMean* mean_g, double count = 0) {
+    SoftSums x, y;
+    for (int i = thread_; i < rows_; i += kThreads)
+      if (a_[i] > T(0))
+        x.add(side_x_, unit, least_f_, static_cast<double>(a_[i]), static_cast<double>(f[i]));
+    for_columns([&](int j) {
+      if (w_[j] > T(0))
+        y.add(side_y_, 1, least_g_, static_cast<double>(w_[j]), static_cast<double>(g[j]));
+    });
+    double sums[7] = {x.lost, x.kept, x.size, y.lost, y.kept, y.size, count};
+    team_.template reduce<Sum>(sums);
+    *mean_f = SoftSums{sums[0], sums[1], sums[2]}.mean(side_x_, unit, least_f_, mass_x_);
+    *mean_g = SoftSums{sums[3], sums[4], sums[5]}.mean(side_y_, 1, least_g_, mass_y_);
+    return sums[6];
+  }
+
+  // gt and q of the evaluated point from the column sums of all blocks, and its scalars. Before
+  // they are joined a barrier tells that the parts are there.
+  OTLOSS_DEVICE Scalars update_columns() {
+    if constexpr (kStreamed) {
+      if (!soft_) return hard_scalars();
+      find_least(F_, trial_g_);
+      return soft_scalars();
     }
+    least_column_ = least_column<T>() * mass_x_;
+    if (!soft_) {
+      team_.sync();
+      join_columns();
+      return hard_scalars();
+    }
+    find_least(F_, trial_g_);
+    // Rows count by their factors; none is large enough if one overflows.
+    const double largest = static_cast<double>(tilt_) * least_f_;
+    least_column_ *= largest > kExp2Limit ? std::numeric_limits<double>::infinity()
+                                          : fast_exp2(largest > 0 ? largest : 0.0);
+    join_columns();
+    return soft_scalars();
   }
 
   OTLOSS_DEVICE bool untrusted_column(T b, T c) const {
-    return b > T(0) && !(trusted(c / b) && static_cast<double>(c) > least_column<T>() * mass_);
+    return b > T(0) && !(trusted(c / b) && static_cast<double>(c) > least_column_);
   }
 
   OTLOSS_DEVICE void set_column(int j, T c) {
-    const T b = weight(j);
+    const T b = w_[j];
     const T q = b > T(0) ? c / b : T(1);
-    trial_q_[j] = untrusted_column(b, c) ? static_cast<T>(-1) : q;
+    q_[j] = untrusted_column(b, c) ? static_cast<T>(-1) : q;
     trial_gt_[j] = b > T(0) ? trial_g_[j] - to_cost_ * fast_log2(q) : T(0);
   }
 
@@ -759,42 +833,84 @@ class Solver {
     }
   }
 
-  OTLOSS_DEVICE void scalars(double (&sums)[6]) {
-    for (double& sum : sums) sum = 0;
-    for_columns([&](int j) {
-      const double b = static_cast<double>(weight(j)), q = static_cast<double>(trial_q_[j]);
-      const double g = static_cast<double>(trial_g_[j]);
-      sums[0] += b * (q < 1 ? 1 - q : q - 1);
-      sums[1] += b * g;
-      sums[2] += b * (g < 0 ? -g : g);
-      sums[3] += b * (static_cast<double>(trial_gt_[j]) - g);
-      sums[4] += q < 0 ? 1 : 0;
-    });
-    for (int i = thread_; i < rows_; i += kThreads) {
-      const double term = static_cast<double>(a_[i]) * (eps_ / kLog2E) * static_cast<double>(F_[i]);
-      sums[1] += term;
-      sums[2] += term < 0 ? -term : term;
+  // Sums: marginal error, dual value, its absolute size, <b, gt - g>, columns not to be trusted.
+  OTLOSS_DEVICE Scalars hard_scalars() {
+    double sums[5];
+#pragma unroll 1
+    for (bool guarded = false;; guarded = true) {
+      for (double& sum : sums) sum = 0;
+      for_columns([&](int j) {
+        const double b = static_cast<double>(w_[j]), q = static_cast<double>(q_[j]);
+        const double g = static_cast<double>(trial_g_[j]);
+        sums[0] += b * (q < 1 ? 1 - q : q - 1);
+        sums[1] += b * g;
+        sums[2] += b * (g < 0 ? -g : g);
+        sums[3] += b * (static_cast<double>(trial_gt_[j]) - g);
+        sums[4] += q < 0 ? 1 : 0;
+      });
+      for (int i = thread_; i < rows_; i += kThreads) {
+        const double f = (eps_ / kLog2E) * static_cast<double>(F_[i]);
+        const double term = static_cast<double>(a_[i]) * f;
+        sums[1] += term;
+        sums[2] += term < 0 ? -term : term;
+      }
+      team_.template reduce<Sum>(sums);
+      if (guarded || !(sums[4] > 0)) break;
+      guard_columns();
     }
+    return {sums[1], 4 * roundoff() * sums[2], sums[0] / mass_y_, sums[3] / mass_y_};
+  }
+
+  // Where a side is soft the point is moved to its best translation first (see Translation), but
+  // not in iterations of a fixed number.
+  OTLOSS_NOINLINE Scalars soft_scalars() {
+    SoftMean f, g;
+    double untrusted = 0;
+    for_columns([&](int j) { untrusted += q_[j] < T(0) ? 1 : 0; });
+    if (soft_means(F_, damping_ * eps_ / kLog2E, trial_g_, &f, &g, untrusted) > 0) guard_columns();
+    Translation best(side_x_, side_y_, mass_x_, mass_y_, eps_, roundoff(), f, g);
+    if (phase_ == Phase::kFixed) best.t = 0, best.mean_g = g.mean;
+    const Asked<T> asked(side_y_, eps_, -kLog2E * side_x_.rate * damping_ * best.t, best.mean_g);
+    const T on_F = static_cast<T>(best.t * kLog2E / eps_), on_g = static_cast<T>(best.t);
+    const T on_gt = static_cast<T>(damping_ * best.t), damp = static_cast<T>(side_y_.damping(eps_));
+    for (int i = thread_; i < rows_; i += kThreads)
+      if (a_[i] > T(0)) F_[i] += on_F;
+    double sums[2] = {0, 0};  // marginal error, <asked, gt - g>
+    for_columns([&](int j) {
+      asked_[j] = T(0);
+      if (!(w_[j] > T(0))) return;
+      const T v = trial_g_[j] -= on_g, next = trial_gt_[j] - on_gt;
+      asked_[j] = asked.of(w_[j], v);
+      q_[j] = asked.ratio(q_[j], v, next);
+      trial_gt_[j] = damp * next;
+      const double w = static_cast<double>(asked_[j]), off = static_cast<double>(q_[j]) - 1;
+      sums[0] += w * (off < 0 ? -off : off);
+      sums[1] += w * static_cast<double>(trial_gt_[j] - v);
+    });
     team_.template reduce<Sum>(sums);
+    return {best.value, best.noise, sums[0] / mass_y_, sums[1] / mass_y_};
   }
 
   // Columns whose sums cannot be trusted (q < 0), again with the maximum subtracted: each block for
   // its rows, then joined.
-  OTLOSS_DEVICE void guard_columns() {
+  OTLOSS_NOINLINE void guard_columns() {
+    const T damping = static_cast<T>(damping_);
+    const auto exponent = [&](int i, int j) {
+      return damping * F_[i] + log2_weight(a_[i]) - k_ * cost(i, j);
+    };
     for (int j = thread_; j < m_; j += kThreads) {
       T largest = static_cast<T>(2 * kLog2Zero), sum = T(0);
       for (int i = 0; i < rows_; ++i) {
-        const T t = F_[i] + log2_weight(a_[i]) - k_ * cost(i, j);
+        const T t = exponent(i, j);
         largest = t > largest ? t : largest;
       }
-      for (int i = 0; i < rows_; ++i)
-        sum += fast_exp2(F_[i] + log2_weight(a_[i]) - k_ * cost(i, j) - largest);
+      for (int i = 0; i < rows_; ++i) sum += fast_exp2(exponent(i, j) - largest);
       team_.store(part(1) + j, largest);
       team_.store(part(2) + j, sum);
     }
     team_.sync();
     for_columns([&](int j) {
-      if (!(trial_q_[j] < T(0))) return;
+      if (!(q_[j] < T(0))) return;
       OnlineLse<T> lse;
       for (int rank = 0; rank < team_.size(); ++rank) {
         OnlineLse<T> other;
@@ -804,7 +920,7 @@ class Solver {
       }
       trial_gt_[j] = -to_cost_ * lse.value();
       const T t = k_ * (trial_g_[j] - trial_gt_[j]);
-      trial_q_[j] = fast_exp2(t < static_cast<T>(kExp2Limit) ? t : static_cast<T>(kExp2Limit));
+      q_[j] = fast_exp2(t < static_cast<T>(kExp2Limit) ? t : static_cast<T>(kExp2Limit));
     });
   }
 
@@ -813,7 +929,8 @@ class Solver {
   OTLOSS_DEVICE bool fixed_turn(const SolveGroup<T>& p, int64_t batch) {
     if (p.trace != nullptr) {
       T* trace = p.trace + (batch * options_.n_iters + iterations_ - 1) * (p.n + p.m);
-      for (int i = thread_; i < rows_; i += kThreads) trace[first_row_ + i] = to_cost_ * F_[i];
+      const T to_cost = to_cost_ * static_cast<T>(damping_);
+      for (int i = thread_; i < rows_; i += kThreads) trace[first_row_ + i] = to_cost * F_[i];
       for_columns([&](int j) { trace[p.n + j] = trial_gt_[j]; });
     }
     swap_points();  // the result is read from gt_
@@ -823,16 +940,30 @@ class Solver {
     return true;
   }
 
-  // f <- f + 2/3 (T(f) - f) from T(0) - <a, T(0)> / 2. f stands in g_.
-  OTLOSS_DEVICE bool symmetric_turn(double mean) {
-    if (phase_ == Phase::kSymmetricFirst) {
-      const T half = static_cast<T>(0.5 * mean / mass_);
-      for_rows([&](int i, T& f) { f = a_[i] > T(0) ? to_cost_ * F_[i] - half : T(0); });
-      phase_ = Phase::kSymmetric;
-    } else {
-      if (error_ <= options_.tol || iterations_ >= options_.max_iters) return false;
-      for_rows([&](int i, T& f) { f += T(2.0 / 3.0) * (to_cost_ * F_[i] - f); });
-    }
+  // A cloud against itself, as solve_symmetric in csrc/cpu/solver.h: from p (T(0) - p / (1 + p)
+  // <a, T(0)>), p the damping. f stands in g_.
+  OTLOSS_DEVICE bool begin_symmetric() {
+    double mean[1] = {0};
+    for (int i = thread_; i < rows_; i += kThreads)
+      mean[0] += static_cast<double>(a_[i]) * static_cast<double>(F_[i]);
+    team_.template reduce<Sum>(mean);
+    const T part = static_cast<T>(damping_ / (1 + damping_) * mean[0] / mass_x_);
+    const T to_cost = to_cost_ * static_cast<T>(damping_);
+    for_rows([&](int i, T& f) { f = a_[i] > T(0) ? to_cost * (F_[i] - part) : T(0); });
+    phase_ = Phase::kSymmetric;
+    return evaluate_symmetric();
+  }
+
+  // f <- f + 2 / (2 + p) (p T(f) - f).
+  OTLOSS_DEVICE bool symmetric_turn() {
+    if (error_ <= options_.tol || iterations_ >= options_.max_iters) return false;
+    const T step = static_cast<T>(2 / (2 + damping_));
+    const T to_cost = to_cost_ * static_cast<T>(damping_);
+    for_rows([&](int i, T& f) { f += step * (to_cost * F_[i] - f); });
+    return evaluate_symmetric();
+  }
+
+  OTLOSS_DEVICE bool evaluate_symmetric() {
     for_rows([&](int i, T& f) { F_[i] = k_ * f; });
     evaluated_ = g_;
     return true;
@@ -849,40 +980,32 @@ class Solver {
       T* const z = x;
       x = y, y = z;
     };
-    exchange(g_, trial_g_), exchange(gt_, trial_gt_), exchange(q_, trial_q_);
+    exchange(g_, trial_g_), exchange(gt_, trial_gt_);
   }
 
   OTLOSS_DEVICE bool may_stage() const { return iterations_ + 1 < options_.max_iters - 1; }
 
   // The point in trial_* was evaluated.
   OTLOSS_DEVICE bool pair_turn(const Scalars& trial) {
-    if (phase_ == Phase::kTrial) {
-      const bool accepted = trial.value >= point_.value + kSufficient * t_ * slope_ - point_.noise;
-      if (!accepted) {
-        t_ *= kShrink;
-        if (++attempt_ < kTries && iterations_ + 1 < max_iters_) return try_step();
-        return try_plain();
-      }
+    if (phase_ == Phase::kTrial && !ascends(trial.value, point_.value, t_ * slope_, point_.noise)) {
+      t_ *= kShrink;
+      if (++attempt_ < kTries && iterations_ + 1 < max_iters_) return try_step();
+      return try_plain();
     }
-    const bool keep_pair = phase_ == Phase::kTrial;
-    point_ = trial;
-    if (phase_ == Phase::kStart && stage_ < 0 && begin_stages()) return true;
-    move(keep_pair, trial.mean);
+    if (phase_ == Phase::kStart && stage_ < 0 && begin_stages(trial)) return true;
+    move(trial);
     const bool last = stage_ >= stages_.count;
     const double tol = last || options_.tol > kStageTol ? options_.tol : kStageTol;
     max_iters_ = options_.max_iters - (last ? 0 : 1);
     if (!(point_.error > tol) || iterations_ >= max_iters_) return next_stage();
     attempt_ = 0;
-    t_ = 1;
+    t_ = step_.first;
     slope_ = step_.slope;
     if (iterations_ + 1 >= max_iters_) return try_plain();
     for_columns([&](int j) {
-      T p = static_cast<T>(step_.on_r) * r_[j];
-      for (int slot = 0; slot < kSlots; ++slot) {
-        if (step_.on_s[slot] == 0 && step_.on_y[slot] == 0) continue;
-        p += static_cast<T>(step_.on_s[slot]) * step_of(slot)[j] +
-             static_cast<T>(step_.on_y[slot]) * change_of(slot)[j];
-      }
+      T p = T(0);
+      for (int v = 0; v < kBasis; ++v)
+        if (step_.on[v] != 0) p += static_cast<T>(step_.on[v]) * basis(v)[j];
       p_[j] = p;
     });
     return try_step();
@@ -911,15 +1034,14 @@ class Solver {
   }
 
   // After the first evaluation, at eps: whether stages come before it.
-  OTLOSS_DEVICE bool begin_stages() {
+  OTLOSS_DEVICE bool begin_stages(const Scalars& trial) {
     double residual[1] = {0};
     for_columns([&](int j) {
       const double r = static_cast<double>(trial_gt_[j] - trial_g_[j]);
       residual[0] = Max::join(residual[0], r < 0 ? -r : r);
     });
     team_.template reduce<Max>(residual);
-    if (stages_wanted(point_.error, residual[0], eps_))
-      stages_ = make_stages(options_.eps, sigma());
+    if (!is_near(trial.error, residual[0], eps_)) stages_ = make_stages(options_.eps, sigma());
     stage_ = 0;
     if (stages_.count == 0) return false;
     if (!may_stage()) {
@@ -951,89 +1073,141 @@ class Solver {
     return start_stage();
   }
 
-  OTLOSS_DEVICE T* step_of(int slot) const { return pairs_ + 2 * slot * args_.vector_length; }
-  OTLOSS_DEVICE T* change_of(int slot) const {
-    return pairs_ + (2 * slot + 1) * args_.vector_length;
+  // The vectors that LbfgsGram numbers. p_ holds the gradient over the weights until the direction
+  // takes its place.
+  OTLOSS_DEVICE T* basis(int number) const {
+    if (number == LbfgsGram::kResidual) return r_;
+    if (number == LbfgsGram::kGradient) return p_;
+    return pairs_ + number * args_.vector_length;
   }
 
-  // Makes the trial point the point: its residual r, the new pair, all inner products that the
-  // step needs in one reduction, and the step.
-  OTLOSS_DEVICE void move(bool keep_pair, double mean) {
-    constexpr int kNewS = 0, kNewY = kSlots, kYy = 2 * kSlots, kSr = 3 * kSlots, kYr = 4 * kSlots,
-                  kDs = 5 * kSlots, kDy = 6 * kSlots, kSs = 7 * kSlots, kDr = kSs + 1;
-    double sums[kDr + 1];
-#pragma unroll
-    for (double& sum : sums) sum = 0;
+  // Makes the trial point the point: its residual and, after a step that was taken, the new pair;
+  // all inner products that the next step needs, and that step.
+  OTLOSS_DEVICE void move(const Scalars& trial) {
+    const bool paired = phase_ == Phase::kTrial;
     const int slot = step_.slot;
-    unsigned active = keep_pair ? 1u << slot : 0u;
-    if (keep_pair)
-      for (int i = 0; i < gram_.count; ++i) active |= 1u << gram_.order[i];
-    const T middle = static_cast<T>(mean);
+    const T middle = static_cast<T>(trial.mean);
     for_columns([&](int j) {
-      const T b = weight(j);
-      const T r = b > T(0) ? trial_gt_[j] - trial_g_[j] - middle : T(0);
-      T s = T(0), y = T(0);
-      if (keep_pair) {
-        s = b > T(0) ? trial_g_[j] - g_[j] : T(0);
-        y = r_[j] - r;
-        step_of(slot)[j] = s;
-        change_of(slot)[j] = y;
+      const bool counts = w_[j] > T(0);
+      const T r = counts ? trial_gt_[j] - trial_g_[j] - middle : T(0);
+      if (paired) {
+        basis(slot)[j] = counts ? trial_g_[j] - g_[j] : T(0);
+        basis(LbfgsGram::change(slot))[j] = r_[j] - r;
       }
       r_[j] = r;
-      const double w = static_cast<double>(b), wd = w * (1 - static_cast<double>(trial_q_[j]));
-      const double ws = w * static_cast<double>(s), wy = w * static_cast<double>(y);
-      const double wr = w * static_cast<double>(r);
-#pragma unroll
-      for (int k = 0; k < kSlots; ++k) {
-        if ((active >> k & 1u) == 0) continue;
-        const double sk = static_cast<double>(step_of(k)[j]);
-        const double yk = static_cast<double>(change_of(k)[j]);
-        sums[kNewS + k] += ws * yk;
-        sums[kNewY + k] += wy * sk;
-        sums[kYy + k] += wy * yk;
-        sums[kSr + k] += wr * sk;
-        sums[kYr + k] += wr * yk;
-        sums[kDs + k] += wd * sk;
-        sums[kDy + k] += wd * yk;
-      }
-      sums[kSs] += ws * static_cast<double>(s);
-      sums[kDr] += wd * static_cast<double>(r);
+      p_[j] = T(1) - q_[j];
     });
-    team_.template reduce<Sum>(sums);
     swap_points();
-    if (thread_ == 0) {
-      if (keep_pair) {
-#pragma unroll
-        for (int k = 0; k < kSlots; ++k) {
-          gram_.sy[slot][k] = sums[kNewS + k];
-          gram_.sy[k][slot] = sums[kNewY + k];
-          gram_.yy[slot][k] = gram_.yy[k][slot] = sums[kYy + k];
-          gram_.sr[k] = sums[kSr + k];
-          gram_.yr[k] = sums[kYr + k];
-        }
-        gram_.keep(slot, sums[kSs]);
-      } else {
-        gram_.count = 0;
+    make_products(paired, slot);
+    if (warp_ == 0) {
+      if (lane_ == 0) {
+        learn(paired, slot);
+        gram_.direction(step_.on);
+        step_.slot = gram_.free_slot();
       }
-      step_.on_r = gram_.direction(step_.on_s, step_.on_y);
-      double slope = step_.on_r * sums[kDr];
-#pragma unroll
-      for (int k = 0; k < kSlots; ++k)
-        slope += step_.on_s[k] * sums[kDs + k] + step_.on_y[k] * sums[kDy + k];
-      if (!(slope > 0)) {
-        gram_.count = 0;
-        step_.on_r = gram_.direction(step_.on_s, step_.on_y);
-        slope = sums[kDr];
-      }
-      step_.slope = slope;
-      step_.slot = gram_.free_slot();
+      block_.warp_sync();
+      measure();
     }
+    block_.sync();
+    point_ = trial;
+  }
+
+  // Inner products weighted by the column sums asked for: those of the new pair, the residual and
+  // the gradient with all vectors; where the weights are new, all. A warp for each.
+  OTLOSS_DEVICE void make_products(bool paired, int slot) {
+    const unsigned used = gram_.in_use() | (paired ? LbfgsGram::bits_of(slot) : 0u);
+    unsigned fresh = soft_ ? used : 1u << LbfgsGram::kResidual;
+    if (paired) fresh |= LbfgsGram::bits_of(slot);
+    block_.sync();  // the vectors are there
+    for_products(used, fresh, [&](int left, int right) {
+      const T *u = basis(left), *v = basis(right);
+      double sum = 0;
+      for (int j = first_column_ + lane_; j < first_column_ + column_count_; j += kWarp)
+        sum +=
+            static_cast<double>(asked_[j]) * static_cast<double>(u[j]) * static_cast<double>(v[j]);
+      sum = warp_join<Sum>(block_, sum, kWarp);
+      if (lane_ != 0) return;
+      if (team_.size() == 1)
+        gram_.set(left, right, sum);
+      else
+        team_.show(left * kBasis + right, sum);
+    });
+    if (team_.size() == 1) return block_.sync();
+    team_.sync();
+    for_products(used, fresh, [&](int left, int right) {
+      const double sum = team_.total(left * kBasis + right);
+      if (lane_ == 0) gram_.set(left, right, sum);
+    });
+    team_.flip();
     block_.sync();
   }
 
+  // Calls function(left, right) for the products of this warp, each once.
+  template <typename F>
+  OTLOSS_DEVICE void for_products(unsigned used, unsigned fresh, F&& function) const {
+    int number = 0;
+#pragma unroll 1
+    for (int left = 0; left < LbfgsGram::kVectors; ++left) {
+      const bool gradient = left == LbfgsGram::kGradient;
+      if (!gradient && (fresh >> left & 1u) == 0) continue;
+#pragma unroll 1
+      for (int right = 0; right < kBasis; ++right) {
+        if ((used >> right & 1u) == 0) continue;
+        if (!gradient && right > left && (fresh >> right & 1u) != 0) continue;
+        if (number++ % kWarps == warp_) function(left, right);
+      }
+    }
+  }
+
+  // What the last step tells, by one thread: how long the next may be, and the pair.
+  OTLOSS_DEVICE void learn(bool paired, int slot) {
+    const double residual = product(LbfgsGram::kResidual, LbfgsGram::kResidual);
+    if (paired) {
+      const int change = LbfgsGram::change(slot);
+      const double changed = product(change, change);
+      // In the weights of the new point: the residual before was r + y.
+      const double before = residual + 2 * product(LbfgsGram::kResidual, change) + changed;
+      step_.length.accepted(product(slot, slot), changed, before);
+      if (soft_) gram_.sift();
+      if (changed > least_change(point_.noise, mass_y_, roundoff(), eps_)) gram_.keep(slot);
+    } else {
+      gram_.count = 0;
+      if (phase_ == Phase::kPlain)
+        step_.length.plain(step_.residual);
+      else
+        step_.length = StepLength();
+    }
+    step_.residual = residual;
+  }
+
+  // Slope along the direction and its length, by one warp; a direction that descends is replaced by
+  // the residual.
+  OTLOSS_DEVICE void measure() {
+    double slope = 0, squared = 0;
+    if (lane_ < kBasis && step_.on[lane_] != 0) {
+      for (int v = 0; v < kBasis; ++v)
+        if (step_.on[v] != 0) squared += step_.on[v] * product(lane_, v);
+      squared *= step_.on[lane_];
+      slope = step_.on[lane_] * product(LbfgsGram::kGradient, lane_);
+    }
+    slope = warp_join<Sum>(block_, slope, kWarp);
+    squared = warp_join<Sum>(block_, squared, kWarp);
+    if (lane_ != 0) return;
+    if (!(slope > 0)) {
+      gram_.count = 0;
+      gram_.direction(step_.on);
+      slope = product(LbfgsGram::kGradient, LbfgsGram::kResidual);
+      squared = step_.residual;
+    }
+    step_.slope = slope;
+    step_.first = step_.length.first(squared);
+  }
+
+  OTLOSS_DEVICE double product(int left, int right) const { return gram_.product[left][right]; }
+
   // Standard deviation of C_ij - mean_i - mean_j + mean over at most 256 x 256 points of positive
   // weight. Every block computes it for itself, from global memory.
-  OTLOSS_DEVICE double sigma() {
+  OTLOSS_NOINLINE double sigma() {
     const int r = n_ < kSample ? static_cast<int>(n_) : kSample, c = m_ < kSample ? m_ : kSample;
     const auto entry = [&](int64_t i, int64_t j) {
       if constexpr (kStreamed)
@@ -1096,13 +1270,19 @@ class Solver {
   const T* row_weights_;  // (n,)
   int warps_, row_teams_;
   bool wide_, symmetric_;
-  T *g_, *gt_, *q_;                    // (m,) the point
-  T *trial_g_, *trial_gt_, *trial_q_;  // (m,) the point under evaluation
-  T *r_, *p_;                          // (m,) residual, direction
-  const T* evaluated_;                 // (m,) g_ or trial_g_
-  T* G_;                               // (m,) k g + log2 b of the point under evaluation
-  T* pairs_;                           // (kSlots, 2, m)
-  T* parts_;                           // (3, team_size, m)
+  Penalty side_x_, side_y_;
+  bool soft_;               // one of them
+  bool balanced_;           // every marginal of the call is a constraint
+  T *g_, *gt_;              // (m,) the point
+  T *trial_g_, *trial_gt_;  // (m,) the point under evaluation
+  T* q_;                    // (m,) its column sums over those asked for
+  T* w_;                    // (m,) the weights b that the problem is solved with
+  T* asked_;                // (m,) the column sums asked for, of the total of w
+  T *r_, *p_;               // (m,) residual, direction
+  const T* evaluated_;      // (m,) g_ or trial_g_
+  T* G_;                    // (m,) k g + log2 b of the point under evaluation
+  T* pairs_;                // (2, kSlots, m)
+  T* parts_;                // (3, team_size, m)
   // Streamed:
   RowSums<T> sweep_;            // what is the same for all sweeps
   PackedCloud<T> x_, y_;        // the points
@@ -1110,9 +1290,11 @@ class Solver {
   T* A_;                        // (n,) F + log2 a, for all blocks to see
   T* U_;                        // (m,) k g, then k gt
   T* scratch_;                  // (2, max(n, m))
-  double mass_, ratio_;
-  double eps_;
-  T k_, to_cost_;
+  double mass_x_, mass_y_;      // total weights
+  double least_f_, least_g_;    // of the last find_least
+  double least_column_;         // sums that are smaller may owe digits to clamped exponentials
+  double eps_, damping_;        // damping of the rows
+  T k_, to_cost_, tilt_;        // tilt: damping - 1
   int exchange_parity_ = 0;
 
   int64_t iterations_, max_iters_;  // max_iters_: of the stage
@@ -1176,7 +1358,7 @@ SolveArguments<T> solve_arguments(const Context& context, const Pack<SolveGroup<
   arguments.problems = shape.problems;
   arguments.vector_length = length;
   if (plan.shared.vectors < 0)
-    arguments.vectors = context.scratch<T>(plan.teams * (kVectors + 1) * length);
+    arguments.vectors = context.scratch<T>(plan.teams * (kVectors)*length);
   if (plan.regime != Regime::kStreamed)
     arguments.column_parts = context.scratch<T>(plan.teams * 3 * plan.team_size * length);
   arguments.team_parts = context.scratch<double>(plan.teams * 2 * plan.team_size * kTeamValues);

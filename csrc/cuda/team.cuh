@@ -7,6 +7,8 @@
 // written past L1 (load, store), which is not coherent between multiprocessors.
 #pragma once
 
+#include <limits>
+
 #include "block.cuh"
 #include "plan.h"
 #include "reduce.cuh"
@@ -14,6 +16,7 @@
 namespace otloss::cuda {
 
 struct Sum {
+  static OTLOSS_HOST_DEVICE double identity() { return 0; }
   template <typename T>
   static OTLOSS_HOST_DEVICE T join(T x, T y) {
     return x + y;
@@ -21,6 +24,7 @@ struct Sum {
 };
 
 struct Max {
+  static OTLOSS_HOST_DEVICE double identity() { return -std::numeric_limits<double>::infinity(); }
   template <typename T>
   static OTLOSS_HOST_DEVICE T join(T x, T y) {
     return x > y ? x : y;
@@ -62,19 +66,15 @@ OTLOSS_DEVICE double warp_join(Block& block, double value, int width) {
 // See Team::reduce. Not inlined: it is called in many places, and never in an inner loop.
 template <class Join, int kThreads, class Block>
 OTLOSS_NOINLINE void team_reduce(Block block, TeamState team, double* values, int count) {
-  constexpr int kWarps = kThreads / kWarp, kChunk = 8;
+  constexpr int kWarps = kThreads / kWarp, kLanes = kWarp / kReduced;
   static_assert(kWarps <= kWarp, "a warp joins the results of all warps at once");
   const int lane = block.thread() % kWarp, warp = block.thread() / kWarp;
-  double* const result = team.scratch + kTeamValues * kWarps;
-#pragma unroll 1
-  for (int first = 0; first < count; first += kChunk) {
-    double chunk[kChunk];
+  double* const result = team.scratch + kReduced * kWarps;
+  double own[kReduced];
 #pragma unroll
-    for (int v = 0; v < kChunk; ++v) chunk[v] = first + v < count ? values[first + v] : 0.0;
-    const double joined = scatter_reduce<Join>(block, chunk);
-    const int v = first + lane / (kWarp / kChunk);
-    if (lane % (kWarp / kChunk) == 0 && v < count) team.scratch[v * kWarps + warp] = joined;
-  }
+  for (int v = 0; v < kReduced; ++v) own[v] = v < count ? values[v] : Join::identity();
+  const double joined = scatter_reduce<Join>(block, own);
+  if (lane % kLanes == 0) team.scratch[lane / kLanes * kWarps + warp] = joined;
   block.sync();
   double* const mine = team.partial + (team.parity * team.size + team.rank) * kTeamValues;
 #pragma unroll 1
@@ -91,7 +91,7 @@ OTLOSS_NOINLINE void team_reduce(Block block, TeamState team, double* values, in
     const double* const all = team.partial + team.parity * team.size * kTeamValues;
 #pragma unroll 1
     for (int v = warp; v < count; v += kWarps) {
-      double total = 0;  // changes neither a sum nor a maximum of magnitudes
+      double total = Join::identity();
       for (int r = lane; r < team.size; r += kWarp)
         total = Join::join(total, block.load(all + r * kTeamValues + v));
       total = warp_join<Join>(block, total, kWarp);
@@ -129,15 +129,30 @@ class Team {
       block_.store(p, value);
   }
 
-  // Each value joined over all threads of the team (Max: of values that are not negative); every
-  // thread gets the results. The order is fixed, whatever the timing.
+  // Each value joined over all threads of the team; every thread gets the results. The order is
+  // fixed, whatever the timing. All threads arrive before one leaves, as in sync().
   template <class Join, int kCount>
   OTLOSS_DEVICE void reduce(double (&values)[kCount]) {
-    static_assert(kCount <= kTeamValues, "raise kTeamValues");
+    static_assert(kCount <= kReduced, "raise kReduced");
     if (state_.size > 1) state_.arrivals += static_cast<unsigned>(state_.size);
     team_reduce<Join, kThreads>(block_, state_, values, kCount);
     state_.parity ^= 1;
   }
+
+  // Up to kTeamValues values of which each block has a part: each is summed by one warp, that of
+  // the lanes that call. First all blocks show() their parts, then all threads sync(), then total()
+  // gives the sum to all lanes of the warp. After the last total() flip() the buffers.
+  OTLOSS_DEVICE void show(int value, double part) const {
+    store(state_.partial + (state_.parity * state_.size + state_.rank) * kTeamValues + value, part);
+  }
+  OTLOSS_DEVICE double total(int value) const {
+    const double* const all = state_.partial + state_.parity * state_.size * kTeamValues + value;
+    double sum = 0;
+    for (int r = block_.thread() % kWarp; r < state_.size; r += kWarp)
+      sum += load(all + r * kTeamValues);
+    return warp_join<Sum>(block_, sum, kWarp);
+  }
+  OTLOSS_DEVICE void flip() { state_.parity ^= 1; }
 
  private:
   Block& block_;

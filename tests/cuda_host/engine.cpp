@@ -46,7 +46,15 @@ int guarded(F&& function) {
   }
 }
 
+struct Rho {
+  double x, y;
+  int64_t balanced;
+
+  Strength strength() const { return {x, y, balanced != 0}; }
+};
+
 struct SolveCall {
+  Rho rho;
   int64_t batch, n, m, symmetric;
   const void *C, *a, *b;
   void *f, *g, *trace, *value;
@@ -70,6 +78,7 @@ void solve(const SolveCall* calls, int64_t count, const SolveOptions& options) {
     group.points = {static_cast<CostKind>(c.kind), c.d,
                     static_cast<const T*>(c.zx),   static_cast<const T*>(c.zy),
                     static_cast<const T*>(c.hx),   static_cast<const T*>(c.hy)};
+    group.strength = c.rho.strength();
     groups.push_back(group);
   }
   Memory memory;
@@ -118,6 +127,7 @@ void cost(const CostCall& c, int step) {
 }
 
 struct EnvelopeCall {
+  Rho rho;
   int64_t batch, n, m;
   double coefficient;
   const void *C, *a, *b, *f, *g, *grad;
@@ -138,6 +148,7 @@ void envelope(const EnvelopeCall* calls, int64_t count, double eps, int objectiv
     group.coefficient = static_cast<T>(c.coefficient);
     group.grad_C = static_cast<T*>(c.grad_C);
     group.grad_a = static_cast<T*>(c.grad_a), group.grad_b = static_cast<T*>(c.grad_b);
+    group.strength = c.rho.strength();
     groups.push_back(group);
   }
   Memory memory;
@@ -203,10 +214,18 @@ void point_gradients(const PointGradientCall* calls, int64_t count, double eps) 
   std::vector<PointGradientGroup<T>> groups;
   for (int64_t i = 0; i < count; ++i) {
     const PointGradientCall& c = calls[i];
-    groups.push_back({c.batch, c.n, c.m, c.symmetric != 0,
+    groups.push_back({c.batch,
+                      c.n,
+                      c.m,
+                      c.symmetric != 0,
                       {static_cast<CostKind>(c.kind), c.d, in(c.zx), in(c.zy), in(c.hx), in(c.hy)},
-                      in(c.a), in(c.b), in(c.f), in(c.g), in(c.grad),
-                      static_cast<T>(c.coefficient), static_cast<T*>(c.sum),
+                      in(c.a),
+                      in(c.b),
+                      in(c.f),
+                      in(c.g),
+                      in(c.grad),
+                      static_cast<T>(c.coefficient),
+                      static_cast<T*>(c.sum),
                       static_cast<T*>(c.product)});
   }
   Memory memory;
