@@ -121,12 +121,11 @@ def _choose_backward(options: Options) -> str:
 def streams(problem: Problem, pairs: list[int], options: Options) -> bool:
     """Whether to solve without cost matrices."""
     on_cpu = problem.points[0].device.type == "cpu"
-    kernels = on_cpu or (ops.CUDA_KERNELS and _has_kernels(options, problem))
-    possible = isinstance(options.cost, str) and kernels
+    possible = isinstance(options.cost, str) and (on_cpu or ops.CUDA_KERNELS)
     if options.method == "streamed" and not possible:
         raise NotImplementedError(
-            'method="streamed" needs a cost given by name and, on a GPU, CUDA kernels for the '
-            f"problem, got cost={options.cost!r} on {problem.points[0].device}"
+            'method="streamed" needs a cost given by name and, on a GPU, a build with CUDA kernels, '
+            f"got cost={options.cost!r} on {problem.points[0].device}"
         )
     if options.method != "auto" or not possible:
         return options.method == "streamed"

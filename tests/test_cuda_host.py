@@ -1181,6 +1181,31 @@ def test_soft_fixed_iterations(
     assert bool((status[..., 0] == 3).all())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("strength", [*SOFT, 1e-3, 10.0], ids=str)
+def test_soft_marginals_of_points(
+    engine: Engine, strength: Strength, dtype: torch.dtype, rng: torch.Generator
+) -> None:
+    points = [randn(rng, 2, 23, 3, dtype=dtype), 0.7 * randn(rng, 2, 19, 3, dtype=dtype) + 0.5]
+    weights = [rand(rng, 2, size, dtype=dtype) + 0.1 for size in (23, 19)]
+    weights[0][:, 3] = weights[1][:, 5] = 0
+    costs = [C.double() for C in reference.cost(points, [], DIVERGENCE, 0)]
+    rho = rho_pair(scaled(strength, float(costs[0].mean())))
+    tol = 1e-8 if dtype == torch.float64 else 3e-5
+    call = (Cloud(points, 0), weights, DIVERGENCE, 0.2)
+    double = [w.double() for w in weights]
+    values, status, *_ = engine.solve(*call, tol=tol, rho=rho)
+    exact, *_ = on_the_cpu(costs, double, DIVERGENCE, 0.2, tol=1e-10, rho=rho)
+    assert bool((status[..., 2] == 1).all())
+    scale = float(exact.abs().max())
+    torch.testing.assert_close(values.double() / scale, exact / scale, rtol=0, atol=tol)
+    _, _, f, g, _ = engine.solve(*call, n_iters=3, rho=rho)
+    _, _, true_f, true_g = on_the_cpu(costs, double, DIVERGENCE, 0.2, n_iters=3, rho=rho)
+    for got, true in zip([*f, *g], [*true_f, *true_g], strict=True):
+        size = float(true.abs().max())
+        torch.testing.assert_close(got.double() / size, true / size, rtol=0, atol=tol)
+
+
 @pytest.mark.parametrize("strength", [0.3, (None, 0.5)], ids=str)
 def test_soft_transport_objective(
     engine: Engine, regime: str, strength: Strength, rng: torch.Generator
