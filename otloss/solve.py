@@ -124,8 +124,8 @@ def streams(problem: Problem, pairs: list[int], options: Options) -> bool:
     possible = isinstance(options.cost, str) and (on_cpu or ops.CUDA_KERNELS)
     if options.method == "streamed" and not possible:
         raise NotImplementedError(
-            'method="streamed" needs a cost given by name and, on a GPU, a build with CUDA kernels, '
-            f"got cost={options.cost!r} on {problem.points[0].device}"
+            'method="streamed" needs a cost given by name and, on a GPU, a build with CUDA '
+            f"kernels, got cost={options.cost!r} on {problem.points[0].device}"
         )
     if options.method != "auto" or not possible:
         return options.method == "streamed"

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from helpers import STRENGTHS, Strength
-from helpers import rho as rho_pair
 from torch import Tensor
 
 import otloss
@@ -93,7 +92,7 @@ def test_agrees_with_the_cpu(regime: str, cost: str, d: int, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mode", MODES[1:], ids=str)
+@pytest.mark.parametrize("mode", MODES[1:3], ids=str)
 @pytest.mark.parametrize("rho", [(math.inf, math.inf), (0.7, math.inf)], ids=str)
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (7, 300), (120, 100), (64, 2500), (700, 650)])
 def test_unrolled_and_implicit_gradients(
