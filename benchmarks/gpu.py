@@ -11,6 +11,7 @@ All solve OT with C = |x - y|^2 between normal clouds; eps is a tenth of the mea
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import math
@@ -21,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,6 +129,14 @@ def libraries(x: Tensor, y: Tensor, methods: tuple[str, ...] = ("auto",)) -> dic
 
 def importable(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in ("flash-sinkhorn", "geomloss", "pykeops", "POT"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 # -------------------------------------------------------------------------------------- timing
@@ -471,6 +481,8 @@ def main() -> int:
                 print(text(row), flush=True)
         if options.out:
             record = environment.record({}, torch.device(options.device))
+            record["command"] = " ".join(["python -m benchmarks.gpu", *sys.argv[1:]])
+            record["libraries"] = versions()
             options.out.parent.mkdir(parents=True, exist_ok=True)
             document = {"environment": record, "rows": rows}
             options.out.write_text(json.dumps(document, indent=1) + "\n")

@@ -41,7 +41,8 @@ def choose_method(
         if forced != "auto":
             return "streamed" if forced == "streamed" else "dense"
     bytes_of = [n * m * itemsize for n, m in sizes]
-    if sum(bytes_of) * (shape[0] if len(shape) == 3 else 1) > budget(device):
+    total = sum(bytes_of) * (shape[0] if len(shape) == 3 else 1)
+    if total > dense_budget and total > budget(device):  # the device is only asked if need be
         return "streamed"
     least = [least for dims, least in STREAMED_FROM[device.type].items() if shape[-1] <= dims]
     faster = bool(least) and max(bytes_of) > min(least) and not many_passes_back
