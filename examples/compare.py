@@ -38,14 +38,14 @@ BASES = {
     "otgan": "train_otgan.py --data fashion --preset tiny --eval-every 500",
     "otgan-random": "train_otgan.py --data fashion --preset tiny --match random --steps 1000"
     " --eval-every 500",
-    "otgan-label": "train_otgan.py --data mnist --preset tiny --labels 2 --steps 400",
-    "otgan-cifar10": "train_otgan.py --preset cifar10 --width 0.125 --batch 200 --steps 900"
+    "otgan-label": "train_otgan.py --data mnist --preset tiny --labels 2 --steps 300",
+    "otgan-cifar10": "train_otgan.py --preset cifar10 --width 0.125 --batch 200 --steps 600"
     " --eval-every 450",
-    "otgan-cifar10-random": "train_otgan.py --preset cifar10 --width 0.125 --batch 200 --steps 450"
+    "otgan-cifar10-random": "train_otgan.py --preset cifar10 --width 0.125 --batch 200 --steps 250"
     " --match random",
     "gan-basic": "train_gan.py --data fashion --preset basic --epochs 1",
     "gan-dcgan": "train_gan.py --data fashion --preset dcgan --epochs 1 --width 0.25",
-    "wgan-clip": "train_gan.py --data fashion --preset wgan-clip --epochs 2",
+    "wgan-clip": "train_gan.py --data fashion --preset wgan-clip --epochs 1",
     "wgan-gp": "train_gan.py --data fashion --preset wgan-gp --epochs 3",
     "sae": "train_sinkhorn.py --data fashion --preset sae --epochs 5",
     "digits": "train_sinkhorn.py --data digits",
@@ -88,7 +88,7 @@ FASHION = {
     "**MED, ours, 40 epochs, 2 x 500**": ("med-40", "-"),
     "**OT-GAN at 1/8 width**": ("otgan", "-"),
     "random matching, 1/8 width, half as long": ("otgan-random", "-"),
-    "Wasserstein GAN, clipped, 2 epochs": ("wgan-clip", "-"),
+    "Wasserstein GAN, clipped, 1 epoch": ("wgan-clip", "-"),
     "Wasserstein GAN, gradient penalty, 3 epochs": ("wgan-gp", "-"),
     "learned cost, 1/8 width, 600 steps": ("learned-cost", "-"),
     "Sinkhorn autoencoder, 5 epochs": ("sae", "-"),
@@ -99,10 +99,10 @@ MNIST = {
     "(.1, 200, 100)": "genevay-b",
     "(.1, 10, 300)": "genevay-c",
 }
-LABEL = {"OT-GAN at 1/8 width, 400 steps": "otgan-label"}
+LABEL = {"OT-GAN at 1/8 width, 300 steps": "otgan-label"}
 CIFAR10 = {
-    "OT-GAN, 900 steps": "otgan-cifar10",
-    "random matching, 450 steps": "otgan-cifar10-random",
+    "OT-GAN, 600 steps": "otgan-cifar10",
+    "random matching, 250 steps": "otgan-cifar10-random",
 }
 COLUMNS = {
     "geist_ot": "OT, their protocol",
@@ -185,16 +185,16 @@ FIGURES: dict[str, list[tuple[str, str]]] = {
     "digits": [("digits", "real.png"), ("digits", "samples_001500.png")],
     "genevay": [(f"genevay-{part}", "manifold.png") for part in "abc"],
     "critics": [
-        ("wgan-clip", "samples_001200.png"),
+        ("wgan-clip", "samples_000600.png"),
         ("wgan-gp", "samples_001800.png"),
         ("learned-cost", "samples_000600.png"),
     ],
-    "label": [("otgan-label", "real.png"), ("otgan-label", "samples_000400.png")],
+    "label": [("otgan-label", "real.png"), ("otgan-label", "samples_000300.png")],
     "cifar10": [
         ("otgan-cifar10", "real.png"),
-        ("otgan-cifar10", "samples_000900.png"),
-        ("otgan-cifar10", "samples_000450.png"),
-        ("otgan-cifar10-random", "samples_000450.png"),
+        ("otgan-cifar10", "samples_000600.png"),
+        ("otgan-cifar10", "samples_000250.png"),
+        ("otgan-cifar10-random", "samples_000250.png"),
     ],
     "mixture": [("mixture", "mixture.png")],
     "ellipses": [("ellipses", "ellipses.png")],
@@ -209,7 +209,7 @@ CAPTIONS = {
     "genevay": "Manifolds of genevay-a, -b and -c on MNIST",
     "critics": "Wasserstein GAN with clipped weights, with a gradient penalty; learned cost",
     "label": "Real images of a 2, and those of OT-GAN",
-    "cifar10": "Real images; OT-GAN after 900 and after 450 steps; random matching after 450",
+    "cifar10": "Real images; OT-GAN after 600 and after 250 steps; random matching after 250",
     "mixture": "The mixture along the run; circles of three deviations around the modes",
     "ellipses": "Flowers by species, and the ellipsoids fitted to them",
 }
