@@ -307,13 +307,8 @@ def make(name: str, n: int, eps: float | None = None, seed: int = 0) -> Problem:
     )
 
 
-def spread(C: Tensor, most: int = 256) -> float:
-    """sigma: the standard deviation of a double-centred corner of the cost."""
-    C = C[:most, :most].double()
+def hardness(problem: Problem, most: int = 256) -> float:
+    """h = eps / sigma, sigma the standard deviation of a double-centred corner of the cost."""
+    C = cost_matrix(problem.x[:most].double(), problem.y[:most].double(), problem.cost)
     C = C - C.mean(0, keepdim=True) - C.mean(1, keepdim=True) + C.mean()
-    return C.std().item()
-
-
-def hardness(problem: Problem) -> float:
-    """h = eps / sigma."""
-    return problem.eps / spread(cost_matrix(problem.x, problem.y, problem.cost))
+    return problem.eps / C.std().item()
