@@ -11,11 +11,15 @@ Three measurements, printed and kept in ``benchmarks/results/gradient_modes.json
   with its number of conjugate-gradient steps.
 
 ``--device cuda`` measures time only, on a GPU, and keeps it in a folder of that name.
+``--streaming`` compares losses and gradients with stored cost matrices and without them, in
+``streamed_gradients.json``: CPU seconds, which a busy machine changes little, and memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import subprocess
 import sys
@@ -106,6 +110,10 @@ def call(which: str, n: int, d: int, L: int, eps: float = 10.0) -> Tensor:
     x, y = clouds(n, d, torch.float32)
     if which == "otloss":
         loss = otloss.sinkhorn_loss(x, y, eps, n_iters=L, method="dense")
+    elif which == "unrolled":
+        loss = otloss.sinkhorn_loss(x, y, eps, n_iters=L, method="streamed")
+    elif which == "implicit":
+        loss = otloss.sinkhorn_loss(x, y, eps, objective="transport", method="streamed")
     else:
         loss = torch_loop(x, y, eps, L)
     loss.backward()
@@ -192,8 +200,44 @@ def times(device: torch.device, sizes: tuple[int, ...], L: int = 50) -> list[dic
     return rows
 
 
+def loss_and_gradient(x: Tensor, y: Tensor, method: str, options: dict[str, Any]) -> None:
+    eps = 0.3 * x.shape[1] ** 0.5
+    loss = otloss.sinkhorn_loss(x, y, eps, objective="transport", method=method, **options)
+    torch.autograd.grad(loss, (x, y))
+
+
+def streaming(L: int = 20) -> list[dict[str, Any]]:
+    """Seconds of a transport loss and its gradient in both clouds, with matrices and without."""
+    timer, rows = Timer(torch.device("cpu"), "cpu"), []
+    modes: dict[str, dict[str, Any]] = {"unrolled": {"n_iters": L}, "implicit": {}}
+    dtypes, dims, sizes = (torch.float32, torch.float64), (2, 4, 8, 16), (1000, 2000, 4000)
+    for dtype, d, n in itertools.product(dtypes, dims, sizes):
+        x, y = (t.detach().requires_grad_() for t in clouds(n, d, dtype))
+        for mode, options in modes.items():
+            row: dict[str, Any] = {"mode": mode, "dtype": str(dtype)[6:], "d": d, "n": n}
+            for method in ("dense", "streamed"):
+                both = functools.partial(loss_and_gradient, x, y, method, options)
+                row[method] = min(timer.seconds(both) for _ in range(4))
+            rows.append(row)
+    return rows
+
+
+def streamed_memory(n: int = 10_000, d: int = 3, L: int = 100) -> dict[str, Any]:
+    modes = ("unrolled", "implicit")
+    return {"n": n, "d": d, "iterations": L} | {w: added_memory(w, n, d, L) for w in modes}
+
+
+def keep(path: Path, device: torch.device, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    environment = record({}, device) | {
+        "command": " ".join(["python -m", __spec__.name, *sys.argv[1:]])
+    }
+    path.write_text(json.dumps({"environment": environment, "result": result}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--streaming", action="store_true")
     parser.add_argument("--child", nargs=4, metavar=("WHICH", "N", "D", "L"))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
@@ -204,17 +248,21 @@ def main() -> None:
         child(which, *map(int, sizes))
         return
     device, out = torch.device(arguments.device), arguments.out
+    result: dict[str, Any]
+    if arguments.streaming:
+        result = {"bytes": streamed_memory(), "seconds": streaming()}
+        keep(out / "streamed_gradients.json", device, result)
+        for row in (result["bytes"], *result["seconds"]):
+            print(row)
+        return
     if device.type == "cuda":
-        result: dict[str, Any] = {"time": times(device, (200, 1000, 2000, 4000))}
+        result = {"time": times(device, (200, 1000, 2000, 4000))}
         out = out / device.type
     else:
         time = times(device, (128, 256, 512, 1000))
         result = {"error": errors(), "memory": memory(), "time": time}
         draw(result["error"])
-    out.mkdir(parents=True, exist_ok=True)
-    environment = record({}, device) | {"command": f"python -m {__spec__.name}"}
-    document = {"environment": environment, "result": result}
-    (out / "gradient_modes.json").write_text(json.dumps(document, indent=1) + "\n")
+    keep(out / "gradient_modes.json", device, result)
     if "memory" in result:
         print(json.dumps(result["memory"], indent=1))
     for row in result["time"]:

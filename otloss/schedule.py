@@ -21,6 +21,9 @@ CUDA_SHARE = 0.25
 # dimensions, and for matrices of more than so many bytes. A matrix that stays in the second cache
 # (in the multiprocessors) is only slower than that to make.
 STREAMED_FROM = {"cpu": {4: 1 << 20, 16: 12 << 20}, "cuda": {3: 1 << 25}}
+# The same where the gradient goes over the costs again and again, which pays for making a matrix
+# until it is too large for the third cache.
+STREAMED_BACK_FROM = {"cpu": {4: 12 << 20, 8: 32 << 20}, "cuda": {}}
 
 
 def choose_method(
@@ -32,8 +35,7 @@ def choose_method(
 ) -> str:
     """``"dense"`` or ``"streamed"`` for pairs of ``sizes`` (n, m) over ``points`` (B, n, d).
 
-    ``many_passes_back``: whether the gradient will go over the costs again and again, which pays
-    for a matrix that fits.
+    ``many_passes_back``: whether the gradient will go over the costs again and again.
     """
     shape, device = points[0].shape, points[0].device
     if device.type == "cuda":
@@ -44,9 +46,9 @@ def choose_method(
     total = sum(bytes_of) * (shape[0] if len(shape) == 3 else 1)
     if total > dense_budget and total > budget(device):  # the device is only asked if need be
         return "streamed"
-    least = [least for dims, least in STREAMED_FROM[device.type].items() if shape[-1] <= dims]
-    faster = bool(least) and max(bytes_of) > min(least) and not many_passes_back
-    return "streamed" if faster else "dense"
+    table = STREAMED_BACK_FROM if many_passes_back else STREAMED_FROM
+    least = [least for dims, least in table[device.type].items() if shape[-1] <= dims]
+    return "streamed" if least and max(bytes_of) > min(least) else "dense"
 
 
 def budget(device: torch.device) -> int:

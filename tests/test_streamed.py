@@ -135,10 +135,11 @@ def test_auto_keeps_matrices_within_the_budget(monkeypatch: pytest.MonkeyPatch) 
     assert schedule.choose_method(points, sizes, 4) == "streamed"
 
 
-def test_auto_streams_few_dimensions_unless_the_gradient_takes_many_passes() -> None:
+def test_auto_streams_few_dimensions_later_if_the_gradient_takes_many_passes() -> None:
     points, sizes = [torch.zeros(10, 3)], [(1000, 1000)]
     assert schedule.choose_method(points, sizes, 4) == "streamed"
     assert schedule.choose_method(points, sizes, 4, many_passes_back=True) == "dense"
+    assert schedule.choose_method(points, [(4000, 4000)], 4, many_passes_back=True) == "streamed"
 
 
 def test_memory_does_not_grow_with_the_matrix() -> None:

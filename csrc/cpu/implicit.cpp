@@ -400,7 +400,7 @@ void implicit_backward(const std::vector<ImplicitGroup<T>>& groups, double eps,
         problem.run(scale, objective, group.grad_f ? group.grad_f + p * n : nullptr,
                     group.grad_g ? group.grad_g + p * m : nullptr);
     if (group.grad_C) problem.cost_gradient(scale, objective, group.grad_C + p * n * m);
-    if (!group.C) problem.point_gradients(scale, objective);
+    if (!group.C && !interrupted()) problem.point_gradients(scale, objective);
     if (group.grad_a) problem.weight_gradients(group.grad_a + p * n, group.grad_b + p * m);
     double* status = group.status + p * kImplicitStatusFields;
     status[kImplicitIterations] = static_cast<double>(report.iterations);

@@ -547,7 +547,8 @@ void unrolled_backward(const std::vector<UnrolledGroup<T>>& groups, double eps,
     problem.run(group.coefficient * group.grad[p], objective,
                 group.grad_f ? group.grad_f + p * group.n : nullptr,
                 group.grad_g ? group.grad_g + p * group.m : nullptr);
-    if (!group.C) problem.point_gradients(group.coefficient * group.grad[p], objective);
+    if (!group.C && !interrupted())
+      problem.point_gradients(group.coefficient * group.grad[p], objective);
     if (group.grad_a)
       problem.weight_gradients(group.grad_a + p * group.n, group.grad_b + p * group.m);
   });
