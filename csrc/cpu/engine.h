@@ -64,7 +64,7 @@ class Engine {
       for (int64_t i = begin; i < end; i += kFlushRows) {
         std::fill(w.c.begin(), w.c.end(), T(0));
         sweep(eps, w, i, std::min(end, i + kFlushRows), F, s_.data(), w.c.data());
-        for (int64_t j = 0; j < m; ++j) w.total[j] += static_cast<double>(w.c[j]);
+        add_sums(m, w.c.data(), w.total.data());
       }
     });
     double* c = workspaces_[0].total.data();
@@ -164,14 +164,8 @@ class Engine {
     const double least = least_column_sum(tilt(eps), F);
     for (int64_t begin = 0; begin < m; begin += kColumnBlock) {
       const int64_t end = std::min(m, begin + kColumnBlock);
-      bool good = true;
-      for (int64_t j = begin; j < end; ++j) {
-        const bool counts = b[j] > T(0);
-        q[j] = counts ? static_cast<T>(c[j] / static_cast<double>(b[j])) : T(1);
-        good &= trusted(q[j]) && (!counts || c[j] > least);
-        gt[j] = 0;
-      }
-      if (good) {
+      if (column_ratios(end - begin, c + begin, b + begin, least, q + begin)) {
+        std::fill(gt + begin, gt + end, T(0));
         subtract_log2(end - begin, q + begin, gt + begin);
         for (int64_t j = begin; j < end; ++j) gt[j] = b[j] > T(0) ? g[j] + to_cost * gt[j] : T(0);
       } else {

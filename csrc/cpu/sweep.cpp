@@ -133,10 +133,14 @@ OTLOSS_INLINE void sweep_rows_body(const RowSweep<T>& p) {
     else
       for (int64_t r = 0; r < rows; ++r)
         sum[r] = exponentials(blocks, p.m, p.F[i + r], p.k, C + r * p.m, p.G, p.e + r * width);
+    bool good = rows == kRows;
     for (int64_t r = 0; r < rows; ++r) {
-      sum[r] = checked_sum(p, blocks, i + r, sum[r], p.e + r * width);
-      a[r] = p.a[i + r], F[r] = p.F[i + r];
+      p.s[i + r] = sum[r], a[r] = p.a[i + r];
+      good &= a[r] > T(0) && trusted(sum[r]);
     }
+    for (int64_t r = 0; r < rows && !good; ++r)
+      sum[r] = checked_sum(p, blocks, i + r, sum[r], p.e + r * width);
+    std::copy(p.F + i, p.F + i + rows, F);
     T w[kRows];
     for (int64_t r = 0; r < kRows; ++r) {
       w[r] = a[r] / sum[r];
@@ -312,6 +316,42 @@ OTLOSS_SIMD void absorb_weights(int64_t count, float k, const float* g, const fl
 OTLOSS_SIMD void absorb_weights(int64_t count, double k, const double* g, const double* b,
                                 double* G) {
   absorb_weights_body(count, k, g, b, G);
+}
+
+template <typename T>
+OTLOSS_INLINE void add_sums_body(int64_t count, const T* c, double* total) {
+#pragma omp simd
+  for (int64_t j = 0; j < count; ++j) total[j] += static_cast<double>(c[j]);
+}
+
+template <typename T>
+OTLOSS_INLINE bool column_ratios_body(int64_t count, const double* c, const T* b, double least,
+                                      T* q) {
+  int bad = 0;
+#pragma omp simd reduction(+ : bad)
+  for (int64_t j = 0; j < count; ++j) {
+    const bool counts = b[j] > T(0);
+    const double weight = counts ? static_cast<double>(b[j]) : 1.0, sum = counts ? c[j] : 1.0;
+    const T ratio = static_cast<T>(sum / weight);
+    q[j] = ratio;
+    bad += static_cast<int>(!trusted(ratio)) + static_cast<int>(counts && !(c[j] > least));
+  }
+  return bad == 0;
+}
+
+OTLOSS_SIMD void add_sums(int64_t count, const float* c, double* total) {
+  add_sums_body(count, c, total);
+}
+OTLOSS_SIMD void add_sums(int64_t count, const double* c, double* total) {
+  add_sums_body(count, c, total);
+}
+OTLOSS_SIMD bool column_ratios(int64_t count, const double* c, const float* b, double least,
+                               float* q) {
+  return column_ratios_body(count, c, b, least, q);
+}
+OTLOSS_SIMD bool column_ratios(int64_t count, const double* c, const double* b, double least,
+                               double* q) {
+  return column_ratios_body(count, c, b, least, q);
 }
 
 // In vector lanes: the two dozen sums of a quasi-Newton step, added up one by one, would take as

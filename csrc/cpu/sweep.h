@@ -99,6 +99,14 @@ struct SumAndSize {
 SumAndSize sum_and_size(int64_t count, const float* w, const float* v);
 SumAndSize sum_and_size(int64_t count, const double* w, const double* v);
 
+// total += c, in double.
+void add_sums(int64_t count, const float* c, double* total);
+void add_sums(int64_t count, const double* c, double* total);
+
+// q_j = c_j / b_j, 1 where b_j is 0; whether all of them are trusted and above least / b_j.
+bool column_ratios(int64_t count, const double* c, const float* b, double least, float* q);
+bool column_ratios(int64_t count, const double* c, const double* b, double least, double* q);
+
 // y_j -= log2 x_j, elementwise: the update of a potential from its sums.
 void subtract_log2(int64_t count, const float* x, float* y);
 void subtract_log2(int64_t count, const double* x, double* y);
