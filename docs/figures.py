@@ -79,6 +79,22 @@ def iteration() -> str:
     )
 
 
+def costs() -> str:
+    result, how = load("costs")
+    names = list(dict.fromkeys(row["cost"] for row in result["rows"]))
+    cells: dict[str, dict[str, str]] = {}
+    for row in result["rows"]:
+        times = [row[part]["median"] for part in ("forward", "gradient")]
+        rate = 2 * row["n"] ** 2 * row["d"] / times[0] / 1e9
+        text = f"{milliseconds(times[0])} / {milliseconds(times[1])} ({rate:.0f})"
+        cells.setdefault(f"n = {row['n']}, d = {row['d']}", {})[row["cost"]] = text
+    rows = [[title, *(found[name] for name in names)] for title, found in cells.items()]
+    return (
+        "Milliseconds of a matrix of squared distances / of it with the gradient of one cloud "
+        f"(GFLOP/s of the product in the first; {how}):\n\n{table(['', *names], rows)}"
+    )
+
+
 def overhead() -> str:
     result, how = load("overhead")
     rows = [
@@ -262,6 +278,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
         iteration,
+        costs,
         overhead,
         accuracy,
         accuracy_all,
