@@ -238,19 +238,18 @@ def memory() -> str:
     result, _ = load("memory")
     rows = []
     for row in result["rows"]:
+        problem = f"{row['title']}, n = {row['n']}, eps {row['eps']:g}"
+        peer = f"{PEERS[row['peer']]} {row['setting']}".strip()
         if row["added_bytes"] is None:
+            if row.get("given_up_seconds"):
+                rows.append(
+                    [problem, peer, "", f"not done after {row['given_up_seconds']:.0f}", ""]
+                )
             continue
         # A time without its error says nothing, and small ones contain first calls.
         error, seconds = row["gradient_error"], number(row["cpu_seconds"])
         checked = ["", ""] if error is None else [seconds, percent(error)]
-        rows.append(
-            [
-                f"{row['title']}, n = {row['n']}, eps {row['eps']:g}",
-                f"{PEERS[row['peer']]} {row['setting']}".strip(),
-                f"{row['added_bytes'] / 2**20:.0f}",
-                *checked,
-            ]
-        )
+        rows.append([problem, peer, f"{row['added_bytes'] / 2**20:.0f}", *checked])
     header = ["", "", "peak memory added, MiB", "seconds", "gradient error"]
     return (
         "One divergence and its gradient, each in a process of its own on one thread\n"

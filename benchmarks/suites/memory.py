@@ -28,10 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--memory-timeout", type=float, default=600, help="seconds for each process")
 
 
-def _peak(context: Context, name: str, n: int, eps: float) -> Peak | None:
+def _peak(context: Context, name: str, n: int, eps: float) -> tuple[Peak | None, float | None]:
+    """The measurement, or None and the seconds after which it was given up, if it was."""
     options = context.options
     try:
-        return peak(
+        measured = peak(
             name,
             options.memory_workload,
             n,
@@ -42,16 +43,20 @@ def _peak(context: Context, name: str, n: int, eps: float) -> Peak | None:
             threads=options.threads,
             timeout=options.memory_timeout,
         )
+        return measured, None
+    except subprocess.TimeoutExpired as error:
+        print(f"{name}, n={n}: not done after {error.timeout:.0f} s", flush=True)
+        return None, error.timeout
     except subprocess.SubprocessError as error:
         print(f"{name}, n={n}: {error}", flush=True)
-        return None
+        return None, None
 
 
 def _row(context: Context, name: str, n: int) -> dict[str, Any]:
     options = context.options
     workload = workloads.WORKLOADS[options.memory_workload]
     eps = options.memory_eps or workload.eps[0]
-    measured = _peak(context, name, n, eps)
+    measured, given_up = _peak(context, name, n, eps)
     return {
         "workload": options.memory_workload,
         "title": workload.title,
@@ -66,6 +71,7 @@ def _row(context: Context, name: str, n: int) -> dict[str, Any]:
         "wall_seconds": measured.wall_seconds if measured else None,
         "cpu_seconds": measured.cpu_seconds if measured else None,
         "gradient_error": measured.gradient_error if measured else None,
+        "given_up_seconds": given_up,
         "load_average": context.environment["load_average"],
         "command": context.environment["command"],
     }
@@ -90,7 +96,9 @@ def table(result: dict[str, Any]) -> str:
         problem = [f"{row['workload']}, eps={row['eps']:g}", str(row["n"])]
         peer = f"{row['peer']} {row['setting']}".strip()
         if row["added_bytes"] is None:
-            return [*problem, peer, "failed", "", "", ""]
+            seconds = row.get("given_up_seconds")
+            outcome = f"not done after {seconds:.0f} s" if seconds else "failed"
+            return [*problem, peer, outcome, "", "", ""]
         error = "" if row["gradient_error"] is None else f"{row['gradient_error']:.1e}"
         return [
             *problem,
