@@ -86,10 +86,6 @@ OTLOSS_SIMD double prepare_row(int64_t d, const double* x, const double* shift, 
 
 // ------------------------------------------------------------------------------------- costs
 
-// Rows of a block of products: so many that the strips of the other cloud, which every block reads,
-// are used often once they are in the L2 cache.
-constexpr int64_t kProductRows = 96;
-
 // Coordinates from which on half of a symmetric matrix and its reflection is less work than all.
 constexpr int64_t kReflectDims = 256;
 
@@ -112,8 +108,7 @@ void cost_matrix(const CostGroup<T>& group, int64_t p, CostKind kind) {
   const PackedCloud<T> other(group.symmetric ? 0 : n, d, group.zx + p * n * d, group.hx + p * n);
   const PackedCloud<T>& from = group.symmetric ? to : other;
   const bool half = group.symmetric && d >= kReflectDims;
-  const int64_t share = strips_of<T>(groups_of(n, thread_count())) * kStrip<T>;
-  const int64_t step = d <= kDirectDims ? rows_at_once(d) : std::min(kProductRows, share);
+  const int64_t step = d <= kDirectDims ? rows_at_once(d) : product_rows<T>(n, thread_count());
   T* C = group.C + p * n * m;
   for_each_row(1, groups_of(n, step), step * m * d, [&](int64_t, int64_t block) {
     const int64_t first = block * step, begin = half ? first / kStrip<T> * kStrip<T> : 0;
@@ -253,8 +248,7 @@ void multiply(const ProductGroup<T>& group) {
   for_each_problem(std::vector{group}, [&](const auto&, int64_t p, bool /*split*/) {
     BlockVector<T> z(strips_of<T>(d) * m * kStrip<T>);
     pack(Packing<T>{d, m, group.z + p * m * d, d, true, z.data()});
-    const int64_t share = strips_of<T>(groups_of(n, thread_count())) * kStrip<T>;
-    const int64_t step = std::min(kProductRows, share);
+    const int64_t step = product_rows<T>(n, thread_count());
     for_each_row(1, groups_of(n, step), step * m * d, [&](int64_t, int64_t block) {
       const int64_t first = block * step, row = p * n + first;
       const T* V = group.V + p * n * m + first * (group.transposed ? 1 : m);

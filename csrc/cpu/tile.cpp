@@ -182,13 +182,12 @@ void pack_all(const Packing<T>& p) {
 // cache while all columns of z pass by; the sums of the block's rows stay there, too.
 template <typename T>
 void multiply(const RowsProduct<T>& p) {
-  constexpr int64_t kRows = 96, kChunk = 512;
-  static_assert(kRows % kStrip<T> == 0, "blocks are whole strips");
+  constexpr int64_t kChunk = 512;
   const int64_t strips = strips_of<T>(p.columns), width = strips * kStrip<T>;
-  const int64_t most = std::min(kRows, strips_of<T>(p.rows) * kStrip<T>);
+  const int64_t most = std::min(kProductRows, strips_of<T>(p.rows) * kStrip<T>);
   BlockVector<T> V(most * std::min(kChunk, p.inner)), sums(most * width);
-  for (int64_t i = 0; i < p.rows; i += kRows) {
-    const int64_t rows = std::min(kRows, p.rows - i);
+  for (int64_t i = 0; i < p.rows; i += kProductRows) {
+    const int64_t rows = std::min(kProductRows, p.rows - i);
     std::fill(sums.begin(), sums.end(), T(0));
     for (int64_t k = 0; k < p.inner; k += kChunk) {
       const int64_t chunk = std::min(kChunk, p.inner - k);

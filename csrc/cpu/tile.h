@@ -64,6 +64,19 @@ struct Differences {
 void squared_differences(const Differences<float>& args);
 void squared_differences(const Differences<double>& args);
 
+// Rows of a block of products: so many that the strips of the other side, which every block reads,
+// are used often once they are in the L2 cache.
+constexpr int64_t kProductRows = 96;
+static_assert(kProductRows % kStrip<float> == 0 && kProductRows % kStrip<double> == 0,
+              "blocks are whole strips");
+
+// The same where `count` rows are spread over threads.
+template <typename T>
+int64_t product_rows(int64_t count, int64_t threads) {
+  const int64_t share = strips_of<T>(groups_of(count, threads)) * kStrip<T>;
+  return share < kProductRows ? share : kProductRows;
+}
+
 // out = V z, V (rows, inner) or transposed: rows of a matrix that is not packed.
 template <typename T>
 struct RowsProduct {
