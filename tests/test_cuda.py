@@ -436,6 +436,24 @@ def test_streamed_stores_no_matrix() -> None:
     assert bool(x.grad is not None and x.grad.isfinite().all())
 
 
+@pytest.mark.parametrize("method", ["dense", "streamed"])
+def test_the_gaussian_start_saves_passes(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """Far apart and of different spread: most of the potential is the Gaussians'."""
+    monkeypatch.delenv("OTLOSS_CUDA_REGIME", raising=False)
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(4000, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    y = 3 * y @ torch.diag(torch.tensor([1.0, 0.2, 2.0, 0.5]).double()) + 9
+
+    def passes(device: str, init: tuple[Tensor, Tensor] | None) -> int:
+        call = {"method": method, "tol": 1e-2, "init": init}
+        return int(otloss.solve_sample(x.to(device), y.to(device), 1.0, **call).n_iters)
+
+    nothing = torch.zeros(4000, dtype=torch.float64, device="cuda")
+    started = passes("cuda", None)
+    assert started < passes("cuda", (nothing, nothing))
+    assert abs(started - passes("cpu", None)) <= 2
+
+
 def test_auto_streams_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OTLOSS_CUDA_REGIME", raising=False)
     x = torch.empty(1, 10, 64, device="cuda")

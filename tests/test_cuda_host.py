@@ -171,10 +171,18 @@ class PointGradientCall(Call):
 
 
 class Cloud:
-    """Points made ready, as csrc/cuda/cost.cu does: centred, or of norm 1."""
+    """Points made ready, as csrc/cuda/cost.cu does: centred, or of norm 1. Those of weight 0 are
+    padding, if weights are given."""
 
-    def __init__(self, points: list[Tensor], kind: int) -> None:
+    def __init__(
+        self, points: list[Tensor], kind: int, weights: list[Tensor] | None = None
+    ) -> None:
         self.kind = kind
+        if weights:
+            points = [
+                torch.where(w.unsqueeze(-1) > 0, x, 0.0)
+                for x, w in zip(points, weights, strict=True)
+            ]
         if kind == 2:
             self.norm = [x.norm(dim=-1) for x in points]
             self.z = [torch.nn.functional.normalize(x, dim=-1) for x in points]
@@ -217,12 +225,15 @@ class Engine:
         init: list[Tensor] | None = None,
         trace: bool = False,
         rho: tuple[float, float] = HARD,
+        start: Cloud | None = None,
     ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-        """Of cost matrices per pair, or of points, without matrices."""
+        """Of cost matrices per pair, or of points, without matrices. ``start``: the points of the
+        matrices, for a start."""
         P, B, like = len(pairs) // 2, weights[0].shape[0], weights[0]
         values = like.new_full((P, B), math.nan)
         status = torch.full((P, B, 4), math.nan, dtype=torch.float64)
         calls, all_f, all_g, traces = [], [], [], []
+        made = costs if isinstance(costs, Cloud) else start
         for p, (i, j) in enumerate(reference.as_pairs(pairs)):
             n, m = weights[i].shape[1], weights[j].shape[1]
             f, g = init[2 * p : 2 * p + 2] if init else (weights[i], weights[j])
@@ -237,7 +248,8 @@ class Engine:
                     n=n,
                     m=m,
                     symmetric=int(i == j),
-                    **(costs.pair(i, j) if isinstance(costs, Cloud) else {"C": costs[p]}),
+                    C=None if isinstance(costs, Cloud) else costs[p],
+                    **(made.pair(i, j) if made else {}),
                     a=weights[i],
                     b=weights[j],
                     f=all_f[p],
@@ -330,9 +342,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def long_memory(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    """With as many L-BFGS pairs as the CPU."""
+    """With as many L-BFGS pairs as the CPU, and a start between Gaussians whatever it takes."""
     target = tmp_path_factory.mktemp("cuda_host") / "long_memory.so"
-    return Engine(compiled(target, "-DOTLOSS_LBFGS_PAIRS=8"))
+    return Engine(compiled(target, "-DOTLOSS_LBFGS_PAIRS=8", "-DOTLOSS_START_PASSES=1e9"))
 
 
 @pytest.fixture
@@ -1338,3 +1350,116 @@ def test_hard_problems_in_float32(
     )
     assert bool((status[..., 2] == 1).all())
     torch.testing.assert_close(values.double(), expected, rtol=3e-2, atol=1e-2 * eps)
+
+
+# ------------------------------------------------------------------- the start between Gaussians
+
+
+def startable(d: int, same_spread: bool, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """Clouds large enough for the CPU to try the start first, x in a plane if d > 2."""
+    points, weights = clouds(dtype, 1, 175, 165, d)
+    if d > 2:
+        points[0][..., -1] = points[0][..., 0]
+    if not same_spread:
+        points[1] = 3 * points[1] + 4
+    return points, weights
+
+
+@pytest.mark.parametrize("method", ["dense", "streamed"])
+@pytest.mark.parametrize("d", [1, 2, 3])
+@pytest.mark.parametrize("same_spread", [False, True])
+@pytest.mark.parametrize("rho", [HARD, (5.0, 8.0), (math.inf, 3.0)], ids=str)
+def test_starts_as_the_cpu(
+    long_memory: Engine, rho: tuple[float, float], same_spread: bool, d: int, method: str
+) -> None:
+    """At the potential between Gaussians: near at large eps, given up or not at small eps."""
+    long_memory.configure()
+    points, weights = startable(d, same_spread, torch.float64)
+    cloud, costs = Cloud(points, 0), reference.cost(points, [], [0, 1], 0)
+    given = {"costs": cloud} if method == "streamed" else {"costs": costs, "start": cloud}
+    unit = float(costs[0].mean())
+    for fraction in (1.0, 0.05, 1e-3):
+        options = (fraction * unit, *rho, 1e-2, 300, -1, 0, False)
+        loss, cpu, *_ = ops.solve_points(
+            points, weights, [0, 1], [1.0], [], 0, method == "dense", *options
+        )
+        values, status, *_ = long_memory.solve(
+            weights=weights, pairs=[0, 1], eps=options[0], tol=1e-2, max_iters=300, rho=rho, **given
+        )
+        passes = float(cpu[0, 0, 0])
+        assert abs(float(status[0, 0, 0]) - passes) <= 1 + 0.15 * passes
+        assert bool(status[0, 0, 2] == cpu[0, 0, 2])
+        torch.testing.assert_close(values[0], loss, rtol=1e-2, atol=1e-2 * options[0])
+
+
+def gaussian_potential(x: Tensor, y: Tensor, a: Tensor, b: Tensor, eps: float) -> Tensor:
+    """The formula of csrc/gaussian_potential.h, by eigenvalues, at eps of |x - y|^2."""
+    e = eps / 2
+
+    def root(S: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(S)
+        return vectors @ (values.clamp(min=0).sqrt().unsqueeze(-1) * vectors.mT)
+
+    def moments(z: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        w = w / w.sum()
+        mean = w @ z
+        return mean, (z - mean).mT @ (w.unsqueeze(-1) * (z - mean))
+
+    (mx, A), (my, B) = moments(x, a), moments(y, b)
+    identity = torch.eye(x.shape[-1], dtype=x.dtype)
+    inner = root(root(A) @ B @ root(A) + e**2 / 4 * identity) + e / 2 * identity
+    M = identity - root(A) @ torch.linalg.inv(inner) @ root(A)
+    z = y - my
+    return torch.where(b > 0, ((z @ M) * z).sum(-1) + 2 * z @ (my - mx), 0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("d", [1, 2, 5, 16, 33, 64])
+def test_the_start_between_gaussians(
+    long_memory: Engine, d: int, dtype: torch.dtype, rng: torch.Generator
+) -> None:
+    """One pass from it shows where it was: f is its softmin."""
+    long_memory.configure()
+    points = [randn(rng, 2, 41, d, dtype=dtype), randn(rng, 2, 37, d, dtype=dtype)]
+    points[0] = points[0] @ randn(rng, d, d, dtype=dtype) / d**0.5
+    weights = [rand(rng, 2, size, dtype=dtype) + 0.1 for size in (41, 37)]
+    weights[0][:, 3] = weights[1][:, 5] = 0
+    points[0][:, 3] = points[1][:, 5] = math.nan  # padding
+    weights = [w / w.sum(-1, keepdim=True) for w in weights]
+    clean = [torch.where(w.unsqueeze(-1) > 0, x, 0.0) for x, w in zip(points, weights, strict=True)]
+    (C,) = reference.cost(clean, [], [0, 1], 0)
+    eps = 0.3 * float(C.mean())
+    _, status, f, _, _ = long_memory.solve(
+        [C], weights, [0, 1], eps, max_iters=1, start=Cloud(points, 0, weights)
+    )
+    assert bool((status[..., 0] == 1).all())
+    for k in range(2):
+        (x, y), (a, b) = ([t[k].double() for t in side] for side in (clean, weights))
+        g = gaussian_potential(x, y, a, b, eps)
+        expected = reference.softmin(eps, C[k].double(), g, b)
+        digits = 1e-5 if dtype == torch.float32 else 1e-9
+        torch.testing.assert_close(
+            f[0][k].double()[a > 0], expected[a > 0], rtol=0, atol=digits * float(C.mean())
+        )
+
+
+def test_the_start_is_left_out_where_it_takes_longer_than_it_saves(engine: Engine) -> None:
+    points, weights = clouds(torch.float32, 1, 60, 50)
+    costs = reference.cost(points, [], [0, 1], 0)
+    before = engine.library.engine_launches()
+    engine.solve(costs, weights, [0, 1], 1.0, start=Cloud(points, 0))
+    assert engine.library.engine_launches() - before == 1
+
+
+@pytest.mark.parametrize("d", [2, 20])
+def test_the_start_does_not_depend_on_the_order_of_threads(long_memory: Engine, d: int) -> None:
+    points, weights = clouds(torch.float32, 2, 130, 120, d)
+    results = []
+    for order in range(3):
+        long_memory.configure(order=order)
+        values, status, f, g, _ = long_memory.solve(
+            Cloud(points, 0), weights, DIVERGENCE, 0.5, tol=1e-3
+        )
+        results.append([values, status, *f, *g])
+    for other in results[1:]:
+        assert all(bool((x == y).all()) for x, y in zip(results[0], other, strict=True))

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace otloss::cpu {
+#include "gaussian_potential.h"
 
-constexpr int64_t kGaussianDims = 64;  // the eigenvalue problems stay small
+namespace otloss::cpu {
 
 template <typename T>
 struct GaussianStart {

@@ -3,6 +3,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -28,6 +29,18 @@ constexpr double kEntryOperations = 8;
 constexpr double kOperations = 128;
 constexpr double kStreamedSyncs = 5;
 constexpr double kUneven = 1.5;
+
+// The start between Gaussians: passes that it saves at least (docs/solver.md), doubles per clock of
+// its sums, cycles of a launch, of a rotation with its barriers, and rounds of rotations per
+// dimension.
+#if !defined(OTLOSS_START_PASSES)
+#define OTLOSS_START_PASSES 2  // a test has it made for problems of any size
+#endif
+constexpr double kStartPasses = OTLOSS_START_PASSES;
+constexpr double kDoubles = 32;
+constexpr double kLaunch = 2000;
+constexpr double kRotation = 900;
+constexpr double kSweepsOfRotations = 6;
 
 constexpr int64_t kAlign = 16;
 
@@ -181,6 +194,19 @@ SolvePlan choose_plan(const Shape& shape, const Limits& limits, Regime forced,
                                                 "than there is")
                                   : std::string(" with OTLOSS_CUDA_REGIME=") + name_of(forced)));
   return best;
+}
+
+bool start_pays(const SolvePlan& plan, int64_t problems, int64_t n, int64_t m, int d,
+                const Limits& limits) {
+  const double wide = static_cast<double>(d), multiprocessors = limits.multiprocessors;
+  const double sums = static_cast<double>(problems) *
+                      (0.5 * static_cast<double>(n + m) + static_cast<double>(m)) * wide * wide;
+  const double turns = std::ceil(static_cast<double>(problems) / multiprocessors);
+  // A round touches every entry of two matrices twice.
+  const double round = kRotation + 6 * wide * wide / kDoubles;
+  const double cycles = 3 * kLaunch + sums / (kDoubles * multiprocessors) +
+                        turns * kSweepsOfRotations * (d > 1 ? wide : 0.0) * round;
+  return cycles <= kStartPasses * plan.cycles;
 }
 
 SolvePlan choose_streamed_plan(const Shape& shape, int64_t d, const Limits& limits, Regime forced) {

@@ -110,6 +110,10 @@ Regime forced_regime();
 SolvePlan choose_plan(const Shape& shape, const Limits& limits, Regime forced,
                       const std::function<bool(const SolvePlan&)>& fits);
 
+// Whether a start between Gaussians (start.cu) takes less time than the passes it saves.
+bool start_pays(const SolvePlan& plan, int64_t problems, int64_t n, int64_t m, int d,
+                const Limits& limits);
+
 // For costs that are made from points of d coordinates.
 SolvePlan choose_streamed_plan(const Shape& shape, int64_t d, const Limits& limits, Regime forced);
 

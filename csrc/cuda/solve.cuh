@@ -32,6 +32,7 @@
 #include "penalty.h"
 #include "plan.h"
 #include "reduce.cuh"
+#include "start.h"
 #include "streamed.cuh"
 #include "team.cuh"
 
@@ -69,6 +70,7 @@ struct SolveArguments {
   int64_t problems;                  // of all groups
   int64_t vector_length;             // at least every m, and a multiple of 32
   PackedPair<T> points[kMaxGroups];  // of the groups, streamed
+  const T* starts[kMaxGroups];       // (B, m) to begin at, or null
   T* vectors;                        // (teams, kVectors, vector_length)
   T* streamed;                       // (teams, kStreamedVectors, vector_length)
   T* column_parts;                   // (teams, 3, team_size, vector_length)
@@ -142,6 +144,8 @@ class Solver {
       int group = 0;
       while (batch >= args_.groups.items[group].batch) batch -= args_.groups.items[group++].batch;
       if constexpr (kStreamed) place_points(group, batch);
+      const T* start = args_.starts[group];
+      start_ = start ? start + batch * args_.groups.items[group].m : nullptr;
       solve(args_.groups.items[group], batch);
       team_.sync();  // before the next problem takes the buffers
     }
@@ -160,7 +164,7 @@ class Solver {
   static constexpr int kShare = kStreamed ? kTileRows : 1;
 
   // What the point that was just evaluated is.
-  enum class Phase { kFixed, kSymmetricFirst, kSymmetric, kStart, kTrial, kPlain };
+  enum class Phase { kFixed, kSymmetricFirst, kSymmetric, kStart, kSecondStart, kTrial, kPlain };
 
   // The scalars of one evaluated point.
   struct Scalars {
@@ -306,7 +310,8 @@ class Solver {
     } else {
       phase_ = options_.n_iters >= 0 ? Phase::kFixed : Phase::kStart;
       const T* g = p.g + (b_ - p.b);
-      for_columns([&](int j) { trial_g_[j] = warm ? g[j] : T(0); });
+      const T* from = warm ? g : start_;
+      for_columns([&](int j) { trial_g_[j] = from ? from[j] : T(0); });
       evaluated_ = trial_g_;
     }
   }
@@ -329,7 +334,7 @@ class Solver {
     }
     const Scalars trial = update_columns();
     error_ = trial.error;
-    return phase_ == Phase::kFixed ? fixed_turn(p, batch) : pair_turn(trial);
+    return phase_ == Phase::kFixed ? fixed_turn(p, batch) : pair_turn(p, batch, trial);
   }
 
   // f and g out, value.
@@ -975,24 +980,30 @@ class Solver {
     for (int i = thread_; i < rows_; i += kThreads) function(i, g_[first_column_ + i]);
   }
 
-  OTLOSS_DEVICE void swap_points() {
-    const auto exchange = [](T*& x, T*& y) {
-      T* const z = x;
-      x = y, y = z;
-    };
-    exchange(g_, trial_g_), exchange(gt_, trial_gt_);
+  OTLOSS_DEVICE static void exchange(T*& x, T*& y) {
+    T* const z = x;
+    x = y, y = z;
   }
+
+  OTLOSS_DEVICE void swap_points() { exchange(g_, trial_g_), exchange(gt_, trial_gt_); }
 
   OTLOSS_DEVICE bool may_stage() const { return iterations_ + 1 < options_.max_iters - 1; }
 
   // The point in trial_* was evaluated.
-  OTLOSS_DEVICE bool pair_turn(const Scalars& trial) {
+  OTLOSS_DEVICE bool pair_turn(const SolveGroup<T>& p, int64_t batch, Scalars trial) {
     if (phase_ == Phase::kTrial && !ascends(trial.value, point_.value, t_ * slope_, point_.noise)) {
       t_ *= kShrink;
       if (++attempt_ < kTries && iterations_ + 1 < max_iters_) return try_step();
       return try_plain();
     }
-    if (phase_ == Phase::kStart && stage_ < 0 && begin_stages(trial)) return true;
+    if (stage_ < 0) {
+      T* const kept_F = p.f + batch * p.n + first_row_;
+      bool near = near_enough(trial);
+      if (start_ != nullptr && phase_ == Phase::kStart && !near && options_.max_iters > 2)
+        return try_other_start(trial, kept_F);
+      if (phase_ == Phase::kSecondStart && !is_better_start(&trial, kept_F)) near = false;
+      if (begin_stages(near)) return true;
+    }
     move(trial);
     const bool last = stage_ >= stages_.count;
     const double tol = last || options_.tol > kStageTol ? options_.tol : kStageTol;
@@ -1033,15 +1044,49 @@ class Solver {
     block_.sync();
   }
 
-  // After the first evaluation, at eps: whether stages come before it.
-  OTLOSS_DEVICE bool begin_stages(const Scalars& trial) {
+  // Whether the iterations can start at the point under evaluation.
+  OTLOSS_DEVICE bool near_enough(const Scalars& trial) {
     double residual[1] = {0};
     for_columns([&](int j) {
       const double r = static_cast<double>(trial_gt_[j] - trial_g_[j]);
       residual[0] = Max::join(residual[0], r < 0 ? -r : r);
     });
     team_.template reduce<Max>(residual);
-    if (!is_near(trial.error, residual[0], eps_)) stages_ = make_stages(options_.eps, sigma());
+    return is_near(trial.error, residual[0], eps_);
+  }
+
+  // They cannot start at the point that was proposed: it is put aside, and 0 is next. kept_F:
+  // (rows,), where f will be. r_ and p_ are not used yet.
+  OTLOSS_NOINLINE bool try_other_start(const Scalars& trial, T* kept_F) {
+    point_ = trial;
+    exchange_starts();
+    for (int i = thread_; i < rows_; i += kThreads) kept_F[i] = F_[i], F_[i] = T(0);
+    for_columns([&](int j) { trial_g_[j] = T(0); });
+    phase_ = Phase::kSecondStart;
+    evaluated_ = trial_g_;
+    return true;
+  }
+
+  // Whether 0 is better than the point put aside, which otherwise takes its place.
+  OTLOSS_NOINLINE bool is_better_start(Scalars* trial, const T* kept_F) {
+    phase_ = Phase::kStart;
+    if (trial->value > point_.value) return true;
+    *trial = point_;
+    error_ = trial->error;
+    exchange_starts();
+    for (int i = thread_; i < rows_; i += kThreads) F_[i] = kept_F[i];
+    return false;
+  }
+
+  OTLOSS_DEVICE void exchange_starts() {
+    swap_points();
+    exchange(q_, r_);
+    if (soft_) exchange(asked_, p_);
+  }
+
+  // After the first evaluation, at eps: whether stages come before it.
+  OTLOSS_DEVICE bool begin_stages(bool near) {
+    if (!near) stages_ = make_stages(options_.eps, sigma());
     stage_ = 0;
     if (stages_.count == 0) return false;
     if (!may_stage()) {
@@ -1267,6 +1312,7 @@ class Solver {
   const T* C_;            // (rows, m) of this block, global
   const T* tile_;         // (rows, m) of this block, where passes read it
   const T* b_;            // (m,)
+  const T* start_;        // (m,) to begin at, or null
   const T* row_weights_;  // (n,)
   int warps_, row_teams_;
   bool wide_, symmetric_;
@@ -1365,6 +1411,7 @@ SolveArguments<T> solve_arguments(const Context& context, const Pack<SolveGroup<
   arguments.counters = context.scratch<unsigned>(plan.teams * kCounterStride);
   if (plan.barrier == Barrier::kGrid)
     clear(context, arguments.counters, plan.teams * kCounterStride * sizeof(unsigned));
+  propose_starts(context, pack, options, plan, arguments.starts);
   return arguments;
 }
 

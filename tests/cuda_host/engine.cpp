@@ -10,6 +10,7 @@
 #include "cuda/implicit.cu"
 #include "cuda/plan.cpp"
 #include "cuda/solve.cu"
+#include "cuda/start.cu"
 #include "cuda/streamed.cu"
 #include "cuda/unrolled.cu"
 
