@@ -11,6 +11,7 @@ be reached.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 
 import oracle
@@ -131,9 +132,16 @@ def test_divergence(cost, weights, relative_eps, d, dtype, method, rng):
     if cost == "euclidean":
         tol = replace(tol, points=tol.points + near_pair_error(exact, dtype))
     c.require_grad()
-    loss = otloss.sinkhorn_divergence(
-        c.x, c.y, eps, a=c.a, b=c.b, cost=cost, tol=tol.solver, max_iters=20_000, method=method
-    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", otloss.ConvergenceWarning)
+        loss = otloss.sinkhorn_divergence(
+            c.x, c.y, eps, a=c.a, b=c.b, cost=cost, tol=tol.solver, max_iters=20_000, method=method
+        )
+    if caught and method == "reference" and relative_eps < 0.1:
+        # Two clusters of nearly the same mass on both sides: far from the solution the plain
+        # iteration moves their potentials by eps times the difference only, whatever the gap.
+        pytest.skip("the plain iteration says that it is too slow for this draw")
+    assert not caught
     truth = oracle.loss(exact.x, exact.y, eps, exact.a, exact.b, cost_name=cost)
     assert loss.dtype == dtype
     close(loss, truth.value, tol.value, mean_cost(exact, cost))
