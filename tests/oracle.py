@@ -125,11 +125,13 @@ def _newton(C: Tensor, a: Tensor, b: Tensor, g: Tensor, eps: float) -> tuple[Ten
         t = 1 / max(1.0, float(step.abs().max()) / (5 * eps))
         slope = float((residual * step).sum())
         noise = 1e-13 * float((b * g.abs()).sum() + (a * f.abs()).sum())
-        if semidual(g + t * step) >= semidual(g) + 1e-4 * t * slope - noise:
-            g = g + t * step
-        else:
-            for _ in range(20):
-                g = softmin(C.T, softmin(C, g, b, eps), a, eps)
+        here = semidual(g)
+        shrunk = (t * 0.5**k for k in range(12))
+        taken = (t for t in shrunk if semidual(g + t * step) >= here + 1e-4 * t * slope - noise)
+        t = next(taken, 0.0)
+        g = g + t * step
+        for _ in range(0 if t else 20):
+            g = softmin(C.T, softmin(C, g, b, eps), a, eps)
     f = softmin(C, g, b, eps)
     return f, softmin(C.T, f, a, eps)
 
