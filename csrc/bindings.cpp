@@ -758,7 +758,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensor> implicit_backward_points(
     const auto groups =
         implicit_groups<T>(given, grad_f, grad_g, f, g, status, grads,
                            [&](ImplicitGroup<T>& group, int64_t p) { group.made = made.pair(p); });
-    cpu::implicit_backward(groups, eps, static_cast<Objective>(objective));
+    OTLOSS_LAUNCH(device, implicit_backward, groups, eps, static_cast<Objective>(objective));
     return std::make_tuple(made.gradients(), grads.a, grads.b, status);
   });
 }
@@ -896,6 +896,7 @@ STABLE_TORCH_LIBRARY_IMPL(otloss, CUDA, library) {
   library.impl("unrolled_backward", TORCH_BOX(&otloss::unrolled_backward));
   library.impl("implicit_backward", TORCH_BOX(&otloss::implicit_backward));
   library.impl("envelope_backward_points", TORCH_BOX(&otloss::envelope_backward_points));
+  library.impl("implicit_backward_points", TORCH_BOX(&otloss::implicit_backward_points));
 }
 #endif
 

@@ -648,8 +648,8 @@ def _first_order(
     """By the kernels."""
     if _is_envelope(s, seeds):
         return _at_fixed_potentials(s, seeds, solved, wanted, want_weights)
-    # The CUDA kernels of these gradients need stored costs.
-    through_costs = s.dense or solved.points[0].is_cuda
+    # The CUDA kernels of the unrolled gradient need stored costs.
+    through_costs = s.dense or (solved.points[0].is_cuda and s.backward == "unrolled")
     gradients = _through_costs if through_costs else _from_points
     return gradients(s, seeds, solved, wanted, want_weights)
 

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -30,6 +30,7 @@ REGIMES = ["block", "cluster", "grid", "dense"]
 DIVERGENCE = [0, 1, 0, 0, 1, 1]
 HARD = (math.inf, math.inf)  # rho_x, rho_y
 STRENGTHS = [HARD, (0.7, 0.3), (math.inf, 0.5), (0.02, math.inf)]
+MODES = ["implicit"]
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -94,6 +95,7 @@ class GradientCall(Call):
         *_fields("batch n m L symmetric balanced", ""),
         *((name, ctypes.c_double) for name in ("coefficient", "rho_x", "rho_y")),
         *_fields("", "C a b f g grad grad_f grad_g trace start grad_C grad_a grad_b P status"),
+        *_fields("kind d", "zx zy hx hy sum_x product_x sum_y product_y"),
     ]
 
 
@@ -196,6 +198,24 @@ class Cloud:
         sides = {"zx": z[i], "zy": z[j], "hx": norm[i], "hy": norm[j]}
         return {"kind": self.kind, "d": z[0].shape[-1], **sides}
 
+    def sums(self, i: int, j: int) -> dict[str, Tensor]:
+        """For V 1 and V y of both sides; a cloud against itself has one."""
+        out = {}
+        for side, c in (("x", i), ("y", j))[: 1 + (i != j)]:
+            out[f"sum_{side}"] = torch.full_like(self.norm[c], math.nan)
+            out[f"product_{side}"] = torch.full_like(self.z[c], math.nan)
+        return out
+
+    def sums_of(self, i: int, j: int, C: Tensor, grad_C: Tensor) -> list[Tensor]:
+        """The same from a gradient of the costs."""
+        V = 2 * grad_C if self.kind == 0 else grad_C
+        if self.kind == 1:
+            V = torch.where(C > 0, grad_C / C, 0.0)
+        if i == j:
+            V = V + V.mT
+            return [V.sum(-1), V @ self.z[i]]
+        return [V.sum(-1), V @ self.z[j], V.sum(-2), V.mT @ self.z[i]]
+
 
 class Engine:
     def __init__(self, library: Path) -> None:
@@ -275,15 +295,23 @@ class Engine:
         return values, status, all_f, all_g, traces
 
     def gradient(
-        self, p: Problem, *, implicit: bool, costs: bool = True, potentials: bool = True
+        self,
+        p: Problem,
+        *,
+        implicit: bool,
+        costs: bool = True,
+        potentials: bool = True,
+        made: Cloud | None = None,
     ) -> list[Tensor]:
-        """Per pair the gradients of C, a, b, then the status of all pairs if implicit."""
+        """Per pair the gradients of C, a, b, then the status of all pairs if implicit. ``made``:
+        points in place of the costs, and of each side V 1 and V y in place of the gradient of C."""
         count, B, like = len(p.costs), p.costs[0].shape[0], p.costs[0]
         status = torch.full((count, B, 2), math.nan, dtype=torch.float64)
         calls, results = [], []
         for q, (i, j) in enumerate(reference.as_pairs(p.pairs)):
             tensors = (p.costs[q], p.weights[i], p.weights[j])
             grads = [torch.full_like(t, math.nan) for t in tensors]
+            sums = made.sums(i, j) if made and costs else {}
             calls.append(
                 GradientCall(
                     batch=B,
@@ -295,7 +323,7 @@ class Engine:
                     coefficient=p.coefficients[q],
                     rho_x=p.rho[i > 0],
                     rho_y=p.rho[j > 0],
-                    C=tensors[0],
+                    C=None if made else tensors[0],
                     a=tensors[1],
                     b=tensors[2],
                     f=p.f[q],
@@ -305,14 +333,16 @@ class Engine:
                     grad_g=p.grad_g[q] if potentials else None,
                     trace=p.traces[q] if p.traces else None,
                     start=p.init[2 * q + 1] if p.init else None,
-                    grad_C=grads[0] if costs else None,
+                    grad_C=grads[0] if costs and not made else None,
                     grad_a=grads[1],
                     grad_b=grads[2],
-                    P=grads[0],
+                    P=None if made else grads[0],
                     status=status[q] if implicit else None,
+                    **(made.pair(i, j) if made else {}),
+                    **sums,
                 )
             )
-            results += grads if costs else grads[1:]
+            results += [*sums.values(), *grads[1:]] if made or not costs else grads
         self.check(
             self.library.engine_gradient(
                 int(like.dtype == torch.float64),
@@ -1114,6 +1144,144 @@ def test_gradient_sums_of_points(
     for got, expected in ((total, V.sum(-1)), (product, V @ zy.double())):
         scale = float(expected.abs().max()) + 1e-30
         torch.testing.assert_close(got.double() / scale, expected / scale, rtol=0, atol=tolerance)
+
+
+def assert_made_gradients_agree(
+    engine: Engine,
+    cloud: Cloud,
+    problem: Problem,
+    *,
+    implicit: bool,
+    looser: float = 1.0,
+) -> None:
+    """With those of the CPU from the matrices, per pair, sums and weights."""
+    status: list[Tensor] = []
+    *found, last = engine.gradient(problem, implicit=implicit, made=cloud)
+    *expected, true_last = problem.on_cpu(implicit=implicit)
+    if implicit:
+        status = [last, true_last]
+    else:
+        found, expected = [*found, last], [*expected, true_last]
+    wanted = []
+    for q, (i, j) in enumerate(reference.as_pairs(problem.pairs)):
+        grad_C, *weights = expected[3 * q : 3 * q + 3]
+        wanted += [*cloud.sums_of(i, j, problem.costs[q], grad_C), *weights]
+    assert len(found) == len(wanted)
+    dtype = problem.grad.dtype
+    assert_gradients_agree(found, wanted, dtype, looser=looser)
+    if implicit:
+        iterations = [s[..., 0] for s in status]
+        assert bool(((iterations[0] - iterations[1]).abs() <= 2).all())
+        assert float(status[0][..., 1].max()) < (1e-8 if dtype == torch.float32 else 1e-13)
+
+
+def made_problem(
+    dtype: torch.dtype, kind: int, d: int, eps: float, **kw: Any
+) -> tuple[Cloud, Problem]:
+    sizes = kw.pop("sizes", (40, 33))
+    pairs = kw.pop("pairs", DIVERGENCE)
+    points, weights = clouds(dtype, kw.pop("batch", 2), *sizes, d)
+    cloud = Cloud(points, kind)
+    # Of the rounded points: the reciprocal of a small distance magnifies their rounding.
+    costs = [C.to(dtype) for C in reference.cost([z.double() for z in cloud.z], [], pairs, kind)]
+    unit = float(costs[0].mean()) + 0.01
+    rho = tuple(strength * unit for strength in kw.pop("rho", HARD))
+    weights = soft(weights, rho)
+    return cloud, solved(costs, weights, pairs, eps * unit, rho=rho, **kw)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("objective", [0, 1])
+@pytest.mark.parametrize("rho", STRENGTHS, ids=str)
+@pytest.mark.parametrize(("kind", "d"), [(0, 1), (0, 3), (1, 3), (2, 3), (0, 20), (1, 20), (2, 40)])
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_of_points(
+    engine: Engine,
+    mode: str,
+    kind: int,
+    d: int,
+    rho: tuple[float, float],
+    objective: int,
+    dtype: torch.dtype,
+) -> None:
+    n_iters = -1 if mode == "implicit" else 7
+    cloud, problem = made_problem(
+        dtype, kind, d, 0.3, objective=objective, rho=rho, n_iters=n_iters
+    )
+    assert_made_gradients_agree(engine, cloud, problem, implicit=mode == "implicit", looser=10)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "sizes", [(1, 1), (1, 9), (9, 1), (3, 700), (700, 3), (64, 64), (17, 1100)], ids=str
+)
+def test_gradients_of_points_at_every_shape(
+    engine: Engine, sizes: tuple[int, int], mode: str
+) -> None:
+    for dtype, d in ((torch.float32, 3), (torch.float64, 18)):
+        cloud, problem = made_problem(
+            dtype, 1, d, 0.3, sizes=sizes, pairs=[0, 1], batch=1, objective=1,
+            n_iters=-1 if mode == "implicit" else 3,
+        )  # fmt: skip
+        assert_made_gradients_agree(engine, cloud, problem, implicit=mode == "implicit", looser=30)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_of_points_do_not_depend_on_the_order_of_threads(
+    engine: Engine, mode: str
+) -> None:
+    n_iters = -1 if mode == "implicit" else 5
+    for d in (3, 40):
+        cloud, problem = made_problem(
+            torch.float32, 0, d, 0.2, sizes=(37, 350), objective=1, n_iters=n_iters
+        )
+        results = []
+        for order in range(3):
+            engine.configure(order=order)
+            results.append(engine.gradient(problem, implicit=mode == "implicit", made=cloud))
+        for other in results[1:]:
+            assert all(bool((x == y).all()) for x, y in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_of_many_problems_of_points(engine: Engine, mode: str) -> None:
+    """More than run at once, and more pairs than a launch takes."""
+    engine.configure(multiprocessors=3, capability=80, shared=163 * 1024)
+    cloud, problem = made_problem(
+        torch.float64, 0, 2, 0.3, sizes=(12, 10), pairs=[0, 1] * 10, batch=5, objective=1,
+        n_iters=-1 if mode == "implicit" else 3,
+    )  # fmt: skip
+    assert_made_gradients_agree(engine, cloud, problem, implicit=mode == "implicit")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_of_points_that_are_not_wanted(engine: Engine, mode: str) -> None:
+    n_iters = -1 if mode == "implicit" else 4
+    cloud, problem = made_problem(torch.float64, 2, 3, 0.3, objective=1, n_iters=n_iters)
+    found = engine.gradient(
+        problem, implicit=mode == "implicit", costs=False, potentials=False, made=cloud
+    )
+    expected = problem.on_cpu(implicit=mode == "implicit", costs=False, potentials=False)
+    assert_gradients_agree(found[:6], expected[:6], torch.float64)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_of_points_that_are_not_finite(engine: Engine, mode: str) -> None:
+    n_iters = -1 if mode == "implicit" else 3
+    cloud, problem = made_problem(
+        torch.float32, 0, 3, 0.3, objective=1, pairs=[0, 1], n_iters=n_iters
+    )
+    for tensor in (*problem.f, *problem.g, *problem.traces):
+        tensor[1] = math.nan
+    sum_x, product_x, sum_y, product_y, *rest = engine.gradient(
+        problem, implicit=mode == "implicit", made=cloud
+    )
+    for t, w in ((sum_x, 0), (product_x, 0), (sum_y, 1), (product_y, 1)):
+        assert bool(t[0].isfinite().all())
+        assert bool(t[1][problem.weights[w][1] > 0].isnan().all())
+    if mode == "implicit":
+        residual = rest[2][0, :, 1]
+        assert bool(residual[0].isfinite() and residual[1].isnan())
 
 
 # --------------------------------------------------------------------------- soft marginals, steps

@@ -15,11 +15,18 @@
 //
 // Vectors and sums are in double as on the CPU, whatever the plan's dtype. An entry is converted
 // once per pass: 16 per clock and multiprocessor, as fast as the exponentials of a solve.
+//
+// Without cost matrices (made_sums.cuh) the plan is made again in every product, once for the rows
+// and once for the columns, with one more wait in between, for w. What the points receive is one
+// more launch, by the potentials and the solution (alpha, beta) that this one leaves.
 #include <limits>
 
 #include "block.cuh"
+#include "made_sums.cuh"
 #include "math.h"
+#include "pack.cuh"
 #include "penalty.h"
+#include "point_sums.h"
 #include "reduce.cuh"
 #include "sweep.cuh"
 
@@ -33,24 +40,45 @@ OTLOSS_HOST_DEVICE constexpr double implicit_tolerance() {
 }
 constexpr int kMaxCgIterations = 2000;
 
-// Vectors of a problem in double, of rows and of columns, see Implicit::place.
-constexpr int kRowVectors = 7, kColumnVectors = 9;
+// Vectors of a problem in double, of rows and of columns, see Implicit::place; the last is the
+// plan's.
+constexpr int kRowVectors = 7, kColumnVectors = 10;
 
 template <typename T>
-struct ImplicitKernel {
-  static constexpr int kThreads = kSolveThreads;
-
+struct ImplicitArguments {
   Pack<ImplicitGroup<T>> groups;
   TeamArguments<double> team;
   double eps;
   Objective objective;
   double* rows;     // (teams, kRowVectors, rows)
   double* columns;  // (teams, kColumnVectors, columns)
-  T* published;     // (teams, columns)
+};
+
+template <typename T>
+struct ImplicitKernel {
+  static constexpr int kThreads = kSolveThreads;
+
+  ImplicitArguments<T> arguments;
+  T* published;  // (teams, columns)
 
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const;
 };
+
+// The same without cost matrices.
+template <typename T>
+struct MadeImplicitKernel {
+  static constexpr int kThreads = kSolveThreads;
+
+  ImplicitArguments<T> arguments;
+  MadeLayout layout;
+  PlanOfPoints<T> plans[kMaxGroups];
+
+  template <class Block>
+  OTLOSS_DEVICE void operator()(Block& block) const;
+};
+
+// ------------------------------------------------------------------------- the plan in memory
 
 struct NoPart {};
 
@@ -112,13 +140,185 @@ struct ProductWork {
   }
 };
 
+// The plan of a problem as the linear system needs it; likewise MadePlan.
 template <typename T, class Block>
-class Implicit {
+class StoredPlan {
  public:
+  using Kernel = ImplicitKernel<T>;
   using Team = TeamSweep<T, double, Block>;
 
-  OTLOSS_DEVICE Implicit(Block& block, const ImplicitKernel<T>& kernel)
-      : kernel_(kernel), eps_(kernel.eps), team_(block, kernel.team) {}
+  OTLOSS_DEVICE StoredPlan(Block&, const Kernel& kernel, Team& team)
+      : kernel_(kernel), team_(team) {}
+
+  OTLOSS_DEVICE void place(const ImplicitGroup<T>& p, int64_t batch) {
+    const int64_t at = batch * p.n + team_.first_row();
+    m_ = p.m;
+    a_ = p.a + at, b_ = p.b + batch * m_;
+    C_ = p.C + at * m_;
+    P_ = team_.tile(p.P + at * m_);
+    grad_C_ = p.grad_C ? p.grad_C + at * m_ : nullptr;
+    published_ = kernel_.published + team_.index() * kernel_.arguments.team.columns;
+  }
+
+  // From f (rows,) and g (m,).
+  OTLOSS_DEVICE void make(const double* f, const double* g) {
+    const double to_base2 = kLog2E / kernel_.arguments.eps;
+    const T k = static_cast<T>(to_base2);
+    team_.for_columns([&](int j) {
+      const T G = k * static_cast<T>(g[j]);
+      team_.store(published_ + j, b_[j] > T(0) ? G + fast_log2(b_[j]) : static_cast<T>(kLog2Zero));
+    });
+    team_.sync();
+    team_.for_entries([&](int i, int j) {
+      const int64_t at = static_cast<int64_t>(i) * m_ + j;
+      const T F = static_cast<T>(to_base2 * f[i]);
+      // A potential that is NaN makes the plan NaN, which its exponential alone would not.
+      P_[at] = a_[i] > T(0)
+                   ? plan_entry(a_[i], F + team_.load(published_ + j) - k * C_[at]) + T(0) * F
+                   : T(0);
+    });
+    team_.block_sync();
+  }
+
+  // Row sums of P, or of P C, to w (rows,), and column sums to set(j, sum).
+  template <typename Set>
+  OTLOSS_DEVICE void sums(bool of_costs, double* w, Set&& set) {
+    team_.pass(PlanSumsWork<T>{P_, of_costs ? C_ : nullptr, m_, w});
+    team_.sync();
+    team_.join(set);
+  }
+
+  // w = base + sign (P x) inverse, and P^T w to set(j, sum); x, base and inverse may be null.
+  template <typename Set>
+  OTLOSS_DEVICE void product(const double* x, const double* base, const double* inverse,
+                             double sign, double* w, Set&& set) {
+    pass(x, base, inverse, sign, w);
+    team_.join(set);
+  }
+
+  // w = P x.
+  OTLOSS_DEVICE void row_product(const double* x, double* w) { pass(x, nullptr, nullptr, 1, w); }
+
+  // The gradient of the cost, P (s + t C + alpha + beta); P may stand where it goes.
+  OTLOSS_DEVICE void finish(double s, double t, const double* alpha, const double* beta) {
+    if (grad_C_ == nullptr) return;
+    team_.for_columns([&](int j) { team_.store(published_ + j, static_cast<T>(beta[j])); });
+    team_.sync();
+    team_.for_entries([&](int i, int j) {
+      const int64_t at = static_cast<int64_t>(i) * m_ + j;
+      const T shift = static_cast<T>(s) + static_cast<T>(alpha[i]), plan = P_[at];
+      const T value = plan * (shift + static_cast<T>(t) * C_[at] + team_.load(published_ + j));
+      grad_C_[at] = plan != T(0) ? value : T(0);
+    });
+  }
+
+ private:
+  OTLOSS_DEVICE void pass(const double* x, const double* base, const double* inverse, double sign,
+                          double* w) {
+    team_.pass(ProductWork<Block, T>{team_.memory(), P_, m_, x, base, inverse, sign, w});
+    team_.sync();
+  }
+
+  const Kernel& kernel_;
+  Team& team_;
+  int64_t m_;
+  const T* a_;    // (rows,)
+  const T* b_;    // (m,)
+  const T* C_;    // (rows, m)
+  T* P_;          // (rows, m)
+  T* grad_C_;     // (rows, m) or null
+  T* published_;  // (m,) k g + log2 b, later beta
+};
+
+// ------------------------------------------------------------------------ the plan of points
+
+template <typename T, class Block>
+class MadePlan {
+ public:
+  using Kernel = MadeImplicitKernel<T>;
+  using Sides = MadeSides<T, double, Block>;
+  using Team = typename Sides::Team;
+
+  OTLOSS_DEVICE MadePlan(Block& block, const Kernel& kernel, Team& team)
+      : kernel_(kernel), team_(team), sides_(block, team, kernel.layout) {}
+
+  OTLOSS_DEVICE void place(const ImplicitGroup<T>& p, int64_t batch) {
+    const PlanOfPoints<T>& plan = kernel_.plans[&p - kernel_.arguments.groups.items];
+    sides_.place(plan.points, batch, p.n, p.m, p.symmetric, kernel_.arguments.eps);
+    a_ = p.a + batch * p.n + team_.first_row(), b_ = p.b + batch * p.m;
+    F_ = plan.F + batch * sides_.x().stride, G_ = plan.G + batch * sides_.y().stride;
+    alpha_ = plan.alpha + batch * p.n + team_.first_row(), beta_ = plan.beta + batch * p.m;
+    out_ = kernel_.arguments.columns +
+           (team_.index() * kColumnVectors + kColumnVectors - 1) * kernel_.arguments.team.columns;
+  }
+
+  OTLOSS_DEVICE void make(const double* f, const double* g) {
+    const double k = kLog2E / kernel_.arguments.eps;
+    sides_.fill_rows(F_, [&](int i) { return static_cast<T>(k * f[i]) + log2_weight(a_[i]); });
+    sides_.fill_columns(G_, [&](int j) { return static_cast<T>(k * g[j]) + log2_weight(b_[j]); });
+    team_.sync();
+  }
+
+  template <typename Set>
+  OTLOSS_DEVICE void sums(bool of_costs, double* w, Set&& set) {
+    sides_.over_columns(F_, G_, nullptr, of_costs, w);
+    const T* const F = F_ + team_.first_row();
+    team_.for_rows([&](int i) { w[i] += nothing(F[i]); });
+    sides_.over_rows(F_, G_, nullptr, of_costs, out_ + team_.first_column());
+    team_.for_columns([&](int j) { set(j, out_[j] + nothing(G_[j])); });
+    team_.block_sync();
+  }
+
+  template <typename Set>
+  OTLOSS_DEVICE void product(const double* x, const double* base, const double* inverse,
+                             double sign, double* w, Set&& set) {
+    if (x != nullptr) sides_.over_columns(F_, G_, x, false, w);
+    team_.for_rows([&](int i) {
+      const double sum = x != nullptr ? w[i] * (inverse ? inverse[i] : 1.0) : 0.0;
+      team_.store(w + i, (base ? base[i] : 0.0) + sign * sum);
+    });
+    team_.sync();
+    sides_.over_rows(F_, G_, w - team_.first_row(), false, out_ + team_.first_column());
+    team_.for_columns([&](int j) { set(j, out_[j]); });
+    team_.block_sync();
+  }
+
+  OTLOSS_DEVICE void row_product(const double* x, double* w) {
+    sides_.over_columns(F_, G_, x, false, w);
+  }
+
+  // For the gradient of the points, by another launch.
+  OTLOSS_DEVICE void finish(double, double, const double* alpha, const double* beta) {
+    team_.for_rows([&](int i) { alpha_[i] = static_cast<T>(alpha[i]); });
+    team_.for_columns([&](int j) { beta_[j] = static_cast<T>(beta[j]); });
+  }
+
+ private:
+  // NaN of a potential that is NaN, which its exponential alone would not make.
+  OTLOSS_DEVICE static double nothing(T exponent) { return static_cast<double>(T(0) * exponent); }
+
+  const Kernel& kernel_;
+  Team& team_;
+  Sides sides_;
+  const T* a_;        // (rows,)
+  const T* b_;        // (m,)
+  T *F_, *G_;         // (n,) (m,) k f + log2 a, k g + log2 b
+  T *alpha_, *beta_;  // (rows,) (m,)
+  double* out_;       // (m,) sums on their way
+};
+
+// ------------------------------------------------------------------------------ the system
+
+template <typename T, class Block, class Plan>
+class Implicit {
+ public:
+  using Team = typename Plan::Team;
+
+  OTLOSS_DEVICE Implicit(Block& block, const typename Plan::Kernel& kernel)
+      : kernel_(kernel.arguments),
+        eps_(kernel.arguments.eps),
+        team_(block, kernel.arguments.team),
+        plan_(block, kernel, team_) {}
 
   OTLOSS_DEVICE void run() {
     team_.for_problems(kernel_.groups, [&](const ImplicitGroup<T>& p, int64_t batch) {
@@ -136,7 +336,8 @@ class Implicit {
       }
       back_substitute(p);
       if (p.grad_a) weight_gradients(p, batch);
-      if (p.grad_C) cost_gradient(p, batch);
+      const bool transport = kernel_.objective == Objective::kTransport;
+      plan_.finish(scale_, transport ? -scale_ / eps_ : 0.0, w_, beta_);
     });
   }
 
@@ -150,13 +351,10 @@ class Implicit {
   OTLOSS_DEVICE void place(const ImplicitGroup<T>& p, int64_t batch) {
     const int64_t row = team_.first_row();
     x_ = {1 / p.strength.rho_x}, y_ = {1 / p.strength.rho_y};
-    m_ = p.m;
+    plan_.place(p, batch);
     scale_ = static_cast<double>(p.coefficient * p.grad[batch]);
     a_ = p.a + batch * p.n + row;
     b_ = p.b + batch * p.m;
-    C_ = p.C + (batch * p.n + row) * p.m;
-    P_ = team_.tile(p.P + (batch * p.n + row) * p.m);
-    published_ = kernel_.published + team_.index() * kernel_.team.columns;
     double* rows = kernel_.rows + team_.index() * kRowVectors * kernel_.team.rows + row;
     double* columns = kernel_.columns + team_.index() * kColumnVectors * kernel_.team.columns;
     const auto next = [](double*& from, int64_t length) {
@@ -195,32 +393,19 @@ class Implicit {
       const double other = p.symmetric ? static_cast<double>(f[row_of(j)]) : 0.0;
       const double own = static_cast<double>(g[j]);
       g_[j] = !(b_[j] > T(0)) ? 0.0 : p.symmetric ? 0.5 * (own + other) : own - shift;
-      const T safe = b_[j] > T(0) ? b_[j] : T(1);
-      const T G = static_cast<T>(kLog2E / eps_) * static_cast<T>(g_[j]) + fast_log2(safe);
-      team_.store(published_ + j, b_[j] > T(0) ? G : static_cast<T>(kLog2Zero));
     });
     team_.block_sync();
     team_.for_rows([&](int i) {
       const double own = static_cast<double>(f[i]) + shift;
       f_[i] = !(a_[i] > T(0)) ? 0.0 : p.symmetric ? g_[team_.first_column() + i] : own;
     });
-    team_.sync();
+    team_.block_sync();
   }
 
   // P, and its sums over the dampings.
   OTLOSS_DEVICE void make_plan(const ImplicitGroup<T>& p) {
-    const T k = static_cast<T>(kLog2E / eps_);
-    team_.for_entries([&](int i, int j) {
-      const int64_t at = static_cast<int64_t>(i) * m_ + j;
-      const T F = static_cast<T>(kLog2E / eps_ * f_[i]);
-      // A potential that is NaN makes the plan NaN, which its exponential alone would not.
-      P_[at] = a_[i] > T(0)
-                   ? plan_entry(a_[i], F + team_.load(published_ + j) - k * C_[at]) + T(0) * F
-                   : T(0);
-    });
-    team_.block_sync();
-    sums_of(nullptr);
-    team_.join([&](int j, double sum) { c_[j] = sum / y_.damping(eps_); });
+    plan_.make(f_, g_);
+    plan_.sums(false, w_, [&](int j, double sum) { c_[j] = sum / y_.damping(eps_); });
     team_.for_rows([&](int i) {
       row_mass_[i] = w_[i] / x_.damping(eps_);
       inverse_r_[i] = row_mass_[i] != 0 ? 1 / row_mass_[i] : 0.0;
@@ -232,19 +417,6 @@ class Implicit {
     });
   }
 
-  // Row sums of P, or of P C, to w_; column sums for the join that follows.
-  OTLOSS_DEVICE void sums_of(const T* C) {
-    team_.pass(PlanSumsWork<T>{P_, C, m_, w_});
-    team_.sync();
-  }
-
-  // Likewise of the product.
-  OTLOSS_DEVICE void product(const double* x, const double* base, const double* inverse,
-                             double sign) {
-    team_.pass(ProductWork<Block, T>{team_.memory(), P_, m_, x, base, inverse, sign, w_});
-    team_.sync();
-  }
-
   // The objective's derivatives at fixed potentials (regularized: all there are at the solution),
   // what <P, C> puts on the potentials, and what comes from outside.
   OTLOSS_DEVICE void seed(const ImplicitGroup<T>& p, int64_t batch) {
@@ -254,8 +426,7 @@ class Implicit {
       return grad && weight > T(0) ? static_cast<double>(grad[i]) : 0.0;
     };
     if (kernel_.objective == Objective::kTransport) {
-      sums_of(C_);
-      team_.join([&](int j, double sum) { q_[j] = scale_ * sum; });
+      plan_.sums(true, w_, [&](int j, double sum) { q_[j] = scale_ * sum; });
       team_.for_rows([&](int i) {
         f_bar_[i] = outside(grad_f, a_[i], i) + scale_ * w_[i] / eps_;
         a_bar_[i] = quotient(scale_ * w_[i], a_[i]);
@@ -310,8 +481,7 @@ class Implicit {
     } else {
       team_.for_rows([&](int i) { base_[i] = f_bar_[i] * inverse_r_[i]; });
       team_.block_sync();
-      product(nullptr, base_, nullptr, 1);
-      team_.join([&](int j, double sum) { q_[j] = sum; });
+      plan_.product(nullptr, base_, nullptr, 1, w_, [&](int j, double sum) { q_[j] = sum; });
       team_.for_columns([&](int j) {
         rest_[j] = g_bar_[j] - q_[j];
         size[0] += inverse_c_[j] * (g_bar_[j] * g_bar_[j] + q_[j] * q_[j]);
@@ -325,11 +495,11 @@ class Implicit {
   // q = A direction.
   OTLOSS_DEVICE void apply() {
     if (symmetric_) {
-      product(direction_, nullptr, nullptr, 1);
+      plan_.row_product(direction_, w_);
       team_.for_columns([&](int j) { q_[j] = c_[j] * team_.load(direction_ + j) + w_[row_of(j)]; });
     } else {
-      product(direction_, nullptr, inverse_r_, 1);
-      team_.join([&](int j, double sum) { q_[j] = c_[j] * team_.load(direction_ + j) - sum; });
+      plan_.product(direction_, nullptr, inverse_r_, 1, w_,
+                    [&](int j, double sum) { q_[j] = c_[j] * team_.load(direction_ + j) - sum; });
     }
   }
 
@@ -381,10 +551,7 @@ class Implicit {
 
   // alpha, to w_, and what both put on the weights.
   OTLOSS_DEVICE void back_substitute(const ImplicitGroup<T>& p) {
-    team_.for_columns([&](int j) {
-      team_.store(direction_ + j, beta_[j]);
-      team_.store(published_ + j, static_cast<T>(beta_[j]));
-    });
+    team_.for_columns([&](int j) { team_.store(direction_ + j, beta_[j]); });
     team_.sync();
     if (p.symmetric) {
       team_.for_columns([&](int j) {
@@ -394,8 +561,8 @@ class Implicit {
         b_bar_[j] -= rest;
       });
     } else {
-      product(direction_, base_, inverse_r_, -1);
-      team_.join([&](int j, double sum) { b_bar_[j] -= eps_ * quotient(sum, b_[j]); });
+      plan_.product(direction_, base_, inverse_r_, -1, w_,
+                    [&](int j, double sum) { b_bar_[j] -= eps_ * quotient(sum, b_[j]); });
     }
     team_.block_sync();
     team_.for_rows([&](int i) {  // (P beta)_i = f_bar_i - r_i alpha_i
@@ -418,31 +585,15 @@ class Implicit {
         [&](int j) { grad_b[j] = b_[j] > T(0) ? static_cast<T>(b_bar_[j] - shift) : T(0); });
   }
 
-  // P may stand where it goes.
-  OTLOSS_DEVICE void cost_gradient(const ImplicitGroup<T>& p, int64_t batch) {
-    T* const grad_C = p.grad_C + (batch * p.n + team_.first_row()) * m_;
-    const bool transport = kernel_.objective == Objective::kTransport;
-    const T s = static_cast<T>(scale_), t = static_cast<T>(transport ? -scale_ / eps_ : 0.0);
-    team_.for_entries([&](int i, int j) {
-      const int64_t at = static_cast<int64_t>(i) * m_ + j;
-      const T shift = s + static_cast<T>(w_[i]), plan = P_[at];
-      const T value = plan * (shift + t * C_[at] + team_.load(published_ + j));
-      grad_C[at] = plan != T(0) ? value : T(0);
-    });
-  }
-
-  const ImplicitKernel<T>& kernel_;
+  const ImplicitArguments<T>& kernel_;
   const double eps_;
   Team team_;
+  Plan plan_;
   Penalty x_, y_;
-  int64_t m_;
   double scale_, mass_a_, mass_b_;
   bool symmetric_;
   const T* a_;                                // (rows,)
   const T* b_;                                // (m,)
-  const T* C_;                                // (rows, m)
-  T* P_;                                      // (rows, m)
-  T* published_;                              // (m,) k g + log2 b, later beta
   double *f_, *g_;                            // (rows,) (m,) the solution with <a, f> = <b, g>
   double *f_bar_, *g_bar_, *a_bar_, *b_bar_;  // (rows,) (m,) (rows,) (m,)
   double *row_mass_, *c_;                     // (rows,) (m,) sums of P over the dampings
@@ -456,8 +607,56 @@ class Implicit {
 template <typename T>
 template <class Block>
 OTLOSS_DEVICE void ImplicitKernel<T>::operator()(Block& block) const {
-  Implicit<T, Block> implicit(block, *this);
+  Implicit<T, Block, StoredPlan<T, Block>> implicit(block, *this);
   implicit.run();
+}
+
+template <typename T>
+template <class Block>
+OTLOSS_DEVICE void MadeImplicitKernel<T>::operator()(Block& block) const {
+  Implicit<T, Block, MadePlan<T, Block>> implicit(block, *this);
+  implicit.run();
+}
+
+// All but the team.
+template <typename T>
+void fill_arguments(const Context& context, const Pack<ImplicitGroup<T>>& pack, double eps,
+                    Objective objective, ImplicitArguments<T>* arguments) {
+  const TeamArguments<double>& team = arguments->team;
+  arguments->groups = pack;
+  arguments->eps = eps;
+  arguments->objective = objective;
+  arguments->rows = context.scratch<double>(team.teams * kRowVectors * team.rows);
+  arguments->columns = context.scratch<double>(team.teams * kColumnVectors * team.columns);
+}
+
+template <typename T>
+void stored_backward(const Context& context, const Pack<ImplicitGroup<T>>& pack, double eps,
+                     Objective objective) {
+  ImplicitKernel<T> kernel{};
+  TeamArguments<double>& team = kernel.arguments.team;
+  const Grid grid = plan_team<ImplicitKernel<T>, T>(context, pack, &team);
+  fill_arguments(context, pack, eps, objective, &kernel.arguments);
+  kernel.published = context.scratch<T>(team.teams * team.columns);
+  launch(context, kernel, grid);
+}
+
+template <typename T>
+void made_backward(const Context& context, const Pack<ImplicitGroup<T>>& pack, double eps,
+                   Objective objective, Packer<T>& packer) {
+  MadeImplicitKernel<T> kernel{};
+  const Grid grid = plan_made_team<T>(context, pack, pack.items[0].made.points.d,
+                                      &kernel.arguments.team, &kernel.layout);
+  fill_arguments(context, pack, eps, objective, &kernel.arguments);
+  for (int i = 0; i < pack.count; ++i) {
+    const ImplicitGroup<T>& p = pack.items[i];
+    kernel.plans[i] = {packer(p.batch, p.n, p.m, p.made.points),
+                       context.scratch<T>(p.batch * packed_stride(p.n)),
+                       context.scratch<T>(p.batch * packed_stride(p.m)),
+                       context.scratch<T>(p.batch * p.n), context.scratch<T>(p.batch * p.m)};
+  }
+  launch(context, kernel, grid);
+  implicit_point_sums(context, pack, kernel.plans, eps, objective);
 }
 
 }  // namespace
@@ -465,17 +664,12 @@ OTLOSS_DEVICE void ImplicitKernel<T>::operator()(Block& block) const {
 template <typename T>
 void implicit_backward(const Context& context, const std::vector<ImplicitGroup<T>>& groups,
                        double eps, Objective objective) {
+  Packer<T> packer(context);
   for_each_pack(groups, [&](const Pack<ImplicitGroup<T>>& pack) {
-    ImplicitKernel<T> kernel{};
-    kernel.groups = pack;
-    kernel.eps = eps;
-    kernel.objective = objective;
-    const Grid grid = plan_team<ImplicitKernel<T>, T>(context, pack, &kernel.team);
-    const TeamArguments<double>& team = kernel.team;
-    kernel.rows = context.scratch<double>(team.teams * kRowVectors * team.rows);
-    kernel.columns = context.scratch<double>(team.teams * kColumnVectors * team.columns);
-    kernel.published = context.scratch<T>(team.teams * team.columns);
-    launch(context, kernel, grid);
+    if (pack.items[0].C != nullptr)
+      stored_backward(context, pack, eps, objective);
+    else
+      made_backward(context, pack, eps, objective, packer);
   });
 }
 

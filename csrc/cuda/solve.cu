@@ -51,7 +51,7 @@ void solve(const Context& context, const std::vector<SolveGroup<T>>& groups,
   if (!groups.empty() && groups.front().C == nullptr)
     return solve_streamed(context, groups, options);
   for_each_pack(groups, [&](const Pack<SolveGroup<T>>& pack) {
-    const Shape shape = shape_of(pack);
+    const Shape shape = shape_of<T>(pack);
     if (shape.problems == 0) return;
     const auto fits = [&](const SolvePlan& plan) {
       bool result = false;

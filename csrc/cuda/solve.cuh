@@ -29,6 +29,7 @@
 #include "block.cuh"
 #include "lbfgs.h"
 #include "math.h"
+#include "pack.cuh"
 #include "penalty.h"
 #include "plan.h"
 #include "reduce.cuh"
@@ -49,15 +50,6 @@ OTLOSS_HOST_DEVICE double least_column() {
   return sizeof(T) == 4 ? 0x1p-83 : 0x1p-54;
 }
 static_assert(kExp2Limit == 126.0 && kTrustedRow == 0x1p20, "least_column is derived from these");
-
-// The points of a problem's group, where costs are made from them.
-template <typename T>
-struct PackedPair {
-  CostKind kind;
-  int64_t d;   // coordinates
-  const T* x;  // (B, d + 1, packed_stride(n)) points, then their norms
-  const T* y;  // (B, d + 1, packed_stride(m))
-};
 
 template <typename T>
 struct SolveArguments {
@@ -1372,21 +1364,6 @@ OTLOSS_DEVICE void StreamedKernel<T>::operator()(Block& block) const {
 }
 
 // ------------------------------------------------------------------------------------- launching
-
-template <typename T>
-Shape shape_of(const Pack<SolveGroup<T>>& pack) {
-  Shape shape;
-  shape.element = sizeof(T);
-  shape.most_entries = kEntries<T>;
-  for (int i = 0; i < pack.count; ++i) {
-    const SolveGroup<T>& p = pack.items[i];
-    shape.problems += p.batch;
-    shape.n = std::max(shape.n, p.n);
-    shape.m = std::max(shape.m, p.m);
-    shape.entries = std::max(shape.entries, p.n * p.m);
-  }
-  return shape;
-}
 
 // The arguments of a launch but for the points: workspace and layout by the plan.
 template <typename T>

@@ -241,27 +241,24 @@ OTLOSS_NOINLINE void run_pass(Block block, PassState<S> state, Work work) {
     pass.one_sweep();
 }
 
-// One problem at a time for one thread: its team, its share, and the pass.
-template <typename T, typename S, class Block>
-class TeamSweep {
+// One problem at a time for one thread: its team, and its block's share of the rows and columns, in
+// pieces of kShare.
+template <typename S, class Block, int kShare>
+class TeamShare {
  public:
-  using Shape = SweepShape<S>;
-  static constexpr int kThreads = Shape::kThreads, kWarps = Shape::kWarps;
+  static constexpr int kThreads = kSolveThreads, kWarps = kThreads / kWarp;
 
-  OTLOSS_DEVICE TeamSweep(Block& block, const TeamArguments<S>& arguments)
+  // The team's scratch is at the start of shared memory.
+  OTLOSS_DEVICE TeamShare(Block& block, const TeamArguments<S>& arguments)
       : block_(block),
         args_(arguments),
         thread_(block.thread()),
-        lane_(block.thread() % kWarp),
-        warp_(block.thread() / kWarp),
         index_(block.x() / arguments.team_size),
         team_(block,
               TeamState{arguments.barrier, static_cast<int>(block.x() % arguments.team_size),
                         arguments.team_size, 0, 0, arguments.counters + index_ * kCounterLine,
                         arguments.team_parts + index_ * 2 * arguments.team_size * kTeamValues,
-                        at<double>(Shape::kTeam)}),
-        sums_(at<S>(Shape::kColumnSums)),
-        parts_(arguments.column_parts + index_ * arguments.team_size * arguments.columns) {}
+                        block.template shared<double>()}) {}
 
   // Calls function(group, batch) for the problems of this team.
   template <typename Groups, typename F>
@@ -277,9 +274,12 @@ class TeamSweep {
   }
 
   OTLOSS_DEVICE int64_t index() const { return index_; }  // of the team
-  OTLOSS_DEVICE bool first_thread() const { return team_.rank() == 0 && thread_ == 0; }
+  OTLOSS_DEVICE bool first_block() const { return team_.rank() == 0; }
+  OTLOSS_DEVICE bool first_thread() const { return first_block() && thread_ == 0; }
   OTLOSS_DEVICE int64_t first_row() const { return first_row_; }
   OTLOSS_DEVICE int first_column() const { return first_column_; }
+  OTLOSS_DEVICE int rows() const { return rows_; }
+  OTLOSS_DEVICE int columns() const { return column_count_; }
 
   OTLOSS_DEVICE void sync() { team_.sync(); }
   OTLOSS_DEVICE void block_sync() { block_.sync(); }
@@ -297,9 +297,6 @@ class TeamSweep {
     team_.template reduce<Sum>(values);
   }
 
-  // The tile's place in shared memory, or `global`.
-  OTLOSS_DEVICE T* tile(T* global) const { return args_.resident ? at<T>(Shape::kTile) : global; }
-
   // Rows i < rows of the block, each by one thread, and the block's columns, each by one thread.
   template <typename F>
   OTLOSS_DEVICE void for_rows(F&& function) const {
@@ -310,18 +307,66 @@ class TeamSweep {
     for (int j = first_column_ + thread_; j < first_column_ + column_count_; j += kThreads)
       function(j);
   }
+
+ protected:
+  OTLOSS_DEVICE void place(int64_t n, int64_t m) {
+    m_ = static_cast<int>(m);
+    const int64_t rows = ceil_div(n, team_.size() * kShare) * kShare;
+    first_row_ = rows * team_.rank() < n ? rows * team_.rank() : n;
+    rows_ = static_cast<int>((first_row_ + rows < n ? first_row_ + rows : n) - first_row_);
+    column_share_ = static_cast<int>(ceil_div(m, team_.size() * kShare) * kShare);
+    first_column_ = column_share_ * team_.rank() < m_ ? column_share_ * team_.rank() : m_;
+    column_count_ =
+        (first_column_ + column_share_ < m_ ? first_column_ + column_share_ : m_) - first_column_;
+  }
+
+  Block& block_;
+  const TeamArguments<S>& args_;
+  const int thread_;
+  const int64_t index_;
+  Team<Block, kThreads> team_;
+  int64_t first_row_;
+  int m_, rows_, first_column_, column_count_, column_share_;
+};
+
+// With the pass over a matrix in memory.
+template <typename T, typename S, class Block>
+class TeamSweep : public TeamShare<S, Block, 1> {
+ public:
+  using Base = TeamShare<S, Block, 1>;
+  using Shape = SweepShape<S>;
+  using Base::kThreads, Base::kWarps;
+
+  OTLOSS_DEVICE TeamSweep(Block& block, const TeamArguments<S>& arguments)
+      : Base(block, arguments),
+        sums_(at<S>(Shape::kColumnSums)),
+        parts_(arguments.column_parts + index_ * arguments.team_size * arguments.columns) {
+    static_assert(Shape::kTeam == 0, "where the team's scratch is");
+  }
+
+  // The tile's place in shared memory, or `global`.
+  OTLOSS_DEVICE T* tile(T* global) const { return args_.resident ? at<T>(Shape::kTile) : global; }
+
   // All entries of the block's rows: a warp per row, neighbouring lanes at neighbouring columns.
   template <typename F>
   OTLOSS_DEVICE void for_entries(F&& function) const {
-    for (int i = warp_; i < rows_; i += kWarps)
-      for (int j = lane_; j < m_; j += kWarp) function(i, j);
+    for (int i = thread_ / kWarp; i < rows_; i += kWarps)
+      for (int j = thread_ % kWarp; j < m_; j += kWarp) function(i, j);
   }
 
   // The block's part of y goes to where join finds it.
   template <class Work>
   OTLOSS_DEVICE void pass(const Work& work, bool apart = false) {
-    PassState<S> state = pass_;
-    state.two_sweeps |= apart;
+    PassState<S> state;
+    state.m = m_, state.rows = rows_;
+    state.warps = 1;
+    while (state.warps < kWarps && state.warps * kWarp * Shape::kColumns < m_) state.warps *= 2;
+    state.two_sweeps = apart || kThreads * Shape::kColumns < m_;
+    state.alone = team_.size() == 1;
+    state.exchange = at<S>(Shape::kExchange);
+    state.sums = sums_;
+    state.part = parts_ + team_.rank() * args_.columns;
+    state.row_factors = args_.row_factors + index_ * args_.rows + first_row_;
     run_pass(block_, state, work);
   }
 
@@ -340,7 +385,7 @@ class TeamSweep {
       S total = S(0);
       if (mine)
         for (int rank = group; rank < team_.size(); rank += groups)
-          total += load(parts_ + rank * args_.columns + j);
+          total += this->load(parts_ + rank * args_.columns + j);
       sums_[thread_] = total;
       block_.sync();
       if (mine && group == 0) {
@@ -352,59 +397,39 @@ class TeamSweep {
   }
 
  private:
+  using Base::args_, Base::block_, Base::column_count_, Base::column_share_, Base::first_column_;
+  using Base::first_row_, Base::index_, Base::m_, Base::rows_, Base::team_, Base::thread_;
+
   template <typename U>
   OTLOSS_DEVICE U* at(int64_t offset) const {
     return reinterpret_cast<U*>(block_.template shared<unsigned char>() + offset);
   }
 
-  OTLOSS_DEVICE void place(int64_t n, int64_t m) {
-    m_ = static_cast<int>(m);
-    const int64_t rows = ceil_div(n, team_.size());
-    first_row_ = rows * team_.rank() < n ? rows * team_.rank() : n;
-    rows_ = static_cast<int>((first_row_ + rows < n ? first_row_ + rows : n) - first_row_);
-    column_share_ = (m_ + team_.size() - 1) / team_.size();
-    first_column_ = column_share_ * team_.rank() < m_ ? column_share_ * team_.rank() : m_;
-    column_count_ =
-        (first_column_ + column_share_ < m_ ? first_column_ + column_share_ : m_) - first_column_;
-    pass_.m = m_, pass_.rows = rows_;
-    pass_.warps = 1;
-    while (pass_.warps < kWarps && pass_.warps * kWarp * Shape::kColumns < m_) pass_.warps *= 2;
-    pass_.two_sweeps = kThreads * Shape::kColumns < m_;
-    pass_.alone = team_.size() == 1;
-    pass_.exchange = at<S>(Shape::kExchange);
-    pass_.sums = sums_;
-    pass_.part = parts_ + team_.rank() * args_.columns;
-    pass_.row_factors = args_.row_factors + index_ * args_.rows + first_row_;
-  }
-
-  Block& block_;
-  const TeamArguments<S>& args_;
-  const int thread_, lane_, warp_;
-  const int64_t index_;
-  Team<Block, kThreads> team_;
   S* const sums_;   // (kThreads,)
   S* const parts_;  // (team_size, columns)
-  PassState<S> pass_;
-  int64_t first_row_;
-  int m_, rows_, first_column_, column_count_, column_share_;
 };
 
 // ----------------------------------------------------------------------------------- host side
+
+// What does not depend on where the matrix is.
+template <typename S>
+void fill_team(const Context& context, const Shape& shape, const SolvePlan& plan,
+               TeamArguments<S>* arguments) {
+  arguments->barrier = plan.barrier;
+  arguments->team_size = plan.team_size;
+  arguments->teams = plan.teams;
+  arguments->problems = shape.problems;
+  arguments->team_parts = context.scratch<double>(plan.teams * 2 * plan.team_size * kTeamValues);
+  arguments->counters = context.scratch<unsigned>(plan.teams * kCounterLine);
+  if (plan.barrier == Barrier::kGrid)
+    clear(context, arguments->counters, plan.teams * kCounterLine * sizeof(unsigned));
+}
 
 // Fills the arguments of a kernel for the problems of a pack. The team is the one that the solve
 // would have, which moves the same entries between the same barriers.
 template <class Kernel, typename T, typename S, typename Group>
 Grid plan_team(const Context& context, const Pack<Group>& pack, TeamArguments<S>* arguments) {
-  Shape shape;
-  shape.element = sizeof(T);
-  shape.most_entries = kEntries<T>;
-  for (int i = 0; i < pack.count; ++i) {
-    const Group& p = pack.items[i];
-    shape.problems += p.batch;
-    shape.n = std::max(shape.n, p.n);
-    shape.m = std::max(shape.m, p.m);
-    shape.entries = std::max(shape.entries, p.n * p.m);
-  }
+  const Shape shape = shape_of<T>(pack);
   if (shape.problems == 0) return Grid{0};
   const Limits device = limits(context.device);
   const auto bytes = [&](const SolvePlan& plan) {  // with the tile, if that fits
@@ -423,19 +448,12 @@ Grid plan_team(const Context& context, const Pack<Group>& pack, TeamArguments<S>
   grid.shared = bytes(plan);
   grid.cluster = plan.barrier == Barrier::kCluster ? plan.team_size : 1;
   grid.cooperative = plan.barrier == Barrier::kGrid;
-  arguments->barrier = plan.barrier;
-  arguments->team_size = plan.team_size;
+  fill_team(context, shape, plan, arguments);
   arguments->resident = grid.shared > SweepShape<S>::kTile;
-  arguments->teams = plan.teams;
-  arguments->problems = shape.problems;
   arguments->rows = shape.n;
   arguments->columns = plan.vector_length;
   arguments->column_parts = context.scratch<S>(plan.teams * plan.team_size * plan.vector_length);
   arguments->row_factors = context.scratch<S>(plan.teams * shape.n);
-  arguments->team_parts = context.scratch<double>(plan.teams * 2 * plan.team_size * kTeamValues);
-  arguments->counters = context.scratch<unsigned>(plan.teams * kCounterLine);
-  if (plan.barrier == Barrier::kGrid)
-    clear(context, arguments->counters, plan.teams * kCounterLine * sizeof(unsigned));
   return grid;
 }
 

@@ -7,6 +7,7 @@
 // written past L1 (load, store), which is not coherent between multiprocessors.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 
 #include "block.cuh"
@@ -158,5 +159,21 @@ class Team {
   Block& block_;
   TeamState state_;
 };
+
+// The largest problem of a pack.
+template <typename T, typename Group>
+Shape shape_of(const Pack<Group>& pack) {
+  Shape shape;
+  shape.element = sizeof(T);
+  shape.most_entries = kEntries<T>;
+  for (int i = 0; i < pack.count; ++i) {
+    const Group& p = pack.items[i];
+    shape.problems += p.batch;
+    shape.n = std::max(shape.n, p.n);
+    shape.m = std::max(shape.m, p.m);
+    shape.entries = std::max(shape.entries, p.n * p.m);
+  }
+  return shape;
+}
 
 }  // namespace otloss::cuda

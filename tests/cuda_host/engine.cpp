@@ -9,6 +9,7 @@
 #include "cuda/envelope.cu"
 #include "cuda/implicit.cu"
 #include "cuda/plan.cpp"
+#include "cuda/point_sums.cu"
 #include "cuda/solve.cu"
 #include "cuda/start.cu"
 #include "cuda/streamed.cu"
@@ -162,6 +163,9 @@ struct GradientCall {
   const void *C, *a, *b, *f, *g, *grad, *grad_f, *grad_g, *trace, *start;
   void *grad_C, *grad_a, *grad_b, *P;
   double* status;  // null: the unrolled gradient, else the implicit one
+  int64_t kind, d;  // without C: of the prepared points
+  const void *zx, *zy, *hx, *hy;
+  void *sum_x, *product_x, *sum_y, *product_y;  // what the points receive, or null
 };
 
 template <typename T, typename Group>
@@ -177,6 +181,12 @@ Group gradient_group(const GradientCall& c) {
   group.grad_C = static_cast<T*>(c.grad_C);
   group.grad_a = static_cast<T*>(c.grad_a), group.grad_b = static_cast<T*>(c.grad_b);
   group.strength = {c.rho_x, c.rho_y, c.balanced != 0};
+  group.made = {{static_cast<CostKind>(c.kind), c.d, static_cast<const T*>(c.zx),
+                 static_cast<const T*>(c.zy), static_cast<const T*>(c.hx),
+                 static_cast<const T*>(c.hy)},
+                c.symmetric != 0,
+                {static_cast<T*>(c.sum_x), static_cast<T*>(c.product_x)},
+                {static_cast<T*>(c.sum_y), static_cast<T*>(c.product_y)}};
   return group;
 }
 

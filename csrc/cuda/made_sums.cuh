@@ -1,0 +1,207 @@
+// Sums over the rows of a plan that is made from points on the way,
+//     out_i = sum_j P_ij x_j,  P_ij = exp2(F_i + G_j - k C_ij),
+// for the gradients of a solve without cost matrices. Tiles of costs come from streamed.cuh, which
+// says who has what; products with x take the place of the plain sums there.
+//
+// F_i + G_j is added first and costs do not depend on which side is first, so that both sides get
+// the same P_ij, bit for bit, as if it was kept: the linear system of the implicit gradient stays
+// symmetric. Sums are of type S, over tiles always in double.
+#pragma once
+
+#include "pack.cuh"
+#include "streamed.cuh"
+#include "sweep.cuh"
+
+namespace otloss::cuda {
+
+template <typename T, typename S>
+struct MadeSums {
+  RowTiles<T> tiles;
+  const S* x;     // (columns,) may be written by other blocks; null: 1
+  bool of_costs;  // P_ij C_ij in place of P_ij
+  S* out;         // (last - first,)
+  int64_t sums;   // bytes of shared memory before the kStreamedSums doubles
+};
+
+// x of the columns of a thread, kept while it stays in one tile.
+template <typename S, int kCount>
+struct ColumnFactors {
+  int64_t column = -1;
+  S at[kCount];
+
+  template <class Block>
+  OTLOSS_DEVICE void load(const Block& block, const S* x, int64_t first, int64_t end) {
+    if (first == column) return;
+    column = first;
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) {
+      at[c] = first + c < end ? S(1) : S(0);
+      if (x != nullptr && first + c < end) at[c] = block.load(x + first + c);
+    }
+  }
+};
+
+// The sums of a tile, joined over the warp as in tile_sum.
+template <typename T, typename S, class Block>
+OTLOSS_DEVICE S weigh_tile(Block& block, const TileEntries<T>& e, bool of_costs,
+                           const S (&x)[kVector<T>]) {
+  S sums[kTileRows];
+#pragma unroll
+  for (int r = 0; r < kTileRows; ++r) {
+    const T F = e.potential(r);
+    sums[r] = S(0);
+#pragma unroll
+    for (int c = 0; c < kVector<T>; ++c) {
+      const T t = (F + e.G[c]) - e.k * e.cost[r][c];
+      // A clamped exponential stands for 0, so that padding gets exactly 0.
+      T p = t > static_cast<T>(-kExp2Limit) ? fast_exp2(t) : T(0);
+      if (of_costs) p = p != T(0) ? p * e.cost[r][c] : T(0);
+      sums[r] += static_cast<S>(p) * x[c];
+    }
+  }
+  return scatter_reduce<Sum>(block, sums);
+}
+
+template <class Cost, bool kDifference, typename T, typename S, class Block>
+OTLOSS_NOINLINE void made_sums_of(Block block, const MadeSums<T, S>& p) {
+  constexpr int kLanes = kWarp / kTileRows;
+  const RowTiles<T>& tiles = p.tiles;
+  double* const sums = reinterpret_cast<double*>(block.template shared<unsigned char>() + p.sums);
+  const TileShape shape =
+      choose_tile<T>(tiles.last - tiles.first, tiles.end - tiles.begin, tiles.d, tiles.stage);
+  TileMaker<Cost, kDifference, T, Block> maker(block, tiles, shape);
+  const int lane = block.thread() % kWarp, most = kStreamedRows * shape.groups;
+  for (int64_t first = tiles.first; first < tiles.last; first += most) {
+    const int rows = static_cast<int>(tiles.last - first < most ? tiles.last - first : most);
+    for (int s = block.thread(); s < kStreamedSums; s += kSolveThreads) sums[s] = 0;
+    ColumnFactors<S, kVector<T>> factors;
+    maker.run(first, rows, [&](const TileEntries<T>& e) {
+      factors.load(block, p.x, e.column, tiles.end);
+      const S joined = weigh_tile(block, e, p.of_costs, factors.at);
+      if (lane % kLanes == 0)
+        sums[maker.warp_of_group() * most + e.local + lane / kLanes] += static_cast<double>(joined);
+    });
+    for (int row = block.thread(); row < rows; row += kSolveThreads) {
+      double total = sums[row];
+      for (int w = 1; w < maker.warps(); ++w) total += sums[w * most + row];
+      p.out[first - tiles.first + row] = static_cast<S>(total);
+    }
+    block.sync();
+  }
+}
+
+template <typename T, typename S, class Block>
+OTLOSS_DEVICE void made_sums(Block& block, const MadeSums<T, S>& args) {
+  dispatch_tiles(args.tiles.kind, args.tiles.d, [&](auto cost, auto difference) {
+    made_sums_of<decltype(cost), decltype(difference)::value>(block, args);
+  });
+}
+
+// ------------------------------------------------------------------------------ both sides
+
+// Where sums and stages are in shared memory, after the team's scratch.
+struct MadeLayout {
+  int64_t sums, stages, stage;  // bytes, bytes, elements
+
+  static MadeLayout of(const Limits& limits, int64_t element) {
+    MadeLayout layout;
+    layout.sums = team_doubles(kSolveThreads) * static_cast<int64_t>(sizeof(double));
+    layout.stages = layout.sums + kStreamedSums * static_cast<int64_t>(sizeof(double));
+    const int64_t left = static_cast<int64_t>(limits.shared_per_block) - layout.stages;
+    layout.stage = left / (2 * element) / kPackedAlign * kPackedAlign;
+    return layout;
+  }
+  size_t bytes(int64_t element) const { return static_cast<size_t>(stages + 2 * stage * element); }
+};
+
+// Sums over both sides of a problem for a team whose blocks have some rows and some columns each.
+template <typename T, typename S, class Block>
+class MadeSides {
+ public:
+  using Team = TeamShare<S, Block, kTileRows>;
+
+  OTLOSS_DEVICE MadeSides(Block& block, Team& team, const MadeLayout& layout)
+      : block_(block), team_(team), layout_(layout) {}
+
+  OTLOSS_DEVICE void place(const PackedPair<T>& points, int64_t batch, int64_t n, int64_t m,
+                           bool symmetric, double eps) {
+    points_ = points;
+    symmetric_ = symmetric;
+    k_ = static_cast<T>(kLog2E / eps);
+    x_ = packed_cloud(points.x, batch, points.d, n);
+    y_ = packed_cloud(points.y, batch, points.d, m);
+  }
+
+  OTLOSS_DEVICE const PackedCloud<T>& x() const { return x_; }
+  OTLOSS_DEVICE const PackedCloud<T>& y() const { return y_; }
+
+  // Exponents of the block's own rows, set(i), and columns, set(j); all see them after a sync.
+  template <typename Set>
+  OTLOSS_DEVICE void fill_rows(T* F, Set&& set) {
+    team_.for_rows([&](int i) { team_.store(F + team_.first_row() + i, set(i)); });
+    pad(F, x_);
+  }
+  template <typename Set>
+  OTLOSS_DEVICE void fill_columns(T* G, Set&& set) {
+    team_.for_columns([&](int j) { team_.store(G + j, set(j)); });
+    pad(G, y_);
+  }
+
+  // (rows,) sums over all columns; F (n,) and G (m,) padded, x (m,) or null.
+  OTLOSS_DEVICE void over_columns(const T* F, const T* G, const S* x, bool of_costs, S* out) {
+    sums(x_, y_, team_.first_row(), team_.rows(), F, G, x, of_costs, out);
+  }
+  // (columns,) sums over all rows.
+  OTLOSS_DEVICE void over_rows(const T* F, const T* G, const S* x, bool of_costs, S* out) {
+    sums(y_, x_, team_.first_column(), team_.columns(), G, F, x, of_costs, out);
+  }
+
+ private:
+  OTLOSS_DEVICE void pad(T* exponents, const PackedCloud<T>& cloud) {
+    if (!team_.first_block()) return;
+    for (int64_t i = cloud.count + block_.thread(); i < cloud.stride; i += kSolveThreads)
+      team_.store(exponents + i, static_cast<T>(kLog2Zero));
+  }
+
+  OTLOSS_NOINLINE void sums(const PackedCloud<T>& rows, const PackedCloud<T>& columns,
+                            int64_t first, int count, const T* F, const T* G, const S* x,
+                            bool of_costs, S* out) {
+    RowTiles<T> tiles{};
+    tiles.kind = points_.kind, tiles.d = points_.d, tiles.symmetric = symmetric_, tiles.k = k_;
+    tiles.rows = rows, tiles.columns = columns;
+    tiles.first = first, tiles.last = first + count;
+    tiles.begin = 0, tiles.end = columns.count;
+    tiles.F = F + first, tiles.G = G;
+    tiles.stages = layout_.stages, tiles.stage = layout_.stage;
+    made_sums(block_, MadeSums<T, S>{tiles, x, of_costs, out, layout_.sums});
+  }
+
+  Block& block_;
+  Team& team_;
+  const MadeLayout& layout_;
+  PackedPair<T> points_;
+  PackedCloud<T> x_, y_;
+  bool symmetric_;
+  T k_;
+};
+
+// Fills the arguments of a kernel for the problems of a pack.
+template <typename T, typename S, typename Group>
+Grid plan_made_team(const Context& context, const Pack<Group>& pack, int64_t d,
+                    TeamArguments<S>* arguments, MadeLayout* layout) {
+  const Shape shape = shape_of<T>(pack);
+  if (shape.problems == 0) return Grid{0};
+  const Limits device = limits(context.device);
+  const SolvePlan plan = choose_streamed_plan(shape, d, device, Regime::kAuto);
+  *layout = MadeLayout::of(device, sizeof(T));
+  fill_team(context, shape, plan, arguments);
+  arguments->rows = packed_stride(shape.n);
+  arguments->columns = packed_stride(shape.m);
+  Grid grid;
+  grid.x = plan.teams * plan.team_size;
+  grid.shared = layout->bytes(sizeof(T));
+  grid.cooperative = plan.barrier == Barrier::kGrid;
+  return grid;
+}
+
+}  // namespace otloss::cuda
