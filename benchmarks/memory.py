@@ -14,10 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,10 @@ from benchmarks.process import set_thread_variables
 
 Call = Callable[[], Any]
 ROOT = Path(__file__).resolve().parents[1]
+
+
+class GaveUpError(RuntimeError):
+    """A call took more CPU seconds than it was given."""
 
 
 class Peak(NamedTuple):
@@ -68,22 +74,39 @@ def peak(
     errors: bool = False,
     device: str = "cpu",
     threads: int = 1,
-    timeout: float = 600,
+    limit: float = 600,
 ) -> Peak:
     """Peak memory of value and gradient of a divergence, in a fresh process.
 
     ``eps`` is by default the workload's first; ``setting`` the label of a variant of the peer's
-    ``divergence`` ladder, by default the first. Raises ``subprocess.SubprocessError`` when the
-    child fails or takes too long.
+    ``divergence`` ladder, by default the first. ``limit`` is what the call may take in CPU seconds,
+    which other work on the machine does not use up. Raises ``GaveUpError`` if it takes longer, and
+    ``subprocess.SubprocessError`` when the child fails.
     """
     command = [sys.executable, "-m", "benchmarks.memory", peer, workload, str(n)]
     command += ["--setting", setting, "--device", device, "--threads", str(threads)]
     command += [] if eps is None else ["--eps", str(eps)]
-    command += ["--errors"] * errors
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ.copy(), timeout=timeout, check=True, capture_output=True
-    )
+    command += ["--errors"] * errors + ["--limit", str(limit)]
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ.copy(), check=True, capture_output=True
+        )
+    except subprocess.CalledProcessError as error:
+        if error.returncode == -signal.SIGXCPU:
+            raise GaveUpError(f"not done after {limit:.0f} s") from error
+        raise
     return Peak(**json.loads(done.stdout.splitlines()[-1]))
+
+
+@contextmanager
+def _cpu_limit(seconds: float) -> Iterator[None]:
+    """The process ends by SIGXCPU when the block takes more CPU seconds."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + seconds) + 1, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_CPU, before)
 
 
 def _measure(arguments: argparse.Namespace) -> Peak:
@@ -116,7 +139,8 @@ def _measure(arguments: argparse.Namespace) -> Peak:
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     before, wall, cpu = peak_now(), time.perf_counter(), time.process_time()
-    result = calls[label]()
+    with _cpu_limit(arguments.limit):
+        result = calls[label]()
     after = peak_now()
     seconds = time.perf_counter() - wall, time.process_time() - cpu
     if not arguments.errors:
@@ -136,6 +160,7 @@ def main() -> None:
     parser.add_argument("--errors", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--limit", type=float, default=600)
     arguments = parser.parse_args()
 
     set_thread_variables(arguments.threads)

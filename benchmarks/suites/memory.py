@@ -10,7 +10,7 @@ import subprocess
 from typing import Any
 
 from benchmarks import workloads
-from benchmarks.memory import Peak, peak
+from benchmarks.memory import GaveUpError, Peak, peak
 from benchmarks.suites import Context, integers, milliseconds, text_table
 
 TITLE = "Peak memory of one divergence, value and gradient"
@@ -25,11 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--memory-eps", type=float, help="instead of the workload's first")
     group.add_argument("--memory-setting", default="", help="of the ladder of the one peer")
     group.add_argument("--memory-errors", action="store_true", help="of the gradient: adds minutes")
-    group.add_argument("--memory-timeout", type=float, default=600, help="seconds for each process")
+    group.add_argument("--memory-limit", type=float, default=600, help="CPU seconds for each call")
 
 
 def _peak(context: Context, name: str, n: int, eps: float) -> tuple[Peak | None, float | None]:
-    """The measurement, or None and the seconds after which it was given up, if it was."""
+    """The measurement, or None and the CPU seconds after which it was given up, if it was."""
     options = context.options
     try:
         measured = peak(
@@ -41,12 +41,12 @@ def _peak(context: Context, name: str, n: int, eps: float) -> tuple[Peak | None,
             errors=options.memory_errors,
             device=str(context.device),
             threads=options.threads,
-            timeout=options.memory_timeout,
+            limit=options.memory_limit,
         )
         return measured, None
-    except subprocess.TimeoutExpired as error:
-        print(f"{name}, n={n}: not done after {error.timeout:.0f} s", flush=True)
-        return None, error.timeout
+    except GaveUpError as error:
+        print(f"{name}, n={n}: {error}", flush=True)
+        return None, options.memory_limit
     except subprocess.SubprocessError as error:
         print(f"{name}, n={n}: {error}", flush=True)
         return None, None
