@@ -778,7 +778,7 @@ std::tuple<Tensors, Tensors, Tensors> unrolled_backward_points(
     const auto groups =
         unrolled_groups<T>(given, grad_f, grad_g, init, traces, grads,
                            [&](UnrolledGroup<T>& group, int64_t p) { group.made = made.pair(p); });
-    cpu::unrolled_backward(groups, eps, static_cast<Objective>(objective));
+    OTLOSS_LAUNCH(device, unrolled_backward, groups, eps, static_cast<Objective>(objective));
     return std::make_tuple(made.gradients(), grads.a, grads.b);
   });
 }
@@ -896,6 +896,7 @@ STABLE_TORCH_LIBRARY_IMPL(otloss, CUDA, library) {
   library.impl("unrolled_backward", TORCH_BOX(&otloss::unrolled_backward));
   library.impl("implicit_backward", TORCH_BOX(&otloss::implicit_backward));
   library.impl("envelope_backward_points", TORCH_BOX(&otloss::envelope_backward_points));
+  library.impl("unrolled_backward_points", TORCH_BOX(&otloss::unrolled_backward_points));
   library.impl("implicit_backward_points", TORCH_BOX(&otloss::implicit_backward_points));
 }
 #endif

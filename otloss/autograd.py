@@ -648,9 +648,7 @@ def _first_order(
     """By the kernels."""
     if _is_envelope(s, seeds):
         return _at_fixed_potentials(s, seeds, solved, wanted, want_weights)
-    # The CUDA kernels of the unrolled gradient need stored costs.
-    through_costs = s.dense or (solved.points[0].is_cuda and s.backward == "unrolled")
-    gradients = _through_costs if through_costs else _from_points
+    gradients = _through_costs if s.dense else _from_points
     return gradients(s, seeds, solved, wanted, want_weights)
 
 
@@ -708,10 +706,6 @@ def _through_costs(
     """Implicit and unrolled gradients by way of those of the cost matrices."""
     kind, points, weights, init, solution, costs = solved
     implementation, pairs = _implementation(s.plain), reference.as_pairs(s.pairs)
-    if not s.dense:
-        if not _fits(s, points):
-            raise NotImplementedError(_streamed_message(s, points))
-        costs = implementation.cost(points, weights, s.pairs, kind)
     parts = [seeds, list(costs), weights, list(init), list(solution)]
     given = [p for p, (i, j) in enumerate(pairs) if i in wanted or j in wanted]
     want_cost = [int(p in given) for p in range(len(pairs))]

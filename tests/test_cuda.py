@@ -425,13 +425,60 @@ def test_streamed_solves_and_gradients(cost: str, d: int, dtype: torch.dtype) ->
         torch.testing.assert_close(grad / scale, true / scale, rtol=0, atol=3e-3)
 
 
-def test_streamed_stores_no_matrix() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES[1:3], ids=str)
+@pytest.mark.parametrize("rho", [(math.inf, math.inf), (0.7, math.inf)], ids=str)
+@pytest.mark.parametrize("cost", range(len(COSTS)))
+@pytest.mark.parametrize(("n", "m", "d"), [(1, 1, 2), (7, 300, 16), (120, 100, 70), (700, 2600, 3)])
+def test_streamed_gradients_of_many_passes(
+    n: int,
+    m: int,
+    d: int,
+    cost: int,
+    rho: tuple[float, float],
+    mode: dict[str, Any],
+    dtype: torch.dtype,
+) -> None:
+    """Of one solution on both sides, as with matrices."""
+    x, y, a, b = clouds(n, m, d, dtype, (2,))
+    eps = 0.3 * float(otloss.cost_matrix(x, y, COSTS[cost]).mean()) + 0.1
+    n_iters, objective = mode.get("n_iters", -1), int("objective" in mode)
+    head = ([x, y], [a, b], [0, 1, 0, 0], [1.0, -0.5])
+    settings = (eps, *rho, 1e-5, 1000, n_iters, objective, n_iters > 0)
+    _, _, f, g, traces, _ = ops.solve_points(*head, [], cost, False, *settings)
+    seeds = ([torch.linspace(-1, 1, v.shape[1]).expand_as(v).to(v).contiguous() for v in side]
+             for side in (f, g))  # fmt: skip
+    solution = ([], traces) if n_iters > 0 else (f, g)
+    gradient = ops.unrolled_backward_points if n_iters > 0 else ops.implicit_backward_points
+    arguments = [torch.tensor([1.0, -2.0], dtype=dtype), *seeds, *head, *solution, cost, eps, *rho]
+    arguments += [objective, [0, 1], True]
+    expected = gradient(*arguments)
+    found = gradient(*(_on_gpu(argument) for argument in arguments))
+    tolerance = 3e-4 if dtype == torch.float32 else 1e-9
+    for left, right in zip(found[:3], expected[:3], strict=True):
+        scale = max(1e-3, *(float(t.abs().max()) for t in right))
+        for s, t in zip(left, right, strict=True):
+            torch.testing.assert_close(s.cpu() / scale, t / scale, rtol=0, atol=tolerance)
+    if n_iters < 0:
+        assert float(found[3][..., 1].max()) < (1e-8 if dtype == torch.float32 else 1e-13)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"n_iters": 2, "backward": "envelope"},
+        {"n_iters": 2, "objective": "transport"},
+        {"tol": 0.1, "objective": "transport"},
+    ],
+    ids=str,
+)
+def test_streamed_stores_no_matrix(mode: dict[str, Any]) -> None:
     """60 000 x 60 000 float32 costs would take 14 GB."""
     x, y = (torch.rand(60_000, 3, device="cuda") for _ in range(2))
     x.requires_grad_()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    otloss.sinkhorn_loss(x, y, 0.1, n_iters=2, backward="envelope", method="streamed").backward()
+    otloss.sinkhorn_loss(x, y, 0.1, method="streamed", **mode).backward()
     assert torch.cuda.max_memory_allocated() - before < 100e6
     assert bool(x.grad is not None and x.grad.isfinite().all())
 

@@ -30,7 +30,7 @@ REGIMES = ["block", "cluster", "grid", "dense"]
 DIVERGENCE = [0, 1, 0, 0, 1, 1]
 HARD = (math.inf, math.inf)  # rho_x, rho_y
 STRENGTHS = [HARD, (0.7, 0.3), (math.inf, 0.5), (0.02, math.inf)]
-MODES = ["implicit"]
+MODES = ["unrolled", "implicit"]
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -1224,6 +1224,32 @@ def test_gradients_of_points_at_every_shape(
             n_iters=-1 if mode == "implicit" else 3,
         )  # fmt: skip
         assert_made_gradients_agree(engine, cloud, problem, implicit=mode == "implicit", looser=30)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize(
+    ("rho", "eps", "level"),
+    [((1e-3, 0.3), 4e-3, 0.0), ((0.7, math.inf), 0.1, 1.0), ((0.7, math.inf), 0.1, 400.0)],
+    ids=str,
+)
+def test_unrolled_of_points_from_given_potentials(
+    engine: Engine, rho: tuple[float, float], eps: float, level: float, dtype: torch.dtype
+) -> None:
+    """The two softmaxes of an iteration are far apart by a factor of a row in the first case, of a
+    column in the last: both take an exponential."""
+    sizes = (30, 26)
+    _, weights = clouds(dtype, 2, *sizes)
+    init = [torch.where(weights[c] > 0, level, 0.0).to(dtype) for c in DIVERGENCE]
+    cloud, problem = made_problem(
+        dtype, 0, 3, eps, rho=rho, sizes=sizes, n_iters=3, init=init if level else []
+    )
+    f, g = problem.traces[0].double().split(sizes, -1)
+    factors = f / problem.rho[0]
+    if level:
+        change = (init[1].double() - g[:, 0]) / problem.eps
+        factors = torch.where(problem.weights[1] > 0, change, 0.0)
+    assert bool(factors.max() > 60 * math.log(2)) == (level != 1.0)  # kTrusted
+    assert_made_gradients_agree(engine, cloud, problem, implicit=False, looser=100)
 
 
 @pytest.mark.parametrize("mode", MODES)

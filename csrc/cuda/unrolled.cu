@@ -20,11 +20,18 @@
 //
 // The recursion's vectors are cut by rows and columns: all are in global memory, and a block only
 // sees others' v (in parts) and g_bar.
+//
+// Without cost matrices (made_sums.cuh) the recursion makes e, and then R, from the points, once
+// for the rows and once for the columns, and waits three times per iteration; point_sums.cu takes
+// the place of AccumulateKernel.
 #include <algorithm>
 
 #include "block.cuh"
+#include "made_sums.cuh"
 #include "math.h"
+#include "pack.cuh"
 #include "penalty.h"
+#include "point_sums.h"
 #include "reduce.cuh"
 #include "sweep.cuh"
 
@@ -139,9 +146,7 @@ struct FactorKernel {
 // ----------------------------------------------------------------------------------- recursion
 
 template <typename T>
-struct AdjointKernel {
-  static constexpr int kThreads = kSolveThreads;
-
+struct AdjointArguments {
   Pack<AdjointGroup<T>> groups;
   TeamArguments<T> team;
   double eps;
@@ -149,6 +154,28 @@ struct AdjointKernel {
   T* f_bar;       // (teams, rows) of the last iteration
   double* a_bar;  // (teams, rows)
   double* b_bar;  // (teams, columns)
+};
+
+template <typename T>
+struct AdjointKernel {
+  static constexpr int kThreads = kSolveThreads;
+
+  AdjointArguments<T> arguments;
+
+  template <class Block>
+  OTLOSS_DEVICE void operator()(Block& block) const;
+};
+
+// The same without cost matrices.
+template <typename T>
+struct MadeAdjointKernel {
+  static constexpr int kThreads = kSolveThreads;
+
+  AdjointArguments<T> arguments;
+  MadeLayout layout;
+  IterationsOfPoints<T> made[kMaxGroups];
+  T* rows;     // (teams, 3, rows)
+  T* columns;  // (teams, 3, columns)
 
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const;
@@ -282,13 +309,129 @@ struct ApartWork : IterationWork<Block, T> {
   }
 };
 
+// The costs in memory, for the passes of the recursion; likewise MadeCosts.
 template <typename T, class Block>
-class Adjoint {
+class StoredCosts {
  public:
+  using Kernel = AdjointKernel<T>;
   using Team = TeamSweep<T, T, Block>;
 
-  OTLOSS_DEVICE Adjoint(Block& block, const AdjointKernel<T>& kernel)
-      : kernel_(kernel), eps_(kernel.eps), team_(block, kernel.team) {}
+  OTLOSS_DEVICE StoredCosts(Block&, const Kernel&, Team& team) : team_(team) {}
+
+  OTLOSS_DEVICE void place(const AdjointGroup<T>& p, int64_t batch) {
+    const T* C = p.C + (batch * p.n + team_.first_row()) * p.m;
+    T* const tile = team_.tile(nullptr);
+    if (tile != nullptr) {
+      team_.for_entries([&](int i, int j) {
+        const int64_t at = static_cast<int64_t>(i) * p.m + j;
+        tile[at] = C[at];
+      });
+      team_.block_sync();
+    }
+    tile_ = tile != nullptr ? tile : C;
+  }
+
+  OTLOSS_DEVICE const T* tile() const { return tile_; }
+
+  // Row sums to work.finish, and column sums of what it makes of them to set(j, sum).
+  template <class Work, typename Set>
+  OTLOSS_DEVICE void transport(const Work& work, Set&& set) {
+    pass(work, false, set);
+  }
+  template <class Work, typename Set>
+  OTLOSS_DEVICE void iteration(const Work& work, bool apart, Set&& set) {
+    pass(work, apart, set);
+  }
+
+ private:
+  template <class Work, typename Set>
+  OTLOSS_DEVICE void pass(const Work& work, bool apart, Set&& set) {
+    team_.pass(work, apart);
+    team_.sync();
+    team_.join(set);
+  }
+
+  Team& team_;
+  const T* tile_;  // (rows, m)
+};
+
+template <typename T, class Block>
+class MadeCosts {
+ public:
+  using Kernel = MadeAdjointKernel<T>;
+  using Sides = MadeSides<T, T, Block>;
+  using Team = typename Sides::Team;
+
+  OTLOSS_DEVICE MadeCosts(Block& block, const Kernel& kernel, Team& team)
+      : kernel_(kernel), team_(team), sides_(block, team, kernel.layout) {}
+
+  OTLOSS_DEVICE void place(const AdjointGroup<T>& p, int64_t batch) {
+    const AdjointArguments<T>& arguments = kernel_.arguments;
+    const IterationsOfPoints<T>& made = kernel_.made[&p - arguments.groups.items];
+    sides_.place(made.points, batch, p.n, p.m, p.made.symmetric, arguments.eps);
+    plan_F_ = made.F + batch * sides_.x().stride, plan_G_ = made.G + batch * sides_.y().stride;
+    const int64_t rows = arguments.team.rows, columns = arguments.team.columns;
+    F_ = kernel_.rows + team_.index() * 3 * rows, E_ = F_ + rows;
+    G_ = kernel_.columns + team_.index() * 3 * columns, H_ = G_ + columns;
+    u_ = E_ + rows + team_.first_row(), v_ = H_ + columns;
+  }
+
+  OTLOSS_DEVICE const T* tile() const { return nullptr; }
+
+  // The plan's exponents stay for the gradient of the points.
+  template <class Work, typename Set>
+  OTLOSS_DEVICE void transport(const Work& work, Set&& set) {
+    sides_.fill_rows(plan_F_, [&](int i) { return work.row(i).F + log2_weight(work.a[i]); });
+    sides_.fill_columns(plan_G_, [&](int j) { return work.column(j).G; });
+    team_.sync();
+    sides_.over_columns(plan_F_, plan_G_, nullptr, true, u_);
+    team_.for_rows([&](int i) { work.finish(i, u_[i], true); });
+    over_rows(plan_F_, plan_G_, nullptr, true, set);
+  }
+
+  template <class Work, typename Set>
+  OTLOSS_DEVICE void iteration(const Work& work, bool apart, Set&& set) {
+    sides_.fill_rows(F_, [&](int i) { return work.row(i).F; });
+    sides_.fill_columns(G_, [&](int j) { return work.column(j).G; });
+    if (apart) {
+      sides_.fill_rows(E_, [&](int i) { return work.row(i).E; });
+      sides_.fill_columns(H_, [&](int j) { return work.column(j).H; });
+    }
+    team_.sync();
+    sides_.over_columns(F_, G_, work.g_bar, false, u_);
+    team_.for_rows([&](int i) { team_.store(work.R + i, work.finish(i, u_[i], true)); });
+    team_.sync();
+    const T* const R = work.R - team_.first_row();
+    apart ? over_rows(E_, H_, R, false, set) : over_rows(F_, G_, R, false, set);
+  }
+
+ private:
+  template <typename Set>
+  OTLOSS_DEVICE void over_rows(const T* F, const T* G, const T* x, bool of_costs, Set&& set) {
+    sides_.over_rows(F, G, x, of_costs, v_ + team_.first_column());
+    team_.for_columns([&](int j) { set(j, v_[j]); });
+    team_.block_sync();
+  }
+
+  const Kernel& kernel_;
+  Team& team_;
+  Sides sides_;
+  T *plan_F_, *plan_G_;  // (n,) (m,) exponents of the last plan
+  T *F_, *E_;            // (n,) of the iteration
+  T *G_, *H_;            // (m,)
+  T *u_, *v_;            // (rows,) (m,) sums on their way
+};
+
+template <typename T, class Block, class Costs>
+class Adjoint {
+ public:
+  using Team = typename Costs::Team;
+
+  OTLOSS_DEVICE Adjoint(Block& block, const typename Costs::Kernel& kernel)
+      : kernel_(kernel.arguments),
+        eps_(kernel.arguments.eps),
+        team_(block, kernel.arguments.team),
+        costs_(block, kernel, team_) {}
 
   OTLOSS_DEVICE void run() {
     team_.for_problems(kernel_.groups, [&](const AdjointGroup<T>& p, int64_t batch) {
@@ -315,16 +458,7 @@ class Adjoint {
     f_bar_ = kernel_.f_bar + team_.index() * rows + row;
     a_bar_ = kernel_.a_bar + team_.index() * rows + row;
     b_bar_ = kernel_.b_bar + team_.index() * kernel_.team.columns;
-    const T* C = p.C + (batch * p.n + row) * p.m;
-    T* const tile = team_.tile(nullptr);
-    if (tile != nullptr) {
-      team_.for_entries([&](int i, int j) {
-        const int64_t at = static_cast<int64_t>(i) * p.m + j;
-        tile[at] = C[at];
-      });
-      team_.block_sync();
-    }
-    tile_ = tile != nullptr ? tile : C;
+    costs_.place(p, batch);
   }
 
   // The objective's own derivatives at the last potentials, and what comes from outside.
@@ -341,10 +475,9 @@ class Adjoint {
       b_bar_[j] = counts ? of_b : 0.0;
     };
     if (kernel_.objective == Objective::kTransport) {
-      team_.pass(
-          TransportWork<T>{p.m, tile_, a_, f, b_, g, masses_, k_, scale, eps_, f_bar_, a_bar_});
-      team_.sync();
-      team_.join([&](int j, T sum) {
+      const TransportWork<T> work{p.m, costs_.tile(), a_,   f,      b_,    g, masses_,
+                                  k_,  scale,         eps_, f_bar_, a_bar_};
+      costs_.transport(work, [&](int j, T sum) {
         const double term = scale * static_cast<double>(sum);
         put(j, term / eps_, b_[j] > T(0) ? term / static_cast<double>(masses_.scaled(b_[j])) : 0.0);
       });
@@ -375,7 +508,7 @@ class Adjoint {
     const T* const w = p.w + at * p.m;
     const IterationWork<Block, T> work{
         team_.memory(),
-        tile_,
+        costs_.tile(),
         a_,
         trace_f(p, batch, l) + row,
         b_,
@@ -393,30 +526,29 @@ class Adjoint {
         static_cast<T>(damp_f_),
         eps_,
     };
-    if (apart)
-      team_.pass(ApartWork<Block, T>{work}, true);
-    else
-      team_.pass(TogetherWork<Block, T>{work});
-    team_.sync();
     T* const next = l > 0 ? p.g_bar + (at - 1) * p.m : nullptr;
-    team_.join([&](int j, T v) {
+    const auto put = [&](int j, T v) {
       const bool counts = b_[j] > T(0);
       const T g_bar = !counts ? T(0) : apart ? -v : -v * w[j];
       if (counts)
         b_bar_[j] += eps_ * static_cast<double>(g_bar) / static_cast<double>(masses_.scaled(b_[j]));
       if (next) team_.store(next + j, static_cast<T>(damp_g_) * g_bar);
-    });
+    };
+    if (apart)
+      costs_.iteration(ApartWork<Block, T>{work}, true, put);
+    else
+      costs_.iteration(TogetherWork<Block, T>{work}, false, put);
     team_.sync();
   }
 
-  const AdjointKernel<T>& kernel_;
+  const AdjointArguments<T>& kernel_;
   const double eps_;
   Team team_;
+  Costs costs_;
   Penalty x_, y_;
   double damp_f_, damp_g_;
   T k_;
   Masses masses_{0, 0, false};
-  const T* tile_;  // (rows, m)
   const T* a_;     // (rows,)
   const T* b_;     // (m,)
   T* f_bar_;       // (rows,)
@@ -427,7 +559,14 @@ class Adjoint {
 template <typename T>
 template <class Block>
 OTLOSS_DEVICE void AdjointKernel<T>::operator()(Block& block) const {
-  Adjoint<T, Block> adjoint(block, *this);
+  Adjoint<T, Block, StoredCosts<T, Block>> adjoint(block, *this);
+  adjoint.run();
+}
+
+template <typename T>
+template <class Block>
+OTLOSS_DEVICE void MadeAdjointKernel<T>::operator()(Block& block) const {
+  Adjoint<T, Block, MadeCosts<T, Block>> adjoint(block, *this);
   adjoint.run();
 }
 
@@ -579,7 +718,7 @@ Pack<AdjointGroup<T>> with_workspace(const Context& context, const Pack<Unrolled
     const UnrolledGroup<T>& p = pack.items[g];
     const int64_t iterations = p.batch * p.L;
     groups.items[g] = {p,
-                       p.grad_C ? context.scratch<T>(iterations * p.n) : nullptr,
+                       p.grad_C || !p.C ? context.scratch<T>(iterations * p.n) : nullptr,
                        context.scratch<T>(iterations * p.m),
                        context.scratch<T>(iterations * p.m),
                        context.scratch<int>(iterations),
@@ -588,38 +727,97 @@ Pack<AdjointGroup<T>> with_workspace(const Context& context, const Pack<Unrolled
   return groups;
 }
 
+template <typename T>
+void make_factors(const Context& context, const Pack<AdjointGroup<T>>& pack, double eps) {
+  Grid grid;
+  int64_t batch = 0, iterations = 0;
+  for (int g = 0; g < pack.count; ++g) {
+    batch = std::max(batch, pack.items[g].batch);
+    iterations = std::max(iterations, pack.items[g].L);
+  }
+  grid.x = std::min(iterations, kGridX);
+  grid.y = std::min(batch, kGridY);
+  grid.z = pack.count;
+  grid.shared = block_sum_bytes<FactorKernel<T>::kThreads>(4);
+  launch(context, FactorKernel<T>{pack, eps}, grid);
+}
+
+// All but the team.
+template <typename T>
+void fill_arguments(const Context& context, const Pack<AdjointGroup<T>>& pack, double eps,
+                    Objective objective, AdjointArguments<T>* arguments) {
+  const TeamArguments<T>& team = arguments->team;
+  arguments->groups = pack;
+  arguments->eps = eps;
+  arguments->objective = objective;
+  arguments->f_bar = context.scratch<T>(team.teams * team.rows);
+  arguments->a_bar = context.scratch<double>(team.teams * team.rows);
+  arguments->b_bar = context.scratch<double>(team.teams * team.columns);
+}
+
+template <typename T>
+void stored_backward(const Context& context, const Pack<AdjointGroup<T>>& pack, double eps,
+                     Objective objective) {
+  AdjointKernel<T> adjoint{};
+  const Grid team = plan_team<AdjointKernel<T>, T>(context, pack, &adjoint.arguments.team);
+  fill_arguments(context, pack, eps, objective, &adjoint.arguments);
+  launch(context, adjoint, team);
+  Grid grid{0};
+  for (int g = 0; g < pack.count; ++g) {
+    const AdjointGroup<T>& p = pack.items[g];
+    grid.y = std::max(grid.y, std::min(p.batch, kGridY));
+    if (p.grad_C) grid.x = std::max(grid.x, AccumulateKernel<T>::tiles(p.n, p.m));
+  }
+  grid.z = pack.count;
+  grid.shared = AccumulateKernel<T>::kShared;
+  launch(context, AccumulateKernel<T>{pack, eps, objective}, grid);
+}
+
+template <typename T>
+void made_backward(const Context& context, const Pack<UnrolledGroup<T>>& given,
+                   const Pack<AdjointGroup<T>>& pack, double eps, Objective objective,
+                   Packer<T>& packer) {
+  MadeAdjointKernel<T> adjoint{};
+  TeamArguments<T>& team = adjoint.arguments.team;
+  const Grid grid =
+      plan_made_team<T>(context, pack, pack.items[0].made.points.d, &team, &adjoint.layout);
+  fill_arguments(context, pack, eps, objective, &adjoint.arguments);
+  adjoint.rows = context.scratch<T>(team.teams * 3 * team.rows);
+  adjoint.columns = context.scratch<T>(team.teams * 3 * team.columns);
+  for (int g = 0; g < pack.count; ++g) {
+    const AdjointGroup<T>& p = pack.items[g];
+    adjoint.made[g] = {packer(p.batch, p.n, p.m, p.made.points),
+                       context.scratch<T>(p.batch * packed_stride(p.n)),
+                       context.scratch<T>(p.batch * packed_stride(p.m)),
+                       p.R,
+                       p.g_bar,
+                       p.w,
+                       p.apart};
+    if (objective == Objective::kTransport) continue;
+    // There is no last plan, but its exponents are loaded with the points.
+    const auto bytes = [&](int64_t count) {
+      return p.batch * packed_stride(count) * static_cast<int64_t>(sizeof(T));
+    };
+    clear(context, adjoint.made[g].F, bytes(p.n));
+    clear(context, adjoint.made[g].G, bytes(p.m));
+  }
+  launch(context, adjoint, grid);
+  unrolled_point_sums(context, given, adjoint.made, eps, objective);
+}
+
 }  // namespace
 
 template <typename T>
 void unrolled_backward(const Context& context, const std::vector<UnrolledGroup<T>>& groups,
                        double eps, Objective objective) {
+  Packer<T> packer(context);
   for_each_pack(groups, [&](const Pack<UnrolledGroup<T>>& given) {
     const Pack<AdjointGroup<T>> pack = with_workspace(context, given);
-    int64_t batch = 0, iterations = 0, tiles = 0;
-    for (int g = 0; g < pack.count; ++g) {
-      const AdjointGroup<T>& p = pack.items[g];
-      batch = std::max(batch, p.batch);
-      iterations = std::max(iterations, p.L);
-      if (p.grad_C) tiles = std::max(tiles, AccumulateKernel<T>::tiles(p.n, p.m));
-    }
-    AdjointKernel<T> adjoint{};
-    adjoint.groups = pack;
-    adjoint.eps = eps;
-    adjoint.objective = objective;
-    const Grid team = plan_team<AdjointKernel<T>, T>(context, pack, &adjoint.team);
-    adjoint.f_bar = context.scratch<T>(adjoint.team.teams * adjoint.team.rows);
-    adjoint.a_bar = context.scratch<double>(adjoint.team.teams * adjoint.team.rows);
-    adjoint.b_bar = context.scratch<double>(adjoint.team.teams * adjoint.team.columns);
-    Grid grid;
-    grid.y = std::min(batch, kGridY);
-    grid.z = pack.count;
-    grid.x = std::min(iterations, kGridX);
-    grid.shared = block_sum_bytes<FactorKernel<T>::kThreads>(4);
-    launch(context, FactorKernel<T>{pack, eps}, grid);
-    launch(context, adjoint, team);
-    grid.x = tiles;
-    grid.shared = AccumulateKernel<T>::kShared;
-    launch(context, AccumulateKernel<T>{pack, eps, objective}, grid);
+    make_factors(context, pack, eps);
+    if (given.items[0].C != nullptr)
+      stored_backward(context, pack, eps, objective);
+    else
+      made_backward(context, given, pack, eps, objective, packer);
   });
 }
 
