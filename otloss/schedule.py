@@ -17,12 +17,17 @@ DEFAULT_BUDGET = 1 << 30
 dense_budget = int(os.environ.get("OTLOSS_DENSE_BUDGET", DEFAULT_BUDGET))
 CUDA_SHARE = 0.25
 
+# Rows of a plan that a streamed result makes at once take so many bytes or more, and some ten times
+# that on the way. glibc gives pieces of this size back to the system; smaller ones splinter its
+# heap.
+BLOCK_BYTES = 1 << 25
+
 # Where making a cost again is faster than reading it, on each kind of device: up to so many
 # dimensions, and for matrices of more than so many bytes. A matrix that stays in the second cache
 # (in the multiprocessors) is only slower than that to make.
 STREAMED_FROM = {"cpu": {4: 1 << 20, 16: 12 << 20}, "cuda": {3: 1 << 25}}
 # The same where the gradient goes over the costs again and again, which pays for making a matrix
-# until it is too large for the third cache.
+# until it is too large for the third cache. (A GPU makes each entry twice in a pass.)
 STREAMED_BACK_FROM = {"cpu": {4: 12 << 20, 8: 32 << 20}, "cuda": {}}
 
 

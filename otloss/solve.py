@@ -6,18 +6,18 @@ import functools
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from otloss import _check, ops, reference
+from otloss import _check, ops, reference, schedule
 from otloss._check import ConvergenceWarning, Options
 from otloss.autograd import CostMatrices, Settings, Solve, SolvePoints
 from otloss.costs import COSTS, Cost
-from otloss.schedule import choose_method
 
 __all__ = ["OTResult", "Problem", "build_costs", "run", "solve", "solve_sample"]
 
@@ -135,7 +135,7 @@ def streams(problem: Problem, pairs: list[int], options: Options) -> bool:
     ]
     backward = _choose_backward(options)
     regularized = options.objective == "regularized"
-    chosen = choose_method(
+    chosen = schedule.choose_method(
         problem.points,
         sizes,
         problem.weights[0].element_size(),
@@ -252,8 +252,11 @@ class OTResult:
         options: Options,
         solved: Solved,
         system: list[Tensor],
+        *,
+        dense: bool,
     ) -> None:
         self._problem, self._given_cost, self._options = problem, cost, options
+        self._dense = dense
         self._status, self._system = solved.status[0], system
         self._a, self._b = problem.weights[0], problem.weights[1]
         self._f, self._g = solved.f[0], solved.g[0]
@@ -280,16 +283,43 @@ class OTResult:
         """The transport plan P, (n, m), made when first asked for."""
         return self._out(self._plan)
 
+    def _over_rows(self, function: Callable[..., tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+        """``function(rows, P, C)`` of the plan's rows: all at once where matrices are kept,
+        otherwise a block at a time, made from the points, and again for the gradient."""
+        if self._dense or "_plan" in self.__dict__:
+            return [function(slice(None), self._plan, self._cost)]
+        x, y = self._problem.points
+
+        def of_block(rows: slice) -> tuple[Tensor, ...]:
+            a, f = self._a[:, rows].contiguous(), self._f[:, rows]
+            clouds = replace(
+                self._problem, points=(x[..., rows, :], y), weights=(a.contiguous(), self._b)
+            )
+            (C,) = build_costs(clouds, [0, 1], self._options.cost, False)
+            P = reference.plan(self._options.eps, C, f, self._g, a, self._b)
+            return function(rows, P, C)
+
+        return _in_blocks(of_block, self._a.shape[1], self._b)
+
     @property
     def value_linear(self) -> Tensor:
         """``<P, C>``, the transport cost without the entropy; () or (B,)."""
-        C = torch.where(self._plan.detach() > 0, self._cost, 0.0)
-        return self._out((self._plan * C).sum((-2, -1)))
+
+        def block(_: slice, P: Tensor, C: Tensor) -> tuple[Tensor, ...]:
+            return ((P * torch.where(P.detach() > 0, C, 0.0)).sum((-2, -1)),)
+
+        return self._out(_total(part for (part,) in self._over_rows(block)))
+
+    def _sums(self) -> tuple[Tensor, Tensor]:
+        """Row and column sums of the plan, (B, n) and (B, m)."""
+        parts = self._over_rows(lambda _, P, __: (P.sum(-1), P.sum(-2)))
+        return torch.cat([rows for rows, _ in parts], -1), _total(columns for _, columns in parts)
 
     @property
     def marginals(self) -> tuple[Tensor, Tensor]:
         """Row and column sums of the plan, (n,) and (m,)."""
-        return self._out(self._plan.sum(-1)), self._out(self._plan.sum(-2))
+        rows, columns = self._sums()
+        return self._out(rows), self._out(columns)
 
     def _status_field(self, field: int) -> Any:
         column = self._status[:, field]
@@ -309,11 +339,12 @@ class OTResult:
         and ``b exp(-g / rho_y)``, each over its own mass. Computed from the plan that is returned;
         a float, or (B,) for a batch.
         """
+        rows, columns = self._sums()  # a plan that is kept is kept with its graph
         with torch.no_grad():
             a = self._a * reference.share(self._f, self._options.rho_x)
             b = self._b * reference.share(self._g, self._options.rho_y)
-            row = (self._plan.sum(-1) - a).abs().sum(-1)
-            column = (self._plan.sum(-2) - b).abs().sum(-1)
+            row = (rows - a).abs().sum(-1)
+            column = (columns - b).abs().sum(-1)
             # A plan that underflows has the marginals that are asked of it: 0.
             limits = torch.finfo(a.dtype)
             least = limits.tiny / limits.eps
@@ -341,19 +372,26 @@ class OTResult:
         return int(iterations.item()), residual.item()
 
     def apply(self, v: Tensor, axis: int = 1) -> Tensor:
-        """``P @ v`` for ``axis=1`` (v has m rows), ``P.T @ v`` for ``axis=0`` (v has n rows)."""
+        """``P @ v`` for ``axis=1`` (v has m rows), ``P.T @ v`` for ``axis=0`` (v has n rows).
+
+        After a streamed solve the plan is made a few rows at a time and never stored.
+        """
         if axis not in (0, 1):
             raise ValueError(f"axis must be 0 or 1, got {axis!r}")
         v = _check.floating("v", v)
-        P = self.plan if axis == 1 else self.plan.mT
-        batch = P.dim() - 2
-        vector = v.dim() == batch + 1
-        if v.dim() not in (batch + 1, batch + 2) or v.shape[batch] != P.shape[-1]:
-            raise ValueError(
-                f"v must have {P.shape[-1]} rows for axis={axis}, got {_check.describe(v)}"
-            )
-        with reference.full_precision(P):
-            out = P @ (v.unsqueeze(-1) if vector else v).to(P.dtype)
+        batched, count = self._problem.batched, (self._b if axis == 1 else self._a).shape[-1]
+        vector = v.dim() == batched + 1
+        if v.dim() not in (batched + 1, batched + 2) or v.shape[batched] != count:
+            raise ValueError(f"v must have {count} rows for axis={axis}, got {_check.describe(v)}")
+        right = (v if batched else v.unsqueeze(0)).to(self._a.dtype)
+        right = right.unsqueeze(-1) if vector else right
+
+        def block(rows: slice, P: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+            with reference.full_precision(P):
+                return (P @ right if axis == 1 else P.mT @ right[:, rows],)
+
+        parts = [part for (part,) in self._over_rows(block)]
+        out = self._out(torch.cat(parts, -2) if axis == 1 else _total(parts))
         return out.squeeze(-1) if vector else out
 
     def barycentric_map(self) -> Tensor:
@@ -363,7 +401,7 @@ class OTResult:
         """
         y = self._need_points("barycentric_map")[1]
         image = self.apply(y)
-        mass = self._a if self._options.balanced else self._plan.sum(-1)
+        mass = self._a if self._options.balanced else self._sums()[0]
         mass = self._out(mass).unsqueeze(-1)
         return torch.where(mass > 0, image / torch.where(mass > 0, mass, 1.0), 0.0)
 
@@ -375,15 +413,20 @@ class OTResult:
         y = self._need_points("extend")[1]
         x_new = _check.points("x_new", x_new)
         _check.same_space("y", y, "x_new", x_new)
-        dtype = compute_dtype(y)
-        k = x_new.shape[-2]
-        clouds = Problem(
-            ("x_new", "y"), (x_new, y), (_as_weights(None, x_new, k), self._b), True, False
-        )
-        (C,) = build_costs(clouds, [0, 1], self._options.cost, self._options.method == "reference")
-        eps = self._options.eps
+        dtype, eps = compute_dtype(y), self._options.eps
         factor = reference.damping(self._options.rho_x, eps)
-        return self._out(factor * reference.softmin(eps, C.to(dtype), self._g, self._b))
+        plain = self._options.method == "reference"
+
+        def of_block(rows: slice) -> tuple[Tensor, ...]:
+            new = x_new[..., rows, :]
+            weights = (_as_weights(None, new, new.shape[-2]), self._b)
+            clouds = Problem(("x_new", "y"), (new, y), weights, True, False)
+            (C,) = build_costs(clouds, [0, 1], self._options.cost, plain)
+            return (factor * reference.softmin(eps, C.to(dtype), self._g, self._b),)
+
+        count = x_new.shape[-2]
+        parts = [of_block(slice(None))] if self._dense else _in_blocks(of_block, count, self._b)
+        return self._out(torch.cat([part for (part,) in parts], -1))
 
     def _need_points(self, name: str) -> tuple[Tensor, ...]:
         if not self._problem.points:
@@ -394,6 +437,23 @@ class OTResult:
         batch = tuple(self._a.shape[:-1]) if self._problem.batched else ()
         shape = (*batch, self._a.shape[-1], self._b.shape[-1])
         return f"OTResult({shape}, eps={self._options.eps:g}, cost={self._options.cost!r})"
+
+
+def _in_blocks(
+    of_block: Callable[[slice], tuple[Tensor, ...]], count: int, across: Tensor
+) -> list[tuple[Tensor, ...]]:
+    """``of_block(rows)`` for ``count`` rows over ``across`` (B, m), some at a time. What is made on
+    the way is not kept for the gradient but made again.
+    """
+    step = -(-schedule.BLOCK_BYTES // (across.numel() * across.element_size()))
+    blocks = [slice(i, min(i + step, count)) for i in range(0, count, step)]
+    if not torch.is_grad_enabled():
+        return [of_block(rows) for rows in blocks]
+    return [checkpoint(of_block, rows, use_reentrant=False) for rows in blocks]
+
+
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, parts)
 
 
 # ---------------------------------------------------------------------------------- public calls
@@ -556,7 +616,7 @@ def _solve_one(
     solved = run(
         problem, costs, [0, 1], [1.0], options, start, potentials=True, dense=dense, system=system
     )
-    return OTResult(problem, costs[0] if costs else None, options, solved, system)
+    return OTResult(problem, costs[0] if costs else None, options, solved, system, dense=dense)
 
 
 def _initial_potentials(

@@ -483,6 +483,26 @@ def test_streamed_stores_no_matrix(mode: dict[str, Any]) -> None:
     assert bool(x.grad is not None and x.grad.isfinite().all())
 
 
+def test_streamed_results_store_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OTLOSS_CUDA_REGIME", raising=False)
+    x, y, a, b = (t.cuda() for t in clouds(3000, 2500))
+    x.requires_grad_()
+    told = []
+    for method in ("dense", "streamed"):
+        result = otloss.solve_sample(x, y, 0.5, a=a, b=b, method=method, tol=1e-5)
+        values = (result.value_linear, *result.marginals, result.barycentric_map())
+        (grad,) = torch.autograd.grad(sum(t.square().sum() for t in values), x)
+        told.append((*values, result.extend(x + 0.1), grad))
+    for found, expected in zip(*reversed(told), strict=True):
+        scale = float(expected.detach().abs().max())
+        torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=1e-3)
+    points = torch.rand(40_000, 3, device="cuda")  # 6.4 GB of costs
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    otloss.solve_sample(points, points + 1, 1.0, method="streamed", tol=0.1).barycentric_map()
+    assert torch.cuda.max_memory_allocated() - before < 600e6
+
+
 @pytest.mark.parametrize("method", ["dense", "streamed"])
 def test_the_gaussian_start_saves_passes(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     """Far apart and of different spread: most of the potential is the Gaussians'."""

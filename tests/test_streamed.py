@@ -128,6 +128,60 @@ def test_the_gaussian_start_saves_passes(rng: torch.Generator) -> None:
         assert default < cold, (method, default, cold)
 
 
+@pytest.mark.parametrize("strength", [None, 2.0], ids=str)
+@pytest.mark.parametrize("cost", helpers.COSTS)
+@pytest.mark.parametrize("batch", [None, 2])
+def test_what_results_tell_is_that_of_the_stored_matrix(
+    rng: torch.Generator,
+    batch: int | None,
+    cost: str,
+    strength: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In blocks of a few rows, the last of which is smaller; gradients too."""
+    c = helpers.clouds(rng, 31, 26, 3, weights="padded", batch=batch).require_grad()
+    monkeypatch.setattr(schedule, "BLOCK_BYTES", 8 * 26 * (batch or 1) * 7)
+    lead = () if batch is None else (batch,)
+    new = helpers.randn(rng, *lead, 12, 3)
+    right, left = helpers.randn(rng, *lead, 26), helpers.randn(rng, *lead, 31, 4)
+    results = []
+    for method in ("dense", "streamed"):
+        result = otloss.solve_sample(
+            c.x, c.y, 0.5, a=c.a, b=c.b, cost=cost, unbalanced=strength, method=method,
+            **FIRST_ORDER,
+        )  # fmt: skip
+        told = [result.value_linear, *result.marginals, result.apply(right)]
+        told += [result.apply(left, axis=0), result.barycentric_map(), result.extend(new)]
+        grads = torch.autograd.grad(sum(t.square().sum() for t in told), c.inputs())
+        results.append([*told, torch.as_tensor(result.marginal_error), *grads])
+        assert ("_plan" in result.__dict__) == (method == "dense")
+    for one, other in zip(*results, strict=True):
+        helpers.close(one, other, 1e-6, scale=float(other.detach().norm()) + 1e-3)
+
+
+def test_results_make_no_matrix() -> None:
+    """8000 x 8000 float32 costs take 0.26 GB, of which autograd through the plan keeps several."""
+    script = (
+        "import otloss\n"
+        "import torch\n"
+        "from benchmarks.memory import resident_peak\n"
+        "def call(n, m):\n"
+        "    x, y = torch.rand(n, 3).requires_grad_(), torch.rand(m, 3)\n"
+        "    kw = {'method': 'streamed', 'n_iters': 2}\n"
+        "    result = otloss.solve_sample(x, y, 1.0, **kw)\n"
+        "    (result.barycentric_map().sum() + result.value_linear).backward()\n"
+        "    return result.extend(y), result.marginal_error\n"
+        "call(50, 60)\n"
+        "before = resident_peak()\n"
+        "call(8_000, 8_000)\n"
+        "print(resident_peak() - before)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert int(run.stdout) < 800e6, f"{int(run.stdout) / 1e6:.0f} MB more"
+
+
 def test_auto_keeps_matrices_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     points, sizes = [torch.zeros(10, 30)], [(1000, 1000)]
     assert schedule.choose_method(points, sizes, 4) == "dense"
