@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -1095,27 +1095,24 @@ def test_a_regime_that_stores_costs_is_refused_for_points(engine: Engine, regime
         engine.solve(Cloud(points, 0), weights, [0, 1], 0.5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", [0, 1, 2])
-@pytest.mark.parametrize("d", [1, 3, 16, 40, 70])
-@pytest.mark.parametrize(("n", "m", "same"), [(40, 33, False), (35, 700, False), (150, 150, True)])
-def test_gradient_sums_of_points(
-    engine: Engine, dtype: torch.dtype, kind: int, d: int, n: int, m: int, same: bool
-) -> None:
-    points, weights = clouds(dtype, 2, n, m, d)
-    if same:
-        points, weights = [points[0]] * 2, [weights[0]] * 2
-    prepared = Cloud(points[: 2 - same], kind).pair(0, int(not same))
-    (a, b), zy = weights, prepared["zy"]
+def gradient_sums(
+    engine: Engine, points: list[Tensor], weights: list[Tensor], kind: int
+) -> tuple[list[Tensor], list[float]]:
+    """V 1 and V y of a pair, or of one cloud, and their errors over the largest."""
+    same = len(points) == 1
+    a, b = weights[0], weights[-1]
+    dtype, (B, n), m, d = a.dtype, a.shape, b.shape[1], points[0].shape[-1]
+    prepared = Cloud(points, kind).pair(0, int(not same))
     # Of the rounded points: the reciprocal of a small distance magnifies their rounding.
-    sides = [prepared["zx"].double(), zy.double()]
+    sides = [prepared["zx"].double(), prepared["zy"].double()]
     (C,) = reference.cost(sides[: 2 - same], [], [0, int(not same)], kind)
     eps = 0.3 * float(C.mean()) + 0.01
-    f, g = eps * torch.randn(2, n, dtype=dtype), eps * torch.randn(2, m, dtype=dtype)
-    grad = torch.tensor([2.0, -0.5], dtype=dtype)
-    total, product = a.new_full((2, n), math.nan), a.new_full((2, n, d), math.nan)
+    generator = torch.Generator().manual_seed(n + m)
+    f, g = (eps * torch.randn(w.shape, generator=generator, dtype=dtype) for w in (a, b))
+    grad = torch.tensor([2.0, -0.5], dtype=dtype)[:B]
+    found = [a.new_full((B, n), math.nan), a.new_full((B, n, d), math.nan)]
     call = PointGradientCall(
-        batch=2,
+        batch=B,
         n=n,
         m=m,
         symmetric=int(same),
@@ -1125,8 +1122,8 @@ def test_gradient_sums_of_points(
         f=f,
         g=g,
         grad=grad,
-        sum=total,
-        product=product,
+        sum=found[0],
+        product=found[1],
         **prepared,
     )
     engine.check(
@@ -1140,10 +1137,249 @@ def test_gradient_sums_of_points(
         V = 2 * V
     elif kind == 1:
         V = torch.where(C > 0, V / C, 0.0)
-    tolerance = 2e-5 if dtype == torch.float32 else 1e-11
-    for got, expected in ((total, V.sum(-1)), (product, V @ zy.double())):
-        scale = float(expected.abs().max()) + 1e-30
-        torch.testing.assert_close(got.double() / scale, expected / scale, rtol=0, atol=tolerance)
+    expected = (V.sum(-1), V @ sides[1])
+    return found, [
+        float((got.double() - e).abs().max() / (e.abs().max() + 1e-30))
+        for got, e in zip(found, expected, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [0, 1, 2])
+@pytest.mark.parametrize("d", [1, 3, 16, 40, 70])
+@pytest.mark.parametrize(("n", "m", "same"), [(40, 33, False), (35, 700, False), (150, 150, True)])
+def test_gradient_sums_of_points(
+    engine: Engine, dtype: torch.dtype, kind: int, d: int, n: int, m: int, same: bool
+) -> None:
+    points, weights = clouds(dtype, 2, n, m, d)
+    _, errors = gradient_sums(engine, points[: 2 - same], weights[: 2 - same], kind)
+    assert max(errors) < (2e-5 if dtype == torch.float32 else 1e-11)
+
+
+# ---------------------------------------------------------------- tensor cores, rows that are share
+
+
+@pytest.fixture
+def forced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets OTLOSS_CUDA_TILES, _TEAM, _PARTS by their last word."""
+
+    def force(**values: object) -> None:
+        for word, value in values.items():
+            monkeypatch.setenv(f"OTLOSS_CUDA_{word.upper()}", str(value))
+
+    return force
+
+
+def errors_on_points(
+    engine: Engine, points: list[Tensor], weights: list[Tensor], kind: int, fraction: float
+) -> tuple[float, float]:
+    """Of values and potentials of a divergence in float32, over the mean cost."""
+    costs = reference.cost(points, [], DIVERGENCE, kind)
+    scale = float(costs[0].mean())
+    values, status, f, g, _ = engine.solve(
+        Cloud([x.float() for x in points], kind),
+        [w.float() for w in weights],
+        DIVERGENCE,
+        fraction * scale,
+        tol=1e-5,
+    )
+    assert bool((status[..., 2] == 1).all())
+    expected, true_f, true_g = truth(costs, weights, DIVERGENCE, fraction * scale)
+    of_value = float((values.double() - torch.stack(expected)).abs().max())
+    of_potential = max(
+        max(spread(f[p], true_f[p], weights[i]), spread(g[p], true_g[p], weights[j]))
+        for p, (i, j) in enumerate(reference.as_pairs(DIVERGENCE))
+    )
+    return of_value / scale, of_potential / scale
+
+
+def assert_as_accurate_as_multiply_adds(
+    engine: Engine,
+    forced: Callable[..., None],
+    points: list[Tensor],
+    weights: list[Tensor],
+    kind: int,
+) -> None:
+    errors = {}
+    for tiles in ("fma", "tensor"):
+        forced(tiles=tiles)
+        errors[tiles] = errors_on_points(engine, points, weights, kind, 0.1)
+    for fma, tensor in zip(errors["fma"], errors["tensor"], strict=True):
+        assert tensor <= 2 * fma + 3e-7
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2])
+@pytest.mark.parametrize(("n", "m", "d"), [(65, 131, 17), (70, 64, 100), (129, 3, 33)])
+def test_tensor_cores_are_as_accurate_as_multiply_adds(
+    engine: Engine, forced: Callable[..., None], kind: int, n: int, m: int, d: int
+) -> None:
+    points, weights = clouds(torch.float64, 1, n, m, d)
+    assert_as_accurate_as_multiply_adds(engine, forced, points, weights, kind)
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_tensor_cores_with_outliers(engine: Engine, forced: Callable[..., None], kind: int) -> None:
+    """They set the scale of the halves; the distances of all others keep their digits."""
+    points, weights = clouds(torch.float64, 1, 60, 50, 24)
+    points[0][:, ::20] *= 100
+    assert_as_accurate_as_multiply_adds(engine, forced, points, weights, kind)
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e15])
+def test_tensor_cores_at_any_scale(engine: Engine, scale: float) -> None:
+    points, weights = clouds(torch.float64, 1, 40, 70, 24)
+    value, potential = errors_on_points(engine, [scale * x for x in points], weights, 0, 0.1)
+    assert value < 1e-6
+    assert potential < 3e-6
+
+
+@pytest.mark.parametrize("shared", [232448, 64 * 1024])
+def test_tensor_cores_with_many_coordinates(engine: Engine, shared: int) -> None:
+    """Chunks of coordinates, with the rows' points resident and not."""
+    engine.configure(shared=shared)
+    points, weights = clouds(torch.float64, 1, 70, 90, 300)
+    value, potential = errors_on_points(engine, points, weights, 0, 0.05)
+    assert value < 1e-6
+    assert potential < 3e-6
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("n", "m", "d", "shared"),
+    [
+        (65, 130, 17, 232448),
+        (1, 70, 90, 232448),
+        (70, 1, 33, 232448),
+        (70, 150, 300, 232448),
+        (70, 150, 300, 40 * 1024),
+    ],
+)
+def test_gradient_sums_by_tensor_cores(
+    engine: Engine, kind: int, n: int, m: int, d: int, shared: int
+) -> None:
+    """A bar that single half-precision products miss by a factor of a hundred."""
+    engine.configure(shared=shared)
+    points, weights = clouds(torch.float32, 2, n, m, d)
+    _, errors = gradient_sums(engine, points, weights, kind)
+    assert max(errors) < 2e-6
+
+
+def test_order_of_threads_does_not_matter_to_gradient_sums(engine: Engine) -> None:
+    points, weights = clouds(torch.float32, 2, 70, 300, 90)
+    results = []
+    for order in range(3):
+        engine.configure(order=order)
+        results.append(gradient_sums(engine, points, weights, 1)[0])
+    for other in results[1:]:
+        assert all(bool((x == y).all()) for x, y in zip(results[0], other, strict=True))
+
+
+SHARED = [(4, 1), (4, 2), (4, 4), (6, 3)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("d", [3, 40])
+@pytest.mark.parametrize(("team", "parts"), SHARED)
+def test_blocks_that_share_rows(
+    engine: Engine, forced: Callable[..., None], team: int, parts: int, d: int, dtype: torch.dtype
+) -> None:
+    forced(team=team, parts=parts)
+    points, weights = clouds(dtype, 2, 70, 133, d)
+    costs = reference.cost(points, [], DIVERGENCE, 0)
+    eps = 0.1 * float(costs[0].mean())
+    values, status, f, g, _ = engine.solve(Cloud(points, 0), weights, DIVERGENCE, eps, tol=1e-5)
+    expected, true_f, true_g = truth(costs, weights, DIVERGENCE, eps)
+    assert bool((status[..., 2] == 1).all())
+    for p, (i, j) in enumerate(reference.as_pairs(DIVERGENCE)):
+        torch.testing.assert_close(values[p].double(), expected[p], rtol=2e-5, atol=2e-5)
+        assert spread(f[p], true_f[p], weights[i]) < 1e-3
+        assert spread(g[p], true_g[p], weights[j]) < 1e-3
+        assert bool((f[p][weights[i] == 0] == 0).all() and (g[p][weights[j] == 0] == 0).all())
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 300), (300, 1), (5, 700), (33, 31)])
+@pytest.mark.parametrize(("team", "parts"), SHARED)
+def test_shapes_of_shared_rows(
+    engine: Engine, forced: Callable[..., None], n: int, m: int, team: int, parts: int
+) -> None:
+    forced(team=team, parts=parts)
+    points, weights = clouds(torch.float32, 1, n, m, 20)
+    costs = reference.cost(points, [], [0, 1], 1)
+    values, status, *_ = engine.solve(Cloud(points, 1), weights, [0, 1], 1.0, tol=1e-5)
+    expected, *_ = truth(costs, weights, [0, 1], 1.0)
+    assert bool((status[..., 2] == 1).all())
+    torch.testing.assert_close(values[0].double(), expected[0], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2])
+@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("d", [5, 40])
+def test_shared_sums_that_underflow(
+    engine: Engine, forced: Callable[..., None], kind: int, parts: int, d: int
+) -> None:
+    """From a cold start at small eps most sums are made again; all blocks must agree on that."""
+    forced(team=4, parts=parts)
+    points, weights = clouds(torch.float32, 2, 70, 75, d)
+    costs = reference.cost(points, [], DIVERGENCE, kind)
+    eps = 1e-3 * float(costs[0].mean())
+    _, status, _, _, traces = engine.solve(
+        Cloud(points, kind), weights, DIVERGENCE, eps, n_iters=3, trace=True
+    )
+    for p, (i, j) in enumerate(reference.as_pairs(DIVERGENCE)):
+        C, a, b = costs[p], weights[i], weights[j]
+        true_g = torch.zeros_like(b)
+        for step in range(3):
+            true_f = torch.where(a > 0, reference.softmin(eps, C, true_g, b), 0.0)
+            true_g = torch.where(b > 0, reference.softmin(eps, C.mT, true_f, a), 0.0)
+            expected = torch.cat([true_f, true_g], -1)
+            scale = float(expected.abs().max())
+            torch.testing.assert_close(traces[p][:, step], expected, rtol=0, atol=1e-4 * scale)
+    assert bool((status[..., 0] == 3).all())
+
+
+@pytest.mark.parametrize("d", [3, 40])
+def test_order_of_threads_does_not_matter_to_shared_rows(
+    engine: Engine, forced: Callable[..., None], d: int
+) -> None:
+    forced(team=4, parts=2)
+    points, weights = clouds(torch.float32, 2, 37, 350, d)
+    points = [20 * x for x in points]  # sums that are made again, too
+    results = []
+    for order in range(3):
+        engine.configure(order=order)
+        values, status, f, g, _ = engine.solve(
+            Cloud(points, 0), weights, DIVERGENCE, 300.0, tol=1e-4, objective=1
+        )
+        results.append([values, status, *f, *g])
+    for other in results[1:]:
+        assert all(bool((x == y).all()) for x, y in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("strength", SOFT, ids=str)
+def test_soft_marginals_of_shared_rows(
+    engine: Engine, forced: Callable[..., None], strength: Strength
+) -> None:
+    forced(team=4, parts=2)
+    rho = rho_pair(strength)
+    points, weights = clouds(torch.float32, 2, 45, 70, 30)
+    weights[1] = 1.7 * weights[1]
+    costs = reference.cost(points, [], DIVERGENCE, 0)
+    eps = 0.1 * float(costs[0].mean())
+    rho = (rho[0] * eps * 10, rho[1] * eps * 10)
+    found = engine.solve(Cloud(points, 0), weights, DIVERGENCE, eps, tol=1e-5, rho=rho)
+    expected = on_the_cpu(costs, weights, DIVERGENCE, eps, tol=1e-5, rho=rho)
+    assert bool((found[1][..., 2] == 1).all())
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4 * eps)
+
+
+def test_what_is_forced_must_exist(engine: Engine, forced: Callable[..., None]) -> None:
+    points, weights = clouds(torch.float32, d=20)
+    forced(team=4, parts=3)
+    with pytest.raises(RuntimeError, match="OTLOSS_CUDA_PARTS=3 must divide the 4 blocks"):
+        engine.solve(Cloud(points, 0), weights, [0, 1], 1.0)
+    forced(tiles="wmma", parts=1)
+    with pytest.raises(RuntimeError, match="TILES must be auto, fma or tensor, got wmma"):
+        engine.solve(Cloud(points, 0), weights, [0, 1], 1.0)
 
 
 def assert_made_gradients_agree(

@@ -10,8 +10,15 @@
 // thread of each); shuffle_xor(value, mask), shuffle(value, lane) and any(flag) within a warp;
 // shared<T>() (dynamic shared memory); load, store (global memory that other blocks write, past
 // L1); load_constant (16 bytes that nobody writes during the launch); copy_async(to, from, inside)
-// (16 bytes from global to shared memory, past L1, or zeros), commit_copies() and wait_for_copies()
-// (all of this thread's).
+// (16 bytes from global to shared memory, past L1, or zeros), commit_copies() and
+// wait_for_copies<pending>() (those of this thread, but for the last `pending` commits).
+//
+// And for tensor cores, on half precision numbers as their 16 bits, two in a word, where lane l is
+// in row l / 4 with the neighbouring columns 2 (l % 4) and the next one of each 8 x 8 matrix:
+// load_matrices<transposed>(row, words) (ldmatrix: lane l gives row l % 8, 16 bytes of shared
+// memory, of matrix l / 8), multiply_add(c, a, b0, b1) (mma: c (16, 8) += a (16, 16) b (16, 8); a:
+// matrices (0, 0), (1, 0), (0, 1), (1, 1), b: transposed matrices (0, 0), (1, 0), c: rows 0 to 7, 8
+// to 15).
 #pragma once
 
 #include <cstddef>
@@ -48,6 +55,18 @@ inline void check(cudaError_t error, const char* what, const char* expected) {
   cudaGetLastError();  // not sticky: the next call must not find it
   throw std::runtime_error(std::string("otloss: ") + what +
                            " failed: " + cudaGetErrorString(error) + ". Expected " + expected);
+}
+
+// To half precision, to the nearest, and back.
+__device__ __forceinline__ uint16_t to_half(float x) {
+  uint16_t half;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(x));
+  return half;
+}
+__device__ __forceinline__ float from_half(uint16_t half) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(half));
+  return x;
 }
 
 class GpuBlock {
@@ -110,7 +129,30 @@ class GpuBlock {
                  : "memory");
   }
   __device__ void commit_copies() const { asm volatile("cp.async.commit_group;" ::: "memory"); }
-  __device__ void wait_for_copies() const { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+  template <int kPending = 0>
+  __device__ void wait_for_copies() const {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+  }
+
+  template <bool kTransposed>
+  __device__ void load_matrices(const uint16_t* row, uint32_t (&to)[4]) const {
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(row));
+    if constexpr (kTransposed)
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                   : "r"(address));
+    else
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                   : "r"(address));
+  }
+  __device__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                               uint32_t b1) const {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
 
   template <typename T>
   __device__ T* shared() const {

@@ -20,7 +20,7 @@ struct MadeSums {
   const S* x;     // (columns,) may be written by other blocks; null: 1
   bool of_costs;  // P_ij C_ij in place of P_ij
   S* out;         // (last - first,)
-  int64_t sums;   // bytes of shared memory before the kStreamedSums doubles
+  int64_t sums;   // bytes of shared memory before the streamed_sums doubles
 };
 
 // x of the columns of a thread, kept while it stays in one tile.
@@ -43,7 +43,7 @@ struct ColumnFactors {
 
 // The sums of a tile, joined over the warp as in tile_sum.
 template <typename T, typename S, class Block>
-OTLOSS_DEVICE S weigh_tile(Block& block, const TileEntries<T>& e, bool of_costs,
+OTLOSS_DEVICE S weigh_tile(Block& block, const TileEntries<T, FmaLayout<T>>& e, bool of_costs,
                            const S (&x)[kVector<T>]) {
   S sums[kTileRows];
 #pragma unroll
@@ -67,15 +67,14 @@ OTLOSS_NOINLINE void made_sums_of(Block block, const MadeSums<T, S>& p) {
   constexpr int kLanes = kWarp / kTileRows;
   const RowTiles<T>& tiles = p.tiles;
   double* const sums = reinterpret_cast<double*>(block.template shared<unsigned char>() + p.sums);
-  const TileShape shape =
-      choose_tile<T>(tiles.last - tiles.first, tiles.end - tiles.begin, tiles.d, tiles.stage);
-  TileMaker<Cost, kDifference, T, Block> maker(block, tiles, shape);
-  const int lane = block.thread() % kWarp, most = kStreamedRows * shape.groups;
+  using Maker = TileMaker<Cost, kDifference, T, Block>;
+  Maker maker(block, tiles);
+  const int lane = block.thread() % kWarp, most = maker.most_rows();
   for (int64_t first = tiles.first; first < tiles.last; first += most) {
     const int rows = static_cast<int>(tiles.last - first < most ? tiles.last - first : most);
-    for (int s = block.thread(); s < kStreamedSums; s += kSolveThreads) sums[s] = 0;
+    for (int s = block.thread(); s < maker.warps() * most; s += kSolveThreads) sums[s] = 0;
     ColumnFactors<S, kVector<T>> factors;
-    maker.run(first, rows, [&](const TileEntries<T>& e) {
+    maker.run(first, rows, [&](const typename Maker::Entries& e) {
       factors.load(block, p.x, e.column, tiles.end);
       const S joined = weigh_tile(block, e, p.of_costs, factors.at);
       if (lane % kLanes == 0)
@@ -101,17 +100,17 @@ OTLOSS_DEVICE void made_sums(Block& block, const MadeSums<T, S>& args) {
 
 // Where sums and stages are in shared memory, after the team's scratch.
 struct MadeLayout {
-  int64_t sums, stages, stage;  // bytes, bytes, elements
+  int64_t sums, stages, room;  // bytes
 
-  static MadeLayout of(const Limits& limits, int64_t element) {
+  static MadeLayout of(const Limits& limits) {
     MadeLayout layout;
     layout.sums = team_doubles(kSolveThreads) * static_cast<int64_t>(sizeof(double));
-    layout.stages = layout.sums + kStreamedSums * static_cast<int64_t>(sizeof(double));
-    const int64_t left = static_cast<int64_t>(limits.shared_per_block) - layout.stages;
-    layout.stage = left / (2 * element) / kPackedAlign * kPackedAlign;
+    layout.stages =
+        layout.sums + streamed_sums(TileKind::kFma) * static_cast<int64_t>(sizeof(double));
+    layout.room = static_cast<int64_t>(limits.shared_per_block) - layout.stages;
     return layout;
   }
-  size_t bytes(int64_t element) const { return static_cast<size_t>(stages + 2 * stage * element); }
+  size_t bytes() const { return static_cast<size_t>(stages + room); }
 };
 
 // Sums over both sides of a problem for a team whose blocks have some rows and some columns each.
@@ -172,7 +171,7 @@ class MadeSides {
     tiles.first = first, tiles.last = first + count;
     tiles.begin = 0, tiles.end = columns.count;
     tiles.F = F + first, tiles.G = G;
-    tiles.stages = layout_.stages, tiles.stage = layout_.stage;
+    tiles.stages = layout_.stages, tiles.room = layout_.room;
     made_sums(block_, MadeSums<T, S>{tiles, x, of_costs, out, layout_.sums});
   }
 
@@ -193,13 +192,13 @@ Grid plan_made_team(const Context& context, const Pack<Group>& pack, int64_t d,
   if (shape.problems == 0) return Grid{0};
   const Limits device = limits(context.device);
   const SolvePlan plan = choose_streamed_plan(shape, d, device, Regime::kAuto);
-  *layout = MadeLayout::of(device, sizeof(T));
+  *layout = MadeLayout::of(device);
   fill_team(context, shape, plan, arguments);
   arguments->rows = packed_stride(shape.n);
   arguments->columns = packed_stride(shape.m);
   Grid grid;
   grid.x = plan.teams * plan.team_size;
-  grid.shared = layout->bytes(sizeof(T));
+  grid.shared = layout->bytes();
   grid.cooperative = plan.barrier == Barrier::kGrid;
   return grid;
 }

@@ -29,6 +29,14 @@ constexpr double kEntryOperations = 8;
 constexpr double kOperations = 128;
 constexpr double kStreamedSyncs = 5;
 constexpr double kUneven = 1.5;
+// With tensor cores: instructions per entry beside the products; cycles of a product of 16 x 8 x 16
+// (1024 multiply-adds per clock: what mma.sync does on all architectures); cycles until the first
+// columns of a sweep have arrived; bytes per clock from the L2 cache, for the parts of shared rows.
+constexpr double kTensorOperations = 16;
+constexpr double kMmaCycles = 2;
+constexpr double kMmaEntries = 16 * 8;
+constexpr double kFillCycles = 1500;
+constexpr double kCacheBytes = 24;
 
 // The start between Gaussians: passes that it saves at least (docs/solver.md), doubles per clock of
 // its sums, cycles of a launch, of a rotation with its barriers, and rounds of rotations per
@@ -70,15 +78,69 @@ SharedLayout lay_out(const Shape& shape, int columns_per_thread, int64_t rows, b
   return layout;
 }
 
-// All that is left of shared memory is for the two stages; vectors are in the workspace.
-SharedLayout lay_out_streamed(const Shape& shape, const Limits& limits) {
+// All that is left of shared memory is for the stages; vectors are in the workspace.
+SharedLayout lay_out_streamed(int64_t element, const Limits& limits, TileKind tiles) {
+  Shape shape;
+  shape.element = element;
+  shape.most_entries = kFewColumns;
   SharedLayout layout = lay_out(shape, kFewColumns, 0, false, false);
   layout.sums = layout.bytes;
-  layout.tile = layout.sums + kStreamedSums * static_cast<int64_t>(sizeof(double));
-  const int64_t left = static_cast<int64_t>(limits.shared_per_block) - layout.tile;
-  layout.stage = left / (2 * shape.element) / kPackedAlign * kPackedAlign;
-  layout.bytes = layout.tile + 2 * layout.stage * shape.element;
+  layout.tile = layout.sums + streamed_sums(tiles) * static_cast<int64_t>(sizeof(double));
+  layout.bytes = static_cast<int64_t>(limits.shared_per_block) / kAlign * kAlign;
   return layout;
+}
+
+// Entries per clock of a multiprocessor.
+double streamed_rate(const Shape& shape, int64_t d, TileKind tiles) {
+  const double coordinates = static_cast<double>(d);
+  if (tiles == TileKind::kFma) {
+    const double operations = kEntryOperations + (d <= kDirectDims ? 2 * coordinates : coordinates);
+    return kOperations * 4 / static_cast<double>(shape.element) / operations;
+  }
+  const double products = tiles == TileKind::kTensor ? 3 : 1;
+  const double depths = static_cast<double>(split_depth(d) / kMmaDepth);
+  return 1 / (products * depths * kMmaCycles / kMmaEntries + kTensorOperations / kOperations);
+}
+
+// Cycles of a sweep of a team for `rows`, where so many blocks share rows and cut the columns.
+double sweep_cycles(const Shape& shape, int64_t rows, int64_t columns, int64_t team, int64_t parts,
+                    TileKind tiles, double rate) {
+  int64_t own = std::min(rows, ceil_to(ceil_div(rows, team), kTileRows) * parts);
+  int64_t other = ceil_div(columns, parts);
+  double cycles = 0;
+  if (parts > 1)
+    cycles = kGridSync + static_cast<double>(own * parts * shape.element) / kCacheBytes;
+  if (tiles == TileKind::kFma) {
+    if (parts > 1) other = ceil_to(other, kSolveThreads * kFewColumns);
+  } else {
+    cycles += kFillCycles * static_cast<double>(ceil_div(own, RowSumShape::kRows));
+    own = ceil_to(own, RowSumShape::kWarpRows), other = ceil_to(other, RowSumShape::kColumns);
+  }
+  return cycles + static_cast<double>(own) * static_cast<double>(other) / rate;
+}
+
+int forced_number(const char* name) {
+  const char* text = std::getenv(name);
+  return text == nullptr ? 0 : std::atoi(text);
+}
+
+// The parts with the fewest cycles, which are added to `cycles`.
+int choose_parts(const Shape& shape, int64_t rows, int64_t columns, int64_t team, TileKind tiles,
+                 double rate, double* cycles) {
+  const int forced = forced_number("OTLOSS_CUDA_PARTS");
+  int best = 0;
+  double least = 0;
+  for (int64_t parts = 1; parts <= team; ++parts) {
+    if (team % parts != 0 || (forced > 0 && parts != forced)) continue;
+    const double time = sweep_cycles(shape, rows, columns, team, parts, tiles, rate);
+    if (best != 0 && !(time < least)) continue;
+    best = static_cast<int>(parts), least = time;
+  }
+  if (best == 0)
+    throw std::runtime_error("otloss: OTLOSS_CUDA_PARTS=" + std::to_string(forced) +
+                             " must divide the " + std::to_string(team) + " blocks of a team");
+  *cycles += least;
+  return best;
 }
 
 struct Candidate {
@@ -141,7 +203,9 @@ std::string SolvePlan::describe() const {
          (team_size == 1 ? " block" : " blocks") + " per problem, " + std::to_string(teams) +
          " at once, " +
          (regime == Regime::kStreamed
-              ? std::string("costs made on the way")
+              ? std::string("costs made on the way by ") +
+                    (tiles == TileKind::kFma ? "multiply-adds" : "tensor cores") + ", columns in " +
+                    std::to_string(parts[0]) + " parts, rows in " + std::to_string(parts[1])
               : std::string("cost tile in ") + (resident ? "shared" : "global") + " memory") +
          ", " + std::to_string(shared.bytes) + " bytes of shared memory, " +
          std::to_string(static_cast<int64_t>(cycles)) + " cycles per pass predicted";
@@ -209,35 +273,51 @@ bool start_pays(const SolvePlan& plan, int64_t problems, int64_t n, int64_t m, i
   return cycles <= kStartPasses * plan.cycles;
 }
 
-SolvePlan choose_streamed_plan(const Shape& shape, int64_t d, const Limits& limits, Regime forced) {
+TileKind wanted_tiles() {
+  const char* text = std::getenv("OTLOSS_CUDA_TILES");
+  const std::string name = text == nullptr ? "" : text;
+  if (name.empty() || name == "auto" || name == "tensor") return TileKind::kTensor;
+  if (name == "fma") return TileKind::kFma;
+  throw std::runtime_error("otloss: OTLOSS_CUDA_TILES must be auto, fma or tensor, got " + name);
+}
+
+TileKind choose_tiles(int64_t element, int64_t d, const Limits& limits, TileKind wanted) {
+  if (element != 4 || d <= kDirectDims || wanted == TileKind::kFma) return TileKind::kFma;
+  const SharedLayout layout = lay_out_streamed(element, limits, wanted);
+  const int64_t room = layout.bytes - layout.tile;
+  return tensor_stages<RowSumShape>(d, planes_of(wanted), room).depth > 0 ? wanted : TileKind::kFma;
+}
+
+SolvePlan choose_streamed_plan(const Shape& shape, int64_t d, const Limits& limits, Regime forced,
+                               TileKind tiles) {
   if (forced != Regime::kAuto && forced != Regime::kStreamed)
     throw std::runtime_error(std::string("otloss: OTLOSS_CUDA_REGIME=") + name_of(forced) +
                              " stores costs, but method=\"streamed\" was asked for");
-  const double element = static_cast<double>(shape.element);
-  // Both half passes, see docs/gpu.md.
-  const double operations =
-      2 * (kEntryOperations + static_cast<double>(d <= kDirectDims ? 2 * d : d));
-  const double rate = kOperations * 4 / element / operations;
+  const double rate = streamed_rate(shape, d, tiles);
   SolvePlan best{};
   best.cycles = -1;
   const int64_t multiprocessors = limits.multiprocessors;
-  for (int64_t team = multiprocessors; team >= 1; team = team == 1 ? 0 : ceil_div(team, 2)) {
+  const int64_t forced_team = forced_number("OTLOSS_CUDA_TEAM");
+  const int64_t largest =
+      forced_team > 0 ? std::min(forced_team, multiprocessors) : multiprocessors;
+  for (int64_t team = largest; team >= 1; team = team == 1 ? 0 : ceil_div(team, 2)) {
     SolvePlan plan{};
     plan.regime = Regime::kStreamed;
+    plan.tiles = tiles;
     plan.team_size = static_cast<int>(team);
     plan.barrier = team > 1 ? Barrier::kGrid : Barrier::kBlock;
     plan.columns_per_thread = kFewColumns;
     plan.vector_length = packed_stride(std::max(shape.n, shape.m));
     plan.teams = std::min(shape.problems, std::max<int64_t>(1, multiprocessors / team));
-    plan.shared = lay_out_streamed(shape, limits);
-    const int64_t rows = ceil_to(ceil_div(shape.n, team), kTileRows);
+    plan.shared = lay_out_streamed(shape.element, limits, tiles);
+    double cycles = kVectorCycles + (team > 1 ? kStreamedSyncs * kGridSync : 0);
+    plan.parts[0] = choose_parts(shape, shape.n, shape.m, team, tiles, rate, &cycles);
+    plan.parts[1] = choose_parts(shape, shape.m, shape.n, team, tiles, rate, &cycles);
     const double turns = static_cast<double>(ceil_div(shape.problems, plan.teams));
-    const double sync = team > 1 ? kStreamedSyncs * kGridSync : 0;
     const double uneven = plan.teams > 1 && turns == 1 ? kUneven : 1;
-    plan.cycles =
-        turns * uneven *
-        (static_cast<double>(rows) * static_cast<double>(shape.m) / rate + kVectorCycles + sync);
+    plan.cycles = turns * uneven * cycles;
     if (best.cycles < 0 || plan.cycles < best.cycles) best = plan;
+    if (forced_team > 0) break;
   }
   return best;
 }

@@ -43,9 +43,8 @@ struct SharedLayout {
   int64_t a;         // (rows,)
   int64_t s;         // (rows,)
   int64_t vectors;   // (kVectors, m), or -1: in the workspace
-  int64_t tile;      // (rows, m), or -1: in global memory; streamed: (2, stage) coordinates
-  int64_t sums;      // (kStreamedSums,), streamed
-  int64_t stage;     // elements of a stage, streamed
+  int64_t tile;      // (rows, m), or -1: in global memory; streamed: stages, see RowTiles
+  int64_t sums;      // streamed_sums doubles, streamed
   int64_t bytes;
 };
 
@@ -72,12 +71,20 @@ struct Shape {
   int most_entries = 0;  // that a thread keeps in registers
 };
 
+// How costs that are not stored are made: by multiply-adds, or by tensor cores from points that are
+// split into two halves, or from the high halves alone.
+enum class TileKind : int { kFma, kTensor, kTensorHigh };
+
 struct SolvePlan {
   Regime regime;
   Barrier barrier;
   bool resident;
   int columns_per_thread;
   int team_size;
+  // Streamed: who makes the tiles, and into how many parts the columns of a sweep are cut, for the
+  // rows' update and for the columns', so that as many blocks share the rows.
+  TileKind tiles;
+  int parts[2];
   int64_t teams;
   int64_t vector_length;
   SharedLayout shared;
@@ -86,11 +93,75 @@ struct SolvePlan {
   std::string describe() const;
 };
 
-// Streamed: rows of a thread, rows of each row group whose sums are kept at once, and how many sums
-// that is for a block. See streamed.cuh.
+// Streamed: rows of a thread, and rows of each row group whose sums are kept at once. See
+// fma_tiles.cuh.
 constexpr int kTileRows = 8;
 constexpr int kStreamedRows = 256;
-constexpr int kStreamedSums = kSolveThreads / kWarp * kStreamedRows;
+
+// The tile of a block by tensor cores: its warps stand in kRowWarps rows, each has kM times 16 rows
+// and kN times 8 columns. See tensor_tiles.cuh.
+template <int kWarpsInRows, int kRowMatrices, int kColumnMatrices>
+struct TensorShape {
+  static constexpr int kRowWarps = kWarpsInRows;
+  static constexpr int kColumnWarps = kSolveThreads / kWarp / kRowWarps;
+  static constexpr int kM = kRowMatrices, kN = kColumnMatrices;
+  static constexpr int kWarpRows = 16 * kM, kWarpColumns = 8 * kN;
+  static constexpr int kRows = kRowWarps * kWarpRows, kColumns = kColumnWarps * kWarpColumns;
+  static_assert(kRows <= kSolveThreads && kColumns <= kSolveThreads, "a thread copies for a point");
+};
+using RowSumShape = TensorShape<kSolveThreads / kWarp >= 16 ? 4 : 2, 2, 4>;
+using PlanSumShape = TensorShape<kSolveThreads / kWarp, 1, 8>;  // a warp has all columns
+
+// Coordinates of a product of the tensor cores; clouds are padded to whole ones.
+constexpr int64_t kMmaDepth = 16;
+OTLOSS_HOST_DEVICE constexpr int64_t split_depth(int64_t d) {
+  return ceil_div(d, kMmaDepth) * kMmaDepth;
+}
+
+// How points go through shared memory.
+constexpr int kTensorStages = 3;
+struct TensorStages {
+  int depth;      // coordinates of a stage; 0: there is no room
+  bool resident;  // all coordinates of the rows stay, the stages are for columns alone
+  int bytes;      // of a stage
+};
+
+// planes: 2 with low halves, else 1; room: bytes of shared memory.
+template <class Shape>
+OTLOSS_HOST_DEVICE TensorStages tensor_stages(int64_t d, int planes, int64_t room) {
+  // A stage is long enough to copy the next one meanwhile, and rows only stay if it still is.
+  constexpr int kStep = static_cast<int>(kMmaDepth), kMost = 4 * kStep, kLeast = 2 * kStep;
+  constexpr int kExtra = 2 * static_cast<int>(sizeof(float)) * Shape::kColumns;
+  const int64_t padded = split_depth(d);
+  const int most = padded < kMost ? static_cast<int>(padded) : kMost;
+  const int least = most < kLeast ? most : kLeast, coordinate = 2 * planes;  // bytes
+  for (int depth = most; depth >= least; depth -= kStep) {
+    const int bytes = depth * coordinate * Shape::kColumns + kExtra;
+    if (padded * coordinate * Shape::kRows + kTensorStages * bytes <= room)
+      return {depth, true, bytes};
+  }
+  for (int depth = most; depth > 0; depth -= kStep) {
+    const int bytes = depth * coordinate * (Shape::kRows + Shape::kColumns) + kExtra;
+    if (kTensorStages * bytes <= room) return {depth, false, bytes};
+  }
+  return {0, false, 0};
+}
+
+// As much of the room as the stages take.
+template <class Shape>
+OTLOSS_HOST_DEVICE int64_t tensor_room(int64_t d, int planes, int64_t room) {
+  const TensorStages stages = tensor_stages<Shape>(d, planes, room);
+  const int64_t resident = stages.resident ? 2 * planes * split_depth(d) * Shape::kRows : 0;
+  return resident + kTensorStages * stages.bytes;
+}
+
+constexpr int planes_of(TileKind tiles) { return tiles == TileKind::kTensor ? 2 : 1; }
+
+// Sums of a sweep that are kept at once.
+constexpr int64_t streamed_sums(TileKind tiles) {
+  return tiles == TileKind::kFma ? kSolveThreads / kWarp * kStreamedRows
+                                 : RowSumShape::kColumnWarps * RowSumShape::kRows;
+}
 
 // Points of a packed cloud are padded to whole lines, so that vectors of them are aligned.
 constexpr int64_t kPackedAlign = 32;
@@ -114,7 +185,15 @@ SolvePlan choose_plan(const Shape& shape, const Limits& limits, Regime forced,
 bool start_pays(const SolvePlan& plan, int64_t problems, int64_t n, int64_t m, int d,
                 const Limits& limits);
 
+// OTLOSS_CUDA_TILES: auto, fma or tensor (which auto is).
+TileKind wanted_tiles();
+
+// How costs of points of d coordinates are made: as wanted where tensor cores serve, which is for
+// float32 beyond kDirectDims coordinates, if a stage has room.
+TileKind choose_tiles(int64_t element, int64_t d, const Limits& limits, TileKind wanted);
+
 // For costs that are made from points of d coordinates.
-SolvePlan choose_streamed_plan(const Shape& shape, int64_t d, const Limits& limits, Regime forced);
+SolvePlan choose_streamed_plan(const Shape& shape, int64_t d, const Limits& limits, Regime forced,
+                               TileKind tiles = TileKind::kFma);
 
 }  // namespace otloss::cuda

@@ -250,7 +250,7 @@ struct SideSumKernel {
   Pack<SideItem<T, Weights>> items;
   T k;  // log2(e) / eps
   int64_t splits;
-  int64_t stage;  // shared elements of a stage
+  int64_t room;  // bytes of shared memory for the stages
 
   // Columns of a split.
   static OTLOSS_HOST_DEVICE int64_t share(int64_t m, int64_t splits) {
@@ -269,7 +269,7 @@ struct SideSumKernel {
     tiles.first = first, tiles.last = first + kRows < p.n ? first + kRows : p.n;
     tiles.begin = begin;
     tiles.end = begin + share(p.m, splits) < p.m ? begin + share(p.m, splits) : p.m;
-    tiles.stages = kPlan * static_cast<int64_t>(sizeof(T)), tiles.stage = stage;
+    tiles.stages = kPlan * static_cast<int64_t>(sizeof(T)), tiles.room = room;
     for (int64_t batch = block.y(); batch < p.batch; batch += kGridY) {
       tiles.rows = packed_cloud(p.points.x, batch, tiles.d, p.n);
       tiles.columns = packed_cloud(p.points.y, batch, tiles.d, p.m);
@@ -284,6 +284,7 @@ struct SideSumKernel {
   }
 
  private:
+  using Entries = TileEntries<T, FmaLayout<T>>;
   static constexpr int kVectors = kTileRows / kVector<T>;  // of a column of V
 
   template <class Cost, bool kDifference, class Block>
@@ -294,9 +295,9 @@ struct SideSumKernel {
     const int count = static_cast<int>(tiles.last - tiles.first);
     Vector<T>* const V =  // (kTile, kVectors) of this warp
         block.template shared<Vector<T>>() + block.thread() / kWarp * kTile * kVectors;
-    TileMaker<Cost, kDifference, T, Block> maker(block, tiles,
-                                                 tile_shape<T>(kWarps, tiles.d, tiles.stage));
-    maker.run(tiles.first, count, [&](const TileEntries<T>& e) {
+    using Maker = TileMaker<Cost, kDifference, T, Block>;
+    Maker maker(block, tiles, tile_shape<T>(kWarps, tiles.d, Maker::stage_elements(tiles)));
+    maker.run(tiles.first, count, [&](const Entries& e) {
       block.warp_sync();  // the tile before was read
       write_weights<Cost>(e, weights, batch, V + block.thread() % kWarp * kVectors);
       block.warp_sync();
@@ -306,8 +307,8 @@ struct SideSumKernel {
 
   // Column c of lane l is number c kWarp + l in shared memory.
   template <class Cost>
-  OTLOSS_DEVICE static void write_weights(const TileEntries<T>& e, const Weights& weights,
-                                          int64_t batch, Vector<T>* V) {
+  OTLOSS_DEVICE static void write_weights(const Entries& e, const Weights& weights, int64_t batch,
+                                          Vector<T>* V) {
     Weighed<T> entries;
     weights(e, batch, entries);
 #pragma unroll
@@ -325,9 +326,8 @@ struct SideSumKernel {
   }
 
   template <class Block>
-  OTLOSS_DEVICE static void add_products(Block& block, const RowTiles<T>& tiles,
-                                         const TileEntries<T>& e, const Vector<T>* V, const T* y,
-                                         T* out) {
+  OTLOSS_DEVICE static void add_products(Block& block, const RowTiles<T>& tiles, const Entries& e,
+                                         const Vector<T>* V, const T* y, T* out) {
     const int lane = block.thread() % kWarp;
     const int64_t d = tiles.d, first = e.column - lane * kVector<T>;
     int width = 1;  // lanes beside each other: coordinates
@@ -410,15 +410,15 @@ void sum_sides(const Context& context, const std::vector<SideItem<T, Weights>>& 
       p.partial = context.scratch<T>(p.batch * splits * p.n * (d + 1));
     }
     // A tile of all coordinates if it fits: the rest of the memory caches y.
-    const int64_t left = static_cast<int64_t>(device.shared_per_block / sizeof(T)) - Kernel::kPlan;
-    const int64_t stage =
-        std::min((d + kTileExtra) * Kernel::kTile, left / 2 / kPackedAlign * kPackedAlign);
+    constexpr int64_t kElement = sizeof(T), kStages = 2, kPlan = Kernel::kPlan * kElement;
+    const int64_t room = std::min(kStages * (d + kTileExtra) * Kernel::kTile * kElement,
+                                  static_cast<int64_t>(device.shared_per_block) - kPlan);
     Grid grid;
     grid.x = ceil_div(n, Kernel::kRows) * splits;
     grid.y = std::min(batch, kGridY);
     grid.z = items.count;
-    grid.shared = static_cast<size_t>(Kernel::kPlan + 2 * stage) * sizeof(T);
-    launch(context, Kernel{items, k, splits, stage}, grid);
+    grid.shared = static_cast<size_t>(kPlan + room);
+    launch(context, Kernel{items, k, splits, room}, grid);
     grid.x = ceil_div(n * (d + 1), JoinKernel<T, Weights>::kThreads);
     grid.shared = 0;
     launch(context, JoinKernel<T, Weights>{items, splits}, grid);

@@ -45,14 +45,14 @@ OTLOSS_DEVICE void warp_sum(Block& block, T (&values)[kCount], int width = kWarp
     for (int v = 0; v < kCount; ++v) values[v] += block.shuffle_xor(values[v], mask);
 }
 
-// kCount values of each lane, joined over the warp with few shuffles: at each step a lane gives
-// away half of its values and takes over half of its neighbour's. Returns, in lane l, value number
-// l / (kWarp / kCount).
-template <class Join, class Block, typename T, int kCount>
+// kCount values of each lane, joined over kLanes neighbouring lanes with few shuffles: at each step
+// a lane gives away half of its values and takes over half of its neighbour's. Returns, in lane l
+// of them, value number l / (kLanes / kCount).
+template <class Join, int kLanes = kWarp, class Block, typename T, int kCount>
 OTLOSS_DEVICE T scatter_reduce(Block& block, T (&values)[kCount]) {
-  static_assert(kCount <= kWarp && (kCount & (kCount - 1)) == 0, "a power of two, at most a warp");
+  static_assert(kCount <= kLanes && (kCount & (kCount - 1)) == 0, "a power of two");
   const int lane = block.thread() % kWarp;
-  int mask = kWarp / 2;
+  int mask = kLanes / 2;
 #pragma unroll
   for (int half = kCount / 2; half > 0; half /= 2, mask /= 2) {
     const bool upper = (lane & mask) != 0;

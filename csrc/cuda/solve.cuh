@@ -24,6 +24,7 @@
 // passes over C: each turn evaluates one point and decides which is next.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 
 #include "block.cuh"
@@ -58,20 +59,27 @@ struct SolveArguments {
   SharedLayout shared;
   Barrier barrier;
   int team_size;                     // blocks per problem
+  TileKind tiles;                    // streamed
+  int parts[2];                      // see SolvePlan, streamed
   int64_t teams;                     // team t solves problems t, t + teams, ...
   int64_t problems;                  // of all groups
   int64_t vector_length;             // at least every m, and a multiple of 32
   PackedPair<T> points[kMaxGroups];  // of the groups, streamed
   const T* starts[kMaxGroups];       // (B, m) to begin at, or null
   T* vectors;                        // (teams, kVectors, vector_length)
-  T* streamed;                       // (teams, kStreamedVectors, vector_length)
+  T* streamed;                       // (teams, streamed_vectors, vector_length)
   T* column_parts;                   // (teams, 3, team_size, vector_length)
   double* team_parts;                // (teams, 2, team_size, kTeamValues)
   unsigned* counters;                // (teams, kCounterStride), 0
+  unsigned* group_counters;          // (teams, 2, team_size, kCounterStride), 0, streamed
 };
 
 constexpr int64_t kCounterStride = 32;  // a line for each counter
-constexpr int kStreamedVectors = 7;     // see Solver::place_streamed
+
+// See Solver::place_streamed.
+OTLOSS_HOST_DEVICE int streamed_vectors(const int (&parts)[2]) {
+  return 5 + kSoftminVectors * (parts[0] > parts[1] ? parts[0] : parts[1]);
+}
 
 template <typename T, int kColumnsPerThread>
 struct SolveKernel {
@@ -120,6 +128,8 @@ class Solver {
                       arguments.team_size, 0, 0, arguments.counters + team_index_ * kCounterStride,
                       arguments.team_parts + team_index_ * 2 * arguments.team_size * kTeamValues,
                       at<double>(arguments.shared.team)}),
+        sharing_rows_(block, sharing(0)),
+        sharing_columns_(block, sharing(1)),
         gram_(*at<LbfgsGram>(arguments.shared.gram)),
         step_(*reinterpret_cast<Step*>(at<LbfgsGram>(arguments.shared.gram) + 1)),
         exchange_(at<T>(arguments.shared.exchange)),
@@ -205,6 +215,7 @@ class Solver {
     first_column_ = share * team_.rank() < m_ ? share * team_.rank() : m_;
     column_count_ = (first_column_ + share < m_ ? first_column_ + share : m_) - first_column_;
     column_share_ = share;
+    row_share_ = rows;
     row_offset_ = batch * n_ + first_row_;
     if constexpr (!kStreamed) {
       C_ = p.C + row_offset_ * m_;
@@ -602,20 +613,34 @@ class Solver {
   // ------------------------------------------------------------------------------ the streamed
   // pass
 
+  // The blocks that share this one's rows, for the rows' update, or columns (side 1): neighbours.
+  OTLOSS_DEVICE TeamState sharing(int side) const {
+    TeamState group{Barrier::kBlock, 0, 1, 0, 0, nullptr, nullptr, nullptr};
+    if (!kStreamed || args_.parts[side] == 1) return group;
+    group.barrier = args_.barrier;
+    group.size = args_.parts[side];
+    group.rank = team_.rank() % group.size;
+    group.counter =
+        args_.group_counters +
+        ((team_index_ * 2 + side) * team_.size() + team_.rank() - group.rank) * kCounterStride;
+    return group;
+  }
+
   // Where the blocks of the team keep what does not fit into shared memory.
   OTLOSS_DEVICE void place_streamed() {
     const int64_t length = args_.vector_length;
-    T* vectors = args_.streamed + team_index_ * kStreamedVectors * length;
+    T* vectors = args_.streamed + team_index_ * streamed_vectors(args_.parts) * length;
     const auto next = [&] {
       T* v = vectors;
       vectors += length;
       return v;
     };
     all_F_ = next(), all_a_ = next(), all_s_ = next(), A_ = next(), U_ = next();
-    scratch_ = vectors;  // (2, length)
+    scratch_ = vectors;
     sweep_.sums = args_.shared.sums;
+    sweep_.tiles.made_by = args_.tiles;
     sweep_.tiles.stages = args_.shared.tile;
-    sweep_.tiles.stage = args_.shared.stage;
+    sweep_.tiles.room = args_.shared.bytes - args_.shared.tile;
   }
 
   OTLOSS_DEVICE void place_points(int group, int64_t batch) {
@@ -626,45 +651,67 @@ class Solver {
     sweep_.tiles.symmetric = p.symmetric;
     x_ = packed_cloud(points.x, batch, points.d, p.n);
     y_ = packed_cloud(points.y, batch, points.d, p.m);
+    split_x_ = points.split_x.cloud(batch, points.d, p.n);
+    split_y_ = points.split_y.cloud(batch, points.d, p.m);
   }
 
-  // The sweep over columns for this block's rows, or over rows for its columns.
+  // The sweep over columns for the rows of this block and those that share them, or over rows for
+  // their columns: this block's part of it.
   OTLOSS_DEVICE RowSums<T> sweep(bool over_rows) const {
+    const Team<Block, kThreads>& group = over_rows ? sharing_columns_ : sharing_rows_;
     RowSums<T> sweep = sweep_;
     RowTiles<T>& tiles = sweep.tiles;
     tiles.k = k_;
     tiles.rows = over_rows ? y_ : x_, tiles.columns = over_rows ? x_ : y_;
-    tiles.first = over_rows ? first_column_ : first_row_;
-    tiles.last = tiles.first + (over_rows ? column_count_ : rows_);
-    tiles.begin = 0, tiles.end = tiles.columns.count;
+    tiles.split_rows = over_rows ? split_y_ : split_x_;
+    tiles.split_columns = over_rows ? split_x_ : split_y_;
+    const auto cut = [](int64_t count, int64_t share, int64_t from) {
+      return share * from < count ? share * from : count;
+    };
+    const int64_t own = over_rows ? column_share_ : row_share_,
+                  before = team_.rank() - group.rank();
+    tiles.first = cut(tiles.rows.count, own, before);
+    tiles.last = cut(tiles.rows.count, own, before + group.size());
+    const int64_t part = ceil_div(tiles.columns.count, group.size() * kPackedAlign) * kPackedAlign;
+    tiles.begin = cut(tiles.columns.count, part, group.rank());
+    tiles.end = cut(tiles.columns.count, part, group.rank() + 1);
     tiles.G = over_rows ? A_ : G_;
     return sweep;
+  }
+
+  // F, s: (n,) or (m,).
+  OTLOSS_DEVICE Softmin<T, Block> softmin(bool over_rows, const T* weight, T* F, T* s) {
+    const RowSums<T> sums = sweep(over_rows);
+    const int64_t first = sums.tiles.first;
+    const int own = static_cast<int>((over_rows ? first_column_ : first_row_) - first);
+    const int count = over_rows ? column_count_ : rows_;
+    const SharedRows<T> rows{weight + first, F + first,        s + first,          own,
+                             own + count,    scratch_ + first, args_.vector_length};
+    return {block_, over_rows ? sharing_columns_ : sharing_rows_, sums, rows};
   }
 
   // F exact for G, s = row sums before; then gt and q = column sums over b, of the plan of F,
   // damped where rows are.
   OTLOSS_DEVICE void streamed_pass() {
-    softmin(block_, sweep(false), a_, F_, s_, scratch_ + 2 * first_row_);
+    softmin(false, row_weights_, all_F_, all_s_).update();
     if (symmetric_) return;
     const T damping = static_cast<T>(damping_);
     for (int i = thread_; i < rows_; i += kThreads)
       team_.store(A_ + first_row_ + i, damping * F_[i] + log2_weight(a_[i]));
     for_columns([&](int j) { U_[j] = k_ * trial_g_[j]; });
     team_.sync();
-    softmin(block_, sweep(true), b_ + first_column_, U_ + first_column_, q_ + first_column_,
-            scratch_ + 2 * first_column_);
+    softmin(true, b_, U_, q_).update();
     for_columns([&](int j) { trial_gt_[j] = to_cost_ * U_[j]; });
   }
 
   // <P, C> over this thread's share, for the published G.
   OTLOSS_DEVICE double streamed_transport() {
-    RowSums<T> rows = sweep(false);
-    T* const costs = scratch_ + 2 * first_row_;
-    rows.what = RowSum::kCost, rows.tiles.F = F_, rows.out = costs;
-    reduce_rows(block_, rows);
+    Softmin<T, Block> rows = softmin(false, row_weights_, all_F_, all_s_);
+    const T* const costs = rows.costs();
+    const RowTiles<T> tiles = sweep(false).tiles;
     double total = 0;
-    for (int i = thread_; i < rows_; i += kThreads)
-      total += static_cast<double>(a_[i]) * static_cast<double>(costs[i]);
+    for (int64_t i = tiles.first + thread_; i < tiles.last; i += kThreads)
+      total += static_cast<double>(row_weights_[i]) * static_cast<double>(costs[i - tiles.first]);
     return total;
   }
 
@@ -1290,6 +1337,7 @@ class Solver {
   const int thread_, lane_, warp_;
   const int64_t team_index_;
   Team<Block, kThreads> team_;
+  Team<Block, kThreads> sharing_rows_, sharing_columns_;  // streamed: those with the same
   LbfgsGram& gram_;
   Step& step_;
   T* const exchange_;  // (2, kWarps, kRows)
@@ -1300,6 +1348,7 @@ class Solver {
 
   int64_t n_, first_row_;
   int64_t row_offset_;  // of the first row, in (B, n)
+  int64_t row_share_;   // rows of each block but the last
   int m_, rows_, first_column_, column_count_, column_share_;
   const T* C_;            // (rows, m) of this block, global
   const T* tile_;         // (rows, m) of this block, where passes read it
@@ -1322,12 +1371,13 @@ class Solver {
   T* pairs_;                // (2, kSlots, m)
   T* parts_;                // (3, team_size, m)
   // Streamed:
-  RowSums<T> sweep_;            // what is the same for all sweeps
-  PackedCloud<T> x_, y_;        // the points
+  RowSums<T> sweep_;      // what is the same for all sweeps
+  PackedCloud<T> x_, y_;  // the points
+  SplitCloud split_x_, split_y_;
   T *all_F_, *all_a_, *all_s_;  // (n,) of all blocks
   T* A_;                        // (n,) F + log2 a, for all blocks to see
   T* U_;                        // (m,) k g, then k gt
-  T* scratch_;                  // (2, max(n, m))
+  T* scratch_;                  // (kSoftminVectors, parts, max(n, m))
   double mass_x_, mass_y_;      // total weights
   double least_f_, least_g_;    // of the last find_least
   double least_column_;         // sums that are smaller may owe digits to clamped exponentials
@@ -1385,9 +1435,20 @@ SolveArguments<T> solve_arguments(const Context& context, const Pack<SolveGroup<
   if (plan.regime != Regime::kStreamed)
     arguments.column_parts = context.scratch<T>(plan.teams * 3 * plan.team_size * length);
   arguments.team_parts = context.scratch<double>(plan.teams * 2 * plan.team_size * kTeamValues);
-  arguments.counters = context.scratch<unsigned>(plan.teams * kCounterStride);
-  if (plan.barrier == Barrier::kGrid)
-    clear(context, arguments.counters, plan.teams * kCounterStride * sizeof(unsigned));
+  const auto counters = [&](int64_t of_team) {
+    const int64_t count = plan.teams * of_team * kCounterStride;
+    unsigned* const made = context.scratch<unsigned>(count);
+    if (plan.barrier == Barrier::kGrid)
+      clear(context, made, count * static_cast<int64_t>(sizeof(unsigned)));
+    return made;
+  };
+  arguments.counters = counters(1);
+  if (plan.regime == Regime::kStreamed) {
+    arguments.tiles = plan.tiles;
+    std::copy(plan.parts, plan.parts + 2, arguments.parts);
+    arguments.group_counters = counters(2 * plan.team_size);
+    arguments.streamed = context.scratch<T>(plan.teams * streamed_vectors(plan.parts) * length);
+  }
   propose_starts(context, pack, options, plan, arguments.starts);
   return arguments;
 }

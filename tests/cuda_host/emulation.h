@@ -10,6 +10,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -49,7 +50,7 @@ struct Gate {
 
 struct HostWarp {
   Gate gate;
-  unsigned char slots[2][kWarp][16];  // values on their way, alternating
+  unsigned char slots[2][kWarp][24];  // values on their way, alternating
 };
 
 struct HostBlock {
@@ -83,7 +84,7 @@ struct Fiber {
   const unsigned* counter = nullptr;
   unsigned arrivals = 0;
   std::vector<Copy> copies;
-  size_t committed = 0;  // of them
+  std::vector<size_t> commits;  // how many of them each commit covers
   void (*body)(Fiber*, const void*) = nullptr;
   const void* work = nullptr;
 };
@@ -169,6 +170,27 @@ class Scheduler {
   Fiber* running_ = nullptr;
 };
 
+// Half precision: 5 bits of exponent, 10 of mantissa, to the nearest, ties to even.
+inline uint16_t to_half(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x), sign = bits >> 16 & 0x8000;
+  const uint32_t magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);   // NaN
+  if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // rounds to 2^16
+  if (magnitude < 0x38800000)  // denormal: a multiple of 2^-24
+    return static_cast<uint16_t>(
+        sign | static_cast<uint32_t>(std::lrint(std::ldexp(bit_cast<float>(magnitude), 24))));
+  const uint32_t odd = magnitude >> 13 & 1;
+  return static_cast<uint16_t>(sign | ((magnitude - 0x38000000 + 0xfff + odd) >> 13));
+}
+
+inline float from_half(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, magnitude = half & 0x7fff;
+  if (magnitude >= 0x7c00) return bit_cast<float>(sign | 0x7f800000 | magnitude << 13);
+  if (magnitude >= 0x400) return bit_cast<float>(sign | ((magnitude << 13) + 0x38000000));
+  const float value = static_cast<float>(magnitude) * 0x1p-24f;
+  return sign != 0 ? -value : value;
+}
+
 class EmulatedBlock {
  public:
   explicit EmulatedBlock(Fiber* fiber) : fiber_(fiber), block_(*fiber->block) {}
@@ -237,8 +259,54 @@ class EmulatedBlock {
     fiber_->copies.push_back({to, inside ? from : nullptr});
     if (Emulation::get().order == Order::kBackward) finish_copies(fiber_->copies.size());
   }
-  void commit_copies() const { fiber_->committed = fiber_->copies.size(); }
-  void wait_for_copies() const { finish_copies(fiber_->committed); }
+  void commit_copies() const { fiber_->commits.push_back(fiber_->copies.size()); }
+  template <int kPending = 0>
+  void wait_for_copies() const {
+    std::vector<size_t>& commits = fiber_->commits;
+    if (commits.size() <= kPending) return;
+    const auto done = commits.end() - kPending;
+    finish_copies(*(done - 1));
+    commits.erase(commits.begin(), done);
+  }
+
+  template <bool kTransposed>
+  void load_matrices(const uint16_t* row, uint32_t (&to)[4]) const {
+    const unsigned char (*slots)[24] = exchange(row, 16, nullptr, 0);
+    const int lane = fiber_->thread % kWarp;
+    const auto element = [&](int matrix, int i, int j) {
+      uint16_t half;
+      std::memcpy(&half, slots[8 * matrix + i] + 2 * j, sizeof(half));
+      return static_cast<uint32_t>(half);
+    };
+    for (int q = 0; q < 4; ++q) {
+      const int i = lane / 4, j = 2 * (lane % 4);
+      to[q] = kTransposed ? element(q, j, i) | element(q, j + 1, i) << 16
+                          : element(q, i, j) | element(q, i, j + 1) << 16;
+    }
+  }
+  // Products are exact; each sum of 16 of them and c is rounded once, towards zero.
+  void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) const {
+    const uint32_t b[2] = {b0, b1};
+    const unsigned char (*slots)[24] = exchange(a, 16, b, 8);
+    const int lane = fiber_->thread % kWarp;
+    const auto pair = [&](int from, int word) {
+      uint32_t halves;
+      std::memcpy(&halves, slots[from] + 4 * word, sizeof(halves));
+      return halves;
+    };
+    double sum[4] = {c[0], c[1], c[2], c[3]};
+    for (int k = 0; k < 16; k += 2) {
+      const int from = k % 8 / 2, later = k / 8;
+      for (int row = 0; row < 2; ++row) {
+        const uint32_t x = pair(lane / 4 * 4 + from, 2 * later + row);
+        for (int column = 0; column < 2; ++column) {
+          const uint32_t y = pair((lane % 4 * 2 + column) * 4 + from, 4 + later);
+          sum[2 * row + column] += product(x & 0xffff, y & 0xffff) + product(x >> 16, y >> 16);
+        }
+      }
+    }
+    for (int q = 0; q < 4; ++q) c[q] = towards_zero(sum[q]);
+  }
 
   template <typename T>
   T* shared() const {
@@ -257,7 +325,30 @@ class EmulatedBlock {
         std::memset(copies[c].to, 0, 16);
     }
     copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(count));
-    fiber_->committed = 0;
+    for (size_t& commit : fiber_->commits) commit -= commit < count ? commit : count;
+  }
+
+  // What each lane of the warp gives, side by side.
+  const unsigned char (*exchange(const void* first, size_t size, const void* second,
+                                 size_t second_size) const)[24] {
+    HostWarp& warp = this->warp();
+    const int side = static_cast<int>(warp.gate.generation % 2);
+    unsigned char* slot = warp.slots[side][fiber_->thread % kWarp];
+    std::memcpy(slot, first, size);
+    if (second_size > 0) std::memcpy(slot + size, second, second_size);
+    wait(warp.gate);
+    return warp.slots[side];
+  }
+
+  static double product(uint32_t x, uint32_t y) {
+    return static_cast<double>(from_half(static_cast<uint16_t>(x))) *
+           static_cast<double>(from_half(static_cast<uint16_t>(y)));
+  }
+
+  static float towards_zero(double x) {
+    const float nearest = static_cast<float>(x);
+    return std::fabs(static_cast<double>(nearest)) > std::fabs(x) ? std::nextafter(nearest, 0.0f)
+                                                                  : nearest;
   }
 
   void wait(Gate& gate) const {
