@@ -664,7 +664,9 @@ void made_backward(const Context& context, const Pack<ImplicitGroup<T>>& pack, d
 template <typename T>
 void implicit_backward(const Context& context, const std::vector<ImplicitGroup<T>>& groups,
                        double eps, Objective objective) {
-  Packer<T> packer(context);
+  // The sums over the plan take multiply-adds: with tensor cores P_ij would depend on which side is
+  // first. The points' sums afterwards need not.
+  Packer<T> packer(context, tiles_of<T>(context, groups.empty() ? 0 : groups[0].made.points.d));
   for_each_pack(groups, [&](const Pack<ImplicitGroup<T>>& pack) {
     if (pack.items[0].C != nullptr)
       stored_backward(context, pack, eps, objective);

@@ -24,6 +24,7 @@ struct PackedPair {
   const T* x;                    // (B, d + 1, packed_stride(n)) points, then their norms
   const T* y;                    // (B, d + 1, packed_stride(m))
   SplitClouds split_x, split_y;  // for tensor cores
+  TileKind tiles;                // who makes costs
 };
 
 // A tile of kWarp points and kWarp coordinates through shared memory.
@@ -166,18 +167,24 @@ inline SplitClouds split(const Context& context, int64_t batch, int64_t n, int64
   return {halves, scale};
 }
 
+// Who makes costs of points of d coordinates.
+template <typename T>
+TileKind tiles_of(const Context& context, int64_t d) {
+  return choose_tiles(sizeof(T), d, limits(context.device), wanted_tiles());
+}
+
 // Packs each cloud of a call once.
 template <typename T>
 class Packer {
  public:
   // tiles: who makes costs from what is packed.
   explicit Packer(const Context& context, TileKind tiles = TileKind::kFma)
-      : context_(context), halves_(tiles != TileKind::kFma) {}
+      : context_(context), tiles_(tiles) {}
 
   PackedPair<T> operator()(int64_t batch, int64_t n, int64_t m, const PointPair<T>& points) {
     const Cloud& x = packed(batch, n, points, points.zx, points.hx);
     const Cloud& y = packed(batch, m, points, points.zy, points.hy);
-    return {points.kind, points.d, x.points, y.points, x.halves, y.halves};
+    return {points.kind, points.d, x.points, y.points, x.halves, y.halves, tiles_};
   }
 
  private:
@@ -191,14 +198,14 @@ class Packer {
     if (cloud.points != nullptr) return cloud;
     cloud.points = pack(context_, batch, n, p.d, z, norm);
     if constexpr (std::is_same_v<T, float>)
-      if (halves_)
+      if (tiles_ != TileKind::kFma)
         cloud.halves =
             split(context_, batch, n, p.d, z, p.kind == CostKind::kCosine ? nullptr : norm);
     return cloud;
   }
 
   const Context& context_;
-  const bool halves_;
+  const TileKind tiles_;
   std::map<const T*, Cloud> packed_;
 };
 

@@ -110,7 +110,7 @@ struct TensorShape {
   static_assert(kRows <= kSolveThreads && kColumns <= kSolveThreads, "a thread copies for a point");
 };
 using RowSumShape = TensorShape<kSolveThreads / kWarp >= 16 ? 4 : 2, 2, 4>;
-using PlanSumShape = TensorShape<kSolveThreads / kWarp, 1, 8>;  // a warp has all columns
+using SideSumShape = TensorShape<kSolveThreads / kWarp, 1, 8>;  // a warp has all columns
 
 // Coordinates of a product of the tensor cores; clouds are padded to whole ones.
 constexpr int64_t kMmaDepth = 16;

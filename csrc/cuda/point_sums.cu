@@ -10,16 +10,19 @@
 // Launches:
 //     AbsorbKernel   k f + log2 a for the envelope                   thread: a point
 //     SideSumKernel  V 1 and V y of some rows and columns            see there
+//     TensorSideSumKernel  the same by tensor cores                  tensor_side_sums.cuh
 //     JoinKernel     those of all columns                            thread: an entry
 #include "point_sums.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "block.cuh"
 #include "costs.h"
 #include "math.h"
 #include "penalty.h"
 #include "streamed.cuh"
+#include "tensor_side_sums.cuh"
 
 namespace otloss::cuda {
 namespace {
@@ -38,10 +41,6 @@ struct SideItem {
   T* partial;        // (B, splits, n, d + 1) V y and V 1 of each split of the columns
 };
 
-// Entries of a thread.
-template <typename T>
-using Weighed = T[kTileRows][kVector<T>];
-
 template <typename T>
 OTLOSS_DEVICE T plan_of(T F, T G, T kC) {
   const T t = F + G - kC;
@@ -53,24 +52,25 @@ OTLOSS_DEVICE T plan_of(T F, T G, T kC) {
 
 template <typename T>
 struct ScaledPlan {
+  static constexpr bool kTensor = true;  // also served by tensor cores
+
   const T* grad;  // (B,) of the loss
   T coefficient;
 
   template <class Entries>
-  OTLOSS_DEVICE void operator()(const Entries& e, int64_t batch, Weighed<T>& V) const {
+  OTLOSS_DEVICE void operator()(const Entries& e, int64_t batch,
+                                typename Entries::Values& V) const {
     const T scale = coefficient * grad[batch];
-#pragma unroll
-    for (int r = 0; r < kTileRows; ++r) {
-      const T own = e.potential(r);
-#pragma unroll
-      for (int c = 0; c < kVector<T>; ++c)
-        V[r][c] = scale * plan_of(own, e.G[c], e.k * e.cost[r][c]);
-    }
+    for_entries<typename Entries::Layout>([&](int r, int c) {
+      V[r][c] = scale * plan_of(e.potential(r), e.G[c], e.k * e.cost[r][c]);
+    });
   }
 };
 
 template <typename T>
 struct SolvedPlan {
+  static constexpr bool kTensor = true;
+
   const T* alpha;  // (B, n)
   const T* beta;   // (B, m)
   const T* grad;   // (B,) of the loss
@@ -80,22 +80,23 @@ struct SolvedPlan {
   int64_t n, m;
 
   template <class Entries>
-  OTLOSS_DEVICE void operator()(const Entries& e, int64_t batch, Weighed<T>& V) const {
+  OTLOSS_DEVICE void operator()(const Entries& e, int64_t batch,
+                                typename Entries::Values& V) const {
+    using Layout = typename Entries::Layout;
     const T s = coefficient * grad[batch], t = of_cost * s;
-    T column[kVector<T>];
+    T column[Layout::kColumns], row[Layout::kRows];
 #pragma unroll
-    for (int c = 0; c < kVector<T>; ++c)
-      column[c] = e.column + c < m ? beta[batch * m + e.column + c] : T(0);
-#pragma unroll
-    for (int r = 0; r < kTileRows; ++r) {
-      const T own = e.potential(r);
-      const T shift = s + (r < e.rows ? alpha[batch * n + e.row + r] : T(0));
-#pragma unroll
-      for (int c = 0; c < kVector<T>; ++c) {
-        const T P = plan_of(own, e.G[c], e.k * e.cost[r][c]);
-        V[r][c] = sides * P * (shift + t * e.cost[r][c] + column[c]);
-      }
+    for (int c = 0; c < Layout::kColumns; ++c) {
+      const int64_t j = e.column + Layout::column(c);
+      column[c] = j < m ? beta[batch * m + j] : T(0);
     }
+#pragma unroll
+    for (int r = 0; r < Layout::kRows; ++r)
+      row[r] = s + (e.counts(r) ? alpha[batch * n + e.row + Layout::row(r)] : T(0));
+    for_entries<Layout>([&](int r, int c) {
+      const T P = plan_of(e.potential(r), e.G[c], e.k * e.cost[r][c]);
+      V[r][c] = sides * P * (row[r] + t * e.cost[r][c] + column[c]);
+    });
   }
 };
 
@@ -130,6 +131,10 @@ struct IterationSide {
 template <typename T>
 struct Iterations {
   using Side = IterationSide<T>;
+  // Most of the work is on the iterations, and vectors of many columns would not fit into
+  // registers.
+  static constexpr bool kTensor = false;
+
   Side rows, columns;
   int64_t L, length;  // iterations, n + m
   const int* apart;   // (B, L)
@@ -140,7 +145,8 @@ struct Iterations {
   bool both_sides;  // a cloud against itself: V + V^T
 
   template <class Entries>
-  OTLOSS_DEVICE void operator()(const Entries& e, int64_t batch, Weighed<T>& V) const {
+  OTLOSS_DEVICE void operator()(const Entries& e, int64_t batch,
+                                typename Entries::Values& V) const {
 #pragma unroll
     for (int r = 0; r < kTileRows; ++r)
 #pragma unroll
@@ -157,7 +163,7 @@ struct Iterations {
  private:
   template <class Entries>
   OTLOSS_DEVICE void add_plan(const Entries& e, int64_t batch, const Side& x, const Side& y,
-                              Weighed<T>& V) const {
+                              typename Entries::Values& V) const {
     const T s = coefficient * grad[batch], t = of_cost * s;
     T column[kVector<T>];
 #pragma unroll
@@ -177,7 +183,7 @@ struct Iterations {
 
   template <class Entries>
   OTLOSS_DEVICE void add(const Entries& e, int64_t batch, int64_t l, const Side& x, const Side& y,
-                         Weighed<T>& V) const {
+                         typename Entries::Values& V) const {
     const int64_t at = batch * L + l;
     const bool is_apart = apart[at] != 0;
     typename Side::Value column[kVector<T>];
@@ -232,6 +238,50 @@ struct AbsorbKernel {
   }
 };
 
+// What a kernel of the sums is given.
+template <typename T, class Weights>
+struct SideSums {
+  Pack<SideItem<T, Weights>> items;
+  T k;  // log2(e) / eps
+  int64_t splits;
+  int64_t stages, room;  // of shared memory, see RowTiles
+
+  // Columns of a split: whole tiles.
+  static OTLOSS_HOST_DEVICE int64_t share(int64_t m, int64_t splits) {
+    constexpr int64_t kTile = 128;
+    static_assert(kTile % kPackedAlign == 0, "splits begin at tiles");
+    return ceil_div(ceil_div(m, splits), kTile) * kTile;
+  }
+
+  // Calls function(tiles, item, batch, out) for this block's columns and at most so many rows, for
+  // each problem; out (rows, d + 1).
+  template <class Block, class F>
+  OTLOSS_DEVICE void for_problems(const Block& block, int most_rows, F&& function) const {
+    const SideItem<T, Weights>& p = items.items[block.z()];
+    const int64_t split = block.x() % splits, first = block.x() / splits * most_rows;
+    const int64_t begin = split * share(p.m, splits);
+    if (first >= p.n || begin >= p.m) return;
+    RowTiles<T> tiles{};
+    tiles.made_by = p.points.tiles;
+    tiles.kind = p.points.kind, tiles.d = p.points.d, tiles.symmetric = p.symmetric;
+    tiles.k = k;
+    tiles.first = first, tiles.last = first + most_rows < p.n ? first + most_rows : p.n;
+    tiles.begin = begin;
+    tiles.end = begin + share(p.m, splits) < p.m ? begin + share(p.m, splits) : p.m;
+    tiles.stages = stages, tiles.room = room;
+    for (int64_t batch = block.y(); batch < p.batch; batch += kGridY) {
+      tiles.rows = packed_cloud(p.points.x, batch, tiles.d, p.n);
+      tiles.columns = packed_cloud(p.points.y, batch, tiles.d, p.m);
+      tiles.split_rows = p.points.split_x.cloud(batch, tiles.d, p.n);
+      tiles.split_columns = p.points.split_y.cloud(batch, tiles.d, p.m);
+      tiles.F = p.F + batch * tiles.rows.stride + first;
+      tiles.G = p.G + batch * tiles.columns.stride;
+      function(tiles, p, batch,
+               p.partial + ((batch * splits + split) * p.n + first) * (tiles.d + 1));
+    }
+  }
+};
+
 // V 1 and V y over some columns for kRows rows: a warp makes V for its
 // kTileRows rows and a tile of columns and writes it to shared memory, column by column; then its
 // lanes turn to the coordinates of y (as many as fit beside each other, the last is the constant 1
@@ -245,42 +295,19 @@ struct SideSumKernel {
   static constexpr int kRows = kWarps * kTileRows;
   static constexpr int kTile = kWarp * kVector<T>;              // columns
   static constexpr int64_t kPlan = kWarps * kTile * kTileRows;  // shared elements of V
-  static_assert(kTile % kPackedAlign == 0, "splits begin at tiles");
 
-  Pack<SideItem<T, Weights>> items;
-  T k;  // log2(e) / eps
-  int64_t splits;
-  int64_t room;  // bytes of shared memory for the stages
-
-  // Columns of a split.
-  static OTLOSS_HOST_DEVICE int64_t share(int64_t m, int64_t splits) {
-    return ceil_div(ceil_div(m, splits), kTile) * kTile;
-  }
+  SideSums<T, Weights> sums;
 
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const {
-    const SideItem<T, Weights>& p = items.items[block.z()];
-    const int64_t split = block.x() % splits, first = block.x() / splits * kRows;
-    const int64_t begin = split * share(p.m, splits);
-    if (first >= p.n || begin >= p.m) return;
-    RowTiles<T> tiles{};
-    tiles.kind = p.points.kind, tiles.d = p.points.d, tiles.symmetric = p.symmetric;
-    tiles.k = k;
-    tiles.first = first, tiles.last = first + kRows < p.n ? first + kRows : p.n;
-    tiles.begin = begin;
-    tiles.end = begin + share(p.m, splits) < p.m ? begin + share(p.m, splits) : p.m;
-    tiles.stages = kPlan * static_cast<int64_t>(sizeof(T)), tiles.room = room;
-    for (int64_t batch = block.y(); batch < p.batch; batch += kGridY) {
-      tiles.rows = packed_cloud(p.points.x, batch, tiles.d, p.n);
-      tiles.columns = packed_cloud(p.points.y, batch, tiles.d, p.m);
-      tiles.F = p.F + batch * tiles.rows.stride + first;
-      tiles.G = p.G + batch * tiles.columns.stride;
-      T* out = p.partial + ((batch * splits + split) * p.n + first) * (tiles.d + 1);
-      dispatch_tiles(tiles.kind, tiles.d, [&](auto cost, auto difference) {
-        rows<decltype(cost), decltype(difference)::value>(block, tiles, p.weights, batch,
-                                                          p.y + batch * p.m * tiles.d, out);
-      });
-    }
+    sums.for_problems(
+        block, kRows,
+        [&](const RowTiles<T>& tiles, const SideItem<T, Weights>& p, int64_t batch, T* out) {
+          dispatch_tiles(tiles.kind, tiles.d, [&](auto cost, auto difference) {
+            rows<decltype(cost), decltype(difference)::value>(block, tiles, p.weights, batch,
+                                                              p.y + batch * p.m * tiles.d, out);
+          });
+        });
   }
 
  private:
@@ -309,7 +336,7 @@ struct SideSumKernel {
   template <class Cost>
   OTLOSS_DEVICE static void write_weights(const Entries& e, const Weights& weights, int64_t batch,
                                           Vector<T>* V) {
-    Weighed<T> entries;
+    typename Entries::Values entries;
     weights(e, batch, entries);
 #pragma unroll
     for (int c = 0; c < kVector<T>; ++c)
@@ -361,6 +388,35 @@ struct SideSumKernel {
   }
 };
 
+// The same by tensor cores, see tensor_side_sums.cuh.
+template <class Weights>
+struct TensorSideSumKernel {
+  static constexpr int kThreads = kSolveThreads;
+  static constexpr int kRows = SideSumShape::kRows;
+
+  SideSums<float, Weights> sums;
+
+  template <class Block>
+  OTLOSS_DEVICE void operator()(Block& block) const {
+    sums.for_problems(block, kRows,
+                      [&](const RowTiles<float>& tiles, const SideItem<float, Weights>& p,
+                          int64_t batch, float* out) {
+                        dispatch_tensor_tiles(tiles.kind, tiles.made_by, [&](auto cost, auto low) {
+                          rows<decltype(cost), decltype(low)::value>(block, tiles, p.weights, batch,
+                                                                     out);
+                        });
+                      });
+  }
+
+ private:
+  template <class Cost, bool kLow, class Block>
+  OTLOSS_NOINLINE static void rows(Block block, const RowTiles<float>& tiles,
+                                   const Weights& weights, int64_t batch,
+                                   float* out) {  // (rows, d + 1)
+    TensorSideSums<Cost, kLow, Weights, Block>(block, tiles, weights, batch, out).run();
+  }
+};
+
 // Adds the splits up: sum and product.
 template <typename T, class Weights>
 struct JoinKernel {
@@ -374,8 +430,8 @@ struct JoinKernel {
     const SideItem<T, Weights>& p = items.items[block.z()];
     const int64_t d = p.points.d, width = p.n * (d + 1), e = block.x() * kThreads + block.thread();
     if (e >= width) return;
-    const int64_t i = e / (d + 1), k = e % (d + 1),
-                  share = SideSumKernel<T, Weights>::share(p.m, splits);
+    const int64_t i = e / (d + 1), k = e % (d + 1);
+    const int64_t share = SideSums<T, Weights>::share(p.m, splits);
     for (int64_t batch = block.y(); batch < p.batch; batch += kGridY) {
       double total = 0;
       for (int64_t split = 0; split * share < p.m; ++split)
@@ -386,42 +442,69 @@ struct JoinKernel {
   }
 };
 
+// The kernel, for up to n rows in each of the items.
+template <typename T, class Weights>
+void launch_sums(const Context& context, SideSums<T, Weights> sums, int64_t n, Grid grid) {
+  using Kernel = SideSumKernel<T, Weights>;
+  constexpr int64_t kElement = sizeof(T), kStages = 2, kPlan = Kernel::kPlan * kElement;
+  const int64_t d = sums.items.items[0].points.d;
+  // A tile of all coordinates if it fits: the rest of the memory caches y.
+  sums.stages = kPlan;
+  sums.room = std::min(kStages * (d + kTileExtra) * Kernel::kTile * kElement,
+                       static_cast<int64_t>(limits(context.device).shared_per_block) - sums.stages);
+  grid.x = ceil_div(n, Kernel::kRows) * sums.splits;
+  grid.shared = static_cast<size_t>(sums.stages + sums.room);
+  launch(context, Kernel{sums}, grid);
+}
+
+template <class Weights>
+void launch_tensor_sums(const Context& context, SideSums<float, Weights> sums, int64_t n,
+                        Grid grid) {
+  using Kernel = TensorSideSumKernel<Weights>;
+  const PackedPair<float>& points = sums.items.items[0].points;
+  const int64_t bytes = static_cast<int64_t>(limits(context.device).shared_per_block);
+  sums.stages = 0;
+  sums.room = tensor_room<SideSumShape>(points.d, planes_of(points.tiles), bytes);
+  grid.x = ceil_div(n, Kernel::kRows) * sums.splits;
+  grid.shared = static_cast<size_t>(sums.room);
+  launch(context, Kernel{sums}, grid);
+}
+
+template <typename T, class Weights>
+constexpr bool kTensorSums = std::is_same_v<T, float> && Weights::kTensor;
+
 // Sets the sums of all items, their `partial` left open.
 template <typename T, class Weights>
 void sum_sides(const Context& context, const std::vector<SideItem<T, Weights>>& sides, T k) {
-  using Kernel = SideSumKernel<T, Weights>;
   const Limits device = limits(context.device);
   for_each_pack(sides, [&](const Pack<SideItem<T, Weights>>& pack) {
+    const PackedPair<T>& points = pack.items[0].points;
+    const bool tensor = kTensorSums<T, Weights> && points.tiles != TileKind::kFma;
+    const int64_t rows = tensor ? SideSumShape::kRows : SideSumKernel<T, Weights>::kRows;
     int64_t n = 1, m = 1, batch = 1, blocks = 0;
     for (int i = 0; i < pack.count; ++i) {
       const SideItem<T, Weights>& p = pack.items[i];
       n = std::max(n, p.n), m = std::max(m, p.m), batch = std::max(batch, p.batch);
-      blocks += ceil_div(p.n, Kernel::kRows) * p.batch;
+      blocks += ceil_div(p.n, rows) * p.batch;
     }
     // Columns are split until a few rounds of blocks fill the device.
     constexpr int64_t kRounds = 4;
     const int64_t wanted =
         std::max<int64_t>(1, kRounds * device.multiprocessors / std::max<int64_t>(1, blocks));
-    const int64_t splits = std::min(wanted, ceil_div(m, Kernel::kTile));
-    const int64_t d = pack.items[0].points.d;
-    Pack<SideItem<T, Weights>> items = pack;
-    for (int i = 0; i < items.count; ++i) {
-      SideItem<T, Weights>& p = items.items[i];
-      p.partial = context.scratch<T>(p.batch * splits * p.n * (d + 1));
+    SideSums<T, Weights> sums{pack, k, 1, 0, 0};
+    sums.splits = std::min(wanted, ceil_div(m, SideSums<T, Weights>::share(1, 1)));
+    for (int i = 0; i < pack.count; ++i) {
+      SideItem<T, Weights>& p = sums.items.items[i];
+      p.partial = context.scratch<T>(p.batch * sums.splits * p.n * (points.d + 1));
     }
-    // A tile of all coordinates if it fits: the rest of the memory caches y.
-    constexpr int64_t kElement = sizeof(T), kStages = 2, kPlan = Kernel::kPlan * kElement;
-    const int64_t room = std::min(kStages * (d + kTileExtra) * Kernel::kTile * kElement,
-                                  static_cast<int64_t>(device.shared_per_block) - kPlan);
     Grid grid;
-    grid.x = ceil_div(n, Kernel::kRows) * splits;
     grid.y = std::min(batch, kGridY);
-    grid.z = items.count;
-    grid.shared = static_cast<size_t>(kPlan + room);
-    launch(context, Kernel{items, k, splits, room}, grid);
-    grid.x = ceil_div(n * (d + 1), JoinKernel<T, Weights>::kThreads);
-    grid.shared = 0;
-    launch(context, JoinKernel<T, Weights>{items, splits}, grid);
+    grid.z = pack.count;
+    if constexpr (kTensorSums<T, Weights>)
+      if (tensor) launch_tensor_sums(context, sums, n, grid);
+    if (!tensor) launch_sums(context, sums, n, grid);
+    grid.x = ceil_div(n * (points.d + 1), JoinKernel<T, Weights>::kThreads);
+    launch(context, JoinKernel<T, Weights>{sums.items, sums.splits}, grid);
   });
 }
 
@@ -429,6 +512,7 @@ template <typename T>
 PackedPair<T> exchanged(const PackedPair<T>& pair) {
   PackedPair<T> other = pair;
   std::swap(other.x, other.y);
+  std::swap(other.split_x, other.split_y);
   return other;
 }
 
@@ -442,8 +526,9 @@ T of_cost(Objective objective, double eps) {
 template <typename T>
 std::vector<SideItem<T, ScaledPlan<T>>> absorbed_sides(
     const Context& context, const std::vector<PointGradientGroup<T>>& groups, T k) {
-  Packer<T> packer(context);
   std::vector<SideItem<T, ScaledPlan<T>>> sides;
+  if (groups.empty()) return sides;
+  Packer<T> packer(context, tiles_of<T>(context, groups[0].points.d));
   for_each_pack(groups, [&](const Pack<PointGradientGroup<T>>& pack) {
     AbsorbKernel<T> absorb{pack, {}, {}, k};
     int64_t points = 1, batch = 1;

@@ -104,6 +104,7 @@ OTLOSS_DEVICE T pair_cost(CostKind kind, int64_t d, bool symmetric, const Packed
 template <typename T, class TileLayout>
 struct TileEntries {
   using Layout = TileLayout;
+  using Values = T[Layout::kRows][Layout::kColumns];
   static constexpr int kRows = Layout::kRows, kColumns = Layout::kColumns;
   static_assert(kRows * kColumns <= 32, "a bit of a word for each");
 
@@ -113,7 +114,7 @@ struct TileEntries {
   T k;
   const T* F;     // (rows,)
   T G[kColumns];  // kLog2Zero for columns that do not count
-  T cost[kRows][kColumns];
+  Values cost;
 
   OTLOSS_DEVICE void place(const RowTiles<T>& p, int64_t first, int64_t row_of_call, int64_t j) {
     row = first + row_of_call, column = j;
