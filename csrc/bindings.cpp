@@ -20,6 +20,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "kernels.h"
 
@@ -127,7 +128,9 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, int32_t d
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()),
                                                          shape.begin(), strides.data(), dtype,
                                                          device_type, device_index, &handle));
-  return Tensor(handle);
+  Tensor t(handle);
+  if (t.is_cpu()) cpu::prefer_large_pages(t.data_ptr(), stride * t.element_size());
+  return t;
 }
 
 Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape) {

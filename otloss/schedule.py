@@ -25,7 +25,7 @@ BLOCK_BYTES = 1 << 25
 # Where making a cost again is faster than reading it, on each kind of device: up to so many
 # dimensions, and for matrices of more than so many bytes. A matrix that stays in the second cache
 # (in the multiprocessors) is only slower than that to make.
-STREAMED_FROM = {"cpu": {4: 1 << 20, 16: 12 << 20}, "cuda": {3: 1 << 25}}
+STREAMED_FROM = {"cpu": {4: 1 << 20, 8: 12 << 20}, "cuda": {3: 1 << 25}}
 # The same where the gradient goes over the costs again and again, which pays for making a matrix
 # until it is too large for the third cache. (A GPU makes each entry twice in a pass.)
 STREAMED_BACK_FROM = {"cpu": {4: 12 << 20, 8: 32 << 20}, "cuda": {}}

@@ -87,7 +87,7 @@ OTLOSS_SIMD double prepare_row(int64_t d, const double* x, const double* shift, 
 // ------------------------------------------------------------------------------------- costs
 
 // Coordinates from which on half of a symmetric matrix and its reflection is less work than all.
-constexpr int64_t kReflectDims = 256;
+constexpr int64_t kReflectDims = 128;
 
 // Copies the part above the diagonal to the part below.
 template <typename T>
