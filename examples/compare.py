@@ -36,8 +36,7 @@ BASES = {
     "geist-100": "train_sinkhorn.py --data fashion --preset geist-100 --epochs 14",
     "gan-geist": "train_gan.py --data fashion --preset geist --epochs 12",
     "otgan": "train_otgan.py --data fashion --preset tiny --eval-every 500",
-    "otgan-random": "train_otgan.py --data fashion --preset tiny --match random --steps 1000"
-    " --eval-every 500",
+    "otgan-random": "train_otgan.py --data fashion --preset tiny --match random --eval-every 500",
     "otgan-label": "train_otgan.py --data mnist --preset tiny --labels 2 --steps 300",
     "otgan-cifar10": "train_otgan.py --preset cifar10 --width 0.125 --batch 200 --steps 600"
     " --eval-every 450",
@@ -60,7 +59,7 @@ BASES = {
 }
 # Runs that are repeated: how often, each time with another seed.
 SEEDS = {
-    **dict.fromkeys(("med", "geist-1", "geist-10", "geist-100", "gan-geist"), 3),
+    **dict.fromkeys(("med", "geist-1", "geist-10", "geist-100", "gan-geist", "otgan"), 3),
     **dict.fromkeys(("ellipses", "ellipses-1000"), 3),
 }
 
@@ -87,7 +86,7 @@ FASHION = {
     "**MED, ours, 15 epochs, 2 x 125**": ("med", "-"),
     "**MED, ours, 40 epochs, 2 x 500**": ("med-40", "-"),
     "**OT-GAN at 1/8 width**": ("otgan", "-"),
-    "random matching, 1/8 width, half as long": ("otgan-random", "-"),
+    "random matching, 1/8 width": ("otgan-random", "-"),
     "Wasserstein GAN, clipped, 1 epoch": ("wgan-clip", "-"),
     "Wasserstein GAN, gradient penalty, 3 epochs": ("wgan-gp", "-"),
     "learned cost, 1/8 width, 600 steps": ("learned-cost", "-"),
@@ -180,7 +179,7 @@ FIGURES: dict[str, list[tuple[str, str]]] = {
         ("med-40", "samples_002400.png"),
         ("otgan", "samples_002000.png"),
     ],
-    "matching": [("otgan", "samples_001000.png"), ("otgan-random", "samples_001000.png")],
+    "matching": [("otgan", "samples_002000.png"), ("otgan-random", "samples_002000.png")],
     "autoencoder": [("sae", "reconstructions.png"), ("sae", "samples_000600.png")],
     "digits": [("digits", "real.png"), ("digits", "samples_001500.png")],
     "genevay": [(f"genevay-{part}", "manifold.png") for part in "abc"],
@@ -203,7 +202,7 @@ CAPTIONS = {
     "latent_grids": "Latent grids: Sinkhorn with eps 1, 10 and 100, and the GAN",
     "epoch_1": "After one epoch: BasicGAN, DCGAN at 1/4 width, OT-GAN at 1/8 width",
     "samples": "Real images; MED; MED with 40 epochs of 2 x 500; OT-GAN at 1/8 width",
-    "matching": "After 1000 steps: optimal transport, random matching",
+    "matching": "After 2000 steps: optimal transport, random matching",
     "autoencoder": "Test images beside their reconstructions, and samples of the autoencoder",
     "digits": "Real digits, and generated ones",
     "genevay": "Manifolds of genevay-a, -b and -c on MNIST",
