@@ -922,9 +922,18 @@ std::string simd_level() {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+PYBIND11_MODULE(_C, module) {
   otloss::main_thread = std::this_thread::get_id();
-  m.def("build_info", [] {
+#if defined(OTLOSS_WITH_CUDA)
+  // How a solve on a device would be laid out; d: 0 where costs are stored.
+  module.def("describe_plan",
+             [](int device, bool is_double, int64_t problems, int64_t n, int64_t m, int64_t d) {
+               const otloss::cuda::Context context{device, nullptr, nullptr, nullptr};
+               return is_double ? otloss::cuda::describe_plan<double>(context, problems, n, m, d)
+                                : otloss::cuda::describe_plan<float>(context, problems, n, m, d);
+             });
+#endif
+  module.def("build_info", [] {
     pybind11::dict info;
     info["compiler"] = std::string("C++ ") + __VERSION__;
     info["simd"] = simd_level();

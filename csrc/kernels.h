@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <string>
 #include <vector>
 
 #include "costs.h"
@@ -317,6 +318,11 @@ void implicit_backward(const Context& context, const std::vector<ImplicitGroup<T
 template <typename T>
 void point_gradient_sums(const Context& context, const std::vector<PointGradientGroup<T>>& groups,
                          double eps);
+// How so many solves would be laid out, in words; d: coordinates of the points that costs are made
+// from, or 0: costs are stored.
+template <typename T>
+std::string describe_plan(const Context& context, int64_t problems, int64_t n, int64_t m,
+                          int64_t d);
 
 }  // namespace cuda
 }  // namespace otloss

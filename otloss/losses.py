@@ -360,6 +360,10 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
         "threads": torch.get_num_threads(),
         "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
+    if torch.cuda.is_available() and ops.CUDA_KERNELS:
+        like = torch.empty(0, device=torch.device("cuda", torch.cuda.current_device()))
+        for n in (200, 1000, 10_000):
+            config[f"cuda_plan_{n}"] = ops.describe_plan(like, 1, n, n)
     if _check.choice("mode", mode, ("stdout", "dicts")) == "dicts":
         return config
     width = max(map(len, config))

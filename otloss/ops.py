@@ -42,6 +42,7 @@ __all__ = [
     "build_info",
     "cost",
     "cost_backward",
+    "describe_plan",
     "envelope_backward",
     "envelope_backward_points",
     "implicit_backward",
@@ -137,6 +138,15 @@ CUDA_KERNELS = NATIVE and bool(_native.build_info()["cuda_architectures"])
 def build_info() -> dict[str, str]:
     """Compiler, SIMD level and CUDA architectures of the native library; empty without it."""
     return dict(_native.build_info()) if NATIVE else {}
+
+
+def describe_plan(like: Tensor, problems: int, n: int, m: int, d: int = 0) -> str:
+    """How so many solves of ``n`` x ``m`` on the GPU of ``like`` are laid out.
+
+    ``d``: coordinates of the points that costs are made from, 0 where they are stored.
+    """
+    double = like.dtype == torch.float64
+    return str(_native.describe_plan(like.device.index, double, problems, n, m, d))
 
 
 cost = torch.ops.otloss.cost.default

@@ -371,6 +371,19 @@ class OTResult:
             return iterations.long(), residual
         return int(iterations.item()), residual.item()
 
+    def explain(self) -> str:
+        """How the problem was solved, in words: the method and, on a GPU, what the cost model of
+        docs/gpu.md chose for it."""
+        where = self._a.device
+        method = self._options.method
+        if method != "reference":
+            method = "dense" if self._dense else "streamed"
+        if where.type != "cuda" or method == "reference" or not ops.CUDA_KERNELS:
+            return f"{method} on {where}"
+        (problems, n), m = self._a.shape, self._b.shape[1]
+        d = 0 if self._dense else self._problem.points[0].shape[-1]
+        return f"{method} on {where}: {ops.describe_plan(self._a, problems, n, m, d)}"
+
     def apply(self, v: Tensor, axis: int = 1) -> Tensor:
         """``P @ v`` for ``axis=1`` (v has m rows), ``P.T @ v`` for ``axis=0`` (v has n rows).
 

@@ -399,6 +399,78 @@ def test_runs_where_the_tensors_are() -> None:
         otloss.sinkhorn_divergence(x, y.to("cuda:0"), 1.0)
 
 
+def test_results_and_configuration_tell_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OTLOSS_CUDA_REGIME", raising=False)
+    x, y, _, _ = (t.cuda() for t in clouds(60, 50))
+    assert "block, 1 block per problem" in otloss.solve_sample(x, y, 1.0).explain()
+    streamed = otloss.solve_sample(x, y, 1.0, method="streamed").explain()
+    assert streamed.startswith("streamed on cuda:0: streamed, ")
+    config = otloss.show_config(mode="dicts")
+    assert config is not None
+    assert "per problem" in config["cuda_plan_200"]
+
+
+def whole_step(
+    network: torch.nn.Module, optimizer: torch.optim.Optimizer, y: Tensor, noise: Tensor
+) -> Tensor:
+    optimizer.zero_grad(set_to_none=False)
+    loss = otloss.sinkhorn_divergence(network(noise), y, 0.5)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def test_graph_capture_of_a_training_step(regime: str) -> None:
+    """Network, loss, backward pass and optimizer in one graph, replayed on new data."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    noise, y = (torch.randn(120, 3, generator=generator, device="cuda") for _ in range(2))
+    runs = []
+    for captured in (False, True):
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(
+            torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3)
+        ).cuda()
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
+        given = [noise.clone(), y.clone()]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                whole_step(network, optimizer, given[1], given[0])
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        if captured:
+            with torch.cuda.graph(graph):
+                loss = whole_step(network, optimizer, given[1], given[0])
+        losses = []
+        for step in range(5):
+            given[1].copy_(y + 0.1 * step)
+            if captured:
+                graph.replay()
+                losses.append(float(loss))
+            else:
+                losses.append(float(whole_step(network, optimizer, given[1], given[0])))
+        runs.append([*losses, *(float(p.detach().sum()) for p in network.parameters())])
+    assert runs[0] == pytest.approx(runs[1], rel=1e-5)
+
+
+def test_a_batch_whose_problems_end_at_different_times(regime: str) -> None:
+    """Each ends with its own number of passes, whatever the others need."""
+    x, y, a, b = clouds(60, 50, batch=(64,))
+    y = y * torch.linspace(0.2, 3, 64)[:, None, None]  # from easy to hard
+    call = {"tol": 1e-3, "max_iters": 3000}
+    batch = otloss.solve_sample(x.cuda(), y.cuda(), 0.2, a=a.cuda(), b=b.cuda(), **call)
+    assert bool(batch.converged.all())
+    assert len(set(batch.n_iters.tolist())) > 3
+    for k in (0, 31, 63):
+        alone = otloss.solve_sample(
+            *(t[k].cuda() for t in (x, y)), 0.2, a=a[k].cuda(), b=b[k].cuda(), **call
+        )
+        torch.testing.assert_close(batch.value[k], alone.value, rtol=1e-3, atol=1e-4)
+    expected = otloss.solve_sample(x, y, 0.2, a=a, b=b, **call)
+    torch.testing.assert_close(batch.value.cpu(), expected.value, rtol=1e-3, atol=1e-3)
+
+
 def test_refuses_a_regime_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTLOSS_CUDA_REGIME", "fast")
     x, y, _, _ = (t.cuda() for t in clouds(10, 9))

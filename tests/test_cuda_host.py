@@ -621,6 +621,24 @@ def test_more_pairs_than_a_launch_takes(engine: Engine) -> None:
     assert bool((values == values[0]).all() and values.isfinite().all())
 
 
+@pytest.mark.parametrize(
+    ("problems", "n", "d", "plan"),
+    [
+        (1, 60, 0, "block, 1 block per problem, 1 at once, cost tile in shared memory"),
+        (200, 150, 0, "block, 1 block per problem, 132 at once, cost tile in shared memory"),
+        (1, 600, 0, "cluster, 16 blocks per problem, 1 at once, cost tile in shared memory"),
+        (1, 9000, 0, "dense, 132 blocks per problem, 1 at once, cost tile in global memory"),
+        (1, 9000, 3, "streamed, 132 blocks per problem, 1 at once, costs made on the way"),
+    ],
+)
+def test_the_plan_in_words(engine: Engine, problems: int, n: int, d: int, plan: str) -> None:
+    """As OTResult.explain and show_config say it, on 132 multiprocessors."""
+    engine.configure(multiprocessors=132)
+    engine.library.engine_plan.restype = ctypes.c_char_p
+    sizes = [ctypes.c_int64(size) for size in (problems, n, n, d)]
+    assert engine.library.engine_plan(0, *sizes).decode().startswith(plan)
+
+
 def test_old_devices_use_no_clusters(engine: Engine) -> None:
     engine.configure(capability=80, shared=163 * 1024)
     points, weights = clouds(torch.float32, 1, 260, 250)

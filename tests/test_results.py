@@ -326,6 +326,11 @@ class TestModules:
             otloss.SinkhornDivergence(0.5, warm_start=True, n_iters=3)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_result_explains_how_it_was_solved(method, rng):
+    assert solved(rng, method)[1].explain() == f"{method} on cpu"
+
+
 def test_show_config(capsys):
     assert otloss.show_config() is None
     printed = capsys.readouterr().out

@@ -43,6 +43,19 @@ struct CombineKernel {
   }
 };
 
+template <typename T>
+SolvePlan stored_plan(const Context& context, const Shape& shape) {
+  const auto fits = [&](const SolvePlan& plan) {
+    bool result = false;
+    dispatch_kernel<T>(plan, [&](auto kernel) {
+      result = cluster_fits<decltype(kernel)>(context, plan.team_size,
+                                              static_cast<size_t>(plan.shared.bytes));
+    });
+    return result;
+  };
+  return choose_plan(shape, limits(context.device), forced_regime(), fits);
+}
+
 }  // namespace
 
 template <typename T>
@@ -53,15 +66,7 @@ void solve(const Context& context, const std::vector<SolveGroup<T>>& groups,
   for_each_pack(groups, [&](const Pack<SolveGroup<T>>& pack) {
     const Shape shape = shape_of<T>(pack);
     if (shape.problems == 0) return;
-    const auto fits = [&](const SolvePlan& plan) {
-      bool result = false;
-      dispatch_kernel<T>(plan, [&](auto kernel) {
-        result = cluster_fits<decltype(kernel)>(context, plan.team_size,
-                                                static_cast<size_t>(plan.shared.bytes));
-      });
-      return result;
-    };
-    const SolvePlan plan = choose_plan(shape, limits(context.device), forced_regime(), fits);
+    const SolvePlan plan = stored_plan<T>(context, shape);
     const SolveArguments<T> arguments = solve_arguments(context, pack, options, shape, plan);
     const Grid grid = solve_grid(plan);
     dispatch_kernel<T>(plan, [&](auto kernel) {
@@ -69,6 +74,18 @@ void solve(const Context& context, const std::vector<SolveGroup<T>>& groups,
       launch(context, kernel, grid);
     });
   });
+}
+
+template <typename T>
+std::string describe_plan(const Context& context, int64_t problems, int64_t n, int64_t m,
+                          int64_t d) {
+  SolveGroup<T> group{};
+  group.batch = problems, group.n = n, group.m = m;
+  const Shape shape = shape_of<T>(Pack<SolveGroup<T>>{1, {group}});
+  const SolvePlan plan =
+      d > 0 ? choose_streamed_plan(shape, d, limits(context.device), forced_regime())
+            : stored_plan<T>(context, shape);
+  return plan.describe();
 }
 
 template <typename T>
@@ -88,6 +105,8 @@ template void combine_values(const Context&, const std::vector<double>&, const f
                              float*);
 template void combine_values(const Context&, const std::vector<double>&, const double*, int64_t,
                              double*);
+template std::string describe_plan<float>(const Context&, int64_t, int64_t, int64_t, int64_t);
+template std::string describe_plan<double>(const Context&, int64_t, int64_t, int64_t, int64_t);
 template void solve(const Context&, const std::vector<SolveGroup<float>>&, const SolveOptions&);
 template void solve(const Context&, const std::vector<SolveGroup<double>>&, const SolveOptions&);
 

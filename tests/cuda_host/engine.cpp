@@ -255,6 +255,15 @@ void engine_configure(int multiprocessors, int capability, int64_t shared, int o
   emulation.order = static_cast<cuda::Order>(order);
 }
 
+const char* engine_plan(int is_double, int64_t problems, int64_t n, int64_t m, int64_t d) {
+  thread_local std::string plan;
+  Memory memory;
+  const cuda::Context context = memory.context();
+  plan = is_double ? cuda::describe_plan<double>(context, problems, n, m, d)
+                   : cuda::describe_plan<float>(context, problems, n, m, d);
+  return plan.c_str();
+}
+
 int64_t engine_launches() { return cuda::Emulation::get().launches; }
 
 int engine_solve(int is_double, const SolveCall* calls, int64_t count, double eps, double tol,
