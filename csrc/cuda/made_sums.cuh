@@ -1,11 +1,12 @@
 // Sums over the rows of a plan that is made from points on the way,
 //     out_i = sum_j P_ij x_j,  P_ij = exp2(F_i + G_j - k C_ij),
-// for the gradients of a solve without cost matrices. Tiles of costs come from streamed.cuh, which
-// says who has what; products with x take the place of the plain sums there.
+// for the gradients of a solve without cost matrices: products with x in place of the plain sums of
+// streamed.cuh, which says who has what.
 //
 // F_i + G_j is added first and costs do not depend on which side is first, so that both sides get
 // the same P_ij, bit for bit, as if it was kept: the linear system of the implicit gradient stays
-// symmetric. Sums are of type S, over tiles always in double.
+// symmetric. Tensor cores would not do that, nor are they used. Sums are of type S, over tiles
+// always in double.
 #pragma once
 
 #include "pack.cuh"
@@ -23,76 +24,62 @@ struct MadeSums {
   int64_t sums;   // bytes of shared memory before the streamed_sums doubles
 };
 
-// x of the columns of a thread, kept while it stays in one tile.
-template <typename S, int kCount>
-struct ColumnFactors {
-  int64_t column = -1;
-  S at[kCount];
+template <typename T, typename S>
+class MadeTerms {
+ public:
+  using Arguments = MadeSums<T, S>;
+  using Value = S;
 
+  OTLOSS_DEVICE explicit MadeTerms(const Arguments& p) : p_(p) {}
+
+  OTLOSS_DEVICE S start() const { return S(0); }
+  OTLOSS_DEVICE double join(double x, double y) const { return x + y; }
+
+  // Joined over the warp as in tile_sum.
   template <class Block>
-  OTLOSS_DEVICE void load(const Block& block, const S* x, int64_t first, int64_t end) {
-    if (first == column) return;
-    column = first;
+  OTLOSS_DEVICE S of_tile(Block& block, const TileEntries<T, FmaLayout<T>>& e) {
+    load(block, e.column);
+    S sums[kTileRows];
 #pragma unroll
-    for (int c = 0; c < kCount; ++c) {
-      at[c] = first + c < end ? S(1) : S(0);
-      if (x != nullptr && first + c < end) at[c] = block.load(x + first + c);
+    for (int r = 0; r < kTileRows; ++r) {
+      const T F = e.potential(r);
+      sums[r] = S(0);
+#pragma unroll
+      for (int c = 0; c < kVector<T>; ++c) {
+        const T t = (F + e.G[c]) - e.k * e.cost[r][c];
+        // A clamped exponential stands for 0, so that padding gets exactly 0.
+        T p = t > static_cast<T>(-kExp2Limit) ? fast_exp2(t) : T(0);
+        if (p_.of_costs) p = p != T(0) ? p * e.cost[r][c] : T(0);
+        sums[r] += static_cast<S>(p) * x_[c];
+      }
     }
+    return scatter_reduce<Sum>(block, sums);
   }
-};
 
-// The sums of a tile, joined over the warp as in tile_sum.
-template <typename T, typename S, class Block>
-OTLOSS_DEVICE S weigh_tile(Block& block, const TileEntries<T, FmaLayout<T>>& e, bool of_costs,
-                           const S (&x)[kVector<T>]) {
-  S sums[kTileRows];
-#pragma unroll
-  for (int r = 0; r < kTileRows; ++r) {
-    const T F = e.potential(r);
-    sums[r] = S(0);
+ private:
+  // x of the thread's columns, which stay while its tile does.
+  template <class Block>
+  OTLOSS_DEVICE void load(const Block& block, int64_t first) {
+    if (first == column_) return;
+    column_ = first;
 #pragma unroll
     for (int c = 0; c < kVector<T>; ++c) {
-      const T t = (F + e.G[c]) - e.k * e.cost[r][c];
-      // A clamped exponential stands for 0, so that padding gets exactly 0.
-      T p = t > static_cast<T>(-kExp2Limit) ? fast_exp2(t) : T(0);
-      if (of_costs) p = p != T(0) ? p * e.cost[r][c] : T(0);
-      sums[r] += static_cast<S>(p) * x[c];
+      const bool inside = first + c < p_.tiles.end;
+      x_[c] = inside ? S(1) : S(0);
+      if (p_.x != nullptr && inside) x_[c] = block.load(p_.x + first + c);
     }
   }
-  return scatter_reduce<Sum>(block, sums);
-}
 
-template <class Cost, bool kDifference, typename T, typename S, class Block>
-OTLOSS_NOINLINE void made_sums_of(Block block, const MadeSums<T, S>& p) {
-  constexpr int kLanes = kWarp / kTileRows;
-  const RowTiles<T>& tiles = p.tiles;
-  double* const sums = reinterpret_cast<double*>(block.template shared<unsigned char>() + p.sums);
-  using Maker = TileMaker<Cost, kDifference, T, Block>;
-  Maker maker(block, tiles);
-  const int lane = block.thread() % kWarp, most = maker.most_rows();
-  for (int64_t first = tiles.first; first < tiles.last; first += most) {
-    const int rows = static_cast<int>(tiles.last - first < most ? tiles.last - first : most);
-    for (int s = block.thread(); s < maker.warps() * most; s += kSolveThreads) sums[s] = 0;
-    ColumnFactors<S, kVector<T>> factors;
-    maker.run(first, rows, [&](const typename Maker::Entries& e) {
-      factors.load(block, p.x, e.column, tiles.end);
-      const S joined = weigh_tile(block, e, p.of_costs, factors.at);
-      if (lane % kLanes == 0)
-        sums[maker.warp_of_group() * most + e.local + lane / kLanes] += static_cast<double>(joined);
-    });
-    for (int row = block.thread(); row < rows; row += kSolveThreads) {
-      double total = sums[row];
-      for (int w = 1; w < maker.warps(); ++w) total += sums[w * most + row];
-      p.out[first - tiles.first + row] = static_cast<S>(total);
-    }
-    block.sync();
-  }
-}
+  const Arguments& p_;
+  int64_t column_ = -1;
+  S x_[kVector<T>];
+};
 
 template <typename T, typename S, class Block>
 OTLOSS_DEVICE void made_sums(Block& block, const MadeSums<T, S>& args) {
   dispatch_tiles(args.tiles.kind, args.tiles.d, [&](auto cost, auto difference) {
-    made_sums_of<decltype(cost), decltype(difference)::value>(block, args);
+    using Maker = TileMaker<decltype(cost), decltype(difference)::value, T, Block>;
+    sum_rows<Maker, MadeTerms<T, S>>(block, args);
   });
 }
 

@@ -82,9 +82,9 @@ std::string describe_plan(const Context& context, int64_t problems, int64_t n, i
   SolveGroup<T> group{};
   group.batch = problems, group.n = n, group.m = m;
   const Shape shape = shape_of<T>(Pack<SolveGroup<T>>{1, {group}});
-  const SolvePlan plan =
-      d > 0 ? choose_streamed_plan(shape, d, limits(context.device), forced_regime())
-            : stored_plan<T>(context, shape);
+  const SolvePlan plan = d > 0 ? choose_streamed_plan(shape, d, limits(context.device),
+                                                      forced_regime(), tiles_of<T>(context, d))
+                               : stored_plan<T>(context, shape);
   return plan.describe();
 }
 

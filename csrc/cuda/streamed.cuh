@@ -91,46 +91,68 @@ OTLOSS_DEVICE T tile_sum(Block& block, const TileEntries<T, Layout>& e) {
   return scatter_reduce<Join, Layout::kLanes>(block, sums);
 }
 
-// Not inlined: each is a few hundred instructions, called a few times per pass. kPlan has one of
-// its own, whose registers need not do for the others.
-template <class Maker, bool kPlan, typename T, class Block>
-OTLOSS_NOINLINE void sum_rows(Block block, const RowSums<T>& p) {
+// What sum_rows adds up. kPlan has one of its own, whose registers need not do for the others.
+template <typename T, bool kPlan>
+class RowTerms {
+ public:
+  using Arguments = RowSums<T>;
+  using Value = T;
+
+  OTLOSS_DEVICE explicit RowTerms(const Arguments& p) : what_(kPlan ? RowSum::kPlan : p.what) {}
+
+  OTLOSS_DEVICE T start() const {
+    return what_ == RowSum::kLargest ? std::numeric_limits<T>::lowest() : T(0);
+  }
+  OTLOSS_DEVICE double join(double x, double y) const { return join_sums(what_, x, y); }
+
+  template <class Block, class Entries>
+  OTLOSS_DEVICE T of_tile(Block& block, const Entries& e) const {
+    return kPlan                    ? tile_sum<RowSum::kPlan>(block, e)
+           : what_ == RowSum::kCost ? tile_sum<RowSum::kCost>(block, e)
+                                    : tile_sum<RowSum::kLargest>(block, e);
+  }
+
+ private:
+  const RowSum what_;
+};
+
+// Sums of a block's rows over all tiles of its columns. Not inlined: each is a few hundred
+// instructions, called a few times per pass.
+template <class Maker, class Terms, class Block>
+OTLOSS_NOINLINE void sum_rows(Block block, const typename Terms::Arguments& p) {
   using Layout = typename Maker::Layout;
   constexpr int kLanes = Layout::kLanes / Layout::kRows;  // of a row, after the reduction
-  const RowTiles<T>& tiles = p.tiles;
-  const RowSum what = kPlan ? RowSum::kPlan : p.what;
+  const auto& tiles = p.tiles;
   double* const sums = reinterpret_cast<double*>(block.template shared<unsigned char>() + p.sums);
-  const T start = what == RowSum::kLargest ? std::numeric_limits<T>::lowest() : T(0);
   Maker maker(block, tiles);
   const int lane = block.thread() % Layout::kLanes, most = maker.most_rows();
   for (int64_t first = tiles.first; first < tiles.last; first += most) {
     const int rows = static_cast<int>(tiles.last - first < most ? tiles.last - first : most);
+    Terms terms(p);
     for (int s = block.thread(); s < maker.warps() * most; s += kSolveThreads)
-      sums[s] = static_cast<double>(start);
+      sums[s] = static_cast<double>(terms.start());
     maker.run(first, rows, [&](const typename Maker::Entries& e) {
-      const T joined = kPlan                   ? tile_sum<RowSum::kPlan>(block, e)
-                       : what == RowSum::kCost ? tile_sum<RowSum::kCost>(block, e)
-                                               : tile_sum<RowSum::kLargest>(block, e);
+      const typename Terms::Value joined = terms.of_tile(block, e);
       if (lane % kLanes != 0) return;
       const int row = e.local + Layout::row(lane / kLanes);
       double& total = sums[maker.warp_of_group() * most + row];
-      total = join_sums(what, total, static_cast<double>(joined));
+      total = terms.join(total, static_cast<double>(joined));
     });
     for (int row = block.thread(); row < rows; row += kSolveThreads) {
       double total = sums[row];
-      for (int w = 1; w < maker.warps(); ++w) total = join_sums(what, total, sums[w * most + row]);
-      p.out[first - tiles.first + row] = static_cast<T>(total);
+      for (int w = 1; w < maker.warps(); ++w) total = terms.join(total, sums[w * most + row]);
+      p.out[first - tiles.first + row] = static_cast<typename Terms::Value>(total);
     }
     block.sync();
   }
 }
 
 template <class Maker, typename T, class Block>
-OTLOSS_DEVICE void sum_rows(Block& block, const RowSums<T>& args) {
+OTLOSS_DEVICE void sum_rows_of(Block& block, const RowSums<T>& args) {
   if (args.what == RowSum::kPlan)
-    sum_rows<Maker, true>(block, args);
+    sum_rows<Maker, RowTerms<T, true>>(block, args);
   else
-    sum_rows<Maker, false>(block, args);
+    sum_rows<Maker, RowTerms<T, false>>(block, args);
 }
 
 template <typename T, class Block>
@@ -140,11 +162,11 @@ OTLOSS_DEVICE void reduce_rows(Block& block, const RowSums<T>& args) {
     if (tiles.made_by != TileKind::kFma)
       return dispatch_tensor_tiles(tiles.kind, tiles.made_by, [&](auto cost, auto low) {
         constexpr bool kLow = decltype(low)::value;
-        sum_rows<TensorTileMaker<decltype(cost), RowSumShape, kLow, Block>>(block, args);
+        sum_rows_of<TensorTileMaker<decltype(cost), RowSumShape, kLow, Block>>(block, args);
       });
   dispatch_tiles(tiles.kind, tiles.d, [&](auto cost, auto difference) {
     constexpr bool kDifference = decltype(difference)::value;
-    sum_rows<TileMaker<decltype(cost), kDifference, T, Block>>(block, args);
+    sum_rows_of<TileMaker<decltype(cost), kDifference, T, Block>>(block, args);
   });
 }
 
