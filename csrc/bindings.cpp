@@ -485,20 +485,22 @@ SolveResult solve(Tensors costs, Tensors weights, Ints pairs, Doubles coefficien
 }
 
 template <typename T>
-PointPair<T> point_pair(const Prepared& clouds, CostKind kind, int64_t i, int64_t j) {
+PointPair<T> point_pair(const Prepared& clouds, CostKind kind, int64_t i, int64_t j,
+                        bool tf32 = false) {
   return {kind,
           clouds.z.at(i).size(2),
           data<T>(clouds.z[i]),
           data<T>(clouds.z.at(j)),
           data<T>(clouds.norm[i]),
-          data<T>(clouds.norm[j])};
+          data<T>(clouds.norm[j]),
+          tf32};
 }
 
 // The same from points: returns the cost matrices too if they are to be stored (`dense`).
 std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors, Tensors> solve_points(
     Tensors points, Tensors weights, Ints pairs, Doubles coefficients, Tensors init,
     int64_t kind_index, bool dense, double eps, double rho_x, double rho_y, double tol,
-    int64_t max_iters, int64_t n_iters, int64_t objective, bool trace) {
+    int64_t max_iters, int64_t n_iters, int64_t objective, bool trace, bool tf32) {
   const Device device{points, weights, init};
   const CostKind kind = static_cast<CostKind>(kind_index);
   const Strengths rho{rho_x, rho_y};
@@ -512,7 +514,7 @@ std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors, Tensors> solve_points(
         solve_groups<T>(device, weights, pairs, coefficients, init, rho, options, trace,
                         [&](SolveGroup<T>& group, int64_t p, int64_t i, int64_t j) {
                           if (dense) group.C = data<T>(costs[p]);
-                          group.points = point_pair<T>(clouds, kind, i, j);
+                          group.points = point_pair<T>(clouds, kind, i, j, tf32);
                         }),
         std::make_tuple(costs));
   });
@@ -826,7 +828,7 @@ void add_dense(const Device& device, const Solution& s, const Tensors& costs, Co
 // Without cost matrices: both sides of each pair apart, as rows.
 template <typename T>
 void add_streamed(const Device& device, const Solution& s, const Prepared& clouds, CostKind kind,
-                  const PointGradients<T>& grads) {
+                  bool tf32, const PointGradients<T>& grads) {
   const int64_t P = s.coefficients.size(), B = s.grad_loss.size(0), d = clouds.z.at(0).size(2);
   Tensors kept;
   std::vector<PointGradientGroup<T>> groups;
@@ -837,8 +839,8 @@ void add_streamed(const Device& device, const Solution& s, const Prepared& cloud
     const int64_t n = a.size(1), m = b.size(1);
     kept.push_back(empty(a, {B, n}));
     kept.push_back(empty(a, {B, n, d}));
-    groups.push_back({B, n, m, i == j, point_pair<T>(clouds, kind, i, j), data<T>(a), data<T>(b),
-                      data<T>(fi), data<T>(gj), data<T>(s.grad_loss),
+    groups.push_back({B, n, m, i == j, point_pair<T>(clouds, kind, i, j, tf32), data<T>(a),
+                      data<T>(b), data<T>(fi), data<T>(gj), data<T>(s.grad_loss),
                       static_cast<T>(s.coefficients[p]), data<T>(kept[kept.size() - 2]),
                       data<T>(kept.back())});
     receiver.push_back(i);
@@ -857,7 +859,7 @@ void add_streamed(const Device& device, const Solution& s, const Prepared& cloud
 // Gradients of the clouds listed in `wanted`, in that order; `costs` empty: they are not stored.
 Tensors envelope_backward_points(Tensor grad_loss, Tensors costs, Tensors points, Tensors weights,
                                  Ints pairs, Doubles coefficients, Tensors f, Tensors g,
-                                 int64_t kind_index, double eps, Ints wanted) {
+                                 int64_t kind_index, double eps, Ints wanted, bool tf32) {
   const Device device{{grad_loss}, costs, points, weights, f, g};
   const CostKind kind = static_cast<CostKind>(kind_index);
   return dispatch_dtype(grad_loss, [&](auto zero) {
@@ -866,7 +868,7 @@ Tensors envelope_backward_points(Tensor grad_loss, Tensors costs, Tensors points
     const PointGradients<T> grads(device, clouds, kind, wanted);
     const Solution solution{grad_loss, weights, f, g, pairs, coefficients, eps};
     if (costs.empty())
-      add_streamed<T>(device, solution, clouds, kind, grads);
+      add_streamed<T>(device, solution, clouds, kind, tf32, grads);
     else
       add_dense<T>(device, solution, costs, kind, grads);
     return grads.result();

@@ -55,6 +55,8 @@ struct PointPair {
   const T* zy;  // (B, m, d)
   const T* hx;  // (B, n) norms
   const T* hy;  // (B, m)
+  // Inner products may be made from 11 bits of each coordinate, where that is faster.
+  bool tf32 = false;
 };
 
 template <typename T>

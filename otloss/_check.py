@@ -27,6 +27,7 @@ __all__ = [
 OBJECTIVES: Final = ("regularized", "transport")
 BACKWARDS: Final = ("auto", "envelope", "implicit", "unrolled")
 METHODS: Final = ("auto", "dense", "streamed", "reference")
+PRECISIONS: Final = ("float32", "tf32")
 DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -47,6 +48,7 @@ class Options(NamedTuple):
     n_iters: int
     backward: str
     method: str
+    precision: str
 
     @property
     def balanced(self) -> bool:
@@ -119,6 +121,7 @@ def options(
     n_iters: Any = None,
     backward: Any = "auto",
     method: Any = "auto",
+    precision: Any = "float32",
 ) -> Options:
     """Checks everything that a solve takes besides tensors."""
     rho_x, rho_y = _unbalanced(unbalanced)
@@ -133,6 +136,7 @@ def options(
         n_iters=-1 if n_iters is None else count("n_iters", n_iters),
         backward=choice("backward", backward, BACKWARDS),
         method=choice("method", method, METHODS),
+        precision=choice("precision", precision, PRECISIONS),
     )
     if checked.backward == "unrolled" and n_iters is None:
         raise ValueError(

@@ -43,6 +43,7 @@ class Settings(NamedTuple):
     trace: bool  # keep the potentials of every iteration, for backward="unrolled"
     dense: bool  # store the cost matrices
     batched: bool  # the loss is (B,), not ()
+    tf32: bool = False  # allows inner products with 11 bits, where costs are not stored
     system: list[Tensor] | None = None  # receives the status of the implicit gradient's system
 
     @property
@@ -567,7 +568,7 @@ class SolvePoints(torch.autograd.Function):
         weights = [w.contiguous() for w in tensors[clouds : 2 * clouds]]
         init = [v.contiguous() for v in tensors[2 * clouds :]]
         loss, status, f, g, traces, costs = _implementation(s.plain).solve_points(
-            points, weights, s.pairs, s.coefficients, init, kind, s.dense, *s.solver
+            points, weights, s.pairs, s.coefficients, init, kind, s.dense, *s.solver, s.tf32
         )
         if s.potentials and s.balanced and s.n_iters < 0:
             f, g = _centred(s, weights, f, g)
@@ -667,7 +668,7 @@ def _at_fixed_potentials(
     if wanted:
         grads = implementation.envelope_backward_points(
             seeds[0], list(costs), points, weights, s.pairs, s.coefficients, f, g, kind, s.eps,
-            wanted,
+            wanted, s.tf32,
         )  # fmt: skip
     if not any(want_weights):
         return grads, [None] * len(weights)

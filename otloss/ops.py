@@ -18,6 +18,8 @@ is a cloud against itself. All tensors carry a batch dimension.
     unrolled_backward_points    the two before without costs         -> gradients of wanted clouds,
     implicit_backward_points                                            weights (, status)
 
+``tf32`` allows inner products of points with 11 bits, where costs are not stored.
+
 The loss is the sum over the pairs of a coefficient times OT of the pair. Cloud 0 is held to its
 weights by ``rho_x``, every other by ``rho_y``; infinite is a constraint.
 
@@ -90,13 +92,13 @@ _library.define(
 _library.define(
     "solve_points(Tensor[] points, Tensor[] weights, int[] pairs, float[] coefficients, "
     "Tensor[] init, int kind, bool dense, float eps, float rho_x, float rho_y, float tol, "
-    "int max_iters, int n_iters, int objective, bool trace) "
+    "int max_iters, int n_iters, int objective, bool trace, bool tf32=False) "
     "-> (Tensor, Tensor, Tensor[], Tensor[], Tensor[], Tensor[])",
 )
 _library.define(
     "envelope_backward_points(Tensor grad_loss, Tensor[] costs, Tensor[] points, "
     "Tensor[] weights, int[] pairs, float[] coefficients, Tensor[] f, Tensor[] g, int kind, "
-    "float eps, int[] wanted) -> Tensor[]",
+    "float eps, int[] wanted, bool tf32=False) -> Tensor[]",
 )
 _library.define(
     "unrolled_backward_points(Tensor grad_loss, Tensor[] grad_f, Tensor[] grad_g, "
@@ -311,6 +313,7 @@ def _(
     n_iters: int,
     objective: int,
     trace: bool,
+    tf32: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     B, sides = points[0].shape[0], reference.as_pairs(pairs)
     f = [torch.empty_like(weights[i]) for i, _ in sides]
@@ -342,6 +345,7 @@ def _(
     kind: int,
     eps: float,
     wanted: list[int],
+    tf32: bool = False,
 ) -> list[Tensor]:
     return [torch.empty_like(points[c]) for c in wanted]
 

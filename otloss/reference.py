@@ -683,6 +683,7 @@ def solve_points(
     n_iters: int,
     objective: int,
     trace: bool,
+    tf32: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     costs = cost(points, weights, pairs, kind)
     solved = solve(
@@ -715,6 +716,7 @@ def envelope_backward_points(
     kind: int,
     eps: float,
     wanted: list[int],
+    tf32: bool = False,
 ) -> list[Tensor]:
     costs = costs or cost(points, weights, pairs, kind)
     unread = math.inf  # rho: the plan does not depend on it

@@ -183,6 +183,7 @@ def run(
         trace=needs_grad and backward == "unrolled",
         dense=dense,
         batched=problem.batched,
+        tf32=options.precision == "tf32",
         system=system,
     )
     if costs is None:
@@ -572,6 +573,7 @@ def solve_sample(
     n_iters: int | None = None,
     backward: str = "auto",
     method: str = "auto",
+    precision: str = "float32",
     init: OTResult | tuple[Tensor, Tensor] | None = None,
 ) -> OTResult:
     """Entropic optimal transport between two clouds.
@@ -582,8 +584,7 @@ def solve_sample(
         eps: regularisation, in units of cost, absolute.
         cost: ``"sqeuclidean"`` |x - y|^2 (no 1/2), ``"euclidean"`` |x - y|, ``"cosine"``
             1 - <x, y> / (|x| |y|), or a function ``(x, y) -> C``.
-        method: ``"dense"``, ``"streamed"``, ``"reference"`` or ``"auto"``, as in
-            :func:`otloss.sinkhorn_divergence`.
+        method, precision: as in :func:`otloss.sinkhorn_divergence`.
         a, b, objective, unbalanced, tol, max_iters, n_iters, backward, init: as in
             :func:`otloss.solve`.
 
@@ -603,6 +604,7 @@ def solve_sample(
         n_iters=n_iters,
         backward=backward,
         method=method,
+        precision=precision,
     )
     problem = check_clouds({"x": x, "y": y}, {"a": a, "b": b}, balanced=options.balanced)
     dense, named = not streams(problem, [0, 1], options), isinstance(options.cost, str)

@@ -516,6 +516,21 @@ def test_tensor_cores_are_accurate(cost: str, n: int, m: int, d: int) -> None:
         torch.testing.assert_close(grad.double() / scale, true / scale, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("cost", COSTS)
+def test_tf32_is_allowed(cost: str) -> None:
+    x, y, a, b = (t.cuda() for t in clouds(1500, 1300, 200))
+    eps = 0.1 * float(otloss.cost_matrix(x, y, cost).mean())
+
+    def loss(precision: str, method: str) -> Tensor:
+        call = {"a": a, "b": b, "cost": cost, "tol": 1e-5, "method": method}
+        return otloss.sinkhorn_loss(x, y, eps, precision=precision, **call)
+
+    exact, found = loss("float32", "streamed"), loss("tf32", "streamed")
+    assert bool(found != exact)
+    torch.testing.assert_close(found, exact, rtol=5e-3, atol=0)
+    assert bool(loss("float32", "dense") == loss("tf32", "dense"))
+
+
 @pytest.mark.parametrize("d", [3, 64])
 @pytest.mark.parametrize(("team", "parts"), [(8, 1), (8, 4), (8, 8), (66, 3)])
 def test_rows_shared_by_blocks(

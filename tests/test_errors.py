@@ -69,6 +69,13 @@ def test_options(function, option, kind, message):
         function(X, Y, EPS, **option)
 
 
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "solve"])
+def test_precision(name):
+    message = r"precision must be one of 'float32', 'tf32', got 'bf16'"
+    with pytest.raises(ValueError, match=message):
+        FUNCTIONS[name](X, Y, EPS, precision="bf16")
+
+
 @pytest.mark.parametrize(
     ("unbalanced", "kind", "message"),
     [

@@ -95,6 +95,14 @@ def test_batches_and_float32(rng: torch.Generator) -> None:
         helpers.close(got, expected, 1e-3)
 
 
+def test_precision_changes_nothing_on_a_cpu(rng: torch.Generator) -> None:
+    c = helpers.clouds(rng, 40, 50, 20, dtype=torch.float32).require_grad()
+    exact, grads = _divergence(c, 5.0, "sqeuclidean", "streamed")
+    allowed, same = _divergence(c, 5.0, "sqeuclidean", "streamed", precision="tf32")
+    assert bool(exact == allowed)
+    assert all(torch.equal(x, y) for x, y in zip(grads, same, strict=True))
+
+
 def test_threads_share_the_rows_of_one_problem(rng: torch.Generator, threads: None) -> None:
     c = helpers.clouds(rng, 700, 800, 3)
     results = []

@@ -666,7 +666,8 @@ void implicit_backward(const Context& context, const std::vector<ImplicitGroup<T
                        double eps, Objective objective) {
   // The sums over the plan take multiply-adds: with tensor cores P_ij would depend on which side is
   // first. The points' sums afterwards need not.
-  Packer<T> packer(context, tiles_of<T>(context, groups.empty() ? 0 : groups[0].made.points.d));
+  Packer<T> packer(context,
+                   groups.empty() ? TileKind::kFma : tiles_of(context, groups[0].made.points));
   for_each_pack(groups, [&](const Pack<ImplicitGroup<T>>& pack) {
     if (pack.items[0].C != nullptr)
       stored_backward(context, pack, eps, objective);

@@ -167,10 +167,10 @@ inline SplitClouds split(const Context& context, int64_t batch, int64_t n, int64
   return {halves, scale};
 }
 
-// Who makes costs of points of d coordinates.
+// Who makes costs of points.
 template <typename T>
-TileKind tiles_of(const Context& context, int64_t d) {
-  return choose_tiles(sizeof(T), d, limits(context.device), wanted_tiles());
+TileKind tiles_of(const Context& context, const PointPair<T>& points) {
+  return choose_tiles(sizeof(T), points.d, limits(context.device), wanted_tiles(points.tf32));
 }
 
 // Packs each cloud of a call once.

@@ -273,12 +273,15 @@ bool start_pays(const SolvePlan& plan, int64_t problems, int64_t n, int64_t m, i
   return cycles <= kStartPasses * plan.cycles;
 }
 
-TileKind wanted_tiles() {
+TileKind wanted_tiles(bool tf32) {
   const char* text = std::getenv("OTLOSS_CUDA_TILES");
   const std::string name = text == nullptr ? "" : text;
-  if (name.empty() || name == "auto" || name == "tensor") return TileKind::kTensor;
+  if (name.empty() || name == "auto") return tf32 ? TileKind::kTensorHigh : TileKind::kTensor;
+  if (name == "tensor") return TileKind::kTensor;
   if (name == "fma") return TileKind::kFma;
-  throw std::runtime_error("otloss: OTLOSS_CUDA_TILES must be auto, fma or tensor, got " + name);
+  if (name == "high") return TileKind::kTensorHigh;
+  throw std::runtime_error("otloss: OTLOSS_CUDA_TILES must be auto, fma, tensor or high, got " +
+                           name);
 }
 
 TileKind choose_tiles(int64_t element, int64_t d, const Limits& limits, TileKind wanted) {

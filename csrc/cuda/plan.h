@@ -185,8 +185,8 @@ SolvePlan choose_plan(const Shape& shape, const Limits& limits, Regime forced,
 bool start_pays(const SolvePlan& plan, int64_t problems, int64_t n, int64_t m, int d,
                 const Limits& limits);
 
-// OTLOSS_CUDA_TILES: auto, fma or tensor (which auto is).
-TileKind wanted_tiles();
+// OTLOSS_CUDA_TILES: auto, fma, tensor or high (without low halves; auto if tf32 will do).
+TileKind wanted_tiles(bool tf32);
 
 // How costs of points of d coordinates are made: as wanted where tensor cores serve, which is for
 // float32 beyond kDirectDims coordinates, if a stage has room.

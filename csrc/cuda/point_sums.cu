@@ -528,7 +528,7 @@ std::vector<SideItem<T, ScaledPlan<T>>> absorbed_sides(
     const Context& context, const std::vector<PointGradientGroup<T>>& groups, T k) {
   std::vector<SideItem<T, ScaledPlan<T>>> sides;
   if (groups.empty()) return sides;
-  Packer<T> packer(context, tiles_of<T>(context, groups[0].points.d));
+  Packer<T> packer(context, tiles_of(context, groups[0].points));
   for_each_pack(groups, [&](const Pack<PointGradientGroup<T>>& pack) {
     AbsorbKernel<T> absorb{pack, {}, {}, k};
     int64_t points = 1, batch = 1;

@@ -80,11 +80,12 @@ template <typename T>
 std::string describe_plan(const Context& context, int64_t problems, int64_t n, int64_t m,
                           int64_t d) {
   SolveGroup<T> group{};
-  group.batch = problems, group.n = n, group.m = m;
+  group.batch = problems, group.n = n, group.m = m, group.points.d = d;
   const Shape shape = shape_of<T>(Pack<SolveGroup<T>>{1, {group}});
-  const SolvePlan plan = d > 0 ? choose_streamed_plan(shape, d, limits(context.device),
-                                                      forced_regime(), tiles_of<T>(context, d))
-                               : stored_plan<T>(context, shape);
+  const SolvePlan plan =
+      d > 0 ? choose_streamed_plan(shape, d, limits(context.device), forced_regime(),
+                                   tiles_of(context, group.points))
+            : stored_plan<T>(context, shape);
   return plan.describe();
 }
 

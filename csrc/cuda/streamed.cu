@@ -21,7 +21,7 @@ void solve_streamed(const Context& context, const std::vector<SolveGroup<T>>& gr
   if (groups.empty()) return;
   const Limits device = limits(context.device);
   const int64_t d = groups[0].points.d;
-  const TileKind tiles = tiles_of<T>(context, d);
+  const TileKind tiles = tiles_of(context, groups[0].points);
   Packer<T> packer(context, tiles);
   for_each_pack(groups, [&](const Pack<SolveGroup<T>>& pack) {
     const Shape shape = shape_of<T>(pack);

@@ -133,11 +133,9 @@ class TensorTileMaker {
         continue;
       }
       if constexpr (kOneChunk) {
-        multiply(step, sums);
+        multiply(step, 0, 0, sums);
       } else {
-        float part[kM][kN][4];
-        multiply(step, part);
-        add(part, step.chunk == 0, sums);
+        add_chunk(step, sums);
         if (step.chunk + 1 < chunks) continue;
       }
       entries.place(p_, first, row_ + lane_ / 4, step.column + column_ + 2 * (lane_ % 4));
@@ -221,37 +219,59 @@ class TensorTileMaker {
 
   // ------------------------------------------------------------------------------ products
 
-  // Products of a stage.
-  OTLOSS_DEVICE void multiply(const Step& step, float (&sum)[kM][kN][4]) const {
+  // Products of a stage, of kRowsM x kColumnsN matrices from the given ones on.
+  template <int kRowsM, int kColumnsN>
+  OTLOSS_DEVICE void multiply(const Step& step, int m0, int n0,
+                              float (&sum)[kRowsM][kColumnsN][4]) const {
     constexpr int kX = Shape::kRows * kPiece, kY = Shape::kColumns * kPiece;  // halves of a piece
     // The row that this lane gives of the four matrices of a load: for x (0, 0), (8, 0), (0, 8),
     // (8, 8) in points and coordinates, for y (0, 0), (0, 8), (8, 0), (8, 8).
     const int matrix = lane_ / 8, row = lane_ % 8;
-    const uint16_t* x =
-        rows_of(step) + matrix / 2 * kPlanes * kX + (row_ + matrix % 2 * 8 + row) * kPiece;
-    const uint16_t* y =
-        columns_of(step) + matrix % 2 * kPlanes * kY + (column_ + matrix / 2 * 8 + row) * kPiece;
+    const uint16_t* x = rows_of(step) + matrix / 2 * kPlanes * kX +
+                        (row_ + 16 * m0 + matrix % 2 * 8 + row) * kPiece;
+    const uint16_t* y = columns_of(step) + matrix % 2 * kPlanes * kY +
+                        (column_ + 8 * n0 + matrix / 2 * 8 + row) * kPiece;
     const int depths = depth_of(step.chunk) / static_cast<int>(kMmaDepth);
 #pragma unroll
-    for (int m = 0; m < kM; ++m)
+    for (int m = 0; m < kRowsM; ++m)
 #pragma unroll
-      for (int n = 0; n < kN; ++n)
+      for (int n = 0; n < kColumnsN; ++n)
 #pragma unroll
         for (int q = 0; q < 4; ++q) sum[m][n][q] = 0;
 #pragma unroll 1
     for (int s = 0; s < depths; ++s, x += 2 * kPlanes * kX, y += 2 * kPlanes * kY) {
-      uint32_t high_x[kM][4], high_y[kN / 2][4];
+      uint32_t high_x[kRowsM][4], high_y[kColumnsN / 2][4];
       load_points(x, high_x);
       load_points(y, high_y);
       multiply_add(high_x, high_y, sum);
       if constexpr (kLow) {
-        uint32_t low_y[kN / 2][4], low_x[kM][4];
+        uint32_t low_y[kColumnsN / 2][4], low_x[kRowsM][4];
         load_points(y + kY, low_y);
         multiply_add(high_x, low_y, sum);
         load_points(x + kX, low_x);
         multiply_add(low_x, high_y, sum);
       }
     }
+  }
+
+  // sums += products of a stage, or = for the first chunk. A few matrices at a time: their sums and
+  // those of all chunks fit into registers together.
+  OTLOSS_DEVICE void add_chunk(const Step& step, float (&sums)[kM][kN][4]) const {
+    constexpr int kAtOnce = 4;
+    static_assert(kN % kAtOnce == 0, "whole parts");
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int n0 = 0; n0 < kN; n0 += kAtOnce) {
+        float part[1][kAtOnce][4];
+        multiply(step, m, n0, part);
+#pragma unroll
+        for (int n = 0; n < kAtOnce; ++n)
+#pragma unroll
+          for (int q = 0; q < 4; ++q)
+            sums[m][n0 + n][q] =
+                step.chunk == 0 ? part[0][n][q] : sums[m][n0 + n][q] + part[0][n][q];
+      }
   }
 
   // 16 points at a time.
@@ -262,25 +282,15 @@ class TensorTileMaker {
       block_.template load_matrices<false>(from + i * 16 * kPiece, to[i]);
   }
 
-  OTLOSS_DEVICE void multiply_add(const uint32_t (&x)[kM][4], const uint32_t (&y)[kN / 2][4],
-                                  float (&sum)[kM][kN][4]) const {
+  template <int kRowsM, int kColumnsN, int kPairs>
+  OTLOSS_DEVICE void multiply_add(const uint32_t (&x)[kRowsM][4], const uint32_t (&y)[kPairs][4],
+                                  float (&sum)[kRowsM][kColumnsN][4]) const {
+    static_assert(2 * kPairs == kColumnsN);
 #pragma unroll
-    for (int m = 0; m < kM; ++m)
+    for (int m = 0; m < kRowsM; ++m)
 #pragma unroll
-      for (int n = 0; n < kN; ++n)
+      for (int n = 0; n < kColumnsN; ++n)
         block_.multiply_add(sum[m][n], x[m], y[n / 2][n % 2 * 2], y[n / 2][n % 2 * 2 + 1]);
-  }
-
-  // sums += part, or = part.
-  OTLOSS_DEVICE static void add(const float (&part)[kM][kN][4], bool first,
-                                float (&sums)[kM][kN][4]) {
-#pragma unroll
-    for (int m = 0; m < kM; ++m)
-#pragma unroll
-      for (int n = 0; n < kN; ++n)
-#pragma unroll
-        for (int q = 0; q < 4; ++q)
-          sums[m][n][q] = first ? part[m][n][q] : sums[m][n][q] + part[m][n][q];
   }
 
   OTLOSS_DEVICE void finish(const Step& step, const float (&sums)[kM][kN][4], Entries& e) const {
