@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, inf
 
 import otloss
-from benchmarks.environment import record
+from benchmarks.alone import RESULTS, keep
 from benchmarks.memory import resident_peak
 from benchmarks.timing import Timer
 from otloss import ops
@@ -227,20 +227,12 @@ def streamed_memory(n: int = 10_000, d: int = 3, L: int = 100) -> dict[str, Any]
     return {"n": n, "d": d, "iterations": L} | {w: added_memory(w, n, d, L) for w in modes}
 
 
-def keep(path: Path, device: torch.device, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    environment = record({}, device) | {
-        "command": " ".join(["python -m", __spec__.name, *sys.argv[1:]])
-    }
-    path.write_text(json.dumps({"environment": environment, "result": result}, indent=1) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--streaming", action="store_true")
     parser.add_argument("--child", nargs=4, metavar=("WHICH", "N", "D", "L"))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.child:
@@ -251,7 +243,7 @@ def main() -> None:
     result: dict[str, Any]
     if arguments.streaming:
         result = {"bytes": streamed_memory(), "seconds": streaming()}
-        keep(out / "streamed_gradients.json", device, result)
+        keep(out / "streamed_gradients.json", result, device)
         for row in (result["bytes"], *result["seconds"]):
             print(row)
         return
@@ -262,7 +254,7 @@ def main() -> None:
         time = times(device, (128, 256, 512, 1000))
         result = {"error": errors(), "memory": memory(), "time": time}
         draw(result["error"])
-    keep(out / "gradient_modes.json", device, result)
+    keep(out / "gradient_modes.json", result, device)
     if "memory" in result:
         print(json.dumps(result["memory"], indent=1))
     for row in result["time"]:

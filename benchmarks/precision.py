@@ -10,8 +10,6 @@ sum of the tensor cores is truncated once. Printed as the table of ``docs/gpu.md
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
 import tempfile
@@ -21,14 +19,14 @@ import torch
 from torch import Tensor
 
 import otloss
-from benchmarks.environment import ROOT, record
+from benchmarks.alone import markdown, run
+from benchmarks.environment import ROOT
 from benchmarks.workloads import WORKLOADS, Problem, make
 from otloss.costs import COSTS
 
 sys.path.insert(0, str(ROOT / "tests"))
 from test_cuda_host import Cloud, Engine, compiled
 
-RESULTS = Path(__file__).resolve().parent / "results"
 TILES = {"multiply-adds": "fma", "three products": "tensor", "one product": "high"}
 CASES = (
     ("random_images", 100.0),
@@ -94,25 +92,13 @@ def measure(cases: tuple[tuple[str, float], ...] = CASES, n: int = POINTS) -> li
 
 
 def table(rows: list[Row]) -> str:
-    lines = [["workload, eps", *TILES], ["---"] + ["---:"] * len(TILES)]
+    lines = []
     for row in rows:
         cells = ["{:.1e} / {:.1e}".format(*row[title]) for title in TILES]  # type: ignore[misc]
         title = str(row["workload"]).replace("|", r"\|")
         lines.append([f"{title}, {row['eps']:g}", *cells])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    out = parser.parse_args().out
-    result = measure()
-    environment = record({}, torch.device("cpu")) | {"command": f"python -m {__spec__.name}"}
-    out.mkdir(parents=True, exist_ok=True)
-    document = {"environment": environment, "points": POINTS, "result": result}
-    (out / "precision.json").write_text(json.dumps(document, indent=1) + "\n")
-    print(table(result))
+    return markdown(["workload, eps", *TILES], lines)
 
 
 if __name__ == "__main__":
-    main()
+    run("precision", __doc__, measure, table)

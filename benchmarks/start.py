@@ -7,18 +7,14 @@ marginal error of 1e-3, by eps over the standard deviation of the costs. Printed
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import otloss
-from benchmarks.environment import record
+from benchmarks.alone import markdown, run
 
-RESULTS = Path(__file__).resolve().parent / "results"
 EPS = (1.0, 0.3, 0.1, 0.03, 0.01)
 CLOUDS = (("two Gaussians", 2), ("two Gaussians", 10), ("a ring and a square", 2),
           ("a ring and a cube", 3))  # fmt: skip
@@ -58,24 +54,12 @@ def measure() -> list[Row]:
 
 def table(rows: list[Row]) -> str:
     head = ["clouds", *(f"{eps:g} sigma" for eps in EPS)]
-    lines = [head, ["---"] + ["---:"] * len(EPS)]
+    lines = []
     for row in rows:
         cells = [f"{cold} / {warm}" for cold, warm in row["sweeps"]]  # type: ignore[union-attr,misc]
         lines.append([f"{row['clouds']}, d = {row['d']}", *cells])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    out = parser.parse_args().out
-    result = measure()
-    environment = record({}, torch.device("cpu")) | {"command": f"python -m {__spec__.name}"}
-    out.mkdir(parents=True, exist_ok=True)
-    document = {"environment": environment, "result": result}
-    (out / "start.json").write_text(json.dumps(document, indent=1) + "\n")
-    print(table(result))
+    return markdown(head, lines)
 
 
 if __name__ == "__main__":
-    main()
+    run("start", __doc__, measure, table)

@@ -7,18 +7,14 @@ kept in ``benchmarks/results/unbalanced.json``.
 
 from __future__ import annotations
 
-import argparse
-import json
 import warnings
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import otloss
-from benchmarks.environment import record
+from benchmarks.alone import markdown, run
 
-RESULTS = Path(__file__).resolve().parent / "results"
 EPS = (0.01, 0.1, 1.0)
 RHO = (0.001, 0.01, 0.1, 1.0, 10.0, 1e3, 1e6)
 CLOUDS = ("overlapping", "outliers")
@@ -60,25 +56,13 @@ def measure() -> list[Row]:
 def table(rows: list[Row]) -> str:
     """Markdown; the totals 1 and 1000 as "equal / unequal" where they differ."""
     head = ["clouds", "eps", *(f"{rho:g}" for rho in RHO), "balanced"]
-    lines = [head, ["---"] * 2 + ["---:"] * (len(RHO) + 1)]
+    lines = []
     for row in rows:
         pairs = zip(row["total 1"], row["total 1000"], strict=True)  # type: ignore[arg-type]
         cells = [f"{p}" if p == q else f"{p} / {q}" for p, q in pairs]
         lines.append([str(row["clouds"]), f"{row['eps']:g}", *cells, str(row["balanced"])])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    out = parser.parse_args().out
-    result = measure()
-    environment = record({}, torch.device("cpu")) | {"command": f"python -m {__spec__.name}"}
-    out.mkdir(parents=True, exist_ok=True)
-    document = {"environment": environment, "result": result}
-    (out / "unbalanced.json").write_text(json.dumps(document, indent=1) + "\n")
-    print(table(result))
+    return markdown(head, lines, words=2)
 
 
 if __name__ == "__main__":
-    main()
+    run("unbalanced", __doc__, measure, table)
