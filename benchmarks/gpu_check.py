@@ -1,10 +1,12 @@
 """Everything that needs a GPU, in one command: ``python -m benchmarks.gpu_check``.
 
 Builds the CUDA kernels in place (no downloads; torch, pybind11, setuptools, pytest and nvcc must be
-there), reports their registers and spills, runs the host tests of the CUDA engine, and on a GPU its
-tests, compute-sanitizer and the benchmarks, whose results go to ``benchmarks/results/<device>/``.
+there) for the GPU that is there, reports their registers and spills, and runs their tests,
+compute-sanitizer and the benchmarks, whose results go to ``benchmarks/results/<device>/``. Every
+step has a time limit, since a kernel that waits for ever cannot be interrupted from outside.
 
-Without a GPU it builds, runs what can run, says what it skipped and succeeds.
+Without a GPU it builds for all architectures, runs the tests of the CUDA engine on the host, says
+what it skipped and succeeds.
 """
 
 from __future__ import annotations
@@ -14,16 +16,23 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
+from math import inf
 from pathlib import Path
+from tempfile import TemporaryFile
 
 ROOT = Path(__file__).resolve().parents[1]
 
 # A few small solves in every regime, for tools that slow the program down a hundredfold.
 SANITIZED = "test_sizes or test_small_eps or test_graph_capture"
 SANITIZED_SIZES = "1-1 or 7-300 or 64-64"
+MOST_TEST_SECONDS, MOST_SANITIZER_SECONDS = 180, 90
+SECONDS_OF_OTHERS = 45  # what the benchmarks after those against other libraries take
+LEAST_SECONDS = 30  # that a step gets, however late it is
 PEERS = {
     "ot": "POT",
     "geomloss": "GeomLoss",
@@ -32,22 +41,63 @@ PEERS = {
 }
 
 
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """The process and its children; nothing if it has ended."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 class Report:
-    def __init__(self) -> None:
+    """Runs commands, each with a limit within the time that is left, and tells what failed."""
+
+    def __init__(self, seconds: float) -> None:
         self.failed: list[str] = []
         self.skipped: list[str] = []
+        self.end = time.monotonic() + seconds
 
-    def run(self, title: str, command: list[str], **environment: str) -> bool:
-        print(f"== {title}", flush=True)
-        start = time.perf_counter()
+    def left(self) -> float:
+        return max(LEAST_SECONDS, self.end - time.monotonic())
+
+    def run(self, title: str, command: list[str], limit: float = inf, **environment: str) -> bool:
+        return self.run_together({title: command}, limit, **environment)
+
+    def run_together(
+        self, commands: dict[str, list[str]], limit: float = inf, **environment: str
+    ) -> bool:
+        """At the same time; the output of several is shown one after the other."""
         variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-        code = subprocess.run(command, cwd=ROOT, env=variables).returncode
-        print(
-            f"   {'ok' if code == 0 else f'FAILED ({code})'}, {time.perf_counter() - start:.0f} s"
-        )
-        if code != 0:
-            self.failed.append(title)
-        return code == 0
+        print(f"== {', '.join(commands)}", flush=True)
+        start, limit, passed = time.perf_counter(), min(limit, self.left()), True
+        with ExitStack() as files:
+            running = {}
+            for title, command in commands.items():
+                output = files.enter_context(TemporaryFile()) if len(commands) > 1 else None
+                started = subprocess.Popen(
+                    command,
+                    cwd=ROOT,
+                    env=variables,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,  # killed with all that it has started
+                )
+                files.callback(kill_group, started)
+                running[title] = (started, output)
+            for title, (process, output) in running.items():
+                try:
+                    code = process.wait(limit - (time.perf_counter() - start))
+                    outcome = "ok" if code == 0 else f"FAILED ({code})"
+                except subprocess.TimeoutExpired:
+                    kill_group(process)
+                    outcome = f"FAILED, stopped after {limit:.0f} s"
+                if output is not None:
+                    output.seek(0)
+                    print(output.read().decode(errors="replace"), flush=True)
+                print(f"   {title}: {outcome}, {time.perf_counter() - start:.0f} s", flush=True)
+                if outcome != "ok":
+                    self.failed.append(title)
+                    passed = False
+        return passed
 
     def skip(self, what: str, why: str) -> None:
         print(f"== {what}: skipped, {why}", flush=True)
@@ -71,6 +121,14 @@ def gpu_name() -> str | None:
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     return result.stdout.strip() or None
+
+
+def architecture() -> str | None:
+    """What nvcc calls the GPU's architecture."""
+    script = "import torch; print(*torch.cuda.get_device_capability(), sep='')"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    capability = result.stdout.strip()
+    return f"{capability}a" if capability == "90" else capability or None
 
 
 def find_tool(name: str) -> str | None:
@@ -99,26 +157,30 @@ def main() -> int:
     parser.add_argument("--no-benchmarks", action="store_true")
     parser.add_argument("--no-sanitizer", action="store_true")
     parser.add_argument("--no-build", action="store_true", help="use the library that is there")
+    parser.add_argument("--seconds", type=float, default=480, help="for everything on a GPU")
     options = parser.parse_args()
-    report = Report()
+    name = gpu_name()
+    report = Report(options.seconds if name else inf)
+    # A test that takes a minute shows where it is.
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    pytest += ["-o", "faulthandler_timeout=60"]
 
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    if not options.no_build and not report.run("build", build):
+    target = os.environ.get("OTLOSS_CUDA_ARCH") or (architecture() if name else None)
+    chosen = {"OTLOSS_CUDA_ARCH": target} if target else {}
+    if not options.no_build and not report.run("build", build, **chosen):
         return report.finish()
     for library in (ROOT / "otloss").glob("_C*.so"):
         resources(library)
-    report.run("CUDA engine on the host", [*pytest, "tests/test_cuda_host.py"])
-
-    name = gpu_name()
     if name is None:
+        report.run("CUDA engine on the host", [*pytest, "tests/test_cuda_host.py"])
         why = "torch sees no GPU here"
         for what in ("CUDA tests", "compute-sanitizer", "CUDA benchmarks"):
             report.skip(what, why)
         return report.finish()
 
     print(f"== GPU: {name}")
-    report.run("CUDA tests", [*pytest, "tests/test_cuda.py"])
+    report.run("CUDA tests", [*pytest, "tests/test_cuda.py"], MOST_TEST_SECONDS)
     sanitizer = find_tool("compute-sanitizer")
     if options.no_sanitizer or sanitizer is None:
         why = "--no-sanitizer" if options.no_sanitizer else "compute-sanitizer was not found"
@@ -126,22 +188,27 @@ def main() -> int:
     else:
         # Caching in torch's allocator would hide a read past the end of a tensor.
         tests = ["tests/test_cuda.py", "-k", f"({SANITIZED}) and ({SANITIZED_SIZES} or not sizes)"]
-        for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
-            checked = [sanitizer, "--tool", tool, "--error-exitcode", "9", *pytest, "-x", *tests]
-            report.run(f"compute-sanitizer {tool}", checked, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        checked = {
+            f"compute-sanitizer {tool}": [
+                *(sanitizer, "--tool", tool, "--error-exitcode", "9", *pytest, "-x", *tests)
+            ]
+            for tool in ("memcheck", "racecheck", "initcheck", "synccheck")
+        }
+        report.run_together(checked, MOST_SANITIZER_SECONDS, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     if options.no_benchmarks:
         report.skip("CUDA benchmarks", "--no-benchmarks")
         return report.finish()
     for module, peer in PEERS.items():
         if importlib.util.find_spec(module) is None:
             report.skip(f"benchmark against {peer}", "it is not installed")
-    gradients = [sys.executable, "-m", "benchmarks.gradient_modes", "--device", "cuda"]
-    report.run("gradients against iterations", gradients)
-    iteration = [sys.executable, "-m", "benchmarks.run", "iteration", "--device", "cuda"]
-    report.run("benchmark iteration", [*iteration, "--no-plot"])
     folder = ROOT / "benchmarks/results" / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     against = [sys.executable, "-m", "benchmarks.gpu", "--out", str(folder / "gpu.json")]
-    report.run("benchmarks against other libraries", against)
+    seconds = max(LEAST_SECONDS, report.left() - SECONDS_OF_OTHERS)
+    report.run("benchmarks against other libraries", [*against, "--seconds", f"{seconds:.0f}"])
+    iteration = [sys.executable, "-m", "benchmarks.run", "iteration", "--device", "cuda"]
+    report.run("benchmark iteration", [*iteration, "--no-plot"])
+    gradients = [sys.executable, "-m", "benchmarks.gradient_modes", "--device", "cuda"]
+    report.run("gradients against iterations", gradients)
     return report.finish()
 
 

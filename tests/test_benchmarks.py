@@ -1,4 +1,4 @@
-"""The GPU benchmarks' code, on the CPU and on small clouds."""
+"""The code of the GPU check and its benchmarks, on the CPU and on small clouds."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import gpu_check  # noqa: E402
 
 
 def test_gpu_benchmarks_run_on_small_clouds(tmp_path: Path) -> None:
@@ -18,3 +21,14 @@ def test_gpu_benchmarks_run_on_small_clouds(tmp_path: Path) -> None:
     rows = [row for row in json.loads(out.read_text())["rows"] if "otloss" in row["library"]]
     assert {row["benchmark"] for row in rows} == {"graph", "batch"}
     assert all(row["ms"] > 0 for row in rows), rows
+
+
+def test_the_gpu_check_kills_what_takes_too_long(capfd):
+    report = gpu_check.Report(600)
+    fast, slow = [sys.executable, "-c", "print('done')"], ["sh", "-c", "sleep 60 & wait"]
+    assert report.run("fast", fast)
+    assert not report.run_together({"fast": fast, "slow": slow}, limit=2)
+    assert report.failed == ["slow"]
+    output = capfd.readouterr().out
+    assert output.count("done") == 2
+    assert "slow: FAILED, stopped after 2 s" in output
