@@ -293,9 +293,7 @@ class OTResult:
 
         def of_block(rows: slice) -> tuple[Tensor, ...]:
             a, f = self._a[:, rows].contiguous(), self._f[:, rows]
-            clouds = replace(
-                self._problem, points=(x[..., rows, :], y), weights=(a.contiguous(), self._b)
-            )
+            clouds = replace(self._problem, points=(x[..., rows, :], y), weights=(a, self._b))
             (C,) = build_costs(clouds, [0, 1], self._options.cost, False)
             P = reference.plan(self._options.eps, C, f, self._g, a, self._b)
             return function(rows, P, C)

@@ -125,12 +125,17 @@ def test_unrolled_and_implicit_gradients(
     expected = gradient(*arguments)
     found = gradient(*(_on_gpu(argument) for argument in arguments))
     tolerance = 1e-4 if dtype == torch.float32 else 1e-9
+    _assert_gradients(found, expected, tolerance)
+    if n_iters < 0:
+        assert float(found[3][..., 1].max()) < (1e-8 if dtype == torch.float32 else 1e-13)
+
+
+def _assert_gradients(found: Any, expected: Any, tolerance: float) -> None:
+    """The three lists of a gradient, each relative to its largest value on the CPU."""
     for left, right in zip(found[:3], expected[:3], strict=True):
         scale = max(1e-3, *(float(t.abs().max()) for t in right))
         for s, t in zip(left, right, strict=True):
             torch.testing.assert_close(s.cpu() / scale, t / scale, rtol=0, atol=tolerance)
-    if n_iters < 0:
-        assert float(found[3][..., 1].max()) < (1e-8 if dtype == torch.float32 else 1e-13)
 
 
 def _on_gpu(argument: Any) -> Any:
@@ -581,10 +586,7 @@ def test_streamed_gradients_of_many_passes(
     expected = gradient(*arguments)
     found = gradient(*(_on_gpu(argument) for argument in arguments))
     tolerance = 3e-4 if dtype == torch.float32 else 1e-9
-    for left, right in zip(found[:3], expected[:3], strict=True):
-        scale = max(1e-3, *(float(t.abs().max()) for t in right))
-        for s, t in zip(left, right, strict=True):
-            torch.testing.assert_close(s.cpu() / scale, t / scale, rtol=0, atol=tolerance)
+    _assert_gradients(found, expected, tolerance)
     if n_iters < 0:
         assert float(found[3][..., 1].max()) < (1e-8 if dtype == torch.float32 else 1e-13)
 

@@ -1048,6 +1048,19 @@ def test_shapes_of_points(engine: Engine, n: int, m: int, d: int, dtype: torch.d
     torch.testing.assert_close(values[0].double(), expected[0], rtol=2e-5, atol=2e-5)
 
 
+def assert_iterations(
+    trace: Tensor, count: int, C: Tensor, a: Tensor, b: Tensor, eps: float, tolerance: float
+) -> None:
+    """A trace (B, L, n + m) against ``count`` iterations of the reference from 0."""
+    true_g = torch.zeros_like(b)
+    for step in range(count):
+        true_f = torch.where(a > 0, reference.softmin(eps, C, true_g, b), 0.0)
+        true_g = torch.where(b > 0, reference.softmin(eps, C.mT, true_f, a), 0.0)
+        expected = torch.cat([true_f, true_g], -1)
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(trace[:, step], expected, rtol=0, atol=tolerance * scale)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", [0, 1, 2])
 @pytest.mark.parametrize("fraction", [1.0, 1e-3])
@@ -1063,14 +1076,7 @@ def test_fixed_iterations_of_points(
     )
     tolerance = 1e-4 if dtype == torch.float32 else 1e-9
     for p, (i, j) in enumerate(reference.as_pairs(DIVERGENCE)):
-        C, a, b = costs[p], weights[i], weights[j]
-        true_g = torch.zeros_like(b)
-        for step in range(4):
-            true_f = torch.where(a > 0, reference.softmin(eps, C, true_g, b), 0.0)
-            true_g = torch.where(b > 0, reference.softmin(eps, C.mT, true_f, a), 0.0)
-            expected = torch.cat([true_f, true_g], -1)
-            scale = float(expected.abs().max())
-            torch.testing.assert_close(traces[p][:, step], expected, rtol=0, atol=tolerance * scale)
+        assert_iterations(traces[p], 4, costs[p], weights[i], weights[j], eps, tolerance)
         assert bool((f[p] == traces[p][:, -1, : f[p].shape[1]]).all())
     assert bool((status[..., 0] == 4).all())
 
@@ -1378,14 +1384,7 @@ def test_shared_sums_that_underflow(
         Cloud(points, kind), weights, DIVERGENCE, eps, n_iters=3, trace=True
     )
     for p, (i, j) in enumerate(reference.as_pairs(DIVERGENCE)):
-        C, a, b = costs[p], weights[i], weights[j]
-        true_g = torch.zeros_like(b)
-        for step in range(3):
-            true_f = torch.where(a > 0, reference.softmin(eps, C, true_g, b), 0.0)
-            true_g = torch.where(b > 0, reference.softmin(eps, C.mT, true_f, a), 0.0)
-            expected = torch.cat([true_f, true_g], -1)
-            scale = float(expected.abs().max())
-            torch.testing.assert_close(traces[p][:, step], expected, rtol=0, atol=1e-4 * scale)
+        assert_iterations(traces[p], 3, costs[p], weights[i], weights[j], eps, 1e-4)
     assert bool((status[..., 0] == 3).all())
 
 
