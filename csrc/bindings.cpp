@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <array>
 #include <atomic>
@@ -60,7 +61,7 @@ namespace cpu {
 void run_parallel(int64_t begin, int64_t end, int64_t grain, RangeFunction function,
                   void* context) {
   if (end - begin <= grain) return function(begin, end, context);
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, function, context));
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, function, context));
 }
 
 int64_t thread_count() { return torch::stable::get_num_threads(); }
@@ -121,13 +122,13 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, int32_t d
     stride *= shape.begin()[k];
   }
   int32_t device_type = 0, device_index = 0;
-  if (dtype < 0) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  if (dtype < 0) TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()),
-                                                         shape.begin(), strides.data(), dtype,
-                                                         device_type, device_index, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(),
+                                                  strides.data(), dtype, device_type, device_index,
+                                                  &handle));
   Tensor t(handle);
   if (t.is_cpu()) cpu::prefer_large_pages(t.data_ptr(), stride * t.element_size());
   return t;
@@ -135,7 +136,7 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, int32_t d
 
 Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape) {
   Tensor t = empty(like, shape);
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(t.get()));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(t.get()));
   return t;
 }
 
@@ -162,8 +163,7 @@ class Device {
     is_cuda_ = true;
     context_.device = first.get_device_index();
     guard_ = std::make_unique<torch::stable::accelerator::DeviceGuard>(context_.device);
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(context_.device, &context_.stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(context_.device, &context_.stream));
     like_ = first;
     context_.owner = this;
     context_.allocate = [](int64_t bytes, void* owner) {
@@ -218,8 +218,8 @@ Tensor view(const Tensor& t, bool transpose) {
   const std::array<int64_t, 3> strides{rows * columns, transpose ? 1 : columns,
                                        transpose ? columns : 1};
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
-      t.get(), 3 - skip, sizes.data() + skip, strides.data() + skip, 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 3 - skip, sizes.data() + skip,
+                                                        strides.data() + skip, 0, &handle));
   return Tensor(handle);
 }
 
@@ -231,8 +231,7 @@ void torch_product(const Tensor& left, bool transpose_left, const Tensor& right,
                                     torch::stable::detail::from(view(right, transpose_right)),
                                     torch::stable::detail::from(view(out, false))};
   const char* name = out.size(0) == 1 ? "aten::mm" : "aten::bmm";
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher(name, "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes ownership of the returned reference
 }
 #endif
