@@ -27,6 +27,7 @@ from otloss import ops, reference
 
 ROOT = Path(__file__).parent.parent
 REGIMES = ["block", "cluster", "grid", "dense"]
+ORDERS = range(5)  # in which threads run, see emulation.h
 DIVERGENCE = [0, 1, 0, 0, 1, 1]
 HARD = (math.inf, math.inf)  # rho_x, rho_y
 STRENGTHS = [HARD, (0.7, 0.3), (math.inf, 0.5), (0.02, math.inf)]
@@ -635,7 +636,7 @@ def test_order_of_threads_does_not_matter(engine: Engine, regime: str) -> None:
     points, weights = clouds(torch.float32, 2, 37, 150)
     costs = reference.cost(points, [], DIVERGENCE, 0)
     results = []
-    for order in range(3):
+    for order in ORDERS:
         engine.configure(order=order)
         values, status, f, g, _ = engine.solve(costs, weights, DIVERGENCE, 0.2, tol=1e-4)
         results.append([values, status, *f, *g])
@@ -939,7 +940,7 @@ def test_gradients_do_not_depend_on_the_order_of_threads(
     n_iters = -1 if implicit else 5
     problem = solved(costs, weights, DIVERGENCE, 0.2, n_iters=n_iters, objective=1)
     results = []
-    for order in range(3):
+    for order in ORDERS:
         engine.configure(order=order)
         results.append(engine.gradient(problem, implicit=implicit))
     for other in results[1:]:
@@ -1122,7 +1123,7 @@ def test_points_that_are_not_finite(engine: Engine) -> None:
 def test_order_of_threads_does_not_matter_to_points(engine: Engine, d: int) -> None:
     points, weights = clouds(torch.float32, 2, 37, 350, d)
     results = []
-    for order in range(3):
+    for order in ORDERS:
         engine.configure(order=order)
         values, status, f, g, _ = engine.solve(Cloud(points, 0), weights, DIVERGENCE, 2.0, tol=1e-4)
         results.append([values, status, *f, *g])
@@ -1325,7 +1326,7 @@ def test_gradient_sums_by_tensor_cores(
 def test_order_of_threads_does_not_matter_to_gradient_sums(engine: Engine) -> None:
     points, weights = clouds(torch.float32, 2, 70, 300, 90)
     results = []
-    for order in range(3):
+    for order in ORDERS:
         engine.configure(order=order)
         results.append(gradient_sums(engine, points, weights, 1)[0])
     for other in results[1:]:
@@ -1396,7 +1397,7 @@ def test_order_of_threads_does_not_matter_to_shared_rows(
     points, weights = clouds(torch.float32, 2, 37, 350, d)
     points = [20 * x for x in points]  # sums that are made again, too
     results = []
-    for order in range(3):
+    for order in ORDERS:
         engine.configure(order=order)
         values, status, f, g, _ = engine.solve(
             Cloud(points, 0), weights, DIVERGENCE, 300.0, tol=1e-4, objective=1
@@ -1549,7 +1550,7 @@ def test_gradients_of_points_do_not_depend_on_the_order_of_threads(
             torch.float32, 0, d, 0.2, sizes=(37, 350), objective=1, n_iters=n_iters
         )
         results = []
-        for order in range(3):
+        for order in ORDERS:
             engine.configure(order=order)
             results.append(engine.gradient(problem, implicit=mode == "implicit", made=cloud))
         for other in results[1:]:
@@ -1601,11 +1602,11 @@ def test_gradients_of_points_that_are_not_finite(engine: Engine, mode: str) -> N
 
 
 def soft_problem(
-    rng: torch.Generator, dtype: torch.dtype
+    rng: torch.Generator, dtype: torch.dtype, n: int = 23, m: int = 19
 ) -> tuple[list[Tensor], list[Tensor], float]:
     """Costs of a divergence between clouds of unequal totals, weights, and a unit for rho."""
-    x, y = randn(rng, 2, 23, 3, dtype=dtype), 0.7 * randn(rng, 2, 19, 3, dtype=dtype) + 0.5
-    a, b = (rand(rng, 2, size, dtype=dtype) + 0.1 for size in (23, 19))
+    x, y = randn(rng, 2, n, 3, dtype=dtype), 0.7 * randn(rng, 2, m, 3, dtype=dtype) + 0.5
+    a, b = (rand(rng, 2, size, dtype=dtype) + 0.1 for size in (n, m))
     a[:, 3] = b[:, 5] = 0
     weights = [a / a.sum(-1, keepdim=True), 1.7 * b / b.sum(-1, keepdim=True)]
     costs = reference.cost([x, y], [], DIVERGENCE, 0)
@@ -1755,13 +1756,18 @@ def test_soft_warm_start(
     assert float(cold[..., 0].min()) > 2
 
 
-def test_soft_order_of_threads(engine: Engine, regime: str, rng: torch.Generator) -> None:
-    costs, weights, unit = soft_problem(rng, torch.float32)
+@pytest.mark.parametrize(("n", "m"), [(23, 19), (45, 300)])  # many row teams, and one
+def test_soft_order_of_threads(
+    engine: Engine, regime: str, rng: torch.Generator, n: int, m: int
+) -> None:
+    costs, weights, unit = soft_problem(rng, torch.float32, n, m)
+    if regime == "block":
+        costs = costs[:2]  # a matrix of (m, m) does not fit
     results = []
-    for order in range(3):
+    for order in ORDERS:
         engine.configure(order=order)
         values, status, f, g, _ = engine.solve(
-            costs, weights, DIVERGENCE, 0.1, tol=1e-4, rho=(unit, math.inf)
+            costs, weights, DIVERGENCE[: 2 * len(costs)], 0.1, tol=1e-4, rho=(unit, math.inf)
         )
         results.append([values, status, *f, *g])
     for other in results[1:]:
@@ -1936,7 +1942,7 @@ def test_the_start_is_left_out_where_it_takes_longer_than_it_saves(engine: Engin
 def test_the_start_does_not_depend_on_the_order_of_threads(long_memory: Engine, d: int) -> None:
     points, weights = clouds(torch.float32, 2, 130, 120, d)
     results = []
-    for order in range(3):
+    for order in ORDERS:
         long_memory.configure(order=order)
         values, status, f, g, _ = long_memory.solve(
             Cloud(points, 0), weights, DIVERGENCE, 0.5, tol=1e-3

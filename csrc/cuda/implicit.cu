@@ -186,6 +186,7 @@ class StoredPlan {
     team_.pass(PlanSumsWork<T>{P_, of_costs ? C_ : nullptr, m_, w});
     team_.sync();
     team_.join(set);
+    team_.sync();  // before the next pass takes the blocks' parts
   }
 
   // w = base + sign (P x) inverse, and P^T w to set(j, sum); x, base and inverse may be null.

@@ -25,7 +25,9 @@
 
 namespace otloss::cuda {
 
-enum class Order { kForward, kBackward, kShuffled };
+// All threads in turn, or as much as can be done of the first warp, or of the last, before another
+// one goes on.
+enum class Order { kForward, kBackward, kShuffled, kFirstWarp, kLastWarp };
 
 struct Emulation {
   Limits limits{8, 90, 227 * 1024};
@@ -101,10 +103,11 @@ class Scheduler {
     current() = this;
     std::vector<Fiber*> order;
     for (auto& fiber : fibers) order.push_back(fiber.get());
-    if (Emulation::get().order == Order::kBackward)
-      order = std::vector<Fiber*>(order.rbegin(), order.rend());
     uint64_t random = 0x9e3779b97f4a7c15ull;
     size_t left = order.size();
+    const bool by_warps = Emulation::get().order >= Order::kFirstWarp;
+    if (Emulation::get().order == Order::kBackward || Emulation::get().order == Order::kLastWarp)
+      order = std::vector<Fiber*>(order.rbegin(), order.rend());
     while (left > 0) {
       if (Emulation::get().order == Order::kShuffled)
         for (size_t i = order.size(); i > 1; --i) {
@@ -112,7 +115,8 @@ class Scheduler {
           std::swap(order[i - 1], order[random % i]);
         }
       bool progress = false;
-      for (Fiber* fiber : order) {
+      for (size_t i = 0; i < order.size() && !(by_warps && progress && i % kWarp == 0); ++i) {
+        Fiber* const fiber = order[i];
         if (fiber->done || !runnable(*fiber)) continue;
         progress = true;
         resume(fiber);
