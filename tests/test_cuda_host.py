@@ -932,13 +932,16 @@ def test_gradients_of_what_is_wanted(
 
 
 @pytest.mark.parametrize("implicit", [False, True], ids=["unrolled", "implicit"])
+@pytest.mark.parametrize("objective", [0, 1])
+@pytest.mark.parametrize("rho", STRENGTHS[:2], ids=str)
 def test_gradients_do_not_depend_on_the_order_of_threads(
-    engine: Engine, regime: str, implicit: bool
+    engine: Engine, regime: str, implicit: bool, objective: int, rho: tuple[float, float]
 ) -> None:
     points, weights = clouds(torch.float32, 2, 37, 150)
     costs = reference.cost(points, [], DIVERGENCE, 0)
-    n_iters = -1 if implicit else 5
-    problem = solved(costs, weights, DIVERGENCE, 0.2, n_iters=n_iters, objective=1)
+    problem = solved(
+        costs, weights, DIVERGENCE, 0.2, n_iters=-1 if implicit else 5, objective=objective, rho=rho
+    )
     results = []
     for order in ORDERS:
         engine.configure(order=order)
@@ -1760,9 +1763,8 @@ def test_soft_warm_start(
 def test_soft_order_of_threads(
     engine: Engine, regime: str, rng: torch.Generator, n: int, m: int
 ) -> None:
-    costs, weights, unit = soft_problem(rng, torch.float32, n, m)
-    if regime == "block":
-        costs = costs[:2]  # a matrix of (m, m) does not fit
+    costs, weights, unit = soft_problem(rng, torch.float64, n, m)
+    costs = costs[:2]  # a matrix of (m, m) does not fit into every regime
     results = []
     for order in ORDERS:
         engine.configure(order=order)

@@ -830,6 +830,7 @@ class Solver {
       join_columns();
       return hard_scalars();
     }
+    block_.sync();  // F is there
     find_least(F_, trial_g_);
     // Rows count by their factors; none is large enough if one overflows.
     const double largest = static_cast<double>(tilt_) * least_f_;
