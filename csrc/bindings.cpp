@@ -929,6 +929,7 @@ PYBIND11_MODULE(_C, module) {
   // How a solve on a device would be laid out; d: 0 where costs are stored.
   module.def("describe_plan",
              [](int device, bool is_double, int64_t problems, int64_t n, int64_t m, int64_t d) {
+               const torch::stable::accelerator::DeviceGuard guard(device);
                const otloss::cuda::Context context{device, nullptr, nullptr, nullptr};
                return is_double ? otloss::cuda::describe_plan<double>(context, problems, n, m, d)
                                 : otloss::cuda::describe_plan<float>(context, problems, n, m, d);

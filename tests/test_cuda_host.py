@@ -668,6 +668,7 @@ def test_more_pairs_than_a_launch_takes(engine: Engine) -> None:
         (200, 150, 0, "block, 1 block per problem, 132 at once, cost tile in shared memory"),
         (1, 600, 0, "cluster, 16 blocks per problem, 1 at once, cost tile in shared memory"),
         (1, 9000, 0, "dense, 132 blocks per problem, 1 at once, cost tile in global memory"),
+        (200, 20000, 0, "dense, 2 blocks per problem, 66 at once, cost tile in global memory"),
         (1, 9000, 3, "streamed, 132 blocks per problem, 1 at once, costs made on the way"),
     ],
 )
@@ -1938,6 +1939,19 @@ def test_the_start_is_left_out_where_it_takes_longer_than_it_saves(engine: Engin
     before = engine.library.engine_launches()
     engine.solve(costs, weights, [0, 1], 1.0, start=Cloud(points, 0))
     assert engine.library.engine_launches() - before == 1
+
+
+def test_the_start_is_left_out_where_its_matrices_do_not_fit(long_memory: Engine) -> None:
+    points, weights = clouds(torch.float32, 1, 60, 50, 64)
+    costs = reference.cost(points, [], [0, 1], 0)
+    launches = []
+    for kilobytes in (163, 99):
+        long_memory.configure(shared=kilobytes * 1024)
+        before = long_memory.library.engine_launches()
+        _, status, *_ = long_memory.solve(costs, weights, [0, 1], 60.0, start=Cloud(points, 0))
+        assert bool((status[..., 2] == 1).all())
+        launches.append(long_memory.library.engine_launches() - before)
+    assert launches == [4, 1]
 
 
 @pytest.mark.parametrize("d", [2, 20])

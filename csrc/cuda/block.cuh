@@ -180,6 +180,14 @@ inline Limits limits(int device) {
   return {multiprocessors, 10 * major + minor, static_cast<size_t>(shared)};
 }
 
+// Allows a kernel all the shared memory that a block of the device can have. That is not what a
+// launch takes, so that threads which launch the same kernel at once do not disturb each other.
+template <class Kernel>
+cudaError_t allow_shared(int device) {
+  return cudaFuncSetAttribute(kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(limits(device).shared_per_block));
+}
+
 // Whether clusters of this size with so much shared memory can run on the device.
 template <class Kernel>
 bool cluster_fits(const Context& context, int size, size_t shared) {
@@ -195,8 +203,7 @@ bool cluster_fits(const Context& context, int size, size_t shared) {
   config.numAttrs = 1;
   int clusters = 0;
   const bool asked =
-      cudaFuncSetAttribute(kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(shared)) == cudaSuccess &&
+      allow_shared<Kernel>(context.device) == cudaSuccess &&
       cudaFuncSetAttribute(kernel<Kernel>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ==
           cudaSuccess &&
       cudaOccupancyMaxActiveClusters(&clusters, kernel<Kernel>, &config) == cudaSuccess;
@@ -221,10 +228,9 @@ void launch(const Context& context, const Kernel& work, const Grid& grid) {
   static_assert(Kernel::kThreads % kWarp == 0 && Kernel::kThreads <= 1024, "whole warps, 1024");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   check(cudaSetDevice(context.device), "selecting the device", "the device of the tensors");
-  if (grid.shared > 0)
-    check(cudaFuncSetAttribute(kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(grid.shared)),
-          "asking for shared memory", kExpected);
+  constexpr size_t kSharedUnasked = 48 * 1024;
+  if (grid.shared > kSharedUnasked)
+    check(allow_shared<Kernel>(context.device), "asking for shared memory", kExpected);
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),

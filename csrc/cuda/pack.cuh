@@ -43,20 +43,21 @@ struct PackKernel {
   OTLOSS_DEVICE void operator()(Block& block) const {
     T* tile = block.template shared<T>();  // (kWarp, kWarp + 1)
     const int lane = block.thread() % kWarp, line = block.thread() / kWarp;
-    const int64_t first = block.x() * kWarp, k0 = block.z() * kWarp;
-    for (int64_t b = block.y(); b < batch; b += kGridY) {
-      for (int row = line; row < kWarp; row += kLines) {
-        const int64_t i = first + row, k = k0 + lane;
-        T value = T(0);
-        if (i < n && k < d) value = z[(b * n + i) * d + k];
-        if (i < n && k == d) value = norm[b * n + i];
-        tile[row * (kWarp + 1) + lane] = value;
+    const int64_t first = block.x() * kWarp;
+    for (int64_t b = block.y(); b < batch; b += kGridY)
+      for (int64_t k0 = block.z() * kWarp; k0 <= d; k0 += kGridY * kWarp) {
+        for (int row = line; row < kWarp; row += kLines) {
+          const int64_t i = first + row, k = k0 + lane;
+          T value = T(0);
+          if (i < n && k < d) value = z[(b * n + i) * d + k];
+          if (i < n && k == d) value = norm[b * n + i];
+          tile[row * (kWarp + 1) + lane] = value;
+        }
+        block.sync();
+        for (int row = line; row < kWarp && k0 + row <= d; row += kLines)
+          packed[(b * (d + 1) + k0 + row) * stride + first + lane] = tile[lane * (kWarp + 1) + row];
+        block.sync();
       }
-      block.sync();
-      for (int row = line; row < kWarp && k0 + row <= d; row += kLines)
-        packed[(b * (d + 1) + k0 + row) * stride + first + lane] = tile[lane * (kWarp + 1) + row];
-      block.sync();
-    }
   }
 };
 
@@ -69,7 +70,7 @@ const T* pack(const Context& context, int64_t batch, int64_t n, int64_t d, const
   Grid grid;
   grid.x = stride / kWarp;
   grid.y = std::min(batch, kGridY);
-  grid.z = ceil_div(d + 1, kWarp);
+  grid.z = std::min(ceil_div(d + 1, kWarp), kGridY);
   grid.shared = kWarp * (kWarp + 1) * sizeof(T);
   launch(context, PackKernel<T>{batch, n, d, stride, z, norm, packed}, grid);
   return packed;
@@ -125,25 +126,28 @@ struct SplitKernel {
 
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const {
-    const int64_t i = block.x() * kThreads + block.thread(), piece = block.z();
+    const int64_t i = block.x() * kThreads + block.thread(), pieces = split_depth(d) / kPiece;
     if (i >= stride) return;
-    for (int64_t b = block.y(); b < batch; b += kGridY) {
-      alignas(16) uint16_t high[kPiece], low[kPiece];
-#pragma unroll
-      for (int c = 0; c < kPiece; ++c) {
-        const int64_t k = piece * kPiece + c;
-        const float value = i < n && k < d ? scale[b] * z[(b * n + i) * d + k] : 0.0f;
-        high[c] = to_half(value);
-        low[c] = to_half(value - from_half(high[c]));
-      }
-      uint16_t* const to =
-          halves + ((b * (split_depth(d) / kPiece) + piece) * 2 * stride + i) * kPiece;
-      store(high, to);
-      store(low, to + stride * kPiece);
-    }
+    for (int64_t b = block.y(); b < batch; b += kGridY)
+      for (int64_t piece = block.z(); piece < pieces; piece += kGridY) split(b, piece, i);
   }
 
  private:
+  OTLOSS_DEVICE void split(int64_t b, int64_t piece, int64_t i) const {
+    alignas(16) uint16_t high[kPiece], low[kPiece];
+#pragma unroll
+    for (int c = 0; c < kPiece; ++c) {
+      const int64_t k = piece * kPiece + c;
+      const float value = i < n && k < d ? scale[b] * z[(b * n + i) * d + k] : 0.0f;
+      high[c] = to_half(value);
+      low[c] = to_half(value - from_half(high[c]));
+    }
+    uint16_t* const to =
+        halves + ((b * (split_depth(d) / kPiece) + piece) * 2 * stride + i) * kPiece;
+    store(high, to);
+    store(low, to + stride * kPiece);
+  }
+
   // 16 bytes.
   static OTLOSS_DEVICE void store(const uint16_t (&from)[kPiece], uint16_t* to) {
     *reinterpret_cast<Vector<float>*>(to) = *reinterpret_cast<const Vector<float>*>(from);
@@ -152,7 +156,7 @@ struct SplitKernel {
 
 inline SplitClouds split(const Context& context, int64_t batch, int64_t n, int64_t d,
                          const float* z, const float* squared_norm) {
-  const int64_t stride = packed_stride(n), pieces = split_depth(d) / SplitKernel::kPiece;
+  const int64_t stride = packed_stride(n);
   float* const scale = context.scratch<float>(batch);
   uint16_t* const halves = context.scratch<uint16_t>(batch * 2 * split_depth(d) * stride);
   Grid grid;
@@ -161,7 +165,7 @@ inline SplitClouds split(const Context& context, int64_t batch, int64_t n, int64
   launch(context, ScaleKernel{n, squared_norm, scale}, grid);
   grid.x = ceil_div(stride, SplitKernel::kThreads);
   grid.y = std::min(batch, kGridY);
-  grid.z = pieces;
+  grid.z = std::min(split_depth(d) / SplitKernel::kPiece, kGridY);
   grid.shared = 0;
   launch(context, SplitKernel{batch, n, d, stride, z, scale, halves}, grid);
   return {halves, scale};

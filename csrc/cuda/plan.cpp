@@ -234,6 +234,12 @@ SolvePlan choose_plan(const Shape& shape, const Limits& limits, Regime forced,
   const int64_t multiprocessors = limits.multiprocessors;
   int64_t share = multiprocessors / std::min(shape.problems, multiprocessors);
   if (forced == Regime::kGrid) share = std::max<int64_t>(share, 2);
+  // More where the rows of so few blocks do not fit.
+  const auto too_few = [&] {
+    const Candidate dense{Regime::kDense, Barrier::kGrid, false, static_cast<int>(share)};
+    return complete(shape, limits, dense).cycles < 0;
+  };
+  while (2 * share <= multiprocessors && too_few()) share *= 2;
   for (int64_t size = share; size >= 1; size /= 2) {
     if (size > 1 && ceil_div(shape.n, size) < kFewRows && forced == Regime::kAuto) continue;
     const int team = static_cast<int>(size);

@@ -29,8 +29,8 @@ void for_each_pack(const std::vector<Group>& groups, F&& function) {
   }
 }
 
-// Batches beyond these are looped over inside the kernels. The limits of the hardware are 2^31 - 1
-// for x and 65535 for y.
+// What is beyond these is looped over inside the kernels. The limits of the hardware are 2^31 - 1
+// for x and 65535 for y and z.
 constexpr int64_t kGridX = 1 << 30;
 constexpr int64_t kGridY = 32768;
 

@@ -230,7 +230,9 @@ void propose_starts(const Context& context, const Pack<SolveGroup<T>>& pack,
     problems += p.batch, batch = std::max(batch, p.batch);
     n = std::max(n, p.n), m = std::max(m, p.m);
   }
-  if (problems == 0 || !start_pays(plan, problems, n, m, d, limits(context.device))) return;
+  const Limits device = limits(context.device);
+  if (problems == 0 || !start_pays(plan, problems, n, m, d, device)) return;
+  if (MatrixKernel<T>::shared_bytes(d) > device.shared_per_block) return;
   const Pack<StartItem<T>> items = start_items(context, pack, d, starts);
   Grid grid;
   grid.x = kMomentParts;

@@ -388,6 +388,8 @@ void launch(const Context&, const Kernel& work, const Grid& grid) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   if (grid.shared > Emulation::get().limits.shared_per_block)
     throw std::runtime_error("emulation: too much shared memory was asked for");
+  if (grid.x > 0x7fffffff || grid.y > 0xffff || grid.z > 0xffff)
+    throw std::runtime_error("emulation: the grid is too large");
   if (grid.x % grid.cluster != 0)
     throw std::runtime_error("emulation: the grid is not whole clusters");
   ++Emulation::get().launches;
