@@ -174,7 +174,7 @@ def main() -> int:
     report = Report(options.seconds if name else inf)
     # A test that takes a minute shows where it is.
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    pytest += ["-o", "faulthandler_timeout=60"]
+    pytest += ["--tb=short", "-o", "faulthandler_timeout=60"]
 
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]
     target = os.environ.get("OTLOSS_CUDA_ARCH") or (architecture() if name else None)
