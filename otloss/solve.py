@@ -326,7 +326,8 @@ class OTResult:
 
     @property
     def n_iters(self) -> Any:
-        """Iterations that ran: an int, or (B,) for a batch."""
+        """Iterations that ran: an int, or (B,) for a batch. With ``tol``, readings of all pairs:
+        sweeps, and on a CPU searches for the plan's large entries."""
         count = self._status_field(ops.ITERATIONS)
         return count.long() if self._problem.batched else int(count)
 

@@ -1813,6 +1813,7 @@ def test_takes_the_steps_of_the_cpu(
     """With one memory the passes agree, but for what rounding makes of a long way; with less memory
     they are some more."""
     monkeypatch.setenv("OTLOSS_CUDA_REGIME", "block")
+    monkeypatch.setenv("OTLOSS_NEWTON", "0")
     long_memory.configure()
     C, weights, eps = hard_problem(kind, rng)
     unit = float(C.mean())
@@ -1860,9 +1861,15 @@ def startable(d: int, same_spread: bool, dtype: torch.dtype) -> tuple[list[Tenso
 @pytest.mark.parametrize("same_spread", [False, True])
 @pytest.mark.parametrize("rho", [HARD, (5.0, 8.0), (math.inf, 3.0)], ids=str)
 def test_starts_as_the_cpu(
-    long_memory: Engine, rho: tuple[float, float], same_spread: bool, d: int, method: str
+    long_memory: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    rho: tuple[float, float],
+    same_spread: bool,
+    d: int,
+    method: str,
 ) -> None:
     """At the potential between Gaussians: near at large eps, given up or not at small eps."""
+    monkeypatch.setenv("OTLOSS_NEWTON", "0")
     long_memory.configure()
     points, weights = startable(d, same_spread, torch.float64)
     cloud, costs = Cloud(points, 0), reference.cost(points, [], [0, 1], 0)

@@ -127,8 +127,9 @@ def test_divergence(cost, weights, relative_eps, d, dtype, method, rng):
     if gap < (5e-3 if method == "reference" else 1e-6):
         pytest.skip(f"ill-conditioned draw: gap {gap:.1e}")
     tol = tolerance(dtype, relative_eps, gap, method)
-    if weights == "wide":
-        tol = replace(tol, value=tol.value + tol.solver)
+    if weights == "wide":  # mass that is misplaced may be so at the largest cost
+        largest = float(oracle.cost(exact.x, exact.y, cost).detach().max())
+        tol = replace(tol, value=tol.value + tol.solver * largest / mean_cost(exact, cost))
     if cost == "euclidean":
         tol = replace(tol, points=tol.points + near_pair_error(exact, dtype))
     c.require_grad()

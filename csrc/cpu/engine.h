@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -13,6 +14,7 @@
 #include "parallel.h"
 #include "problems.h"
 #include "rows.h"
+#include "sparse_newton.h"
 #include "sweep.h"
 
 namespace otloss::cpu {
@@ -73,6 +75,48 @@ class Engine {
     update_columns(eps, g, F, c, gt, q);
   }
 
+  // Looks for the entries of the plan (F, g), F the exact row update of g, that hold most of it:
+  // those of more than 2^-10 of their row's or column's sum, or, where they are too many, 2^-8 to
+  // 2^-4. A sample of rows tells beforehand; false without a reading of all pairs where they are
+  // too many for so many sweeps, or hold too little.
+  bool find_large(double eps, const T* F, const T* g, const PlanMarginals<T>& marginals,
+                  int64_t sweeps, std::vector<SparseRows<T>>& parts) {
+    constexpr double kLeast = -10, kMost = -4, kStep = 2, kLeastHeld = 0.9;
+    absorb(eps, g);
+    for (double least = kLeast; least <= kMost; least += kStep) {
+      const auto large = [&](const T* C, int64_t i, int64_t count) {
+        return LargeEntries<T>{count,
+                               m,
+                               factor(eps),
+                               static_cast<T>(least),
+                               C,
+                               F + i,
+                               G_.data(),
+                               marginals.R.data() + i,
+                               marginals.S.data()};
+      };
+      const std::vector<int64_t> rows = sample(n, a, kCountedRows);
+      const LargeCount counted = count_sample(rows, large);
+      const double share = static_cast<double>(counted.entries) / (rows.size() * m);
+      if (share > most_large(sweeps)) continue;
+      if (counted.held < kLeastHeld * rows.size()) return false;
+      list_all(large, share, parts);
+      return true;
+    }
+    return false;
+  }
+
+  // Their values over the row's sum.
+  void entry_values(double eps, const T* F, const T* g, std::vector<SparseRows<T>>& parts) {
+    absorb(eps, g);
+    for_each_part([&](Workspace& w, int64_t begin, int64_t end) {
+      SparseRows<T>& part = parts[index_of(w)];
+      cpu::entry_values(EntryValues<T>{end - begin, factor(eps), F + begin, G_.data(),
+                                       part.end.data(), part.column.data(), part.cost.data(),
+                                       part.value.data()});
+    });
+  }
+
   // <P, C>.
   double transport(double eps, const T* F, const T* g) {
     absorb(eps, g);
@@ -99,7 +143,8 @@ class Engine {
   // Standard deviation of C_ij - mean_i - mean_j + mean on at most 256 x 256 points: against eps,
   // how hard the problem is.
   double sigma() const {
-    const std::vector<int64_t> rows = sample(n, a), columns = sample(m, b);
+    constexpr int64_t kSample = 256;
+    const std::vector<int64_t> rows = sample(n, a, kSample), columns = sample(m, b, kSample);
     if (rows.size() < 2 || columns.size() < 2) return 0;
     const size_t r = rows.size(), c = columns.size();
     std::vector<double> C(r * c), row(r), column(c);
@@ -121,6 +166,8 @@ class Engine {
   }
 
  private:
+  static constexpr int64_t kCountedRows = 64;
+
   // Column sums in the kernels' precision are added up in double after so many rows.
   static constexpr int64_t kFlushRows = 4096;
 
@@ -131,6 +178,54 @@ class Engine {
     BlockVector<T> C;           // rows that were made
     double sum = 0;
   };
+
+  int64_t index_of(const Workspace& w) const { return &w - workspaces_.data(); }
+
+  // The part of all entries that may be listed after so many sweeps: what Newton's steps take is
+  // then no more than what was spent without them. A listed entry costs as much as some twenty in a
+  // sweep over costs in the cache, and as a few where they come from memory or are made.
+  double most_large(int64_t sweeps) const {
+    constexpr double kCheap = 0.0025, kDear = 0.05, kMost = 0.25, kEntries = 1 << 22,
+                     kCache = 4 << 20;
+    const double entries = static_cast<double>(n) * static_cast<double>(m);
+    const bool cheap = source_.scratch() == 0 && entries * sizeof(T) <= kCache;
+    return std::min({static_cast<double>(sweeps) * (cheap ? kCheap * sizeof(T) : kDear), kMost,
+                     kEntries / entries});
+  }
+
+  template <typename Large>
+  LargeCount count_sample(const std::vector<int64_t>& rows, Large&& large) {
+    LargeCount all{0, 0};
+    for (const int64_t i : rows) {
+      const LargeCount row = count_large(large(source_.rows(i, 1, workspaces_[0].C.data()), i, 1));
+      all.entries += row.entries, all.held += row.held;
+    }
+    return all;
+  }
+
+  // Lists all that are large, about `share` of all entries.
+  template <typename Large>
+  void list_all(Large&& large, double share, std::vector<SparseRows<T>>& parts) {
+    constexpr double kRoom = 1.2;
+    parts.resize(parts_);
+    for_each_part([&](Workspace& w, int64_t begin, int64_t end) {
+      SparseRows<T>& part = parts[index_of(w)];
+      part.begin = begin;
+      part.end.resize(end - begin);
+      part.reserve(static_cast<int64_t>(kRoom * share * static_cast<double>((end - begin) * m)));
+      std::vector<uint8_t> marks(m + kEntriesAtOnce);
+      int64_t listed = 0;
+      for_each_block(source_, begin, end, w.C.data(), [&](const T* C, int64_t i, int64_t count) {
+        for (int64_t row = 0; row < count; ++row) {
+          part.reserve(listed + m + kEntriesAtOnce);
+          listed += list_large(large(C + row * m, i + row, 1), marks.data(),
+                               part.column.data() + listed, part.cost.data() + listed);
+          part.end[i + row - begin] = listed;
+        }
+      });
+      part.value.resize(listed);
+    });
+  }
 
   static T factor(double eps) { return static_cast<T>(kLog2E / eps); }
   T tilt(double eps) const { return static_cast<T>(-eps * x.rate * x.damping(eps)); }
@@ -206,11 +301,10 @@ class Engine {
     }
   }
 
-  // At most 256 points of positive weight, evenly spread.
-  static std::vector<int64_t> sample(int64_t count, const T* weight) {
-    constexpr int64_t kSample = 256;
+  // At most so many points of positive weight, evenly spread.
+  static std::vector<int64_t> sample(int64_t count, const T* weight, int64_t most) {
     std::vector<int64_t> chosen;
-    const int64_t wanted = std::min(count, kSample);
+    const int64_t wanted = std::min(count, most);
     for (int64_t i = 0; i < wanted; ++i) {
       const int64_t index = i * count / wanted;
       if (weight[index] > T(0)) chosen.push_back(index);

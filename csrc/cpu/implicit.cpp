@@ -29,6 +29,7 @@
 #include <vector>
 
 #include "adjoint.h"
+#include "conjugate_gradients.h"
 #include "kernels.h"
 #include "marginal.h"
 #include "math.h"
@@ -42,59 +43,11 @@
 namespace otloss::cpu {
 namespace {
 
-using Vector = std::vector<double>;
-
 // Conjugate gradients stop at this residual relative to the right-hand side, in the norm of the
 // inverse preconditioner: the gradient is then as exact as the plan's dtype allows.
 template <typename T>
 constexpr double kTolerance = sizeof(T) == 4 ? 1e-8 : 1e-13;
 constexpr int64_t kMaxIterations = 2000;
-
-double inner(const Vector& x, const Vector& y) {
-  double sum = 0;
-  for (size_t i = 0; i < x.size(); ++i) sum += x[i] * y[i];
-  return sum;
-}
-
-struct CgReport {
-  int64_t iterations = 0;
-  double residual = 0;
-};
-
-// Solves A x = right for a positive semidefinite A given by apply(x, y): y = A x. `inverse` is the
-// diagonal preconditioner, project(r) removes what is not in the range of A, and a residual whose
-// squared norm is below `floor` is rounding. On return `right` is the residual.
-template <typename Apply, typename Project>
-CgReport conjugate_gradients(double tol, double floor, const Vector& inverse, Apply&& apply,
-                             Project&& project, Vector& right, Vector& x) {
-  const size_t count = right.size();
-  Vector &r = right, z(count), p(count), q(count);
-  const auto precondition = [&] {
-    for (size_t i = 0; i < count; ++i) z[i] = inverse[i] * r[i];
-    return inner(r, z);
-  };
-  std::fill(x.begin(), x.end(), 0.0);
-  project(r);
-  double rz = precondition();
-  const double first = rz;
-  CgReport report;
-  p = z;
-  while (rz > tol * tol * first && rz > floor && report.iterations < kMaxIterations &&
-         !interrupted()) {
-    apply(p, q);
-    const double curvature = inner(p, q);
-    if (!(curvature > 0)) break;
-    const double step = rz / curvature;
-    for (size_t i = 0; i < count; ++i) x[i] += step * p[i], r[i] -= step * q[i];
-    project(r);
-    const double next = precondition(), turn = next / rz;
-    for (size_t i = 0; i < count; ++i) p[i] = z[i] + turn * p[i];
-    rz = next;
-    ++report.iterations;
-  }
-  report.residual = first > floor ? std::sqrt(rz / first) : 0.0;
-  return report;
-}
 
 // ------------------------------------------------------------------------------- one problem
 
@@ -325,8 +278,8 @@ class ImplicitProblem {
       const double* sums = product(x.data(), nullptr, inverse_r_.data(), w, true);
       for (int64_t j = 0; j < m_; ++j) y_out[j] = c_[j] * x[j] - sums[j];
     };
-    const CgReport report = conjugate_gradients(kTolerance<T>, rounding(size), inverse_c_, apply,
-                                                project, right, beta_);
+    const CgReport report = conjugate_gradients({kTolerance<T>, rounding(size), kMaxIterations},
+                                                inverse_c_, apply, project, right, beta_);
     const double* sums = product(beta_.data(), base.data(), minus.data(), alpha_, true);
     for (int64_t j = 0; j < m_; ++j) b_bar_[j] -= eps_ * quotient(sums[j], b_[j]);
     return report;
@@ -344,7 +297,8 @@ class ImplicitProblem {
     for (int64_t i = 0; i < n_; ++i) size += inverse_r_[i] * half[i] * half[i];
     Vector right = half;
     const CgReport report = conjugate_gradients(
-        kTolerance<T>, rounding(size), inverse_r_, apply, [](Vector&) {}, right, alpha_);
+        {kTolerance<T>, rounding(size), kMaxIterations}, inverse_r_, apply, [](Vector&) {}, right,
+        alpha_);
     beta_ = alpha_;
     f_bar_ = half;
     for (int64_t j = 0; j < m_; ++j)

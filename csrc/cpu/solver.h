@@ -15,7 +15,8 @@
 // Method (docs/solver.md): Sinkhorn's iteration is a fixed-point map g -> gt whose residual
 // r = gt - g is the semidual's gradient, preconditioned. L-BFGS on r in the inner product weighted
 // by the column sums asked for (b, or b e^{-g/rho}) needs a fraction of the passes, and falls back
-// to the plain iteration, which always ascends.
+// to the plain iteration, which always ascends. Where that is slow and the plan has few large
+// entries, Newton's step takes the place of its first guess (sparse_newton.h).
 #pragma once
 
 #include <algorithm>
@@ -28,6 +29,7 @@
 #include "marginal.h"
 #include "math.h"
 #include "parallel.h"
+#include "sparse_newton.h"
 #include "sweep.h"
 
 namespace otloss::cpu {
@@ -161,15 +163,19 @@ class LbfgsMemory {
     pairs_.push_back({std::move(step), std::move(change), sy, sy / yy});
   }
 
-  // Two-loop recursion.
-  std::vector<T> direction(const std::vector<T>& residual) const {
+  // Two-loop recursion. Between the loops `precondition`, the initial inverse Hessian, is applied
+  // if there is one, else the scale of the last pair.
+  template <typename Precondition>
+  std::vector<T> direction(const std::vector<T>& residual, const Precondition* precondition) const {
     std::vector<T> p = residual;
     std::vector<double> alpha(pairs_.size());
     for (size_t i = pairs_.size(); i-- > 0;) {
       alpha[i] = inner(pairs_[i].step, p) / pairs_[i].sy;
       add(p, -alpha[i], pairs_[i].change);
     }
-    if (!pairs_.empty())
+    if (precondition)
+      (*precondition)(p);
+    else if (!pairs_.empty())
       for (T& value : p) value *= static_cast<T>(pairs_.back().scale);
     for (size_t i = 0; i < pairs_.size(); ++i)
       add(p, alpha[i] - inner(pairs_[i].change, p) / pairs_[i].sy, pairs_[i].step);
@@ -261,8 +267,10 @@ std::vector<T> residual(const Engine& engine, const SemidualPoint<T>& point) {
 // Ascends the semidual at one eps until the error is at most `tol`. On entry `point` is evaluated.
 template <typename T, typename Engine>
 void ascend(Engine& engine, double eps, double tol, int64_t max_iters, T* F,
-            SemidualPoint<T>& point, int64_t& iterations) {
+            SemidualPoint<T>& point, SparseNewton<T, Engine>& newton, int64_t& iterations) {
   const int64_t m = engine.m;
+  const int64_t begun = iterations - 1;  // with the pass over `point`
+  newton.reset();
   LbfgsMemory<T> memory(m, point.asked.data());
   SemidualPoint<T> trial(m, engine.b);
   std::vector<T> r = residual(engine, point), excess(m);
@@ -270,8 +278,11 @@ void ascend(Engine& engine, double eps, double tol, int64_t max_iters, T* F,
   const auto squared = [&](const std::vector<T>& v) {
     return dot(m, point.asked.data(), v.data(), v.data());
   };
+  const auto newton_step = [&](std::vector<T>& v) { newton.step(point.error, v); };
   while (point.error > tol && iterations < max_iters && !interrupted()) {
-    std::vector<T> p = memory.direction(r);
+    const bool by_newton =
+        iterations + 2 < max_iters && newton.prepare(eps, F, point, iterations - begun, iterations);
+    std::vector<T> p = memory.direction(r, by_newton ? &newton_step : nullptr);
     for (int64_t j = 0; j < m; ++j) excess[j] = T(1) - point.q[j];
     const auto slope_along = [&](const std::vector<T>& v) {  // <b - P^T 1, v>
       return dot(m, point.asked.data(), excess.data(), v.data());
@@ -358,6 +369,7 @@ Outcome solve_pair(Engine& engine, const SolveOptions& options, T* F, T* g) {
   outcome.iterations = begin(engine, options, F, point);
   const Stages stages = is_near(options.eps, point) ? Stages{0, options.eps, options.eps}
                                                     : make_stages(options.eps, engine.sigma());
+  SparseNewton<T, Engine> newton(engine);
   double at = options.eps;
   for (int stage = 0; stage <= stages.count; ++stage) {
     const double eps = stages.at(stage);
@@ -371,7 +383,7 @@ Outcome solve_pair(Engine& engine, const SolveOptions& options, T* F, T* g) {
       at = eps;
     }
     const double tol = last ? options.tol : std::max(kStageTol, options.tol);
-    ascend(engine, eps, tol, max_iters, F, point, outcome.iterations);
+    ascend(engine, eps, tol, max_iters, F, point, newton, outcome.iterations);
     point.g = last ? point.g : point.gt;
   }
   // F is the row update of point.g; gt, the column update of F, is one half step further.

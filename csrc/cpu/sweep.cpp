@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "blocks.h"
@@ -242,6 +243,104 @@ double transport_sum(const PlanRows<T>& p) {
   return total;
 }
 
+// log2 of an entry of the plan over its row's sum or its column's, whichever is more.
+template <typename T>
+OTLOSS_INLINE T largest_share(T entry, T R, T S) {
+  const T more = R - S;
+  return more > T(0) ? entry + more : entry;
+}
+
+// Functions of one row, as plan_row.
+template <typename T>
+OTLOSS_INLINE LargeCount count_large_body(int64_t m, T F, T R, T k, T least, const T* C, const T* G,
+                                          const T* S) {
+  int32_t count = 0;
+  T held = 0;
+#pragma omp simd reduction(+ : count, held)
+  for (int64_t j = 0; j < m; ++j) {
+    const T entry = F + G[j] - k * C[j], value = fast_exp2(entry);
+    const bool large = largest_share(entry, R, S[j]) > least;
+    count += static_cast<int32_t>(large);
+    held += large ? value : T(0);
+  }
+  return {count, static_cast<double>(held)};
+}
+
+template <typename T>
+OTLOSS_INLINE void mark_large_body(int64_t m, T F, T R, T k, T least, const T* C, const T* G,
+                                   const T* S, uint8_t* marks) {
+#pragma omp simd
+  for (int64_t j = 0; j < m; ++j)
+    marks[j] = static_cast<uint8_t>(largest_share(F + G[j] - k * C[j], R, S[j]) > least);
+}
+
+template <typename T>
+OTLOSS_INLINE void entry_values_body(int64_t count, T F, T k, const T* G, const int32_t* column,
+                                     const T* cost, T* value) {
+#pragma omp simd
+  for (int64_t e = 0; e < count; ++e) value[e] = fast_exp2(F + G[column[e]] - k * cost[e]);
+}
+
+#define OTLOSS_ENTRIES(T)                                                                    \
+  OTLOSS_SIMD LargeCount count_large_row(int64_t m, T F, T R, T k, T least, const T* C,      \
+                                         const T* G, const T* S) {                           \
+    return count_large_body(m, F, R, k, least, C, G, S);                                     \
+  }                                                                                          \
+  OTLOSS_SIMD void mark_large_row(int64_t m, T F, T R, T k, T least, const T* C, const T* G, \
+                                  const T* S, uint8_t* marks) {                              \
+    mark_large_body(m, F, R, k, least, C, G, S, marks);                                      \
+  }                                                                                          \
+  OTLOSS_SIMD void values_of_row(int64_t count, T F, T k, const T* G, const int32_t* column, \
+                                 const T* cost, T* value) {                                  \
+    entry_values_body(count, F, k, G, column, cost, value);                                  \
+  }
+OTLOSS_ENTRIES(float)
+OTLOSS_ENTRIES(double)
+#undef OTLOSS_ENTRIES
+
+template <typename T>
+LargeCount count_large_entries(const LargeEntries<T>& p) {
+  LargeCount all{0, 0};
+  for (int64_t i = 0; i < p.rows; ++i) {
+    if (!(p.R[i] > static_cast<T>(kLog2Zero))) continue;
+    const LargeCount row =
+        count_large_row(p.m, p.F[i], p.R[i], p.k, p.least, p.C + i * p.m, p.G, p.S);
+    all.entries += row.entries, all.held += row.held;
+  }
+  return all;
+}
+
+// Most marks are 0, so they are read many at a time.
+template <typename T>
+int64_t list_large_entries(const LargeEntries<T>& p, uint8_t* marks, int32_t* column, T* cost) {
+  if (!(p.R[0] > static_cast<T>(kLog2Zero))) return 0;
+  mark_large_row(p.m, p.F[0], p.R[0], p.k, p.least, p.C, p.G, p.S, marks);
+  int64_t count = 0;
+  for (int64_t j = 0; j < p.m; j += kEntriesAtOnce) {
+    uint64_t some;
+    static_assert(sizeof(some) == kEntriesAtOnce, "a byte for each entry");
+    std::memcpy(&some, marks + j, sizeof(some));
+    if (some == 0) continue;
+    const int64_t end = std::min(p.m, j + kEntriesAtOnce);
+    for (int64_t t = j; t < end; ++t) {
+      column[count] = static_cast<int32_t>(t);
+      cost[count] = p.C[t];
+      count += marks[t];
+    }
+  }
+  return count;
+}
+
+template <typename T>
+void values_of_entries(const EntryValues<T>& p) {
+  int64_t begin = 0;
+  for (int64_t i = 0; i < p.rows; ++i) {
+    values_of_row(p.end[i] - begin, p.F[i], p.k, p.G, p.column + begin, p.cost + begin,
+                  p.value + begin);
+    begin = p.end[i];
+  }
+}
+
 // max |C_j| over columns of positive weight; NaN if one is not finite.
 template <typename T>
 OTLOSS_INLINE T max_abs_row_body(int64_t m, const T* C, const T* b) {
@@ -302,6 +401,16 @@ void plan_rows(const PlanRows<float>& p) { plan_of_rows(p); }
 void plan_rows(const PlanRows<double>& p) { plan_of_rows(p); }
 double transport_rows(const PlanRows<float>& p) { return transport_sum(p); }
 double transport_rows(const PlanRows<double>& p) { return transport_sum(p); }
+LargeCount count_large(const LargeEntries<float>& p) { return count_large_entries(p); }
+LargeCount count_large(const LargeEntries<double>& p) { return count_large_entries(p); }
+int64_t list_large(const LargeEntries<float>& p, uint8_t* marks, int32_t* column, float* cost) {
+  return list_large_entries(p, marks, column, cost);
+}
+int64_t list_large(const LargeEntries<double>& p, uint8_t* marks, int32_t* column, double* cost) {
+  return list_large_entries(p, marks, column, cost);
+}
+void entry_values(const EntryValues<float>& p) { values_of_entries(p); }
+void entry_values(const EntryValues<double>& p) { values_of_entries(p); }
 double max_abs(const MaxAbs<float>& p) { return max_abs_rows(p); }
 double max_abs(const MaxAbs<double>& p) { return max_abs_rows(p); }
 OTLOSS_SIMD void subtract_log2(int64_t count, const float* x, float* y) {

@@ -79,6 +79,54 @@ struct MaxAbs {
   const T* b;    // (m,)
 };
 
+// Entries of the plan that are more than 2^least of their row's or of their column's sum.
+template <typename T>
+struct LargeEntries {
+  int64_t rows;  // n
+  int64_t m;     // columns
+  T k;
+  T least;
+  const T* C;  // (n, m)
+  const T* F;  // (n,) exact row updates
+  const T* G;  // (m,)
+  const T* R;  // (n,) log2 of the row sums, kLog2Zero where the weight is 0
+  const T* S;  // (m,) log2 of the column sums, -kLog2Zero where the weight is 0
+};
+
+// How many there are, and the part of their rows that they hold, over all rows.
+struct LargeCount {
+  int64_t entries;
+  double held;
+};
+
+LargeCount count_large(const LargeEntries<float>& entries);
+LargeCount count_large(const LargeEntries<double>& entries);
+
+// Lists those of the first row, in order; returns how many. `column` and `cost` have room for all
+// columns and kEntriesAtOnce more, `marks` (m + kEntriesAtOnce,) is 0 from m on.
+constexpr int64_t kEntriesAtOnce = 8;
+
+int64_t list_large(const LargeEntries<float>& entries, uint8_t* marks, int32_t* column,
+                   float* cost);
+int64_t list_large(const LargeEntries<double>& entries, uint8_t* marks, int32_t* column,
+                   double* cost);
+
+// The values of entries of the plan over their row's sum, on exact row updates F.
+template <typename T>
+struct EntryValues {
+  int64_t rows;  // n
+  T k;
+  const T* F;             // (n,)
+  const T* G;             // (m,)
+  const int64_t* end;     // (n,)
+  const int32_t* column;  // (entries,)
+  const T* cost;          // (entries,)
+  T* value;               // (entries,) out
+};
+
+void entry_values(const EntryValues<float>& entries);
+void entry_values(const EntryValues<double>& entries);
+
 // max |C_ij| where a_i b_j > 0; NaN if any of those is not finite.
 double max_abs(const MaxAbs<float>& args);
 double max_abs(const MaxAbs<double>& args);
