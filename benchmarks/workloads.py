@@ -169,6 +169,14 @@ def _shapes(n: int, rng: torch.Generator) -> Clouds:
     return _sphere(n, rng), _torus(n, rng)
 
 
+def _solids(n: int, rng: torch.Generator) -> Clouds:
+    """A ball and a cube of one spread, apart: the gradient is mostly that of the distance."""
+    directions = normalize(torch.randn(n, 3, generator=rng), dim=1)
+    ball = 0.3 * directions * torch.rand(n, 1, generator=rng) ** (1 / 3)
+    cube = 0.46 * (torch.rand(n, 3, generator=rng) - 0.5)
+    return 0.4 + ball, 0.6 + cube
+
+
 def _gaussians(n: int, rng: torch.Generator) -> Clouds:
     d = 64
     scales = torch.linspace(0.5, 1.5, d)
@@ -259,6 +267,7 @@ WORKLOADS: dict[str, Workload] = {
         (5e-3, 2e-4),
         (2000, 10_000, 100_000),
     ),
+    "solids_3d": Workload("ball vs cube, d=3", _solids, "sqeuclidean", (5e-3, 2e-4), (2000,)),
     "gaussians_64d": Workload(
         "Gaussians, d=64", _gaussians, "sqeuclidean", (50.0, 5.0), (1000, 5000)
     ),
