@@ -42,8 +42,11 @@ struct Grid {
 
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #define OTLOSS_DEVICE __device__ __forceinline__
 #define OTLOSS_NOINLINE __device__ __noinline__
@@ -188,10 +191,9 @@ cudaError_t allow_shared(int device) {
                               static_cast<int>(limits(device).shared_per_block));
 }
 
-// Whether clusters of this size with so much shared memory can run on the device.
 template <class Kernel>
-bool cluster_fits(const Context& context, int size, size_t shared) {
-  check(cudaSetDevice(context.device), "selecting the device", "the device of the tensors");
+bool ask_cluster_fits(int device, int size, size_t shared) {
+  check(cudaSetDevice(device), "selecting the device", "the device of the tensors");
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
@@ -203,12 +205,25 @@ bool cluster_fits(const Context& context, int size, size_t shared) {
   config.numAttrs = 1;
   int clusters = 0;
   const bool asked =
-      allow_shared<Kernel>(context.device) == cudaSuccess &&
+      allow_shared<Kernel>(device) == cudaSuccess &&
       cudaFuncSetAttribute(kernel<Kernel>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ==
           cudaSuccess &&
       cudaOccupancyMaxActiveClusters(&clusters, kernel<Kernel>, &config) == cudaSuccess;
   if (!asked) cudaGetLastError();
   return asked && clusters > 0;
+}
+
+// Whether clusters of this size with so much shared memory can run on the device. The driver is
+// asked once for each, not at every call.
+template <class Kernel>
+bool cluster_fits(const Context& context, int size, size_t shared) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, int, size_t>, bool> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const std::tuple<int, int, size_t> question(context.device, size, shared);
+  const auto answer = known.find(question);
+  if (answer != known.end()) return answer->second;
+  return known[question] = ask_cluster_fits<Kernel>(context.device, size, shared);
 }
 
 inline void clear(const Context& context, void* memory, int64_t bytes) {
