@@ -205,6 +205,14 @@ def _outliers(n: int, rng: torch.Generator) -> Clouds:
     return x, y + 0.5
 
 
+def _outliers_apart(n: int, rng: torch.Generator) -> Clouds:
+    """Gaussians in 3-D with every twentieth point moved away by ten in each coordinate."""
+    x, y = torch.randn(2, n, 3, generator=rng)
+    x[::20] += 10
+    y[::20] += 10
+    return x, y + 0.5
+
+
 def _low_dimensional(n: int, rng: torch.Generator) -> Clouds:
     x, y = torch.randn(2, n, 8, generator=rng)
     return x, y + 0.5
@@ -284,6 +292,9 @@ WORKLOADS: dict[str, Workload] = {
     ),
     "outliers": Workload(
         "Gaussians, d=2, 5% outliers", _outliers, "sqeuclidean", (0.2,), (512, 1000)
+    ),
+    "outliers_apart": Workload(
+        "Gaussians, d=3, 5% far away", _outliers_apart, "sqeuclidean", (0.165,), (512, 1000)
     ),
     "low_dimensional": Workload("Gaussians, d=8", _low_dimensional, "sqeuclidean", (8.0,), (32,)),
 }

@@ -51,6 +51,7 @@ CASES = (
     ("gaussians_64d_weighted", 512, 5.0),
     ("cosine_features", 256, 0.002),
     ("outliers", 512, 0.08),
+    ("outliers_apart", 512, 0.165),
 )
 
 

@@ -82,6 +82,9 @@ class Engine {
   bool find_large(double eps, const T* F, const T* g, const PlanMarginals<T>& marginals,
                   int64_t sweeps, std::vector<SparseRows<T>>& parts) {
     constexpr double kLeast = -10, kMost = -4, kStep = 2, kLeastHeld = 0.9;
+    const std::vector<int64_t> rows = sample(n, a, kCountedRows);
+    const double most = most_large(sweeps), sampled = static_cast<double>(rows.size());
+    if (rows.empty()) return false;
     absorb(eps, g);
     for (double least = kLeast; least <= kMost; least += kStep) {
       const auto large = [&](const T* C, int64_t i, int64_t count) {
@@ -95,11 +98,10 @@ class Engine {
                                marginals.R.data() + i,
                                marginals.S.data()};
       };
-      const std::vector<int64_t> rows = sample(n, a, kCountedRows);
       const LargeCount counted = count_sample(rows, large);
-      const double share = static_cast<double>(counted.entries) / (rows.size() * m);
-      if (share > most_large(sweeps)) continue;
-      if (counted.held < kLeastHeld * rows.size()) return false;
+      if (counted.held < kLeastHeld * sampled) return false;
+      const double share = static_cast<double>(counted.entries) / (sampled * m);
+      if (share > most) continue;
       list_all(large, share, parts);
       return true;
     }
@@ -182,8 +184,9 @@ class Engine {
   int64_t index_of(const Workspace& w) const { return &w - workspaces_.data(); }
 
   // The part of all entries that may be listed after so many sweeps: what Newton's steps take is
-  // then no more than what was spent without them. A listed entry costs as much as some twenty in a
-  // sweep over costs in the cache, and as a few where they come from memory or are made.
+  // then about what was spent without them. A listed entry costs as much as some twenty float32
+  // entries of a sweep over costs in the cache (kCheap is for each byte of an entry), and as a few
+  // where costs come from memory or are made.
   double most_large(int64_t sweeps) const {
     constexpr double kCheap = 0.0025, kDear = 0.05, kMost = 0.25, kEntries = 1 << 22,
                      kCache = 4 << 20;
