@@ -74,7 +74,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         line = lines.setdefault(f"{row['workload']}, {row['n']}, {row['eps']:g}", [])
         line.append(" / ".join(map(str, row["sweeps"])))
-        line.append(" / ".join(f"{ms:.3g}" for ms in row["ms"]))
+        line.append(" / ".join(f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}" for ms in row["ms"]))
     return markdown(head, [[name, *cells] for name, cells in lines.items()])
 
 
