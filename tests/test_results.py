@@ -74,6 +74,22 @@ def test_tol_is_kept(method, tol, rng):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_marginal_error_leaves_the_plan_differentiable(method, rng):
+    """Whatever is asked first."""
+    c, gradients = clouds(rng, 9, 8, 2), []
+    v = randn(rng, 9, 8)
+    for first in (False, True):
+        x = c.x.clone().requires_grad_()
+        result = otloss.solve_sample(x, c.y, 0.3, tol=1e-8, method=method)
+        if first:
+            assert isinstance(result.marginal_error, float)
+        (gradient,) = torch.autograd.grad((v * result.plan).sum(), x)
+        gradients.append(gradient)
+    assert float(gradients[0].abs().max()) > 0
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("strength", STRENGTHS, ids=str)
 def test_unbalanced_results(strength, method, rng):
     """What `marginal_error` and the maps mean where the plan need not have the marginals a, b."""
