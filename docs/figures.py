@@ -268,9 +268,9 @@ def passes() -> str:
     ]
     header = ["workload, eps (eps / sigma), method", *names]
     return (
-        "Passes for the problem between two clouds until an error is reached (of value and gradient\n"
-        "relative to the divergence's), in float64, searches for large entries counted as two:\n"
-        f"`python -m benchmarks.run passes`.\n\n{table(header, rows)}\n"
+        "Passes for the problem between two clouds until an error is reached (of value and\n"
+        "gradient relative to the divergence's), in float64, searches for large entries counted\n"
+        f"as two: `python -m benchmarks.run passes`.\n\n{table(header, rows)}\n"
     )
 
 

@@ -330,7 +330,9 @@ def _target(
 
 def _add_ratios(targets: list[Rung], floor: dict[str, float] | None) -> None:
     """How many times otloss's time and the floor's a peer takes, or took before it gave up."""
-    own = {t["target"]: t["seconds"]["median"] for t in targets if t["peer"] == OWN}
+    own = {
+        t["target"]: t["seconds"]["median"] for t in targets if t["peer"] == OWN and t["seconds"]
+    }
     for entry in targets:
         ours = own.get(entry["target"])
         seconds = entry["seconds"]["median"] if entry["seconds"] else entry["at_least"]
