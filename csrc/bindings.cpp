@@ -3,6 +3,7 @@
 //
 // Only LibTorch's stable ABI is used, so one build serves every later torch.
 #include <Python.h>
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -24,12 +25,6 @@
 #include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "kernels.h"
-
-#if defined(OTLOSS_WITH_CUDA)
-// The one symbol that only a torch with CUDA has; weak, so that the library loads without it too.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
-                                                                                   void** stream);
-#endif
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -145,6 +140,23 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
+#if defined(OTLOSS_WITH_CUDA)
+// The one function that only a torch with CUDA has. It is asked for by name in the library that
+// torch has loaded: linked to, this module would not load without CUDA, and a weak symbol stays
+// unresolved, since linkers drop libtorch.so, of which nothing is used, and libtorch_cuda.so is
+// reached through it alone.
+AOTITorchError get_current_cuda_stream(int32_t device, void** stream) {
+  using Function = AOTITorchError (*)(int32_t, void**);
+  static const Function function = [] {
+    void* const torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    STD_TORCH_CHECK(torch_cuda != nullptr,
+                    "otloss: the tensors are on a CUDA device, but torch was built without CUDA");
+    return reinterpret_cast<Function>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream"));
+  }();
+  return function(device, stream);
+}
+#endif
+
 // Where an operation runs: the device of its tensors, which it makes the current one, and on a GPU
 // the current stream and the memory that kernels asked for.
 class Device {
@@ -158,12 +170,10 @@ class Device {
             "otloss: all tensors must be on one device");
 #if defined(OTLOSS_WITH_CUDA)
     if (!first.is_cuda()) return;
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-                    "otloss: the tensors are on a CUDA device, but torch was built without CUDA");
     is_cuda_ = true;
     context_.device = first.get_device_index();
     guard_ = std::make_unique<torch::stable::accelerator::DeviceGuard>(context_.device);
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(context_.device, &context_.stream));
+    TORCH_ERROR_CODE_CHECK(get_current_cuda_stream(context_.device, &context_.stream));
     like_ = first;
     context_.owner = this;
     context_.allocate = [](int64_t bytes, void* owner) {
