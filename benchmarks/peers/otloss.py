@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -26,7 +25,9 @@ def available() -> tuple[bool, str]:
 
 
 def version() -> str:
-    return metadata.version("otloss")
+    import otloss
+
+    return otloss.__version__
 
 
 def iteration(C: Tensor, eps: float) -> list[IterationVariant]:

@@ -164,11 +164,16 @@ def _measure(context: Context, n: int, eps: float) -> dict[str, Any]:
 
 def run(context: Context) -> dict[str, Any]:
     options = context.options
-    problems = [
-        _measure(context, n, eps) for n in options.iteration_sizes for eps in options.iteration_eps
-    ]
-    rows = [row for problem in problems for row in problem.pop("rows")]
-    return {"rows": rows, "problems": problems, "bars": _bars(rows)}
+    problems: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    for n in options.iteration_sizes:
+        for eps in options.iteration_eps:
+            problem = _measure(context, n, eps)
+            rows += problem.pop("rows")
+            problems.append(problem)
+            result = {"rows": rows, "problems": problems, "bars": _bars(rows)}
+            context.save(result)  # a limit on the time may end the run
+    return result
 
 
 def _bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
