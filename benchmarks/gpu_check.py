@@ -191,6 +191,10 @@ def main() -> int:
         return report.finish()
 
     print(f"== GPU: {name}")
+    # Without nvcc the build leaves them out, and every test of them would be skipped.
+    built = "from otloss import ops; assert ops.CUDA_KERNELS, 'otloss was built without them'"
+    if not report.run("CUDA kernels", [sys.executable, "-c", built]):
+        return report.finish()
     report.run("CUDA tests", [*pytest, "tests/test_cuda.py"], MOST_TEST_SECONDS)
     sanitizer = find_tool("compute-sanitizer")
     if options.no_sanitizer or sanitizer is None:
