@@ -115,7 +115,8 @@ struct EpilogueKernel {
       const int64_t row = batch * group.n + i;
       for (int64_t j = first + lane; j < last; j += kWarp) {
         T& c = group.C[row * group.m + j];
-        c = entry(row, batch * group.m + j, c);
+        // Up to kDirectDims there is nothing in C yet.
+        c = entry(row, batch * group.m + j, group.d > kDirectDims ? c : T(0));
         // A point is at distance 0 from itself; one of zero norm has no direction and costs 1.
         if (group.symmetric && i == j && !(Cost::kUnitNorm && !(group.hx[row] > T(0)))) c = T(0);
       }
