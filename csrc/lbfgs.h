@@ -93,6 +93,14 @@ struct StepLength {
 
 // ---------------------------------------------------------------------------------- directions
 
+// Whether a point of which so much is asked, of a total `mass`, counts in inner products. Outliers
+// do not where marginals are soft: a direction says nothing of their potentials, and they move
+// along the residual, as in a plain iteration.
+OTLOSS_HOST_DEVICE bool takes_part(double asked, double mass) {
+  constexpr double kNothing = 1e-20;
+  return asked > kNothing * mass;
+}
+
 // Whether a pair of step s and change of the residual y has curvature: <s, y>, <s, s>, <y, y>.
 OTLOSS_HOST_DEVICE bool is_curved(double sy, double ss, double yy) {
   constexpr double kLeastCurvature = 1e-10;

@@ -86,3 +86,12 @@ def test_warning_tells_the_sweeps(rng):
     for most in range(1, 25):
         with pytest.warns(otloss.ConvergenceWarning):
             assert solve(c, 1e-3, tol=1e-12, max_iters=most).n_iters == most
+
+
+@pytest.mark.parametrize("strength", [2.0, (None, 2.0), (2.0, None)], ids=str)
+def test_outliers_that_the_plan_leaves_out(strength, rng):
+    """Their part of the plan is far below what float32 can tell from 0."""
+    for _ in range(20):
+        c = clouds(rng, 100, 110, 2, dtype=torch.float32)
+        (c.x if isinstance(strength, tuple) and strength[1] is None else c.y)[:6] += 50
+        assert solve(c, 0.1, unbalanced=strength, tol=1e-3, max_iters=200).converged

@@ -283,6 +283,8 @@ void ascend(Engine& engine, double eps, double tol, int64_t max_iters, T* F,
     const bool by_newton =
         iterations + 2 < max_iters && newton.prepare(eps, F, point, iterations - begun, iterations);
     std::vector<T> p = memory.direction(r, by_newton ? &newton_step : nullptr);
+    for (int64_t j = 0; j < m; ++j)
+      if (!takes_part(static_cast<double>(point.asked[j]), engine.y.mass)) p[j] = r[j];
     for (int64_t j = 0; j < m; ++j) excess[j] = T(1) - point.q[j];
     const auto slope_along = [&](const std::vector<T>& v) {  // <b - P^T 1, v>
       return dot(m, point.asked.data(), excess.data(), v.data());

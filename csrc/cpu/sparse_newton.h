@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "conjugate_gradients.h"
+#include "lbfgs.h"
 #include "math.h"
 #include "parallel.h"
 #include "sweep.h"
@@ -52,7 +53,7 @@ struct SparseRows {
 template <typename T>
 struct PlanMarginals {
   Vector r, c;          // (n,) (m,)
-  std::vector<T> R, S;  // (n,) (m,) log2; kLog2Zero and -kLog2Zero where the weight is 0
+  std::vector<T> R, S;  // (n,) (m,) log2 of their parts of the total; ±kLog2Zero where it is 0
 };
 
 template <typename T, typename Engine>
@@ -94,7 +95,8 @@ class SparseNewton {
   }
 
   // p, from a residual at an error, by the inverse of (1 + damping) I - K. Constants, of which the
-  // semidual knows nothing, are left out before and after.
+  // semidual knows nothing, are left out before and after. Columns that hold nothing of the plan
+  // keep their residual: a plain iteration.
   void step(double error, std::vector<T>& p) {
     const double damping = kDamping * error, before = mean(p);
     const Vector& c = marginals_.c;
@@ -111,7 +113,7 @@ class SparseNewton {
         {kTolerance, 0, kMaxIterations}, inverse_, apply, [](Vector&) {}, right_, solution_);
     const double after = mean(solution_);
     for (size_t j = 0; j < c.size(); ++j)
-      p[j] = c[j] > 0 ? static_cast<T>(solution_[j] - after) : T(0);
+      if (c[j] > 0) p[j] = static_cast<T>(solution_[j] - after);
   }
 
  private:
@@ -128,7 +130,8 @@ class SparseNewton {
   // A test compares the steps of L-BFGS alone with those of a GPU.
   static bool is_off(const char* setting) { return setting && std::string_view(setting) == "0"; }
 
-  // Row sums are those of exact rows, then damped; both sides are given the same total.
+  // Row sums are those of exact rows, then damped; both sides are given the same total. Points that
+  // hold next to nothing of the plan, which soft marginals make of outliers, count as nothing.
   void set_marginals(double eps, const T* F, const std::vector<T>& asked,
                      const std::vector<T>& ratio) {
     const int64_t n = engine_.n, m = engine_.m;
@@ -142,10 +145,14 @@ class SparseNewton {
       of_columns += c[j] = static_cast<double>(asked[j]) * static_cast<double>(ratio[j]);
     for (int64_t i = 0; i < n; ++i) {
       r[i] *= of_columns / of_rows;
-      marginals_.R[i] = log2_weight(static_cast<T>(r[i]));
+      if (!takes_part(r[i], of_columns)) r[i] = 0;
+      marginals_.R[i] = log2_weight(static_cast<T>(r[i] / of_columns));
     }
-    for (int64_t j = 0; j < m; ++j)
-      marginals_.S[j] = c[j] > 0 ? log2_weight(static_cast<T>(c[j])) : static_cast<T>(-kLog2Zero);
+    for (int64_t j = 0; j < m; ++j) {
+      if (!takes_part(c[j], of_columns)) c[j] = 0;
+      marginals_.S[j] =
+          c[j] > 0 ? log2_weight(static_cast<T>(c[j] / of_columns)) : static_cast<T>(-kLog2Zero);
+    }
   }
 
   // In the weights c.

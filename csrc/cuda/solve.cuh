@@ -1057,7 +1057,7 @@ class Solver {
       T p = T(0);
       for (int v = 0; v < kBasis; ++v)
         if (step_.on[v] != 0) p += static_cast<T>(step_.on[v]) * basis(v)[j];
-      p_[j] = p;
+      p_[j] = takes_part(static_cast<double>(asked_[j]), mass_y_) ? p : r_[j];
     });
     return try_step();
   }
