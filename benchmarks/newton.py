@@ -43,9 +43,7 @@ def solve(problem: workloads.Problem, tol: float, newton: bool) -> tuple[int, fl
         problem.x,
         problem.y,
         problem.eps,
-        a=problem.a,
-        b=problem.b,
-        cost=problem.cost,
+        **problem.options,
         tol=tol,
         max_iters=MOST,
     )

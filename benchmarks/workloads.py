@@ -54,6 +54,11 @@ class Problem:
         return replace(self, **moved)
 
     @property
+    def options(self) -> dict[str, Tensor | str]:
+        """What otloss takes besides the clouds and eps."""
+        return {"a": self.a, "b": self.b, "cost": self.cost}
+
+    @property
     def sizes(self) -> tuple[int, int]:
         return self.x.shape[0], self.y.shape[0]
 

@@ -8,6 +8,8 @@
 //                                                      (f, g) over b; f = damping F
 //     void update_rows(eps, g, F, s)                   rows only; s = row sums before, over a
 //     double sigma()                                   how varied the cost is
+//     bool propose(sweeps, eps, g)                     where to begin better than at 0
+//     bool find_large(...), entry_values(...)          large entries of the plan (sparse_newton.h)
 //
 // F is in units of 1 / k, k = log2(e) / eps; g and gt are in units of cost. The updates are the
 // softmins times x.damping and y.damping, which are 1 unless a marginal is soft.
