@@ -266,12 +266,14 @@ OTLOSS_INLINE LargeCount count_large_body(const LargeEntries<T>& p) {
   return {count, static_cast<double>(held)};
 }
 
+// A byte that is written might be one of `p` to the compiler, which then makes no vectors.
 template <typename T>
 OTLOSS_INLINE void mark_large_body(const LargeEntries<T>& p, uint8_t* marks) {
-  const T F = p.F, R = p.R, k = p.k, least = p.least;
+  const int64_t m = p.m;
+  const T F = p.F, R = p.R, k = p.k, least = p.least, *C = p.C, *G = p.G, *S = p.S;
 #pragma omp simd
-  for (int64_t j = 0; j < p.m; ++j)
-    marks[j] = static_cast<uint8_t>(largest_share(F + p.G[j] - k * p.C[j], R, p.S[j]) > least);
+  for (int64_t j = 0; j < m; ++j)
+    marks[j] = static_cast<uint8_t>(largest_share(F + G[j] - k * C[j], R, S[j]) > least);
 }
 
 template <typename T>
