@@ -86,10 +86,16 @@ class Engine {
     if (rows.empty()) return false;
     absorb(eps, g);
     for (double least = kLeast; least <= kMost; least += kStep) {
-      const auto large = [&](const T* C, int64_t i) {
-        return LargeEntries<T>{
-            m,         factor(eps),       static_cast<T>(least), C, F[i], marginals.R[i],
-            G_.data(), marginals.S.data()};
+      const auto large = [&](const T* C, int64_t i, int64_t count) {
+        return LargeEntries<T>{count,
+                               m,
+                               factor(eps),
+                               static_cast<T>(least),
+                               C,
+                               F + i,
+                               G_.data(),
+                               marginals.R.data() + i,
+                               marginals.S.data()};
       };
       const LargeCount counted = count_sample(rows, large);
       if (counted.held < kLeastHeld * sampled) return false;
@@ -193,7 +199,7 @@ class Engine {
   LargeCount count_sample(const std::vector<int64_t>& rows, Large&& large) {
     LargeCount all{0, 0};
     for (const int64_t i : rows) {
-      const LargeCount row = count_large(large(source_.rows(i, 1, workspaces_[0].C.data()), i));
+      const LargeCount row = count_large(large(source_.rows(i, 1, workspaces_[0].C.data()), i, 1));
       all.entries += row.entries, all.held += row.held;
     }
     return all;
@@ -214,7 +220,7 @@ class Engine {
       for_each_block(source_, begin, end, w.C.data(), [&](const T* C, int64_t i, int64_t count) {
         for (int64_t row = 0; row < count; ++row) {
           part.reserve(listed + m + kEntriesAtOnce);
-          listed += list_large(large(C + row * m, i + row), marks.data(),
+          listed += list_large(large(C + row * m, i + row, 1), marks.data(),
                                part.column.data() + listed, part.cost.data() + listed);
           part.end[i + row - begin] = listed;
         }

@@ -252,25 +252,23 @@ OTLOSS_INLINE T largest_share(T entry, T R, T S) {
 
 // Functions of one row, as plan_row.
 template <typename T>
-OTLOSS_INLINE LargeCount count_large_body(const LargeEntries<T>& p) {
+OTLOSS_INLINE LargeCount count_large_body(int64_t m, T F, T R, T k, T least, const T* C, const T* G,
+                                          const T* S) {
   int32_t count = 0;
   T held = 0;
-  const T F = p.F, R = p.R, k = p.k, least = p.least;
 #pragma omp simd reduction(+ : count, held)
-  for (int64_t j = 0; j < p.m; ++j) {
-    const T entry = F + p.G[j] - k * p.C[j], value = fast_exp2(entry);
-    const bool large = largest_share(entry, R, p.S[j]) > least;
+  for (int64_t j = 0; j < m; ++j) {
+    const T entry = F + G[j] - k * C[j], value = fast_exp2(entry);
+    const bool large = largest_share(entry, R, S[j]) > least;
     count += static_cast<int32_t>(large);
     held += large ? value : T(0);
   }
   return {count, static_cast<double>(held)};
 }
 
-// A byte that is written might be one of `p` to the compiler, which then makes no vectors.
 template <typename T>
-OTLOSS_INLINE void mark_large_body(const LargeEntries<T>& p, uint8_t* marks) {
-  const int64_t m = p.m;
-  const T F = p.F, R = p.R, k = p.k, least = p.least, *C = p.C, *G = p.G, *S = p.S;
+OTLOSS_INLINE void mark_large_body(int64_t m, T F, T R, T k, T least, const T* C, const T* G,
+                                   const T* S, uint8_t* marks) {
 #pragma omp simd
   for (int64_t j = 0; j < m; ++j)
     marks[j] = static_cast<uint8_t>(largest_share(F + G[j] - k * C[j], R, S[j]) > least);
@@ -283,29 +281,40 @@ OTLOSS_INLINE void entry_values_body(int64_t count, T F, T k, const T* G, const 
   for (int64_t e = 0; e < count; ++e) value[e] = fast_exp2(F + G[column[e]] - k * cost[e]);
 }
 
-#define OTLOSS_ENTRIES(T)                                                                          \
-  OTLOSS_SIMD LargeCount count_large_row(const LargeEntries<T>& p) { return count_large_body(p); } \
-  OTLOSS_SIMD void mark_large_row(const LargeEntries<T>& p, uint8_t* marks) {                      \
-    mark_large_body(p, marks);                                                                     \
-  }                                                                                                \
-  OTLOSS_SIMD void values_of_row(int64_t count, T F, T k, const T* G, const int32_t* column,       \
-                                 const T* cost, T* value) {                                        \
-    entry_values_body(count, F, k, G, column, cost, value);                                        \
+#define OTLOSS_ENTRIES(T)                                                                    \
+  OTLOSS_SIMD LargeCount count_large_row(int64_t m, T F, T R, T k, T least, const T* C,      \
+                                         const T* G, const T* S) {                           \
+    return count_large_body(m, F, R, k, least, C, G, S);                                     \
+  }                                                                                          \
+  OTLOSS_SIMD void mark_large_row(int64_t m, T F, T R, T k, T least, const T* C, const T* G, \
+                                  const T* S, uint8_t* marks) {                              \
+    mark_large_body(m, F, R, k, least, C, G, S, marks);                                      \
+  }                                                                                          \
+  OTLOSS_SIMD void values_of_row(int64_t count, T F, T k, const T* G, const int32_t* column, \
+                                 const T* cost, T* value) {                                  \
+    entry_values_body(count, F, k, G, column, cost, value);                                  \
   }
 OTLOSS_ENTRIES(float)
 OTLOSS_ENTRIES(double)
 #undef OTLOSS_ENTRIES
 
 template <typename T>
-bool has_weight(const LargeEntries<T>& p) {
-  return p.R > static_cast<T>(kLog2Zero);
+LargeCount count_large_entries(const LargeEntries<T>& p) {
+  LargeCount all{0, 0};
+  for (int64_t i = 0; i < p.rows; ++i) {
+    if (!(p.R[i] > static_cast<T>(kLog2Zero))) continue;
+    const LargeCount row =
+        count_large_row(p.m, p.F[i], p.R[i], p.k, p.least, p.C + i * p.m, p.G, p.S);
+    all.entries += row.entries, all.held += row.held;
+  }
+  return all;
 }
 
 // Most marks are 0, so they are read many at a time.
 template <typename T>
 int64_t list_large_entries(const LargeEntries<T>& p, uint8_t* marks, int32_t* column, T* cost) {
-  if (!has_weight(p)) return 0;
-  mark_large_row(p, marks);
+  if (!(p.R[0] > static_cast<T>(kLog2Zero))) return 0;
+  mark_large_row(p.m, p.F[0], p.R[0], p.k, p.least, p.C, p.G, p.S, marks);
   int64_t count = 0;
   for (int64_t j = 0; j < p.m; j += kEntriesAtOnce) {
     uint64_t some;
@@ -392,12 +401,8 @@ void plan_rows(const PlanRows<float>& p) { plan_of_rows(p); }
 void plan_rows(const PlanRows<double>& p) { plan_of_rows(p); }
 double transport_rows(const PlanRows<float>& p) { return transport_sum(p); }
 double transport_rows(const PlanRows<double>& p) { return transport_sum(p); }
-LargeCount count_large(const LargeEntries<float>& p) {
-  return has_weight(p) ? count_large_row(p) : LargeCount{0, 0};
-}
-LargeCount count_large(const LargeEntries<double>& p) {
-  return has_weight(p) ? count_large_row(p) : LargeCount{0, 0};
-}
+LargeCount count_large(const LargeEntries<float>& p) { return count_large_entries(p); }
+LargeCount count_large(const LargeEntries<double>& p) { return count_large_entries(p); }
 int64_t list_large(const LargeEntries<float>& p, uint8_t* marks, int32_t* column, float* cost) {
   return list_large_entries(p, marks, column, cost);
 }

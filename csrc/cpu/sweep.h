@@ -79,20 +79,21 @@ struct MaxAbs {
   const T* b;    // (m,)
 };
 
-// Entries of one row of the plan that are more than 2^least of their row's or column's sum.
+// Entries of the plan that are more than 2^least of their row's or of their column's sum.
 template <typename T>
 struct LargeEntries {
-  int64_t m;  // columns
+  int64_t rows;  // n
+  int64_t m;     // columns
   T k;
   T least;
-  const T* C;  // (m,)
-  T F;         // exact row update
-  T R;         // log2 of the row sum, kLog2Zero where the weight is 0
+  const T* C;  // (n, m)
+  const T* F;  // (n,) exact row updates
   const T* G;  // (m,)
+  const T* R;  // (n,) log2 of the row sums, kLog2Zero where the weight is 0
   const T* S;  // (m,) log2 of the column sums, -kLog2Zero where the weight is 0
 };
 
-// How many there are, and the part of the row that they hold.
+// How many there are, and the part of their rows that they hold, over all rows.
 struct LargeCount {
   int64_t entries;
   double held;
@@ -101,7 +102,7 @@ struct LargeCount {
 LargeCount count_large(const LargeEntries<float>& entries);
 LargeCount count_large(const LargeEntries<double>& entries);
 
-// Lists them in order; returns how many. `column` and `cost` have room for all
+// Lists those of the first row, in order; returns how many. `column` and `cost` have room for all
 // columns and kEntriesAtOnce more, `marks` (m + kEntriesAtOnce,) is 0 from m on.
 constexpr int64_t kEntriesAtOnce = 8;
 
