@@ -114,13 +114,13 @@ def native_extension() -> Extension:
     import torch
     from torch.utils.cpp_extension import include_paths
 
-    sources = [CSRC / "bindings.cpp", *sorted(CSRC.glob("cpu/*.cpp"))]
+    sources = [CSRC / "bindings.cpp", *sorted(CSRC.glob("cpu/**/*.cpp"))]
     macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
     library_dirs = [str(Path(torch.__file__).parent / "lib")]
     libraries = ["torch", "torch_cpu", "c10"]
     toolkit = find_nvcc() if enabled("OTLOSS_BUILD_CUDA") else None
     if toolkit:
-        sources += sorted([*CSRC.glob("cuda/*.cu"), *CSRC.glob("cuda/*.cpp")])
+        sources += sorted([*CSRC.glob("cuda/**/*.cu"), *CSRC.glob("cuda/**/*.cpp")])
         macros += [("OTLOSS_WITH_CUDA", "1"), ("OTLOSS_CUDA_ARCH", f'"{cuda_arch()}"')]
         library_dirs += [str(p.parent) for p in toolkit[1].glob("lib*/libcudart_static.a")]
         libraries += ["cudart_static", "dl", "rt", "pthread"]

@@ -1,4 +1,4 @@
-"""The costs by name. A new one is an entry here, a functor in csrc/costs.h and its reference."""
+"""The costs by name. A new one is an entry here, a functor in csrc/core/costs.h and a reference."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["COSTS", "Cost", "cost_between", "cost_gradient", "full_precision", "
 # x and y are.
 Cost = str | Callable[[Tensor, Tensor], Tensor]
 
-# Name -> number of the functor, as `CostKind` in csrc/costs.h.
+# Name -> number of the functor, as `CostKind` in csrc/core/costs.h.
 COSTS: Final[dict[str, int]] = {"sqeuclidean": 0, "euclidean": 1, "cosine": 2}
 
 
