@@ -114,7 +114,7 @@ def native_extension() -> Extension:
     import torch
     from torch.utils.cpp_extension import include_paths
 
-    sources = [CSRC / "bindings.cpp", *sorted(CSRC.glob("cpu/**/*.cpp"))]
+    sources = [*sorted(CSRC.glob("bindings/*.cpp")), *sorted(CSRC.glob("cpu/**/*.cpp"))]
     macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
     library_dirs = [str(Path(torch.__file__).parent / "lib")]
     libraries = ["torch", "torch_cpu", "c10"]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from otloss import ops
 
 COSTS = ("sqeuclidean", "euclidean", "cosine")
 DTYPES = (torch.float32, torch.float64)
@@ -146,3 +149,19 @@ def close(got: Tensor, expected: Tensor, tol: float, scale: float | Tensor | Non
 def simplex(logits: Tensor) -> Tensor:
     """Weights of total 1 from free parameters: perturbing these keeps the problem balanced."""
     return logits.softmax(-1)
+
+
+def solved(
+    problem: Any,
+    init: list[Tensor] | None = None,
+    *,
+    module: Any = ops,
+    tol: float = 1e-3,
+    max_iters: int = 1000,
+    n_iters: int = -1,
+    trace: bool = False,
+    dense: bool = False,
+) -> tuple[Any, ...]:
+    """Loss, status, f, g, traces and costs of ``ops.problems(...)``."""
+    limits = (ops.number(tol), max_iters, n_iters, trace, dense)
+    return module.solve(*problem, init or [], *limits)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import STRENGTHS, Strength
+from helpers import STRENGTHS, Strength, solved
 from torch import Tensor
 
 import otloss
@@ -110,18 +110,18 @@ def test_unrolled_and_implicit_gradients(
     costs = ops.cost([x, y], [], [0, 1, 0, 0], 0)
     pairs, coefficients = [0, 1, 0, 0], [1.0, -0.5]
     n_iters, objective = mode.get("n_iters", -1), int("objective" in mode)
-    head = (costs, [a, b], pairs, coefficients)
-    _, _, f, g, traces = ops.solve(
-        *head, [], 1.0, *rho, 1e-5, 1000, n_iters, objective, n_iters > 0
+    problem = ops.problems(
+        [a, b], pairs, coefficients, 1.0, costs=costs, rho=rho, objective=objective
     )
+    _, _, f, g, traces, _ = solved(problem, tol=1e-5, n_iters=n_iters, trace=n_iters > 0)
     seeds = ([torch.linspace(-1, 1, v.shape[1]).expand_as(v).to(v).contiguous() for v in side]
              for side in (f, g))  # fmt: skip
-    arguments = [torch.tensor([1.0, -2.0], dtype=dtype), *seeds, *head]
+    arguments = [torch.tensor([1.0, -2.0], dtype=dtype), *seeds, *problem]
     if n_iters > 0:
         gradient, arguments = ops.unrolled_backward, [*arguments, [], traces]
     else:
         gradient, arguments = ops.implicit_backward, [*arguments, f, g]
-    arguments += [1.0, *rho, objective, [1, 1], True]
+    arguments += [[0, 1], [], True]
     expected = gradient(*arguments)
     found = gradient(*(_on_gpu(argument) for argument in arguments))
     tolerance = 1e-4 if dtype == torch.float32 else 1e-9
@@ -577,15 +577,17 @@ def test_streamed_gradients_of_many_passes(
     x, y, a, b = clouds(n, m, d, dtype, (2,))
     eps = 0.3 * float(otloss.cost_matrix(x, y, COSTS[cost]).mean()) + 0.1
     n_iters, objective = mode.get("n_iters", -1), int("objective" in mode)
-    head = ([x, y], [a, b], [0, 1, 0, 0], [1.0, -0.5])
-    settings = (eps, *rho, 1e-5, 1000, n_iters, objective, n_iters > 0)
-    _, _, f, g, traces, _ = ops.solve_points(*head, [], cost, False, *settings)
+    problem = ops.problems(
+        [a, b], [0, 1, 0, 0], [1.0, -0.5], eps,
+        points=[x, y], kind=cost, rho=rho, objective=objective,
+    )  # fmt: skip
+    _, _, f, g, traces, _ = solved(problem, tol=1e-5, n_iters=n_iters, trace=n_iters > 0)
     seeds = ([torch.linspace(-1, 1, v.shape[1]).expand_as(v).to(v).contiguous() for v in side]
              for side in (f, g))  # fmt: skip
     solution = ([], traces) if n_iters > 0 else (f, g)
-    gradient = ops.unrolled_backward_points if n_iters > 0 else ops.implicit_backward_points
-    arguments = [torch.tensor([1.0, -2.0], dtype=dtype), *seeds, *head, *solution, cost, eps, *rho]
-    arguments += [objective, [0, 1], True]
+    gradient = ops.unrolled_backward if n_iters > 0 else ops.implicit_backward
+    arguments = [torch.tensor([1.0, -2.0], dtype=dtype), *seeds, *problem, *solution]
+    arguments += [[], [0, 1], True]
     expected = gradient(*arguments)
     found = gradient(*(_on_gpu(argument) for argument in arguments))
     tolerance = 3e-4 if dtype == torch.float32 else 1e-9

@@ -20,6 +20,7 @@ import torch
 from helpers import DTYPES, Strength, name, rand, randn, scaled
 from helpers import STRENGTHS as SOFT
 from helpers import rho as rho_pair
+from helpers import solved as run
 from torch import Tensor
 
 import otloss
@@ -63,7 +64,7 @@ class Rho(ctypes.Structure):
 
 
 def rho_of(rho: tuple[float, float], i: int, j: int) -> Rho:
-    """Of the pair (i, j), as in csrc/bindings.cpp."""
+    """Of the pair (i, j), as in csrc/bindings."""
     return Rho(rho[i > 0], rho[j > 0], rho == HARD)
 
 
@@ -124,12 +125,21 @@ class Problem(NamedTuple):
     ) -> list[Tensor]:
         """As Engine.gradient."""
         seeds = (self.grad_f, self.grad_g) if potentials else ([], [])
-        head = (self.grad, *seeds, self.costs, self.weights, self.pairs, self.coefficients)
-        tail = (self.eps, *self.rho, self.objective, [int(costs)] * len(self.costs), True)
+        problem = ops.problems(
+            self.weights, self.pairs, self.coefficients, self.eps, costs=self.costs,
+            rho=self.rho, objective=self.objective,
+        )  # fmt: skip
+        tail = (list(range(len(self.costs))) if costs else [], [], True)
         if implicit:
-            *grads, status = ops.implicit_backward(*head, self.f, self.g, *tail)
+            *grads, status = ops.implicit_backward(
+                self.grad, *seeds, *problem, self.f, self.g, *tail
+            )
         else:
-            grads, status = ops.unrolled_backward(*head, self.init, self.traces, *tail), None
+            grads = ops.unrolled_backward(
+                self.grad, *seeds, *problem, self.init, self.traces, *tail
+            )
+            status = None
+        grads = [grads[0], *grads[2:]] if costs else grads[2:]
         per_pair = [grad for pair in zip(*grads, strict=True) for grad in pair if grad.numel()]
         return per_pair if status is None else [*per_pair, status]
 
@@ -152,10 +162,12 @@ def solved(
         return torch.randn(*shape, generator=generator, dtype=like.dtype)
 
     coefficients = [1.0, -0.5, -0.5, *[0.25] * count][:count]
-    _, _, f, g, traces = ops.solve(
-        costs, weights, pairs, coefficients, init, eps, *rho, 1e-6, 500, n_iters, objective,
-        n_iters > 0,
-    )  # fmt: skip
+    problem = ops.problems(
+        weights, pairs, coefficients, eps, costs=costs, rho=rho, objective=objective
+    )
+    _, _, f, g, traces, _ = run(
+        problem, init, tol=1e-6, max_iters=500, n_iters=n_iters, trace=n_iters > 0
+    )
     return Problem(
         costs, weights, pairs, eps, objective, rho, n_iters, coefficients, init,
         random(like.shape[0]),
@@ -479,12 +491,12 @@ def on_the_cpu(
     rho: tuple[float, float] = HARD,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """Values per pair, status and potentials of the CPU kernels, which take the same steps."""
-    settings = (eps, *rho, tol, max_iters, n_iters, objective, False)
     P = len(costs)
     values = []
     for p in range(P):
         only = [float(p == other) for other in range(P)]
-        loss, status, f, g, _ = ops.solve(costs, weights, pairs, only, [], *settings)
+        problem = ops.problems(weights, pairs, only, eps, costs=costs, rho=rho, objective=objective)
+        loss, status, f, g, *_ = run(problem, tol=tol, max_iters=max_iters, n_iters=n_iters)
         values.append(loss)
     return torch.stack(values), status, f, g
 
@@ -812,10 +824,9 @@ def test_envelope_gradients(
             int(dtype == torch.float64), calls, ctypes.c_int64(1), ctypes.c_double(0.5), objective
         )
     )
-    expected = reference.envelope_backward(
-        grad, [C], weights, [0, 1], [-0.5], [f], [g], 0.5, *rho, objective, [1], True
-    )
-    for got, (true,) in zip(grads, expected, strict=True):
+    problem = ops.problems(weights, [0, 1], [-0.5], 0.5, costs=[C], rho=rho, objective=objective)
+    grad_C, _, *grad_weights = reference.envelope_backward(grad, *problem, [f], [g], [0], [], True)
+    for got, (true,) in zip(grads, [grad_C, *grad_weights], strict=True):
         torch.testing.assert_close(got, true, rtol=1e-4, atol=1e-6)
 
 
@@ -1876,17 +1887,16 @@ def test_starts_as_the_cpu(
     given = {"costs": cloud} if method == "streamed" else {"costs": costs, "start": cloud}
     unit = float(costs[0].mean())
     for fraction in (1.0, 0.05, 1e-3):
-        options = (fraction * unit, *rho, 1e-2, 300, -1, 0, False)
-        loss, cpu, *_ = ops.solve_points(
-            points, weights, [0, 1], [1.0], [], 0, method == "dense", *options
-        )
+        eps = fraction * unit
+        problem = ops.problems(weights, [0, 1], [1.0], eps, points=points, rho=rho)
+        loss, cpu, *_ = run(problem, tol=1e-2, max_iters=300, dense=method == "dense")
         values, status, *_ = long_memory.solve(
-            weights=weights, pairs=[0, 1], eps=options[0], tol=1e-2, max_iters=300, rho=rho, **given
+            weights=weights, pairs=[0, 1], eps=eps, tol=1e-2, max_iters=300, rho=rho, **given
         )
         passes = float(cpu[0, 0, 0])
         assert abs(float(status[0, 0, 0]) - passes) <= 1 + 0.15 * passes
         assert bool(status[0, 0, 2] == cpu[0, 0, 2])
-        torch.testing.assert_close(values[0], loss, rtol=1e-2, atol=1e-2 * options[0])
+        torch.testing.assert_close(values[0], loss, rtol=1e-2, atol=1e-2 * eps)
 
 
 def gaussian_potential(x: Tensor, y: Tensor, a: Tensor, b: Tensor, eps: float) -> Tensor:
