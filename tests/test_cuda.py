@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import STRENGTHS, Strength
+from helpers import STRENGTHS
 from torch import Tensor
 
 import otloss
@@ -75,7 +75,7 @@ def gradients(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cost", COSTS)
 @pytest.mark.parametrize("d", [3, 40])
-def test_agrees_with_the_cpu(regime: str, cost: str, d: int, dtype: torch.dtype) -> None:
+def test_agrees_with_the_cpu(regime, cost, d, dtype):
     tensors = clouds(120, 100, d, dtype, (3,))
 
     def loss(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -95,14 +95,7 @@ def test_agrees_with_the_cpu(regime: str, cost: str, d: int, dtype: torch.dtype)
 @pytest.mark.parametrize("mode", MODES[1:3], ids=str)
 @pytest.mark.parametrize("rho", [(math.inf, math.inf), (0.7, math.inf)], ids=str)
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (7, 300), (120, 100), (64, 2500), (700, 650)])
-def test_unrolled_and_implicit_gradients(
-    regime: str,
-    n: int,
-    m: int,
-    rho: tuple[float, float],
-    mode: dict[str, Any],
-    dtype: torch.dtype,
-) -> None:
+def test_unrolled_and_implicit_gradients(regime, n, m, rho, mode, dtype):
     """The same potentials on both sides, so that only the gradients' arithmetic differs."""
     if regime in ("block", "cluster") and n * m > 40000:
         pytest.skip("the cost does not fit in shared memory")
@@ -150,7 +143,7 @@ def _on_gpu(argument: Any) -> Any:
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
-def test_second_derivatives(mode: dict[str, Any]) -> None:
+def test_second_derivatives(mode):
     tensors = clouds(30, 25, dtype=torch.float64)
 
     def curvature(device: str) -> list[Tensor]:
@@ -165,7 +158,7 @@ def test_second_derivatives(mode: dict[str, Any]) -> None:
         torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=1e-6)
 
 
-def test_results_report_the_linear_system() -> None:
+def test_results_report_the_linear_system():
     x, y, a, b = (t.cuda() for t in clouds(80, 70))
     result = otloss.solve_sample(x.requires_grad_(), y, 0.5, a=a, b=b, objective="transport")
     assert result.linear_system is None
@@ -176,7 +169,7 @@ def test_results_report_the_linear_system() -> None:
     assert residual < 1e-8
 
 
-def test_memory_of_unrolled_gradients() -> None:
+def test_memory_of_unrolled_gradients():
     """The potentials of each iteration, not its matrices."""
     n, L, eps = 1000, 200, 10.0
     x, y, _, _ = (t.cuda() for t in clouds(n, n, 64))
@@ -206,7 +199,7 @@ def test_memory_of_unrolled_gradients() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "m"), SIZES)
-def test_sizes(regime: str, n: int, m: int, dtype: torch.dtype) -> None:
+def test_sizes(regime, n, m, dtype):
     if regime == "block" and n * m * dtype.itemsize > 160_000:
         pytest.skip("the cost does not fit in the shared memory of one block")
     if regime == "cluster" and n * m > 300000:
@@ -217,7 +210,7 @@ def test_sizes(regime: str, n: int, m: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(value.cpu(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_small_eps_from_a_cold_start(regime: str) -> None:
+def test_small_eps_from_a_cold_start(regime):
     x, y, a, b = clouds(60, 50)
     call = {"cost": "euclidean", "tol": 1e-3, "max_iters": 5000}
     expected = otloss.sinkhorn_divergence(100 * x, 100 * y, 2.0, a=a, b=b, **call)
@@ -226,7 +219,7 @@ def test_small_eps_from_a_cold_start(regime: str) -> None:
     torch.testing.assert_close(value.cpu(), expected, rtol=1e-3, atol=1e-2)
 
 
-def test_potentials_status_and_fixed_iterations(regime: str) -> None:
+def test_potentials_status_and_fixed_iterations(regime):
     x, y, a, b = clouds(80, 70)
     for n_iters in (None, 5):
         call = {"a": a, "b": b, "n_iters": n_iters, "tol": 1e-5}
@@ -239,7 +232,7 @@ def test_potentials_status_and_fixed_iterations(regime: str) -> None:
             assert result.n_iters == n_iters
 
 
-def test_what_is_not_finite_gives_nan(regime: str) -> None:
+def test_what_is_not_finite_gives_nan(regime):
     x, y, _, _ = clouds(30, 20, batch=(2,))
     x[1, 3, 0] = math.nan
     result = otloss.solve_sample(x.cuda(), y.cuda(), 1.0)
@@ -248,7 +241,7 @@ def test_what_is_not_finite_gives_nan(regime: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
-def test_repeats_bit_for_bit(regime: str, mode: dict[str, Any]) -> None:
+def test_repeats_bit_for_bit(regime, mode):
     tensors = [t.cuda() for t in clouds(180, 150, batch=(2,))]
     for t in tensors[:2]:
         t.requires_grad_()
@@ -261,14 +254,14 @@ def test_repeats_bit_for_bit(regime: str, mode: dict[str, Any]) -> None:
         assert all(bool((s == t).all()) for s, t in zip(results[0], other, strict=True))
 
 
-def test_many_problems(regime: str) -> None:
+def test_many_problems(regime):
     x, y, a, b = clouds(20, 24, batch=(500,))
     expected = otloss.sinkhorn_loss(x, y, 1.0, a=a, b=b, tol=1e-5)
     value = otloss.sinkhorn_loss(x.cuda(), y.cuda(), 1.0, a=a.cuda(), b=b.cuda(), tol=1e-5)
     torch.testing.assert_close(value.cpu(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_uses_the_current_stream(regime: str) -> None:
+def test_uses_the_current_stream(regime):
     x, y, _, _ = (t.cuda() for t in clouds(200, 180))
     expected = otloss.sinkhorn_divergence(x, y, 1.0)
     stream = torch.cuda.Stream()
@@ -282,7 +275,7 @@ def test_uses_the_current_stream(regime: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
-def test_graph_capture(regime: str, mode: dict[str, Any]) -> None:
+def test_graph_capture(regime, mode):
     x, y, _, _ = (t.cuda() for t in clouds(100, 90))
     x.requires_grad_()
 
@@ -308,7 +301,7 @@ def test_graph_capture(regime: str, mode: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
-def test_does_not_synchronise(regime: str, mode: dict[str, Any]) -> None:
+def test_does_not_synchronise(regime, mode):
     x, y, _, _ = (t.cuda() for t in clouds(100, 90))
     x.requires_grad_()
     otloss.sinkhorn_divergence(x, y, 1.0, **mode).backward()
@@ -322,7 +315,7 @@ def test_does_not_synchronise(regime: str, mode: dict[str, Any]) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("strength", STRENGTHS, ids=str)
 @pytest.mark.parametrize("objective", ["regularized", "transport"])
-def test_unbalanced(regime: str, objective: str, strength: Strength, dtype: torch.dtype) -> None:
+def test_unbalanced(regime, objective, strength, dtype):
     x, y, a, b = clouds(90, 80, 3, dtype, (2,))
     b = 1.7 * b
 
@@ -340,7 +333,7 @@ def test_unbalanced(regime: str, objective: str, strength: Strength, dtype: torc
 
 
 @pytest.mark.parametrize("strength", STRENGTHS, ids=str)
-def test_unbalanced_results_and_fixed_iterations(regime: str, strength: Strength) -> None:
+def test_unbalanced_results_and_fixed_iterations(regime, strength):
     x, y, a, b = clouds(80, 70)
     for n_iters in (None, 5):
         call = {"unbalanced": strength, "n_iters": n_iters, "tol": 1e-5}
@@ -352,7 +345,7 @@ def test_unbalanced_results_and_fixed_iterations(regime: str, strength: Strength
 
 
 @pytest.mark.parametrize("strength", [None, 2.0], ids=str)
-def test_warm_start(regime: str, strength: Strength | None) -> None:
+def test_warm_start(regime, strength):
     x, y, a, b = (t.cuda() for t in clouds(120, 110, dtype=torch.float64))
     call = {"a": a, "b": b, "unbalanced": strength}
     cold = otloss.solve_sample(x, y, 0.3, tol=1e-7, **call)
@@ -363,7 +356,7 @@ def test_warm_start(regime: str, strength: Strength | None) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("d", [3, 64])
-def test_autocast(regime: str, d: int, dtype: torch.dtype) -> None:
+def test_autocast(regime, d, dtype):
     """Losses are those of the same numbers in float32; gradients come back in the input's dtype."""
     x, y = (t.cuda().to(dtype) for t in clouds(100, 90, d)[:2])
     results = []
@@ -385,7 +378,7 @@ def test_autocast(regime: str, d: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_around_a_network(dtype: torch.dtype) -> None:
+def test_autocast_around_a_network(dtype):
     network = torch.nn.Linear(3, 8).cuda()
     x = clouds(60, 50)[0].cuda()
     with torch.autocast("cuda", dtype=dtype):
@@ -398,7 +391,7 @@ def test_autocast_around_a_network(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_runs_where_the_tensors_are() -> None:
+def test_runs_where_the_tensors_are():
     x, y, _, _ = (t.to("cuda:1") for t in clouds(100, 90))
     value = otloss.sinkhorn_divergence(x, y, 1.0)
     assert value.device == x.device
@@ -407,7 +400,7 @@ def test_runs_where_the_tensors_are() -> None:
         otloss.sinkhorn_divergence(x, y.to("cuda:0"), 1.0)
 
 
-def test_results_and_configuration_tell_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_and_configuration_tell_the_plan(monkeypatch):
     monkeypatch.delenv("OTLOSS_CUDA_REGIME", raising=False)
     x, y, _, _ = (t.cuda() for t in clouds(60, 50))
     assert "block, 1 block per problem" in otloss.solve_sample(x, y, 1.0).explain()
@@ -428,7 +421,7 @@ def whole_step(
     return loss.detach()
 
 
-def test_graph_capture_of_a_training_step(regime: str) -> None:
+def test_graph_capture_of_a_training_step(regime):
     """Network, loss, backward pass and optimizer in one graph, replayed on new data."""
     generator = torch.Generator("cuda").manual_seed(0)
     noise, y = (torch.randn(120, 3, generator=generator, device="cuda") for _ in range(2))
@@ -462,7 +455,7 @@ def test_graph_capture_of_a_training_step(regime: str) -> None:
     assert runs[0] == pytest.approx(runs[1], rel=1e-5)
 
 
-def test_a_batch_whose_problems_end_at_different_times(regime: str) -> None:
+def test_a_batch_whose_problems_end_at_different_times(regime):
     """Each ends with its own number of passes, whatever the others need."""
     x, y, a, b = clouds(60, 50, batch=(64,))
     y = y * torch.linspace(0.2, 3, 64)[:, None, None]  # from easy to hard
@@ -479,7 +472,7 @@ def test_a_batch_whose_problems_end_at_different_times(regime: str) -> None:
     torch.testing.assert_close(batch.value.cpu(), expected.value, rtol=1e-3, atol=1e-3)
 
 
-def test_refuses_a_regime_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refuses_a_regime_that_does_not_exist(monkeypatch):
     monkeypatch.setenv("OTLOSS_CUDA_REGIME", "fast")
     x, y, _, _ = (t.cuda() for t in clouds(10, 9))
     with pytest.raises(RuntimeError, match="OTLOSS_CUDA_REGIME"):
@@ -489,7 +482,7 @@ def test_refuses_a_regime_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cost", COSTS)
 @pytest.mark.parametrize("d", [2, 17, 70])
-def test_streamed_solves_and_gradients(cost: str, d: int, dtype: torch.dtype) -> None:
+def test_streamed_solves_and_gradients(cost, d, dtype):
     x, y, a, b = clouds(2100, 3300, d, dtype)
     eps = 0.1 * float(otloss.cost_matrix(x, y, cost).mean())
 
@@ -507,7 +500,7 @@ def test_streamed_solves_and_gradients(cost: str, d: int, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("cost", COSTS)
 @pytest.mark.parametrize(("n", "m", "d"), [(2000, 2000, 64), (700, 5001, 100), (1500, 1300, 784)])
-def test_tensor_cores_are_accurate(cost: str, n: int, m: int, d: int) -> None:
+def test_tensor_cores_are_accurate(cost, n, m, d):
     """Against float64: 1e-5 of the value, 1e-4 of the largest gradient, as float32 elsewhere."""
     x, y, a, b = clouds(n, m, d, torch.float64)
     eps = 0.1 * float(otloss.cost_matrix(x, y, cost).mean())
@@ -525,7 +518,7 @@ def test_tensor_cores_are_accurate(cost: str, n: int, m: int, d: int) -> None:
 
 
 @pytest.mark.parametrize("cost", COSTS)
-def test_tf32_is_allowed(cost: str) -> None:
+def test_tf32_is_allowed(cost):
     x, y, a, b = (t.cuda() for t in clouds(1500, 1300, 200))
     eps = 0.1 * float(otloss.cost_matrix(x, y, cost).mean())
 
@@ -541,9 +534,7 @@ def test_tf32_is_allowed(cost: str) -> None:
 
 @pytest.mark.parametrize("d", [3, 64])
 @pytest.mark.parametrize(("team", "parts"), [(8, 1), (8, 4), (8, 8), (66, 3)])
-def test_rows_shared_by_blocks(
-    monkeypatch: pytest.MonkeyPatch, d: int, team: int, parts: int
-) -> None:
+def test_rows_shared_by_blocks(monkeypatch, d, team, parts):
     monkeypatch.setenv("OTLOSS_CUDA_TEAM", str(team))
     monkeypatch.setenv("OTLOSS_CUDA_PARTS", str(parts))
     x, y, a, b = (t.cuda() for t in clouds(1100, 2300, d, torch.float32))
@@ -564,15 +555,7 @@ def test_rows_shared_by_blocks(
 @pytest.mark.parametrize("rho", [(math.inf, math.inf), (0.7, math.inf)], ids=str)
 @pytest.mark.parametrize("cost", range(len(COSTS)))
 @pytest.mark.parametrize(("n", "m", "d"), [(1, 1, 2), (7, 300, 16), (120, 100, 70), (700, 2600, 3)])
-def test_streamed_gradients_of_many_passes(
-    n: int,
-    m: int,
-    d: int,
-    cost: int,
-    rho: tuple[float, float],
-    mode: dict[str, Any],
-    dtype: torch.dtype,
-) -> None:
+def test_streamed_gradients_of_many_passes(n, m, d, cost, rho, mode, dtype):
     """Of one solution on both sides, as with matrices."""
     x, y, a, b = clouds(n, m, d, dtype, (2,))
     eps = 0.3 * float(otloss.cost_matrix(x, y, COSTS[cost]).mean()) + 0.1
@@ -603,7 +586,7 @@ def test_streamed_gradients_of_many_passes(
     ],
     ids=str,
 )
-def test_streamed_stores_no_matrix(mode: dict[str, Any]) -> None:
+def test_streamed_stores_no_matrix(mode):
     """60 000 x 60 000 float32 costs would take 14 GB."""
     x, y = (torch.rand(60_000, 3, device="cuda") for _ in range(2))
     x.requires_grad_()
@@ -614,7 +597,7 @@ def test_streamed_stores_no_matrix(mode: dict[str, Any]) -> None:
     assert bool(x.grad is not None and x.grad.isfinite().all())
 
 
-def test_streamed_results_store_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streamed_results_store_no_matrix(monkeypatch):
     monkeypatch.delenv("OTLOSS_CUDA_REGIME", raising=False)
     x, y, a, b = (t.cuda() for t in clouds(3000, 2500))
     x.requires_grad_()
@@ -635,7 +618,7 @@ def test_streamed_results_store_no_matrix(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("method", ["dense", "streamed"])
-def test_the_gaussian_start_saves_passes(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+def test_the_gaussian_start_saves_passes(monkeypatch, method):
     """Far apart and of different spread: most of the potential is the Gaussians'."""
     monkeypatch.delenv("OTLOSS_CUDA_REGIME", raising=False)
     monkeypatch.setenv("OTLOSS_NEWTON", "0")  # which a GPU does not have
@@ -653,7 +636,7 @@ def test_the_gaussian_start_saves_passes(monkeypatch: pytest.MonkeyPatch, method
     assert abs(started - passes("cpu", None)) <= 2
 
 
-def test_auto_streams_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_streams_what_does_not_fit(monkeypatch):
     monkeypatch.delenv("OTLOSS_CUDA_REGIME", raising=False)
     x = torch.empty(1, 10, 64, device="cuda")
     memory = torch.cuda.get_device_properties(0).total_memory

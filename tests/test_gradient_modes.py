@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from backends import BACKENDS
-from helpers import COSTS, METHODS, STRENGTHS, Strength, randn, some_of
+from helpers import COSTS, METHODS, STRENGTHS, randn, some_of
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -102,7 +102,7 @@ def test_unrolled_at_every_block_shape(n, m):
 
 @pytest.mark.parametrize("strength", [0.5, (1e-2, 3.0), (None, 1e-3)], ids=str)
 @pytest.mark.parametrize("eps", [0.5, 0.02])
-def test_unrolled_of_points_that_are_not_transported(strength: Strength, eps: float) -> None:
+def test_unrolled_of_points_that_are_not_transported(strength, eps):
     """exp(f / rho) overflows, and so may the factors of the columns."""
     x, y, a, b = soft_leaves(30, 26)
     C = 3 * cost_of(x.detach(), y.detach(), "sqeuclidean").requires_grad_()
@@ -118,7 +118,7 @@ def test_unrolled_of_points_that_are_not_transported(strength: Strength, eps: fl
 @pytest.mark.parametrize(
     ("dtype", "tol"), [(torch.float64, 1e-9), (torch.float32, 2e-4)], ids=["float64", "float32"]
 )
-def test_unrolled_from_a_cold_start_at_small_eps(dtype: torch.dtype, tol: float) -> None:
+def test_unrolled_from_a_cold_start_at_small_eps(dtype, tol):
     """exp((g' - g) / eps) overflows in the first iteration."""
     x, y, la, lb = leaves_of(30, 26)
     C, eps = 4 * cost_of(x.detach(), y.detach(), "sqeuclidean"), 0.05
@@ -133,7 +133,7 @@ def test_unrolled_from_a_cold_start_at_small_eps(dtype: torch.dtype, tol: float)
 
 
 @pytest.mark.parametrize("method", ["dense", "reference"])
-def test_unrolled_from_given_potentials(method: str) -> None:
+def test_unrolled_from_given_potentials(method):
     x, y, _, _ = leaves_of(9, 6)
     C = cost_of(x.detach(), y.detach(), "sqeuclidean").requires_grad_()
     a, b = (torch.full((k,), 1 / k, dtype=torch.float64) for k in (9, 6))
@@ -145,7 +145,7 @@ def test_unrolled_from_given_potentials(method: str) -> None:
     assert relative(torch.autograd.grad(value, C), expected) < EXACT
 
 
-def test_unrolled_stopped_early_is_not_the_envelope() -> None:
+def test_unrolled_stopped_early_is_not_the_envelope():
     x, y, _, _ = leaves_of(20, 20)
     kw: dict[str, Any] = {"n_iters": 2}
     early = torch.autograd.grad(otloss.sinkhorn_loss(x, y, 0.3, **kw), x)
@@ -274,7 +274,7 @@ def test_results_are_differentiable_through_the_solution(strength):
     )
 
 
-def test_potentials_are_those_with_equal_means() -> None:
+def test_potentials_are_those_with_equal_means():
     x, y, la, lb = leaves_of()
     a, b = la.softmax(0), lb.softmax(0)
     f, g = otloss.solve_sample(x, y, 1.0, a=a, b=b, **TIGHT).potentials
@@ -286,7 +286,7 @@ def test_potentials_are_those_with_equal_means() -> None:
 
 
 @pytest.mark.parametrize("kw", [{"n_iters": 5}, TIGHT], ids=["unrolled", "implicit"])
-def test_minibatch_energy_distance(kw: dict[str, Any]) -> None:
+def test_minibatch_energy_distance(kw):
     four = [
         t.detach().requires_grad_() for t in (*leaves_of(6, 6, 3)[:2], *leaves_of(6, 6, 3, 1)[:2])
     ]
@@ -303,7 +303,7 @@ def test_minibatch_energy_distance(kw: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("mode", ["unrolled", "implicit"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_batches_and_padding(mode: str, objective: str) -> None:
+def test_batches_and_padding(mode, objective):
     """Problems of a batch do not see each other, nor what stands in points of weight 0."""
     kw: dict[str, Any] = {"n_iters": 4} if mode == "unrolled" else TIGHT
     sizes, n, m = ((6, 5), (4, 7), (7, 3)), 8, 9
@@ -328,7 +328,7 @@ def test_batches_and_padding(mode: str, objective: str) -> None:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_implicit_in_float32(objective: str) -> None:
+def test_implicit_in_float32(objective):
     x, y, la, lb = (t.detach() for t in leaves_of(60, 50, 3))
 
     def gradient(dtype: torch.dtype, tol: float) -> list[Tensor]:
@@ -349,11 +349,7 @@ def test_implicit_in_float32(objective: str) -> None:
 
 
 def problem(
-    dtype: torch.dtype,
-    eps: float,
-    objective: int,
-    L: int,
-    rho: tuple[float, float] = HARD,
+    dtype: torch.dtype, eps: float, objective: int, L: int, rho: tuple[float, float] = HARD
 ) -> tuple[Any, ...]:
     """Three pairs, one of a cloud with itself, with padding, and random gradients from outside."""
     make = torch.Generator().manual_seed(1)
@@ -373,9 +369,7 @@ def problem(
 @pytest.mark.parametrize("rho", [HARD, (1.0, 0.1), (math.inf, 3.0)])
 @pytest.mark.parametrize("objective", [0, 1])
 @pytest.mark.parametrize("eps", [1.0, 0.05])
-def test_operations_agree_with_their_reference(
-    eps: float, objective: int, rho: tuple[float, float]
-) -> None:
+def test_operations_agree_with_their_reference(eps, objective, rho):
     wanted = (eps, *rho, objective, [1, 1, 1], True)
     seeds, given, _, _, traces = problem(torch.float64, eps, objective, 5, rho)
     for outside in (seeds, (seeds[0], [], [])):
@@ -396,7 +390,7 @@ def test_operations_agree_with_their_reference(
     assert float(status[..., 1].max()) < 1e-12
 
 
-def test_operations_leave_out_what_is_not_wanted() -> None:
+def test_operations_leave_out_what_is_not_wanted():
     seeds, given, _, _, traces = problem(torch.float64, 1.0, 1, 4)
     some = ops.unrolled_backward(*seeds, *given, [], traces, 1.0, *HARD, 1, [0, 1, 0], False)
     assert [t.numel() > 0 for t in some[0]] == [False, True, False]
@@ -408,14 +402,12 @@ def test_operations_leave_out_what_is_not_wanted() -> None:
 
 
 @pytest.mark.parametrize("name", ["unrolled", "implicit"])
-def test_opcheck(name: str) -> None:
+def test_opcheck(name):
     seeds, given, f, g, traces = problem(torch.float64, 1.0, 0, 3)
     middle = ([], traces) if name == "unrolled" else (f, g)
     arguments = (*seeds, *given, *middle, 1.0, *HARD, 0, [1, 0, 1], True)
     torch.library.opcheck(
-        getattr(ops, f"{name}_backward"),
-        arguments,
-        test_utils=("test_schema", "test_faketensor"),
+        getattr(ops, f"{name}_backward"), arguments, test_utils=("test_schema", "test_faketensor")
     )
 
 
@@ -423,7 +415,7 @@ def test_opcheck(name: str) -> None:
 
 
 @pytest.mark.parametrize("kw", [{}, {"n_iters": 3}, {"objective": "transport"}])
-def test_first_order_in_a_graph(kw: dict[str, Any]) -> None:
+def test_first_order_in_a_graph(kw):
     x, y, _, _ = leaves_of()
     loss = otloss.sinkhorn_divergence(x, y, 1.0, **kw)
     (kept,) = torch.autograd.grad(loss, x, create_graph=True)
@@ -431,7 +423,7 @@ def test_first_order_in_a_graph(kw: dict[str, Any]) -> None:
     torch.testing.assert_close(kept.detach(), plain)
 
 
-def test_third_order_is_refused() -> None:
+def test_third_order_is_refused():
     x, y, _, _ = leaves_of()
     (first,) = torch.autograd.grad(otloss.sinkhorn_loss(x, y, 1.0), x, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), x, create_graph=True)
@@ -439,7 +431,7 @@ def test_third_order_is_refused() -> None:
         torch.autograd.grad(second.sum(), x)
 
 
-def test_energy_distance_and_cost_matrix_twice() -> None:
+def test_energy_distance_and_cost_matrix_twice():
     x, y, la, lb = leaves_of(5, 4, 2)
     a, b = (w.detach().softmax(0).requires_grad_() for w in (la, lb))
     for cost in COSTS:
@@ -450,7 +442,7 @@ def test_energy_distance_and_cost_matrix_twice() -> None:
         )  # fmt: skip
 
 
-def test_envelope_has_no_gradient_of_potentials() -> None:
+def test_envelope_has_no_gradient_of_potentials():
     x, y, _, _ = leaves_of()
     result = otloss.solve_sample(x, y, 1.0, backward="envelope")
     with pytest.raises(NotImplementedError, match='"implicit"'):
@@ -459,7 +451,7 @@ def test_envelope_has_no_gradient_of_potentials() -> None:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("kw", [{"n_iters": 4}, TIGHT], ids=["unrolled", "implicit"])
-def test_streamed_second_derivatives_by_way_of_costs(objective: str, kw: dict[str, Any]) -> None:
+def test_streamed_second_derivatives_by_way_of_costs(objective, kw):
     leaves = leaves_of(9, 8)
     x, y, la, lb = leaves
     found = []
@@ -474,9 +466,7 @@ def test_streamed_second_derivatives_by_way_of_costs(objective: str, kw: dict[st
 
 
 @pytest.mark.parametrize("kw", [{"n_iters": 2}, {"objective": "transport"}, {}], ids=str)
-def test_second_derivatives_past_the_budget_are_refused(
-    kw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_second_derivatives_past_the_budget_are_refused(kw, monkeypatch):
     monkeypatch.setattr(otloss.schedule, "dense_budget", 100)
     x, y, _, _ = leaves_of()
     loss = otloss.sinkhorn_divergence(x, y, 1.0, method="streamed", **kw)
@@ -487,7 +477,7 @@ def test_second_derivatives_past_the_budget_are_refused(
         first.sum().backward()
 
 
-def test_unrolled_inside_a_compiled_function() -> None:
+def test_unrolled_inside_a_compiled_function():
     x, y, _, _ = (t.float().detach() for t in leaves_of())
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
@@ -499,7 +489,7 @@ def test_unrolled_inside_a_compiled_function() -> None:
     torch.testing.assert_close(found.grad, expected.grad)
 
 
-def test_a_nearly_singular_system_stays_finite() -> None:
+def test_a_nearly_singular_system_stays_finite():
     """Two far pairs at tiny eps: mass that cannot move leaves differences undetermined."""
     x = torch.tensor([[0.0], [1.0]], dtype=torch.float32)
     C = (x - x.T).square().requires_grad_()

@@ -64,10 +64,7 @@ def tolerance(dtype: torch.dtype, relative_eps: float, gap: float, method: str) 
         tol = 1e-4 if sharp else 5e-6
         value, points, weights = 3e-6, 5e-5, 2e-3
     return Tolerance(
-        tol,
-        value + 5 * relative_eps * tol,
-        points + 15 * tol / gap**0.5,
-        weights + 30 * tol / gap,
+        tol, value + 5 * relative_eps * tol, points + 15 * tol / gap**0.5, weights + 30 * tol / gap
     )
 
 

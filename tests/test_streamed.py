@@ -15,7 +15,7 @@ from typing import Any
 import helpers
 import pytest
 import torch
-from backends import BACKENDS, Backend
+from backends import BACKENDS
 
 import otloss
 from otloss import ops, schedule
@@ -45,9 +45,8 @@ def _divergence(
     whole=3,
 )  # fmt: skip
 def test_values_and_gradients_are_those_of_the_stored_matrix(
-    backend: Backend, rng: torch.Generator, cost: str, d: int, weights: str, objective: str,
-    strength: helpers.Strength | None,
-) -> None:  # fmt: skip
+    backend, rng, cost, d, weights, objective, strength
+):
     """Of losses, and through cost matrices the exact gradient of the transport value."""
     most = 40 if backend.emulated else 80
     n, m = helpers.pick(rng, 1, most), helpers.pick(rng, 33, most)
@@ -67,9 +66,7 @@ def test_values_and_gradients_are_those_of_the_stored_matrix(
 
 @pytest.mark.parametrize("cost", helpers.COSTS)
 @pytest.mark.parametrize("fraction", [1.0, 1e-3])
-def test_iterations_are_those_of_the_stored_matrix(
-    rng: torch.Generator, cost: str, fraction: float
-) -> None:
+def test_iterations_are_those_of_the_stored_matrix(rng, cost, fraction):
     """From a cold start at small eps most sums underflow and are done again, columns included."""
     c = helpers.clouds(rng, 70, 131, 3, weights="wide")
     eps = _eps(c, cost, fraction)
@@ -80,7 +77,7 @@ def test_iterations_are_those_of_the_stored_matrix(
         helpers.close(got, expected, 1e-10)
 
 
-def test_batches_and_float32(rng: torch.Generator) -> None:
+def test_batches_and_float32(rng):
     c = helpers.clouds(rng, 40, 50, 5, batch=3, dtype=torch.float32).require_grad()
     dense, dense_grads = _divergence(c, 1.0, "sqeuclidean", "dense", tol=1e-5)
     streamed, grads = _divergence(c, 1.0, "sqeuclidean", "streamed", tol=1e-5)
@@ -90,7 +87,7 @@ def test_batches_and_float32(rng: torch.Generator) -> None:
         helpers.close(got, expected, 1e-3)
 
 
-def test_precision_changes_nothing_on_a_cpu(rng: torch.Generator) -> None:
+def test_precision_changes_nothing_on_a_cpu(rng):
     c = helpers.clouds(rng, 40, 50, 20, dtype=torch.float32).require_grad()
     exact, grads = _divergence(c, 5.0, "sqeuclidean", "streamed")
     allowed, same = _divergence(c, 5.0, "sqeuclidean", "streamed", precision="tf32")
@@ -98,7 +95,7 @@ def test_precision_changes_nothing_on_a_cpu(rng: torch.Generator) -> None:
     assert all(torch.equal(x, y) for x, y in zip(grads, same, strict=True))
 
 
-def test_threads_share_the_rows_of_one_problem(rng: torch.Generator, threads: None) -> None:
+def test_threads_share_the_rows_of_one_problem(rng, threads):
     c = helpers.clouds(rng, 700, 800, 3)
     results = []
     for count in (1, 2):
@@ -109,7 +106,7 @@ def test_threads_share_the_rows_of_one_problem(rng: torch.Generator, threads: No
     helpers.close(results[1], results[0], 1e-12)
 
 
-def test_a_result_can_still_be_asked_for_its_plan(rng: torch.Generator) -> None:
+def test_a_result_can_still_be_asked_for_its_plan(rng):
     c = helpers.clouds(rng, 30, 40, 3)
     dense = otloss.solve_sample(c.x, c.y, 0.5, method="dense", tol=1e-9)
     streamed = otloss.solve_sample(c.x, c.y, 0.5, method="streamed", tol=1e-9)
@@ -118,7 +115,7 @@ def test_a_result_can_still_be_asked_for_its_plan(rng: torch.Generator) -> None:
     assert streamed.marginal_error <= 1e-9
 
 
-def test_the_gaussian_start_saves_passes(rng: torch.Generator) -> None:
+def test_the_gaussian_start_saves_passes(rng):
     """Far apart and of different spread: most of the potential is the Gaussians'."""
     x = helpers.randn(rng, 400, 4)
     y = 3 * helpers.randn(rng, 400, 4) @ torch.diag(torch.tensor([1.0, 0.2, 2.0, 0.5]).double()) + 9
@@ -134,13 +131,7 @@ def test_the_gaussian_start_saves_passes(rng: torch.Generator) -> None:
 @pytest.mark.parametrize("strength", [None, 2.0], ids=str)
 @pytest.mark.parametrize("cost", helpers.COSTS)
 @pytest.mark.parametrize("batch", [None, 2])
-def test_what_results_tell_is_that_of_the_stored_matrix(
-    rng: torch.Generator,
-    batch: int | None,
-    cost: str,
-    strength: float | None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_results_tell_is_that_of_the_stored_matrix(rng, batch, cost, strength, monkeypatch):
     """In blocks of a few rows, the last of which is smaller; gradients too."""
     c = helpers.clouds(rng, 31, 26, 3, weights="padded", batch=batch).require_grad()
     monkeypatch.setattr(schedule, "BLOCK_BYTES", 8 * 26 * (batch or 1) * 7)
@@ -184,7 +175,7 @@ MEMORY = {
 @pytest.mark.parametrize(
     "case", ["envelope", *(pytest.param(k, marks=pytest.mark.slow) for k in MEMORY if k[0] != "e")]
 )
-def test_memory_does_not_grow_with_the_matrix(case: str) -> None:
+def test_memory_does_not_grow_with_the_matrix(case):
     body, sizes, most = MEMORY[case]
     script = (
         "import otloss, torch\n"
@@ -205,27 +196,27 @@ def test_memory_does_not_grow_with_the_matrix(case: str) -> None:
     assert int(run.stdout) < most, f"{int(run.stdout) / 1e6:.0f} MB more"
 
 
-def test_auto_keeps_matrices_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_keeps_matrices_within_the_budget(monkeypatch):
     points, sizes = [torch.zeros(10, 30)], [(1000, 1000)]
     assert schedule.choose_method(points, sizes, 4) == "dense"
     monkeypatch.setattr(schedule, "dense_budget", 3_999_999)
     assert schedule.choose_method(points, sizes, 4) == "streamed"
 
 
-def test_auto_streams_few_dimensions_later_if_the_gradient_takes_many_passes() -> None:
+def test_auto_streams_few_dimensions_later_if_the_gradient_takes_many_passes():
     points, sizes = [torch.zeros(10, 3)], [(1000, 1000)]
     assert schedule.choose_method(points, sizes, 4) == "streamed"
     assert schedule.choose_method(points, sizes, 4, many_passes_back=True) == "dense"
     assert schedule.choose_method(points, [(4000, 4000)], 4, many_passes_back=True) == "streamed"
 
 
-def test_what_it_cannot_do_is_refused(rng: torch.Generator) -> None:
+def test_what_it_cannot_do_is_refused(rng):
     c = helpers.clouds(rng, 5, 6, 2)
     with pytest.raises(NotImplementedError, match="needs a cost given by name"):
         otloss.sinkhorn_loss(c.x, c.y, 1.0, method="streamed", cost=lambda x, y: x @ y.mT)
 
 
-def test_modules_start_from_the_last_potentials(rng: torch.Generator) -> None:
+def test_modules_start_from_the_last_potentials(rng):
     c = helpers.clouds(rng, 60, 70, 3)
     loss = otloss.SinkhornDivergence(0.05, tol=1e-6, warm_start=True)
     cold = otloss.SinkhornDivergence(0.05, tol=1e-6)
@@ -298,9 +289,7 @@ def _without(mode: str, before: Any, middle: Any, after: Any, wanted: list[int])
 @helpers.some_of(
     "mode, cost, d, objective, rho", MODES, helpers.COSTS, [1, 3, 20], [0, 1], RHO, whole=3
 )
-def test_gradients_are_those_of_the_stored_matrix(
-    rng: torch.Generator, mode: str, cost: str, d: int, objective: int, rho: Rho
-) -> None:
+def test_gradients_are_those_of_the_stored_matrix(rng, mode, cost, d, objective, rho):
     """Of one solution, so that nothing but rounding differs."""
     parts = _problem(rng, cost, d, objective, rho, mode)
     expected, got = (call(mode, *parts, [0, 1]) for call in (_through_matrices, _without))
@@ -312,9 +301,7 @@ def test_gradients_are_those_of_the_stored_matrix(
 
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 70), (67, 1), (4, 1030)], ids=str)
 @pytest.mark.parametrize("mode", MODES)
-def test_gradients_of_small_and_of_long_rows(
-    rng: torch.Generator, mode: str, sizes: tuple[int, int]
-) -> None:
+def test_gradients_of_small_and_of_long_rows(rng, mode, sizes):
     parts = _problem(rng, "euclidean", 3, 1, RHO[1], mode, sizes=sizes)
     expected, got = (call(mode, *parts, [0, 1]) for call in (_through_matrices, _without))
     for one, other in zip(got, expected, strict=True):
@@ -323,9 +310,7 @@ def test_gradients_of_small_and_of_long_rows(
 
 @pytest.mark.parametrize(("rho", "level"), [((0.03, 0.05), 0.0), ((0.7, math.inf), 50.0)])
 @pytest.mark.parametrize("objective", [0, 1])
-def test_gradients_where_the_softmaxes_of_an_iteration_are_far_apart(
-    rng: torch.Generator, objective: int, rho: Rho, level: float
-) -> None:
+def test_gradients_where_the_softmaxes_of_an_iteration_are_far_apart(rng, objective, rho, level):
     """By a factor of a row, or of a column, that is out of range: both take an exponential."""
     eps = 0.02
     parts = _problem(rng, "sqeuclidean", 3, objective, rho, "unrolled", eps=eps, level=level)
@@ -342,7 +327,7 @@ def test_gradients_where_the_softmaxes_of_an_iteration_are_far_apart(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_gradients_in_float32(rng: torch.Generator, mode: str) -> None:
+def test_gradients_in_float32(rng, mode):
     parts = _problem(rng, "sqeuclidean", 20, 1, RHO[0], mode)
     expected = _without(mode, *parts, [0, 1])
     got = _without(mode, *_native(torch.float32, parts), [0, 1])
@@ -351,7 +336,7 @@ def test_gradients_in_float32(rng: torch.Generator, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_gradients_leave_out_what_is_not_wanted(rng: torch.Generator, mode: str) -> None:
+def test_gradients_leave_out_what_is_not_wanted(rng, mode):
     parts = _problem(rng, "sqeuclidean", 3, 0, RHO[0], mode)
     every = _without(mode, *parts, [0, 1])
     assert torch.equal(_without(mode, *parts, [1])[0], every[1])
@@ -359,7 +344,7 @@ def test_gradients_leave_out_what_is_not_wanted(rng: torch.Generator, mode: str)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_gradients_on_threads(rng: torch.Generator, mode: str, threads: None) -> None:
+def test_gradients_on_threads(rng, mode, threads):
     """Rows of each problem in two parts, the second at any row."""
     parts = _problem(rng, "sqeuclidean", 3, 1, RHO[0], mode, sizes=(701, 803), batch=1)
     torch.set_num_threads(1)
@@ -370,9 +355,7 @@ def test_gradients_on_threads(rng: torch.Generator, mode: str, threads: None) ->
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_gradients_of_losses_make_no_matrix(
-    rng: torch.Generator, mode: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_of_losses_make_no_matrix(rng, mode, monkeypatch):
     """What a loss and a result hand back, with a budget that no matrix fits in."""
     monkeypatch.setattr(schedule, "dense_budget", 0)
     c = helpers.clouds(rng, 45, 70, 3, weights="random").require_grad()
