@@ -1,5 +1,6 @@
 """What only a GPU has: launch regimes, orders of threads, few multiprocessors, rows shared by
-blocks, tensor cores, launch layouts. On the emulated GPU of backends.py, which needs none.
+blocks, tensor cores, launch layouts. On the emulated GPU of backends.py, and on a real one too if
+there is one.
 
 Losses, gradients and results run on it among the other backends: `pytest -k emulated`.
 """
@@ -8,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from backends import HAS_COMPILER, emulated, serving
+from backends import HAS_COMPILER, HAS_GPU, emulated, serving
 from helpers import DTYPES, STRENGTHS, covering, name, rand, randn, rho, scaled
 from torch import Tensor
 
@@ -38,30 +39,37 @@ SHAPES = [(1, 1), (1, 9), (9, 1), (3, 70), (70, 3), (64, 64), (17, 600), (130, 1
 SHAPES += [(1, 300), (5, 700), (17, 1100)]
 
 
+def moved(value: Any, device: str) -> Any:
+    """Every tensor in a structure."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, (list, tuple)):
+        return type(value)([moved(v, device) for v in value])
+    if is_dataclass(value):
+        return replace(value, **{k: moved(v, device) for k, v in vars(value).items()})
+    return value
+
+
 @dataclass
 class Gpu:
-    module: ModuleType
+    module: ModuleType | None  # None: a real one
     dense: bool = True
-    device: dict[str, int] = field(default_factory=dict)
+    device: dict[str, int] = field(default_factory=dict)  # of an emulated one
 
-    def solve(self, p: Problem, **options: Any) -> Solved:
-        with serving(self.module, **self.device):
-            return solve(p, **{"dense": self.dense, **options})
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """On the GPU, with tensors of the CPU in and out."""
+        if self.module is not None:
+            with serving(self.module, **self.device):
+                return function(*arguments)
+        return moved(function(*moved(arguments, "cuda")), "cpu")
+
+    def solve(self, p: Problem, init: Any = (), **options: Any) -> Solved:
+        options = {"dense": self.dense, **options}
+        return self.call(lambda p, init: solve(p, init=init, **options), p, init)
 
     def gradient(self, mode: str, p: Problem, s: Seeds, **options: Any) -> Any:
-        with serving(self.module, **self.device):
-            return gradient(mode, p, s, **{"dense": self.dense, **options})
-
-
-@pytest.fixture
-def gpu() -> Gpu:
-    return Gpu(emulated())
-
-
-@pytest.fixture
-def long_memory() -> Gpu:
-    """As many L-BFGS pairs as the CPU, and a start between Gaussians whatever it takes."""
-    return Gpu(emulated(OTLOSS_LBFGS_PAIRS="8", OTLOSS_START_PASSES="1e9"))
+        options = {"dense": self.dense, **options}
+        return self.call(lambda p, s: gradient(mode, p, s, **options), p, s)
 
 
 @pytest.fixture
@@ -76,11 +84,35 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.fixture
-def regime(request: pytest.FixtureRequest, force: Callable[..., None], gpu: Gpu) -> str:
+def regime(request: pytest.FixtureRequest, force: Callable[..., None]) -> str:
     words = request.param.split()
     force(**dict(zip(words[::2], words[1::2], strict=True)) if words[1:] else {"regime": words[0]})
-    gpu.dense = request.param in STORED
     return str(request.param)
+
+
+def stores_costs(request: pytest.FixtureRequest) -> bool:
+    return "regime" not in request.fixturenames or request.getfixturevalue("regime") in STORED
+
+
+@pytest.fixture(params=["emulated", "cuda"] if HAS_GPU else ["emulated"])
+def gpu(request: pytest.FixtureRequest) -> Gpu:
+    if request.param == "emulated":
+        return Gpu(emulated(), stores_costs(request))
+    if "cluster" in request.node.name and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("thread-block clusters need compute capability 9.0")
+    return Gpu(None, stores_costs(request))
+
+
+@pytest.fixture
+def emulator(request: pytest.FixtureRequest) -> Gpu:
+    """Where the device itself is set, or launches are counted."""
+    return Gpu(emulated(), stores_costs(request))
+
+
+@pytest.fixture
+def long_memory() -> Gpu:
+    """As many L-BFGS pairs as the CPU, and a start between Gaussians whatever it takes."""
+    return Gpu(emulated(OTLOSS_LBFGS_PAIRS="8", OTLOSS_START_PASSES="1e9"))
 
 
 def some(names: str, *values: Any) -> Any:
@@ -373,7 +405,7 @@ def hard_problem(kind: str, rng: torch.Generator) -> Problem:
 
 
 @some("kind, strength", HARD_PROBLEMS, [None, 1e-2, 1e3, (None, 0.1)])
-def test_takes_the_steps_of_the_cpu(gpu, long_memory, force, monkeypatch, kind, strength, rng):
+def test_takes_the_steps_of_the_cpu(emulator, long_memory, force, monkeypatch, kind, strength, rng):
     """With one memory the passes agree, but for what rounding makes of a long way; with less memory
     they are some more."""
     force(regime="block")
@@ -384,7 +416,7 @@ def test_takes_the_steps_of_the_cpu(gpu, long_memory, force, monkeypatch, kind, 
     expected = solve(p, max_iters=2000)
     passes = float(expected.status[0, 0, 0])
     assert bool(expected.status[0, 0, 2])
-    for solver, few, share in ((long_memory, 2, 0.15), (gpu, 4, 0.5)):
+    for solver, few, share in ((long_memory, 2, 0.15), (emulator, 4, 0.5)):
         found = solver.solve(p, max_iters=2000)
         assert bool(found.status[0, 0, 2])
         assert abs(float(found.status[0, 0, 0]) - passes) <= few + share * passes
@@ -555,9 +587,8 @@ def test_costs_and_their_gradients(gpu, dtype, kind, d, same):
     counted = ~padding[..., None] & counted_y[:, None]
     rest, (expected,) = (list(p.pairs), kind), p.matrices()
     W = torch.where(counted, randn(torch.Generator(), *counted.shape, dtype=dtype), 0.0)
-    with serving(gpu.module):
-        (C,) = ops.cost(p.points, p.weights, *rest)
-        (grad,) = ops.cost_backward([W], [C], p.points, p.weights, *rest, [0])
+    (C,) = gpu.call(ops.cost, p.points, p.weights, *rest)
+    (grad,) = gpu.call(ops.cost_backward, [W], [C], p.points, p.weights, *rest, [0])
     (true,) = reference.cost_backward([W.double()], [expected], p.clean(), [], *rest, [0])
     tolerance = 2e-5 if dtype == SINGLE else 1e-11
     close = {"rtol": 10 * tolerance, "atol": 10 * tolerance}
@@ -577,8 +608,7 @@ def errors_of_sums(gpu: Gpu, p: Problem) -> float:
     f, g = (p.eps * randn(rng, *w.shape, dtype=w.dtype) for w in (a, b))
     grad = torch.tensor([2.0, -0.5], dtype=a.dtype)[: a.shape[0]]
     call = ([], p.points, p.weights, [i, j], [-0.5], [f], [g], p.kind, p.eps, [i])
-    with serving(gpu.module, **gpu.device):
-        (found,) = ops.envelope_backward_points(grad, *call)
+    (found,) = gpu.call(ops.envelope_backward_points, grad, *call)
     P = reference.plan(p.eps, C, f.double(), g.double(), a.double(), b.double())
     W, points = -0.5 * grad.double()[:, None, None] * P, [x.double() for x in p.points]
     (expected,) = reference.cost_backward([W], [C], points, [], [i, j], p.kind, [i])
@@ -597,13 +627,13 @@ def errors_of_sums(gpu: Gpu, p: Problem) -> float:
     [(40, 33, 1), (35, 700, 3), (150, 150, 16), (40, 33, 40), (150, 150, 70), (65, 130, 17),
      (1, 70, 90), (70, 1, 33), (70, 150, 300), (70, 150, 300, 40)],
 )  # fmt: skip
-def test_gradient_sums_of_points(gpu, dtype, kind, size):
+def test_gradient_sums_of_points(emulator, dtype, kind, size):
     """By tensor cores a bar that single half-precision products miss by a factor of a hundred."""
     pairs = (0, 0) if size[0] == size[1] else (0, 1)
     p = problem(dtype, *size[:3], kind=kind, eps=0.3, pairs=pairs)
-    gpu.device = {"shared": 1024 * size[3]} if len(size) > 3 else {}
+    emulator.device = {"shared": 1024 * size[3]} if len(size) > 3 else {}
     single = 2e-6 if size[2] > 16 and kind != 1 else 2e-5
-    assert errors_of_sums(gpu, p) < (single if dtype == SINGLE else 1e-11)
+    assert errors_of_sums(emulator, p) < (single if dtype == SINGLE else 1e-11)
 
 
 # ---------------------------------------------------------------- order of threads, many problems
@@ -611,15 +641,15 @@ def test_gradient_sums_of_points(gpu, dtype, kind, size):
 
 @some("regime, mode, penalty, objective, size",
       REGIMES, MODES, SOFT[:3], [0, 1], [(37, 150, 3), (37, 140, 40), (20, 19, 3)])  # fmt: skip
-def test_order_of_threads_does_not_matter(gpu, regime, mode, penalty, objective, size):
+def test_order_of_threads_does_not_matter(emulator, regime, mode, penalty, objective, size):
     """Bitwise: a difference would be a race, or a sum without a fixed order. See emulation.h."""
     p = problem(SINGLE, *size, eps=0.2, rho=penalty, objective=objective)
     p, results = replace(p, pairs=p.pairs[:4]), []
     s = seeds(p, mode, n_iters=5)
     for order in range(5):
-        gpu.device = {"order": order}
-        points, a, b, *status = gpu.gradient(mode, p, s)
-        found = gpu.solve(p, tol=1e-4, max_iters=6).tensors()
+        emulator.device = {"order": order}
+        points, a, b, *status = emulator.gradient(mode, p, s)
+        found = emulator.solve(p, tol=1e-4, max_iters=6).tensors()
         results.append([*found, *points, *a, *b, *status])
     assert_bitwise_equal(results)
 
@@ -638,21 +668,21 @@ FEW = {"multiprocessors": 3}
 
 
 @every_regime
-def test_many_problems_on_few_multiprocessors(gpu, regime):
+def test_many_problems_on_few_multiprocessors(emulator, regime):
     """More than run at once, several one after the other."""
-    gpu.device = FEW if regime == "cluster" or "team" in regime else {**FEW, **OLD}
+    emulator.device = FEW if regime == "cluster" or "team" in regime else {**FEW, **OLD}
     if "team" in regime:
-        gpu.device = {"multiprocessors": 8}
-    assert_solved(gpu, problem(SINGLE, 12, 10, batch=7, pairs=(0, 1), eps=0.3), 1e-5)
+        emulator.device = {"multiprocessors": 8}
+    assert_solved(emulator, problem(SINGLE, 12, 10, batch=7, pairs=(0, 1), eps=0.3), 1e-5)
 
 
 @some("regime, mode", [*STORED, "streamed"], MODES)
-def test_gradients_of_many_problems(gpu, regime, mode):
+def test_gradients_of_many_problems(emulator, regime, mode):
     """More than run at once, and more pairs than a launch takes."""
-    gpu.device = FEW
+    emulator.device = FEW
     objective = int(mode != "envelope")
     p = problem(DOUBLE, 8, 6, 2, batch=5, pairs=(0, 1) * 10, objective=objective, eps=0.3)
-    assert_gradients(gpu, mode, p, seeds(p, mode, n_iters=3))
+    assert_gradients(emulator, mode, p, seeds(p, mode, n_iters=3))
 
 
 def test_more_pairs_than_a_launch_takes(gpu):
@@ -669,11 +699,11 @@ def launches(gpu: Gpu, call: Callable[[], Any]) -> int:
 
 
 @pytest.mark.parametrize(("mode", "count"), [("unrolled", 3), ("implicit", 1)])
-def test_gradients_are_few_launches(gpu, mode, count):
+def test_gradients_are_few_launches(emulator, mode, count):
     """Whatever the number of pairs, problems and iterations."""
     p = problem(SINGLE, eps=0.3, objective=1).stored()
     s = seeds(p, mode, n_iters=20)
-    assert launches(gpu, lambda: gpu.gradient(mode, p, s)) == count
+    assert launches(emulator, lambda: emulator.gradient(mode, p, s)) == count
 
 
 # ------------------------------------------------------------------ launch layouts, what is refused
@@ -690,18 +720,18 @@ def test_gradients_are_few_launches(gpu, mode, count):
         (1, 9000, 3, "streamed, 132 blocks per problem, 1 at once, costs made on the way"),
     ],
 )
-def test_the_launch_layout_in_words(gpu, problems, n, d, layout):
+def test_the_launch_layout_in_words(emulator, problems, n, d, layout):
     """As OTResult.explain and show_config say it, on 132 multiprocessors."""
-    gpu.module.configure(multiprocessors=132)
-    assert gpu.module.describe_plan(False, problems, n, n, d).startswith(layout)
+    emulator.module.configure(multiprocessors=132)
+    assert emulator.module.describe_plan(False, problems, n, n, d).startswith(layout)
 
 
-def test_old_devices_use_no_clusters(gpu, force):
-    p, gpu.device = problem(SINGLE, 260, 250, batch=1, pairs=(0, 1)), OLD
-    assert bool((gpu.solve(p).status[..., 2] == 1).all())
+def test_old_devices_use_no_clusters(emulator, force):
+    p, emulator.device = problem(SINGLE, 260, 250, batch=1, pairs=(0, 1)), OLD
+    assert bool((emulator.solve(p).status[..., 2] == 1).all())
     force(regime="cluster")
     with pytest.raises(RuntimeError, match="OTLOSS_CUDA_REGIME=cluster"):
-        gpu.solve(p)
+        emulator.solve(p)
 
 
 @where_stored
@@ -715,15 +745,18 @@ def test_what_is_forced_must_exist(gpu, force):
     force(team=4, parts=3)
     with pytest.raises(RuntimeError, match="OTLOSS_CUDA_PARTS=3 must divide the 4 blocks"):
         gpu.solve(p, dense=False)
-    force(tiles="wmma", parts=1)
+    force(regime="fast")
+    with pytest.raises(RuntimeError, match="OTLOSS_CUDA_REGIME"):
+        gpu.solve(p)
+    force(tiles="wmma", parts=1, regime="auto")
     with pytest.raises(RuntimeError, match="TILES must be auto, fma, tensor or high, got wmma"):
         gpu.solve(p, dense=False)
 
 
-def test_the_cpu_kernels_return(gpu):
-    gpu.solve(problem(SINGLE, 5, 4))
+def test_the_cpu_kernels_return(emulator):
+    emulator.solve(problem(SINGLE, 5, 4))
     x, y = torch.rand(5, 2), torch.rand(4, 2)
-    assert launches(gpu, lambda: otloss.sinkhorn_divergence(x, y, 0.5)) == 0
+    assert launches(emulator, lambda: otloss.sinkhorn_divergence(x, y, 0.5)) == 0
 
 
 # ---------------------------------------------------------------------------------- tensor cores
@@ -769,21 +802,21 @@ def test_one_product_is_less_accurate(gpu, force, kind):
     [((40, 70, 24), 1e-15, 227), ((40, 70, 24), 1e15, 227), ((70, 90, 300), 1, 227),
      ((70, 90, 300), 1, 64)],
 )  # fmt: skip
-def test_tensor_cores_at_any_scale_and_with_many_coordinates(gpu, size, scale, shared):
+def test_tensor_cores_at_any_scale_and_with_many_coordinates(emulator, size, scale, shared):
     """Chunks of coordinates, with the rows' points resident and not."""
-    gpu.device = {"shared": shared * 1024}
+    emulator.device = {"shared": shared * 1024}
     p = problem(DOUBLE, *size, batch=1)
     p.points = [scale * x for x in p.points]
     p.eps = (0.1 if scale != 1 else 0.05) * float(p.matrices()[0].mean())
-    of_loss, of_potential = errors_on_points(gpu, p)
+    of_loss, of_potential = errors_on_points(emulator, p)
     assert of_loss < 1e-6
     assert of_potential < 3e-6
 
 
-def test_coordinates_in_chunks(gpu):
+def test_coordinates_in_chunks(emulator):
     """More coordinates than a stage of shared memory holds."""
-    gpu.device, gpu.dense = {"shared": 48 * 1024}, False
-    assert_solved(gpu, problem(SINGLE, 150, 140, 130, batch=1, eps=0.1, pairs=(0, 1)), 1e-5)
+    emulator.device, emulator.dense = {"shared": 48 * 1024}, False
+    assert_solved(emulator, problem(SINGLE, 150, 140, 130, batch=1, eps=0.1, pairs=(0, 1)), 1e-5)
 
 
 # ------------------------------------------------------------------- the start between Gaussians
@@ -848,10 +881,10 @@ def test_the_start_between_gaussians(long_memory, dtype, d, rng):
         torch.testing.assert_close(got.double(), expected, rtol=0, atol=digits * float(C.mean()))
 
 
-def test_the_start_is_left_out(gpu, long_memory):
+def test_the_start_is_left_out(emulator, long_memory):
     """Where it takes longer than it saves, and where its matrices do not fit."""
     p, counts = problem(SINGLE, 60, 50, 64, batch=1, pairs=(0, 1)), []
-    for solver, kilobytes in ((long_memory, 163), (long_memory, 99), (gpu, 163)):
+    for solver, kilobytes in ((long_memory, 163), (long_memory, 99), (emulator, 163)):
         solver.device = {"shared": kilobytes * 1024}
         counts.append(launches(solver, lambda solver=solver: solver.solve(p)))
     assert counts == [counts[1] + 3, counts[1], counts[1]]

@@ -499,16 +499,19 @@ def test_a_nearly_singular_system_stays_finite():
     assert bool(C.grad.isfinite().all())
 
 
-def test_the_result_tells_how_the_linear_system_went(rng):
-    x, y = randn(rng, 2, 6, 2).requires_grad_(), randn(rng, 2, 5, 2)
-    result = otloss.solve_sample(x, y, 0.5, tol=1e-10)
+@some_of("backend", BACKENDS)
+def test_the_result_tells_how_the_linear_system_went(backend, rng):
+    x, y = (randn(rng, 2, n, 2).to(backend.device) for n in (6, 5))
+    x.requires_grad_()
+    options = {"tol": 1e-10, "max_iters": 10_000, "method": backend.method}
+    result = otloss.solve_sample(x, y, 0.5, **options)
     result.value.sum().backward(retain_graph=True)
     assert result.linear_system is None  # the gradient of the value needs none
     result.plan.square().sum().backward()
     iterations, residual = result.linear_system
     assert iterations.shape == residual.shape == (2,)
     assert bool((iterations > 0).all() and (residual <= 1e-6).all())
-    single = otloss.solve_sample(x[0], y[0], 0.5, objective="transport")
+    single = otloss.solve_sample(x[0], y[0], 0.5, objective="transport", method=backend.method)
     single.value.backward()
     iterations, residual = single.linear_system
     assert isinstance(iterations, int)
