@@ -184,7 +184,7 @@ def main() -> int:
     for library in (ROOT / "otloss").glob("_C*.so"):
         resources(library)
     if name is None:
-        report.run("CUDA engine on the host", [*pytest, "tests/test_cuda_host.py"])
+        report.run("CUDA engine on the host", [*pytest, "tests/test_emulated.py"])
         why = "torch sees no GPU here"
         for what in ("CUDA tests", "compute-sanitizer", "CUDA benchmarks"):
             report.skip(what, why)

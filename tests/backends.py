@@ -33,6 +33,7 @@ ROOT = Path(__file__).parent.parent
 EMULATION = ROOT / "tests/cuda_host"
 SOURCES = [
     EMULATION / "emulated.cpp",
+    *(p for p in sorted((ROOT / "csrc/bindings").glob("*.cpp")) if p.name != "module.cpp"),
     *sorted((ROOT / "csrc/cuda").rglob("*.cu")),
     *sorted((ROOT / "csrc/cuda").rglob("*.cpp")),
 ]
@@ -151,17 +152,17 @@ class Backend:
         return self.name
 
 
-CPU = ["dense", "streamed", "reference"]
 HAS_GPU = torch.cuda.is_available() and ops.CUDA_KERNELS
 HAS_COMPILER = shutil.which("g++") is not None
+CPU = ["dense", "streamed", "reference"]
 GPU = ["cuda-dense", "cuda-streamed"] if HAS_GPU else []
 EMULATED = ["emulated-dense", "emulated-streamed"] if HAS_COMPILER else []
-BACKENDS = [*CPU, *EMULATED, *GPU]
+BACKENDS = [*CPU, *GPU]  # of the quick tests: the emulated ones are slow
 
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """Of a parameter that is a name in BACKENDS."""
+    """Of a parameter that is its name."""
     chosen = Backend(request.param)
     if not chosen.emulated:
         yield chosen

@@ -88,7 +88,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: str(CASES[number]))
-def test_is_the_loss_of_one_process(results: list[Any], number: int) -> None:
+def test_is_the_loss_of_one_process(results, number):
     case = CASES[number]
     x, y, a, b = clouds(case)
     leaves = [x.requires_grad_(), y.requires_grad_()]
@@ -116,7 +116,7 @@ def alone(tmp_path: Path) -> Any:
     dist.destroy_process_group()
 
 
-def test_bad_input(alone: None) -> None:
+def test_bad_input(alone):
     loss = otloss.distributed.sinkhorn_divergence
     x, y = torch.rand(5, 2), torch.rand(4, 2)
     with pytest.raises(TypeError, match="cost must be a name"):

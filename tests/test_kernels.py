@@ -11,7 +11,20 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from helpers import COSTS, DTYPES, clouds, make_weights, name, pick, rand, randn, rho, solved
+from backends import BACKENDS, Backend
+from helpers import (
+    COSTS,
+    DTYPES,
+    clouds,
+    make_weights,
+    name,
+    pick,
+    rand,
+    randn,
+    rho,
+    solved,
+    some_of,
+)
 from torch import Tensor
 
 import otloss
@@ -21,32 +34,16 @@ from otloss.costs import COSTS as COST_NUMBERS
 INF = math.inf
 
 
-def trajectory(
-    module: Any,
-    C: Tensor,
-    a: Tensor,
-    b: Tensor,
-    eps: float,
-    count: int,
-    rho: tuple[float, float] = (INF, INF),
-) -> Tensor:
-    """(count, n + m): f and g after each of `count` iterations."""
-    problem = ops.problems([a[None], b[None]], [0, 1], [1.0], eps, costs=[C[None]], rho=rho)
-    _, _, _, _, (trace,), _ = solved(problem, module=module, n_iters=count, trace=True)
-    return trace[0]
-
-
 def assert_same_iterations(
-    module: Any,
-    C: Tensor,
-    a: Tensor,
-    b: Tensor,
-    eps: float,
-    count: int = 4,
+    backend: Backend, C: Tensor, a: Tensor, b: Tensor, eps: float, count: int = 4,
     rho: tuple[float, float] = (INF, INF),
-) -> None:
+) -> None:  # fmt: skip
     """Every iterate equals the oracle's, to some roundings of the potentials and the exponent."""
-    got = trajectory(module, C, a, b, eps, count, rho)
+    module = reference if backend.method == "reference" else ops
+    given = [t[None].to(backend.device) for t in (C, a, b)]
+    problem = ops.problems(given[1:], [0, 1], [1.0], eps, costs=given[:1], rho=rho)
+    _, _, _, _, (trace,), _ = solved(problem, module=module, n_iters=count, trace=True)
+    got = trace[0].cpu()
     steps = oracle.iterate(C.double(), a.double(), b.double(), eps, count, rho)
     expected = torch.stack([torch.cat(step) for step in steps])
     unit = torch.finfo(C.dtype).eps
@@ -56,30 +53,29 @@ def assert_same_iterations(
     assert float((got.double() - expected).abs().max()) <= allowed
 
 
-modules = pytest.mark.parametrize("module", [ops, reference], ids=["native", "reference"])
+STORED = [name for name in BACKENDS if "streamed" not in name]  # of costs that are given
+WIDTHS = [1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 130]
 
 
-@modules
-@pytest.mark.parametrize("m", [1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 130])
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_sizes(dtype, m, module, rng):
+@some_of("backend, m, dtype", STORED, WIDTHS, DTYPES)
+def test_sizes(backend, m, dtype, rng):
     """Rows are taken by four and columns by vectors: every remainder of both."""
     for n in (1, 3, 4, 5, 6, 11):
         C = randn(rng, n, m, dtype=dtype)
         a, b = (make_weights(rng, (k,), "random").to(dtype) for k in (n, m))
-        assert_same_iterations(module, C, a, b, 0.3)
+        assert_same_iterations(backend, C, a, b, 0.3)
 
 
-@modules
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("strength", [0.3, (2.0, 0.1), (None, 1e-3), (1e-3, None), (1e-4, 1e6)])
-@pytest.mark.parametrize("eps", [0.5, 1e-2])
-def test_damped_iterations(eps, strength, dtype, module, rng):
+DAMPED = [0.3, (2.0, 0.1), (None, 1e-3), (1e-3, None), (1e-4, 1e6)]
+
+
+@some_of("backend, strength, eps, dtype", STORED, DAMPED, [0.5, 1e-2], DTYPES)
+def test_damped_iterations(backend, strength, eps, dtype, rng):
     """Down to where most points give up all but e^-1000 of their weight, which trips the guards."""
     C = randn(rng, 37, 45, dtype=dtype).square()
     C[:3] += 5
     a, b = (make_weights(rng, (k,), "random").to(dtype) for k in (37, 45))
-    assert_same_iterations(module, C, a, 7 * b, eps, rho=rho(strength))
+    assert_same_iterations(backend, C, a, 7 * b, eps, rho=rho(strength))
 
 
 Case = tuple[Tensor, Tensor, Tensor, float]
@@ -145,14 +141,12 @@ GUARDED = [
 guarded = pytest.mark.parametrize("case", GUARDED, ids=lambda case: case.__name__)
 
 
-@modules
-@guarded
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_guards(dtype, case, module, rng):
+@some_of("backend, case, dtype", STORED, GUARDED, DTYPES)
+def test_guards(backend, case, dtype, rng):
     C, a, b, eps = case(rng)
     C, a, b = (t.to(dtype) for t in (C, a, b))
-    assert_same_iterations(module, C, a, b, eps, count=6)
-    assert_same_iterations(module, C.T.contiguous(), b, a, eps, count=6)
+    assert_same_iterations(backend, C, a, b, eps, count=6)
+    assert_same_iterations(backend, C.T.contiguous(), b, a, eps, count=6)
 
 
 @guarded
