@@ -29,7 +29,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input install
 LOGS := $(VENV)/logs
 STAMPS := $(VENV)/stamps
-SOURCES := $(foreach suffix,h cpp cuh cu,$(wildcard csrc/*.$(suffix) csrc/*/*.$(suffix)))
+SOURCES := $(shell find csrc -name "*.h" -o -name "*.cpp" -o -name "*.cuh" -o -name "*.cu")
 
 # $(call step,name,what is said,command): one line of output, the log only if the command fails.
 define step
