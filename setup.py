@@ -16,19 +16,34 @@ Environment:
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import runpy
 import shutil
+import site
 import subprocess
+import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).parent
 CSRC = Path("csrc")
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the oldest torch that the binary must run on
+OLDEST_TORCH = (2, 10)
 DEFAULT_CUDA_ARCH = "80;90a;90-virtual"
+NO_TORCH = """
+otloss: no torch >= 2.10 to compile the kernels with ({found}).
+Install the build of torch that suits this machine first, for instance
+    pip install torch
+or set OTLOSS_BUILD_NATIVE=0 to install without the kernels: pure Python, and slow.
+Tools that build in an environment of their own need telling to use this one, for instance
+    python -m build --wheel --no-isolation
+"""
 
 
 def enabled(variable: str, default: str = "1") -> bool:
@@ -49,6 +64,28 @@ def find_nvcc() -> tuple[str, Path] | None:
             if next(toolkit.glob("lib*/libcudart_static.a"), None):
                 return str(nvcc), toolkit
     return None
+
+
+def find_torch() -> Path:
+    """The folder of the installed torch, which is read and not imported.
+
+    pip builds in isolation: its Python is that of the environment it installs into, but hides what
+    is installed there. Only headers and libraries are needed, and those can be read all the same,
+    so torch is no build requirement, and pip does not download a second one to compile against.
+    Any torch from the oldest on will do, since only the stable ABI is used.
+    """
+    visible = importlib.util.find_spec("torch")
+    folders = [Path(visible.origin).parent.parent] if visible and visible.origin else []
+    paths = [sysconfig.get_path("platlib"), *site.getsitepackages([sys.prefix, sys.base_prefix])]
+    folders += [Path(path) for path in [*paths, site.getusersitepackages()]]
+    found = []
+    for torch in [folder / "torch" for folder in folders]:
+        if (torch / "version.py").exists() and (torch / "include").is_dir():
+            version = runpy.run_path(str(torch / "version.py"))["__version__"]
+            if tuple(int(part) for part in version.split(".")[:2]) >= OLDEST_TORCH:
+                return torch
+            found.append(f"{torch} is version {version}")
+    sys.exit(NO_TORCH.format(found="; ".join(found) or f"none belongs to {sys.executable}"))
 
 
 def cuda_arch() -> str:
@@ -72,6 +109,11 @@ class BuildNative(build_ext):
     """
 
     def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        torch = find_torch()  # here, not in native_extension: a source distribution needs no torch
+        ext.library_dirs.append(str(torch / "lib"))
+        ext.extra_compile_args += [f"-isystem{pybind11.get_include()}", f"-isystem{torch}/include"]
         # The longest compilations first.
         sources = sorted(ext.sources, key=lambda source: not source.endswith(".cu"))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -109,14 +151,18 @@ class BuildNative(build_ext):
         return [*compiler, "-c", source, "-o", target, *ext.extra_compile_args]
 
 
-def native_extension() -> Extension:
-    import pybind11
-    import torch
-    from torch.utils.cpp_extension import include_paths
+class Metadata(dist_info):
+    """pip asks for it before it downloads anything, so a missing torch is said at once."""
 
+    def run(self) -> None:
+        find_torch()
+        super().run()
+
+
+def native_extension() -> Extension:
     sources = [CSRC / "bindings.cpp", *sorted(CSRC.glob("cpu/*.cpp"))]
     macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
-    library_dirs = [str(Path(torch.__file__).parent / "lib")]
+    library_dirs = []
     libraries = ["torch", "torch_cpu", "c10"]
     toolkit = find_nvcc() if enabled("OTLOSS_BUILD_CUDA") else None
     if toolkit:
@@ -138,7 +184,6 @@ def native_extension() -> Extension:
             *("-O3", "-std=c++17", "-fopenmp-simd", "-fvisibility=hidden", "-Wall", "-Wextra"),
             *("-fno-math-errno", "-fno-trapping-math", "-g0"),
             *(["-Werror"] if enabled("OTLOSS_WERROR", "0") else []),
-            *(f"-isystem{path}" for path in [pybind11.get_include(), *include_paths()]),
         ],
         # torch is loaded before the extension, so its libraries need no path recorded here.
         language="c++",
@@ -149,5 +194,5 @@ os.chdir(ROOT)
 native = enabled("OTLOSS_BUILD_NATIVE")
 setup(
     ext_modules=[native_extension()] if native else [],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "dist_info": Metadata} if native else {},
 )
