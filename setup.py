@@ -206,7 +206,9 @@ class Compilation(NamedTuple):
 
     def object(self) -> Path:
         """Where the cache keeps the result; the name changes with all that it is made of."""
-        content = hashlib.sha256(repr((self.command, self.versions)).encode())
+        # Headers that are not the project's count by version: pip puts them elsewhere every time.
+        command = [word for word in self.command if not word.startswith("-isystem")]
+        content = hashlib.sha256(repr((command, self.versions)).encode())
         for path in sorted(included(self.source)):
             content.update(f"{path}\n".encode() + path.read_bytes())
         return cache_folder() / f"{self.source.stem}-{content.hexdigest()[:24]}.o"
