@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from otloss.costs import cost_between, full_precision, without_padding
+from otloss.costs import NAMED, cost_between, full_precision, without_padding
 from otloss.reference.gradients import (
     implicit_gradient,
     quotient,
@@ -44,9 +44,8 @@ def cost(points: list[Tensor], weights: list[Tensor], pairs: list[int], kind: in
 
 def _pair_cost(x: Tensor, y: Tensor, same: bool, kind: int) -> Tensor:
     C = cost_between(x, y, kind)
-    if same:  # a point is at distance exactly 0 from itself, unless it has no direction
-        directed = x.ne(0).any(-1) if kind == 2 else torch.ones_like(x[..., 0], dtype=torch.bool)
-        C = torch.where(torch.diag_embed(directed), 0.0, C)
+    if same:
+        C = torch.where(torch.diag_embed(NAMED[kind].is_zero_to_itself(x)), 0.0, C)
     return C
 
 
