@@ -106,10 +106,12 @@ def solve(
         else:
             f, g = (start[0].clone(), start[1].clone()) if start else (a.clone(), b.clone())
             error, counts = torch.empty_like(max_cost).double(), torch.empty_like(max_cost)
-            for k in solvable.nonzero().flatten().tolist():
-                clouds = (
-                    Clouds(NAMED[kind], points[i][k], points[j][k], a[k], b[k]) if points else None
-                )
+            for k in range(len(C)):
+                if not bool(solvable[k]):
+                    continue
+                clouds = None
+                if points:
+                    clouds = Clouds(NAMED[kind], points[i][k], points[j][k], a[k], b[k])
                 engine = DenseEngine(C[k], a[k], b[k], marginals, clouds)
                 first = (start[0][k], start[1][k]) if start else None
                 solution = solve_problem(engine, i == j, eps, tol, max_iters, first)
