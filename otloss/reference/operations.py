@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from otloss.costs import NAMED, cost_between, full_precision, without_padding
+from otloss.reference.engine import Clouds
 from otloss.reference.gradients import (
     implicit_gradient,
     quotient,
@@ -17,7 +18,7 @@ from otloss.reference.gradients import (
     weight_gradients,
 )
 from otloss.reference.marginals import TRANSPORT, counted, damping, marginals_of, plan, value
-from otloss.reference.solver import Clouds, DenseEngine, fixed_iterations, solve_problem
+from otloss.reference.solver import fixed_iterations, solve_batch
 
 OPERATIONS = (
     "cost",
@@ -97,31 +98,21 @@ def solve(
             b = b * (a.sum(-1, True) / b.sum(-1, True))  # totals may differ by rounding
         start = init[2 * p : 2 * p + 2]
         max_cost = counted(C, a, b).abs().amax((-2, -1))
-        solvable = max_cost.isfinite()
         if n_iters >= 0:
             g = start[1] if start else torch.zeros_like(b)
             f, g, error, steps = fixed_iterations(C, a, b, g, eps, n_iters, marginals)
-            counts = torch.full_like(error, n_iters)
+            f, g = (torch.where(max_cost.isfinite()[:, None], v, math.nan) for v in (f, g))
+            sweeps = torch.full_like(error, n_iters)
             traces += [torch.stack(steps, dim=1)] if trace else []
         else:
-            f, g = (start[0].clone(), start[1].clone()) if start else (a.clone(), b.clone())
-            error, counts = torch.empty_like(max_cost).double(), torch.empty_like(max_cost)
-            for k in range(len(C)):
-                if not bool(solvable[k]):
-                    continue
-                clouds = None
-                if points:
-                    clouds = Clouds(NAMED[kind], points[i][k], points[j][k], a[k], b[k])
-                engine = DenseEngine(C[k], a[k], b[k], marginals, clouds)
-                first = (start[0][k], start[1][k]) if start else None
-                solution = solve_problem(engine, i == j, eps, tol, max_iters, first)
-                f[k], g[k], error[k], counts[k] = solution
-        f, g = (torch.where(solvable[:, None], v, math.nan) for v in (f, g))
-        error, counts = torch.where(solvable, error, math.nan), torch.where(solvable, counts, 0)
+            clouds = Clouds(NAMED[kind], points[i], points[j], a, b) if points else None
+            f, g, error, sweeps = solve_batch(
+                C, a, b, marginals, i == j, eps, tol, max_iters, start, clouds
+            )
         loss = loss + coefficients[p] * value(eps, C, f, g, a, b, objective, marginals)
-        statuses.append(torch.stack([counts, error, error <= tol, max_cost], dim=-1))
-        all_f.append(f)
-        all_g.append(g)
+        statuses.append(torch.stack([sweeps, error, error <= tol, max_cost], dim=-1))
+        all_f.append(f.clone())
+        all_g.append(g.clone())
     return loss, torch.stack(statuses).double(), all_f, all_g, traces
 
 

@@ -1,29 +1,28 @@
 """The method of docs/solver.md in plain torch, one problem at a time, for any engine.
 
 The solver decides which potentials to try next and sees costs only through an ``Engine``: a stored
-matrix here (``DenseEngine``), rows spread over processes in ``otloss/distributed.py``. The rules
-are those of csrc/cpu/solver.h and csrc/lbfgs.h except Newton's step, which is left out: the kernels
-need as many sweeps with ``OTLOSS_NEWTON=0``.
+matrix (``DenseEngine``), or rows spread over processes (``otloss/distributed.py``). The rules are
+those of csrc/cpu/solver.h and csrc/lbfgs.h except Newton's step, which is left out: the kernels
+take the same sweeps with ``OTLOSS_NEWTON=0``.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from otloss.costs import NamedCost
+from otloss.reference.engine import Clouds, DenseEngine, Engine
+from otloss.reference.lbfgs import MEMORY, InnerProduct, StepLength, two_loop_recursion
 from otloss.reference.marginals import (
     BALANCED,
     Marginals,
     SoftMean,
-    counted,
     damping,
     mean_and_magnitude,
-    softmin,
     target_marginal,
 )
 
@@ -36,103 +35,11 @@ EASY_EPS, FIRST_STAGE, STAGE_RATIO, STAGE_TOL = 0.077, 0.1, 0.25, 0.01
 # The line search: steps along one direction, the factor from one to the next, and the part of the
 # predicted gain that a step must bring.
 TRIES, SHRINK, SUFFICIENT_GAIN = 5, 0.3, 1e-4
-# A first step is at most MAX_GROWTH times as long as the one before. One that changes the residual
-# by less than FLAT of it is followed by one STRETCH times as long.
-MAX_GROWTH, FLAT, STRETCH = 10.0, 1e-2, 2.0
-# L-BFGS: pairs kept, the least cosine of the angle between step and change of the residual.
-MEMORY, LEAST_CURVATURE = 8, 1e-10
 NO_MASS = 1e-20  # of the total: points with less mass in the target marginal take plain iterations
 EXPONENT_LIMIT = 80.0  # of ratios, whose exponential must stay finite in float32
-SIGMA_SAMPLE = 256  # points of each side
-# The start in closed form comes first where it takes less time than so many sweeps, second where it
-# takes less than so many. In costs of a sweep it takes d^3 and (n + m) d^2 times the other two.
+# The start in closed form is tried first where it takes less time than so many sweeps, and second
+# where it takes less than so many.
 CHEAP_SWEEPS, WORTH_SWEEPS = 1, 10
-MAX_GAUSSIAN_DIMS, EIGEN_WORK, MOMENT_WORK = 64, 400, 5
-
-
-class Engine(Protocol):
-    """Sweeps over the costs of one problem. Of x it may hold some rows only, y is whole."""
-
-    a: Tensor  # (n,) weights of the rows held here
-    b: Tensor  # (m,) weights, of the total of x where the problem is balanced
-    marginals: Marginals
-
-    @property
-    def mass(self) -> tuple[float, float]:
-        """The totals of x and y."""
-
-    def iterate(self, eps: float, g: Tensor) -> tuple[Tensor, SoftMean, Tensor]:
-        """One sweep: f = damping T_x(g), its mean over all rows, and T_y(f)."""
-
-    def update_rows(self, eps: float, g: Tensor) -> Tensor:
-        """T_x(g) of all rows."""
-
-    def sigma(self) -> float:
-        """Standard deviation of C_ij - mean_i - mean_j + mean on a sample."""
-
-    def propose(self, sweeps: float, eps: float) -> Tensor | None:
-        """Potentials g (m,) to start from, if they take less time than ``sweeps`` sweeps."""
-
-
-class Clouds(NamedTuple):
-    """The points behind the costs of one problem: where a start in closed form comes from."""
-
-    cost: NamedCost
-    x: Tensor  # (n, d)
-    y: Tensor  # (m, d)
-    a: Tensor  # (n,)
-    b: Tensor  # (m,)
-
-    def propose(self, sweeps: float, eps: float) -> Tensor | None:
-        (n, d), m = self.x.shape, len(self.y)
-        work = EIGEN_WORK * d**3 + MOMENT_WORK * (n + m) * d**2
-        if d > MAX_GAUSSIAN_DIMS or work > sweeps * n * m:
-            return None
-        return self.cost.gaussian_potential(self.x, self.y, self.a, self.b, eps)
-
-
-class DenseEngine:
-    """A stored cost matrix. ``iterate`` and ``update_rows`` take batches too, differentiably."""
-
-    def __init__(
-        self, C: Tensor, a: Tensor, b: Tensor, marginals: Marginals, clouds: Clouds | None = None
-    ) -> None:
-        self.C, self.a, self.b = counted(C, a, b), a, b
-        self.marginals, self.clouds = marginals, clouds
-
-    @functools.cached_property
-    def mass(self) -> tuple[float, float]:
-        return float(self.a.double().sum()), float(self.b.double().sum())
-
-    def iterate(self, eps: float, g: Tensor) -> tuple[Tensor, SoftMean, Tensor]:
-        f = damping(self.marginals.x, eps) * self.update_rows(eps, g)
-        t = torch.where(self.b > 0, softmin(eps, self.C.mT, f, self.a), 0.0)
-        return f, mean_and_magnitude(f.detach(), self.a, self.marginals.x), t
-
-    def update_rows(self, eps: float, g: Tensor) -> Tensor:
-        return torch.where(self.a > 0, softmin(eps, self.C, g, self.b), 0.0)
-
-    def sigma(self) -> float:
-        return spread(self.C[sample(self.a)][:, sample(self.b)])
-
-    def propose(self, sweeps: float, eps: float) -> Tensor | None:
-        return self.clouds.propose(sweeps, eps) if self.clouds else None
-
-
-def sample(weights: Tensor) -> Tensor:
-    """Numbers of some points of positive weight, evenly spread."""
-    count = min(len(weights), SIGMA_SAMPLE)
-    chosen = torch.arange(count, device=weights.device) * len(weights) // count
-    return chosen[weights[chosen] > 0]
-
-
-def spread(C: Tensor) -> float:
-    """The standard deviation of C_ij - mean_i - mean_j + mean; 0 of a single row or column."""
-    if min(C.shape) < 2:
-        return 0.0
-    C = C.double()
-    C = C - C.mean(0, keepdim=True) - C.mean(1, keepdim=True) + C.mean()
-    return float(C.square().mean().sqrt())
 
 
 class Solution(NamedTuple):
@@ -156,18 +63,12 @@ def _marginal_error(target: Tensor, ratio: Tensor) -> Tensor:
 # ------------------------------------------------------------------- a fixed number of iterations
 
 
-def iterate_fixed(
-    engine: Engine, eps: float, n_iters: int, g: Tensor
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """``n_iters`` updates of f, then g, from g: f, g, the error, and [f g] of each iteration."""
-    rho, steps = engine.marginals.y, []
-    f, error = torch.zeros_like(engine.a), torch.full_like(engine.a[..., 0], math.nan).double()
-    for _ in range(n_iters):
-        f, _, t = engine.iterate(eps, g)
-        error = _marginal_error(target_marginal(g, engine.b, rho), _ratio(g, t, eps, rho))
-        g = damping(rho, eps) * t
-        steps.append(torch.cat([f, g], dim=-1))
-    return f, g, error, steps
+def plain_iteration(engine: Engine, eps: float, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """An update of f, then of g, and the marginal error before the latter."""
+    rho = engine.marginals.y
+    f, _, t = engine.iterate(eps, g)
+    error = _marginal_error(target_marginal(g, engine.b, rho), _ratio(g, t, eps, rho))
+    return f, damping(rho, eps) * t, error
 
 
 def fixed_iterations(
@@ -179,11 +80,63 @@ def fixed_iterations(
     n_iters: int,
     marginals: Marginals = BALANCED,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """``iterate_fixed`` on cost matrices (B, n, m).
+    """``n_iters`` updates of f, then g, from g: f, g, the error, and [f g] of each iteration.
 
     Differentiable by autograd to any order, at the memory of every iteration.
     """
-    return iterate_fixed(DenseEngine(C, a, b, marginals), eps, n_iters, g)
+    engine, steps = DenseEngine(C, a, b, marginals), []
+    f, error = torch.zeros_like(a), torch.full_like(a[..., 0], math.nan)
+    for _ in range(n_iters):
+        f, g, error = plain_iteration(engine, eps, g)
+        steps.append(torch.cat([f, g], dim=-1))
+    return f, g, error, steps
+
+
+# ----------------------------------------------------------------------------- until it converges
+
+
+def solve_batch(
+    C: Tensor,
+    a: Tensor,
+    b: Tensor,
+    marginals: Marginals,
+    symmetric: bool,
+    eps: float,
+    tol: float,
+    max_iters: int,
+    init: Sequence[Tensor] = (),
+    clouds: Clouds | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """f, g, the errors and the sweeps of problems C (B, n, m), each on its own.
+
+    ``init``: f and g to start from, or nothing. NaN where costs are not finite.
+    """
+    solutions = []
+    for k in range(len(C)):
+        engine = DenseEngine(C[k], a[k], b[k], marginals, clouds and clouds.item(k))
+        start = [v[k] for v in init]
+        if bool(engine.C.isfinite().all()):
+            solutions.append(solve_problem(engine, symmetric, eps, tol, max_iters, start))
+        else:
+            f, g = (torch.full_like(w, math.nan) for w in (engine.a, engine.b))
+            solutions.append(Solution(f, g, math.nan, 0))
+    f, g = torch.stack([s.f for s in solutions]), torch.stack([s.g for s in solutions])
+    error, sweeps = ([getattr(s, name) for s in solutions] for name in ("error", "iterations"))
+    return f, g, f.new_tensor(error, dtype=torch.float64), f.new_tensor(sweeps)
+
+
+def solve_problem(
+    engine: Engine,
+    symmetric: bool,
+    eps: float,
+    tol: float,
+    max_iters: int,
+    init: Sequence[Tensor] = (),
+) -> Solution:
+    """Until the marginal error is at most ``tol``; ``symmetric``: of a cloud against itself."""
+    if symmetric:
+        return solve_symmetric(engine, eps, tol, max_iters, init[0] if init else None)
+    return solve_pair(engine, eps, tol, max_iters, init[1] if init else None)
 
 
 # ------------------------------------------------------------------------- a cloud against itself
@@ -211,20 +164,6 @@ def solve_symmetric(
         f = f + 2 / (2 + factor) * step
 
 
-def solve_problem(
-    engine: Engine,
-    symmetric: bool,
-    eps: float,
-    tol: float,
-    max_iters: int,
-    init: tuple[Tensor, Tensor] | None = None,
-) -> Solution:
-    """Until the marginal error is at most ``tol``; ``symmetric``: of a cloud against itself."""
-    if symmetric:
-        return solve_symmetric(engine, eps, tol, max_iters, init and init[0])
-    return solve_pair(engine, eps, tol, max_iters, init and init[1])
-
-
 # ---------------------------------------------------------------------------------- general pairs
 
 
@@ -242,8 +181,8 @@ class Point(NamedTuple):
 
 
 def evaluate(engine: Engine, eps: float, g: Tensor) -> Point:
-    """One sweep at g. Where a side is soft the point is moved by the best translation (f + s, g -
-    t), which only shifts the softmins."""
+    """One sweep at g. Where a side is soft the point is moved by the best translation, which only
+    shifts the softmins."""
     rho_x, rho_y, _ = engine.marginals
     f, mean_f, t = engine.iterate(eps, g)
     mean_g = mean_and_magnitude(g, engine.b, rho_y)
@@ -352,26 +291,21 @@ def _ascend(
         if not inner(excess, p) > 0:
             memory.clear()
             p = r
-        t = length.first(inner(p, p))
-        trial, tries = _line_search(
-            engine, eps, point, p, t, inner(excess, p), max_iters - iterations
-        )
-        iterations += tries
-        accepted = trial is not None
+        first, left = length.first(inner(p, p)), max_iters - iterations
+        trial, sweeps = _line_search(engine, eps, point, p, first, inner(excess, p), left)
         if trial is None:  # a plain iteration always ascends
             memory.clear()
-            trial, iterations = evaluate(engine, eps, point.next_g), iterations + 1
-        after = _residual(engine, trial)
-        if accepted:
-            step = torch.where(engine.b > 0, trial.g - point.g, 0.0)
-            change = r - after
-            length.accepted(inner(step, step), inner(change, change), inner(r, r))
-            if inner(change, change) > _least_change(engine, eps, point) and inner.curved(
-                step, change
-            ):
-                memory = [*memory[1 - MEMORY :], (step, change)]
-        else:
             length.plain(inner(r, r))
+            trial, sweeps = evaluate(engine, eps, point.next_g), sweeps + 1
+            after = _residual(engine, trial)
+        else:
+            after = _residual(engine, trial)
+            step, change = torch.where(engine.b > 0, trial.g - point.g, 0.0), r - after
+            changed = inner(change, change)
+            length.accepted(inner(step, step), changed, inner(r, r))
+            if changed > _least_change(engine, eps, point) and inner.curved(step, change):
+                memory = [*memory[1 - MEMORY :], (step, change)]
+        iterations += sweeps
         point, r = trial, after
         if not math.isinf(engine.marginals.y):  # the inner product has changed
             memory = [pair for pair in memory if InnerProduct(point.target).curved(*pair)]
@@ -405,56 +339,3 @@ def _least_change(engine: Engine, eps: float, point: Point) -> float:
     mass, unit = engine.mass[1], torch.finfo(point.g.dtype).eps
     rounding = 4 * (point.noise / mass + 4 * unit * eps)
     return rounding * rounding * mass
-
-
-class StepLength:
-    """How far the first try along a direction goes; all lengths are squared.
-
-    Where clusters are many eps apart the semidual is nearly a plane until they exchange mass, and
-    tells nothing of how far to go.
-    """
-
-    def __init__(self) -> None:
-        self.stretch, self.longest = 1.0, math.inf
-
-    def first(self, direction: float) -> float:
-        """The factor of a direction."""
-        most = math.sqrt(self.longest / direction) if direction > 0 else math.inf
-        return min(most, self.stretch)
-
-    def accepted(self, step: float, change: float, residual: float) -> None:
-        self.stretch = STRETCH * self.stretch if change < FLAT**2 * residual else 1.0
-        self.longest = MAX_GROWTH**2 * step
-
-    def plain(self, residual: float) -> None:
-        self.stretch, self.longest = 1.0, MAX_GROWTH**2 * residual
-
-
-class InnerProduct:
-    """sum_j w_j u_j v_j, in float64."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight.double()
-
-    def __call__(self, u: Tensor, v: Tensor) -> float:
-        return float((self.weight * u.double() * v.double()).sum())
-
-    def curved(self, step: Tensor, change: Tensor) -> bool:
-        size = math.sqrt(self(step, step)) * math.sqrt(self(change, change))
-        return self(step, change) > LEAST_CURVATURE * size
-
-
-def two_loop_recursion(
-    r: Tensor, memory: list[tuple[Tensor, Tensor]], inner: InnerProduct
-) -> Tensor:
-    """The residual times the inverse Hessian that the memory implies (Nocedal 1980)."""
-    p, steps = r, list[float]()
-    for s, y in reversed(memory):
-        steps.append(inner(s, p) / inner(s, y))
-        p = p - steps[-1] * y
-    if memory:
-        s, y = memory[-1]
-        p = inner(s, y) / inner(y, y) * p
-    for s, y in memory:
-        p = p + (steps.pop() - inner(y, p) / inner(s, y)) * s
-    return p
