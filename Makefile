@@ -116,18 +116,15 @@ docs: build $(STAMPS)/extra-docs  ## build docs/_build/index.html; a warning is 
 bench: build $(STAMPS)/extra-bench  ## run benchmarks against other libraries (BENCH=suites)
 	@$(PY) -m benchmarks.run $(BENCH)
 
-# On a machine whose own Python has all that is needed, it is used and nothing is fetched: a GPU
-# machine brings its own torch.
-GPU_CHECK := -m benchmarks.gpu_check
+.PHONY: gpu-prepare
+gpu-prepare: build  ## compile and fetch what gpu-check needs (GPU_PYTHON=3.12: of the GPU machine)
+	@$(PY) -m benchmarks.gpu_check prepare $(addprefix --python ,$(GPU_PYTHON))
+
+# With the GPU machine's own Python and torch: nothing is installed there.
 .PHONY: gpu-check
-gpu-check:  ## build, then check and time the CUDA kernels; says what it skipped without a GPU
-	@if $(PYTHON) -c 'import torch, pybind11, setuptools, numpy, pytest, hypothesis, scipy; \
-		assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)' 2>/dev/null; then \
-		echo "$(PYTHON) has torch and the build tools: nothing is installed"; \
-		$(PYTHON) $(GPU_CHECK); \
-	else \
-		$(MAKE) build $(STAMPS)/extra-test && $(PY) $(GPU_CHECK) --no-build; \
-	fi
+gpu-check:  ## on a GPU machine: check and time the CUDA kernels, in 7 minutes (docs/gpu.md)
+	@$(PYTHON) -m benchmarks.gpu_check checks
+	@$(PYTHON) -m benchmarks.gpu_check bench
 
 .PHONY: clean
 clean:  ## remove everything built, but not .venv and runs/

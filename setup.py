@@ -29,6 +29,7 @@ import os
 import re
 import shlex
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
@@ -38,10 +39,12 @@ from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = Path("csrc")
-TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the oldest torch that the binary must run on
+OLDEST_TORCH = (2, 10)  # that the binary must run on
+TORCH_TARGET_VERSION = "0x020a000000000000"  # the same, as torch's headers take it
 RELEASE_ARCH = "80;90a;90-virtual"
 CACHE_SECONDS = 90 * 24 * 3600  # how long an object is kept
 
@@ -79,19 +82,28 @@ def find_torch() -> Torch:
     """torch of the environment that is installed into, found without importing it.
 
     With build isolation pip hides the environment's packages from ``sys.path``, but the interpreter
-    and so its ``site-packages`` are the environment's own.
+    and so its ``site-packages`` are the environment's own. Those of the Python below a virtual
+    environment will do too, since only the stable ABI is used.
     """
     spec = importlib.util.find_spec("torch")
     folders = [Path(spec.origin).parent] if spec and spec.origin else []
-    folders += [Path(sysconfig.get_path(kind)) / "torch" for kind in ("platlib", "purelib")]
+    sites = [sysconfig.get_path("platlib"), *site.getsitepackages([sys.prefix, sys.base_prefix])]
+    folders += [Path(path) / "torch" for path in [*sites, site.getusersitepackages()]]
+    too_old = ""
     for folder in folders:
         if (folder / "version.py").exists():
             about: dict[str, str | None] = {}
             exec((folder / "version.py").read_text(), about)
-            return Torch(folder, str(about["__version__"]), about.get("cuda"))
+            found = Torch(folder, str(about["__version__"]), about.get("cuda"))
+            if tuple(map(int, found.version.split(".")[:2])) >= OLDEST_TORCH:
+                return found
+            too_old = f" ({folder} is version {found.version})"
     sys.exit(
-        "otloss: torch was not found. Install torch >= 2.10 first, in the build that suits this "
-        "machine (https://pytorch.org/get-started/locally), then otloss again."
+        f"otloss: no torch >= 2.10 to compile the kernels with{too_old}.\n"
+        "Install the build of torch that suits this machine first, for instance\n"
+        "    pip install torch\n"
+        "or set OTLOSS_BUILD_NATIVE=0 for a slow version in plain torch. A tool that builds in an\n"
+        "environment of its own must be told to use this one: python -m build --no-isolation"
     )
 
 
@@ -194,7 +206,9 @@ class Compilation(NamedTuple):
 
     def object(self) -> Path:
         """Where the cache keeps the result; the name changes with all that it is made of."""
-        content = hashlib.sha256(repr((self.command, self.versions)).encode())
+        # Headers that are not the project's count by version: pip puts them elsewhere every time.
+        command = [word for word in self.command if not word.startswith("-isystem")]
+        content = hashlib.sha256(repr((command, self.versions)).encode())
         for path in sorted(included(self.source)):
             content.update(f"{path}\n".encode() + path.read_bytes())
         return cache_folder() / f"{self.source.stem}-{content.hexdigest()[:24]}.o"
@@ -298,9 +312,18 @@ class BuildNative(build_ext):
         remove_old_objects()
 
 
+class Metadata(dist_info):
+    """pip asks for it before it downloads anything, so what is missing is said at once."""
+
+    def run(self) -> None:
+        find_torch()
+        compiler()
+        super().run()
+
+
 os.chdir(ROOT)
 native = variable("OTLOSS_BUILD_NATIVE", "1") == "1"
 setup(
     ext_modules=[Extension("otloss._C", sources=[], language="c++")] if native else [],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "dist_info": Metadata} if native else {},
 )
