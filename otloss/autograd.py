@@ -22,7 +22,7 @@ from torch import Tensor
 
 from otloss import _check, ops, reference, schedule
 
-__all__ = ["CostMatrices", "Settings", "Solve", "SolvePoints"]
+__all__ = ["CostMatrices", "Settings", "Solve", "SolvePoints", "refuse_higher_order"]
 
 
 class Settings(NamedTuple):
@@ -61,7 +61,7 @@ def _implementation(plain: bool) -> ModuleType:
     return reference if plain else ops
 
 
-def _refuse_higher_order(
+def refuse_higher_order(
     grads: list[Tensor], inputs: Sequence[Tensor], message: str
 ) -> list[Tensor]:
     """Gradients whose own derivative raises, when a graph of the pass is being made."""
@@ -114,7 +114,7 @@ def _vector_jacobian(
     )
     found = [r for r in results if r is not None]
     graph = [g for g in grads if g is not None]
-    kept = iter(_refuse_higher_order(found, [*sources, *graph], _THIRD_ORDER))
+    kept = iter(refuse_higher_order(found, [*sources, *graph], _THIRD_ORDER))
     return [None if r is None else next(kept) for r in results]
 
 
@@ -688,7 +688,7 @@ def _first_order_only(
     grads, grad_weights = _first_order(s, seeds, solved, wanted, want_weights)
     given = [*grads, *(grad for grad in grad_weights if grad is not None)]
     message = _streamed_message(s, solved.points)
-    refused = iter(_refuse_higher_order(given, (*solved.points, *solved.weights, *seeds), message))
+    refused = iter(refuse_higher_order(given, (*solved.points, *solved.weights, *seeds), message))
     grads = [next(refused) for _ in grads]
     return grads, [None if grad is None else next(refused) for grad in grad_weights]
 
