@@ -1,7 +1,7 @@
 """The costs: one class each, with its number, formula, gradient and bound.
 
-A new cost is a class here, in the list ``NAMED``, and a functor in csrc/costs.h. Names, numbers and
-the plain versions of everything that is computed from points come from these classes.
+A new cost is a class here, in the list ``NAMED``, and a functor in csrc/core/costs.h. Names,
+numbers and the plain versions of everything computed from points come from these classes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class NamedCost:
     ``is_zero_to_itself`` are differentiable."""
 
     name: ClassVar[str]
-    number: ClassVar[int]  # of the functor: `CostKind` in csrc/costs.h
+    number: ClassVar[int]  # of the functor: `CostKind` in csrc/core/costs.h
 
     def between(self, x: Tensor, y: Tensor) -> Tensor:
         """C (B, n, m)."""

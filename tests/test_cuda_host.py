@@ -174,7 +174,7 @@ class PointGradientCall(Call):
 
 
 class Cloud:
-    """Points made ready, as csrc/cuda/cost.cu does: centred, or of norm 1. Those of weight 0 are
+    """Points made ready, as csrc/cuda/cost does: centred, or of norm 1. Those of weight 0 are
     padding, if weights are given."""
 
     def __init__(
@@ -399,7 +399,7 @@ def compiled(target: Path, *macros: str) -> Path:
     command = ["g++", "-O1", "-std=c++17", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
     # Barriers jump between stacks, which the checked longjmp of fortified builds refuses.
     command += ["-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", "-DOTLOSS_SOLVE_THREADS=128"]
-    command += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/cuda'}", f"-I{ROOT / 'tests/cuda_host'}"]
+    command += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/cuda_host'}"]
     command += [*macros, str(ROOT / "tests/cuda_host/engine.cpp"), "-o", str(target)]
     subprocess.run(command, check=True)
     return target
@@ -1890,7 +1890,7 @@ def test_starts_as_the_cpu(
 
 
 def gaussian_potential(x: Tensor, y: Tensor, a: Tensor, b: Tensor, eps: float) -> Tensor:
-    """The formula of csrc/gaussian_potential.h, by eigenvalues, at eps of |x - y|^2."""
+    """The formula of csrc/core/gaussian_potential.h, by eigenvalues, at eps of |x - y|^2."""
     e = eps / 2
 
     def root(S: Tensor) -> Tensor:

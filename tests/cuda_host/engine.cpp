@@ -5,15 +5,15 @@
 #include <string>
 #include <vector>
 
-#include "cuda/cost.cu"
-#include "cuda/envelope.cu"
-#include "cuda/implicit.cu"
-#include "cuda/plan.cpp"
-#include "cuda/point_sums.cu"
-#include "cuda/solve.cu"
-#include "cuda/start.cu"
-#include "cuda/streamed.cu"
-#include "cuda/unrolled.cu"
+#include "cuda/cost/cost.cu"
+#include "cuda/gradient/envelope.cu"
+#include "cuda/gradient/implicit.cu"
+#include "cuda/solve/plan.cpp"
+#include "cuda/gradient/point_sums.cu"
+#include "cuda/solve/solve.cu"
+#include "cuda/solve/start.cu"
+#include "cuda/solve/streamed.cu"
+#include "cuda/gradient/unrolled.cu"
 
 namespace {
 
