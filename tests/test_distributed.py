@@ -74,15 +74,15 @@ REFUSED: list[tuple[Case, str]] = [
 ]
 
 
-def refusal(case: Case) -> str:
-    """What a call on a rank raises that differs from the others' by ``case``."""
+def refusal(case: Case, group: dist.ProcessGroup | None = None) -> str:
+    """What a call raises on a rank that differs from the others by ``case``."""
     x, y = (torch.rand(4, case.get("d", 3), dtype=case.get("dtype")) for _ in range(2))
     x[0, 0] = case.get("first", 0.5)
     kept = {k: case[k] for k in ("cost", "tol", "n_iters") if k in case}
     if case.get("weighted"):
         kept["a_local"] = torch.full_like(x[:, 0], 0.25)
     try:
-        otloss.distributed.sinkhorn_divergence(x, y, case.get("eps", 0.1), **kept)
+        otloss.distributed.sinkhorn_divergence(x, y, case.get("eps", 0.1), group, **kept)
     except ValueError as error:
         return str(error)
     return ""
@@ -106,6 +106,7 @@ def work(rank: int, ranks: int, folder: str) -> None:
         results.append((loss.detach(), x_local.grad, y_local.grad))
     torch.set_default_dtype(torch.float64)
     refusals = [refusal(case if rank == ranks - 1 else {}) for case, _ in REFUSED]
+    refusals.append(refusal({}, dist.new_group([0])))
     torch.save((results, refusals), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -142,6 +143,12 @@ def test_is_the_loss_of_one_process(results: list[Any], number: int) -> None:
 def test_every_rank_refuses(results: list[Any], number: int) -> None:
     for _, refusals in results:
         assert REFUSED[number][1] in refusals[number]
+
+
+def test_ranks_outside_the_group_are_refused(results: list[Any]) -> None:
+    inside, *outside = (refusals[-1] for _, refusals in results)
+    assert inside == ""
+    assert all("group must contain this process" in message for message in outside)
 
 
 @pytest.fixture
