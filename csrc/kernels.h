@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "costs.h"
+#include "core/costs.h"
 
 namespace otloss {
 

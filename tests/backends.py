@@ -36,7 +36,6 @@ SOURCES = [
     *sorted((ROOT / "csrc/cuda").rglob("*.cu")),
     *sorted((ROOT / "csrc/cuda").rglob("*.cpp")),
 ]
-# Not csrc/cuda: its limits.h would stand in for the C library's.
 INCLUDED = [ROOT / "csrc", EMULATION]
 FLAGS = ["-O1", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
 # Barriers jump between stacks, which the checked longjmp of fortified builds refuses.

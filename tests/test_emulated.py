@@ -94,9 +94,9 @@ def stores_costs(request: pytest.FixtureRequest) -> bool:
     return "regime" not in request.fixturenames or request.getfixturevalue("regime") in STORED
 
 
-@pytest.fixture(params=["emulated", "cuda"] if HAS_GPU else ["emulated"])
+@pytest.fixture(params=["emulated", "cuda"] if HAS_GPU else None)
 def gpu(request: pytest.FixtureRequest) -> Gpu:
-    if request.param == "emulated":
+    if not HAS_GPU or request.param == "emulated":
         return Gpu(emulated(), stores_costs(request))
     if "cluster" in request.node.name and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("thread-block clusters need compute capability 9.0")

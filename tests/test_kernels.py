@@ -224,7 +224,7 @@ def test_status(dtype, rng):
 
 def test_lists_of_costs_agree():
     """Python's names and numbers are those of the C++ enumeration."""
-    header = Path(__file__).parent.parent / "csrc" / "costs.h"
+    header = Path(__file__).parent.parent / "csrc" / "core" / "costs.h"
     body = re.search(r"enum class CostKind : int \{(.*?)\}", header.read_text(), re.DOTALL)[1]
     entries = dict(re.findall(r"k(\w+)\s*=\s*(\d+)", body))
     assert {k.lower(): int(v) for k, v in entries.items()} == COST_NUMBERS

@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "blocks.h"
-#include "parallel.h"
+#include "cpu/parallel.h"
+#include "cpu/simd/blocks.h"
 
 namespace otloss::cpu {
 

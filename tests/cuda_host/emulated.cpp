@@ -1,7 +1,7 @@
 // The operations of otloss by the CUDA kernels on the host: a Python module of the bindings, to be
 // linked with csrc/cuda compiled under emulation.h. See tests/backends.py.
-#include "bindings.cpp"
-#include "cuda/block.cuh"
+#include "bindings/bindings.cpp"
+#include "cuda/device/block.cuh"
 
 using torch::stable::detail::StableLibrary;
 

@@ -1,0 +1,204 @@
+// The scalar rules of the solver (docs/solver.md), for host and device: which stages of eps to go
+// through, how long a step may be, and the quasi-Newton step as coefficients of stored vectors.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "core/math.h"
+
+namespace otloss {
+
+// ------------------------------------------------------------------------------------- stages
+
+// Whether the iterations can start at a point. error: its marginal error; residual: its largest
+// |gt - g|. The error alone does not see a few outliers, whose mass is small but whose potentials
+// are far off.
+OTLOSS_HOST_DEVICE bool is_near(double error, double residual, double eps) {
+  constexpr double kNearError = 0.6, kNearResidual = 10;
+  return error <= kNearError && residual <= kNearResidual * eps;
+}
+
+// eps goes first, first * ratio, ..., eps in `count` steps; count 0: eps at once.
+struct Stages {
+  int count;
+  double first, eps;
+
+  OTLOSS_HOST_DEVICE double at(int stage) const {
+    return stage >= count ? eps : first * fast_exp2(stage * fast_log2(eps / first) / count);
+  }
+};
+
+// Stages where a cold start would be slow. sigma: how varied the cost is.
+OTLOSS_HOST_DEVICE Stages make_stages(double eps, double sigma) {
+  constexpr double kEasyEps = 0.077, kFirst = 0.1, kLog2Ratio = -2;
+  const double first = kFirst * sigma;
+  if (!(eps < kEasyEps * sigma)) return {0, eps, eps};
+  const int count = static_cast<int>(fast_log2(eps / first) / kLog2Ratio + 0.5);
+  return {count > 1 ? count : 1, first, eps};
+}
+
+constexpr double kStageTol = 0.01;  // the marginal error that ends a stage but the last
+
+// -------------------------------------------------------------------------------- step lengths
+
+constexpr int kTries = 5;        // along one direction
+constexpr double kShrink = 0.3;  // of a step that was not taken
+
+// Whether a step may be taken that was to raise `value` by `gain`, to first order. `noise`: the
+// rounding error of a value.
+OTLOSS_HOST_DEVICE bool ascends(double trial_value, double value, double gain, double noise) {
+  constexpr double kSufficient = 1e-4;
+  return trial_value >= value + kSufficient * gain - noise;
+}
+
+// A smaller change of the residual, squared, is only rounding, and would be taken for a curvature
+// of any size. noise: as above, of a value over points of total `mass`; roundoff: the machine
+// epsilon of the potentials.
+OTLOSS_HOST_DEVICE double least_change(double noise, double mass, double roundoff, double eps) {
+  const double rounding = 4 * (noise / mass + 4 * roundoff * eps);
+  return rounding * rounding * mass;
+}
+
+// How far the first try along a direction goes. Where clusters are many eps apart the semidual is
+// nearly a plane until they exchange mass, and tells nothing of how far to go: so a step is a few
+// times as long as the one before, at most, and where one left the residual as it was the next is
+// longer. All lengths are squared.
+struct StepLength {
+  double stretch = 1;
+  double reach = std::numeric_limits<double>::infinity();
+
+  // The factor of a direction.
+  OTLOSS_HOST_DEVICE double first(double direction) const {
+    const double most = std::sqrt(reach / direction);
+    return most < stretch ? most : stretch;
+  }
+
+  // step: that was taken; change: of the residual, residual: before.
+  OTLOSS_HOST_DEVICE void accepted(double step, double change, double residual) {
+    constexpr double kFlat = 1e-2;
+    stretch = change < kFlat * kFlat * residual ? 2 * stretch : 1;
+    reach = kReach * kReach * step;
+  }
+
+  // No step was taken, but a plain iteration, along the residual.
+  OTLOSS_HOST_DEVICE void plain(double residual) {
+    stretch = 1;
+    reach = kReach * kReach * residual;
+  }
+
+ private:
+  static constexpr double kReach = 10;
+};
+
+// ---------------------------------------------------------------------------------- directions
+
+// Whether a point of which so much is asked, of a total `mass`, counts in inner products. Outliers
+// do not where marginals are soft: a direction says nothing of their potentials, and they move
+// along the residual, as in a plain iteration.
+OTLOSS_HOST_DEVICE bool takes_part(double asked, double mass) {
+  constexpr double kNothing = 1e-20;
+  return asked > kNothing * mass;
+}
+
+// Whether a pair of step s and change of the residual y has curvature: <s, y>, <s, s>, <y, y>.
+OTLOSS_HOST_DEVICE bool is_curved(double sy, double ss, double yy) {
+  constexpr double kLeastCurvature = 1e-10;
+  return sy > kLeastCurvature * std::sqrt(ss) * std::sqrt(yy);
+}
+
+// The last kPairs pairs (s, y) = (step, change of residual) by their inner products. On a GPU every
+// inner product costs a barrier over all blocks of a problem, and the two-loop recursion needs two
+// per stored pair, one after the other. So the products of all vectors are kept, the new ones of an
+// iteration are computed together, and the recursion runs on scalars.
+//
+// One more slot than pairs: the newest pair is written before it is known whether it will be kept.
+struct LbfgsGram {
+#if !defined(OTLOSS_LBFGS_PAIRS)
+#define OTLOSS_LBFGS_PAIRS 5  // a test keeps as many as the CPU
+#endif
+  static constexpr int kPairs = OTLOSS_LBFGS_PAIRS;
+  static constexpr int kSlots = kPairs + 1;
+  // The vectors, by number: s of each slot, y of each slot, the residual r, the gradient over the
+  // weights d.
+  static constexpr int kResidual = 2 * kSlots;
+  static constexpr int kBasis = kResidual + 1;  // what a direction is made of
+  static constexpr int kGradient = kBasis;
+  static constexpr int kVectors = kBasis + 1;
+
+  double product[kVectors][kBasis];  // of two vectors
+  int order[kSlots];                 // slots in use, oldest first
+  int count;
+
+  static OTLOSS_HOST_DEVICE int change(int slot) { return kSlots + slot; }
+
+  // The vectors of pairs in use and the residual, as bits.
+  OTLOSS_HOST_DEVICE unsigned in_use() const {
+    unsigned bits = 1u << kResidual;
+    for (int i = 0; i < count; ++i) bits |= bits_of(order[i]);
+    return bits;
+  }
+  static OTLOSS_HOST_DEVICE unsigned bits_of(int slot) { return 1u << slot | 1u << change(slot); }
+
+  OTLOSS_HOST_DEVICE void set(int left, int right, double value) {
+    product[left][right] = value;
+    if (left < kBasis) product[right][left] = value;
+  }
+
+  // A slot that is not in use.
+  OTLOSS_HOST_DEVICE int free_slot() const {
+    for (int slot = 0; slot < kSlots; ++slot)
+      if ((in_use() >> slot & 1u) == 0) return slot;
+    return 0;
+  }
+
+  // Keeps the pair in `slot`, whose products are in place, if it has curvature.
+  OTLOSS_HOST_DEVICE void keep(int slot) {
+    if (!curved(slot)) return;
+    if (count == kPairs) {
+      for (int i = 1; i < count; ++i) order[i - 1] = order[i];
+      --count;
+    }
+    order[count++] = slot;
+  }
+
+  // Drops the pairs that have no curvature, after all products were made anew.
+  OTLOSS_HOST_DEVICE void sift() {
+    int kept = 0;
+    for (int i = 0; i < count; ++i)
+      if (curved(order[i])) order[kept++] = order[i];
+    count = kept;
+  }
+
+  // p = sum_v on_v v: the two-loop recursion on r.
+  OTLOSS_HOST_DEVICE void direction(double (&on)[kBasis]) const {
+    for (double& factor : on) factor = 0;
+    on[kResidual] = 1;
+    if (count == 0) return;
+    double alpha[kPairs];
+    for (int i = count - 1; i >= 0; --i) {
+      double sp = product[order[i]][kResidual];
+      for (int j = i + 1; j < count; ++j) sp -= alpha[j] * sy(order[i], order[j]);
+      alpha[i] = sp / sy(order[i], order[i]);
+    }
+    const int newest = order[count - 1];
+    const double scale = sy(newest, newest) / yy(newest, newest);
+    on[kResidual] = scale;
+    for (int i = 0; i < count; ++i) on[change(order[i])] = -scale * alpha[i];
+    for (int i = 0; i < count; ++i) {
+      double yp = scale * product[change(order[i])][kResidual];
+      for (int j = 0; j < count; ++j) yp += on[change(order[j])] * yy(order[i], order[j]);
+      for (int j = 0; j < i; ++j) yp += on[order[j]] * sy(order[j], order[i]);
+      on[order[i]] = alpha[i] - yp / sy(order[i], order[i]);
+    }
+  }
+
+ private:
+  OTLOSS_HOST_DEVICE double sy(int i, int j) const { return product[i][change(j)]; }
+  OTLOSS_HOST_DEVICE double yy(int i, int j) const { return product[change(i)][change(j)]; }
+  OTLOSS_HOST_DEVICE bool curved(int slot) const {
+    return is_curved(sy(slot, slot), product[slot][slot], yy(slot, slot));
+  }
+};
+
+}  // namespace otloss

@@ -1,0 +1,278 @@
+// The thin layer that kernels are written against: what a thread knows of its block, and launching.
+//
+// A kernel is a plain struct with its arguments and `template <class Block> void operator()(Block&)
+// const`, the work of one thread. The same struct runs on a GPU, and on the host under
+// tests/cuda_host/emulation.h, where each thread is a fiber and barriers switch between them; the
+// whole of csrc/cuda then compiles with g++ alone and is tested without a GPU.
+//
+// A Block gives: thread() and x(), y(), z() (block index); sync() (block barrier), warp_sync(),
+// cluster_sync(), arrive_and_wait(counter, arrivals) (a barrier between blocks, called by one
+// thread of each); shuffle_xor(value, mask), shuffle(value, lane) and any(flag) within a warp;
+// shared<T>() (dynamic shared memory); load, store (global memory that other blocks write, past
+// L1); load_constant (16 bytes that nobody writes during the launch); copy_async(to, from, inside)
+// (16 bytes from global to shared memory, past L1, or zeros), commit_copies() and
+// wait_for_copies<pending>() (those of this thread, but for the last `pending` commits).
+//
+// And for tensor cores, on half precision numbers as their 16 bits, two in a word, where lane l is
+// in row l / 4 with the neighbouring columns 2 (l % 4) and the next one of each 8 x 8 matrix:
+// load_matrices<transposed>(row, words) (ldmatrix: lane l gives row l % 8, 16 bytes of shared
+// memory, of matrix l / 8), multiply_add(c, a, b0, b1) (mma: c (16, 8) += a (16, 16) b (16, 8); a:
+// matrices (0, 0), (1, 0), (0, 1), (1, 1), b: transposed matrices (0, 0), (1, 0), c: rows 0 to 7, 8
+// to 15).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/device/limits.h"
+#include "kernels.h"
+
+namespace otloss::cuda {
+
+struct Grid {
+  int64_t x = 1, y = 1, z = 1;
+  size_t shared = 0;         // bytes of dynamic shared memory
+  int cluster = 1;           // blocks of a thread-block cluster along x
+  bool cooperative = false;  // all blocks resident at once
+};
+
+}  // namespace otloss::cuda
+
+#if defined(__CUDACC__)
+
+#include <cuda_runtime.h>
+
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#define OTLOSS_DEVICE __device__ __forceinline__
+#define OTLOSS_NOINLINE __device__ __noinline__
+
+namespace otloss::cuda {
+
+inline void check(cudaError_t error, const char* what, const char* expected) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // not sticky: the next call must not find it
+  throw std::runtime_error(std::string("otloss: ") + what +
+                           " failed: " + cudaGetErrorString(error) + ". Expected " + expected);
+}
+
+// To half precision, to the nearest, and back.
+__device__ __forceinline__ uint16_t to_half(float x) {
+  uint16_t half;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(x));
+  return half;
+}
+__device__ __forceinline__ float from_half(uint16_t half) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(half));
+  return x;
+}
+
+class GpuBlock {
+ public:
+  __device__ int thread() const { return static_cast<int>(threadIdx.x); }
+  __device__ int64_t x() const { return blockIdx.x; }
+  __device__ int64_t y() const { return blockIdx.y; }
+  __device__ int64_t z() const { return blockIdx.z; }
+  __device__ void sync() const { __syncthreads(); }
+  __device__ void warp_sync() const { __syncwarp(); }
+  template <typename T>
+  __device__ T shuffle_xor(T value, int mask) const {
+    return __shfl_xor_sync(0xffffffffu, value, mask);
+  }
+  template <typename T>
+  __device__ T shuffle(T value, int lane) const {
+    return __shfl_sync(0xffffffffu, value, lane);
+  }
+  __device__ bool any(bool flag) const { return __any_sync(0xffffffffu, flag) != 0; }
+
+  __device__ void cluster_sync() const {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+    __trap();  // the launcher asks for clusters from compute capability 9.0 on
+#endif
+  }
+
+  // The counter only grows; the difference is compared, so that it may wrap around.
+  __device__ void arrive_and_wait(unsigned* counter, unsigned arrivals) const {
+    __threadfence();
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+    unsigned seen;
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+    } while (static_cast<int>(seen - arrivals) < 0);
+  }
+
+  template <typename T>
+  __device__ T load(const T* p) const {
+    return __ldcg(p);
+  }
+  template <typename T>
+  __device__ void store(T* p, T value) const {
+    __stcg(p, value);
+  }
+
+  template <typename V>
+  __device__ V load_constant(const V* p) const {
+    static_assert(sizeof(V) == 16, "loads 16 bytes");
+    return bit_cast<V>(__ldg(reinterpret_cast<const uint4*>(p)));
+  }
+  template <typename T>
+  __device__ void copy_async(T* to, const T* from, bool inside) const {
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    const int bytes = inside ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
+                 "r"(bytes)
+                 : "memory");
+  }
+  __device__ void commit_copies() const { asm volatile("cp.async.commit_group;" ::: "memory"); }
+  template <int kPending = 0>
+  __device__ void wait_for_copies() const {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+  }
+
+  template <bool kTransposed>
+  __device__ void load_matrices(const uint16_t* row, uint32_t (&to)[4]) const {
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(row));
+    if constexpr (kTransposed)
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                   : "r"(address));
+    else
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                   : "r"(address));
+  }
+  __device__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                               uint32_t b1) const {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+
+  template <typename T>
+  __device__ T* shared() const {
+    extern __shared__ __align__(16) unsigned char otloss_shared[];
+    return reinterpret_cast<T*>(otloss_shared);
+  }
+};
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, 1) kernel(const __grid_constant__ Kernel work) {
+  GpuBlock block;
+  work(block);
+}
+
+inline Limits limits(int device) {
+  int multiprocessors = 0, major = 0, minor = 0, shared = 0;
+  const auto get = [device](int* value, cudaDeviceAttr attribute) {
+    check(cudaDeviceGetAttribute(value, attribute, device), "reading a device attribute",
+          "a working CUDA device");
+  };
+  get(&multiprocessors, cudaDevAttrMultiProcessorCount);
+  get(&major, cudaDevAttrComputeCapabilityMajor);
+  get(&minor, cudaDevAttrComputeCapabilityMinor);
+  get(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  return {multiprocessors, 10 * major + minor, static_cast<size_t>(shared)};
+}
+
+// Allows a kernel all the shared memory that a block of the device can have. That is not what a
+// launch takes, so that threads which launch the same kernel at once do not disturb each other.
+template <class Kernel>
+cudaError_t allow_shared(int device) {
+  return cudaFuncSetAttribute(kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(limits(device).shared_per_block));
+}
+
+template <class Kernel>
+bool ask_cluster_fits(int device, int size, size_t shared) {
+  check(cudaSetDevice(device), "selecting the device", "the device of the tensors");
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(size));
+  config.blockDim = dim3(Kernel::kThreads);
+  config.dynamicSmemBytes = shared;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int clusters = 0;
+  const bool asked =
+      allow_shared<Kernel>(device) == cudaSuccess &&
+      cudaFuncSetAttribute(kernel<Kernel>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ==
+          cudaSuccess &&
+      cudaOccupancyMaxActiveClusters(&clusters, kernel<Kernel>, &config) == cudaSuccess;
+  if (!asked) cudaGetLastError();
+  return asked && clusters > 0;
+}
+
+// Whether clusters of this size with so much shared memory can run on the device. The driver is
+// asked once for each, not at every call.
+template <class Kernel>
+bool cluster_fits(const Context& context, int size, size_t shared) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, int, size_t>, bool> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const std::tuple<int, int, size_t> question(context.device, size, shared);
+  const auto answer = known.find(question);
+  if (answer != known.end()) return answer->second;
+  return known[question] = ask_cluster_fits<Kernel>(context.device, size, shared);
+}
+
+inline void clear(const Context& context, void* memory, int64_t bytes) {
+  check(cudaSetDevice(context.device), "selecting the device", "the device of the tensors");
+  check(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes),
+                        static_cast<cudaStream_t>(context.stream)),
+        "clearing memory", "a working CUDA device");
+}
+
+template <class Kernel>
+void launch(const Context& context, const Kernel& work, const Grid& grid) {
+  constexpr const char* kExpected =
+      "a kernel image for this device (OTLOSS_CUDA_ARCH at build time) and a launch within its "
+      "limits; an earlier asynchronous error shows here too (CUDA_LAUNCH_BLOCKING=1 tells them "
+      "apart)";
+  static_assert(sizeof(Kernel) <= 4096, "kernel parameters are limited to 4 KB");
+  static_assert(Kernel::kThreads % kWarp == 0 && Kernel::kThreads <= 1024, "whole warps, 1024");
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  check(cudaSetDevice(context.device), "selecting the device", "the device of the tensors");
+  constexpr size_t kSharedUnasked = 48 * 1024;
+  if (grid.shared > kSharedUnasked)
+    check(allow_shared<Kernel>(context.device), "asking for shared memory", kExpected);
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
+                        static_cast<unsigned>(grid.z));
+  config.blockDim = dim3(Kernel::kThreads);
+  config.dynamicSmemBytes = grid.shared;
+  config.stream = static_cast<cudaStream_t>(context.stream);
+  config.attrs = attributes;
+  if (grid.cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
+    check(cudaFuncSetAttribute(kernel<Kernel>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+          "allowing large clusters", kExpected);
+  }
+  if (grid.cooperative) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
+    attributes[config.numAttrs++].val.cooperative = 1;
+  }
+  check(cudaLaunchKernelEx(&config, kernel<Kernel>, work), "a kernel launch", kExpected);
+}
+
+}  // namespace otloss::cuda
+
+#else
+
+#define OTLOSS_DEVICE inline
+
+#include "emulation.h"
+
+#endif

@@ -1,0 +1,96 @@
+// Sums over warps and blocks, in a fixed order: no atomics, so results repeat bit for bit. Also how
+// the groups of a call travel to a kernel.
+#pragma once
+
+#include <vector>
+
+#include "cuda/device/block.cuh"
+
+namespace otloss::cuda {
+
+// ------------------------------------------------------------------------------------- groups
+
+constexpr int kMaxGroups = 8;  // the xy, xx, yy of a divergence, the six of a minibatch loss
+
+template <typename Group>
+struct Pack {
+  int count;
+  Group items[kMaxGroups];
+};
+
+// Calls function(pack) with all groups, kMaxGroups at a time.
+template <typename Group, typename F>
+void for_each_pack(const std::vector<Group>& groups, F&& function) {
+  for (size_t begin = 0; begin < groups.size(); begin += kMaxGroups) {
+    Pack<Group> pack{};
+    for (size_t i = begin; i < groups.size() && pack.count < kMaxGroups; ++i)
+      pack.items[pack.count++] = groups[i];
+    function(pack);
+  }
+}
+
+// What is beyond these is looped over inside the kernels. The limits of the hardware are 2^31 - 1
+// for x and 65535 for y and z.
+constexpr int64_t kGridX = 1 << 30;
+constexpr int64_t kGridY = 32768;
+
+// --------------------------------------------------------------------------------------- sums
+
+// Each of the kCount values of a lane summed over `width` neighbouring lanes (a power of two); all
+// of them get the sums.
+template <int kCount, class Block, typename T>
+OTLOSS_DEVICE void warp_sum(Block& block, T (&values)[kCount], int width = kWarp) {
+  for (int mask = width / 2; mask > 0; mask /= 2)
+#pragma unroll
+    for (int v = 0; v < kCount; ++v) values[v] += block.shuffle_xor(values[v], mask);
+}
+
+// kCount values of each lane, joined over kLanes neighbouring lanes with few shuffles: at each step
+// a lane gives away half of its values and takes over half of its neighbour's. Returns, in lane l
+// of them, value number l / (kLanes / kCount).
+template <class Join, int kLanes = kWarp, class Block, typename T, int kCount>
+OTLOSS_DEVICE T scatter_reduce(Block& block, T (&values)[kCount]) {
+  static_assert(kCount <= kLanes && (kCount & (kCount - 1)) == 0, "a power of two");
+  const int lane = block.thread() % kWarp;
+  int mask = kLanes / 2;
+#pragma unroll
+  for (int half = kCount / 2; half > 0; half /= 2, mask /= 2) {
+    const bool upper = (lane & mask) != 0;
+#pragma unroll
+    for (int v = 0; v < kCount / 2; ++v) {
+      if (v >= half) break;
+      const T kept = upper ? values[v + half] : values[v];
+      const T given = upper ? values[v] : values[v + half];
+      values[v] = Join::join(kept, block.shuffle_xor(given, mask));
+    }
+  }
+  T result = values[0];
+  for (; mask > 0; mask /= 2) result = Join::join(result, block.shuffle_xor(result, mask));
+  return result;
+}
+
+template <int kThreads>
+constexpr size_t block_sum_bytes(int count) {
+  return sizeof(double) * count * (kThreads / kWarp);
+}
+
+// The same over the block. `scratch` holds block_sum_bytes<kThreads>(kCount) and is free again
+// when the function returns.
+template <int kThreads, int kCount, class Block>
+OTLOSS_DEVICE void block_sum(Block& block, double (&values)[kCount], double* scratch) {
+  constexpr int kWarps = kThreads / kWarp;
+  warp_sum(block, values);
+  const int lane = block.thread() % kWarp, warp = block.thread() / kWarp;
+  if (lane == 0)
+#pragma unroll
+    for (int v = 0; v < kCount; ++v) scratch[v * kWarps + warp] = values[v];
+  block.sync();
+#pragma unroll
+  for (int v = 0; v < kCount; ++v) {
+    values[v] = 0;
+    for (int w = 0; w < kWarps; ++w) values[v] += scratch[v * kWarps + w];
+  }
+  block.sync();
+}
+
+}  // namespace otloss::cuda

@@ -1,0 +1,193 @@
+// Sums over the rows of a plan that is made from points on the way,
+//     out_i = sum_j P_ij x_j,  P_ij = exp2(F_i + G_j - k C_ij),
+// for the gradients of a solve without cost matrices: products with x in place of the plain sums of
+// streamed.cuh, which says who has what.
+//
+// F_i + G_j is added first and costs do not depend on which side is first, so that both sides get
+// the same P_ij, bit for bit, as if it was kept: the linear system of the implicit gradient stays
+// symmetric. Tensor cores would not do that, nor are they used. Sums are of type S, over tiles
+// always in double.
+#pragma once
+
+#include "cuda/pass/pack.cuh"
+#include "cuda/pass/streamed.cuh"
+#include "cuda/pass/sweep.cuh"
+
+namespace otloss::cuda {
+
+template <typename T, typename S>
+struct MadeSums {
+  RowTiles<T> tiles;
+  const S* x;     // (columns,) may be written by other blocks; null: 1
+  bool of_costs;  // P_ij C_ij in place of P_ij
+  S* out;         // (last - first,)
+  int64_t sums;   // bytes of shared memory before the streamed_sums doubles
+};
+
+template <typename T, typename S>
+class MadeTerms {
+ public:
+  using Arguments = MadeSums<T, S>;
+  using Value = S;
+
+  OTLOSS_DEVICE explicit MadeTerms(const Arguments& p) : p_(p) {}
+
+  OTLOSS_DEVICE S start() const { return S(0); }
+  OTLOSS_DEVICE double join(double x, double y) const { return x + y; }
+
+  // Joined over the warp as in tile_sum.
+  template <class Block>
+  OTLOSS_DEVICE S of_tile(Block& block, const TileEntries<T, FmaLayout<T>>& e) {
+    load(block, e.column);
+    S sums[kTileRows];
+#pragma unroll
+    for (int r = 0; r < kTileRows; ++r) {
+      const T F = e.potential(r);
+      sums[r] = S(0);
+#pragma unroll
+      for (int c = 0; c < kVector<T>; ++c) {
+        const T t = (F + e.G[c]) - e.k * e.cost[r][c];
+        // A clamped exponential stands for 0, so that padding gets exactly 0.
+        T p = t > static_cast<T>(-kExp2Limit) ? fast_exp2(t) : T(0);
+        if (p_.of_costs) p = p != T(0) ? p * e.cost[r][c] : T(0);
+        sums[r] += static_cast<S>(p) * x_[c];
+      }
+    }
+    return scatter_reduce<Sum>(block, sums);
+  }
+
+ private:
+  // x of the thread's columns, which stay while its tile does.
+  template <class Block>
+  OTLOSS_DEVICE void load(const Block& block, int64_t first) {
+    if (first == column_) return;
+    column_ = first;
+#pragma unroll
+    for (int c = 0; c < kVector<T>; ++c) {
+      const bool inside = first + c < p_.tiles.end;
+      x_[c] = inside ? S(1) : S(0);
+      if (p_.x != nullptr && inside) x_[c] = block.load(p_.x + first + c);
+    }
+  }
+
+  const Arguments& p_;
+  int64_t column_ = -1;
+  S x_[kVector<T>];
+};
+
+template <typename T, typename S, class Block>
+OTLOSS_DEVICE void made_sums(Block& block, const MadeSums<T, S>& args) {
+  dispatch_tiles(args.tiles.kind, args.tiles.d, [&](auto cost, auto difference) {
+    using Maker = TileMaker<decltype(cost), decltype(difference)::value, T, Block>;
+    sum_rows<Maker, MadeTerms<T, S>>(block, args);
+  });
+}
+
+// ------------------------------------------------------------------------------ both sides
+
+// Where sums and stages are in shared memory, after the team's scratch.
+struct MadeLayout {
+  int64_t sums, stages, room;  // bytes
+
+  static MadeLayout of(const Limits& limits) {
+    MadeLayout layout;
+    layout.sums = team_doubles(kSolveThreads) * static_cast<int64_t>(sizeof(double));
+    layout.stages =
+        layout.sums + streamed_sums(TileKind::kFma) * static_cast<int64_t>(sizeof(double));
+    layout.room = static_cast<int64_t>(limits.shared_per_block) - layout.stages;
+    return layout;
+  }
+  size_t bytes() const { return static_cast<size_t>(stages + room); }
+};
+
+// Sums over both sides of a problem for a team whose blocks have some rows and some columns each.
+template <typename T, typename S, class Block>
+class MadeSides {
+ public:
+  using Team = TeamShare<S, Block, kTileRows>;
+
+  OTLOSS_DEVICE MadeSides(Block& block, Team& team, const MadeLayout& layout)
+      : block_(block), team_(team), layout_(layout) {}
+
+  OTLOSS_DEVICE void place(const PackedPair<T>& points, int64_t batch, int64_t n, int64_t m,
+                           bool symmetric, double eps) {
+    points_ = points;
+    symmetric_ = symmetric;
+    k_ = static_cast<T>(kLog2E / eps);
+    x_ = packed_cloud(points.x, batch, points.d, n);
+    y_ = packed_cloud(points.y, batch, points.d, m);
+  }
+
+  OTLOSS_DEVICE const PackedCloud<T>& x() const { return x_; }
+  OTLOSS_DEVICE const PackedCloud<T>& y() const { return y_; }
+
+  // Exponents of the block's own rows, set(i), and columns, set(j); all see them after a sync.
+  template <typename Set>
+  OTLOSS_DEVICE void fill_rows(T* F, Set&& set) {
+    team_.for_rows([&](int i) { team_.store(F + team_.first_row() + i, set(i)); });
+    pad(F, x_);
+  }
+  template <typename Set>
+  OTLOSS_DEVICE void fill_columns(T* G, Set&& set) {
+    team_.for_columns([&](int j) { team_.store(G + j, set(j)); });
+    pad(G, y_);
+  }
+
+  // (rows,) sums over all columns; F (n,) and G (m,) padded, x (m,) or null.
+  OTLOSS_DEVICE void over_columns(const T* F, const T* G, const S* x, bool of_costs, S* out) {
+    sums(x_, y_, team_.first_row(), team_.rows(), F, G, x, of_costs, out);
+  }
+  // (columns,) sums over all rows.
+  OTLOSS_DEVICE void over_rows(const T* F, const T* G, const S* x, bool of_costs, S* out) {
+    sums(y_, x_, team_.first_column(), team_.columns(), G, F, x, of_costs, out);
+  }
+
+ private:
+  OTLOSS_DEVICE void pad(T* exponents, const PackedCloud<T>& cloud) {
+    if (!team_.first_block()) return;
+    for (int64_t i = cloud.count + block_.thread(); i < cloud.stride; i += kSolveThreads)
+      team_.store(exponents + i, static_cast<T>(kLog2Zero));
+  }
+
+  OTLOSS_NOINLINE void sums(const PackedCloud<T>& rows, const PackedCloud<T>& columns,
+                            int64_t first, int count, const T* F, const T* G, const S* x,
+                            bool of_costs, S* out) {
+    RowTiles<T> tiles{};
+    tiles.kind = points_.kind, tiles.d = points_.d, tiles.symmetric = symmetric_, tiles.k = k_;
+    tiles.rows = rows, tiles.columns = columns;
+    tiles.first = first, tiles.last = first + count;
+    tiles.begin = 0, tiles.end = columns.count;
+    tiles.F = F + first, tiles.G = G;
+    tiles.stages = layout_.stages, tiles.room = layout_.room;
+    made_sums(block_, MadeSums<T, S>{tiles, x, of_costs, out, layout_.sums});
+  }
+
+  Block& block_;
+  Team& team_;
+  const MadeLayout& layout_;
+  PackedPair<T> points_;
+  PackedCloud<T> x_, y_;
+  bool symmetric_;
+  T k_;
+};
+
+// Fills the arguments of a kernel for the problems of a pack.
+template <typename T, typename S, typename Group>
+Grid plan_made_team(const Context& context, const Pack<Group>& pack, int64_t d,
+                    TeamArguments<S>* arguments, MadeLayout* layout) {
+  const Shape shape = shape_of<T>(pack);
+  if (shape.problems == 0) return Grid{0};
+  const Limits device = limits(context.device);
+  const SolvePlan plan = choose_streamed_plan(shape, d, device, Regime::kAuto);
+  *layout = MadeLayout::of(device);
+  fill_team(context, shape, plan, arguments);
+  arguments->rows = packed_stride(shape.n);
+  arguments->columns = packed_stride(shape.m);
+  Grid grid;
+  grid.x = plan.teams * plan.team_size;
+  grid.shared = layout->bytes();
+  grid.cooperative = plan.barrier == Barrier::kGrid;
+  return grid;
+}
+
+}  // namespace otloss::cuda

@@ -1,0 +1,207 @@
+// Tiles of a cost matrix that is made from the points on the way and never stored: what those who
+// make them (fma_tiles.cuh, tensor_tiles.cuh) and those who use them (streamed.cuh, streamed.cu)
+// have in common.
+//
+// A maker gives the entries of a tile to the threads of a block, up to 32 to each, as TileEntries.
+// Which rows and columns these are is the maker's layout:
+//
+//     kRows, kColumns          entries of a thread
+//     row(r), column(c)        from its first row and column
+//     kLanes                   neighbouring lanes that have the same rows
+//
+// Costs up to kDirectDims coordinates come from differences, beyond from inner products, with
+// entries that lost more than half of their digits computed again from the difference, as in
+// csrc/cpu/cost/points.cpp.
+#pragma once
+
+#include "core/costs.h"
+#include "core/math.h"
+#include "cuda/device/block.cuh"
+#include "cuda/solve/plan.h"
+
+namespace otloss::cuda {
+
+// Neighbouring columns of a thread, loaded at once.
+template <typename T>
+constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+
+template <typename T>
+struct alignas(16) Vector {
+  T at[kVector<T>];
+};
+
+// A prepared cloud (see CloudGroup) coordinate by coordinate.
+template <typename T>
+struct PackedCloud {
+  const T* z;      // (d, stride) points, 0 from `count` on
+  const T* norm;   // (stride,) see CloudGroup, 0 from `count` on
+  int64_t count;   // points
+  int64_t stride;  // packed_stride(count)
+};
+
+// Cloud `batch` of (B, d + 1, stride) values, points and then norms.
+template <typename T>
+OTLOSS_HOST_DEVICE PackedCloud<T> packed_cloud(const T* clouds, int64_t batch, int64_t d,
+                                               int64_t count) {
+  const int64_t stride = packed_stride(count);
+  const T* z = clouds + batch * (d + 1) * stride;
+  return {z, z + d * stride, count, stride};
+}
+
+// The same for tensor cores: scaled by a power of two and split into halves, z = high + low.
+struct SplitCloud {
+  const uint16_t*
+      z;  // (split_depth(d) / 8, 2, stride, 8) coordinates: 8 of a point, high, then low
+  float scale;
+};
+
+// Clouds of one shape, (B, ...) of the above.
+struct SplitClouds {
+  const uint16_t* z;   // (B, split_depth(d) / 8, 2, stride, 8), or null: not made
+  const float* scale;  // (B,)
+
+  OTLOSS_HOST_DEVICE SplitCloud cloud(int64_t batch, int64_t d, int64_t count) const {
+    if (z == nullptr) return {nullptr, 1.0f};
+    return {z + batch * split_depth(d) * 2 * packed_stride(count), scale[batch]};
+  }
+};
+
+// Some rows against some columns.
+template <typename T>
+struct RowTiles {
+  TileKind made_by;
+  CostKind kind;
+  int64_t d;
+  bool symmetric;  // rows and columns are one cloud
+  T k;             // log2(e) / eps
+  PackedCloud<T> rows, columns;
+  SplitCloud split_rows, split_columns;  // tensor cores
+  int64_t first, last;                   // rows; first a multiple of kTileRows
+  int64_t begin, end;                    // columns; begin a multiple of kPackedAlign
+  const T* F;                            // (last - first,) potentials of the rows in base 2
+  const T* G;      // (columns.stride,) of the columns, with the logarithm of their weights; may be
+                   // written by other blocks
+  int64_t stages;  // bytes of shared memory before those of the stages
+  int64_t room;    // bytes of all stages
+};
+
+// One entry.
+template <typename T>
+OTLOSS_DEVICE T pair_cost(CostKind kind, int64_t d, bool symmetric, const PackedCloud<T>& x,
+                          int64_t i, const PackedCloud<T>& y, int64_t j) {
+  // A point is at distance 0 from itself; one of zero norm has no direction and costs 1.
+  if (symmetric && i == j && (kind != CostKind::kCosine || x.norm[i] > T(0))) return T(0);
+  T sum = T(0);
+  for (int64_t k = 0; k < d; ++k) {
+    const T xk = x.z[k * x.stride + i], yk = y.z[k * y.stride + j];
+    sum += kind == CostKind::kCosine ? xk * yk : (xk - yk) * (xk - yk);
+  }
+  if (kind == CostKind::kCosine) return Cosine::from_product(T(0), T(0), sum);
+  return kind == CostKind::kEuclidean ? Euclidean::from_difference(sum) : sum;
+}
+
+// The entries of a thread in one tile.
+template <typename T, class TileLayout>
+struct TileEntries {
+  using Layout = TileLayout;
+  using Values = T[Layout::kRows][Layout::kColumns];
+  static constexpr int kRows = Layout::kRows, kColumns = Layout::kColumns;
+  static_assert(kRows * kColumns <= 32, "a bit of a word for each");
+
+  int64_t row, column;  // the first ones
+  int local;            // row - first row of the call
+  int rows;             // rows from there on: beyond, plans are 0 and costs may be anything finite
+  T k;
+  const T* F;     // (rows,)
+  T G[kColumns];  // kLog2Zero for columns that do not count
+  Values cost;
+
+  OTLOSS_DEVICE void place(const RowTiles<T>& p, int64_t first, int64_t row_of_call, int64_t j) {
+    row = first + row_of_call, column = j;
+    local = static_cast<int>(row_of_call);
+    rows = static_cast<int>(p.last - row);
+    k = p.k;
+    F = p.F + (row - p.first);
+  }
+  OTLOSS_DEVICE bool counts(int r) const { return Layout::row(r) < rows; }
+  OTLOSS_DEVICE T potential(int r) const {
+    return counts(r) ? F[Layout::row(r)] : static_cast<T>(kLog2Zero);
+  }
+  OTLOSS_DEVICE T exponent(T potential, int r, int c) const {
+    return potential + (G[c] - k * cost[r][c]);
+  }
+};
+
+// Calls function(r, c) for the entries of a thread.
+template <class Layout, class F>
+OTLOSS_DEVICE void for_entries(F&& function) {
+#pragma unroll
+  for (int r = 0; r < Layout::kRows; ++r)
+#pragma unroll
+    for (int c = 0; c < Layout::kColumns; ++c) function(r, c);
+}
+
+// Makes the entries for which again(r, c) once more, from the points.
+template <class Cost, typename T, class Layout, class F>
+OTLOSS_DEVICE void make_again(const RowTiles<T>& p, TileEntries<T, Layout>& e, F&& again) {
+  constexpr int kColumns = Layout::kColumns;
+  unsigned entries = 0;
+  for_entries<Layout>([&](int r, int c) {
+    if (again(r, c)) entries |= 1u << (r * kColumns + c);
+  });
+#pragma unroll 1
+  for (int entry = 0; entries != 0; ++entry, entries >>= 1) {
+    const int64_t i = e.row + Layout::row(entry / kColumns);
+    const int64_t j = e.column + Layout::column(entry % kColumns);
+    if ((entries & 1u) == 0 || i >= p.last || j >= p.end) continue;
+    const T exact = pair_cost(Cost::kKind, p.d, p.symmetric, p.rows, i, p.columns, j);
+    for_entries<Layout>([&](int r, int c) {
+      if (entry == r * kColumns + c) e.cost[r][c] = exact;
+    });
+  }
+}
+
+// From inner products, divided by scale, in e.cost to squared distances. Returns whether one of
+// them lost too many digits. hx, hy: squared norms.
+template <typename T, class Layout>
+OTLOSS_DEVICE bool square_distances(const T (&hx)[Layout::kRows], const T (&hy)[Layout::kColumns],
+                                    T scale, TileEntries<T, Layout>& e) {
+  bool lost = false;
+  for_entries<Layout>([&](int r, int c) {
+    T& d2 = e.cost[r][c];
+    const T squares = hx[r] + hy[c];
+    d2 = squares - T(2) * scale * d2;
+    lost = lost || d2 <= cancellation_limit<T>() * squares;
+    d2 = d2 < T(0) ? T(0) : d2;  // NaN stays
+  });
+  return lost;
+}
+
+// From inner products, divided by scale, in e.cost to costs. hy: norms of the columns.
+template <class Cost, typename T, class Layout>
+OTLOSS_DEVICE void finish_products(const RowTiles<T>& p, const T (&hy)[Layout::kColumns], T scale,
+                                   TileEntries<T, Layout>& e) {
+  if constexpr (Cost::kUnitNorm) {
+    for_entries<Layout>(
+        [&](int r, int c) { e.cost[r][c] = Cost::from_product(T(0), T(0), scale * e.cost[r][c]); });
+    const int64_t apart = e.column - e.row;  // on the diagonal: that of rows less that of columns
+    constexpr int64_t kReach = 1024;
+    static_assert(Layout::row(Layout::kRows) + Layout::column(Layout::kColumns) < kReach);
+    if (p.symmetric && apart < kReach && -apart < kReach)
+      make_again<Cost>(p, e, [&](int r, int c) {
+        return Layout::row(r) - Layout::column(c) == static_cast<int>(apart);
+      });
+  } else {
+    T hx[Layout::kRows];
+#pragma unroll
+    for (int r = 0; r < Layout::kRows; ++r)
+      hx[r] = e.counts(r) ? p.rows.norm[e.row + Layout::row(r)] : T(0);
+    if (square_distances(hx, hy, scale, e))
+      make_again<SqEuclidean>(p, e, [&](int r, int c) {
+        return e.cost[r][c] <= cancellation_limit<T>() * (hx[r] + hy[c]);
+      });
+    for_entries<Layout>([&](int r, int c) { e.cost[r][c] = Cost::from_difference(e.cost[r][c]); });
+  }
+}
+
+}  // namespace otloss::cuda

@@ -1,0 +1,334 @@
+// The cost model of the solve. Cycles of one pass over the largest problem, the rest (column sums,
+// vectors, barriers) included; problems beyond what runs at once multiply it.
+#include "cuda/solve/plan.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <stdexcept>
+
+#include "core/costs.h"
+
+namespace otloss::cuda {
+namespace {
+
+// Rates per multiprocessor and clock, derived from the hardware's tables (docs/gpu.md).
+constexpr double kExponentials = 16;       // float32; the special function units' rate
+constexpr double kDoubleExponentials = 4;  // float64: about 16 operations at 64 per clock
+constexpr double kGlobalBytes = 19;        // 4.3 TB/s over 132 multiprocessors at 1.7 GHz
+// Cycles of what surrounds the entries in a pass.
+constexpr double kVectorCycles = 2500;  // reductions, quasi-Newton step: latency of one block
+constexpr double kClusterSync = 300;
+constexpr double kGridSync = 2000;
+constexpr double kSyncsPerPass = 4;
+
+// Streamed: instructions per entry beside those on its coordinates, at so many per clock; barriers
+// in a pass; and what problems lose that run side by side, since they need different numbers of
+// passes and the last one has the device to itself on its share of it only.
+constexpr double kEntryOperations = 8;
+constexpr double kOperations = 128;
+constexpr double kStreamedSyncs = 5;
+constexpr double kUneven = 1.5;
+// With tensor cores: instructions per entry beside the products; cycles of a product of 16 x 8 x 16
+// (1024 multiply-adds per clock: what mma.sync does on all architectures); cycles until the first
+// columns of a sweep have arrived; bytes per clock from the L2 cache, for the parts of shared rows.
+constexpr double kTensorOperations = 16;
+constexpr double kMmaCycles = 2;
+constexpr double kMmaEntries = 16 * 8;
+constexpr double kFillCycles = 1500;
+constexpr double kCacheBytes = 24;
+
+// The start between Gaussians: passes that it saves at least (docs/solver.md), doubles per clock of
+// its sums, cycles of a launch, of a rotation with its barriers, and rounds of rotations per
+// dimension.
+#if !defined(OTLOSS_START_PASSES)
+#define OTLOSS_START_PASSES 2  // a test has it made for problems of any size
+#endif
+constexpr double kStartPasses = OTLOSS_START_PASSES;
+constexpr double kDoubles = 32;
+constexpr double kLaunch = 2000;
+constexpr double kRotation = 900;
+constexpr double kSweepsOfRotations = 6;
+
+constexpr int64_t kAlign = 16;
+
+int64_t ceil_to(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
+
+// Lays a block's shared memory out; bytes says whether it fits.
+SharedLayout lay_out(const Shape& shape, int columns_per_thread, int64_t rows, bool vectors,
+                     bool tile) {
+  const int rows_of_step = shape.most_entries / columns_per_thread;
+  SharedLayout layout{};
+  const auto take = [&](int64_t bytes) {
+    const int64_t offset = layout.bytes;
+    layout.bytes = ceil_to(layout.bytes + bytes, kAlign);
+    return offset;
+  };
+  layout.team = take(team_doubles(kSolveThreads) * static_cast<int64_t>(sizeof(double)));
+  layout.gram = take(sizeof(LbfgsGram) + sizeof(Step));
+  layout.exchange = take(2 * (kSolveThreads / kWarp) * rows_of_step * shape.element);
+  layout.columns = take(static_cast<int64_t>(kSolveThreads) * columns_per_thread * shape.element);
+  layout.F = take(rows * shape.element);
+  layout.a = take(rows * shape.element);
+  layout.s = take(rows * shape.element);
+  layout.vectors = -1;
+  layout.tile = -1;
+  if (vectors) layout.vectors = take(kVectors * ceil_to(shape.m, kWarp) * shape.element);
+  if (tile) layout.tile = take(rows * shape.m * shape.element);
+  return layout;
+}
+
+// All that is left of shared memory is for the stages; vectors are in the workspace.
+SharedLayout lay_out_streamed(int64_t element, const Limits& limits, TileKind tiles) {
+  Shape shape;
+  shape.element = element;
+  shape.most_entries = kFewColumns;
+  SharedLayout layout = lay_out(shape, kFewColumns, 0, false, false);
+  layout.sums = layout.bytes;
+  layout.tile = layout.sums + streamed_sums(tiles) * static_cast<int64_t>(sizeof(double));
+  layout.bytes = static_cast<int64_t>(limits.shared_per_block) / kAlign * kAlign;
+  return layout;
+}
+
+// Entries per clock of a multiprocessor.
+double streamed_rate(const Shape& shape, int64_t d, TileKind tiles) {
+  const double coordinates = static_cast<double>(d);
+  if (tiles == TileKind::kFma) {
+    const double operations = kEntryOperations + (d <= kDirectDims ? 2 * coordinates : coordinates);
+    return kOperations * 4 / static_cast<double>(shape.element) / operations;
+  }
+  const double products = tiles == TileKind::kTensor ? 3 : 1;
+  const double depths = static_cast<double>(split_depth(d) / kMmaDepth);
+  return 1 / (products * depths * kMmaCycles / kMmaEntries + kTensorOperations / kOperations);
+}
+
+// Cycles of a sweep of a team for `rows`, where so many blocks share rows and cut the columns.
+double sweep_cycles(const Shape& shape, int64_t rows, int64_t columns, int64_t team, int64_t parts,
+                    TileKind tiles, double rate) {
+  int64_t own = std::min(rows, ceil_to(ceil_div(rows, team), kTileRows) * parts);
+  int64_t other = ceil_div(columns, parts);
+  double cycles = 0;
+  if (parts > 1)
+    cycles = kGridSync + static_cast<double>(own * parts * shape.element) / kCacheBytes;
+  if (tiles == TileKind::kFma) {
+    if (parts > 1) other = ceil_to(other, kSolveThreads * kFewColumns);
+  } else {
+    cycles += kFillCycles * static_cast<double>(ceil_div(own, RowSumShape::kRows));
+    own = ceil_to(own, RowSumShape::kWarpRows), other = ceil_to(other, RowSumShape::kColumns);
+  }
+  return cycles + static_cast<double>(own) * static_cast<double>(other) / rate;
+}
+
+int forced_number(const char* name) {
+  const char* text = std::getenv(name);
+  return text == nullptr ? 0 : std::atoi(text);
+}
+
+// The parts with the fewest cycles, which are added to `cycles`.
+int choose_parts(const Shape& shape, int64_t rows, int64_t columns, int64_t team, TileKind tiles,
+                 double rate, double* cycles) {
+  const int forced = forced_number("OTLOSS_CUDA_PARTS");
+  int best = 0;
+  double least = 0;
+  for (int64_t parts = 1; parts <= team; ++parts) {
+    if (team % parts != 0 || (forced > 0 && parts != forced)) continue;
+    const double time = sweep_cycles(shape, rows, columns, team, parts, tiles, rate);
+    if (best != 0 && !(time < least)) continue;
+    best = static_cast<int>(parts), least = time;
+  }
+  if (best == 0)
+    throw std::runtime_error("otloss: OTLOSS_CUDA_PARTS=" + std::to_string(forced) +
+                             " must divide the " + std::to_string(team) + " blocks of a team");
+  *cycles += least;
+  return best;
+}
+
+struct Candidate {
+  Regime regime;
+  Barrier barrier;
+  bool resident;
+  int team_size;
+};
+
+const char* name_of(Regime regime) {
+  switch (regime) {
+    case Regime::kAuto: return "auto";
+    case Regime::kBlock: return "block";
+    case Regime::kCluster: return "cluster";
+    case Regime::kGrid: return "grid";
+    case Regime::kDense: return "dense";
+    case Regime::kStreamed: return "streamed";
+  }
+  return "";
+}
+
+// Completes a candidate; cycles < 0: it does not fit.
+SolvePlan complete(const Shape& shape, const Limits& limits, const Candidate& candidate) {
+  SolvePlan plan{};
+  plan.regime = candidate.regime;
+  plan.barrier = candidate.barrier;
+  plan.resident = candidate.resident;
+  plan.team_size = candidate.team_size;
+  const bool few =
+      shape.element > 4 || shape.m <= static_cast<int64_t>(kSolveThreads) * kFewColumns;
+  plan.columns_per_thread = few ? kFewColumns : kManyColumns;
+  plan.vector_length = ceil_to(shape.m, kWarp);
+  const int64_t rows = ceil_div(shape.n, plan.team_size);
+  const int64_t limit = static_cast<int64_t>(limits.shared_per_block);
+  const auto layout = [&](bool vectors) {
+    return lay_out(shape, plan.columns_per_thread, rows, vectors, plan.resident);
+  };
+  plan.shared = layout(plan.team_size == 1);
+  if (plan.shared.bytes > limit) plan.shared = layout(false);
+  const int64_t at_once = std::max<int64_t>(1, limits.multiprocessors / plan.team_size);
+  plan.teams = std::min(shape.problems, at_once);
+  const double entries = static_cast<double>(rows) * static_cast<double>(shape.m);
+  const double rate = shape.element == 4 ? kExponentials : kDoubleExponentials;
+  const double global = kGlobalBytes / static_cast<double>(shape.element);
+  const double sync = plan.barrier == Barrier::kBlock     ? 0
+                      : plan.barrier == Barrier::kCluster ? kClusterSync
+                                                          : kGridSync;
+  const double turns = static_cast<double>(ceil_div(shape.problems, plan.teams));
+  plan.cycles = turns * (entries / (plan.resident ? rate : std::min(rate, global)) + kVectorCycles +
+                         kSyncsPerPass * sync);
+  const bool clusters = candidate.barrier != Barrier::kCluster || limits.compute_capability >= 90;
+  if (plan.shared.bytes > limit || !clusters) plan.cycles = -1;
+  return plan;
+}
+
+}  // namespace
+
+std::string SolvePlan::describe() const {
+  return std::string(name_of(regime)) + ", " + std::to_string(team_size) +
+         (team_size == 1 ? " block" : " blocks") + " per problem, " + std::to_string(teams) +
+         " at once, " +
+         (regime == Regime::kStreamed
+              ? std::string("costs made on the way by ") +
+                    (tiles == TileKind::kFma ? "multiply-adds" : "tensor cores") + ", columns in " +
+                    std::to_string(parts[0]) + " parts, rows in " + std::to_string(parts[1])
+              : std::string("cost tile in ") + (resident ? "shared" : "global") + " memory") +
+         ", " + std::to_string(shared.bytes) + " bytes of shared memory, " +
+         std::to_string(static_cast<int64_t>(cycles)) + " cycles per pass predicted";
+}
+
+Regime forced_regime() {
+  const char* text = std::getenv("OTLOSS_CUDA_REGIME");
+  if (text == nullptr || *text == '\0') return Regime::kAuto;
+  for (const Regime regime : {Regime::kAuto, Regime::kBlock, Regime::kCluster, Regime::kGrid,
+                              Regime::kDense, Regime::kStreamed})
+    if (std::string(text) == name_of(regime)) return regime;
+  throw std::runtime_error(std::string("otloss: OTLOSS_CUDA_REGIME must be auto, block, cluster, "
+                                       "grid, dense or streamed, got ") +
+                           text);
+}
+
+SolvePlan choose_plan(const Shape& shape, const Limits& limits, Regime forced,
+                      const std::function<bool(const SolvePlan&)>& fits) {
+  std::vector<Candidate> candidates;
+  candidates.push_back({Regime::kBlock, Barrier::kBlock, true, 1});
+  for (int size = 2; size <= kLargestCluster; size *= 2)
+    candidates.push_back({Regime::kCluster, Barrier::kCluster, true, size});
+  // Blocks of a cooperative launch: all that there are, divided among the problems, or fewer so
+  // that each has a few rows.
+  constexpr int64_t kFewRows = 8;
+  const int64_t multiprocessors = limits.multiprocessors;
+  int64_t share = multiprocessors / std::min(shape.problems, multiprocessors);
+  if (forced == Regime::kGrid) share = std::max<int64_t>(share, 2);
+  // More where the rows of so few blocks do not fit.
+  const auto too_few = [&] {
+    const Candidate dense{Regime::kDense, Barrier::kGrid, false, static_cast<int>(share)};
+    return complete(shape, limits, dense).cycles < 0;
+  };
+  while (2 * share <= multiprocessors && too_few()) share *= 2;
+  for (int64_t size = share; size >= 1; size /= 2) {
+    if (size > 1 && ceil_div(shape.n, size) < kFewRows && forced == Regime::kAuto) continue;
+    const int team = static_cast<int>(size);
+    if (size > 1) candidates.push_back({Regime::kGrid, Barrier::kGrid, true, team});
+    candidates.push_back(
+        {Regime::kDense, size > 1 ? Barrier::kGrid : Barrier::kBlock, false, team});
+  }
+  SolvePlan best{};
+  best.cycles = -1;
+  for (const Candidate& candidate : candidates) {
+    if (forced != Regime::kAuto && candidate.regime != forced) continue;
+    const SolvePlan plan = complete(shape, limits, candidate);
+    if (plan.cycles < 0 || (best.cycles >= 0 && plan.cycles >= best.cycles)) continue;
+    if (plan.barrier == Barrier::kCluster && !fits(plan)) continue;
+    best = plan;
+  }
+  if (best.cycles < 0)
+    throw std::runtime_error("otloss: no way to solve problems of " + std::to_string(shape.n) +
+                             " x " + std::to_string(shape.m) + " on this GPU" +
+                             (forced == Regime::kAuto
+                                  ? std::string(": the rows of one block need more shared memory "
+                                                "than there is")
+                                  : std::string(" with OTLOSS_CUDA_REGIME=") + name_of(forced)));
+  return best;
+}
+
+bool start_pays(const SolvePlan& plan, int64_t problems, int64_t n, int64_t m, int d,
+                const Limits& limits) {
+  const double wide = static_cast<double>(d), multiprocessors = limits.multiprocessors;
+  const double sums = static_cast<double>(problems) *
+                      (0.5 * static_cast<double>(n + m) + static_cast<double>(m)) * wide * wide;
+  const double turns = std::ceil(static_cast<double>(problems) / multiprocessors);
+  // A round touches every entry of two matrices twice.
+  const double round = kRotation + 6 * wide * wide / kDoubles;
+  const double cycles = 3 * kLaunch + sums / (kDoubles * multiprocessors) +
+                        turns * kSweepsOfRotations * (d > 1 ? wide : 0.0) * round;
+  return cycles <= kStartPasses * plan.cycles;
+}
+
+TileKind wanted_tiles(bool tf32) {
+  const char* text = std::getenv("OTLOSS_CUDA_TILES");
+  const std::string name = text == nullptr ? "" : text;
+  if (name.empty() || name == "auto") return tf32 ? TileKind::kTensorHigh : TileKind::kTensor;
+  if (name == "tensor") return TileKind::kTensor;
+  if (name == "fma") return TileKind::kFma;
+  if (name == "high") return TileKind::kTensorHigh;
+  throw std::runtime_error("otloss: OTLOSS_CUDA_TILES must be auto, fma, tensor or high, got " +
+                           name);
+}
+
+TileKind choose_tiles(int64_t element, int64_t d, const Limits& limits, TileKind wanted) {
+  if (element != 4 || d <= kDirectDims || wanted == TileKind::kFma) return TileKind::kFma;
+  const SharedLayout layout = lay_out_streamed(element, limits, wanted);
+  const int64_t room = layout.bytes - layout.tile;
+  return tensor_stages<RowSumShape>(d, planes_of(wanted), room).depth > 0 ? wanted : TileKind::kFma;
+}
+
+SolvePlan choose_streamed_plan(const Shape& shape, int64_t d, const Limits& limits, Regime forced,
+                               TileKind tiles) {
+  if (forced != Regime::kAuto && forced != Regime::kStreamed)
+    throw std::runtime_error(std::string("otloss: OTLOSS_CUDA_REGIME=") + name_of(forced) +
+                             " stores costs, but method=\"streamed\" was asked for");
+  const double rate = streamed_rate(shape, d, tiles);
+  SolvePlan best{};
+  best.cycles = -1;
+  const int64_t multiprocessors = limits.multiprocessors;
+  const int64_t forced_team = forced_number("OTLOSS_CUDA_TEAM");
+  const int64_t largest =
+      forced_team > 0 ? std::min(forced_team, multiprocessors) : multiprocessors;
+  for (int64_t team = largest; team >= 1; team = team == 1 ? 0 : ceil_div(team, 2)) {
+    SolvePlan plan{};
+    plan.regime = Regime::kStreamed;
+    plan.tiles = tiles;
+    plan.team_size = static_cast<int>(team);
+    plan.barrier = team > 1 ? Barrier::kGrid : Barrier::kBlock;
+    plan.columns_per_thread = kFewColumns;
+    plan.vector_length = packed_stride(std::max(shape.n, shape.m));
+    plan.teams = std::min(shape.problems, std::max<int64_t>(1, multiprocessors / team));
+    plan.shared = lay_out_streamed(shape.element, limits, tiles);
+    double cycles = kVectorCycles + (team > 1 ? kStreamedSyncs * kGridSync : 0);
+    plan.parts[0] = choose_parts(shape, shape.n, shape.m, team, tiles, rate, &cycles);
+    plan.parts[1] = choose_parts(shape, shape.m, shape.n, team, tiles, rate, &cycles);
+    const double turns = static_cast<double>(ceil_div(shape.problems, plan.teams));
+    const double uneven = plan.teams > 1 && turns == 1 ? kUneven : 1;
+    plan.cycles = turns * uneven * cycles;
+    if (best.cycles < 0 || plan.cycles < best.cycles) best = plan;
+    if (forced_team > 0) break;
+  }
+  return best;
+}
+
+}  // namespace otloss::cuda

@@ -1,0 +1,199 @@
+// How a solve is laid out on a GPU: which regime, how many blocks per problem, what stands in
+// shared memory. Host code; docs/gpu.md explains the model.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+
+#include "core/lbfgs.h"
+#include "cuda/device/limits.h"
+
+namespace otloss::cuda {
+
+// How the blocks of a team wait for each other, see team.cuh.
+enum class Barrier : int { kBlock, kCluster, kGrid };
+
+// Values that a block shows the others of its team at once: all inner products of the solver.
+constexpr int kTeamValues = LbfgsGram::kVectors * LbfgsGram::kBasis;
+// Values of every thread that are reduced at once, and the doubles of shared memory that takes.
+constexpr int kReduced = 8;
+constexpr int64_t team_doubles(int threads) { return kReduced * (threads / kWarp + 1); }
+static_assert(kReduced <= kTeamValues, "they share the buffers between blocks");
+
+#if !defined(OTLOSS_SOLVE_THREADS)
+#define OTLOSS_SOLVE_THREADS 512  // the host emulation uses fewer
+#endif
+constexpr int kSolveThreads = OTLOSS_SOLVE_THREADS;
+
+// Entries that a thread keeps in registers, and columns of them, at most.
+template <typename T>
+constexpr int kEntries = sizeof(T) == 4 ? 32 : 16;
+
+// Vectors of the solver, each of one entry per column, see Solver::place.
+constexpr int kVectors = 10 + 2 * LbfgsGram::kSlots;
+
+// Where things are in shared memory, in bytes. Made on the host, see solve.cu.
+struct SharedLayout {
+  int64_t team;      // team_doubles doubles
+  int64_t gram;      // LbfgsGram and Step
+  int64_t exchange;  // (2, warps, kRows) row sums of a step
+  int64_t columns;   // column sums on their way
+  int64_t F;         // (rows,)
+  int64_t a;         // (rows,)
+  int64_t s;         // (rows,)
+  int64_t vectors;   // (kVectors, m), or -1: in the workspace
+  int64_t tile;      // (rows, m), or -1: in global memory; streamed: stages, see RowTiles
+  int64_t sums;      // streamed_sums doubles, streamed
+  int64_t bytes;
+};
+
+// The quasi-Newton step, made by one warp for all.
+struct Step {
+  double on[LbfgsGram::kBasis];  // the direction
+  double slope, first;           // of the value along it, and the factor to try first
+  double residual;               // <r, r>
+  StepLength length;
+  int slot;  // for the next pair
+};
+
+// Regimes: one block per problem, a cluster per problem, or the blocks of a cooperative launch
+// divided among the problems; the cost tile in shared memory or, `dense`, in global memory, or,
+// `streamed`, nowhere.
+enum class Regime : int { kAuto, kBlock, kCluster, kGrid, kDense, kStreamed };
+
+// What the plan depends on: the largest problem of a launch.
+struct Shape {
+  int64_t problems = 0;
+  int64_t n = 0, m = 0;
+  int64_t entries = 0;   // of the largest cost matrix
+  int64_t element = 4;   // bytes
+  int most_entries = 0;  // that a thread keeps in registers
+};
+
+// How costs that are not stored are made: by multiply-adds, or by tensor cores from points that are
+// split into two halves, or from the high halves alone.
+enum class TileKind : int { kFma, kTensor, kTensorHigh };
+
+struct SolvePlan {
+  Regime regime;
+  Barrier barrier;
+  bool resident;
+  int columns_per_thread;
+  int team_size;
+  // Streamed: who makes the tiles, and into how many parts the columns of a sweep are cut, for the
+  // rows' update and for the columns', so that as many blocks share the rows.
+  TileKind tiles;
+  int parts[2];
+  int64_t teams;
+  int64_t vector_length;
+  SharedLayout shared;
+  double cycles;  // of a pass, by the model
+
+  std::string describe() const;
+};
+
+// Streamed: rows of a thread, and rows of each row group whose sums are kept at once. See
+// fma_tiles.cuh.
+constexpr int kTileRows = 8;
+constexpr int kStreamedRows = 256;
+
+// The tile of a block by tensor cores: its warps stand in kRowWarps rows, each has kM times 16 rows
+// and kN times 8 columns. See tensor_tiles.cuh.
+template <int kWarpsInRows, int kRowMatrices, int kColumnMatrices>
+struct TensorShape {
+  static constexpr int kRowWarps = kWarpsInRows;
+  static constexpr int kColumnWarps = kSolveThreads / kWarp / kRowWarps;
+  static constexpr int kM = kRowMatrices, kN = kColumnMatrices;
+  static constexpr int kWarpRows = 16 * kM, kWarpColumns = 8 * kN;
+  static constexpr int kRows = kRowWarps * kWarpRows, kColumns = kColumnWarps * kWarpColumns;
+  static_assert(kRows <= kSolveThreads && kColumns <= kSolveThreads, "a thread copies for a point");
+};
+using RowSumShape = TensorShape<kSolveThreads / kWarp >= 16 ? 4 : 2, 2, 4>;
+using SideSumShape = TensorShape<kSolveThreads / kWarp, 1, 8>;  // a warp has all columns
+
+// Coordinates of a product of the tensor cores; clouds are padded to whole ones.
+constexpr int64_t kMmaDepth = 16;
+OTLOSS_HOST_DEVICE constexpr int64_t split_depth(int64_t d) {
+  return ceil_div(d, kMmaDepth) * kMmaDepth;
+}
+
+// How points go through shared memory.
+constexpr int kTensorStages = 3;
+struct TensorStages {
+  int depth;      // coordinates of a stage; 0: there is no room
+  bool resident;  // all coordinates of the rows stay, the stages are for columns alone
+  int bytes;      // of a stage
+};
+
+// planes: 2 with low halves, else 1; room: bytes of shared memory.
+template <class Shape>
+OTLOSS_HOST_DEVICE TensorStages tensor_stages(int64_t d, int planes, int64_t room) {
+  // A stage is long enough to copy the next one meanwhile, and rows only stay if it still is.
+  constexpr int kStep = static_cast<int>(kMmaDepth), kMost = 4 * kStep, kLeast = 2 * kStep;
+  constexpr int kExtra = 2 * static_cast<int>(sizeof(float)) * Shape::kColumns;
+  const int64_t padded = split_depth(d);
+  const int most = padded < kMost ? static_cast<int>(padded) : kMost;
+  const int least = most < kLeast ? most : kLeast, coordinate = 2 * planes;  // bytes
+  for (int depth = most; depth >= least; depth -= kStep) {
+    const int bytes = depth * coordinate * Shape::kColumns + kExtra;
+    if (padded * coordinate * Shape::kRows + kTensorStages * bytes <= room)
+      return {depth, true, bytes};
+  }
+  for (int depth = most; depth > 0; depth -= kStep) {
+    const int bytes = depth * coordinate * (Shape::kRows + Shape::kColumns) + kExtra;
+    if (kTensorStages * bytes <= room) return {depth, false, bytes};
+  }
+  return {0, false, 0};
+}
+
+// As much of the room as the stages take.
+template <class Shape>
+OTLOSS_HOST_DEVICE int64_t tensor_room(int64_t d, int planes, int64_t room) {
+  const TensorStages stages = tensor_stages<Shape>(d, planes, room);
+  const int64_t resident = stages.resident ? 2 * planes * split_depth(d) * Shape::kRows : 0;
+  return resident + kTensorStages * stages.bytes;
+}
+
+constexpr int planes_of(TileKind tiles) { return tiles == TileKind::kTensor ? 2 : 1; }
+
+// Sums of a sweep that are kept at once.
+constexpr int64_t streamed_sums(TileKind tiles) {
+  return tiles == TileKind::kFma ? kSolveThreads / kWarp * kStreamedRows
+                                 : RowSumShape::kColumnWarps * RowSumShape::kRows;
+}
+
+// Points of a packed cloud are padded to whole lines, so that vectors of them are aligned.
+constexpr int64_t kPackedAlign = 32;
+static_assert(kPackedAlign % kTileRows == 0, "rows beyond the last are read, but are there");
+OTLOSS_HOST_DEVICE constexpr int64_t packed_stride(int64_t count) {
+  return ceil_div(count, kPackedAlign) * kPackedAlign;
+}
+
+constexpr int kManyColumns = 32;  // the same in the other, float32 only
+constexpr int kFewColumns = 4;    // per thread, in the instance for few columns
+constexpr int kLargestCluster = 16;
+
+// OTLOSS_CUDA_REGIME: auto, block, cluster, grid, dense or streamed.
+Regime forced_regime();
+
+// `fits`: whether the device can run the plan's clusters. Throws if a forced regime cannot run.
+SolvePlan choose_plan(const Shape& shape, const Limits& limits, Regime forced,
+                      const std::function<bool(const SolvePlan&)>& fits);
+
+// Whether a start between Gaussians (start.cu) takes less time than the passes it saves.
+bool start_pays(const SolvePlan& plan, int64_t problems, int64_t n, int64_t m, int d,
+                const Limits& limits);
+
+// OTLOSS_CUDA_TILES: auto, fma, tensor or high (without low halves; auto if tf32 will do).
+TileKind wanted_tiles(bool tf32);
+
+// How costs of points of d coordinates are made: as wanted where tensor cores serve, which is for
+// float32 beyond kDirectDims coordinates, if a stage has room.
+TileKind choose_tiles(int64_t element, int64_t d, const Limits& limits, TileKind wanted);
+
+// For costs that are made from points of d coordinates.
+SolvePlan choose_streamed_plan(const Shape& shape, int64_t d, const Limits& limits, Regime forced,
+                               TileKind tiles = TileKind::kFma);
+
+}  // namespace otloss::cuda
