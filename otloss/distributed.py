@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, inf
+from torch import Tensor
 
 from otloss import _check, ops
-from otloss.autograd import _refuse_higher_order
+from otloss.autograd import refuse_higher_order
 from otloss.costs import COSTS
 from otloss.solve import Problem, _depth_of_caller, check_clouds, compute_dtype
 
@@ -153,10 +153,10 @@ class Rows:
     def softmins(self, eps: float, g: Tensor) -> tuple[Tensor, Tensor]:
         """f = T(g) of this rank's rows, and what these make of T(f) without the others."""
         init = [torch.zeros_like(self.a), g]
-        _, _, (f,), (part,), _ = ops.solve(
-            [self.C[None]], [self.a[None], self.b[None]], [0, 1], [1.0], [v[None] for v in init],
-            eps, inf, inf, 1.0, 1, 1, 0, False,
-        )  # fmt: skip
+        weights = [self.a[None], self.b[None]]
+        problem = ops.problems(weights, [0, 1], [1.0], eps, costs=[self.C[None]])
+        start, unread = [v[None] for v in init], ops.number(1.0)
+        _, _, (f,), (part,), *_ = ops.solve(*problem, start, unread, 1, 1, False, False)
         shift = eps * self.log_part
         return torch.where(self.a > 0, f[0] + shift, 0.0), part[0] - shift
 
@@ -361,14 +361,16 @@ class _Divergence(torch.autograd.Function):
             clouds = [t.detach().to(dtype).contiguous()[None] for t in (x, *whole)]
             masses = [t[None] for t in (w, *whole_weights)]
             costs = ops.cost(clouds, masses, others, ctx.kind)
-            (found,) = ops.envelope_backward_points(
-                grad.to(dtype).reshape(1), costs, clouds, masses, others, coefficients, f, g,
-                ctx.kind, options.eps, [0],
-            )  # fmt: skip
+            problem = ops.problems(
+                masses, others, coefficients, options.eps, costs=costs, points=clouds, kind=ctx.kind
+            )
+            _, (found,), *_ = ops.envelope_backward(
+                grad.to(dtype).reshape(1), *problem, f, g, [], [0], False
+            )
             grads.append(found[0].to(x.dtype))
         present = [g for g in grads if g is not None]
         message = "second derivatives of distributed losses are not available"
-        kept = iter(_refuse_higher_order(present, [*points, grad], message))
+        kept = iter(refuse_higher_order(present, [*points, grad], message))
         return None, None, None, None, None, *(None if g is None else next(kept) for g in grads)
 
 

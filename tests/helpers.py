@@ -14,6 +14,8 @@ import torch
 from backends import EMULATED
 from torch import Tensor
 
+from otloss import ops
+
 COSTS = ("sqeuclidean", "euclidean", "cosine")
 DTYPES = (torch.float32, torch.float64)
 METHODS = ("dense", "streamed", "reference")
@@ -193,3 +195,19 @@ def some_of(names: str, *values: Sequence[Any], quick: int = 2, whole: int = 2) 
         slow += covering(2, EMULATED, *values[1:])
     cases += [pytest.param(*case, marks=pytest.mark.slow) for case in slow]
     return pytest.mark.parametrize(names, cases, ids=name, indirect=fixtures)
+
+
+def solved(
+    problem: Any,
+    init: list[Tensor] | None = None,
+    *,
+    module: Any = ops,
+    tol: float = 1e-3,
+    max_iters: int = 1000,
+    n_iters: int = -1,
+    trace: bool = False,
+    dense: bool = False,
+) -> tuple[Any, ...]:
+    """Loss, status, f, g, traces and costs of ``ops.problems(...)``."""
+    limits = (ops.number(tol), max_iters, n_iters, trace, dense)
+    return module.solve(*problem, init or [], *limits)

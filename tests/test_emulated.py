@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from backends import HAS_COMPILER, HAS_GPU, emulated, serving
-from helpers import DTYPES, STRENGTHS, covering, name, rand, randn, rho, scaled
+from helpers import DTYPES, STRENGTHS, covering, name, rand, randn, rho, scaled, solved
 from torch import Tensor
 
 import otloss
@@ -161,6 +161,14 @@ class Problem:
     def unit(self) -> float:
         return float(self.matrices()[0].mean()) + 0.01
 
+    def arguments(self) -> Any:
+        """Of operations: costs alone where they are given."""
+        pairs, points = list(self.pairs), [] if self.costs else self.points
+        call = {"costs": self.costs, "points": points, "kind": self.kind, "rho": self.rho}
+        coefficients = COEFFICIENTS[: len(pairs) // 2]
+        call["objective"] = self.objective
+        return ops.problems(self.weights, pairs, coefficients, self.eps, **call)
+
     def stored(self) -> Problem:
         return replace(self, costs=[C.to(self.weights[0].dtype) for C in self.matrices()])
 
@@ -201,12 +209,8 @@ class Solved:
 
 
 def solve(p: Problem, *, dense: bool = True, init: Any = (), **options: Any) -> Solved:
-    options = {"tol": 1e-3, "max_iters": 1000, "n_iters": -1, **options}
-    middle = (p.weights, list(p.pairs), COEFFICIENTS[: len(p.pairs) // 2], list(init))
-    rest = (p.eps, *p.rho, *options.values(), p.objective, options["n_iters"] > 0)
-    if p.costs is not None:
-        return Solved(*ops.solve(p.costs, *middle, *rest))
-    return Solved(*ops.solve_points(p.points, *middle, p.kind, dense, *rest)[:5])
+    trace = options.get("n_iters", -1) > 0
+    return Solved(*solved(p.arguments(), list(init), dense=dense, trace=trace, **options)[:5])
 
 
 def exactly(p: Problem, **options: Any) -> Solved:
@@ -456,23 +460,18 @@ def seeds(p: Problem, mode: str, *, n_iters: int = 7, init: Any = ()) -> Seeds:
 
 def gradient(mode: str, p: Problem, s: Seeds, *, dense: bool, wanted: Any = (0, 1)) -> Any:
     """Of points (or costs) and weights, then the status of the linear systems (implicit)."""
-    pairs, wanted, held = list(p.pairs), list(wanted), mode == "envelope"
-    middle = (p.weights, pairs, COEFFICIENTS[: len(pairs) // 2], *s.solution)
+    held, problem, wanted = mode == "envelope", p.arguments(), list(wanted)
+    clouds = (p.points, p.weights, list(p.pairs), p.kind)
+    if p.costs is None and (dense or (held and p.objective == 1)):
+        problem = problem._replace(costs=ops.cost(*clouds), points=[])
+    costs = list(range(len(problem.costs))) if wanted else []
+    want = (costs, [] if problem.costs else wanted, True)
     head = (s.loss,) if held else (s.loss, s.f, s.g)
-    rest = (p.eps, *p.rho, p.objective)
-    if held and not dense and p.objective == 0:
-        call = (s.loss, [], p.points, *middle, p.kind, p.eps, wanted)
-        return ops.envelope_backward_points(*call), [], []
-    if not held and not dense:
-        call = (*head, p.points, *middle, p.kind, *rest, wanted, True)
-        return getattr(ops, f"{mode}_backward_points")(*call)
-    costs = p.costs or ops.cost(p.points, p.weights, pairs, p.kind)
-    want = [int(bool(wanted))] * len(costs)
-    found = getattr(ops, f"{mode}_backward")(*head, costs, *middle, *rest, want, True)
-    if p.costs is not None or not wanted:
-        return (found[0] if wanted else []), *found[1:]
-    points = ops.cost_backward(found[0], costs, p.points, p.weights, pairs, p.kind, wanted)
-    return points, *found[1:]
+    call = getattr(ops, f"{mode}_backward")
+    of_costs, of_points, *rest = call(*head, *problem, *s.solution, *want)
+    if p.costs is None and problem.costs:
+        of_points = ops.cost_backward(of_costs, problem.costs, *clouds, wanted) if wanted else []
+    return of_points if p.costs is None else of_costs, *rest
 
 
 def assert_gradients(
@@ -607,8 +606,8 @@ def errors_of_sums(gpu: Gpu, p: Problem) -> float:
     rng = torch.Generator().manual_seed(a.numel() + b.numel())
     f, g = (p.eps * randn(rng, *w.shape, dtype=w.dtype) for w in (a, b))
     grad = torch.tensor([2.0, -0.5], dtype=a.dtype)[: a.shape[0]]
-    call = ([], p.points, p.weights, [i, j], [-0.5], [f], [g], p.kind, p.eps, [i])
-    (found,) = gpu.call(ops.envelope_backward_points, grad, *call)
+    problem = p.arguments()._replace(coefficients=[-0.5])
+    _, (found,), *_ = gpu.call(ops.envelope_backward, grad, *problem, [f], [g], [], [i], False)
     P = reference.plan(p.eps, C, f.double(), g.double(), a.double(), b.double())
     W, points = -0.5 * grad.double()[:, None, None] * P, [x.double() for x in p.points]
     (expected,) = reference.cost_backward([W], [C], points, [], [i, j], p.kind, [i])

@@ -12,7 +12,19 @@ import oracle
 import pytest
 import torch
 from backends import BACKENDS, Backend
-from helpers import COSTS, DTYPES, clouds, make_weights, name, pick, rand, randn, rho, some_of
+from helpers import (
+    COSTS,
+    DTYPES,
+    clouds,
+    make_weights,
+    name,
+    pick,
+    rand,
+    randn,
+    rho,
+    solved,
+    some_of,
+)
 from torch import Tensor
 
 import otloss
@@ -22,21 +34,6 @@ from otloss.costs import COSTS as COST_NUMBERS
 INF = math.inf
 
 
-def settings(**changes: Any) -> dict[str, Any]:
-    """What a solve is told besides tensors."""
-    return {
-        "eps": 0.5,
-        "rho_x": INF,
-        "rho_y": INF,
-        "tol": 1e-3,
-        "max_iters": 1000,
-        "n_iters": -1,
-        "objective": 0,
-        "trace": False,
-        **changes,
-    }
-
-
 def assert_same_iterations(
     backend: Backend, C: Tensor, a: Tensor, b: Tensor, eps: float, count: int = 4,
     rho: tuple[float, float] = (INF, INF),
@@ -44,9 +41,9 @@ def assert_same_iterations(
     """Every iterate equals the oracle's, to some roundings of the potentials and the exponent."""
     module = reference if backend.method == "reference" else ops
     given = [t[None].to(backend.device) for t in (C, a, b)]
-    told = settings(eps=eps, n_iters=count, trace=True, rho_x=rho[0], rho_y=rho[1])
-    *_, traces = module.solve(given[:1], given[1:], [0, 1], [1.0], [], **told)
-    got = traces[0][0].cpu()
+    problem = ops.problems(given[1:], [0, 1], [1.0], eps, costs=given[:1], rho=rho)
+    _, _, _, _, (trace,), _ = solved(problem, module=module, n_iters=count, trace=True)
+    got = trace[0].cpu()
     steps = oracle.iterate(C.double(), a.double(), b.double(), eps, count, rho)
     expected = torch.stack([torch.cat(step) for step in steps])
     unit = torch.finfo(C.dtype).eps
@@ -183,10 +180,8 @@ def test_streamed_iterations(dtype, cost, d, rng):
     n, m = pick(rng, 1, 40), pick(rng, 1, 200)
     x, y = randn(rng, 1, n, d, dtype=dtype), randn(rng, 1, m, d, dtype=dtype)
     a, b = (make_weights(rng, (1, k), "random").to(dtype) for k in (n, m))
-    kind, changes = COST_NUMBERS[cost], settings(eps=0.5, n_iters=5)
-    loss, status, f, g, *_ = ops.solve_points(
-        [x, y], [a, b], [0, 1], [1.0], [], kind, False, **changes
-    )
+    problem = ops.problems([a, b], [0, 1], [1.0], 0.5, points=[x, y], kind=COST_NUMBERS[cost])
+    loss, status, f, g, *_ = solved(problem, n_iters=5)
     expected = oracle.iterate(
         oracle.cost(x[0].double(), y[0].double(), cost), a[0].double(), b[0].double(), 0.5, 5
     )[-1]
@@ -209,8 +204,9 @@ def test_status(dtype, rng):
     a, b = c.a.clone(), c.b.clone()
     a[1, 0] = 0  # so that the 1e5 does not count
     a /= a.sum(-1, keepdim=True)
+    problem = ops.problems([a, b], [0, 1], [1.0], 0.5, costs=[C])
     for module in (ops, reference):
-        _, status, f, g, _ = module.solve([C], [a, b], [0, 1], [1.0], [], **settings(tol=1e-4))
+        _, status, f, g, *_ = solved(problem, module=module, tol=1e-4)
         assert status.dtype == torch.float64
         assert status.shape == (1, 2, 4)
         assert status[0, :, ops.MAX_COST].tolist() == [77.0, float(C[1, 1:].max())]
@@ -258,44 +254,34 @@ def sample_arguments() -> dict[str, tuple[Any, ...]]:
     a, b = uniform(4).repeat(2, 1), uniform(5).repeat(2, 1)
     pairs, weights, coefficients = [0, 1, 0, 0], [a, b], [1.0, -0.5]
     C = ops.cost([x, y], weights, pairs, 1)
-    options = tuple(settings().values())
-    _, _, f, g, _ = ops.solve(C, weights, pairs, coefficients, [], *options)
-    *_, traces = ops.solve(
-        C, weights, pairs, coefficients, [], *settings(n_iters=3, trace=True).values()
-    )
+    rho = (2.0, INF)
+    stored = ops.problems(weights, pairs, coefficients, 0.5, costs=C, rho=rho)
+    made = ops.problems(weights, pairs, coefficients, 0.5, points=[x, y], kind=1, rho=rho)
+    both = ops.problems(weights, pairs, coefficients, 0.5, costs=C, points=[x, y], kind=1, rho=rho)
+    _, _, f, g, *_ = solved(stored)
+    _, _, _, _, traces, _ = solved(stored, n_iters=3, trace=True)
     grads = [torch.ones_like(v) for v in f], [torch.ones_like(v) for v in g]
-    before = (torch.ones(2, dtype=torch.float64), *grads, C, weights, pairs, coefficients)
-    ones, wanted = torch.ones(2, dtype=torch.float64), [0, 1]
-    fg = [t for both in zip(f, g, strict=True) for t in both]
-    points_before = (ones, *grads, [x, y], weights, pairs, coefficients)
-    points_gradient = [x, y], weights, pairs, coefficients, f, g, 1, 0.5, wanted
+    ones = torch.ones(2, dtype=torch.float64)
+    fg = [t for two in zip(f, g, strict=True) for t in two]
+    limits = (ops.number(1e-3), 1000, -1, False)
+    given = {
+        "": (stored, ([0], [], True)),
+        ":points": (made, ([], [1, 0], True)),
+        ":both": (both, ([1], [0], True)),
+    }
     return {
         "cost": ([x, y], weights, pairs, 0),
-        "cost_backward": ([torch.ones_like(c) for c in C], C, [x, y], weights, pairs, 1, wanted),
-        "solve": (C, weights, pairs, coefficients, fg, *options),
-        "envelope_backward": (
-            ones,
-            C,
-            weights,
-            pairs,
-            coefficients,
-            f,
-            g,
-            0.5,
-            2.0,
-            INF,
-            0,
-            [1, 0],
-            True,
-        ),
-        "unrolled_backward": (*before, [], traces, 0.5, 2.0, INF, 0, [1, 0], True),
-        "implicit_backward": (*before, f, g, 0.5, 2.0, INF, 0, [1, 0], True),
-        "solve_points": ([x, y], weights, pairs, coefficients, [], 1, False, *options),
-        "solve_points:dense": ([x, y], weights, pairs, coefficients, [], 1, True, *options),
-        "envelope_backward_points": (ones, [], *points_gradient),
-        "envelope_backward_points:dense": (ones, C, *points_gradient),
-        "unrolled_backward_points": (*points_before, [], traces, 1, 0.5, 2.0, INF, 0, [1], True),
-        "implicit_backward_points": (*points_before, f, g, 1, 0.5, 2.0, INF, 0, [1], True),
+        "cost_backward": ([torch.ones_like(c) for c in C], C, [x, y], weights, pairs, 1, [0, 1]),
+        "solve": (*stored, fg, *limits, False),
+        "solve:points": (*made, [], *limits, False),
+        "solve:dense": (*made, [], *limits, True),
+        "envelope_backward:weights": (ones, *stored._replace(costs=[]), f, g, [], [], True),
+        **{f"envelope_backward{k}": (ones, *p, f, g, *w) for k, (p, w) in given.items()},
+        **{
+            f"unrolled_backward{k}": (ones, *grads, *p, [], traces, *w)
+            for k, (p, w) in given.items()
+        },
+        **{f"implicit_backward{k}": (ones, *grads, *p, f, g, *w) for k, (p, w) in given.items()},
     }
 
 
@@ -351,12 +337,12 @@ def test_native_equals_reference(operation):
         arguments[names.index("init")] = []
         arguments[names.index("trace")] = True
     got, expected = call(*arguments), plain(*arguments)
-    if operation == "solve_points":  # without C the largest cost is only bounded, by the norms
+    if operation == "solve:points":  # without C the largest cost is only bounded, by the norms
         most, exact = (out[1][..., ops.MAX_COST] for out in (got, expected))
         assert bool((exact <= most).all() and (most <= 4 * exact).all())
         got[1][..., ops.MAX_COST] = exact
     if operation.startswith("implicit_backward"):  # solved in other ways; the last item says how
-        got, expected = got[:3], expected[:3]
+        got, expected = got[:4], expected[:4]
     torch.testing.assert_close(list(got), list(expected), rtol=1e-9, atol=1e-11)
 
 
@@ -375,6 +361,7 @@ def test_operations_refuse_wrong_layouts():
     with pytest.raises(RuntimeError, match=r"weights must be .*shape \(1, 4\).*but is \(1, 3\)"):
         ops.cost([x], [a[:, :3]], [0, 0], 0)
     with pytest.raises(RuntimeError, match=r"costs must be .*shape \(1, 4, 4\).*but is .*6\)"):
-        ops.solve([x], [a], [0, 0], [1.0], [], **settings())
-    with pytest.raises(RuntimeError, match=r"weights must be .*of one dtype"):
-        ops.solve([x[:, :, :4].contiguous()], [a.double()], [0, 0], [1.0], [], **settings())
+        solved(ops.problems([a], [0, 0], [1.0], 0.5, costs=[x]))
+    square = ops.problems([a.double()], [0, 0], [1.0], 0.5, costs=[x[:, :, :4].contiguous()])
+    with pytest.raises(RuntimeError, match=r"costs must be .*of one dtype"):
+        solved(square)

@@ -238,51 +238,52 @@ RHO: tuple[Rho, ...] = ((math.inf, math.inf), (2.0, 0.5), (math.inf, 0.7), (0.7,
 
 def _problem(
     rng: torch.Generator, cost: str, d: int, objective: int, rho: Rho, mode: str, **kw: Any
-) -> tuple[list[Any], list[Any], list[Any]]:
-    """A divergence's three pairs, solved: what is before, in and after the costs' place in the
-    arguments of the mode's gradient. Gradients of f and g come from outside."""
+) -> tuple[list[Any], Any, list[Any]]:
+    """A divergence's three pairs, solved: gradients of what was found, those of f and g from
+    outside, the problem, and what the mode's gradient takes of the solution."""
     sizes = kw.get("sizes", (helpers.pick(rng, 33, 90), helpers.pick(rng, 65, 140)))
     c = helpers.clouds(rng, *sizes, d, weights="padded", batch=kw.get("batch", 2))
     eps = kw.get("eps", 0.5 if cost == "cosine" else 0.5 * d**0.5)
     weights, pairs = [c.a, c.b], [0, 1, 0, 0, 1, 1]
     coefficients, kind = [1.0, -0.5, -0.7], helpers.COSTS.index(cost)
     n_iters = 5 if mode == "unrolled" else -1
-    settings = (eps, *rho, 1e-10, 20_000, n_iters, objective, mode == "unrolled")
     points = [c.x, c.y]
     level = kw.get("level", 0.0)  # of the potentials that iterations start from
     init = [torch.full_like(weights[i], level).where(weights[i] > 0, 0.0) for i in pairs]
     init = init if level else []
-    loss, _, f, g, traces, _ = ops.solve_points(
-        points, weights, pairs, coefficients, init, kind, True, *settings
+    problem = ops.problems(
+        weights, pairs, coefficients, eps, points=points, kind=kind, rho=rho, objective=objective
+    )
+    loss, _, f, g, traces, _ = helpers.solved(
+        problem,
+        init,
+        tol=1e-10,
+        max_iters=20_000,
+        n_iters=n_iters,
+        trace=mode == "unrolled",
+        dense=True,
     )
     outside = [[helpers.randn(rng, *t.shape) for t in side] for side in (f, g)]
     before = [helpers.randn(rng, *loss.shape), *outside]
-    solution = [init, traces] if mode == "unrolled" else [f, g]
-    return before, [points, weights, pairs, coefficients, kind], [*solution, eps, *rho, objective]
+    return before, problem, [init, traces] if mode == "unrolled" else [f, g]
 
 
-def _native(dtype: torch.dtype, value: Any) -> Any:
-    if isinstance(value, list):
-        return [_native(dtype, v) for v in value]
-    return value.to(dtype) if isinstance(value, torch.Tensor) else value
+def _in_float32(values: list[Any]) -> list[Any]:
+    return [v.float() if isinstance(v, torch.Tensor) else _in_float32(v) for v in values]
 
 
-def _through_matrices(mode: str, before: Any, middle: Any, after: Any, wanted: list[int]) -> Any:
-    points, weights, pairs, coefficients, kind = middle
-    costs = ops.cost(points, weights, pairs, kind)
-    gradient = getattr(ops, f"{mode}_backward")
-    grad_costs, grad_a, grad_b, *_ = gradient(
-        *before, costs, weights, pairs, coefficients, *after, [1] * len(costs), True
-    )
-    grads = ops.cost_backward(grad_costs, costs, points, weights, pairs, kind, wanted)
+def _through_matrices(mode: str, before: Any, problem: Any, after: Any, wanted: list[int]) -> Any:
+    clouds = (problem.points, problem.weights, problem.pairs, problem.kind)
+    costs, gradient = ops.cost(*clouds), getattr(ops, f"{mode}_backward")
+    stored, every = problem._replace(costs=costs, points=[]), list(range(len(costs)))
+    grad_costs, _, grad_a, grad_b, *_ = gradient(*before, *stored, *after, every, [], True)
+    grads = ops.cost_backward(grad_costs, costs, *clouds, wanted)
     return [*grads, *grad_a, *grad_b]
 
 
-def _without(mode: str, before: Any, middle: Any, after: Any, wanted: list[int]) -> Any:
-    *middle, kind = middle
-    first, second, *rest = after
-    gradient = getattr(ops, f"{mode}_backward_points")
-    grads, grad_a, grad_b, *_ = gradient(*before, *middle, first, second, kind, *rest, wanted, True)
+def _without(mode: str, before: Any, problem: Any, after: Any, wanted: list[int]) -> Any:
+    gradient = getattr(ops, f"{mode}_backward")
+    _, grads, grad_a, grad_b, *_ = gradient(*before, *problem, *after, [], wanted, True)
     return [*grads, *grad_a, *grad_b]
 
 
@@ -295,7 +296,7 @@ def test_gradients_are_those_of_the_stored_matrix(rng, mode, cost, d, objective,
     expected, got = (call(mode, *parts, [0, 1]) for call in (_through_matrices, _without))
     for one, other in zip(got, expected, strict=True):
         helpers.close(one, other, 1e-10, scale=float(other.norm()) + 1e-3)
-    for x, w in zip(got, parts[1][1], strict=False):
+    for x, w in zip(got, parts[1].weights, strict=False):
         assert (x[w == 0] == 0).all()
 
 
@@ -314,7 +315,7 @@ def test_gradients_where_the_softmaxes_of_an_iteration_are_far_apart(rng, object
     """By a factor of a row, or of a column, that is out of range: both take an exponential."""
     eps = 0.02
     parts = _problem(rng, "sqeuclidean", 3, objective, rho, "unrolled", eps=eps, level=level)
-    weights, (init, traces) = parts[1][1], parts[2][:2]
+    weights, (init, traces) = parts[1].weights, parts[2][:2]
     n, trace, b = weights[0].shape[1], traces[0], weights[1]
     if level:
         factor = torch.where(b > 0, (init[1] - trace[:, 0, n:]) / eps, 0.0)
@@ -330,7 +331,10 @@ def test_gradients_where_the_softmaxes_of_an_iteration_are_far_apart(rng, object
 def test_gradients_in_float32(rng, mode):
     parts = _problem(rng, "sqeuclidean", 20, 1, RHO[0], mode)
     expected = _without(mode, *parts, [0, 1])
-    got = _without(mode, *_native(torch.float32, parts), [0, 1])
+    before, problem, after = parts
+    points, weights = _in_float32(problem.points), _in_float32(problem.weights)
+    single = problem._replace(points=points, weights=weights)
+    got = _without(mode, _in_float32(before), single, _in_float32(after), [0, 1])
     for one, other in zip(got, expected, strict=True):
         helpers.close(one, other, 1e-3, scale=float(other.norm()) + 1e-3)
 

@@ -1,4 +1,4 @@
-// Threads and interruption, provided by the host program (bindings.cpp uses torch's thread pool).
+// Threads and interruption, provided by the host program (bindings/host.cpp uses torch's thread pool).
 #pragma once
 
 #include <atomic>
