@@ -52,6 +52,12 @@ TESTS = {
     **{regime: [GPU_TESTS, "-k", f"[{regime}"] for regime in REGIMES},
     "others": [GPU_TESTS, "-k", " and ".join(f"not [{regime}" for regime in REGIMES)],
 }
+# Where the GPU is one of several backends.
+BACKENDS = ("parity", "gradients", "gradient_modes", "batching", "limits", "results", "streamed")
+SHARED_TESTS = {
+    "kernels": ["tests/test_emulated.py", "tests/test_kernels.py", "-k", "cuda"],
+    "losses": [*(f"tests/test_{name}.py" for name in BACKENDS), "-k", "cuda"],
+}
 EMULATED_TESTS = {
     regime: ["tests/test_emulated.py", "-k", f"[{regime} and (order or finite)"]
     for regime in ("block", "streamed")
@@ -60,10 +66,8 @@ EMULATED_TESTS = {
 # the program down a hundredfold.
 SANITIZED = (
     "(test_sizes and (1-1 or 7-300 or 64-64))"
-    " or test_small_eps"
-    " or (test_unrolled_and_implicit_gradients and 7-300 and 0.7 and dtype0)"
     " or (test_autocast and streamed-64-dtype0)"
-    " or (test_streamed_gradients_of_many_passes and 7-300 and 0.7 and dtype0)"
+    " or (cuda and (test_small_eps or test_gradients_of_what_is_not or test_one_product))"
 )
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PASSED = r"\b[1-9]\d* passed"
@@ -261,13 +265,14 @@ def checks(check: Check, options: argparse.Namespace) -> int:
         return check.finish()
     if not library(check):
         return check.finish()
-    rows = [pytest_step(name, arguments) for name, arguments in TESTS.items()]
+    rows = [pytest_step(name, words) for name, words in {**TESTS, **SHARED_TESTS}.items()]
     if tool := find_sanitizer():
         # Caching in torch's allocator would hide a read past the end of a tensor. (Without it there
         # is no graph capture.)
         plain = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        sanitized = [GPU_TESTS, "tests/test_emulated.py", "-k", SANITIZED]
         rows += [
-            pytest_step(kind, [GPU_TESTS, "-k", SANITIZED], *sanitizer_command(tool, kind), **plain)
+            pytest_step(kind, sanitized, *sanitizer_command(tool, kind), **plain)
             for kind in SANITIZERS
         ]
     else:

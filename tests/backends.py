@@ -31,13 +31,9 @@ from otloss import ops
 
 ROOT = Path(__file__).parent.parent
 EMULATION = ROOT / "tests/cuda_host"
-SOURCES = [
-    EMULATION / "emulated.cpp",
-    *(p for p in sorted((ROOT / "csrc/bindings").glob("*.cpp")) if p.name != "module.cpp"),
-    *sorted((ROOT / "csrc/cuda").rglob("*.cu")),
-    *sorted((ROOT / "csrc/cuda").rglob("*.cpp")),
-]
-# Not csrc/cuda: its limits.h would stand in for the C library's.
+SOURCES = [EMULATION / "emulated.cpp", *sorted((ROOT / "csrc/cuda").rglob("*.c[up]*"))]
+SOURCES += sorted((ROOT / "csrc/bindings").glob("*.cpp"))
+SOURCES = [path for path in SOURCES if path.suffix != ".cuh" and path.name != "module.cpp"]
 INCLUDED = [ROOT / "csrc", EMULATION]
 FLAGS = ["-O1", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
 # Barriers jump between stacks, which the checked longjmp of fortified builds refuses.

@@ -21,10 +21,11 @@ import os
 import random
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from backends import backend  # noqa: F401  (a fixture)
+from backends import HAS_GPU, backend  # noqa: F401  (backend is a fixture)
 from hypothesis import HealthCheck, settings
 
 VARIABLE = "OTLOSS_TEST_SEED"
@@ -41,6 +42,12 @@ def pytest_configure(config: pytest.Config) -> None:
         "otloss", deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
     )
     settings.load_profile("otloss")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Without a GPU its tests are listed, but not skipped one by one."""
+    needs_gpu = collection_path.name == "test_cuda.py" and not HAS_GPU
+    return True if needs_gpu and not config.option.collectonly else None
 
 
 def pytest_report_header() -> str:

@@ -159,22 +159,6 @@ def simplex(logits: Tensor) -> Tensor:
     return logits.softmax(-1)
 
 
-def solved(
-    problem: Any,
-    init: list[Tensor] | None = None,
-    *,
-    module: Any = ops,
-    tol: float = 1e-3,
-    max_iters: int = 1000,
-    n_iters: int = -1,
-    trace: bool = False,
-    dense: bool = False,
-) -> tuple[Any, ...]:
-    """Loss, status, f, g, traces and costs of ``ops.problems(...)``."""
-    limits = (ops.number(tol), max_iters, n_iters, trace, dense)
-    return module.solve(*problem, init or [], *limits)
-
-
 def covering(size: int, *values: Sequence[Any]) -> list[tuple[Any, ...]]:
     """Some of the product of the values, in which every combination of `size` factors occurs.
 
@@ -211,3 +195,19 @@ def some_of(names: str, *values: Sequence[Any], quick: int = 2, whole: int = 2) 
         slow += covering(2, EMULATED, *values[1:])
     cases += [pytest.param(*case, marks=pytest.mark.slow) for case in slow]
     return pytest.mark.parametrize(names, cases, ids=name, indirect=fixtures)
+
+
+def solved(
+    problem: Any,
+    init: list[Tensor] | None = None,
+    *,
+    module: Any = ops,
+    tol: float = 1e-3,
+    max_iters: int = 1000,
+    n_iters: int = -1,
+    trace: bool = False,
+    dense: bool = False,
+) -> tuple[Any, ...]:
+    """Loss, status, f, g, traces and costs of ``ops.problems(...)``."""
+    limits = (ops.number(tol), max_iters, n_iters, trace, dense)
+    return module.solve(*problem, init or [], *limits)

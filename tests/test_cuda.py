@@ -11,15 +11,11 @@ from typing import Any
 import helpers
 import pytest
 import torch
-from backends import HAS_GPU
 from helpers import COSTS, DTYPES
 from torch import Tensor
 
 import otloss
 from otloss import schedule
-
-if not HAS_GPU:
-    pytest.skip("needs a GPU, and otloss built with its CUDA kernels", allow_module_level=True)
 
 REGIMES = ["auto", "block", "cluster", "grid", "dense", "streamed"]
 # Envelope, unrolled and implicit gradients.

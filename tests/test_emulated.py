@@ -13,11 +13,10 @@ from dataclasses import dataclass, field, is_dataclass, replace
 from types import ModuleType
 from typing import Any
 
-import helpers
 import pytest
 import torch
 from backends import HAS_COMPILER, HAS_GPU, emulated, serving
-from helpers import DTYPES, STRENGTHS, covering, name, rand, randn, rho, scaled
+from helpers import DTYPES, STRENGTHS, covering, name, rand, randn, rho, scaled, solved
 from torch import Tensor
 
 import otloss
@@ -95,9 +94,9 @@ def stores_costs(request: pytest.FixtureRequest) -> bool:
     return "regime" not in request.fixturenames or request.getfixturevalue("regime") in STORED
 
 
-@pytest.fixture(params=["emulated", "cuda"] if HAS_GPU else ["emulated"])
+@pytest.fixture(params=["emulated", "cuda"] if HAS_GPU else None)
 def gpu(request: pytest.FixtureRequest) -> Gpu:
-    if request.param == "emulated":
+    if not HAS_GPU or request.param == "emulated":
         return Gpu(emulated(), stores_costs(request))
     if "cluster" in request.node.name and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("thread-block clusters need compute capability 9.0")
@@ -162,16 +161,16 @@ class Problem:
     def unit(self) -> float:
         return float(self.matrices()[0].mean()) + 0.01
 
+    def arguments(self) -> Any:
+        """Of operations: costs alone where they are given."""
+        pairs, points = list(self.pairs), [] if self.costs else self.points
+        call = {"costs": self.costs, "points": points, "kind": self.kind, "rho": self.rho}
+        coefficients = COEFFICIENTS[: len(pairs) // 2]
+        call["objective"] = self.objective
+        return ops.problems(self.weights, pairs, coefficients, self.eps, **call)
+
     def stored(self) -> Problem:
         return replace(self, costs=[C.to(self.weights[0].dtype) for C in self.matrices()])
-
-    def arguments(self) -> Any:
-        """What the operations take: the matrices where there are any, else the points."""
-        return ops.problems(
-            self.weights, list(self.pairs), COEFFICIENTS[: len(self.pairs) // 2], self.eps,
-            costs=self.costs, points=self.points if self.costs is None else [], kind=self.kind,
-            rho=self.rho, objective=self.objective,
-        )  # fmt: skip
 
     def sides(self) -> list[tuple[int, int]]:
         return list(zip(self.pairs[::2], self.pairs[1::2], strict=True))
@@ -210,8 +209,8 @@ class Solved:
 
 
 def solve(p: Problem, *, dense: bool = True, init: Any = (), **options: Any) -> Solved:
-    told = {"trace": options.get("n_iters", -1) > 0, **options}
-    return Solved(*helpers.solved(p.arguments(), list(init), dense=dense, **told)[:5])
+    trace = options.get("n_iters", -1) > 0
+    return Solved(*solved(p.arguments(), list(init), dense=dense, trace=trace, **options)[:5])
 
 
 def exactly(p: Problem, **options: Any) -> Solved:
@@ -461,17 +460,18 @@ def seeds(p: Problem, mode: str, *, n_iters: int = 7, init: Any = ()) -> Seeds:
 
 def gradient(mode: str, p: Problem, s: Seeds, *, dense: bool, wanted: Any = (0, 1)) -> Any:
     """Of points (or costs) and weights, then the status of the linear systems (implicit)."""
-    head = (s.loss,) if mode == "envelope" else (s.loss, s.f, s.g)
-    problem, operation = p.arguments(), getattr(ops, f"{mode}_backward")
-    if p.costs is not None:
-        every = list(range(len(p.costs))) if wanted else []
-        costs, _, *found = operation(*head, *problem, *s.solution, every, [], True)
-        return costs, *found
-    if dense:
-        stored = ops.cost(p.points, p.weights, list(p.pairs), p.kind)
-        problem = problem._replace(costs=stored)
-    _, *found = operation(*head, *problem, *s.solution, [], list(wanted), True)
-    return tuple(found)
+    held, problem, wanted = mode == "envelope", p.arguments(), list(wanted)
+    clouds = (p.points, p.weights, list(p.pairs), p.kind)
+    if p.costs is None and (dense or (held and p.objective == 1)):
+        problem = problem._replace(costs=ops.cost(*clouds), points=[])
+    costs = list(range(len(problem.costs))) if wanted else []
+    want = (costs, [] if problem.costs else wanted, True)
+    head = (s.loss,) if held else (s.loss, s.f, s.g)
+    call = getattr(ops, f"{mode}_backward")
+    of_costs, of_points, *rest = call(*head, *problem, *s.solution, *want)
+    if p.costs is None and problem.costs:
+        of_points = ops.cost_backward(of_costs, problem.costs, *clouds, wanted) if wanted else []
+    return of_points if p.costs is None else of_costs, *rest
 
 
 def assert_gradients(
@@ -606,13 +606,8 @@ def errors_of_sums(gpu: Gpu, p: Problem) -> float:
     rng = torch.Generator().manual_seed(a.numel() + b.numel())
     f, g = (p.eps * randn(rng, *w.shape, dtype=w.dtype) for w in (a, b))
     grad = torch.tensor([2.0, -0.5], dtype=a.dtype)[: a.shape[0]]
-
-    def of_x(grad: Tensor, p: Problem, f: Tensor, g: Tensor) -> Tensor:
-        given = ops.problems(p.weights, [i, j], [-0.5], p.eps, points=p.points, kind=p.kind)
-        _, (found,), _, _ = ops.envelope_backward(grad, *given, [f], [g], [], [i], False)
-        return found
-
-    found = gpu.call(of_x, grad, p, f, g)
+    problem = p.arguments()._replace(coefficients=[-0.5])
+    _, (found,), *_ = gpu.call(ops.envelope_backward, grad, *problem, [f], [g], [], [i], False)
     P = reference.plan(p.eps, C, f.double(), g.double(), a.double(), b.double())
     W, points = -0.5 * grad.double()[:, None, None] * P, [x.double() for x in p.points]
     (expected,) = reference.cost_backward([W], [C], points, [], [i, j], p.kind, [i])

@@ -1,5 +1,5 @@
-// The operations of otloss by the CUDA kernels on the host: a Python module of the bindings, to be
-// linked with csrc/cuda compiled under emulation.h. See tests/backends.py.
+// The operations of otloss by the CUDA kernels on the host: a Python module of the bindings, linked
+// with csrc/cuda, all compiled under emulation.h. See tests/backends.py.
 #include <pybind11/pybind11.h>
 
 #include <memory>
