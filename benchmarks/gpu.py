@@ -97,13 +97,16 @@ def pot_loss(s: Setting) -> Loss:
 
     iterations = s.iterations or round(4 * 2 ** (s.effort / 2))
 
-    def loss(x: Tensor, y: Tensor) -> Tensor:
+    def transport(x: Tensor, y: Tensor) -> Tensor:
         return ot.solve_sample(
-            x, y, metric="sqeuclidean", reg=s.eps, reg_type="KL", debias=s.debias,
-            grad="envelope", tol=0.0, max_iter=iterations,
+            x, y, metric="sqeuclidean", reg=s.eps, reg_type="KL", grad="envelope", tol=0.0,
+            max_iter=iterations,
         ).value  # fmt: skip
 
-    return loss
+    def divergence(x: Tensor, y: Tensor) -> Tensor:
+        return transport(x, y) - (transport(x, x) + transport(y, y)) / 2
+
+    return divergence if s.debias else transport
 
 
 def libraries(x: Tensor, y: Tensor, methods: tuple[str, ...] = ("auto",)) -> dict[str, Any]:

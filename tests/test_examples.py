@@ -6,6 +6,7 @@ import argparse
 import csv
 import gzip
 import importlib
+import io
 import json
 import os
 import shlex
@@ -33,7 +34,7 @@ import train_classifier  # noqa: E402
 import train_gan  # noqa: E402
 import train_otgan  # noqa: E402
 import train_sinkhorn  # noqa: E402
-from common import chunks, classifier, data, metrics, models, run  # noqa: E402
+from common import chunks, classifier, data, metrics, models, progress, run  # noqa: E402
 
 # Script, steps, the column of loss.csv that falls, and by which share of its first value: the
 # envelope gradient and the one through the iterations, a code, a discriminator, two critics.
@@ -130,7 +131,7 @@ def test_generator_learns_and_writes_everything(
     assert [entry["step"] for entry in report["evaluations"]] == [steps // 2]
     printed = capsys.readouterr().out
     assert "real-real" in printed
-    assert "metrics.json" in printed
+    assert str(out / last) in printed
 
 
 @pytest.mark.parametrize("preset", OTHERS)
@@ -795,3 +796,86 @@ def test_gradient_flow_reaches_its_target():
     assert clouds.keys() >= {0, last}
     assert torch.equal(clouds[0], start)
     assert torch.cdist(clouds[last], target).min(1).values.mean() < 0.1
+
+
+# --- the demo --------------------------------------------------------------------------------
+
+
+def test_the_demo_needs_no_data_and_no_training_of_a_classifier(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    write_idx_set(tmp_path, "fashion", gz=True)
+    monkeypatch.setenv("OTLOSS_DATA", str(tmp_path))
+    monkeypatch.setattr(classifier, "train", None)
+    out = tmp_path / "runs" / "demo"
+    train_sinkhorn.main(["--preset", "demo", "--steps", "40", "--out", str(out)])
+    printed, log = capsys.readouterr()
+    assert printed.startswith("digits, preset demo: 40 steps of 500 images on cpu")
+    for text in ("real-real", "Better is", f"{out}/samples_000040.png", "What next"):
+        assert text in printed
+    assert (out / "samples_000040.png").is_file()
+    assert "\r" not in log
+    assert "demo: step 40 of 40" in log.splitlines()[-1]
+    # Data that was asked for is never replaced by the digits.
+    assert train_sinkhorn.parse(["--preset", "demo", "--data", "fashion"]).data == "fashion"
+    with pytest.raises(ValueError, match=r"--data-dir is .*, expected none: digits come with"):
+        train_sinkhorn.parse(["--preset", "demo", "--data-dir", str(tmp_path)])
+
+
+def test_the_shipped_classifier_is_the_one_that_is_stated():
+    folder = classifier.SHIPPED / "digits"
+    report = json.loads((folder / "metrics.json").read_text())
+    page = (classifier.SHIPPED / "README.md").read_text()
+    assert report["args"]["command"] in page
+    args = train_sinkhorn.parse(["--data", "digits"])
+    images = data.load("digits")
+    accuracy = classifier.accuracy_on_test(classifier.obtain(args, images), images)
+    # Another machine may round one image of the 500 to another label.
+    assert accuracy == pytest.approx(report["metrics"]["accuracy"], abs=0.0021)
+    assert f"{report['metrics']['accuracy']:.1%}" in page
+
+
+def test_a_missing_classifier_is_trained_before_the_generator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(classifier, "SHIPPED", tmp_path / "none")
+    options = [*TINY, "--steps", "3", "--out", str(tmp_path / "run")]
+    parse = classifier.parse
+    monkeypatch.setattr(classifier, "parse", lambda argv: parse([*argv, "--steps", "20"]))
+    train_sinkhorn.main([*options, "--ema", "0.9"])
+    printed, log = capsys.readouterr()
+    assert f"training it in {tmp_path / 'classifier_digits'}" in printed
+    lines = [line for line in log.splitlines() if line.startswith(("classifier_digits:", "run:"))]
+    assert lines[0].startswith("classifier_digits:")
+    assert lines[-1].startswith("run: step 3 of 3")
+    # The generator's random numbers do not depend on it.
+    first = weights(tmp_path / "run")
+    train_sinkhorn.main([*options, "--ema", "0.9"])
+    assert "training it" not in capsys.readouterr().out
+    assert all(torch.equal(value, first[name]) for name, value in weights(tmp_path / "run").items())
+    # One that was named is not made up for, and one that was stopped is not used.
+    with pytest.raises(FileNotFoundError, match=r"--classifier: .*weights.pt is missing"):
+        train_sinkhorn.main([*options, "--classifier", str(tmp_path / "other")])
+    monkeypatch.setattr(classifier, "train", lambda args: False)
+    (tmp_path / "classifier_digits" / "weights.pt").unlink()
+    with pytest.raises(SystemExit, match="without its classifier"):
+        train_sinkhorn.main(options)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_lines_in_a_log_and_one_line_on_a_terminal(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch
+):
+    stream, clock = io.StringIO(), [0.0]
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    with progress.Progress("run", 100, done=40, stream=stream) as shown:
+        for i in range(41, 101):
+            clock[0] += 0.5
+            shown(i)
+            shown.notes = f"loss {i}"
+    lines = [line.rstrip() for line in stream.getvalue().split("\r" if terminal else "\n")]
+    assert len(lines) == (61 if terminal else 7)
+    assert "run: step 60 of 100, 2 steps/s, 20 s left, loss 59" in lines
+    assert stream.getvalue().count("\n") == (1 if terminal else 6)
+    assert "run: step 100 of 100, 2 steps/s, loss 100" in lines

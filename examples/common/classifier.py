@@ -1,4 +1,8 @@
-"""The classifier whose logits and features the metrics use: trained once, kept beside the runs."""
+"""The classifier whose logits and features the metrics use.
+
+That of the bundled digits comes with the examples, in ``classifiers/digits``; one of another data
+set is trained once and kept beside the runs.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,8 @@ from common import run
 from common.data import Batches, ImageData, to_float
 from common.models import Classifier
 
+SHIPPED = Path(__file__).resolve().parents[1] / "classifiers"
+WEIGHTS = "weights.pt"  # of the model alone, in the folder of its run
 CNN: dict[str, Any] = {
     # Scores depend on how sure the labels are, and so on the length of this run. Five epochs reach
     # 92% on FashionMNIST; after 18 real images score as in the tables that we compare with.
@@ -28,8 +34,8 @@ DESCRIPTION = """Train the small CNN whose logits and features the metrics use.
 
     python examples/train_classifier.py --data fashion --out runs/classifier_fashion
 
-The other scripts look for it in ``classifier_<data>`` beside their ``--out``, and train it when it
-is not there. Presets:
+The other scripts look for it in ``classifier_<data>`` beside their ``--out``, and train it first
+when it is not there; that of the digits comes with them. Presets:
 
 * ``cnn``: until real images score as in the tables that we compare with
 * ``quick``: two epochs, for a first look
@@ -47,8 +53,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return run.parse(parser, PRESETS, argv)
 
 
-def train(args: argparse.Namespace) -> None:
-    """Train, test and write the run folder ``args.out``."""
+def train(args: argparse.Namespace) -> bool:
+    """Train, test and write the run folder ``args.out``; ``False`` if it was stopped before."""
     images, device = run.begin_images(args)
     trained = images.limited(args.limit_train)
     model = Classifier(images.shape).to(device)
@@ -67,10 +73,13 @@ def train(args: argparse.Namespace) -> None:
         return {"loss": loss}
 
     training = run.Run(args, {"model": model, "optimiser": optimiser})
-    if training.train(step):
+    finished = training.train(step)
+    if finished:
         accuracy = accuracy_on_test(model, images)
+        torch.save(model.state_dict(), args.out / WEIGHTS)
         training.finish(metrics={"accuracy": accuracy})
-        print(f"{args.data}: test accuracy {accuracy:.2%}, written to {args.out}")
+        print(f"{args.data}: test accuracy {accuracy:.2%}, written to {args.out}", flush=True)
+    return finished
 
 
 @torch.no_grad()
@@ -82,15 +91,26 @@ def accuracy_on_test(model: Classifier, images: ImageData) -> float:
     return float(torch.cat(right).double().mean())
 
 
-def obtain(folder: Path, images: ImageData, data_dir: Path | None, preset: str) -> Classifier:
-    """The trained classifier of ``folder``, training it first if it is not there."""
-    checkpoint = folder / "ckpt.pt"
-    if not (folder / "metrics.json").is_file():
-        options = ["--data", images.name, "--preset", preset, "--out", str(folder)]
-        options += ["--data-dir", str(data_dir)] if data_dir else []
-        options += ["--device", str(images.train.device)]
-        train(parse(options))
+def obtain(args: argparse.Namespace, images: ImageData) -> Classifier:
+    """The trained classifier for the metrics of the run ``args``.
+
+    It is that of ``--classifier``, else the one that comes with the examples, else that beside
+    ``--out``, which is trained if it is not there.
+    """
+    shipped, beside = SHIPPED / args.data, args.out.parent / f"classifier_{args.data}"
+    folder = args.classifier or (shipped if shipped.is_dir() else beside)
+    weights = folder / WEIGHTS
+    if args.classifier and not weights.is_file():
+        raise FileNotFoundError(
+            f"--classifier: {weights} is missing, expected a finished run of "
+            f"examples/train_classifier.py --data {args.data}"
+        )
+    if not weights.is_file():
+        print(f"first the classifier of the metrics, once: training it in {folder}", flush=True)
+        options = ["--data", args.data, "--preset", args.classifier_preset, "--out", str(folder)]
+        options += ["--data-dir", str(args.data_dir)] if args.data_dir else []
+        if not train(parse([*options, "--device", args.device])):
+            raise SystemExit("without its classifier a run has no metrics: nothing was trained")
     model = Classifier(images.shape).to(images.train.device)
-    state = torch.load(checkpoint, map_location=images.train.device, weights_only=True)
-    model.load_state_dict(state["state"]["model"])
+    model.load_state_dict(torch.load(weights, map_location=images.train.device, weights_only=True))
     return model.eval()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -16,6 +15,15 @@ from common.models import PRIORS, Generator, moving_average
 PICTURES = 8  # sample grids along a run, besides the one after the first epoch
 GRID = 10  # images to a side of a sample grid
 MANIFOLD = 20  # and of a latent manifold
+READING = """
+real-real is what real images score against real ones. Better is: inception score, precision and
+recall higher; Fréchet distance and MED² lower; the OT distance closer to real-real, since blurred
+images are below it.
+
+generated images  {out}/{last}
+real ones         {out}/real.png
+losses            {out}/loss.png
+all numbers       {out}/metrics.json"""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -34,12 +42,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default="standard",
         help="geist: also the metrics as Geist & Gérard took them",
     )
-    add("--classifier", type=Path, help="its run folder, else classifier_<data> beside --out")
+    add("--classifier", type=Path, help="run folder of another one for the metrics")
     add(
         "--classifier-preset",
         choices=classifier.PRESETS,
         default="cnn",
-        help="how to train the classifier if it is not there",
+        help="how to train it, if it is neither in the examples nor classifier_<data> beside --out",
     )
 
 
@@ -50,17 +58,23 @@ def train(
     step: Callable[[int], run.Losses],
     state: Mapping[str, run.Stateful],
     pictures: Callable[[Path], None] | None = None,
-) -> None:
+) -> bool:
     """Run ``step`` for the length of the run, with weight average, pictures, metrics and report.
 
     ``state`` is what ``step`` changes apart from the generator; ``pictures`` draws more into the
-    folder of the finished run.
+    folder of the finished run. ``False`` if it was stopped before its end.
     """
+    print(
+        f"{args.data}, preset {args.preset}: {args.steps} steps of {args.batch} images on "
+        f"{args.device}, written to {args.out}",
+        flush=True,
+    )
     average = moving_average(generator, args.ema) if args.ema else None
     shown: Generator = average.module if average else generator
     parts = {"generator": generator, **state, **({"average": average} if average else {})}
     training = run.Run(args, parts)
-    evaluator = functools.cache(lambda: _evaluator(args, images))
+    judged = args.eval_every or (args.stop_at or args.steps) >= args.steps
+    evaluator = _evaluator(args, images) if judged else None
     per_epoch = len(images.limited(args.limit_train).train) // args.batch
     shown_at = {per_epoch, *(round(args.steps * i / PICTURES) for i in range(1, PICTURES + 1))}
 
@@ -72,22 +86,26 @@ def train(
 
     def after(done: int) -> None:
         if done in shown_at:
-            path = training.out / f"samples_{done:06d}.png"
-            save_grid(shown.generate(shown.draw(GRID**2)), path, GRID)
+            grid = shown.generate(shown.draw(GRID**2))
+            save_grid(grid, training.out / _samples(done), GRID)
         if args.eval_every and done % args.eval_every == 0 and done < args.steps:
-            scores = evaluator()(shown.generate(shown.draw(args.eval_samples)))
+            scores = evaluator(shown.generate(shown.draw(args.eval_samples)))
             training.evaluations.append({"step": done, **scores})
 
-    if training.train(averaged_step, after):
+    finished = training.train(averaged_step, after)
+    if finished:
         with run.own_randomness(args.seed):
             if pictures:
                 pictures(training.out)
-            _report(args, training, shown, evaluator())
+            _report(args, training, shown, evaluator)
+    return finished
 
 
 def _evaluator(args: argparse.Namespace, images: ImageData) -> Evaluator:
-    folder = args.classifier or args.out.parent / f"classifier_{args.data}"
-    model = classifier.obtain(folder, images, args.data_dir, args.classifier_preset)
+    """The metrics; the classifier is trained first if it is not there, so that nobody who waited
+    for the generator has to wait again."""
+    with run.own_randomness(args.seed):
+        model = classifier.obtain(args, images)
     return Evaluator(images, model, args.eval_samples)
 
 
@@ -111,6 +129,9 @@ def _report(
     )
     print(f"\n{args.data}, preset {args.preset}: {training.step} steps, {training.seconds:.0f} s")
     print(table(metrics, floors))
-    print(f"\n{training.out} holds:")
-    for path in sorted(training.out.iterdir()):
-        print(f"  {path.name}")
+    print(READING.format(out=training.out, last=_samples(training.step)))
+
+
+def _samples(done: int) -> str:
+    """The file of the sample grid after ``done`` steps."""
+    return f"samples_{done:06d}.png"

@@ -25,11 +25,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import otloss
 from common import data
 from common.figures import save_curves
+from common.progress import Progress
 
 LOG_EVERY = 10  # steps averaged into one row of loss.csv
 SAVE_SECONDS = 60  # at most this much work is lost in a crash
@@ -134,6 +134,11 @@ def parse(
     args = parser.parse_args(argv)
     if hasattr(args, "data"):
         args.data = first.data
+        if args.data == "digits" and args.data_dir:
+            raise ValueError(
+                f"--data-dir is {args.data_dir}, expected none: digits come with scikit-learn; "
+                "--data names another set"
+            )
     words = sys.argv[1:] if argv is None else argv
     # As one would repeat the run from its start.
     args.command = shlex.join(["python", parser.prog, *(w for w in words if w != "--resume")])
@@ -221,15 +226,15 @@ class Run:
         saved = time.monotonic()
         with (
             _stop_on_signal() as stopped,
-            tqdm(total=self.args.steps, initial=self.step, desc=self.out.name, unit="step") as bar,
+            Progress(self.out.name, self.args.steps, self.step) as progress,
         ):
             while self.step < last and not stopped:
                 start, cpu_start = time.monotonic(), time.process_time()
-                self._record(step(self.step), bar)
+                self._record(step(self.step), progress)
                 self.seconds += time.monotonic() - start
                 self.cpu_seconds += time.process_time() - cpu_start
                 self.step += 1
-                bar.update()
+                progress(self.step)
                 if after is not None:
                     with own_randomness(self.args.seed):
                         after(self.step)
@@ -285,7 +290,7 @@ class Run:
 
     _kept = ("step", "seconds", "cpu_seconds", "rows", "pending", "evaluations")
 
-    def _record(self, losses: Losses, bar: tqdm) -> None:
+    def _record(self, losses: Losses, progress: Progress) -> None:
         self.pending.append({name: value.detach() for name, value in losses.items()})
         if len(self.pending) < LOG_EVERY:
             return
@@ -296,7 +301,7 @@ class Run:
                 raise FloatingPointError(f"{name} is {row[name]} at step {self.step + 1}")
         self.pending.clear()
         self.rows.append(row)
-        bar.set_postfix({name: f"{row[name]:.4g}" for name in losses}, refresh=False)
+        progress.notes = ", ".join(f"{name} {row[name]:.4g}" for name in losses)
 
     def _load(self) -> None:
         path = self.out / "ckpt.pt"

@@ -68,6 +68,25 @@ constexpr size_t kStack = 256 * 1024;
 
 class EmulatedBlock;
 
+// Stacks are kept for the next launch: to map new ones takes longer than most kernels run.
+class Stack {
+ public:
+  Stack() {
+    if (spare().empty()) spare().emplace_back(new char[kStack]);
+    memory_ = std::move(spare().back());
+    spare().pop_back();
+  }
+  ~Stack() { spare().push_back(std::move(memory_)); }
+  char* get() const { return memory_.get(); }
+
+ private:
+  static std::vector<std::unique_ptr<char[]>>& spare() {
+    static thread_local std::vector<std::unique_ptr<char[]>> stacks;
+    return stacks;
+  }
+  std::unique_ptr<char[]> memory_;
+};
+
 // 16 bytes on their way into shared memory; from null: zeros.
 struct Copy {
   void* to;
@@ -77,7 +96,7 @@ struct Copy {
 struct Fiber {
   jmp_buf state;
   ucontext_t context;
-  std::unique_ptr<char[]> stack;
+  std::unique_ptr<Stack> stack;
   HostBlock* block;
   int thread;
   bool started = false, done = false;
@@ -94,7 +113,7 @@ struct Fiber {
 class Scheduler {
  public:
   static Scheduler*& current() {
-    static Scheduler* instance = nullptr;
+    static thread_local Scheduler* instance = nullptr;  // Python threads call operations at once
     return instance;
   }
 
@@ -153,9 +172,9 @@ class Scheduler {
     if (_setjmp(scheduler_) != 0) return;
     if (fiber->started) _longjmp(fiber->state, 1);
     fiber->started = true;
-    fiber->stack.reset(new char[kStack]);
+    fiber->stack = std::make_unique<Stack>();
     getcontext(&fiber->context);
-    fiber->context.uc_stack.ss_sp = fiber->stack.get();
+    fiber->context.uc_stack.ss_sp = fiber->stack->get();
     fiber->context.uc_stack.ss_size = kStack;
     fiber->context.uc_link = nullptr;
     makecontext(&fiber->context, reinterpret_cast<void (*)()>(&Scheduler::entry), 0);

@@ -16,6 +16,7 @@
 #include <chrono>
 #include <cmath>
 #include <csignal>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <thread>
@@ -125,7 +126,11 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, int32_t d
                                                   strides.data(), dtype, device_type, device_index,
                                                   &handle));
   Tensor t(handle);
+#if defined(OTLOSS_EMULATED)  // NaN: what is read before it is written shows
+  std::memset(t.mutable_data_ptr(), 0xff, t.numel() * t.element_size());
+#else
   if (t.is_cpu()) cpu::prefer_large_pages(t.data_ptr(), stride * t.element_size());
+#endif
   return t;
 }
 
@@ -140,7 +145,7 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-#if defined(OTLOSS_WITH_CUDA)
+#if defined(OTLOSS_WITH_CUDA) && !defined(OTLOSS_EMULATED)
 // The one function that only a torch with CUDA has. It is asked for by name in the library that
 // torch has loaded: linked to, this module would not load without CUDA, and a weak symbol stays
 // unresolved, since linkers drop libtorch.so, of which nothing is used, and libtorch_cuda.so is
@@ -169,11 +174,13 @@ class Device {
             t.is_cuda() == first.is_cuda() && t.get_device_index() == first.get_device_index(),
             "otloss: all tensors must be on one device");
 #if defined(OTLOSS_WITH_CUDA)
+#if !defined(OTLOSS_EMULATED)
     if (!first.is_cuda()) return;
     is_cuda_ = true;
     context_.device = first.get_device_index();
     guard_ = std::make_unique<torch::stable::accelerator::DeviceGuard>(context_.device);
     TORCH_ERROR_CODE_CHECK(get_current_cuda_stream(context_.device, &context_.stream));
+#endif
     like_ = first;
     context_.owner = this;
     context_.allocate = [](int64_t bytes, void* owner) {
@@ -186,8 +193,12 @@ class Device {
   Device(const Device&) = delete;
   Device& operator=(const Device&) = delete;
 
-#if defined(OTLOSS_WITH_CUDA)
+#if defined(OTLOSS_EMULATED)
+  static constexpr bool is_cuda() { return true; }  // the CPU's launchers are not linked
+#elif defined(OTLOSS_WITH_CUDA)
   bool is_cuda() const { return is_cuda_; }
+#endif
+#if defined(OTLOSS_WITH_CUDA)
   const cuda::Context& context() const { return context_; }
 
  private:
@@ -887,7 +898,8 @@ Tensors envelope_backward_points(Tensor grad_loss, Tensors costs, Tensors points
 }  // namespace
 }  // namespace otloss
 
-STABLE_TORCH_LIBRARY_IMPL(otloss, CPU, library) {
+namespace {
+void register_operations(torch::stable::detail::StableLibrary& library) {
   library.impl("cost", TORCH_BOX(&otloss::cost));
   library.impl("cost_backward", TORCH_BOX(&otloss::cost_backward));
   library.impl("solve", TORCH_BOX(&otloss::solve));
@@ -899,20 +911,12 @@ STABLE_TORCH_LIBRARY_IMPL(otloss, CPU, library) {
   library.impl("unrolled_backward_points", TORCH_BOX(&otloss::unrolled_backward_points));
   library.impl("implicit_backward_points", TORCH_BOX(&otloss::implicit_backward_points));
 }
+}  // namespace
 
+#if !defined(OTLOSS_EMULATED)
+STABLE_TORCH_LIBRARY_IMPL(otloss, CPU, library) { register_operations(library); }
 #if defined(OTLOSS_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(otloss, CUDA, library) {
-  library.impl("cost", TORCH_BOX(&otloss::cost));
-  library.impl("cost_backward", TORCH_BOX(&otloss::cost_backward));
-  library.impl("solve", TORCH_BOX(&otloss::solve));
-  library.impl("solve_points", TORCH_BOX(&otloss::solve_points));
-  library.impl("envelope_backward", TORCH_BOX(&otloss::envelope_backward));
-  library.impl("unrolled_backward", TORCH_BOX(&otloss::unrolled_backward));
-  library.impl("implicit_backward", TORCH_BOX(&otloss::implicit_backward));
-  library.impl("envelope_backward_points", TORCH_BOX(&otloss::envelope_backward_points));
-  library.impl("unrolled_backward_points", TORCH_BOX(&otloss::unrolled_backward_points));
-  library.impl("implicit_backward_points", TORCH_BOX(&otloss::implicit_backward_points));
-}
+STABLE_TORCH_LIBRARY_IMPL(otloss, CUDA, library) { register_operations(library); }
 #endif
 
 // ------------------------------------------------------------------------------- introspection
@@ -957,3 +961,4 @@ PYBIND11_MODULE(_C, module) {
     return info;
   });
 }
+#endif  // OTLOSS_EMULATED

@@ -1,0 +1,68 @@
+"""Every operation in plain torch: slow, obvious, for any device and dtype.
+
+These functions define what the kernels compute. They take the same arguments as the operations in
+``otloss/ops.py`` and serve ``method="reference"``, pure-Python installs and the tests.
+"""
+
+from __future__ import annotations
+
+from otloss.costs import cost_between, cost_gradient, full_precision, without_padding
+from otloss.reference.gradients import implicit_gradient
+from otloss.reference.marginals import (
+    TRANSPORT,
+    Marginals,
+    damping,
+    dual,
+    marginals_of,
+    plan,
+    share,
+    soft_mean,
+    softmin,
+    value,
+)
+from otloss.reference.operations import (
+    OPERATIONS,
+    as_pairs,
+    cost,
+    cost_backward,
+    envelope_backward,
+    envelope_backward_points,
+    implicit_backward,
+    implicit_backward_points,
+    solve,
+    solve_points,
+    unrolled_backward,
+    unrolled_backward_points,
+)
+from otloss.reference.solver import fixed_iterations
+
+__all__ = [
+    "OPERATIONS",
+    "TRANSPORT",
+    "Marginals",
+    "as_pairs",
+    "cost",
+    "cost_backward",
+    "cost_between",
+    "cost_gradient",
+    "damping",
+    "dual",
+    "envelope_backward",
+    "envelope_backward_points",
+    "fixed_iterations",
+    "full_precision",
+    "implicit_backward",
+    "implicit_backward_points",
+    "implicit_gradient",
+    "marginals_of",
+    "plan",
+    "share",
+    "soft_mean",
+    "softmin",
+    "solve",
+    "solve_points",
+    "unrolled_backward",
+    "unrolled_backward_points",
+    "value",
+    "without_padding",
+]

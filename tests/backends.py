@@ -1,0 +1,170 @@
+"""What serves otloss's operations in a test: plain torch, the CPU kernels, the CUDA kernels run on
+the host under tests/cuda_host/emulation.h, or a GPU.
+
+The emulated kernels are a Python module of csrc/cuda and the bindings, compiled by g++ at first use
+and kept in OTLOSS_CACHE (default ~/.cache/otloss). While it is enabled, it serves the operations on
+CPU tensors in place of the CPU kernels.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from otloss import ops
+
+ROOT = Path(__file__).parent.parent
+EMULATION = ROOT / "tests/cuda_host"
+SOURCES = [
+    EMULATION / "emulated.cpp",
+    *sorted((ROOT / "csrc/cuda").rglob("*.cu")),
+    *sorted((ROOT / "csrc/cuda").rglob("*.cpp")),
+]
+# Not csrc/cuda: its limits.h would stand in for the C library's.
+INCLUDED = [ROOT / "csrc", EMULATION]
+FLAGS = ["-O1", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+# Barriers jump between stacks, which the checked longjmp of fortified builds refuses.
+FLAGS += ["-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"]
+MACROS = {
+    "OTLOSS_WITH_CUDA": "",
+    "OTLOSS_EMULATED": "",
+    "OTLOSS_SOLVE_THREADS": "128",
+    "TORCH_TARGET_VERSION": "0x020a000000000000",
+}
+
+
+def digest(*parts: object) -> str:
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+def read(source: Path) -> dict[Path, str]:
+    """A source and the files of this repository that it includes, with their contents."""
+    contents: dict[Path, str] = {}
+    left = [source]
+    while left:
+        path = left.pop()
+        if path not in contents:
+            contents[path] = path.read_text()
+            names = re.findall(r'^#include "(.*)"', contents[path], re.MULTILINE)
+            places = [[folder / name for folder in (path.parent, *INCLUDED)] for name in names]
+            left += [next(filter(Path.is_file, place), path) for place in places]
+    return dict(sorted(contents.items()))
+
+
+def compiled(folder: Path, source: Path, macros: dict[str, str]) -> Path:
+    """The object of a source, named after all that it is made from."""
+    import pybind11
+    from torch.utils.cpp_extension import include_paths
+
+    contents = read(source)
+    text = "".join(contents.values())
+    system = [pybind11.get_include(), *include_paths(), sysconfig.get_path("include")]
+    command = ["g++", *FLAGS, *(f"-D{k}={v}" for k, v in macros.items() if k in text)]
+    command += [f"-I{path}" for path in INCLUDED] + [f"-isystem{path}" for path in system]
+    target = folder / f"{digest(command, torch.__version__, *contents.items())}.o"
+    if not target.exists():
+        unfinished = target.with_suffix(".part")
+        language = ["-x", "c++", "-c", str(source), "-o", str(unfinished)]
+        subprocess.run([*command, *language], check=True)
+        unfinished.replace(target)
+    return target
+
+
+@functools.cache
+def emulated(**macros: str) -> ModuleType:
+    """The module for these macros. Of several workers that need it, one compiles."""
+    cache = os.environ.get("OTLOSS_CACHE") or Path.home() / ".cache/otloss"
+    folder = Path(cache).expanduser() / "emulated"
+    folder.mkdir(parents=True, exist_ok=True)
+    # pybind11 takes two modules of one name for the same one.
+    macros = {**MACROS, **macros, "OTLOSS_MODULE": f"emulated_{digest(macros)}"}
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with ThreadPoolExecutor(2) as pool:
+            objects = list(pool.map(lambda source: compiled(folder, source, macros), SOURCES))
+        library = folder / f"{digest(*objects)}.so"
+        if not library.exists():
+            unfinished = library.with_suffix(".part")
+            torch_libraries = f"-L{Path(torch.__file__).parent / 'lib'}"
+            link = ["g++", "-shared", *map(str, objects), torch_libraries, "-ltorch_cpu"]
+            subprocess.run([*link, "-o", str(unfinished)], check=True)
+            unfinished.replace(library)
+    spec = importlib.util.spec_from_file_location(macros["OTLOSS_MODULE"], library)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def serving(module: ModuleType, **device: int) -> Iterator[ModuleType]:
+    """Within: operations on CPU tensors run on an emulated GPU, and at least one kernel must."""
+    module.configure(**device)
+    module.enable()
+    before = module.launches()
+    try:
+        yield module
+    finally:
+        module.disable()
+    assert module.launches() > before, "no emulated kernel ran"
+
+
+# ----------------------------------------------------------------------- as a parameter of a test
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to solve: ``method=`` on tensors of a device."""
+
+    name: str
+
+    @property
+    def method(self) -> str:
+        return self.name.rpartition("-")[2]
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.name.startswith("cuda") else "cpu"
+
+    @property
+    def emulated(self) -> bool:
+        return self.name.startswith("emulated")
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CPU = ["dense", "streamed", "reference"]
+HAS_GPU = torch.cuda.is_available() and ops.CUDA_KERNELS
+HAS_COMPILER = shutil.which("g++") is not None
+GPU = ["cuda-dense", "cuda-streamed"] if HAS_GPU else []
+EMULATED = ["emulated-dense", "emulated-streamed"] if HAS_COMPILER else []
+BACKENDS = [*CPU, *EMULATED, *GPU]
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Of a parameter that is a name in BACKENDS."""
+    chosen = Backend(request.param)
+    if not chosen.emulated:
+        yield chosen
+        return
+    with serving(emulated()):
+        yield chosen
