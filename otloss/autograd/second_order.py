@@ -210,7 +210,7 @@ def _parts(tensors: Sequence[Tensor], sizes: list[int]) -> tuple[Seeds, Inputs, 
 
 
 def _unrolled_in_torch(
-    s: Settings, seeds: Seeds, inputs: Inputs, _: list[Tensor]
+    s: Settings, seeds: Seeds, inputs: Inputs, solution: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """The unrolled gradient by autograd through the iterations, at the memory of all of them."""
     costs, _, weights, init = inputs
@@ -221,7 +221,7 @@ def _unrolled_in_torch(
         C, a, b = (t.view_as(t) for t in (costs[p], weights[i], weights[j]))
         start = init[2 * p + 1] if init else torch.zeros_like(b)
         marginals = reference.marginals_of(o.rho_x, o.rho_y, i, j)
-        f, g, _, _ = reference.fixed_iterations(C, a, b, start, eps, o.n_iters, marginals)
+        f, g, *_ = reference.fixed_iterations(C, a, b, start, eps, o.n_iters, marginals)
         value = reference.value(eps, C, f, g, a, b, objective, marginals)
         total = (s.coefficients[p] * seeds.loss * value).sum()
         if seeds.f:
@@ -239,14 +239,8 @@ def _implicit_in_torch(
     """The envelope or implicit gradient as a formula in the potentials, which are functions too."""
     P = len(inputs.costs)
     both = Potentials.apply(s, P, *inputs.costs, *inputs.weights, *solution[: 2 * P])
-    problem: tuple[Any, ...] = (
-        *s.arguments(inputs),
-        list(both[:P]),
-        list(both[P:]),
-        list(range(P)),
-        [],
-        True,
-    )
+    f, g, every = list(both[:P]), list(both[P:]), list(range(P))
+    problem: tuple[Any, ...] = (*s.arguments(inputs), f, g, every, [], True)
     if is_envelope(s, seeds):
         costs, _, grad_a, grad_b = operations.envelope_backward(seeds.loss, *problem)
     else:
