@@ -226,6 +226,7 @@ def use_carried() -> None:
     folders = [str(CARRIED / "peers")]
     if any(importlib.util.find_spec(name) is None for name in NEEDED_MODULES):
         folders.append(str(CARRIED / "tools"))
+        os.environ["PATH"] += os.pathsep + str(CARRIED / "tools/bin")  # ninja itself
     sys.path[:0] = folders
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([*folders, *([before] if before else [])])
@@ -295,7 +296,11 @@ def bench(check: Check, options: argparse.Namespace) -> int:
     run = [sys.executable, "-m", "benchmarks.run", "iteration", "--device", "cuda", "--no-plot"]
     modes = [sys.executable, "-m", "benchmarks.gradient_modes", "--device", "cuda"]
     check.run(
-        Step("libraries", [*against, "--seconds", f"{left:.0f}"], proof=" ms "),
+        Step(
+            "libraries",
+            [*against, "--device", "cuda", "--seconds", f"{left:.0f}"],
+            proof=" ms ",
+        ),
         Step("iteration", [*run, "--out", str(check.out)]),
         Step("gradients", [*modes, "--out", str(check.out)]),
     )
