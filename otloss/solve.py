@@ -373,7 +373,7 @@ class OTResult:
 
     def explain(self) -> str:
         """How the problem was solved, in words: the method and, on a GPU, what the cost model of
-        docs/gpu.md chose for it."""
+        docs/performance-notes.md chose for it."""
         where = self._a.device
         method = self._options.method
         if method != "reference":

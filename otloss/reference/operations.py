@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from otloss.costs import cost_between, full_precision, without_padding
+from otloss.costs import NAMED, cost_between, full_precision, without_padding
+from otloss.reference.engine import Clouds
 from otloss.reference.gradients import (
     implicit_gradient,
     quotient,
@@ -16,7 +18,7 @@ from otloss.reference.gradients import (
     weight_gradients,
 )
 from otloss.reference.marginals import TRANSPORT, counted, damping, marginals_of, plan, value
-from otloss.reference.solver import annealed, fixed_iterations, symmetric
+from otloss.reference.solver import fixed_iterations, solve_batch
 
 OPERATIONS = (
     "cost",
@@ -44,9 +46,8 @@ def cost(points: list[Tensor], weights: list[Tensor], pairs: list[int], kind: in
 
 def _pair_cost(x: Tensor, y: Tensor, same: bool, kind: int) -> Tensor:
     C = cost_between(x, y, kind)
-    if same:  # a point is at distance exactly 0 from itself, unless it has no direction
-        directed = x.ne(0).any(-1) if kind == 2 else torch.ones_like(x[..., 0], dtype=torch.bool)
-        C = torch.where(torch.diag_embed(directed), 0.0, C)
+    if same:
+        C = torch.where(torch.diag_embed(NAMED[kind].is_zero_to_itself(x)), 0.0, C)
     return C
 
 
@@ -85,38 +86,33 @@ def solve(
     n_iters: int,
     objective: int,
     trace: bool,
+    points: Sequence[Tensor] = (),
+    kind: int = 0,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    """``points`` and the number of the cost, if they are known, give the solver a start."""
     loss = torch.zeros_like(costs[0][:, 0, 0])
     statuses, all_f, all_g, traces = [], [], [], []
     for p, (i, j) in enumerate(as_pairs(pairs)):
         C, a, b, marginals = costs[p], weights[i], weights[j], marginals_of(rho_x, rho_y, i, j)
         if marginals.balanced:
             b = b * (a.sum(-1, True) / b.sum(-1, True))  # totals may differ by rounding
-        f, g = (
-            (init[2 * p], init[2 * p + 1]) if init else (torch.zeros_like(a), torch.zeros_like(b))
-        )
+        start = init[2 * p : 2 * p + 2]
         max_cost = counted(C, a, b).abs().amax((-2, -1))
-        steps: list[Tensor] = []
-        if not bool(max_cost.isfinite().all()):
-            f, g = torch.full_like(f, math.nan), torch.full_like(g, math.nan)
-            iterations, error = 0, torch.full_like(max_cost, math.nan)
-        elif n_iters >= 0:
+        if n_iters >= 0:
+            g = start[1] if start else torch.zeros_like(b)
             f, g, error, steps = fixed_iterations(C, a, b, g, eps, n_iters, marginals)
-            iterations = n_iters
-        elif i == j:
-            f, error, iterations = symmetric(C, a, f, eps, tol, max_iters, marginals.x)
-            g = f
+            f, g = (torch.where(max_cost.isfinite()[:, None], v, math.nan) for v in (f, g))
+            sweeps = torch.full_like(error, n_iters)
+            traces += [torch.stack(steps, dim=1)] if trace else []
         else:
-            scale = 0.0 if init else float(max_cost.max())
-            f, g, error, iterations = annealed(C, a, b, g, eps, tol, max_iters, scale, marginals)
+            clouds = Clouds(NAMED[kind], points[i], points[j], a, b) if points else None
+            f, g, error, sweeps = solve_batch(
+                C, a, b, marginals, i == j, eps, tol, max_iters, start, clouds
+            )
         loss = loss + coefficients[p] * value(eps, C, f, g, a, b, objective, marginals)
-        count = torch.full_like(error, iterations)
-        statuses.append(torch.stack([count, error, (error <= tol).to(error), max_cost], dim=-1))
+        statuses.append(torch.stack([sweeps, error, error <= tol, max_cost], dim=-1))
         all_f.append(f.clone())
         all_g.append(g.clone())
-        if trace:
-            steps = steps or [torch.cat([f, g], dim=-1)] * n_iters
-            traces.append(torch.stack(steps, dim=1))
     return loss, torch.stack(statuses).double(), all_f, all_g, traces
 
 
@@ -293,6 +289,8 @@ def solve_points(
         n_iters,
         objective,
         trace,
+        without_padding(points, weights),
+        kind,
     )
     return *solved, costs if dense else []
 
