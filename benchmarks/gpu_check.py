@@ -87,7 +87,7 @@ def prepare(options: argparse.Namespace) -> int:
     start = time.time()
     build = [sys.executable, "setup.py", "build_ext", "--build-lib", str(BUILD / "gpu-library")]
     subprocess.run(build, cwd=ROOT, env={**os.environ, **carried_build()}, check=True)
-    for path in CACHE.iterdir():
+    for path in CACHE.glob("*.o"):
         if path.stat().st_mtime < start - 1:  # setup.py touches those that it uses
             path.unlink()
     mib = {str(path.relative_to(ROOT)): size_mib(path) for path in (CARRIED, CACHE)}
