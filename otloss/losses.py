@@ -60,7 +60,7 @@ def combine(
     problem = check_clouds(clouds, weights, balanced=options.balanced)
     pairs, coefficients = combination
     dense, named = not streams(problem, pairs, options), isinstance(options.cost, str)
-    costs = None if named else build_costs(problem, pairs, options.cost, False)
+    costs = None if named else build_costs(problem, pairs, options.cost, options.method)
     init = [] if memory is None else memory.start(problem, pairs)
     solved = run(problem, costs, pairs, coefficients, options, init, dense=dense)
     if memory is not None:
@@ -307,10 +307,10 @@ def energy_distance(
     References:
         Székely and Rizzo, *Energy statistics* (2013); Feydy et al. (2019).
     """
-    cost, plain = _check.cost(cost), _check.choice("method", method, _check.METHODS) == "reference"
+    cost, method = _check.cost(cost), _check.choice("method", method, _check.METHODS)
     problem = check_clouds({"x": x, "y": y}, {"a": a, "b": b})
     pairs, coefficients = DEBIASED
-    costs = build_costs(problem, pairs, cost, plain)
+    costs = build_costs(problem, pairs, cost, method)
     weights, padded = problem.weights, problem.padded
     terms = [
         coefficient * _mean_cost(C, weights[i], weights[j], padded)
@@ -351,7 +351,7 @@ def cost_matrix(x: Tensor, y: Tensor, cost: Cost = "sqeuclidean") -> Tensor:
     pairs = [0, 0] if x is y else [0, 1]
     if x is y:
         problem = check_clouds({"x": x})
-    (C,) = build_costs(problem, pairs, cost, False)
+    (C,) = build_costs(problem, pairs, cost, "auto")
     if _check.readable(C) and not bool(C.detach().sum().isfinite()):
         _check.finite("x", x)
         _check.finite("y", y)

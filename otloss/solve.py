@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,8 +13,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from otloss import _check, ops, reference, schedule
-from otloss._check import ConvergenceWarning, Options
-from otloss.autograd import CostMatrices, Settings, Solve, SolvePoints
+from otloss._check import Options
+from otloss.autograd import CostMatrices, Settings, Solve
 from otloss.costs import COSTS, Cost
 
 __all__ = ["OTResult", "Problem", "build_costs", "run", "solve", "solve_sample"]
@@ -68,12 +66,12 @@ def check_clouds(
     return Problem(names, points, ready, padded, points[0].dim() == 3)
 
 
-def build_costs(problem: Problem, pairs: list[int], cost: Cost, plain: bool) -> tuple[Tensor, ...]:
+def build_costs(problem: Problem, pairs: list[int], cost: Cost, method: str) -> tuple[Tensor, ...]:
     """C (B, n, m) of each pair; differentiable in the points."""
     points = problem.points
     if isinstance(cost, str):
         weights = problem.weights if problem.padded else ()
-        return CostMatrices.apply(pairs, COSTS[cost], plain, len(points), *points, *weights)
+        return CostMatrices.apply(pairs, COSTS[cost], method, len(points), *points, *weights)
     weights = problem.weights
     return tuple(
         _hide_padding(problem, _call_cost(cost, points[i], points[j]), weights[i], weights[j])
@@ -170,32 +168,19 @@ def run(
     settings = Settings(
         pairs=pairs,
         coefficients=coefficients,
-        eps=options.eps,
-        rho_x=options.rho_x,
-        rho_y=options.rho_y,
-        tol=options.tol,
-        max_iters=options.max_iters,
-        n_iters=options.n_iters,
-        objective=_check.OBJECTIVES.index(options.objective),
+        options=options,
         backward=backward,
-        plain=options.method == "reference",
         potentials=potentials,
         trace=needs_grad and backward == "unrolled",
         dense=dense,
         batched=problem.batched,
-        tf32=options.precision == "tf32",
         system=system,
     )
-    if costs is None:
-        loss, status, *rest = SolvePoints.apply(
-            settings, COSTS[str(options.cost)], len(inputs), *inputs, *problem.weights, *init
-        )
-    else:
-        loss, status, *rest = Solve.apply(
-            settings, len(inputs), len(problem.weights), *inputs, *problem.weights, *init
-        )
+    costs, points = ((), problem.points) if costs is None else (tuple(costs), ())
+    sizes = [len(costs), len(points), len(problem.weights), len(init)]
+    loss, status, *rest = Solve.apply(settings, sizes, *costs, *points, *problem.weights, *init)
     if _check.readable(status):
-        _report(problem, costs or (), options, status)
+        _report(problem, costs, options, status)
     half = len(rest) // 2
     return Solved(loss, status, tuple(rest[:half]), tuple(rest[half:]))
 
@@ -213,21 +198,7 @@ def _report(problem: Problem, costs: Sequence[Tensor], options: Options, status:
         raise ValueError(f"costs overflow {problem.weights[0].dtype}: scale the data down")
     _check.resolution(options.eps, max_cost, problem.weights[0].dtype)
     if options.n_iters < 0 and not worst[ops.CONVERGED]:
-        warnings.warn(
-            f"Sinkhorn stopped after {int(worst[ops.ITERATIONS])} iterations at a marginal error "
-            f"of {worst[ops.ERROR]:.2e}, above tol={options.tol:g}. Raise max_iters "
-            f"({options.max_iters}), eps ({options.eps:g}; costs are up to {max_cost:.3g}) or tol.",
-            ConvergenceWarning,
-            stacklevel=_depth_of_caller(),
-        )
-
-
-def _depth_of_caller() -> int:
-    """The ``stacklevel`` that points a warning at the first frame outside otloss and torch."""
-    depth, frame = 1, sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("otloss", "torch"):
-        depth, frame = depth + 1, frame.f_back
-    return depth
+        _check.not_converged(options, int(worst[ops.ITERATIONS]), worst[ops.ERROR], max_cost)
 
 
 # ------------------------------------------------------------------------------------- results
@@ -272,8 +243,7 @@ class OTResult:
         """The cost matrix (B, n, m); from points it is made when first needed."""
         if self._given_cost is not None:
             return self._given_cost
-        plain = self._options.method == "reference"
-        return build_costs(self._problem, [0, 1], self._options.cost, plain)[0]
+        return build_costs(self._problem, [0, 1], self._options.cost, self._options.method)[0]
 
     @functools.cached_property
     def _plan(self) -> Tensor:
@@ -294,7 +264,7 @@ class OTResult:
         def of_block(rows: slice) -> tuple[Tensor, ...]:
             a, f = self._a[:, rows].contiguous(), self._f[:, rows]
             clouds = replace(self._problem, points=(x[..., rows, :], y), weights=(a, self._b))
-            (C,) = build_costs(clouds, [0, 1], self._options.cost, False)
+            (C,) = build_costs(clouds, [0, 1], self._options.cost, self._options.method)
             P = reference.plan(self._options.eps, C, f, self._g, a, self._b)
             return function(rows, P, C)
 
@@ -428,13 +398,12 @@ class OTResult:
         _check.same_space("y", y, "x_new", x_new)
         dtype, eps = compute_dtype(y), self._options.eps
         factor = reference.damping(self._options.rho_x, eps)
-        plain = self._options.method == "reference"
 
         def of_block(rows: slice) -> tuple[Tensor, ...]:
             new = x_new[..., rows, :]
             weights = (_as_weights(None, new, new.shape[-2]), self._b)
             clouds = Problem(("x_new", "y"), (new, y), weights, True, False)
-            (C,) = build_costs(clouds, [0, 1], self._options.cost, plain)
+            (C,) = build_costs(clouds, [0, 1], self._options.cost, self._options.method)
             return (factor * reference.softmin(eps, C.to(dtype), self._g, self._b),)
 
         count = x_new.shape[-2]
@@ -607,7 +576,7 @@ def solve_sample(
     )
     problem = check_clouds({"x": x, "y": y}, {"a": a, "b": b}, balanced=options.balanced)
     dense, named = not streams(problem, [0, 1], options), isinstance(options.cost, str)
-    costs = None if named else build_costs(problem, [0, 1], options.cost, False)
+    costs = None if named else build_costs(problem, [0, 1], options.cost, options.method)
     return _solve_one(problem, costs, options, init, dense=dense)
 
 

@@ -22,7 +22,7 @@ from benchmarks import gpu_check, peers, steps  # noqa: E402
 from benchmarks.suites import Context, iteration  # noqa: E402
 
 
-def test_gpu_benchmarks_run_on_small_clouds(tmp_path: Path) -> None:
+def test_gpu_benchmarks_run_on_small_clouds(tmp_path):
     out = tmp_path / "gpu.json"
     command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--device", "cpu"]
     options = ["--only", "graph,batch", "--seconds", "240", "--out", str(out)]

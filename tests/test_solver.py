@@ -87,7 +87,8 @@ def test_a_cloud_against_itself(kind, rho, rng):
     c = clouds(rng, 50, 30, 3, weights="padded", batch=3)
     points, weights = [c.x, c.y], [c.a, c.b]
     costs = ops.cost(points, weights, [0, 0, 1, 1], kind)
-    arguments = (costs, weights, [0, 0, 1, 1], [1.0, 1.0], [], 0.02, *rho, 1e-9, 100, -1, 0, False)
+    problems = ops.problems(weights, [0, 0, 1, 1], [1.0, 1.0], 0.02, costs=costs, rho=rho)
+    arguments = (*problems, [], ops.number(1e-9), 100, -1, False, False)
     (_, plain, *_), (_, native, *_) = reference.solve(*arguments), ops.solve(*arguments)
     torch.testing.assert_close(plain[..., ops.ITERATIONS], native[..., ops.ITERATIONS])
 
