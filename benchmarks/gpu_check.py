@@ -321,7 +321,7 @@ def main() -> int:
     for name, (_, seconds) in COMMANDS.items():
         command = commands.add_parser(name)
         command.add_argument("--seconds", type=float, default=seconds, help="for everything")
-        command.add_argument("--together", type=int, default=4, help="rows of tests at a time")
+        command.add_argument("--together", type=int, default=8, help="rows of tests at a time")
         command.add_argument("--rehearse", action="store_true", help="without a GPU, emulated")
     options = parser.parse_args()
     if options.command == "prepare":

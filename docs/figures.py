@@ -72,10 +72,11 @@ def iteration() -> str:
         for p in {p["n"]: p for p in result["problems"] if p["bandwidth"]}.values()
     ]
     return (
-        "Nanoseconds per entry and full iteration on a given cost matrix of squared distances\n"
-        f"between images ({how}):\n\n"
+        "Nanoseconds per entry and sweep, on a given cost matrix of squared distances between\n"
+        f"images ({how}):\n\n"
         f"{table(['n = m, eps', *families], rows)}\n\n"
-        f"otloss reads the cost at {' and '.join(shares)}, on buffers of that size.\n"
+        f"otloss reads the matrix at {' and '.join(shares)}, measured on\n"
+        "buffers of the size of the matrix.\n"
     )
 
 
@@ -90,8 +91,9 @@ def costs() -> str:
         cells.setdefault(f"n = {row['n']}, d = {row['d']}", {})[row["cost"]] = text
     rows = [[title, *(found[name] for name in names)] for title, found in cells.items()]
     return (
-        "Milliseconds of a matrix of squared distances / of it with the gradient of one cloud "
-        f"(GFLOP/s of the product in the first; {how}):\n\n{table(['', *names], rows)}"
+        "Milliseconds for a matrix of squared distances / for the matrix and the gradient of one\n"
+        f"cloud; in parentheses the GFLOP/s of the product in the matrix ({how}):\n\n"
+        f"{table(['', *names], rows)}\n"
     )
 
 
@@ -192,10 +194,8 @@ def accuracy_bars() -> str:
         f"{threads} thread{'s' * (threads > 1)}, {percent(-target)}" for threads, target in columns
     ]
     judged = [bar["met"] for bar in result["bars"] if bar["met"] is not None]
-    return (
-        f"{table(['', *heads], rows)}\n\n"
-        f"{sum(judged)} of {len(judged)} bars are met; the others are in bold.\n"
-    )
+    met = f"All {len(judged)}" if all(judged) else f"{sum(judged)} of {len(judged)}"
+    return f"{table(['', *heads], rows)}\n\n{met} targets are met. A missed one is in bold.\n"
 
 
 def bar_cell(bar: dict[str, Any]) -> str:
@@ -215,7 +215,7 @@ def accuracy_passes() -> str:
 
     rows = [[problem_title(case), *(cell(case, peer) for peer in PEERS)] for case in cases]
     text = table(["", *PEERS.values()], rows)
-    return f"Passes to 1% / to 0.1%, at the settings timed above:\n\n{text}\n"
+    return f"Passes to an error of 1% / 0.1%, at the settings timed above:\n\n{text}\n"
 
 
 def training_step() -> str:
@@ -227,9 +227,10 @@ def training_step() -> str:
         + [f"{row['share']:.0%}", f"{row['floor_share']:.0%}"]
         for row in result["rows"]
     ]
-    header = ["ms", *parts, "share of the loss", "of its products alone"]
+    header = ["loss", *parts, "share of the loss", "share of its products alone"]
     return (
-        f"One training step of an MLP generator of 28x28 images ({result['data']}; {how}):\n\n"
+        "Milliseconds in one training step of an MLP generator of 28x28 images\n"
+        f"({result['data']}; {how}):\n\n"
         f"{table(header, rows)}\n"
     )
 

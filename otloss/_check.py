@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
+import warnings
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -288,3 +290,22 @@ def resolution(eps: float, max_cost: float, dtype: torch.dtype) -> None:
             f"eps={eps:g} is below what {dtype} can resolve against costs up to {max_cost:g} "
             f"(least: {least:.3g}); use float64, a larger eps, or data of smaller scale"
         )
+
+
+def not_converged(options: Options, iterations: int, error: float, max_cost: float) -> None:
+    """Warns, at the line outside otloss that made the call."""
+    warnings.warn(
+        f"Sinkhorn stopped after {iterations} iterations at a marginal error of {error:.2e}, above "
+        f"tol={options.tol:g}. Raise max_iters ({options.max_iters}), eps ({options.eps:g}; costs "
+        f"are up to {max_cost:.3g}) or tol.",
+        ConvergenceWarning,
+        stacklevel=_depth_of_caller(),
+    )
+
+
+def _depth_of_caller() -> int:
+    """The ``stacklevel`` that points a warning at the first frame outside otloss and torch."""
+    depth, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("otloss", "torch"):
+        depth, frame = depth + 1, frame.f_back
+    return depth

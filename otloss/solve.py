@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from otloss import _check, ops, reference, schedule
-from otloss._check import ConvergenceWarning, Options
+from otloss._check import Options
 from otloss.autograd import CostMatrices, Settings, Solve
 from otloss.costs import COSTS, Cost
 
@@ -200,21 +198,7 @@ def _report(problem: Problem, costs: Sequence[Tensor], options: Options, status:
         raise ValueError(f"costs overflow {problem.weights[0].dtype}: scale the data down")
     _check.resolution(options.eps, max_cost, problem.weights[0].dtype)
     if options.n_iters < 0 and not worst[ops.CONVERGED]:
-        warnings.warn(
-            f"Sinkhorn stopped after {int(worst[ops.ITERATIONS])} iterations at a marginal error "
-            f"of {worst[ops.ERROR]:.2e}, above tol={options.tol:g}. Raise max_iters "
-            f"({options.max_iters}), eps ({options.eps:g}; costs are up to {max_cost:.3g}) or tol.",
-            ConvergenceWarning,
-            stacklevel=_depth_of_caller(),
-        )
-
-
-def _depth_of_caller() -> int:
-    """The ``stacklevel`` that points a warning at the first frame outside otloss and torch."""
-    depth, frame = 1, sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("otloss", "torch"):
-        depth, frame = depth + 1, frame.f_back
-    return depth
+        _check.not_converged(options, int(worst[ops.ITERATIONS]), worst[ops.ERROR], max_cost)
 
 
 # ------------------------------------------------------------------------------------- results
@@ -359,7 +343,7 @@ class OTResult:
 
     def explain(self) -> str:
         """How the problem was solved, in words: the method and, on a GPU, what the cost model of
-        docs/gpu.md chose for it."""
+        docs/performance-notes.md chose for it."""
         where = self._a.device
         method = self._options.method
         if method != "reference":

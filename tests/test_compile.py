@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch._dynamo.testing
 from helpers import METHODS, clouds, randn
 from torch import Tensor
 
@@ -94,6 +95,33 @@ def test_sizes_that_change(dynamic, graphs, with_gradients, rng):
             grads = [torch.autograd.grad(t, x)[0] for t in (got, expected)]
             torch.testing.assert_close(*grads)
     assert count == graphs
+
+
+@pytest.mark.parametrize(
+    "anneal",
+    [
+        lambda t: {"eps": t},
+        lambda t: {"eps": 0.5, "tol": 1e-3 * t},
+        lambda t: {"eps": 0.5, "unbalanced": t},
+        lambda t: {"eps": 0.5, "unbalanced": (t, None)},
+    ],
+    ids=["eps", "tol", "unbalanced", "one side"],
+)
+def test_numbers_that_change(anneal, rng):
+    """An annealed number of the solver needs one graph more, not one per value."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def loss(x: Tensor, y: Tensor, t: float) -> Tensor:
+        return otloss.sinkhorn_divergence(x, y, **anneal(t))
+
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    x, y = randn(rng, 6, 3).requires_grad_(), randn(rng, 5, 3)
+    for t in (1.0, 0.9, 0.7, 0.5, 0.3):
+        got, expected = compiled(x, y, t), loss(x, y, t)
+        torch.testing.assert_close(got, expected)
+        grads = [torch.autograd.grad(value, x)[0] for value in (got, expected)]
+        torch.testing.assert_close(*grads)
+    assert counter.frame_count <= 2
 
 
 @pytest.mark.slow

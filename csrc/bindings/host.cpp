@@ -12,7 +12,7 @@
 #include <csignal>
 #include <thread>
 
-#include "cpu/parallel.h"
+#include "core/host.h"
 
 namespace otloss {
 

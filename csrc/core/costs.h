@@ -1,13 +1,16 @@
 // The costs, each one functor: how an inner product (or a direct difference) becomes a cost, and
-// how a weight on the cost becomes a weight in the gradient. `otloss/costs.py` lists the same
-// names.
+// how a weight on the cost becomes a weight in the gradient. A new cost is a functor and an entry
+// of CostKind and of the list below them; `otloss/costs.py` lists the same names.
 //
-// Clouds are prepared first: moved so that their common mean is 0 (squared and euclidean), or
-// scaled to unit norm (cosine). With h = |x|^2 the expanded form |x|^2 + |y|^2 - 2 <x, y> then
-// keeps its digits. The gradient of sum_ij W_ij c(x_i, y_j) is a matrix product for every cost:
+// Clouds are prepared first: moved so that their common mean is 0, or scaled to unit norm
+// (kUnitNorm). With h = |x|^2 the expanded form |x|^2 + |y|^2 - 2 <x, y> then keeps its digits. The
+// gradient of sum_ij W_ij c(x_i, y_j) is a matrix product for every cost:
 //     u_i = x_i sum_j V_ij - sum_j V_ij y_j,  V = W * gradient_weight(C),
-// with cosine's projection onto the tangent of the sphere done afterwards.
+// projected onto the tangent of the sphere afterwards where points have unit norm.
 #pragma once
+
+#include <cmath>
+#include <cstdint>
 
 #include "core/math.h"
 
@@ -18,6 +21,7 @@ enum class CostKind : int { kSqEuclidean = 0, kEuclidean = 1, kCosine = 2 };
 struct SqEuclidean {
   static constexpr CostKind kKind = CostKind::kSqEuclidean;
   static constexpr bool kUnitNorm = false;
+  static constexpr bool kGaussian = true;  // the potential of gaussian_potential.h is a start
 
   // hx, hy: squared norms; xy: inner product.
   template <typename T>
@@ -30,15 +34,26 @@ struct SqEuclidean {
   static OTLOSS_HOST_DEVICE T from_difference(T d2) {
     return d2;
   }
+  // The squared distance of points at a cost.
+  template <typename T>
+  static OTLOSS_HOST_DEVICE T squared(T c) {
+    return c;
+  }
   template <typename T>
   static OTLOSS_HOST_DEVICE T gradient_weight(T w, T /*c*/) {
     return T(2) * w;
+  }
+  // An upper bound, from the largest norms of both clouds; NaN stays.
+  static OTLOSS_HOST_DEVICE double bound(double hx, double hy) {
+    const double reach = sqrt(hx) + sqrt(hy);
+    return reach * reach;
   }
 };
 
 struct Euclidean {
   static constexpr CostKind kKind = CostKind::kEuclidean;
   static constexpr bool kUnitNorm = false;
+  static constexpr bool kGaussian = false;
 
   template <typename T>
   static OTLOSS_HOST_DEVICE T from_product(T hx, T hy, T xy) {
@@ -48,16 +63,22 @@ struct Euclidean {
   static OTLOSS_HOST_DEVICE T from_difference(T d2) {
     return sqrt(d2);
   }
+  template <typename T>
+  static OTLOSS_HOST_DEVICE T squared(T c) {
+    return c * c;
+  }
   // Coincident points have gradient 0; a weight of 0 stays 0 whatever the cost.
   template <typename T>
   static OTLOSS_HOST_DEVICE T gradient_weight(T w, T c) {
     return w != T(0) && c > T(0) ? w / c : T(0);
   }
+  static OTLOSS_HOST_DEVICE double bound(double hx, double hy) { return sqrt(hx) + sqrt(hy); }
 };
 
 struct Cosine {
   static constexpr CostKind kKind = CostKind::kCosine;
   static constexpr bool kUnitNorm = true;
+  static constexpr bool kGaussian = false;
 
   template <typename T>
   static OTLOSS_HOST_DEVICE T from_product(T /*hx*/, T /*hy*/, T xy) {
@@ -68,20 +89,48 @@ struct Cosine {
   static OTLOSS_HOST_DEVICE T gradient_weight(T w, T /*c*/) {
     return w;
   }
+  static OTLOSS_HOST_DEVICE double bound(double hx, double hy) { return 2 + 0 * (hx + hy); }
 };
+
+// All of them: calls macro(functor).
+#define OTLOSS_FOR_EACH_COST(macro) macro(SqEuclidean) macro(Euclidean) macro(Cosine)
+
+// Calls function(functor) with the functor of a kind.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable  // the function may be for the host alone, or for the device
+#endif
+template <typename F>
+OTLOSS_HOST_DEVICE void dispatch_cost(CostKind kind, F&& function) {
+  switch (kind) {
+#define OTLOSS_CASE(Cost) \
+  case Cost::kKind: return function(Cost{});
+    OTLOSS_FOR_EACH_COST(OTLOSS_CASE)
+#undef OTLOSS_CASE
+  }
+}
+
+// The constants of a functor by its kind.
+struct CostTraits {
+  bool unit_norm, gaussian;
+};
+
+OTLOSS_HOST_DEVICE CostTraits traits_of(CostKind kind) {
+  CostTraits traits{};
+  dispatch_cost(kind, [&](auto cost) {
+    using Cost = decltype(cost);
+    traits = {Cost::kUnitNorm, Cost::kGaussian};
+  });
+  return traits;
+}
+
+OTLOSS_HOST_DEVICE double cost_bound(CostKind kind, double hx, double hy) {
+  double bound = 0;
+  dispatch_cost(kind, [&](auto cost) { bound = decltype(cost)::bound(hx, hy); });
+  return bound;
+}
 
 // Up to this dimension costs come from differences, without a matrix product.
 constexpr int64_t kDirectDims = 16;
-
-// Calls function(functor) with the functor of a kind.
-template <typename F>
-void dispatch_cost(CostKind kind, F&& function) {
-  switch (kind) {
-    case CostKind::kSqEuclidean: return function(SqEuclidean{});
-    case CostKind::kEuclidean: return function(Euclidean{});
-    case CostKind::kCosine: return function(Cosine{});
-  }
-}
 
 // Below this fraction of |x|^2 + |y|^2 a squared distance from the expanded form has lost half of
 // its digits; it is computed again from the difference.

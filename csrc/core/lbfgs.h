@@ -1,105 +1,11 @@
-// The scalar rules of the solver (docs/solver.md), for host and device: which stages of eps to go
-// through, how long a step may be, and the quasi-Newton step as coefficients of stored vectors.
+// The quasi-Newton step as coefficients of stored vectors, for host and device.
 #pragma once
 
 #include <cmath>
-#include <limits>
 
 #include "core/math.h"
 
 namespace otloss {
-
-// ------------------------------------------------------------------------------------- stages
-
-// Whether the iterations can start at a point. error: its marginal error; residual: its largest
-// |gt - g|. The error alone does not see a few outliers, whose mass is small but whose potentials
-// are far off.
-OTLOSS_HOST_DEVICE bool is_near(double error, double residual, double eps) {
-  constexpr double kNearError = 0.6, kNearResidual = 10;
-  return error <= kNearError && residual <= kNearResidual * eps;
-}
-
-// eps goes first, first * ratio, ..., eps in `count` steps; count 0: eps at once.
-struct Stages {
-  int count;
-  double first, eps;
-
-  OTLOSS_HOST_DEVICE double at(int stage) const {
-    return stage >= count ? eps : first * fast_exp2(stage * fast_log2(eps / first) / count);
-  }
-};
-
-// Stages where a cold start would be slow. sigma: how varied the cost is.
-OTLOSS_HOST_DEVICE Stages make_stages(double eps, double sigma) {
-  constexpr double kEasyEps = 0.077, kFirst = 0.1, kLog2Ratio = -2;
-  const double first = kFirst * sigma;
-  if (!(eps < kEasyEps * sigma)) return {0, eps, eps};
-  const int count = static_cast<int>(fast_log2(eps / first) / kLog2Ratio + 0.5);
-  return {count > 1 ? count : 1, first, eps};
-}
-
-constexpr double kStageTol = 0.01;  // the marginal error that ends a stage but the last
-
-// -------------------------------------------------------------------------------- step lengths
-
-constexpr int kTries = 5;        // along one direction
-constexpr double kShrink = 0.3;  // of a step that was not taken
-
-// Whether a step may be taken that was to raise `value` by `gain`, to first order. `noise`: the
-// rounding error of a value.
-OTLOSS_HOST_DEVICE bool ascends(double trial_value, double value, double gain, double noise) {
-  constexpr double kSufficient = 1e-4;
-  return trial_value >= value + kSufficient * gain - noise;
-}
-
-// A smaller change of the residual, squared, is only rounding, and would be taken for a curvature
-// of any size. noise: as above, of a value over points of total `mass`; roundoff: the machine
-// epsilon of the potentials.
-OTLOSS_HOST_DEVICE double least_change(double noise, double mass, double roundoff, double eps) {
-  const double rounding = 4 * (noise / mass + 4 * roundoff * eps);
-  return rounding * rounding * mass;
-}
-
-// How far the first try along a direction goes. Where clusters are many eps apart the semidual is
-// nearly a plane until they exchange mass, and tells nothing of how far to go: so a step is a few
-// times as long as the one before, at most, and where one left the residual as it was the next is
-// longer. All lengths are squared.
-struct StepLength {
-  double stretch = 1;
-  double reach = std::numeric_limits<double>::infinity();
-
-  // The factor of a direction.
-  OTLOSS_HOST_DEVICE double first(double direction) const {
-    const double most = std::sqrt(reach / direction);
-    return most < stretch ? most : stretch;
-  }
-
-  // step: that was taken; change: of the residual, residual: before.
-  OTLOSS_HOST_DEVICE void accepted(double step, double change, double residual) {
-    constexpr double kFlat = 1e-2;
-    stretch = change < kFlat * kFlat * residual ? 2 * stretch : 1;
-    reach = kReach * kReach * step;
-  }
-
-  // No step was taken, but a plain iteration, along the residual.
-  OTLOSS_HOST_DEVICE void plain(double residual) {
-    stretch = 1;
-    reach = kReach * kReach * residual;
-  }
-
- private:
-  static constexpr double kReach = 10;
-};
-
-// ---------------------------------------------------------------------------------- directions
-
-// Whether a point of which so much is asked, of a total `mass`, counts in inner products. Outliers
-// do not where marginals are soft: a direction says nothing of their potentials, and they move
-// along the residual, as in a plain iteration.
-OTLOSS_HOST_DEVICE bool takes_part(double asked, double mass) {
-  constexpr double kNothing = 1e-20;
-  return asked > kNothing * mass;
-}
 
 // Whether a pair of step s and change of the residual y has curvature: <s, y>, <s, s>, <y, y>.
 OTLOSS_HOST_DEVICE bool is_curved(double sy, double ss, double yy) {

@@ -1,8 +1,8 @@
-// How the plan's marginal is held to the weights of one side: scalar rules, for host and device.
+// The penalty on the plan's marginal of one side: scalar rules, for host and device.
 //
 // A penalty rho KL(marginal | w) makes a point of potential v add w rho (1 - e^{-v/rho}) to the
-// dual, and take the part e^{-v/rho} of its weight in the plan. An infinite rho is a constraint:
-// the two are w v and 1. What depends on rho is here, exact in that limit.
+// dual, and have the target marginal w e^{-v/rho}. An infinite rho is a constraint:
+// the two are w v and w. What depends on rho is here, exact in that limit.
 #pragma once
 
 #include <cmath>
@@ -60,14 +60,14 @@ struct SoftSums {
   }
 };
 
-// What is asked of the points of one side, v their potentials, where it is soft: their part
-// w e^{-v/rho} of the plan, scaled to the total of the weights.
+// The target marginal of a soft side at potentials v: w e^{-v/rho}, scaled to the total of the
+// weights w.
 template <typename T>
-struct Asked {
+struct TargetMarginal {
   T k, per_rho, shift, centre;
 
   // mean: the soft mean of v. log2_shift: by how much the plan has grown since q was made.
-  OTLOSS_HOST_DEVICE Asked(const Penalty& side, double eps, double log2_shift, double mean)
+  OTLOSS_HOST_DEVICE TargetMarginal(const Penalty& side, double eps, double log2_shift, double mean)
       : k(static_cast<T>(kLog2E / eps)),
         per_rho(static_cast<T>(side.rate * kLog2E)),
         shift(static_cast<T>(log2_shift)),
@@ -77,7 +77,7 @@ struct Asked {
     return weight * fast_exp2(per_rho * (centre - v));
   }
 
-  // The plan's marginal over what is asked for, from q, the marginal over the weights, or, where
+  // The plan's marginal over its target, from q, the marginal over the weights, or, where
   // that is out of range, from the softmin `next` that follows on v.
   OTLOSS_HOST_DEVICE T ratio(T q, T v, T next) const {
     constexpr T kLimit = static_cast<T>(kExp2Limit);
@@ -92,7 +92,7 @@ struct Asked {
 // f and g included, and the value that the solver compares.
 //
 // With both sides soft the dual is a constant less (rho_x + rho_y + eps) M, M the plan's total,
-// which rounding hides where M is small. So `value` is -log M times what makes <asked (1 - q), p>
+// which rounding hides where M is small. So `value` is -log M times what makes <target (1 - q), p>
 // its derivative along p; written in the mean of the side that is held more, it has the limit
 // <b, g> (or <a, f>) of a constraint.
 struct Translation {

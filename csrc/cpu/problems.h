@@ -1,5 +1,5 @@
-// How a set of problems is spread over threads: problems first, each on one thread from start to
-// end; when there are fewer problems than threads, each large problem splits its rows instead.
+// How a set of problems is spread over threads: problems first, and where they are fewer than
+// threads the rows of each.
 #pragma once
 
 #include <algorithm>
@@ -11,28 +11,21 @@
 
 namespace otloss::cpu {
 
-// Rows given to one thread of a split problem hold at least so many entries: 50 us of work, some
-// ten times what starting a parallel region costs.
-constexpr int64_t kSplitGrain = 1 << 18;
-
 // Calls function(group, problem, split) for all problems of all groups.
 template <typename Group, typename F>
 void for_each_problem(const std::vector<Group>& groups, F&& function) {
-  struct Item {
-    const Group* group;
-    int64_t problem;
-  };
-  std::vector<Item> items;
-  for (const Group& group : groups)
-    for (int64_t p = 0; p < group.batch; ++p) items.push_back({&group, p});
-  const int64_t count = static_cast<int64_t>(items.size());
-  if (count >= thread_count()) {
-    parallel_tasks(count, [&](int64_t i) { function(*items[i].group, items[i].problem, false); });
-  } else {
-    const FlushDenormals flush;
-    for (const Item& item : items) function(*item.group, item.problem, true);
-  }
+  int64_t count = 0;
+  for (const Group& group : groups) count += group.batch;
+  parallel_problems(count, [&](int64_t problem, bool split) {
+    const Group* group = groups.data();
+    while (problem >= group->batch) problem -= (group++)->batch;
+    function(*group, problem, split);
+  });
 }
+
+// Rows given to one thread of a split problem hold at least this number of entries: 50 us of work,
+// some ten times what starting a parallel region costs.
+constexpr int64_t kSplitGrain = 1 << 18;
 
 // The rows of one problem in parts, one thread each.
 class RowParts {
@@ -44,10 +37,8 @@ class RowParts {
 
   int64_t count() const { return count_; }
 
-  // Calls function(part, begin, end).
-  template <typename F>
-  void for_each(F&& function) const {
-    if (count_ == 1) return function(int64_t{0}, int64_t{0}, rows_);
+  void for_each(FunctionRef<void(int64_t part, int64_t begin, int64_t end)> function) const {
+    if (count_ == 1) return function(0, 0, rows_);
     const int64_t rows = (rows_ + count_ - 1) / count_;
     parallel_tasks(count_, [&](int64_t part) {
       const int64_t begin = std::min(rows_, part * rows);

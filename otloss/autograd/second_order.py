@@ -143,11 +143,7 @@ class CostGradient(torch.autograd.Function):
 def _cost_gradients(
     points: list[Tensor], costs: list[Tensor], grad_costs: list[Tensor], pairs: list[int], kind: int
 ) -> list[Tensor]:
-    """The gradient of every cloud by products that autograd knows, about the clouds' mean."""
-    if kind != 2:
-        with torch.no_grad():
-            centre = torch.cat(points, dim=1).mean(dim=1, keepdim=True)
-        points = [x - centre for x in points]
+    """The gradient of every cloud by products that autograd knows."""
     totals = [torch.zeros_like(x) for x in points]
     for (i, j), C, W in zip(as_pairs(pairs), costs, grad_costs, strict=True):
         grad_x, grad_y = reference.cost_gradient(W, C, points[i], points[j], kind)

@@ -58,6 +58,25 @@ def soft_mean(f: Tensor, w: Tensor, rho: float) -> Tensor:
     return least - rho * torch.where(lost > -0.5, torch.log1p(lost), exact.log())
 
 
+class SoftMean(NamedTuple):
+    mean: Tensor  # (...,) of potentials, see soft_mean
+    magnitude: Tensor  # (...,) mean of their sizes in the target marginal
+
+
+def mean_and_magnitude(f: Tensor, w: Tensor, rho: float) -> SoftMean:
+    """In float64."""
+    f, w = f.double(), w.double()
+    sizes = (target_marginal(f, w, rho) * f.abs()).sum(-1)
+    return SoftMean(soft_mean(f, w, rho).squeeze(-1), sizes / w.sum(-1))
+
+
+def target_marginal(f: Tensor, w: Tensor, rho: float) -> Tensor:
+    """w share(f), what is asked of the plan's marginal, scaled to the total of w."""
+    if math.isinf(rho):
+        return w
+    return w * share(torch.where(w > 0, f - soft_mean(f, w, rho), 0.0), rho)
+
+
 def softmin(eps: float, C: Tensor, g: Tensor, b: Tensor) -> Tensor:
     """T(g)_i = -eps log sum_j b_j exp((g_j - C_ij) / eps); differentiable, 0 for b_j = 0."""
     positive = b > 0

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from otloss.costs import cost_between, full_precision, without_padding
+from otloss.costs import NAMED, cost_between, full_precision, without_padding
+from otloss.reference.engine import Clouds
 from otloss.reference.gradients import (
     implicit_gradient,
     quotient,
@@ -26,7 +27,7 @@ from otloss.reference.marginals import (
     plan,
     value,
 )
-from otloss.reference.solver import annealed, fixed_iterations, symmetric
+from otloss.reference.solver import fixed_iterations, solve_batch
 
 OPERATIONS = (
     "cost",
@@ -79,9 +80,8 @@ def cost(points: list[Tensor], weights: list[Tensor], pairs: list[int], kind: in
 
 def _pair_cost(x: Tensor, y: Tensor, same: bool, kind: int) -> Tensor:
     C = cost_between(x, y, kind)
-    if same:  # a point is at distance exactly 0 from itself, unless it has no direction
-        directed = x.ne(0).any(-1) if kind == 2 else torch.ones_like(x[..., 0], dtype=torch.bool)
-        C = torch.where(torch.diag_embed(directed), 0.0, C)
+    if same:
+        C = torch.where(torch.diag_embed(NAMED[kind].is_zero_to_itself(x)), 0.0, C)
     return C
 
 
@@ -112,6 +112,7 @@ def solve(
     problem, (init, tol, max_iters, n_iters, trace, dense) = read(arguments)
     costs, weights, coefficients = problem.matrices(), problem.weights, problem.coefficients
     eps, tol, objective = problem.eps.item(), tol.item(), problem.objective
+    points = without_padding(problem.points, weights) if problem.points else []
     loss = torch.zeros_like(costs[0][:, 0, 0])
     statuses, all_f, all_g, traces = [], [], [], []
     for p, ((i, j), marginals) in enumerate(
@@ -120,31 +121,23 @@ def solve(
         C, a, b = costs[p], weights[i], weights[j]
         if marginals.balanced:
             b = b * (a.sum(-1, True) / b.sum(-1, True))  # totals may differ by rounding
-        f, g = (
-            (init[2 * p], init[2 * p + 1]) if init else (torch.zeros_like(a), torch.zeros_like(b))
-        )
+        start = init[2 * p : 2 * p + 2]
         max_cost = counted(C, a, b).abs().amax((-2, -1))
-        steps: list[Tensor] = []
-        if not bool(max_cost.isfinite().all()):
-            f, g = torch.full_like(f, math.nan), torch.full_like(g, math.nan)
-            iterations, error = 0, torch.full_like(max_cost, math.nan)
-        elif n_iters >= 0:
+        if n_iters >= 0:
+            g = start[1] if start else torch.zeros_like(b)
             f, g, error, steps = fixed_iterations(C, a, b, g, eps, n_iters, marginals)
-            iterations = n_iters
-        elif i == j:
-            f, error, iterations = symmetric(C, a, f, eps, tol, max_iters, marginals.x)
-            g = f
+            f, g = (torch.where(max_cost.isfinite()[:, None], v, math.nan) for v in (f, g))
+            sweeps = torch.full_like(error, n_iters)
+            traces += [torch.stack(steps, dim=1)] if trace else []
         else:
-            scale = 0.0 if init else float(max_cost.max())
-            f, g, error, iterations = annealed(C, a, b, g, eps, tol, max_iters, scale, marginals)
+            clouds = Clouds(NAMED[problem.kind], points[i], points[j], a, b) if points else None
+            f, g, error, sweeps = solve_batch(
+                C, a, b, marginals, i == j, eps, tol, max_iters, start, clouds
+            )
         loss = loss + coefficients[p] * value(eps, C, f, g, a, b, objective, marginals)
-        count = torch.full_like(error, iterations)
-        statuses.append(torch.stack([count, error, (error <= tol).to(error), max_cost], dim=-1))
+        statuses.append(torch.stack([sweeps, error, error <= tol, max_cost], dim=-1))
         all_f.append(f.clone())
         all_g.append(g.clone())
-        if trace:
-            steps = steps or [torch.cat([f, g], dim=-1)] * n_iters
-            traces.append(torch.stack(steps, dim=1))
     made = costs if dense and not problem.costs else []
     return loss, torch.stack(statuses).double(), all_f, all_g, traces, made
 

@@ -1,37 +1,74 @@
-"""Iterations: a fixed number of them, or until the marginal error is small."""
+"""The method of docs/solver.md in plain torch, one problem at a time, for any engine.
+
+The solver decides which potentials to try next and sees costs only through an ``Engine``: a stored
+matrix (``DenseEngine``), or rows spread over processes (``otloss/distributed.py``). The rules are
+those of csrc/cpu/solve and csrc/core/lbfgs.h except Newton's step, which is left out: the kernels
+take the same sweeps with ``OTLOSS_NEWTON=0``.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from otloss.reference.engine import Clouds, DenseEngine, Engine
+from otloss.reference.lbfgs import MEMORY, InnerProduct, StepLength, two_loop_recursion
 from otloss.reference.marginals import (
     BALANCED,
     Marginals,
-    counted,
+    SoftMean,
     damping,
-    share,
-    soft_mean,
-    softmin,
+    mean_and_magnitude,
+    target_marginal,
 )
 
+# Where the iterations can start: at most this marginal error, and this residual in units of eps.
+# The error alone does not see outliers, whose mass is small but whose potentials are far off.
+NEAR_ERROR, NEAR_RESIDUAL = 0.6, 10.0
+# Stages: none from this eps on, over sigma; else from FIRST_STAGE * sigma by about STAGE_RATIO,
+# each but the last to STAGE_TOL.
+EASY_EPS, FIRST_STAGE, STAGE_RATIO, STAGE_TOL = 0.077, 0.1, 0.25, 0.01
+# The line search: steps along one direction, the factor from one to the next, and the part of the
+# predicted gain that a step must bring.
+TRIES, SHRINK, SUFFICIENT_GAIN = 5, 0.3, 1e-4
+NO_MASS = 1e-20  # of the total: points with less mass in the target marginal take plain iterations
+EXPONENT_LIMIT = 80.0  # of ratios, whose exponential must stay finite in float32
+# The start in closed form is tried first where it takes less time than so many sweeps, and second
+# where it takes less than so many.
+CHEAP_SWEEPS, WORTH_SWEEPS = 1, 10
 
-def _softmin(eps: float, C: Tensor, g: Tensor, b: Tensor, a: Tensor) -> Tensor:
-    """The softmin over rows, 0 for points of weight 0: their potential is kept there."""
-    return torch.where(a > 0, softmin(eps, C, g, b), 0.0)
+
+class Solution(NamedTuple):
+    f: Tensor  # (n,) of the rows held by the engine
+    g: Tensor  # (m,)
+    error: float  # the marginal error
+    iterations: int  # sweeps
 
 
-def _marginal_error(g: Tensor, update: Tensor, b: Tensor, eps: float, rho: float) -> Tensor:
-    """L1 distance of a marginal of the plan to the one that is asked for, over the latter's mass.
+def _ratio(g: Tensor, t: Tensor, eps: float, rho: float) -> Tensor:
+    """The plan's column sums over those of the target marginal b share(g), where T_y(f) = t."""
+    return ((g - t) / eps + g / rho).clamp(max=EXPONENT_LIMIT).exp()
 
-    The plan has b exp((g - update) / eps), where the softmin ``update`` follows on g. Asked for is
-    b share(g).
-    """
-    asked = b * share(torch.where(b > 0, g - soft_mean(g, b, rho), 0.0), rho)
-    ratio = ((g - update) / eps + g / rho).clamp(max=80).exp()
-    return (asked * (ratio - 1).abs()).sum(-1) / asked.sum(-1)
+
+def _marginal_error(target: Tensor, ratio: Tensor) -> Tensor:
+    """L1 distance of the plan's marginal to the target, over the latter's mass."""
+    target = target.double()
+    return (target * (ratio.double() - 1).abs()).sum(-1) / target.sum(-1)
+
+
+# ------------------------------------------------------------------- a fixed number of iterations
+
+
+def plain_iteration(engine: Engine, eps: float, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """An update of f, then of g, and the marginal error before the latter."""
+    rho = engine.marginals.y
+    f, _, t = engine.iterate(eps, g)
+    error = _marginal_error(target_marginal(g, engine.b, rho), _ratio(g, t, eps, rho))
+    return f, damping(rho, eps) * t, error
 
 
 def fixed_iterations(
@@ -47,77 +84,258 @@ def fixed_iterations(
 
     Differentiable by autograd to any order, at the memory of every iteration.
     """
-    C = counted(C, a, b)
-    f, error, steps = torch.zeros_like(a), torch.full_like(a[..., 0], math.nan), []
+    engine, steps = DenseEngine(C, a, b, marginals), []
+    f, error = torch.zeros_like(a), torch.full_like(a[..., 0], math.nan)
     for _ in range(n_iters):
-        f = damping(marginals.x, eps) * _softmin(eps, C, g, b, a)
-        update = _softmin(eps, C.mT, f, a, b)
-        error = _marginal_error(g, update, b, eps, marginals.y)
-        g = damping(marginals.y, eps) * update
+        f, g, error = plain_iteration(engine, eps, g)
         steps.append(torch.cat([f, g], dim=-1))
     return f, g, error, steps
 
 
-def symmetric(
-    C: Tensor, a: Tensor, f: Tensor, eps: float, tol: float, max_iters: int, rho: float
-) -> tuple[Tensor, Tensor, int]:
-    """One potential, f = damping T(f), by relaxed iterations that contract whatever eps."""
-    iterations, factor = 0, damping(rho, eps)
-    if not bool(f.any()):
-        f = _softmin(eps, C, f, a, a)
-        mean = (a * f).sum(-1, True) / a.sum(-1, True)
-        f = torch.where(a > 0, factor * (f - factor / (1 + factor) * mean), 0.0)
-        iterations = 1
-    while True:
-        update = _softmin(eps, C, f, a, a)
-        iterations += 1
-        error = _marginal_error(f, update, a, eps, rho)
-        step = factor * update - f
-        if bool((error <= tol).all()) or iterations >= max_iters:
-            return f + step / (1 + factor), error, iterations
-        f = f + 2 / (2 + factor) * step
+# ----------------------------------------------------------------------------- until it converges
 
 
-def annealed(
+def solve_batch(
     C: Tensor,
     a: Tensor,
     b: Tensor,
-    g: Tensor,
+    marginals: Marginals,
+    symmetric: bool,
     eps: float,
     tol: float,
     max_iters: int,
-    scale: float,
-    marginals: Marginals,
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Gauss-Seidel iterations while eps halves from the largest cost down to its value."""
-    iterations, step_eps = 0, max(eps, scale)
-    while True:
-        f, g = _update_rows(step_eps, C, a, b, g, marginals)
-        update = _softmin(step_eps, C.mT, f, a, b)
-        error = _marginal_error(g, update, b, step_eps, marginals.y)
-        g = damping(marginals.y, step_eps) * update
-        iterations += 1
-        if step_eps == eps and (bool((error <= tol).all()) or iterations >= max_iters):
-            return f, g, error, iterations
-        if step_eps > eps and bool((error <= max(tol, 0.1)).all()):
-            step_eps = max(eps, step_eps / 2)
-        if iterations + 1 >= max_iters:
-            step_eps = eps
+    init: Sequence[Tensor] = (),
+    clouds: Clouds | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """f, g, the errors and the sweeps of problems C (B, n, m), each on its own.
 
-
-def _update_rows(
-    eps: float, C: Tensor, a: Tensor, b: Tensor, g: Tensor, marginals: Marginals
-) -> tuple[Tensor, Tensor]:
-    """The best f and the best translation of g together: f of g - t, and g - t.
-
-    Without the translation a large rho takes some rho / eps iterations to find the total mass
-    (Séjourné, Vialard, Peyré 2022). Between constraints there is nothing to find.
+    ``init``: f and g to start from, or nothing. NaN where costs are not finite.
     """
-    update, factor = _softmin(eps, C, g, b, a), damping(marginals.x, eps)
-    if math.isinf(marginals.x) and math.isinf(marginals.y):
-        return update, g
-    excess = (a.sum(-1, True) / b.sum(-1, True)).log()
-    excess = excess - soft_mean(factor * update, a, marginals.x) / marginals.x
-    excess = excess + soft_mean(g, b, marginals.y) / marginals.y
-    t = excess / (1 / marginals.y + factor / marginals.x)
-    return torch.where(a > 0, factor * (update + t), 0.0), torch.where(b > 0, g - t, 0.0)
+    solutions = []
+    for k in range(len(C)):
+        engine = DenseEngine(C[k], a[k], b[k], marginals, clouds and clouds.item(k))
+        start = [v[k] for v in init]
+        if bool(engine.C.isfinite().all()):
+            solutions.append(solve_problem(engine, symmetric, eps, tol, max_iters, start))
+        else:
+            f, g = (torch.full_like(w, math.nan) for w in (engine.a, engine.b))
+            solutions.append(Solution(f, g, math.nan, 0))
+    f, g = torch.stack([s.f for s in solutions]), torch.stack([s.g for s in solutions])
+    error, sweeps = ([getattr(s, name) for s in solutions] for name in ("error", "iterations"))
+    return f, g, f.new_tensor(error, dtype=torch.float64), f.new_tensor(sweeps)
+
+
+def solve_problem(
+    engine: Engine,
+    symmetric: bool,
+    eps: float,
+    tol: float,
+    max_iters: int,
+    init: Sequence[Tensor] = (),
+) -> Solution:
+    """Until the marginal error is at most ``tol``; ``symmetric``: of a cloud against itself."""
+    if symmetric:
+        return solve_symmetric(engine, eps, tol, max_iters, init[0] if init else None)
+    return solve_pair(engine, eps, tol, max_iters, init[1] if init else None)
+
+
+# ------------------------------------------------------------------------- a cloud against itself
+
+
+def solve_symmetric(
+    engine: Engine, eps: float, tol: float, max_iters: int, f: Tensor | None = None
+) -> Solution:
+    """One potential, f = damping T(f), by relaxed iterations that contract whatever eps."""
+    a, rho, iterations = engine.b, engine.marginals.y, 0
+    factor = damping(rho, eps)
+    if f is None:
+        f = engine.update_rows(eps, torch.zeros_like(a))
+        mean = float((a.double() * f.double()).sum()) / engine.mass[1]
+        f = torch.where(a > 0, factor * (f - factor / (1 + factor) * mean), 0.0)
+        iterations = 1
+    while True:
+        t = engine.update_rows(eps, f)
+        iterations += 1
+        error = float(_marginal_error(target_marginal(f, a, rho), _ratio(f, t, eps, rho)))
+        step = factor * t - f
+        if not error > tol or iterations >= max_iters:
+            f = f + step / (1 + factor)
+            return Solution(f, f, error, iterations)
+        f = f + 2 / (2 + factor) * step
+
+
+# ---------------------------------------------------------------------------------- general pairs
+
+
+class Point(NamedTuple):
+    """A point of the semidual and what one sweep tells about it."""
+
+    f: Tensor  # (n,) the best for g
+    g: Tensor  # (m,)
+    next_g: Tensor  # (m,) the plain iteration's
+    target: Tensor  # (m,) the target marginal, of the total of b
+    ratio: Tensor  # (m,) the plan's column sums over the target
+    value: float  # what an accepted step raises
+    noise: float  # its rounding error
+    error: float  # the marginal error
+
+
+def evaluate(engine: Engine, eps: float, g: Tensor) -> Point:
+    """One sweep at g. Where a side is soft the point is moved by the best translation, which only
+    shifts the softmins."""
+    rho_x, rho_y, _ = engine.marginals
+    f, mean_f, t = engine.iterate(eps, g)
+    mean_g = mean_and_magnitude(g, engine.b, rho_y)
+    unit = torch.finfo(g.dtype).eps
+    if math.isinf(rho_x) and math.isinf(rho_y):
+        value, size = (
+            float(engine.mass[0] * u + engine.mass[1] * v)
+            for u, v in zip(mean_f, mean_g, strict=True)
+        )
+        noise = 4 * unit * size
+    else:
+        shift, value, noise = _translation(engine, eps, mean_f, mean_g, unit)
+        on_f = damping(rho_x, eps) * shift
+        f = torch.where(engine.a > 0, f + on_f, 0.0)
+        g = torch.where(engine.b > 0, g - shift, 0.0)
+        t = torch.where(engine.b > 0, t - on_f, 0.0)
+    target, ratio = target_marginal(g, engine.b, rho_y), _ratio(g, t, eps, rho_y)
+    error = float(_marginal_error(target, ratio))
+    return Point(f, g, damping(rho_y, eps) * t, target, ratio, value, noise, error)
+
+
+def _translation(
+    engine: Engine, eps: float, mean_f: SoftMean, mean_g: SoftMean, unit: float
+) -> tuple[float, float, float]:
+    """The best t of (f + damping t, g - t), and the value there with its rounding error.
+
+    Without it a large rho takes some rho / eps iterations to find the plan's total M (Séjourné,
+    Vialard, Peyré 2022). The dual is a constant less (rho_x + rho_y + eps) M, which rounding hides
+    where M is small. So the value is -log M, times what makes it the semidual for an infinite rho.
+    """
+    rate_x, rate_y = 1 / engine.marginals.x, 1 / engine.marginals.y
+    f, g, factor = float(mean_f.mean), float(mean_g.mean), damping(engine.marginals.x, eps)
+    excess = math.log(engine.mass[0] / engine.mass[1]) - rate_x * f + rate_y * g
+    t = excess / (rate_y + factor * rate_x)
+    held, soft = sorted([rate_x, rate_y])
+    mean = (1 + held / soft + eps * held) * (f + factor * t if rate_x < rate_y else g - t)
+    size = unit * float(mean_f.magnitude + mean_g.magnitude)
+    noise = 4 * (size + torch.finfo(torch.float64).eps * abs(mean))
+    return t, engine.mass[1] * mean, engine.mass[1] * noise
+
+
+def solve_pair(
+    engine: Engine, eps: float, tol: float, max_iters: int, g: Tensor | None = None
+) -> Solution:
+    """L-BFGS ascent of the semidual from g, by way of larger eps where a start is far away."""
+    point, iterations = _begin(engine, eps, max_iters, g)
+    stages = [eps] if _is_near(eps, point) else stages_of_eps(eps, engine.sigma())
+    at = eps
+    for stage, stage_eps in enumerate(stages):
+        last = stage == len(stages) - 1
+        limit = max_iters if last else max_iters - 1
+        if not last and iterations + 1 >= limit:
+            continue
+        if stage_eps != at:
+            point, iterations, at = evaluate(engine, stage_eps, point.g), iterations + 1, stage_eps
+        stage_tol = tol if last else max(STAGE_TOL, tol)
+        point, iterations = _ascend(engine, stage_eps, stage_tol, limit, point, iterations)
+        if not last:
+            point = point._replace(g=point.next_g)
+    return Solution(point.f, point.next_g, point.error, iterations)
+
+
+def stages_of_eps(eps: float, sigma: float) -> list[float]:
+    """The values of eps to go through, from large to small; only the last where that is easy."""
+    if not eps < EASY_EPS * sigma:
+        return [eps]
+    first = FIRST_STAGE * sigma
+    count = max(1, int(math.log(eps / first, STAGE_RATIO) + 0.5))
+    return [first * (eps / first) ** (stage / count) for stage in range(count)] + [eps]
+
+
+def _is_near(eps: float, point: Point) -> bool:
+    residual = float((point.next_g - point.g).abs().max())
+    return point.error <= NEAR_ERROR and residual <= NEAR_RESIDUAL * eps
+
+
+def _begin(engine: Engine, eps: float, max_iters: int, g: Tensor | None) -> tuple[Point, int]:
+    """Where to begin, evaluated, and the sweeps that took: the given g; or 0 and a proposal, the
+    cheaper one first, the other one only if that is far away. The higher value is kept."""
+    if g is not None:
+        return evaluate(engine, eps, g), 1
+    zero = torch.zeros_like(engine.b)
+    cheap = engine.propose(CHEAP_SWEEPS, eps)
+    point = evaluate(engine, eps, zero if cheap is None else cheap)
+    if max_iters <= 2 or _is_near(eps, point):
+        return point, 1
+    other = zero if cheap is not None else engine.propose(WORTH_SWEEPS, eps)
+    if other is None:
+        return point, 1
+    second = evaluate(engine, eps, other)
+    return (second if second.value > point.value else point), 2
+
+
+def _ascend(
+    engine: Engine, eps: float, tol: float, max_iters: int, point: Point, iterations: int
+) -> tuple[Point, int]:
+    """Raises the semidual at one eps until the error is at most ``tol``."""
+    memory: list[tuple[Tensor, Tensor]] = []  # steps and changes of the residual
+    length, r = StepLength(), _residual(engine, point)
+    while point.error > tol and iterations < max_iters:
+        inner = InnerProduct(point.target)
+        p = torch.where(
+            point.target > NO_MASS * engine.mass[1], two_loop_recursion(r, memory, inner), r
+        )
+        excess = 1 - point.ratio
+        if not inner(excess, p) > 0:
+            memory.clear()
+            p = r
+        first, left = length.first(inner(p, p)), max_iters - iterations
+        trial, sweeps = _line_search(engine, eps, point, p, first, inner(excess, p), left)
+        if trial is None:  # a plain iteration always ascends
+            memory.clear()
+            length.plain(inner(r, r))
+            trial, sweeps = evaluate(engine, eps, point.next_g), sweeps + 1
+            after = _residual(engine, trial)
+        else:
+            after = _residual(engine, trial)
+            step, change = torch.where(engine.b > 0, trial.g - point.g, 0.0), r - after
+            changed = inner(change, change)
+            length.accepted(inner(step, step), changed, inner(r, r))
+            if changed > _least_change(engine, eps, point) and inner.curved(step, change):
+                memory = [*memory[1 - MEMORY :], (step, change)]
+        iterations += sweeps
+        point, r = trial, after
+        if not math.isinf(engine.marginals.y):  # the inner product has changed
+            memory = [pair for pair in memory if InnerProduct(point.target).curved(*pair)]
+    return point, iterations
+
+
+def _line_search(
+    engine: Engine, eps: float, point: Point, p: Tensor, t: float, slope: float, left: int
+) -> tuple[Point | None, int]:
+    """The first of the shrinking steps along p that raises the value enough, and the sweeps made.
+
+    Of the sweeps that are left the last is kept for a plain iteration.
+    """
+    for tries in range(1, min(TRIES, left - 1) + 1):
+        trial = evaluate(engine, eps, point.g + t * p)
+        if trial.value >= point.value + SUFFICIENT_GAIN * t * slope - point.noise:
+            return trial, tries
+        t *= SHRINK
+    return None, max(0, min(TRIES, left - 1))
+
+
+def _residual(engine: Engine, point: Point) -> Tensor:
+    """next_g - g without its mean, which the semidual does not see."""
+    r = point.next_g - point.g
+    mean = float((point.target.double() * r.double()).sum()) / engine.mass[1]
+    return torch.where(engine.b > 0, r - mean, 0.0)
+
+
+def _least_change(engine: Engine, eps: float, point: Point) -> float:
+    """A smaller change of the residual, squared, is rounding, not curvature."""
+    mass, unit = engine.mass[1], torch.finfo(point.g.dtype).eps
+    rounding = 4 * (point.noise / mass + 4 * unit * eps)
+    return rounding * rounding * mass

@@ -17,6 +17,7 @@
 #include "cpu/cost/points.h"
 #include "cpu/parallel.h"
 #include "cpu/problems.h"
+#include "cpu/simd/simd.h"
 #include "cpu/simd/sweep.h"
 #include "kernels.h"
 
@@ -27,8 +28,8 @@ namespace {
 constexpr int64_t kGrain = 1 << 15;
 
 // Calls function(batch, row) for all rows of a batch of matrices with `width` columns.
-template <typename F>
-void for_each_row(int64_t batch, int64_t rows, int64_t width, F&& function) {
+void for_each_row(int64_t batch, int64_t rows, int64_t width,
+                  FunctionRef<void(int64_t batch, int64_t row)> function) {
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width));
   parallel_for(0, batch * rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) function(i / rows, i % rows);
@@ -38,12 +39,10 @@ void for_each_row(int64_t batch, int64_t rows, int64_t width, F&& function) {
 // ------------------------------------------------------------------------------------- clouds
 
 template <typename T>
-OTLOSS_INLINE void add_row_body(int64_t d, const T* x, double* sum) {
+OTLOSS_SIMD void add_row(int64_t d, const T* x, double* sum) {
 #pragma omp simd
   for (int64_t k = 0; k < d; ++k) sum[k] += static_cast<double>(x[k]);
 }
-OTLOSS_SIMD void add_row(int64_t d, const float* x, double* sum) { add_row_body(d, x, sum); }
-OTLOSS_SIMD void add_row(int64_t d, const double* x, double* sum) { add_row_body(d, x, sum); }
 
 // The mean, over all clouds, of the points of positive weight: any centre is right, a near one
 // keeps digits. Accumulated in double.
@@ -65,7 +64,7 @@ std::vector<T> centre(const std::vector<CloudGroup<T>>& clouds, int64_t p) {
 
 // z = (x - shift) * scale, returns |z|^2.
 template <typename T>
-OTLOSS_INLINE T prepare_row_body(int64_t d, const T* x, const T* shift, T scale, T* z) {
+OTLOSS_SIMD T prepare_row(int64_t d, const T* x, const T* shift, T scale, T* z) {
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t k = 0; k < d; ++k) {
@@ -74,14 +73,6 @@ OTLOSS_INLINE T prepare_row_body(int64_t d, const T* x, const T* shift, T scale,
     sum += value * value;
   }
   return sum;
-}
-OTLOSS_SIMD float prepare_row(int64_t d, const float* x, const float* shift, float scale,
-                              float* z) {
-  return prepare_row_body(d, x, shift, scale, z);
-}
-OTLOSS_SIMD double prepare_row(int64_t d, const double* x, const double* shift, double scale,
-                               double* z) {
-  return prepare_row_body(d, x, shift, scale, z);
 }
 
 // ------------------------------------------------------------------------------------- costs
@@ -121,7 +112,7 @@ void cost_matrix(const CostGroup<T>& group, int64_t p, CostKind kind) {
 // ------------------------------------------------------------------------------------ gradient
 
 template <typename Cost, typename T>
-OTLOSS_INLINE T weight_row_body(int64_t m, const T* W, const T* C, T* V, T* col_sum) {
+OTLOSS_SIMD T weight_row(Cost, int64_t m, const T* W, const T* C, T* V, T* col_sum) {
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < m; ++j) {
@@ -132,18 +123,6 @@ OTLOSS_INLINE T weight_row_body(int64_t m, const T* W, const T* C, T* V, T* col_
   }
   return sum;
 }
-
-#define OTLOSS_WEIGHT_ROW(Cost, T)                                                      \
-  OTLOSS_SIMD T weight_row(Cost, int64_t m, const T* W, const T* C, T* V, T* col_sum) { \
-    return weight_row_body<Cost, T>(m, W, C, V, col_sum);                               \
-  }
-OTLOSS_WEIGHT_ROW(SqEuclidean, float)
-OTLOSS_WEIGHT_ROW(SqEuclidean, double)
-OTLOSS_WEIGHT_ROW(Euclidean, float)
-OTLOSS_WEIGHT_ROW(Euclidean, double)
-OTLOSS_WEIGHT_ROW(Cosine, float)
-OTLOSS_WEIGHT_ROW(Cosine, double)
-#undef OTLOSS_WEIGHT_ROW
 
 // V <- V + V^T in tiles; both sums become their sum.
 template <typename T>
@@ -158,9 +137,9 @@ void symmetrise(int64_t n, T* V, T* row_sum, T* col_sum) {
 }
 
 // V and its sums for problem p; row(i, V) is the i-th row of W, which may be made in V.
-template <typename T, typename Row>
+template <typename T>
 void weigh_rows(const CostWeightGroup<T>& group, int64_t p, CostKind kind, bool split,
-                bool symmetrised, Row&& row) {
+                bool symmetrised, FunctionRef<const T*(int64_t i, T* V)> row) {
   const int64_t n = group.n, m = group.m;
   const RowParts parts(n, m, split);
   PartSums<T> columns(parts, m);
@@ -186,7 +165,7 @@ void prepare_clouds(const std::vector<CloudGroup<T>>& clouds, CostKind kind) {
   const int64_t d = clouds.front().d;
   const std::vector<T> zero(d);
   for (int64_t p = 0; p < clouds.front().batch; ++p) {
-    const bool unit = kind == CostKind::kCosine;
+    const bool unit = traits_of(kind).unit_norm;
     const std::vector<T> shift = unit ? zero : centre(clouds, p);
     for (const CloudGroup<T>& cloud : clouds) {
       for_each_row(1, cloud.n, d, [&](int64_t, int64_t i) {
@@ -216,8 +195,8 @@ template <typename T>
 void cost_weights(const CostWeightGroup<T>& group, CostKind kind) {
   const int64_t n = group.n, m = group.m;
   for_each_problem(std::vector{group}, [&](const auto&, int64_t p, bool split) {
-    weigh_rows(group, p, kind, split, group.symmetrise,
-               [&](int64_t i, T* /*V*/) { return group.W + (p * n + i) * m; });
+    weigh_rows<T>(group, p, kind, split, group.symmetrise,
+                  [&](int64_t i, T* /*V*/) { return group.W + (p * n + i) * m; });
   });
 }
 
@@ -234,7 +213,7 @@ void plan_weights(const PlanWeightGroup<T>& group, CostKind kind, double eps) {
     // With one potential the plan is symmetric already.
     const bool symmetric = group.symmetrise && std::equal(f, f + n, g);
     const T scale = group.coefficient * group.grad[p] * (symmetric ? T(2) : T(1));
-    weigh_rows(group, p, kind, split, group.symmetrise && !symmetric, [&](int64_t i, T* V) {
+    weigh_rows<T>(group, p, kind, split, group.symmetrise && !symmetric, [&](int64_t i, T* V) {
       const int64_t row = p * n + i;
       plan_rows(PlanRows<T>{1, m, k, scale, group.C + row * m, group.a + row, &F[i], G.data(), V});
       return V;
@@ -261,10 +240,11 @@ void multiply(const ProductGroup<T>& group) {
 template <typename T>
 void cost_gradient(const CostGradientGroup<T>& group, CostKind kind) {
   const int64_t d = group.d;
+  const bool unit = traits_of(kind).unit_norm;
   for_each_row(1, group.batch * group.n, d, [&](int64_t, int64_t i) {
     const T *z = group.z + i * d, *Vy = group.Vy + i * d;
     T* grad = group.grad + i * d;
-    if (kind != CostKind::kCosine) {
+    if (!unit) {
       const T sum = group.sum[i];
       for (int64_t k = 0; k < d; ++k) grad[k] += z[k] * sum - Vy[k];
       return;

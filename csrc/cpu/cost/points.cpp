@@ -9,15 +9,70 @@
 #include <cmath>
 
 #include "core/math.h"
-#include "cpu/cost/products.h"
-#include "cpu/parallel.h"
+#include "cpu/simd/simd.h"
 
 namespace otloss::cpu {
 namespace {
 
+// Some rows of a tile of products.
+template <typename T>
+struct ProductTile {
+  int64_t rows;
+  int64_t valid;  // columns; those from `valid` on are padding
+  int64_t d;
+  const T* hx;   // (rows,) norms
+  const T* hy;   // (kStrip,) norms
+  const T* zx;   // (rows, d) points
+  const T* zy;   // (valid, d) points
+  int64_t self;  // the first row's own point, whose cost the caller sets, is this column; or none
+  T* C;          // (rows, kStrip) in: inner products, out: costs
+};
+
+// Distances of which the expanded form has lost half of the digits are computed again directly.
+template <typename Cost, typename T>
+OTLOSS_SIMD void costs_from_products(Cost, const ProductTile<T>& p) {
+  for (int64_t i = 0; i < p.rows; ++i) {
+    T* C = p.C + i * kStrip<T>;
+    const T hx = p.hx[i];
+    int cancelled = 0;
+#pragma omp simd reduction(+ : cancelled)
+    for (int64_t j = 0; j < kStrip<T>; ++j) {
+      const T scale = hx + p.hy[j];
+      const T left = scale - T(2) * C[j] - cancellation_limit<T>() * scale;
+      cancelled += left <= T(0);
+      C[j] = Cost::from_product(hx, p.hy[j], C[j]);
+    }
+    if constexpr (!Cost::kUnitNorm) {
+      const int64_t self = p.self < 0 ? -1 : p.self + i;
+      const bool has_self = self >= 0 && self < p.valid;
+      if (cancelled <= (has_self ? 1 : 0)) continue;
+      const T* x = p.zx + i * p.d;
+      for (int64_t j = 0; j < p.valid; ++j) {
+        if (j == self || Cost::squared(C[j]) > cancellation_limit<T>() * (hx + p.hy[j])) continue;
+        const T* y = p.zy + j * p.d;
+        T exact = 0;
+#pragma omp simd reduction(+ : exact)
+        for (int64_t k = 0; k < p.d; ++k) exact += (x[k] - y[k]) * (x[k] - y[k]);
+        C[j] = Cost::from_difference(exact);
+      }
+    }
+  }
+}
+
+template <typename Cost, typename T>
+OTLOSS_SIMD void costs_from_differences(Cost, int64_t count, T* C) {
+  for (int64_t j = 0; j < count; ++j) C[j] = Cost::from_difference(C[j]);
+}
+
+template <typename Cost, typename T>
+OTLOSS_SIMD void weigh(Cost, int64_t count, const T* C, T* W) {
+#pragma omp simd
+  for (int64_t j = 0; j < count; ++j) W[j] = Cost::gradient_weight(W[j], C[j]);
+}
+
 // Rows from `row` on, up to where kDifferenceRows divides them; returns how many were done.
 template <typename Cost, typename T>
-OTLOSS_INLINE int64_t difference_rows(const CostRows<T>& p, int64_t row) {
+int64_t difference_rows(Cost cost, const CostRows<T>& p, int64_t row) {
   const int64_t d = p.to->d, skipped = row % kDifferenceRows;
   const int64_t rows = std::min(kDifferenceRows - skipped, p.first + p.rows - row);
   const T *x = p.from->row(row - skipped), *y = p.to->strips.data() + p.begin * d;
@@ -32,46 +87,43 @@ OTLOSS_INLINE int64_t difference_rows(const CostRows<T>& p, int64_t row) {
       std::copy_n(squares + (skipped + r) * kStrip<T>, std::min(kStrip<T>, p.end - column),
                   p.at(row + r, column));
   }
-  for (int64_t r = 0; r < rows; ++r) {
-    T* C = p.at(row + r, p.begin);
-    for (int64_t j = 0; j < p.end - p.begin; ++j) C[j] = Cost::from_difference(C[j]);
-  }
+  for (int64_t r = 0; r < rows; ++r)
+    costs_from_differences(cost, p.end - p.begin, p.at(row + r, p.begin));
   return rows;
 }
 
 // A tile from products, by the strip from `column` on; it begins where kTileRows divides the rows.
 template <typename Cost, typename T>
-OTLOSS_INLINE int64_t product_tile(const CostRows<T>& p, int64_t row, int64_t column) {
+int64_t product_tile(Cost cost, const CostRows<T>& p, int64_t row, int64_t column) {
   const int64_t d = p.to->d, skipped = row % kTileRows;
   const int64_t rows = std::min(kTileRows - skipped, p.first + p.rows - row);
   const int64_t width = std::min(kStrip<T>, p.end - column);
   alignas(64) T sum[kTileRows * kStrip<T>] = {};
   add_products(TileProduct<T>{d, p.from->row(row - skipped), p.to->strips.data() + column * d, sum,
                               kStrip<T>});
-  for (int64_t r = 0; r < rows; ++r) {
-    T* products = sum + (skipped + r) * kStrip<T>;
-    costs_from_products<Cost>(ProductRow<T>{kStrip<T>, width, d, p.from->norm[row + r],
-                                            p.to->h.data() + column, p.from->z + (row + r) * d,
-                                            p.to->z + column * d,
-                                            p.symmetric ? row + r - column : -1, products});
-    if (width == kStrip<T>)
-      std::copy(products, products + kStrip<T>, p.at(row + r, column));
+  T* products = sum + skipped * kStrip<T>;
+  costs_from_products(cost,
+                      ProductTile<T>{rows, width, d, p.from->norm + row, p.to->h.data() + column,
+                                     p.from->z + row * d, p.to->z + column * d,
+                                     p.symmetric ? row - column : -1, products});
+  for (int64_t r = 0; r < rows; ++r, products += kStrip<T>)
+    if (width == kStrip<T>)  // a constant length is copied without a call
+      std::copy_n(products, kStrip<T>, p.at(row + r, column));
     else
-      std::copy(products, products + width, p.at(row + r, column));
-  }
+      std::copy_n(products, width, p.at(row + r, column));
   return rows;
 }
 
 template <typename Cost, typename T>
-OTLOSS_INLINE void cost_rows_body(const CostRows<T>& p) {
+void cost_rows_of(Cost cost, const CostRows<T>& p) {
   const int64_t end = p.first + p.rows;
   bool difference = false;
   if constexpr (!Cost::kUnitNorm) {
     difference = p.to->d <= kDirectDims;
-    for (int64_t row = p.first; difference && row < end;) row += difference_rows<Cost>(p, row);
+    for (int64_t row = p.first; difference && row < end;) row += difference_rows(cost, p, row);
   }
   for (int64_t column = p.begin; !difference && column < p.end; column += kStrip<T>)
-    for (int64_t row = p.first; row < end;) row += product_tile<Cost>(p, row, column);
+    for (int64_t row = p.first; row < end;) row += product_tile(cost, p, row, column);
   if (!p.symmetric) return;
   // A point is at distance 0 from itself; a point of zero norm has no direction and costs 1.
   for (int64_t i = std::max(p.first, p.begin); i < std::min(end, p.end); ++i)
@@ -80,7 +132,7 @@ OTLOSS_INLINE void cost_rows_body(const CostRows<T>& p) {
 
 // Few coordinates: each coordinate of a row keeps a strip of partial sums, added up at the end.
 template <typename T>
-OTLOSS_INLINE void apply_lanes(const ApplyRows<T>& p) {
+OTLOSS_SIMD void apply_lanes(const ApplyRows<T>& p) {
   const int64_t d = p.to->d, m = p.to->m;
   for (int64_t r = 0; r < p.rows; ++r) {
     alignas(64) T lanes[kLaneDims + 1][kStrip<T>] = {};
@@ -107,7 +159,7 @@ OTLOSS_INLINE void apply_lanes(const ApplyRows<T>& p) {
 }
 
 template <typename T>
-OTLOSS_INLINE void apply_products(const ApplyRows<T>& p) {
+OTLOSS_SIMD void apply_products(const ApplyRows<T>& p) {
   const int64_t m = p.to->m;
   for (int64_t r = 0; r < p.rows; ++r) {
     T total = 0;
@@ -117,33 +169,6 @@ OTLOSS_INLINE void apply_products(const ApplyRows<T>& p) {
   }
   multiply_rows(RowsProduct<T>{p.rows, m, p.to->d, p.V, p.stride, false, p.coordinates, p.product});
 }
-
-template <typename T>
-OTLOSS_INLINE void apply_rows_body(const ApplyRows<T>& p) {
-  if (p.to->d <= kLaneDims)
-    apply_lanes(p);
-  else
-    apply_products(p);
-}
-
-template <typename Cost, typename T>
-OTLOSS_INLINE void weight_rows_body(int64_t count, const T* C, T* W) {
-#pragma omp simd
-  for (int64_t j = 0; j < count; ++j) W[j] = Cost::gradient_weight(W[j], C[j]);
-}
-
-#define OTLOSS_PER_COST(Cost, T)                                                      \
-  OTLOSS_SIMD void cost_rows(Cost, const CostRows<T>& p) { cost_rows_body<Cost>(p); } \
-  OTLOSS_SIMD void weight_rows(Cost, int64_t count, const T* C, T* W) {               \
-    weight_rows_body<Cost>(count, C, W);                                              \
-  }
-OTLOSS_PER_COST(SqEuclidean, float)
-OTLOSS_PER_COST(SqEuclidean, double)
-OTLOSS_PER_COST(Euclidean, float)
-OTLOSS_PER_COST(Euclidean, double)
-OTLOSS_PER_COST(Cosine, float)
-OTLOSS_PER_COST(Cosine, double)
-#undef OTLOSS_PER_COST
 
 }  // namespace
 
@@ -158,23 +183,32 @@ PackedCloud<T>::PackedCloud(int64_t m, int64_t d, const T* z, const T* norm)
   std::copy(norm, norm + m, h.begin());
   pack(Packing<T>{m, d, z, d, false, strips.data()});
 }
-template struct PackedCloud<float>;
-template struct PackedCloud<double>;
 
-void cost_rows(CostKind kind, const CostRows<float>& args) {
-  dispatch_cost(kind, [&](auto cost) { cost_rows(cost, args); });
-}
-void cost_rows(CostKind kind, const CostRows<double>& args) {
-  dispatch_cost(kind, [&](auto cost) { cost_rows(cost, args); });
-}
-void weight_rows(CostKind kind, int64_t count, const float* C, float* W) {
-  dispatch_cost(kind, [&](auto cost) { weight_rows(cost, count, C, W); });
-}
-void weight_rows(CostKind kind, int64_t count, const double* C, double* W) {
-  dispatch_cost(kind, [&](auto cost) { weight_rows(cost, count, C, W); });
+template <typename T>
+void cost_rows(CostKind kind, const CostRows<T>& args) {
+  dispatch_cost(kind, [&](auto cost) { cost_rows_of(cost, args); });
 }
 
-OTLOSS_SIMD void apply_rows(const ApplyRows<float>& p) { apply_rows_body(p); }
-OTLOSS_SIMD void apply_rows(const ApplyRows<double>& p) { apply_rows_body(p); }
+template <typename T>
+void weight_rows(CostKind kind, int64_t count, const T* C, T* W) {
+  dispatch_cost(kind, [&](auto cost) { weigh(cost, count, C, W); });
+}
+
+template <typename T>
+void apply_rows(const ApplyRows<T>& p) {
+  if (p.to->d <= kLaneDims)
+    apply_lanes(p);
+  else
+    apply_products(p);
+}
+
+#define OTLOSS_INSTANTIATE(T)                                 \
+  template struct PackedCloud<T>;                             \
+  template void cost_rows(CostKind, const CostRows<T>&);      \
+  template void weight_rows(CostKind, int64_t, const T*, T*); \
+  template void apply_rows(const ApplyRows<T>&);
+OTLOSS_INSTANTIATE(float)
+OTLOSS_INSTANTIATE(double)
+#undef OTLOSS_INSTANTIATE
 
 }  // namespace otloss::cpu

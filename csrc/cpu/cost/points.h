@@ -51,8 +51,8 @@ struct CostRows {
   T* at(int64_t row, int64_t column) const { return C + (row - first) * stride + (column - begin); }
 };
 
-void cost_rows(CostKind kind, const CostRows<float>& args);
-void cost_rows(CostKind kind, const CostRows<double>& args);
+template <typename T>
+void cost_rows(CostKind kind, const CostRows<T>& args);
 
 template <typename T>
 struct ApplyRows {
@@ -65,11 +65,11 @@ struct ApplyRows {
   T* product;                // (rows, d) out: V z
 };
 
-void apply_rows(const ApplyRows<float>& args);
-void apply_rows(const ApplyRows<double>& args);
+template <typename T>
+void apply_rows(const ApplyRows<T>& args);
 
 // V = W * gradient_weight(C) in place.
-void weight_rows(CostKind kind, int64_t count, const float* C, float* W);
-void weight_rows(CostKind kind, int64_t count, const double* C, double* W);
+template <typename T>
+void weight_rows(CostKind kind, int64_t count, const T* C, T* W);
 
 }  // namespace otloss::cpu

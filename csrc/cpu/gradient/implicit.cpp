@@ -30,14 +30,12 @@
 
 #include "core/math.h"
 #include "cpu/engines/rows.h"
-#include "cpu/gradient/adjoint.h"
+#include "cpu/gradient/plan_passes.h"
 #include "cpu/gradient/point_sums.h"
-#include "cpu/parallel.h"
 #include "cpu/problems.h"
 #include "cpu/simd/sweep.h"
 #include "cpu/solve/conjugate_gradients.h"
 #include "cpu/solve/marginal.h"
-#include "cpu/solve/solver.h"
 #include "kernels.h"
 
 namespace otloss::cpu {
@@ -69,7 +67,8 @@ class ImplicitProblem {
         b_(group.b + p * m_),
         kept_P_(group.P ? group.P + p * n_ * m_ : nullptr),
         parts_(n_, m_, split),
-        costs_(parts_, n_, m_, group.C, made_.points, p, symmetric_),
+        source_(row_source(n_, m_, group.C, made_.points, p, symmetric_)),
+        costs_(*source_, parts_, kBlockRows),
         made_P_(kept_P_ ? 0 : parts_.count() * costs_.at_once() * m_),
         columns_(parts_, m_),
         F_(n_),
@@ -160,9 +159,9 @@ class ImplicitProblem {
 
   // Calls function(part, P, C, first row, rows) for all rows of the plan: kept where costs are
   // stored, made again each time where they are made.
-  template <typename Function>
-  void for_each_block(Function&& function) {
-    const T k = static_cast<T>(kLog2E / eps_);
+  void for_each_block(
+      FunctionRef<void(int64_t part, const T* P, const T* C, int64_t i, int64_t rows)> function) {
+    const T k = factor<T>(eps_);
     costs_.for_each([&](int64_t part, const T* C, int64_t i, int64_t rows) {
       T* P = kept_P_ ? kept_P_ + i * m_ : made_P_.data() + part * costs_.at_once() * m_;
       if (!plan_is_kept_)
@@ -330,6 +329,7 @@ class ImplicitProblem {
   T* const kept_P_;   // (n, m) or null
   bool plan_is_kept_ = false;
   RowParts parts_;
+  const std::unique_ptr<RowSource<T>> source_;
   CostBlocks<T> costs_;
   BlockVector<T> made_P_;                 // (parts, at_once, m) or nothing
   PartSums<double> columns_;              // (m,)

@@ -1,23 +1,4 @@
-// The exact derivative of L Sinkhorn iterations, from the potentials of each: the adjoint of one
-// iteration is one sweep over C with one exp2 per entry, like the iteration itself.
-//
-// Iteration l computes f from g' = g of iteration l - 1 and g from f. With
-//     e_ij = exp((f_i + g_j - C_ij) / eps),
-//     S_ij = a_i e_ij         (columns sum to 1: the softmax of the g update),
-//     R_ij = e_ij w_j         (rows sum to 1: the softmax of the f update),
-//     w_j  = b_j exp((g'_j - g_j) / eps)
-// the gradients f_bar, g_bar of f, g go back as
-//     u_i = sum_j e_ij g_bar_j        f_bar_i -= a_i u_i       a_bar_i -= eps u_i
-//     v_j = sum_i R_ij f_bar_i        g_bar'_j = -v_j          b_bar_j -= eps v_j / b_j
-//     C_bar_ij += S_ij g_bar_j + R_ij f_bar_i.
-// Where a marginal is soft, f and g are softmins times dampings p and q. Then g stands for g / q in
-// e and in w, g_bar for q g_bar from the start, f_bar in the second line for p f_bar, and
-// R_ij = z_i e_ij w_j with z_i = exp((f_i / p - f_i) / eps) = exp(f_i / rho_x).
-// A row needs u_i before it can add to v and C_bar, and is still in L1 when it is read again. Rows
-// are taken kRows at a time, so that g_bar, w and v are read once per kRows entries.
-//
-// Where w or z is huge (a cold start at small eps, points that are not transported), e underflows
-// although R does not: that iteration takes a second exponential for R.
+// The exact derivative of L Sinkhorn iterations, from the potentials of each (adjoint_sweep.h).
 //
 // Where costs are made from points C_bar is not stored: the sweeps leave the vectors of each
 // iteration, and then C_bar is made a few rows at a time, all iterations in turn, and applied to
@@ -29,246 +10,16 @@
 
 #include "core/math.h"
 #include "cpu/engines/rows.h"
-#include "cpu/gradient/adjoint.h"
+#include "cpu/gradient/adjoint_sweep.h"
+#include "cpu/gradient/plan_passes.h"
 #include "cpu/gradient/point_sums.h"
-#include "cpu/parallel.h"
 #include "cpu/problems.h"
-#include "cpu/simd/blocks.h"
 #include "cpu/simd/sweep.h"
 #include "cpu/solve/marginal.h"
-#include "cpu/solve/solver.h"
 #include "kernels.h"
 
 namespace otloss::cpu {
 namespace {
-
-constexpr int64_t kRows = kSweepScratchRows;
-
-// The potentials are in base-2 units, as in sweep.h.
-template <typename T>
-struct AdjointSweep {
-  int64_t rows;  // n
-  int64_t m;     // columns
-  T k;
-  const T* C;      // (n, m)
-  const T* a;      // (n,)
-  const T* F;      // (n,) k f
-  const T* G;      // (m,) k g / q
-  const T* E;      // (n,) k f / p, read with H
-  const T* H;      // (m,) k g' + log2 b, or null: R = z e w
-  const T* z;      // (n,) times p
-  const T* w;      // (m,)
-  const T* g_bar;  // (m,)
-  T* f_bar;        // (n,) in: the gradient from outside, out: the whole
-  T* u;            // (n,) out
-  T* v;            // (m,) accumulated, over w where R = e w
-  T* C_bar;        // (n, m) accumulated, or null
-  T* e;            // (kRows, m) scratch
-};
-
-// kRows rows of the sweep. Rows past the end repeat the last one with factors of 0.
-template <typename T>
-struct RowGroup {
-  const T* C[kRows];
-  T* C_bar[kRows];
-  T F[kRows], E[kRows];
-  T S[kRows], R[kRows];  // what e is multiplied by with g_bar, and with w
-};
-
-// e_rj = exp2(F_r + G_j - k C_rj) and u_r = sum_j e_rj g_bar_j.
-template <typename T>
-OTLOSS_INLINE void first_pass(const AdjointSweep<T>& p, const Blocks<T>& blocks,
-                              const RowGroup<T>& rows, T* u) {
-  static_assert(kRows == 4, "four rows are unrolled");
-  const T F0 = rows.F[0], F1 = rows.F[1], F2 = rows.F[2], F3 = rows.F[3];
-  const auto range = [&](int64_t begin, int64_t end, const T* mask) OTLOSS_ALWAYS_INLINE {
-    const T *C0 = rows.C[0] + begin, *C1 = rows.C[1] + begin;
-    const T *C2 = rows.C[2] + begin, *C3 = rows.C[3] + begin;
-    const T *G = p.G + begin, *g_bar = p.g_bar + begin;
-    T *e0 = p.e + begin, *e1 = e0 + p.m, *e2 = e1 + p.m, *e3 = e2 + p.m;
-    T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-    for (int64_t j = 0; j < end - begin; ++j) {
-      const T weight = mask ? mask[j] * g_bar[j] : g_bar[j];
-      const T t0 = fast_exp2(F0 + G[j] - p.k * C0[j]);
-      const T t1 = fast_exp2(F1 + G[j] - p.k * C1[j]);
-      const T t2 = fast_exp2(F2 + G[j] - p.k * C2[j]);
-      const T t3 = fast_exp2(F3 + G[j] - p.k * C3[j]);
-      e0[j] = t0, e1[j] = t1, e2[j] = t2, e3[j] = t3;
-      s0 += weight * t0, s1 += weight * t1, s2 += weight * t2, s3 += weight * t3;
-    }
-    u[0] += s0, u[1] += s1, u[2] += s2, u[3] += s3;
-  };
-  std::fill(u, u + kRows, T(0));
-  range(0, blocks.whole, nullptr);
-  if (blocks.tail < p.m)
-    range(blocks.tail, p.m, blocks.mask);
-  else
-    range(blocks.whole, p.m, nullptr);
-}
-
-// v_j += sum_r R_r e_rj and C_bar_rj += e_rj (S_r g_bar_j + R_r w_j).
-template <typename T>
-OTLOSS_INLINE void second_pass(const AdjointSweep<T>& p, const Blocks<T>& blocks,
-                               const RowGroup<T>& rows) {
-  const T S0 = rows.S[0], S1 = rows.S[1], S2 = rows.S[2], S3 = rows.S[3];
-  const T R0 = rows.R[0], R1 = rows.R[1], R2 = rows.R[2], R3 = rows.R[3];
-  const auto range = [&](int64_t begin, int64_t end, const T* mask) OTLOSS_ALWAYS_INLINE {
-    const T *e0 = p.e + begin, *e1 = e0 + p.m, *e2 = e1 + p.m, *e3 = e2 + p.m;
-    const T *g_bar = p.g_bar + begin, *w = p.w + begin;
-    T* v = p.v + begin;
-    T *B0 = rows.C_bar[0] + begin, *B1 = rows.C_bar[1] + begin;
-    T *B2 = rows.C_bar[2] + begin, *B3 = rows.C_bar[3] + begin;
-    if (!p.C_bar) {
-#pragma omp simd
-      for (int64_t j = 0; j < end - begin; ++j) {
-        const T sum = (R0 * e0[j] + R1 * e1[j]) + (R2 * e2[j] + R3 * e3[j]);
-        v[j] += mask ? mask[j] * sum : sum;
-      }
-      return;
-    }
-#pragma omp simd
-    for (int64_t j = 0; j < end - begin; ++j) {
-      const T sum = (R0 * e0[j] + R1 * e1[j]) + (R2 * e2[j] + R3 * e3[j]);
-      v[j] += mask ? mask[j] * sum : sum;
-      const T x = mask ? mask[j] * g_bar[j] : g_bar[j], y = mask ? mask[j] * w[j] : w[j];
-      B0[j] += e0[j] * (S0 * x + R0 * y);
-      B1[j] += e1[j] * (S1 * x + R1 * y);
-      B2[j] += e2[j] * (S2 * x + R2 * y);
-      B3[j] += e3[j] * (S3 * x + R3 * y);
-    }
-  };
-  range(0, blocks.whole, nullptr);
-  if (blocks.tail < p.m)
-    range(blocks.tail, p.m, blocks.mask);
-  else
-    range(blocks.whole, p.m, nullptr);
-}
-
-// The same with R computed on its own; rare, so one row at a time.
-template <typename T>
-OTLOSS_INLINE void second_pass_apart(const AdjointSweep<T>& p, const RowGroup<T>& rows) {
-  for (int64_t r = 0; r < kRows; ++r) {
-    const T E = rows.E[r], S = rows.S[r], R = rows.R[r];
-    const T *C = rows.C[r], *e = p.e + r * p.m;
-    T* C_bar = p.C_bar ? rows.C_bar[r] : nullptr;
-    if (S == T(0) && R == T(0)) continue;
-    for (int64_t j = 0; j < p.m; ++j) {
-      const T value = R * fast_exp2(E + p.H[j] - p.k * C[j]);
-      p.v[j] += value;
-      if (C_bar) C_bar[j] += S * e[j] * p.g_bar[j] + (p.H[j] > T(0.5 * kLog2Zero) ? value : T(0));
-    }
-  }
-}
-
-template <typename T>
-OTLOSS_INLINE void adjoint_sweep_body(const AdjointSweep<T>& p) {
-  const Blocks<T> blocks(p.m);
-  for (int64_t i = 0; i < p.rows; i += kRows) {
-    RowGroup<T> rows;
-    for (int64_t r = 0; r < kRows; ++r) {
-      const bool inside = i + r < p.rows;
-      const int64_t row = inside ? i + r : p.rows - 1;
-      rows.C[r] = p.C + row * p.m;
-      rows.C_bar[r] = inside && p.C_bar ? p.C_bar + row * p.m : p.e + r * p.m;
-      rows.F[r] = p.F[row], rows.E[r] = p.E[row];
-    }
-    T u[kRows];
-    first_pass(p, blocks, rows, u);
-    for (int64_t r = 0; r < kRows; ++r) {
-      const bool counts = i + r < p.rows && p.a[i + r] > T(0);
-      rows.S[r] = counts ? p.a[i + r] : T(0);
-      if (counts) p.f_bar[i + r] -= p.a[i + r] * u[r];
-      if (i + r < p.rows) p.u[i + r] = counts ? u[r] : T(0);
-      rows.R[r] = counts ? p.f_bar[i + r] * p.z[i + r] : T(0);
-    }
-    if (p.H)
-      second_pass_apart(p, rows);
-    else
-      second_pass(p, blocks, rows);
-  }
-}
-
-OTLOSS_SIMD void adjoint_sweep(const AdjointSweep<float>& p) { adjoint_sweep_body(p); }
-OTLOSS_SIMD void adjoint_sweep(const AdjointSweep<double>& p) { adjoint_sweep_body(p); }
-
-// ---------------------------------------------------------------- cost gradients without a matrix
-
-// Rows of C_bar made together, and how many columns of them at a time: they and the costs stay in
-// the first cache while the iterations pass by.
-constexpr int64_t kTermRows = 16;
-template <typename T>
-constexpr int64_t kTermColumns = 512 / sizeof(T);
-static_assert(kTermRows % kRows == 0, "rows are done kRows at a time");
-
-// One side of a term. Rows are read kTermRows at a time and columns in whole blocks; what lies past
-// the end is 0.
-template <typename T>
-struct TermSide {
-  BlockVector<T> base, first, second;  // (count + kTermRows,) (..) (..)
-
-  explicit TermSide(int64_t count)
-      : base(count + kTermRows), first(count + kTermRows), second(count + kTermRows) {}
-
-  void set(int64_t i, T base_i, T first_i, T second_i) {
-    base[i] = base_i, first[i] = first_i, second[i] = second_i;
-  }
-};
-
-// C_bar_ij += exp2(x.base_i + y.base_j - k C_ij) (x.first_i y.first_j + x.second_i y.second_j):
-// what an iteration adds, or half of it where R takes its own exponential.
-template <typename T>
-struct Term {
-  TermSide<T> x, y;  // (n,) (m,)
-};
-
-template <typename T>
-struct AddTerms {
-  int64_t row;     // the first
-  int64_t rows;    // up to kTermRows; those after it are computed up to a multiple of kRows
-  int64_t stride;  // columns in whole blocks
-  T k;
-  const std::vector<Term<T>>* terms;
-  bool exchanged;  // rows are those of y
-  const T* C;      // (kTermRows, stride)
-  T* C_bar;        // (kTermRows, stride)
-};
-
-template <typename T>
-OTLOSS_INLINE void add_term(const AddTerms<T>& p, const TermSide<T>& x, const TermSide<T>& y,
-                            int64_t r, int64_t begin, int64_t end) {
-  static_assert(kRows == 4, "four rows are unrolled");
-  const T *F = x.base.data() + p.row + r, *S = x.first.data() + p.row + r;
-  const T* R = x.second.data() + p.row + r;
-  const T F0 = F[0], F1 = F[1], F2 = F[2], F3 = F[3];
-  const T S0 = S[0], S1 = S[1], S2 = S[2], S3 = S[3];
-  const T R0 = R[0], R1 = R[1], R2 = R[2], R3 = R[3];
-  const T *C0 = p.C + r * p.stride, *C1 = C0 + p.stride, *C2 = C1 + p.stride, *C3 = C2 + p.stride;
-  T *B0 = p.C_bar + r * p.stride, *B1 = B0 + p.stride, *B2 = B1 + p.stride, *B3 = B2 + p.stride;
-  const T *G = y.base.data(), *u = y.first.data(), *w = y.second.data();
-#pragma omp simd
-  for (int64_t j = begin; j < end; ++j) {
-    B0[j] += fast_exp2(F0 + G[j] - p.k * C0[j]) * (S0 * u[j] + R0 * w[j]);
-    B1[j] += fast_exp2(F1 + G[j] - p.k * C1[j]) * (S1 * u[j] + R1 * w[j]);
-    B2[j] += fast_exp2(F2 + G[j] - p.k * C2[j]) * (S2 * u[j] + R2 * w[j]);
-    B3[j] += fast_exp2(F3 + G[j] - p.k * C3[j]) * (S3 * u[j] + R3 * w[j]);
-  }
-}
-
-template <typename T>
-OTLOSS_INLINE void add_terms_body(const AddTerms<T>& p) {
-  for (int64_t begin = 0; begin < p.stride; begin += kTermColumns<T>) {
-    const int64_t end = std::min(p.stride, begin + kTermColumns<T>);
-    for (const Term<T>& term : *p.terms)
-      for (int64_t r = 0; r < p.rows; r += kRows)
-        add_term(p, p.exchanged ? term.y : term.x, p.exchanged ? term.x : term.y, r, begin, end);
-  }
-}
-
-OTLOSS_SIMD void add_terms(const AddTerms<float>& p) { add_terms_body(p); }
-OTLOSS_SIMD void add_terms(const AddTerms<double>& p) { add_terms_body(p); }
-
-// ------------------------------------------------------------------------------- one problem
 
 template <typename T>
 class UnrolledProblem {
@@ -278,7 +29,7 @@ class UnrolledProblem {
         m_(group.m),
         L_(group.L),
         eps_(eps),
-        k_(static_cast<T>(kLog2E / eps)),
+        k_(factor<T>(eps)),
         problem_(p),
         made_(group.made),
         a_(group.a + p * n_),
@@ -294,9 +45,10 @@ class UnrolledProblem {
         C_bar_(group.grad_C ? group.grad_C + p * n_ * m_ : nullptr),
         split_(split),
         parts_(n_, m_, split),
-        costs_(parts_, n_, m_, group.C, made_.points, p, made_.symmetric),
+        source_(row_source(n_, m_, group.C, made_.points, p, made_.symmetric)),
+        costs_(*source_, parts_, kBlockRows),
         v_(parts_, m_),
-        e_(parts_.count() * kRows * m_),
+        e_(parts_.count() * kAdjointRows * (m_ + kBlock<T>)),
         F_(n_),
         E_(n_),
         z_(n_, static_cast<T>(damp_f_)),
@@ -408,7 +160,7 @@ class UnrolledProblem {
                                     E_.data() + i, apart ? H_.data() : nullptr, z_.data() + i,
                                     w_.data(), g_bar_.data(), f_bar_.data() + i, u_.data() + i,
                                     v_.part(part), C_bar_ ? C_bar_ + i * m_ : nullptr,
-                                    e_.data() + part * kRows * m_});
+                                    e_.data() + part * kAdjointRows * (m_ + kBlock<T>)});
     });
     if (made_.x.sum || made_.y.sum) keep_terms(apart);
     const T* v = v_.total();
@@ -472,8 +224,9 @@ class UnrolledProblem {
       }
       add(terms_);
     };
-    point_sums(MadeRows<T>(n, m, points, problem_, symmetric), RowParts(n, m, split_), kTermRows,
-               of_problem(exchange ? made_.y : made_.x, problem_, n, points.d), gradient);
+    point_sums<T>(StreamedRows<T>(n, m, points, problem_, symmetric), RowParts(n, m, split_),
+                  kTermRows, of_problem(exchange ? made_.y : made_.x, problem_, n, points.d),
+                  gradient);
   }
 
   // What the transport objective's derivative P (scale + t C) takes of the cost.
@@ -525,10 +278,11 @@ class UnrolledProblem {
   T* const C_bar_;        // (n, m) or null
   const bool split_;
   RowParts parts_;
+  const std::unique_ptr<RowSource<T>> source_;
   CostBlocks<T> costs_;
   std::vector<Term<T>> terms_;  // of each iteration that was gone back, where costs are made
   PartSums<T> v_;               // (m,)
-  std::vector<T> e_;            // (parts, kRows, m)
+  std::vector<T> e_;            // (parts, kAdjointRows, m + kBlock)
   std::vector<T> F_, E_, z_;    // (n,) each
   std::vector<T> G_, H_, w_;    // (m,) each
   std::vector<T> u_, f_bar_;    // (n,) each

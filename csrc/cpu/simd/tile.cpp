@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "cpu/parallel.h"
+#include "cpu/simd/simd.h"
 
 namespace otloss::cpu {
 namespace {
@@ -157,8 +158,20 @@ void pack_strip_transposed(int64_t count, int64_t inner, const T* from, int64_t 
   for (int64_t k = 0; k < inner; ++k) std::copy_n(from + k * stride, count, strip + k * kStrip<T>);
 }
 
+}  // namespace
+
 template <typename T>
-void pack_all(const Packing<T>& p) {
+void add_products(const TileProduct<T>& tile) {
+  add_tile(tile);
+}
+
+template <typename T>
+void squared_differences(const Differences<T>& args) {
+  differences(args);
+}
+
+template <typename T>
+void pack(const Packing<T>& p) {
   constexpr int64_t kGrain = 1 << 15;  // entries that are worth a thread
   const int64_t size = p.inner * kStrip<T>;
   parallel_for(0, strips_of<T>(p.count), std::max<int64_t>(1, kGrain / std::max<int64_t>(1, size)),
@@ -176,12 +189,10 @@ void pack_all(const Packing<T>& p) {
                });
 }
 
-// ------------------------------------------------------------------------------ a whole product
-
 // A block of V, a few strips of rows by a chunk of the inner index, is packed and stays in the L2
 // cache while all columns of z pass by; the sums of the block's rows stay there, too.
 template <typename T>
-void multiply(const RowsProduct<T>& p) {
+void multiply_rows(const RowsProduct<T>& p) {
   constexpr int64_t kChunk = 512;
   const int64_t strips = strips_of<T>(p.columns), width = strips * kStrip<T>;
   const int64_t most = std::min(kProductRows, strips_of<T>(p.rows) * kStrip<T>);
@@ -192,7 +203,7 @@ void multiply(const RowsProduct<T>& p) {
     for (int64_t k = 0; k < p.inner; k += kChunk) {
       const int64_t chunk = std::min(kChunk, p.inner - k);
       const T* from = p.V + (p.transposed ? k * p.stride + i : i * p.stride + k);
-      pack_all(Packing<T>{rows, chunk, from, p.stride, p.transposed, V.data()});
+      pack(Packing<T>{rows, chunk, from, p.stride, p.transposed, V.data()});
       for (int64_t s = 0; s < strips; ++s)
         for (int64_t r = 0; r < rows; r += kTileRows)
           add_tile(TileProduct<T>{
@@ -204,18 +215,13 @@ void multiply(const RowsProduct<T>& p) {
   }
 }
 
-}  // namespace
-
-void pack(const Packing<float>& args) { pack_all(args); }
-void pack(const Packing<double>& args) { pack_all(args); }
-
-void add_products(const TileProduct<float>& tile) { add_tile(tile); }
-void add_products(const TileProduct<double>& tile) { add_tile(tile); }
-
-void squared_differences(const Differences<float>& args) { differences(args); }
-void squared_differences(const Differences<double>& args) { differences(args); }
-
-void multiply_rows(const RowsProduct<float>& args) { multiply(args); }
-void multiply_rows(const RowsProduct<double>& args) { multiply(args); }
+#define OTLOSS_INSTANTIATE(T)                               \
+  template void add_products(const TileProduct<T>&);        \
+  template void squared_differences(const Differences<T>&); \
+  template void pack(const Packing<T>&);                    \
+  template void multiply_rows(const RowsProduct<T>&);
+OTLOSS_INSTANTIATE(float)
+OTLOSS_INSTANTIATE(double)
+#undef OTLOSS_INSTANTIATE
 
 }  // namespace otloss::cpu

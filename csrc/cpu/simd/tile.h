@@ -32,8 +32,8 @@ struct Packing {
   T* strips;        // out
 };
 
-void pack(const Packing<float>& args);
-void pack(const Packing<double>& args);
+template <typename T>
+void pack(const Packing<T>& args);
 
 template <typename T>
 struct TileProduct {
@@ -45,8 +45,8 @@ struct TileProduct {
 };
 
 // sum += x^T y.
-void add_products(const TileProduct<float>& tile);
-void add_products(const TileProduct<double>& tile);
+template <typename T>
+void add_products(const TileProduct<T>& tile);
 
 // |x - y|^2 of a few rows by whole strips of another cloud.
 constexpr int64_t kDifferenceRows = 4;
@@ -61,8 +61,8 @@ struct Differences {
   int64_t stride;  // distance of rows of `squares`
 };
 
-void squared_differences(const Differences<float>& args);
-void squared_differences(const Differences<double>& args);
+template <typename T>
+void squared_differences(const Differences<T>& args);
 
 // Rows of a block of products: so many that the strips of the other side, which every block reads,
 // are used often once they are in the L2 cache.
@@ -90,7 +90,7 @@ struct RowsProduct {
   T* out;           // (rows, columns)
 };
 
-void multiply_rows(const RowsProduct<float>& args);
-void multiply_rows(const RowsProduct<double>& args);
+template <typename T>
+void multiply_rows(const RowsProduct<T>& args);
 
 }  // namespace otloss::cpu

@@ -46,9 +46,10 @@ struct OneThread {
   }
 };
 
-// The potential on the points y.
+}  // namespace
+
 template <typename T>
-void potential(const GaussianStart<T>& p) {
+void gaussian_start(const GaussianStart<T>& p) {
   const int d = static_cast<int>(p.d);
   Moments x = moments(p.n, p.d, p.x, p.a), y = moments(p.m, p.d, p.y, p.b);
   Matrix L(p.d * p.d), V(p.d * p.d);
@@ -67,9 +68,7 @@ void potential(const GaussianStart<T>& p) {
   }
 }
 
-}  // namespace
-
-void gaussian_start(const GaussianStart<float>& args) { potential(args); }
-void gaussian_start(const GaussianStart<double>& args) { potential(args); }
+template void gaussian_start(const GaussianStart<float>&);
+template void gaussian_start(const GaussianStart<double>&);
 
 }  // namespace otloss::cpu

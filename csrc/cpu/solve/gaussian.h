@@ -18,14 +18,14 @@ struct GaussianStart {
   T* g;             // (m,) out
 };
 
-// Whether it takes less time than so many sweeps over n m costs.
+// Whether it takes less time than this number of sweeps over n m costs.
 inline bool gaussian_start_within(double sweeps, int64_t n, int64_t m, int64_t d) {
   const double work = 400.0 * d * d * d + 5.0 * (n + m) * d * d;  // in costs of a sweep
   return d <= kGaussianDims && sweeps * n * m >= work;
 }
 
 // Squared euclidean costs only.
-void gaussian_start(const GaussianStart<float>& args);
-void gaussian_start(const GaussianStart<double>& args);
+template <typename T>
+void gaussian_start(const GaussianStart<T>& args);
 
 }  // namespace otloss::cpu

@@ -243,7 +243,7 @@ void prepare_clouds(const Context& context, const std::vector<CloudGroup<T>>& cl
                              " clouds on a GPU, got " + std::to_string(clouds.size()));
   for_each_pack(clouds, [&](const Pack<CloudGroup<T>>& pack) {
     T* centre = nullptr;
-    if (kind != CostKind::kCosine) {
+    if (!traits_of(kind).unit_norm) {
       centre = context.scratch<T>(std::max<int64_t>(1, batch * d));
       Grid grid;
       grid.x = ceil_div(d, kWarp);
@@ -305,7 +305,7 @@ template <typename T>
 void cost_gradient(const Context& context, const CostGradientGroup<T>& group, CostKind kind) {
   Grid grid;
   grid.x = ceil_div(group.batch * group.n, kBlockWarps);
-  launch(context, GradientKernel<T>{group, kind == CostKind::kCosine}, grid);
+  launch(context, GradientKernel<T>{group, traits_of(kind).unit_norm}, grid);
 }
 
 #define OTLOSS_INSTANTIATE(T)                                                                \

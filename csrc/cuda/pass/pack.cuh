@@ -204,7 +204,7 @@ class Packer {
     if constexpr (std::is_same_v<T, float>)
       if (tiles_ != TileKind::kFma)
         cloud.halves =
-            split(context_, batch, n, p.d, z, p.kind == CostKind::kCosine ? nullptr : norm);
+            split(context_, batch, n, p.d, z, traits_of(p.kind).unit_norm ? nullptr : norm);
     return cloud;
   }
 

@@ -28,25 +28,21 @@ namespace otloss::cuda {
 template <class F>
 OTLOSS_DEVICE void dispatch_tiles(CostKind kind, int64_t d, F&& function) {
   const bool difference = d <= kDirectDims;
-  if (kind == CostKind::kCosine)
-    function(Cosine{}, std::false_type{});
-  else if (kind == CostKind::kEuclidean)
-    difference ? function(Euclidean{}, std::true_type{}) : function(Euclidean{}, std::false_type{});
-  else
-    difference ? function(SqEuclidean{}, std::true_type{})
-               : function(SqEuclidean{}, std::false_type{});
+  dispatch_cost(kind, [&](auto cost) {
+    if constexpr (decltype(cost)::kUnitNorm)
+      function(cost, std::false_type{});
+    else
+      difference ? function(cost, std::true_type{}) : function(cost, std::false_type{});
+  });
 }
 
 // The same for tensor cores: function(Cost, std::bool_constant<whether with low halves>).
 template <class F>
 OTLOSS_DEVICE void dispatch_tensor_tiles(CostKind kind, TileKind made_by, F&& function) {
   const bool low = made_by == TileKind::kTensor;
-  if (kind == CostKind::kCosine)
-    low ? function(Cosine{}, std::true_type{}) : function(Cosine{}, std::false_type{});
-  else if (kind == CostKind::kEuclidean)
-    low ? function(Euclidean{}, std::true_type{}) : function(Euclidean{}, std::false_type{});
-  else
-    low ? function(SqEuclidean{}, std::true_type{}) : function(SqEuclidean{}, std::false_type{});
+  dispatch_cost(kind, [&](auto cost) {
+    low ? function(cost, std::true_type{}) : function(cost, std::false_type{});
+  });
 }
 
 // ------------------------------------------------------------------------------------ row sums

@@ -89,15 +89,22 @@ struct RowTiles {
 template <typename T>
 OTLOSS_DEVICE T pair_cost(CostKind kind, int64_t d, bool symmetric, const PackedCloud<T>& x,
                           int64_t i, const PackedCloud<T>& y, int64_t j) {
-  // A point is at distance 0 from itself; one of zero norm has no direction and costs 1.
-  if (symmetric && i == j && (kind != CostKind::kCosine || x.norm[i] > T(0))) return T(0);
-  T sum = T(0);
-  for (int64_t k = 0; k < d; ++k) {
-    const T xk = x.z[k * x.stride + i], yk = y.z[k * y.stride + j];
-    sum += kind == CostKind::kCosine ? xk * yk : (xk - yk) * (xk - yk);
-  }
-  if (kind == CostKind::kCosine) return Cosine::from_product(T(0), T(0), sum);
-  return kind == CostKind::kEuclidean ? Euclidean::from_difference(sum) : sum;
+  T result = T(0);
+  dispatch_cost(kind, [&](auto cost) {
+    using Cost = decltype(cost);
+    // A point is at distance 0 from itself; one of zero norm has no direction and costs 1.
+    if (symmetric && i == j && (!Cost::kUnitNorm || x.norm[i] > T(0))) return;
+    T sum = T(0);
+    for (int64_t k = 0; k < d; ++k) {
+      const T xk = x.z[k * x.stride + i], yk = y.z[k * y.stride + j];
+      sum += Cost::kUnitNorm ? xk * yk : (xk - yk) * (xk - yk);
+    }
+    if constexpr (Cost::kUnitNorm)
+      result = Cost::from_product(T(0), T(0), sum);
+    else
+      result = Cost::from_difference(sum);
+  });
+  return result;
 }
 
 // The entries of a thread in one tile.

@@ -30,6 +30,7 @@
 #include "core/lbfgs.h"
 #include "core/math.h"
 #include "core/penalty.h"
+#include "core/step_control.h"
 #include "cuda/device/block.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/device/team.cuh"
@@ -165,12 +166,15 @@ class Solver {
   // Blocks have whole pieces of so many rows and columns.
   static constexpr int kShare = kStreamed ? kTileRows : 1;
 
-  // What the point that was just evaluated is.
-  enum class Phase { kFixed, kSymmetricFirst, kSymmetric, kStart, kSecondStart, kTrial, kPlain };
+  // What is iterated: starts first, then Next says what the evaluated point is.
+  enum class Phase { kFixed, kSymmetricFirst, kSymmetric, kStart, kSecondStart, kPair };
 
-  // The scalars of one evaluated point.
-  struct Scalars {
-    double value, noise, error, mean;
+  // The scalars of one evaluated point, and <b, gt - g> over the mass.
+  struct Scalars : PointScalars {
+    double mean;
+
+    OTLOSS_DEVICE Scalars(double value, double noise, double error, double mean)
+        : PointScalars{value, noise, error}, mean(mean) {}
   };
 
   template <typename U>
@@ -184,7 +188,7 @@ class Solver {
     place(p, batch);
     const double max_cost = load_rows(p);
     double* status = p.status + batch * kStatusFields;
-    iterations_ = 0;
+    control_ = StepControl(options_.eps, options_.tol, options_.max_iters);
     error_ = static_cast<double>(std::numeric_limits<T>::quiet_NaN());
     const bool finite = max_cost <= std::numeric_limits<double>::max();
     if (finite) {
@@ -195,7 +199,7 @@ class Solver {
     }
     finish(p, batch, finite);
     if (team_.rank() == 0 && thread_ == 0) {
-      status[kStatusIterations] = static_cast<double>(iterations_);
+      status[kStatusIterations] = static_cast<double>(control_.passes());
       status[kStatusError] = error_;
       status[kStatusConverged] = error_ <= options_.tol ? 1.0 : 0.0;
       status[kStatusMaxCost] = max_cost;
@@ -236,8 +240,8 @@ class Solver {
       return v;
     };
     g_ = next(), gt_ = next(), trial_g_ = next(), trial_gt_ = next(), q_ = next();
-    w_ = next(), asked_ = next(), r_ = next(), p_ = next(), G_ = next();
-    if (!soft_) asked_ = w_;
+    w_ = next(), target_ = next(), r_ = next(), p_ = next(), G_ = next();
+    if (!soft_) target_ = w_;
     pairs_ = vectors;
     parts_ = args_.column_parts + team_index_ * 3 * team_.size() * length;
     symmetric_ = p.symmetric && options_.n_iters < 0;
@@ -298,8 +302,7 @@ class Solver {
   // The first point to evaluate.
   OTLOSS_DEVICE void start(const SolveGroup<T>& p) {
     set_eps(options_.eps);
-    stages_ = {0, options_.eps, options_.eps};
-    stage_ = -1;
+    next_ = Next::kStage;
     if (thread_ == 0) {
       gram_.count = 0;
       step_.slot = 0;
@@ -329,7 +332,7 @@ class Solver {
       else
         pass();
     }
-    ++iterations_;
+    control_.count_passes(1);
     if (phase_ == Phase::kSymmetricFirst) return begin_symmetric();
     if (symmetric_) {
       error_ = symmetric_error();
@@ -361,7 +364,7 @@ class Solver {
     set_eps(options_.eps);
     const T damping = static_cast<T>(damping_);
     if (symmetric_) {  // a further step, which makes the value exact to second order
-      const T last = static_cast<T>(1 / (1 + damping_));
+      const T last = static_cast<T>(SymmetricRule(damping_).last);
       for_rows([&](int i, T& old) {
         const T start = k_ * old;
         F_[i] = start + last * (damping * F_[i] - start);
@@ -731,10 +734,7 @@ class Solver {
       for (int64_t j = y_.count + thread_; j < y_.stride; j += kThreads) team_.store(G_ + j, T(0));
     }
     team_.template reduce<Max>(norms);
-    const double reach = sqrt(norms[0]) + sqrt(norms[1]);
-    largest[0] = sweep_.tiles.kind == CostKind::kSqEuclidean ? reach * reach
-                 : sweep_.tiles.kind == CostKind::kEuclidean ? reach
-                                                             : 2;
+    largest[0] = cost_bound(sweep_.tiles.kind, norms[0], norms[1]);
     largest[1] = norms[2];
   }
 
@@ -773,12 +773,12 @@ class Solver {
       find_least(g_ + first_column_, g_);
       soft_means(g_ + first_column_, 1, g_, &same, &mean);
     }
-    const Asked<T> asked(side_x_, eps_, 0, mean.mean);
+    const TargetMarginal<T> target(side_x_, eps_, 0, mean.mean);
     double sums[1] = {0};
     for_rows([&](int i, T& f) {
       if (!(a_[i] > T(0))) return;
-      const T w = soft_ ? asked.of(a_[i], f) : a_[i];
-      const T q = soft_ ? asked.ratio(s_[i], f, to_cost_ * F_[i]) : s_[i];
+      const T w = soft_ ? target.of(a_[i], f) : a_[i];
+      const T q = soft_ ? target.ratio(s_[i], f, to_cost_ * F_[i]) : s_[i];
       const double off = static_cast<double>(q) - 1;
       sums[0] += static_cast<double>(w) * (off < 0 ? -off : off);
     });
@@ -915,20 +915,21 @@ class Solver {
     if (soft_means(F_, damping_ * eps_ / kLog2E, trial_g_, &f, &g, untrusted) > 0) guard_columns();
     Translation best(side_x_, side_y_, mass_x_, mass_y_, eps_, roundoff(), f, g);
     if (phase_ == Phase::kFixed) best.t = 0, best.mean_g = g.mean;
-    const Asked<T> asked(side_y_, eps_, -kLog2E * side_x_.rate * damping_ * best.t, best.mean_g);
+    const TargetMarginal<T> target(side_y_, eps_, -kLog2E * side_x_.rate * damping_ * best.t,
+                                   best.mean_g);
     const T on_F = static_cast<T>(best.t * kLog2E / eps_), on_g = static_cast<T>(best.t);
     const T on_gt = static_cast<T>(damping_ * best.t), damp = static_cast<T>(side_y_.damping(eps_));
     for (int i = thread_; i < rows_; i += kThreads)
       if (a_[i] > T(0)) F_[i] += on_F;
-    double sums[2] = {0, 0};  // marginal error, <asked, gt - g>
+    double sums[2] = {0, 0};  // marginal error, <target, gt - g>
     for_columns([&](int j) {
-      asked_[j] = T(0);
+      target_[j] = T(0);
       if (!(w_[j] > T(0))) return;
       const T v = trial_g_[j] -= on_g, next = trial_gt_[j] - on_gt;
-      asked_[j] = asked.of(w_[j], v);
-      q_[j] = asked.ratio(q_[j], v, next);
+      target_[j] = target.of(w_[j], v);
+      q_[j] = target.ratio(q_[j], v, next);
       trial_gt_[j] = damp * next;
-      const double w = static_cast<double>(asked_[j]), off = static_cast<double>(q_[j]) - 1;
+      const double w = static_cast<double>(target_[j]), off = static_cast<double>(q_[j]) - 1;
       sums[0] += w * (off < 0 ? -off : off);
       sums[1] += w * static_cast<double>(trial_gt_[j] - v);
     });
@@ -973,36 +974,34 @@ class Solver {
 
   OTLOSS_DEVICE bool fixed_turn(const SolveGroup<T>& p, int64_t batch) {
     if (p.trace != nullptr) {
-      T* trace = p.trace + (batch * options_.n_iters + iterations_ - 1) * (p.n + p.m);
+      T* trace = p.trace + (batch * options_.n_iters + control_.passes() - 1) * (p.n + p.m);
       const T to_cost = to_cost_ * static_cast<T>(damping_);
       for (int i = thread_; i < rows_; i += kThreads) trace[first_row_ + i] = to_cost * F_[i];
       for_columns([&](int j) { trace[p.n + j] = trial_gt_[j]; });
     }
     swap_points();  // the result is read from gt_
     for_columns([&](int j) { trial_g_[j] = gt_[j]; });
-    if (iterations_ == options_.n_iters) return false;
+    if (control_.passes() == options_.n_iters) return false;
     evaluated_ = trial_g_;
     return true;
   }
 
-  // A cloud against itself, as solve_symmetric in csrc/cpu/solve/solver.h: from p (T(0) - p / (1 +
-  // p) <a, T(0)>), p the damping. f stands in g_.
+  // A cloud against itself, see SymmetricRule. f stands in g_.
   OTLOSS_DEVICE bool begin_symmetric() {
     double mean[1] = {0};
     for (int i = thread_; i < rows_; i += kThreads)
       mean[0] += static_cast<double>(a_[i]) * static_cast<double>(F_[i]);
     team_.template reduce<Sum>(mean);
-    const T part = static_cast<T>(damping_ / (1 + damping_) * mean[0] / mass_x_);
+    const T part = static_cast<T>(SymmetricRule(damping_).centre * mean[0] / mass_x_);
     const T to_cost = to_cost_ * static_cast<T>(damping_);
     for_rows([&](int i, T& f) { f = a_[i] > T(0) ? to_cost * (F_[i] - part) : T(0); });
     phase_ = Phase::kSymmetric;
     return evaluate_symmetric();
   }
 
-  // f <- f + 2 / (2 + p) (p T(f) - f).
   OTLOSS_DEVICE bool symmetric_turn() {
-    if (error_ <= options_.tol || iterations_ >= options_.max_iters) return false;
-    const T step = static_cast<T>(2 / (2 + damping_));
+    if (error_ <= options_.tol || control_.passes() >= options_.max_iters) return false;
+    const T step = static_cast<T>(SymmetricRule(damping_).relaxation);
     const T to_cost = to_cost_ * static_cast<T>(damping_);
     for_rows([&](int i, T& f) { f += step * (to_cost * F_[i] - f); });
     return evaluate_symmetric();
@@ -1027,54 +1026,46 @@ class Solver {
 
   OTLOSS_DEVICE void swap_points() { exchange(g_, trial_g_), exchange(gt_, trial_gt_); }
 
-  OTLOSS_DEVICE bool may_stage() const { return iterations_ + 1 < options_.max_iters - 1; }
-
   // The point in trial_* was evaluated.
   OTLOSS_DEVICE bool pair_turn(const SolveGroup<T>& p, int64_t batch, Scalars trial) {
-    if (phase_ == Phase::kTrial && !ascends(trial.value, point_.value, t_ * slope_, point_.noise)) {
-      t_ *= kShrink;
-      if (++attempt_ < kTries && iterations_ + 1 < max_iters_) return try_step();
-      return try_plain();
-    }
-    if (stage_ < 0) {
+    if (phase_ != Phase::kPair) {
       T* const kept_F = p.f + batch * p.n + first_row_;
       bool near = near_enough(trial);
-      if (start_ != nullptr && phase_ == Phase::kStart && !near && options_.max_iters > 2)
+      if (start_ != nullptr && phase_ == Phase::kStart && control_.wants_other_start(near))
         return try_other_start(trial, kept_F);
       if (phase_ == Phase::kSecondStart && !is_better_start(&trial, kept_F)) near = false;
-      if (begin_stages(near)) return true;
+      phase_ = Phase::kPair;
+      if (control_.begin_stages(near, near ? 0.0 : sigma())) return start_stage();
+    } else if (next_ == Next::kStep && !control_.accepts(trial)) {
+      next_ = control_.shorten();
+      return evaluate_next();
     }
     move(trial);
-    const bool last = stage_ >= stages_.count;
-    const double tol = last || options_.tol > kStageTol ? options_.tol : kStageTol;
-    max_iters_ = options_.max_iters - (last ? 0 : 1);
-    if (!(point_.error > tol) || iterations_ >= max_iters_) return next_stage();
-    attempt_ = 0;
-    t_ = step_.first;
-    slope_ = step_.slope;
-    if (iterations_ + 1 >= max_iters_) return try_plain();
-    for_columns([&](int j) {
-      T p = T(0);
-      for (int v = 0; v < kBasis; ++v)
-        if (step_.on[v] != 0) p += static_cast<T>(step_.on[v]) * basis(v)[j];
-      p_[j] = takes_part(static_cast<double>(asked_[j]), mass_y_) ? p : r_[j];
-    });
-    return try_step();
+    next_ = control_.move_to(trial);
+    if (next_ == Next::kStep) {
+      control_.aim(step_.slope, step_.first);
+      for_columns([&](int j) {
+        T p = T(0);
+        for (int v = 0; v < kBasis; ++v)
+          if (step_.on[v] != 0) p += static_cast<T>(step_.on[v]) * basis(v)[j];
+        p_[j] = has_mass(static_cast<double>(target_[j]), mass_y_) ? p : r_[j];
+      });
+    }
+    return evaluate_next();
   }
 
-  OTLOSS_DEVICE bool try_step() {
-    phase_ = Phase::kTrial;
-    for_columns([&](int j) { trial_g_[j] = g_[j] + static_cast<T>(t_) * p_[j]; });
+  // Sets the point that next_ asks for. False: done.
+  OTLOSS_DEVICE bool evaluate_next() {
+    if (next_ == Next::kDone) return false;
     evaluated_ = trial_g_;
-    return true;
-  }
-
-  // A Sinkhorn iteration, which always ascends.
-  OTLOSS_DEVICE bool try_plain() {
-    phase_ = Phase::kPlain;
-    forget();
+    if (next_ == Next::kStep) {
+      const T t = static_cast<T>(control_.length());
+      for_columns([&](int j) { trial_g_[j] = g_[j] + t * p_[j]; });
+      return true;
+    }
     for_columns([&](int j) { trial_g_[j] = gt_[j]; });
-    evaluated_ = trial_g_;
+    if (next_ == Next::kStage) return start_stage();
+    forget();
     return true;
   }
 
@@ -1098,7 +1089,7 @@ class Solver {
   // They cannot start at the point that was proposed: it is put aside, and 0 is next. kept_F:
   // (rows,), where f will be. r_ and p_ are not used yet.
   OTLOSS_NOINLINE bool try_other_start(const Scalars& trial, T* kept_F) {
-    point_ = trial;
+    kept_ = trial;
     exchange_starts();
     for (int i = thread_; i < rows_; i += kThreads) kept_F[i] = F_[i], F_[i] = T(0);
     for_columns([&](int j) { trial_g_[j] = T(0); });
@@ -1109,9 +1100,8 @@ class Solver {
 
   // Whether 0 is better than the point put aside, which otherwise takes its place.
   OTLOSS_NOINLINE bool is_better_start(Scalars* trial, const T* kept_F) {
-    phase_ = Phase::kStart;
-    if (trial->value > point_.value) return true;
-    *trial = point_;
+    if (trial->value > kept_.value) return true;
+    *trial = kept_;
     error_ = trial->error;
     exchange_starts();
     for (int i = thread_; i < rows_; i += kThreads) F_[i] = kept_F[i];
@@ -1121,41 +1111,20 @@ class Solver {
   OTLOSS_DEVICE void exchange_starts() {
     swap_points();
     exchange(q_, r_);
-    if (soft_) exchange(asked_, p_);
-  }
-
-  // After the first evaluation, at eps: whether stages come before it.
-  OTLOSS_DEVICE bool begin_stages(bool near) {
-    if (!near) stages_ = make_stages(options_.eps, sigma());
-    stage_ = 0;
-    if (stages_.count == 0) return false;
-    if (!may_stage()) {
-      stage_ = stages_.count;
-      return false;
-    }
-    return start_stage();
+    if (soft_) exchange(target_, p_);
   }
 
   // Evaluates trial_g_ at the eps of the stage.
   OTLOSS_DEVICE bool start_stage() {
-    const double eps = stages_.at(stage_);
+    const double eps = control_.eps();
     const T scale = static_cast<T>(eps_ / eps);
     block_.sync();
     for (int i = thread_; i < rows_; i += kThreads) F_[i] *= scale;
     set_eps(eps);
     forget();
-    phase_ = Phase::kStart;
+    next_ = Next::kStage;
     evaluated_ = trial_g_;
     return true;
-  }
-
-  // The stage is done: g_ goes on, one half step further. False: it was the last.
-  OTLOSS_DEVICE bool next_stage() {
-    if (stage_ >= stages_.count) return false;
-    ++stage_;
-    if (!may_stage()) stage_ = stages_.count;
-    for_columns([&](int j) { trial_g_[j] = gt_[j]; });
-    return start_stage();
   }
 
   // The vectors that LbfgsGram numbers. p_ holds the gradient over the weights until the direction
@@ -1169,7 +1138,7 @@ class Solver {
   // Makes the trial point the point: its residual and, after a step that was taken, the new pair;
   // all inner products that the next step needs, and that step.
   OTLOSS_DEVICE void move(const Scalars& trial) {
-    const bool paired = phase_ == Phase::kTrial;
+    const bool paired = next_ == Next::kStep;
     const int slot = step_.slot;
     const T middle = static_cast<T>(trial.mean);
     for_columns([&](int j) {
@@ -1194,10 +1163,9 @@ class Solver {
       measure();
     }
     block_.sync();
-    point_ = trial;
   }
 
-  // Inner products weighted by the column sums asked for: those of the new pair, the residual and
+  // Inner products weighted by the target column sums: those of the new pair, the residual and
   // the gradient with all vectors; where the weights are new, all. A warp for each.
   OTLOSS_DEVICE void make_products(bool paired, int slot) {
     const unsigned used = gram_.in_use() | (paired ? LbfgsGram::bits_of(slot) : 0u);
@@ -1209,7 +1177,7 @@ class Solver {
       double sum = 0;
       for (int j = first_column_ + lane_; j < first_column_ + column_count_; j += kWarp)
         sum +=
-            static_cast<double>(asked_[j]) * static_cast<double>(u[j]) * static_cast<double>(v[j]);
+            static_cast<double>(target_[j]) * static_cast<double>(u[j]) * static_cast<double>(v[j]);
       sum = warp_join<Sum>(block_, sum, kWarp);
       if (lane_ != 0) return;
       if (team_.size() == 1)
@@ -1254,10 +1222,11 @@ class Solver {
       const double before = residual + 2 * product(LbfgsGram::kResidual, change) + changed;
       step_.length.accepted(product(slot, slot), changed, before);
       if (soft_) gram_.sift();
-      if (changed > least_change(point_.noise, mass_y_, roundoff(), eps_)) gram_.keep(slot);
+      if (changed > least_change(control_.point().noise, mass_y_, roundoff(), eps_))
+        gram_.keep(slot);
     } else {
       gram_.count = 0;
-      if (phase_ == Phase::kPlain)
+      if (next_ == Next::kPlain)
         step_.length.plain(step_.residual);
       else
         step_.length = StepLength();
@@ -1363,9 +1332,9 @@ class Solver {
   bool balanced_;           // every marginal of the call is a constraint
   T *g_, *gt_;              // (m,) the point
   T *trial_g_, *trial_gt_;  // (m,) the point under evaluation
-  T* q_;                    // (m,) its column sums over those asked for
+  T* q_;                    // (m,) its column sums over their targets
   T* w_;                    // (m,) the weights b that the problem is solved with
-  T* asked_;                // (m,) the column sums asked for, of the total of w
+  T* target_;               // (m,) the target column sums, of the total of w
   T *r_, *p_;               // (m,) residual, direction
   const T* evaluated_;      // (m,) g_ or trial_g_
   T* G_;                    // (m,) k g + log2 b of the point under evaluation
@@ -1386,14 +1355,11 @@ class Solver {
   T k_, to_cost_, tilt_;        // tilt: damping - 1
   int exchange_parity_ = 0;
 
-  int64_t iterations_, max_iters_;  // max_iters_: of the stage
-  double error_;
+  StepControl control_;
   Phase phase_;
-  Stages stages_;
-  int stage_;
-  Scalars point_;
-  double slope_, t_;
-  int attempt_;
+  Next next_;  // what the point under evaluation is
+  double error_;
+  Scalars kept_{0, 0, 0, 0};  // a start put aside
 };
 
 }  // namespace otloss::cuda

@@ -220,7 +220,7 @@ void propose_starts(const Context& context, const Pack<SolveGroup<T>>& pack,
                     const SolveOptions& options, const SolvePlan& plan,
                     const T* (&starts)[kMaxGroups]) {
   const PointPair<T>& points = pack.items[0].points;
-  if (points.zx == nullptr || points.kind != CostKind::kSqEuclidean) return;
+  if (points.zx == nullptr || !traits_of(points.kind).gaussian) return;
   if (options.n_iters >= 0 || options.warm_start || points.d > kGaussianDims) return;
   const int d = static_cast<int>(points.d);
   int64_t problems = 0, batch = 0, n = 0, m = 0;

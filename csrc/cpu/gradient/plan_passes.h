@@ -16,8 +16,8 @@ struct PlanSums {
   double* col;   // (m,) accumulated: sum_i P_ij C_ij
 };
 
-void plan_sums(const PlanSums<float>& sums);
-void plan_sums(const PlanSums<double>& sums);
+template <typename T>
+void plan_sums(const PlanSums<T>& sums);
 
 // P_ij (s + t C_ij + alpha_i + beta_j), which may replace P; 0 where P is 0, whatever C.
 template <typename T>
@@ -33,8 +33,8 @@ struct WeighPlan {
   T* out;          // (n, m)
 };
 
-void weigh_plan(const WeighPlan<float>& args);
-void weigh_plan(const WeighPlan<double>& args);
+template <typename T>
+void weigh_plan(const WeighPlan<T>& args);
 
 // w_i = base_i + factor_i sum_j P_ij x_j, then y_j += sum_i P_ij w_i: both products in one reading
 // of P.
@@ -50,7 +50,7 @@ struct PlanProduct {
   double* y;             // (m,) accumulated, or null: not wanted
 };
 
-void plan_product(const PlanProduct<float>& product);
-void plan_product(const PlanProduct<double>& product);
+template <typename T>
+void plan_product(const PlanProduct<T>& product);
 
 }  // namespace otloss::cpu

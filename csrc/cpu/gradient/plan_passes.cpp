@@ -1,15 +1,13 @@
 // Passes over a plan in memory, vectorised along rows. They are few and bandwidth-bound; sums are
 // taken in double whatever the plan's dtype, because the linear system of the implicit gradient is
 // a graph Laplacian whose smallest eigenvalues are differences of these sums.
-#include "cpu/gradient/adjoint.h"
+#include "cpu/gradient/plan_passes.h"
 
-#include "cpu/parallel.h"
+#include "cpu/simd/simd.h"
 
 namespace otloss::cpu {
-namespace {
-
 template <typename T>
-OTLOSS_INLINE void plan_sums_body(const PlanSums<T>& p) {
+OTLOSS_SIMD void plan_sums(const PlanSums<T>& p) {
   for (int64_t i = 0; i < p.rows; ++i) {
     const T* P = p.P + i * p.m;
     double sum = 0;
@@ -35,7 +33,7 @@ OTLOSS_INLINE void plan_sums_body(const PlanSums<T>& p) {
 }
 
 template <typename T>
-OTLOSS_INLINE void weigh_plan_body(const WeighPlan<T>& p) {
+OTLOSS_SIMD void weigh_plan(const WeighPlan<T>& p) {
   for (int64_t i = 0; i < p.rows; ++i) {
     const T *P = p.P + i * p.m, *C = p.C + i * p.m;
     T* out = p.out + i * p.m;
@@ -49,7 +47,7 @@ OTLOSS_INLINE void weigh_plan_body(const WeighPlan<T>& p) {
 }
 
 template <typename T>
-OTLOSS_INLINE void plan_product_body(const PlanProduct<T>& p) {
+OTLOSS_SIMD void plan_product(const PlanProduct<T>& p) {
   for (int64_t i = 0; i < p.rows; ++i) {
     const T* P = p.P + i * p.m;
     double w = p.base ? p.base[i] : 0.0;
@@ -67,13 +65,12 @@ OTLOSS_INLINE void plan_product_body(const PlanProduct<T>& p) {
   }
 }
 
-}  // namespace
-
-OTLOSS_SIMD void plan_sums(const PlanSums<float>& p) { plan_sums_body(p); }
-OTLOSS_SIMD void plan_sums(const PlanSums<double>& p) { plan_sums_body(p); }
-OTLOSS_SIMD void weigh_plan(const WeighPlan<float>& p) { weigh_plan_body(p); }
-OTLOSS_SIMD void weigh_plan(const WeighPlan<double>& p) { weigh_plan_body(p); }
-OTLOSS_SIMD void plan_product(const PlanProduct<float>& p) { plan_product_body(p); }
-OTLOSS_SIMD void plan_product(const PlanProduct<double>& p) { plan_product_body(p); }
+#define OTLOSS_INSTANTIATE(T)                    \
+  template void plan_sums(const PlanSums<T>&);   \
+  template void weigh_plan(const WeighPlan<T>&); \
+  template void plan_product(const PlanProduct<T>&);
+OTLOSS_INSTANTIATE(float)
+OTLOSS_INSTANTIATE(double)
+#undef OTLOSS_INSTANTIATE
 
 }  // namespace otloss::cpu

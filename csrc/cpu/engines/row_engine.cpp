@@ -1,0 +1,191 @@
+// Passes over the cost of one problem: sums of rows and columns of the plan, in blocks of rows.
+#include "cpu/engines/row_engine.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "core/math.h"
+#include "cpu/simd/sweep.h"
+#include "cpu/solve/gaussian.h"
+
+namespace otloss::cpu {
+namespace {
+
+// Column sums in the kernels' precision are added up in double after this number of rows.
+constexpr int64_t kFlushRows = 4096;
+
+template <typename T>
+T tilt_of(const Side<T>& x, double eps) {
+  return static_cast<T>(-eps * x.rate * x.damping(eps));
+}
+
+}  // namespace
+
+template <typename T>
+RowEngine<T>::RowEngine(const Side<T>& x, const Side<T>& y, const RowSource<T>& source, bool split,
+                        const PointPair<T>& points, int64_t problem)
+    : Engine<T>(x, y),
+      n_(x.count),
+      m_(y.count),
+      points_(points),
+      problem_(problem),
+      costs_(source, RowParts(n_, m_, split), kFlushRows),
+      G_(padded<T>(m_), T(kLog2Zero)),
+      s_(n_),
+      workspaces_(costs_.parts().count()) {
+  for (Workspace& w : workspaces_) {
+    w.c.resize(padded<T>(m_));
+    w.total.resize(m_);
+    w.e.resize(kSweepScratchRows * padded<T>(m_));
+  }
+}
+
+template <typename T>
+void RowEngine<T>::update_rows(double eps, const T* g, T* F, T* s) {
+  absorb(eps, g);
+  costs_.parts().for_each([&](int64_t part, int64_t begin, int64_t end) {
+    sweep(eps, part, begin, end, F, s, nullptr);
+  });
+}
+
+template <typename T>
+void RowEngine<T>::iterate(double eps, const T* g, T* F, T* gt, T* q) {
+  absorb(eps, g);
+  costs_.parts().for_each([&](int64_t part, int64_t begin, int64_t end) {
+    Workspace& w = workspaces_[part];
+    std::fill(w.total.begin(), w.total.end(), 0.0);
+    for (int64_t i = begin; i < end; i += kFlushRows) {
+      std::fill(w.c.begin(), w.c.end(), T(0));
+      sweep(eps, part, i, std::min(end, i + kFlushRows), F, s_.data(), w.c.data());
+      add_sums(m_, w.c.data(), w.total.data());
+    }
+  });
+  double* c = workspaces_[0].total.data();
+  for (size_t part = 1; part < workspaces_.size(); ++part)
+    for (int64_t j = 0; j < m_; ++j) c[j] += workspaces_[part].total[j];
+  update_columns(eps, g, F, c, gt, q);
+}
+
+template <typename T>
+double RowEngine<T>::transport(double eps, const T* F, const T* g) {
+  absorb(eps, g);
+  for (Workspace& w : workspaces_) w.sum = 0;
+  costs_.for_each([&](int64_t part, const T* C, int64_t i, int64_t count) {
+    workspaces_[part].sum += transport_rows(
+        PlanRows<T>{count, m_, factor<T>(eps), T(1), C, x.weight + i, F + i, G_.data(), nullptr});
+  });
+  double sum = 0;
+  for (const Workspace& w : workspaces_) sum += w.sum;
+  return sum;
+}
+
+// On at most 256 x 256 points.
+template <typename T>
+double RowEngine<T>::sigma() {
+  constexpr int64_t kSample = 256;
+  const std::vector<int64_t> rows = x.sample(kSample), columns = y.sample(kSample);
+  if (rows.size() < 2 || columns.size() < 2) return 0;
+  const size_t r = rows.size(), c = columns.size();
+  std::vector<double> C(r * c), row(r), column(c);
+  double mean = 0, sum = 0;
+  for (size_t i = 0; i < r; ++i) {
+    const T* costs = costs_.row(rows[i]);
+    for (size_t j = 0; j < c; ++j) {
+      const double value = C[i * c + j] = static_cast<double>(costs[columns[j]]);
+      row[i] += value / c, column[j] += value / r, mean += value / (r * c);
+    }
+  }
+  for (size_t i = 0; i < r; ++i)
+    for (size_t j = 0; j < c; ++j) {
+      const double value = C[i * c + j] - row[i] - column[j] + mean;
+      sum += value * value;
+    }
+  return std::sqrt(sum / (r * c));
+}
+
+// Between the Gaussians fitted to the clouds, where the points are known and there is a formula.
+template <typename T>
+bool RowEngine<T>::propose(double sweeps, double eps, T* g) const {
+  const int64_t d = points_.d;
+  if (!points_.zx || !traits_of(points_.kind).gaussian) return false;
+  if (!gaussian_start_within(sweeps, n_, m_, d)) return false;
+  gaussian_start(GaussianStart<T>{n_, m_, d, points_.zx + problem_ * n_ * d,
+                                  points_.zy + problem_ * m_ * d, x.weight, y.weight, eps, g});
+  return true;
+}
+
+template <typename T>
+void RowEngine<T>::absorb(double eps, const T* g) {
+  absorb_weights(m_, factor<T>(eps), g, y.weight, G_.data());
+}
+
+template <typename T>
+void RowEngine<T>::sweep(double eps, int64_t part, int64_t begin, int64_t end, T* F, T* s, T* c) {
+  T* e = workspaces_[part].e.data();
+  costs_.for_each_block(part, begin, end, [&](const T* C, int64_t i, int64_t count) {
+    // The last row that may be read to its padded width ends within the memory.
+    const int64_t beyond = costs_.source().available(i) - padded<T>(m_);
+    const int64_t readable = beyond < 0 ? 0 : std::min(count, beyond / m_ + 1);
+    sweep_rows(RowSweep<T>{count, m_, factor<T>(eps), C, x.weight + i, G_.data(), F + i, s + i, c,
+                           e, readable, tilt_of(x, eps)});
+  });
+}
+
+// gt_j = g_j - eps log q_j with q_j = c_j / b_j, in whole blocks, then again with the maximum
+// subtracted where a block holds a sum that cannot be trusted.
+template <typename T>
+void RowEngine<T>::update_columns(double eps, const T* g, const T* F, const double* c, T* gt,
+                                  T* q) {
+  const T to_cost = static_cast<T>(eps / kLog2E);
+  const T* b = y.weight;
+  const double least = least_column_sum(tilt_of(x, eps), F);
+  for (int64_t begin = 0; begin < m_; begin += kColumnBlock) {
+    const int64_t end = std::min(m_, begin + kColumnBlock);
+    if (column_ratios(end - begin, c + begin, b + begin, least, q + begin)) {
+      std::fill(gt + begin, gt + end, T(0));
+      subtract_log2(end - begin, q + begin, gt + begin);
+      for (int64_t j = begin; j < end; ++j) gt[j] = b[j] > T(0) ? g[j] + to_cost * gt[j] : T(0);
+    } else {
+      guarded_columns(eps, begin, end, g, F, gt, q);
+    }
+  }
+}
+
+// Column sums that are smaller may owe a digit to exponentials clamped at 2^-kExp2Limit: row i
+// adds a_i / s_i of them, times its tilt. None is large enough if that was clamped.
+template <typename T>
+double RowEngine<T>::least_column_sum(T tilt, const T* F) const {
+  double clamped = 0;
+  for (int64_t i = 0; i < n_; ++i) {
+    if (!(x.weight[i] > T(0))) continue;
+    double added = static_cast<double>(x.weight[i] / (trusted(s_[i]) ? s_[i] : T(1)));
+    if (tilt != T(0)) added *= static_cast<double>(fast_exp2(tilt * F[i]));
+    if (tilt * F[i] > static_cast<T>(kExp2Limit)) return std::numeric_limits<double>::infinity();
+    clamped += added;
+  }
+  return clamped * std::exp2(-kExp2Limit) / static_cast<double>(std::numeric_limits<T>::epsilon());
+}
+
+template <typename T>
+void RowEngine<T>::guarded_columns(double eps, int64_t begin, int64_t end, const T* g, const T* F,
+                                   T* gt, T* q) {
+  const T k = factor<T>(eps), to_cost = static_cast<T>(eps / kLog2E);
+  const T damping = static_cast<T>(x.damping(eps));
+  std::vector<T> A(n_);
+  for (int64_t i = 0; i < n_; ++i)
+    A[i] = x.weight[i] > T(0) ? damping * F[i] + fast_log2(x.weight[i]) : static_cast<T>(kLog2Zero);
+  T lse[kColumnBlock];
+  int64_t stride = 0;
+  const T* C = costs_.source().columns(begin, end, columns_, stride);
+  column_lse(ColumnLse<T>{n_, end - begin, stride, k, C, A.data(), lse});
+  for (int64_t j = begin; j < end; ++j) {
+    gt[j] = y.weight[j] > T(0) ? -to_cost * lse[j - begin] : T(0);
+    q[j] = fast_exp2(k * (g[j] - gt[j]));
+  }
+}
+
+template class RowEngine<float>;
+template class RowEngine<double>;
+
+}  // namespace otloss::cpu

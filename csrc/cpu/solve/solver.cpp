@@ -1,0 +1,314 @@
+#include "cpu/solve/solver.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "core/math.h"
+#include "core/step_control.h"
+#include "cpu/simd/sweep.h"
+#include "cpu/solve/lbfgs_memory.h"
+#include "cpu/solve/semidual.h"
+#include "cpu/solve/sparse_newton.h"
+
+namespace otloss::cpu {
+namespace {
+
+template <typename T>
+constexpr double kRoundoff = static_cast<double>(std::numeric_limits<T>::epsilon());
+
+template <typename T>
+class PairSolver {
+ public:
+  PairSolver(Engine<T>& engine, const SolveOptions& options, T* F, T* g)
+      : engine_(engine),
+        options_(options),
+        x_(engine.x),
+        y_(engine.y),
+        n_(x_.count),
+        m_(y_.count),
+        eps_(options.eps),
+        F_(F),
+        control_(options.eps, options.tol, options.max_iters),
+        point_(m_, y_.weight),
+        trial_(m_, y_.weight),
+        r_(m_),
+        p_(m_),
+        excess_(m_),
+        newton_(engine) {
+    std::copy(g, g + m_, trial_.g.begin());
+  }
+
+  void run() {
+    start();
+    while (next_ != Next::kDone && !interrupted()) {
+      propose();
+      evaluate(trial_, F_);
+      if (next_ == Next::kStep && !control_.accepts(trial_))
+        next_ = control_.shorten();
+      else
+        move();
+    }
+  }
+
+  // F is the row update of the point's g; gt, the column update of F, is one half step further.
+  Outcome finish(T* g) const {
+    std::copy(point_.gt.begin(), point_.gt.end(), g);
+    return {control_.passes(), point_.error, point_.error <= options_.tol};
+  }
+
+ private:
+  // Where to begin. A proposal that costs next to nothing comes first and 0 second, another the
+  // other way round; the second is only tried if the iterations cannot start at the first.
+  void start() {
+    constexpr double kCheapSweeps = 1,
+                     kWorthSweeps = 10;  // what a good start saves, at least and at most
+    const bool warm = options_.warm_start;
+    const bool cheap = !warm && engine_.propose(kCheapSweeps, eps_, trial_.g.data());
+    evaluate(trial_, F_);
+    bool near = near_enough(trial_);
+    if (!warm && control_.wants_other_start(near) &&
+        (cheap || engine_.propose(kWorthSweeps, eps_, point_.g.data()))) {
+      std::vector<T> other_F(n_);
+      evaluate(point_, other_F.data());
+      if (point_.value > trial_.value) {
+        std::swap(point_, trial_);
+        std::copy(other_F.begin(), other_F.end(), F_);
+        near = near_enough(trial_);
+      }
+    }
+    if (control_.begin_stages(near, near ? 0 : engine_.sigma())) {
+      point_.gt = trial_.g;
+    } else {
+      begin_stage(control_.passes() - 1);
+      move();
+    }
+  }
+
+  // Sets the point to evaluate next.
+  void propose() {
+    if (next_ == Next::kStep) {
+      const T t = static_cast<T>(control_.length());
+      for (int64_t j = 0; j < m_; ++j) trial_.g[j] = point_.g[j] + t * p_[j];
+      return;
+    }
+    trial_.g = point_.gt;
+    memory_.clear();
+    if (next_ != Next::kStage) return;
+    for (int64_t i = 0; i < n_; ++i) F_[i] *= static_cast<T>(eps_ / control_.eps());
+    eps_ = control_.eps();
+    begin_stage(control_.passes());
+  }
+
+  // passes: before its first point.
+  void begin_stage(int64_t passes) {
+    begun_ = passes;
+    newton_.reset();
+    length_ = StepLength();
+  }
+
+  bool near_enough(const SemidualPoint<T>& point) const {
+    double residual = 0;
+    for (int64_t j = 0; j < m_; ++j)
+      residual = std::max(residual, static_cast<double>(std::abs(point.gt[j] - point.g[j])));
+    return is_near(point.error, residual, eps_);
+  }
+
+  void evaluate(SemidualPoint<T>& point, T* F) {
+    engine_.iterate(eps_, point.g.data(), F, point.gt.data(), point.q.data());
+    control_.count_passes(1);
+    if (x_.hard() && y_.hard()) {
+      const SoftMean f = x_.soft_mean(F, eps_ / kLog2E), g = y_.soft_mean(point.g.data(), 1);
+      point.value = x_.mass * f.mean + y_.mass * g.mean;
+      point.noise = 4 * kRoundoff<T> * (x_.mass * f.magnitude + y_.mass * g.magnitude);
+    } else {
+      translate(point, F);
+    }
+    point.error = marginal_error(m_, point.target.data(), point.q.data()) / y_.mass;
+  }
+
+  // Where a side is soft: the best translation (F + t, g - t) of an evaluated point, taken at once,
+  // and what it makes of the point. Softmins are only shifted by it, so that the pass holds good,
+  // and the plan's total becomes the M that both potentials imply. Without it a large rho would
+  // take some rho / eps passes to find M (Séjourné, Vialard, Peyré 2022).
+  void translate(SemidualPoint<T>& point, T* F) const {
+    const double damping = x_.damping(eps_), to_cost = eps_ / kLog2E;
+    const Translation best(x_, y_, x_.mass, y_.mass, eps_, kRoundoff<T>,
+                           x_.soft_mean(F, damping * to_cost), y_.soft_mean(point.g.data(), 1));
+    const T on_F = static_cast<T>(best.t / to_cost), on_g = static_cast<T>(best.t);
+    const T on_gt = static_cast<T>(damping * best.t), damp = static_cast<T>(y_.damping(eps_));
+    for (int64_t i = 0; i < n_; ++i) F[i] += x_.weight[i] > T(0) ? on_F : T(0);
+    for (int64_t j = 0; j < m_; ++j) {
+      point.g[j] -= y_.weight[j] > T(0) ? on_g : T(0);
+      point.gt[j] -= y_.weight[j] > T(0) ? on_gt : T(0);
+    }
+    y_.set_target(eps_, -kLog2E * x_.rate * damping * best.t, point.g.data(), point.gt.data(),
+                  best.mean_g, point.q.data(), point.target.data());
+    for (T& value : point.gt) value *= damp;
+    point.value = best.value;
+    point.noise = best.noise;
+  }
+
+  // The trial becomes the point.
+  void move() {
+    std::vector<T> next = residual(trial_);
+    if (next_ == Next::kStep) {
+      std::vector<T> step(m_), change(m_);
+      for (int64_t j = 0; j < m_; ++j) {
+        step[j] = y_.weight[j] > T(0) ? trial_.g[j] - point_.g[j] : T(0);
+        change[j] = r_[j] - next[j];
+      }
+      const double changed = squared(change);
+      length_.accepted(squared(step), changed, squared(r_));
+      if (changed > least_change(point_.noise, y_.mass, kRoundoff<T>, eps_))
+        memory_.push(std::move(step), std::move(change));
+    } else if (next_ == Next::kPlain) {
+      length_.plain(squared(r_));
+    }
+    r_ = std::move(next);
+    std::swap(point_, trial_);
+    memory_.weigh(point_.target.data(), y_.hard());
+    next_ = control_.move_to(point_);
+    if (next_ == Next::kStep) aim();
+  }
+
+  // Residual gt - g without its mean, which the semidual does not see.
+  std::vector<T> residual(const SemidualPoint<T>& point) const {
+    std::vector<T> r(m_);
+    for (int64_t j = 0; j < m_; ++j) r[j] = point.gt[j] - point.g[j];
+    const T mean = static_cast<T>(dot(m_, point.target.data(), r.data()) / y_.mass);
+    for (int64_t j = 0; j < m_; ++j) r[j] = y_.weight[j] > T(0) ? r[j] - mean : T(0);
+    return r;
+  }
+
+  double squared(const std::vector<T>& v) const {
+    return dot(m_, point_.target.data(), v.data(), v.data());
+  }
+
+  // <b - P^T 1, v>
+  double slope_along(const std::vector<T>& v) const {
+    return dot(m_, point_.target.data(), excess_.data(), v.data());
+  }
+
+  // The direction from the point, p_.
+  void aim() {
+    bool by_newton = false;
+    if (control_.may_pass(2)) {
+      int64_t readings = 0;
+      by_newton = newton_.prepare(eps_, F_, point_, control_.passes() - begun_, readings);
+      control_.count_passes(readings);
+    }
+    const auto newton_step = [&] { newton_.step(point_.error, p_); };
+    const FunctionRef<void()> precondition(newton_step);
+    p_ = r_;
+    memory_.direction(p_, by_newton ? &precondition : nullptr);
+    for (int64_t j = 0; j < m_; ++j)
+      if (!has_mass(static_cast<double>(point_.target[j]), y_.mass)) p_[j] = r_[j];
+    for (int64_t j = 0; j < m_; ++j) excess_[j] = T(1) - point_.q[j];
+    double slope = slope_along(p_);
+    if (!(slope > 0)) {
+      memory_.clear();
+      p_ = r_;
+      slope = slope_along(p_);
+    }
+    control_.aim(slope, length_.first(squared(p_)));
+  }
+
+  Engine<T>& engine_;
+  const SolveOptions& options_;
+  const Side<T>&x_, &y_;
+  const int64_t n_, m_;
+  double eps_;  // of the stage
+  T* const F_;  // (n,) of the point that was evaluated last
+  StepControl control_;
+  Next next_ = Next::kStage;  // what the trial is
+  SemidualPoint<T> point_, trial_;
+  std::vector<T> r_, p_, excess_;  // (m,) residual; direction; 1 - q
+  LbfgsMemory<T> memory_;
+  StepLength length_;
+  SparseNewton<T> newton_;
+  int64_t begun_ = 0;  // passes before the stage
+};
+
+}  // namespace
+
+template <typename T>
+Outcome solve_pair(Engine<T>& engine, const SolveOptions& options, T* F, T* g) {
+  PairSolver<T> solver(engine, options, F, g);
+  solver.run();
+  return solver.finish(g);
+}
+
+template <typename T>
+Outcome solve_symmetric(Engine<T>& engine, const SolveOptions& options, T* F) {
+  const Side<T>& x = engine.x;
+  const int64_t n = x.count;
+  const double eps = options.eps, damping = x.damping(eps);
+  const SymmetricRule rule(damping);
+  const T to_cost = static_cast<T>(damping * eps / kLog2E), to_base2 = factor<T>(eps);
+  const T relaxation = static_cast<T>(rule.relaxation), last = static_cast<T>(rule.last);
+  const T undamped = static_cast<T>(eps / kLog2E);
+  std::vector<T> f(n), s(n), softmin(n), target(x.weight, x.weight + n);
+  Outcome outcome;
+  if (options.warm_start) {
+    for (int64_t i = 0; i < n; ++i) f[i] = F[i] / to_base2;
+  } else {
+    engine.update_rows(eps, f.data(), F, s.data());
+    ++outcome.iterations;
+    const double centre = rule.centre * dot(n, x.weight, F) / x.mass;
+    for (int64_t i = 0; i < n; ++i)
+      f[i] = x.weight[i] > 0 ? to_cost * static_cast<T>(F[i] - centre) : T(0);
+  }
+  while (true) {
+    for (int64_t i = 0; i < n; ++i) F[i] = to_base2 * f[i];
+    engine.update_rows(eps, f.data(), F, s.data());
+    ++outcome.iterations;
+    if (!x.hard()) {
+      for (int64_t i = 0; i < n; ++i) softmin[i] = undamped * F[i];
+      x.set_target(eps, 0, f.data(), softmin.data(), x.soft_mean(f.data(), 1).mean, s.data(),
+                   target.data());
+    }
+    outcome.error = marginal_error(n, target.data(), s.data()) / x.mass;
+    outcome.converged = outcome.error <= options.tol;
+    if (outcome.converged || outcome.iterations >= options.max_iters || interrupted()) break;
+    for (int64_t i = 0; i < n; ++i) f[i] += relaxation * (to_cost * F[i] - f[i]);
+  }
+  for (int64_t i = 0; i < n; ++i) F[i] = to_base2 * (f[i] + last * (to_cost * F[i] - f[i]));
+  return outcome;
+}
+
+template <typename T>
+Outcome solve_fixed(Engine<T>& engine, const SolveOptions& options, T* F, T* g, T* trace) {
+  const Side<T>&x = engine.x, &y = engine.y;
+  const int64_t n = x.count, m = y.count;
+  const double eps = options.eps;
+  const T to_cost = static_cast<T>(eps / kLog2E * x.damping(eps));
+  const T damping = static_cast<T>(y.damping(eps));
+  std::vector<T> gt(m), q(m), target(y.weight, y.weight + m);
+  Outcome outcome;
+  for (int64_t it = 0; it < options.n_iters && !interrupted(); ++it) {
+    engine.iterate(eps, g, F, gt.data(), q.data());
+    if (it + 1 == options.n_iters && !y.hard())
+      y.set_target(eps, 0, g, gt.data(), y.soft_mean(g, 1).mean, q.data(), target.data());
+    for (int64_t j = 0; j < m; ++j) g[j] = damping * gt[j];
+    if (trace) {
+      for (int64_t i = 0; i < n; ++i) trace[i] = to_cost * F[i];
+      std::copy(g, g + m, trace + n);
+      trace += n + m;
+    }
+    ++outcome.iterations;
+  }
+  outcome.error = marginal_error(m, target.data(), q.data()) / y.mass;
+  outcome.converged = outcome.error <= options.tol;
+  return outcome;
+}
+
+#define OTLOSS_INSTANTIATE(T)                                            \
+  template Outcome solve_pair(Engine<T>&, const SolveOptions&, T*, T*);  \
+  template Outcome solve_symmetric(Engine<T>&, const SolveOptions&, T*); \
+  template Outcome solve_fixed(Engine<T>&, const SolveOptions&, T*, T*, T*);
+OTLOSS_INSTANTIATE(float)
+OTLOSS_INSTANTIATE(double)
+#undef OTLOSS_INSTANTIATE
+
+}  // namespace otloss::cpu

@@ -1,0 +1,113 @@
+"""What the solver reads costs through: a protocol, and its form for a stored matrix."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from otloss.costs import NamedCost
+from otloss.reference.marginals import (
+    Marginals,
+    SoftMean,
+    counted,
+    damping,
+    mean_and_magnitude,
+    softmin,
+)
+
+SIGMA_SAMPLE = 256  # points of each side
+# Where the Gaussian potential is made, and the time it takes: d^3 and (n + m) d^2 times as much as
+# one cost of a sweep.
+MAX_GAUSSIAN_DIMS, EIGEN_WORK, MOMENT_WORK = 64, 400, 5
+
+
+class Engine(Protocol):
+    """Sweeps over the costs of one problem. Of x it may hold some rows only, y is whole."""
+
+    a: Tensor  # (n,) weights of the rows held here
+    b: Tensor  # (m,) weights, of the total of x where the problem is balanced
+    marginals: Marginals
+
+    @property
+    def mass(self) -> tuple[float, float]:
+        """The totals of x and y."""
+
+    def iterate(self, eps: float, g: Tensor) -> tuple[Tensor, SoftMean, Tensor]:
+        """One sweep: f = damping T_x(g), its mean over all rows, and T_y(f)."""
+
+    def update_rows(self, eps: float, g: Tensor) -> Tensor:
+        """T_x(g) of all rows."""
+
+    def sigma(self) -> float:
+        """Standard deviation of C_ij - mean_i - mean_j + mean on a sample."""
+
+    def propose(self, sweeps: float, eps: float) -> Tensor | None:
+        """Potentials g (m,) to start from, if they take less time than ``sweeps`` sweeps."""
+
+
+class Clouds(NamedTuple):
+    """The points behind the costs of one problem: where a start in closed form comes from."""
+
+    cost: NamedCost
+    x: Tensor  # (n, d)
+    y: Tensor  # (m, d)
+    a: Tensor  # (n,)
+    b: Tensor  # (m,)
+
+    def item(self, index: int) -> Clouds:
+        """One problem of a batch."""
+        return Clouds(self.cost, *(t[index] for t in self[1:]))
+
+    def propose(self, sweeps: float, eps: float) -> Tensor | None:
+        (n, d), m = self.x.shape, len(self.y)
+        work = EIGEN_WORK * d**3 + MOMENT_WORK * (n + m) * d**2
+        if d > MAX_GAUSSIAN_DIMS or work > sweeps * n * m:
+            return None
+        return self.cost.gaussian_potential(self.x, self.y, self.a, self.b, eps)
+
+
+class DenseEngine:
+    """A stored cost matrix. ``iterate`` and ``update_rows`` take batches too, differentiably."""
+
+    def __init__(
+        self, C: Tensor, a: Tensor, b: Tensor, marginals: Marginals, clouds: Clouds | None = None
+    ) -> None:
+        self.C, self.a, self.b = counted(C, a, b), a, b
+        self.marginals, self.clouds = marginals, clouds
+
+    @functools.cached_property
+    def mass(self) -> tuple[float, float]:
+        return float(self.a.double().sum()), float(self.b.double().sum())
+
+    def iterate(self, eps: float, g: Tensor) -> tuple[Tensor, SoftMean, Tensor]:
+        f = damping(self.marginals.x, eps) * self.update_rows(eps, g)
+        t = torch.where(self.b > 0, softmin(eps, self.C.mT, f, self.a), 0.0)
+        return f, mean_and_magnitude(f.detach(), self.a, self.marginals.x), t
+
+    def update_rows(self, eps: float, g: Tensor) -> Tensor:
+        return torch.where(self.a > 0, softmin(eps, self.C, g, self.b), 0.0)
+
+    def sigma(self) -> float:
+        return spread(self.C[sample(self.a)][:, sample(self.b)])
+
+    def propose(self, sweeps: float, eps: float) -> Tensor | None:
+        return self.clouds.propose(sweeps, eps) if self.clouds else None
+
+
+def sample(weights: Tensor) -> Tensor:
+    """Numbers of some points of positive weight, evenly spread."""
+    count = min(len(weights), SIGMA_SAMPLE)
+    chosen = torch.arange(count, device=weights.device) * len(weights) // count
+    return chosen[weights[chosen] > 0]
+
+
+def spread(C: Tensor) -> float:
+    """The standard deviation of C_ij - mean_i - mean_j + mean; 0 of a single row or column."""
+    if min(C.shape) < 2:
+        return 0.0
+    C = C.double()
+    C = C - C.mean(0, keepdim=True) - C.mean(1, keepdim=True) + C.mean()
+    return float(C.square().mean().sqrt())

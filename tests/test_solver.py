@@ -1,0 +1,102 @@
+"""The reference solver is the documented method: it takes the sweeps that the kernels take."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from helpers import (
+    COSTS,
+    STRENGTHS,
+    WEIGHTS,
+    Clouds,
+    Strength,
+    clouds,
+    pick,
+    randn,
+    scaled,
+    unequal,
+)
+
+import otloss
+from otloss import ops, reference
+from otloss.costs import NAMED
+
+RELATIVE_EPS = (1.0, 0.1, 0.01, 0.003)  # of the median cost: no stages, and one to four
+
+
+@pytest.fixture(autouse=True)
+def without_newton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one rule that the reference leaves out."""
+    monkeypatch.setenv("OTLOSS_NEWTON", "0")
+
+
+def assert_same_path(c: Clouds, eps: float, **options: object) -> None:
+    """Of the sweeps that are compared; later ones of a long solve differ, since rounding decides
+    whether a step is taken."""
+    options = {"tol": 1e-8, "max_iters": 24, **options}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", otloss.ConvergenceWarning)
+        plain, native = (
+            otloss.solve_sample(c.x, c.y, eps, a=c.a, b=c.b, method=method, **options)
+            for method in ("reference", "dense")
+        )
+    assert plain.n_iters == native.n_iters
+    unit = float(native.potentials[0].abs().max() + native.potentials[1].abs().max())
+    torch.testing.assert_close(plain.potentials, native.potentials, rtol=1e-6, atol=1e-6 * unit)
+
+
+@pytest.mark.parametrize("relative_eps", RELATIVE_EPS)
+@pytest.mark.parametrize("strength", [None, *STRENGTHS, 1e4], ids=str)
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("cost", COSTS)
+def test_two_clouds(cost, weights, strength, relative_eps, rng):
+    c = clouds(rng, pick(rng, 20, 80), pick(rng, 20, 80), pick(rng, 2, 70), weights=weights)
+    y = c.y if c.b is None else c.y[c.b > 0]
+    unit = 1.0 if cost == "cosine" else max(0.1, float(otloss.cost_matrix(y, y, cost).median()))
+    if strength is not None and not isinstance(strength, tuple):
+        c = unequal(c, 1.7)
+    unbalanced: Strength | None = None if strength is None else scaled(strength, unit)
+    assert_same_path(c, relative_eps * unit, cost=cost, unbalanced=unbalanced)
+
+
+@pytest.mark.parametrize("dims", [2, 3, 30])
+def test_start_at_the_gaussian_potential(dims, rng):
+    """Of many points it takes less time than a sweep, and is tried first."""
+    c = clouds(rng, 300, 280, dims, weights="random")
+    for eps in (0.05 * dims, 0.5 * dims, 5.0 * dims):
+        assert_same_path(c, eps)
+
+
+@pytest.mark.parametrize("max_iters", [1, 2, 3, 5, 9, 17, 100])
+def test_limits_of_sweeps(max_iters, rng):
+    assert_same_path(clouds(rng, 40, 45, 2), 0.05, max_iters=max_iters)
+
+
+def test_given_potentials(rng):
+    c = clouds(rng, 40, 45, 2)
+    near = otloss.solve_sample(c.x, c.y, 0.1, tol=1e-2)
+    for init in (near, (randn(rng, 40), randn(rng, 45))):
+        assert_same_path(c, 0.1, init=init)
+
+
+@pytest.mark.parametrize("rho", [(float("inf"), float("inf")), (0.5, 0.5)], ids=str)
+@pytest.mark.parametrize("kind", range(len(COSTS)))
+def test_a_cloud_against_itself(kind, rho, rng):
+    c = clouds(rng, 50, 30, 3, weights="padded", batch=3)
+    points, weights = [c.x, c.y], [c.a, c.b]
+    costs = ops.cost(points, weights, [0, 0, 1, 1], kind)
+    arguments = (costs, weights, [0, 0, 1, 1], [1.0, 1.0], [], 0.02, *rho, 1e-9, 100, -1, 0, False)
+    (_, plain, *_), (_, native, *_) = reference.solve(*arguments), ops.solve(*arguments)
+    torch.testing.assert_close(plain[..., ops.ITERATIONS], native[..., ops.ITERATIONS])
+
+
+@pytest.mark.parametrize("cost", NAMED, ids=lambda cost: cost.name)
+def test_bounds_of_costs(cost, rng):
+    x, y = randn(rng, 2, 20, 3) + 1, 5 * randn(rng, 2, 30, 3)
+    C, bound = cost.between(x, y), cost.bound(x, y)
+    largest = C.amax((1, 2))
+    assert bool((largest <= bound).all() and (bound <= 4 * largest).all())
+    y[1, 2] = torch.nan
+    assert cost.bound(x, y).isnan().tolist() == [False, True]
