@@ -22,6 +22,7 @@ from benchmarks import gpu_check, peers, steps  # noqa: E402
 from benchmarks.suites import Context, iteration  # noqa: E402
 
 
+@pytest.mark.slow
 def test_gpu_benchmarks_run_on_small_clouds(tmp_path):
     out = tmp_path / "gpu.json"
     command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--device", "cpu"]
@@ -54,6 +55,7 @@ def test_steps_end_with_all_that_they_started(tmp_path: Path) -> None:
         assert not process_exists((logs / f"{name}.log").read_text().strip())
 
 
+@pytest.mark.slow
 def test_a_gpu_check_is_rehearsed(tmp_path: Path, monkeypatch, capsys) -> None:
     """Rows of tests that pass, fail, are all skipped and hang: the summary tells each."""
     bodies = {
