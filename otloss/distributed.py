@@ -21,12 +21,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from otloss import _check, ops
+from otloss._options import Options, check_options
 from otloss.autograd import refuse_higher_order
 from otloss.costs import COSTS, NAMED
+from otloss.problem import Problem, check_clouds
 from otloss.reference.engine import Clouds, sample, spread
 from otloss.reference.marginals import BALANCED, SoftMean, counted, plan
 from otloss.reference.solver import Solution, plain_iteration, solve_problem
-from otloss.solve import Problem, check_clouds
 
 __all__ = ["sinkhorn_divergence"]
 
@@ -78,7 +79,7 @@ def sinkhorn_divergence(
     """
     if not isinstance(cost, str):
         raise TypeError(f"cost must be a name, got {type(cost).__name__}")
-    options = _check.options(
+    options = check_options(
         eps, cost=cost, objective=objective, tol=tol, max_iters=max_iters, n_iters=n_iters
     )
     given = {"a_local": a_local, "b_local": b_local}
@@ -230,7 +231,7 @@ class ShardedEngine:
         return self.each.gather((P * self.C).double().sum()[None]).sum()
 
 
-def _solve(engine: ShardedEngine, symmetric: bool, options: _check.Options) -> Solution:
+def _solve(engine: ShardedEngine, symmetric: bool, options: Options) -> Solution:
     """Both potentials whole."""
     if options.n_iters < 0:
         solved = solve_problem(engine, symmetric, options.eps, options.tol, options.max_iters)
@@ -251,7 +252,7 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, options: _check.Options, local: Problem, clouds: list[Cloud], *points: Tensor
+        ctx: Any, options: Options, local: Problem, clouds: list[Cloud], *points: Tensor
     ) -> Tensor:
         ctx.options, ctx.clouds, ctx.kind = options, clouds, COSTS[str(options.cost)]
         ctx.solutions = []

@@ -15,7 +15,7 @@ from helpers import COSTS, DTYPES
 from torch import Tensor
 
 import otloss
-from otloss import schedule
+from otloss import method as methods
 
 REGIMES = ["auto", "block", "cluster", "grid", "dense", "streamed"]
 # Envelope, unrolled and implicit gradients.
@@ -446,5 +446,5 @@ def test_auto_streams_what_does_not_fit(monkeypatch):
     x = torch.empty(1, 10, 64, device="cuda")
     memory = torch.cuda.get_device_properties(0).total_memory
     n = math.isqrt(memory // 16)
-    assert schedule.choose_method([x], [(n // 2, n)], 4) == "dense"
-    assert schedule.choose_method([x], [(2 * n, n)], 4) == "streamed"
+    assert methods.choose_method([x], [(n // 2, n)], 4) == "dense"
+    assert methods.choose_method([x], [(2 * n, n)], 4) == "streamed"

@@ -430,7 +430,7 @@ def test_streamed_second_derivatives_by_way_of_costs(objective, kw):
 
 @pytest.mark.parametrize("kw", [{"n_iters": 2}, {"objective": "transport"}, {}], ids=str)
 def test_second_derivatives_past_the_budget_are_refused(kw, monkeypatch):
-    monkeypatch.setattr(otloss.schedule, "dense_budget", 100)
+    monkeypatch.setattr(otloss.method, "dense_budget", 100)
     x, y, _, _ = leaves_of()
     loss = otloss.sinkhorn_divergence(x, y, 1.0, method="streamed", **kw)
     (only,) = torch.autograd.grad(loss, x, retain_graph=True)

@@ -233,11 +233,11 @@ def test_lists_of_status_fields_and_objectives_agree():
     numbers = [ops.ITERATIONS, ops.ERROR, ops.CONVERGED, ops.MAX_COST]
     assert fields == ["Iterations", "Error", "Converged", "MaxCost"]
     assert numbers == list(range(4))
-    from otloss import _check
+    from otloss import _options
 
     body = re.search(r"enum class Objective : int \{(.*?)\}", header)[1]
     entries = [(k.lower(), int(v)) for k, v in re.findall(r"k(\w+)\s*=\s*(\d+)", body)]
-    assert entries == [(word, k) for k, word in enumerate(_check.OBJECTIVES)]
+    assert entries == [(word, k) for k, word in enumerate(_options.OBJECTIVES)]
 
 
 def test_native_kernels_are_in_use():

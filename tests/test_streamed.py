@@ -18,7 +18,8 @@ import torch
 from backends import BACKENDS
 
 import otloss
-from otloss import ops, schedule
+from otloss import method as methods
+from otloss import ops
 
 ROOT = Path(__file__).parents[1]
 FIRST_ORDER = {"tol": 1e-9, "max_iters": 20_000}
@@ -115,7 +116,7 @@ def test_the_gaussian_start_saves_passes(rng):
 def test_what_results_tell_is_that_of_the_stored_matrix(rng, batch, cost, strength, monkeypatch):
     """In blocks of a few rows, the last of which is smaller; gradients too."""
     c = helpers.clouds(rng, 31, 26, 3, weights="padded", batch=batch).require_grad()
-    monkeypatch.setattr(schedule, "BLOCK_BYTES", 8 * 26 * (batch or 1) * 7)
+    monkeypatch.setattr(methods, "BLOCK_BYTES", 8 * 26 * (batch or 1) * 7)
     lead = () if batch is None else (batch,)
     new = helpers.randn(rng, *lead, 12, 3)
     right, left = helpers.randn(rng, *lead, 26), helpers.randn(rng, *lead, 31, 4)
@@ -158,9 +159,9 @@ def test_memory_does_not_grow_with_the_matrix(case):
     body, sizes, most = MEMORY[case]
     script = (
         "import otloss, torch\n"
-        "from otloss import schedule\n"
+        "from otloss import method\n"
         "from benchmarks.memory import resident_peak\n"
-        f"schedule.dense_budget = {schedule.dense_budget if case == 'result' else 0}\n"
+        f"method.dense_budget = {methods.dense_budget if case == 'result' else 0}\n"
         "def call(n, m):\n"
         "    x, y = torch.rand(n, 3).requires_grad_(), torch.rand(m, 3).requires_grad_()\n"
         f"{body}\n"
@@ -177,16 +178,16 @@ def test_memory_does_not_grow_with_the_matrix(case):
 
 def test_auto_keeps_matrices_within_the_budget(monkeypatch):
     points, sizes = [torch.zeros(10, 30)], [(1000, 1000)]
-    assert schedule.choose_method(points, sizes, 4) == "dense"
-    monkeypatch.setattr(schedule, "dense_budget", 3_999_999)
-    assert schedule.choose_method(points, sizes, 4) == "streamed"
+    assert methods.choose_method(points, sizes, 4) == "dense"
+    monkeypatch.setattr(methods, "dense_budget", 3_999_999)
+    assert methods.choose_method(points, sizes, 4) == "streamed"
 
 
 def test_auto_streams_few_dimensions_later_if_the_gradient_takes_many_passes():
     points, sizes = [torch.zeros(10, 3)], [(1000, 1000)]
-    assert schedule.choose_method(points, sizes, 4) == "streamed"
-    assert schedule.choose_method(points, sizes, 4, many_passes_back=True) == "dense"
-    assert schedule.choose_method(points, [(4000, 4000)], 4, many_passes_back=True) == "streamed"
+    assert methods.choose_method(points, sizes, 4) == "streamed"
+    assert methods.choose_method(points, sizes, 4, many_passes_back=True) == "dense"
+    assert methods.choose_method(points, [(4000, 4000)], 4, many_passes_back=True) == "streamed"
 
 
 def test_what_it_cannot_do_is_refused(rng):
@@ -327,7 +328,7 @@ def test_gradients_on_threads(rng, mode, threads):
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_of_losses_make_no_matrix(rng, mode, monkeypatch):
     """What a loss and a result hand back, with a budget that no matrix fits in."""
-    monkeypatch.setattr(schedule, "dense_budget", 0)
+    monkeypatch.setattr(methods, "dense_budget", 0)
     c = helpers.clouds(rng, 45, 70, 3, weights="random").require_grad()
     kw: dict[str, Any] = {"tol": 1e-11, "max_iters": 20_000}
     kw = {"n_iters": 6} if mode == "unrolled" else kw

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from otloss import _check, ops
-from otloss._check import OBJECTIVES, Options
+from otloss._options import OBJECTIVES, Options
 from otloss.costs import COSTS
 from otloss.reference import operations
 from otloss.reference.operations import Arguments, as_pairs

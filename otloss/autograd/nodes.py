@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from otloss import ops, schedule
+from otloss import method as methods
+from otloss import ops
 from otloss.autograd.first_order import (
     Inputs,
     Seeds,
@@ -26,7 +27,7 @@ __all__ = ["CostMatrices", "Solve"]
 
 _STREAMED = (
     'this derivative of method="streamed" needs cost matrices, here {size:.2g} GB, more than '
-    'otloss.schedule.dense_budget: raise that or use method="dense"'
+    'otloss.method.dense_budget: raise that or use method="dense"'
 )
 
 
@@ -122,7 +123,7 @@ class Solve(torch.autograd.Function):
             s.trace,
             s.dense,
         )
-        if s.potentials and o.balanced and o.n_iters < 0:
+        if s.potentials and o.balanced() and o.n_iters < 0:
             f, g = _centred(s, inputs.weights, f, g)
         ctx.settings, ctx.sizes = s, sizes
         ctx.set_materialize_grads(False)
@@ -228,7 +229,7 @@ def _differentiable(
         of_costs, of_weights = solve_gradient(s, seeds, inputs, solution, wanted)
         return of_costs, [], of_weights
     size = _dense_bytes(s, inputs.points)
-    if not s.dense and size > schedule.budget(inputs.points[0].device):
+    if not s.dense and size > methods.budget(inputs.points[0].device):
         return _first_order_only(s, seeds, inputs, solution, wanted, size)
     points, weights, pairs = inputs.points, inputs.weights, as_pairs(s.pairs)
     kind, method = COSTS[str(s.options.cost)], s.options.method

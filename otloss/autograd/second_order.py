@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from otloss import reference
-from otloss._check import OBJECTIVES
+from otloss._options import OBJECTIVES
 from otloss.autograd.first_order import (
     Inputs,
     Seeds,
@@ -167,8 +167,8 @@ def solve_gradient(
     s: Settings, seeds: Seeds, inputs: Inputs, solution: Sequence[Tensor], wanted: Wanted
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Of the wanted costs and of every cloud's weights where wanted, as nodes of a graph."""
-    parts = [[seeds.loss], seeds.f, seeds.g, inputs.costs, inputs.weights, inputs.init]
-    parts.append([t.detach() for t in solution])
+    parts: list[list[Tensor]] = [[seeds.loss], seeds.f, seeds.g]
+    parts += [inputs.costs, inputs.weights, inputs.init, [t.detach() for t in solution]]
     tensors = [t for part in parts for t in part]
     found = iter(SolveGradient.apply(s, [len(part) for part in parts], wanted, *tensors))
     costs = [next(found) for _ in wanted.costs]
@@ -221,7 +221,7 @@ def _unrolled_in_torch(
         C, a, b = (t.view_as(t) for t in (costs[p], weights[i], weights[j]))
         start = init[2 * p + 1] if init else torch.zeros_like(b)
         marginals = reference.marginals_of(o.rho_x, o.rho_y, i, j)
-        f, g, *_ = reference.fixed_iterations(C, a, b, start, eps, o.n_iters, marginals)
+        f, g = reference.fixed_iterations(C, a, b, start, eps, o.n_iters, marginals)[:2]
         value = reference.value(eps, C, f, g, a, b, objective, marginals)
         total = (s.coefficients[p] * seeds.loss * value).sum()
         if seeds.f:
@@ -239,12 +239,19 @@ def _implicit_in_torch(
     """The envelope or implicit gradient as a formula in the potentials, which are functions too."""
     P = len(inputs.costs)
     both = Potentials.apply(s, P, *inputs.costs, *inputs.weights, *solution[: 2 * P])
-    f, g, problem, want = list(both[:P]), list(both[P:]), s.arguments(inputs), (range(P), [], True)
+    problem: tuple[Any, ...] = (
+        *s.arguments(inputs),
+        list(both[:P]),
+        list(both[P:]),
+        list(range(P)),
+        [],
+        True,
+    )
     if is_envelope(s, seeds):
-        costs, _, *weights = operations.envelope_backward(seeds.loss, *problem, f, g, *want)
+        costs, _, grad_a, grad_b = operations.envelope_backward(seeds.loss, *problem)
     else:
-        costs, _, *weights, _ = operations.implicit_backward(*seeds, *problem, f, g, *want)
-    return costs, *weights
+        costs, _, grad_a, grad_b, _ = operations.implicit_backward(*seeds, *problem)
+    return costs, grad_a, grad_b
 
 
 class Potentials(torch.autograd.Function):
