@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import warnings
 from typing import Any
 
@@ -90,8 +91,9 @@ def _load_native() -> Any:
     for name in OPERATIONS:
         _library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
     warnings.warn(
-        "otloss was installed without its compiled kernels: every operation runs in plain "
-        "torch, slowly. Install with a C++ compiler and OTLOSS_BUILD_NATIVE unset.",
+        f"otloss in {os.path.dirname(__file__)} has no compiled kernels: every operation runs in "
+        "plain torch, slowly. In a checkout, which Python started there imports before what is "
+        "installed, `make build` compiles them; else install without OTLOSS_BUILD_NATIVE=0.",
         stacklevel=3,
     )
     return None

@@ -83,9 +83,24 @@ def compiled(folder: Path, source: Path, macros: dict[str, str]) -> Path:
     return target
 
 
-@functools.cache
 def emulated(**macros: str) -> ModuleType:
-    """The module for these macros. Of several workers that need it, one compiles."""
+    """The module for these macros. What cannot be compiled is not tried again by each test."""
+    found = _loaded(**macros)
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+@functools.cache
+def _loaded(**macros: str) -> ModuleType | subprocess.CalledProcessError:
+    try:
+        return _load(**macros)
+    except subprocess.CalledProcessError as error:
+        return error
+
+
+def _load(**macros: str) -> ModuleType:
+    """Of several workers that need it, one compiles."""
     cache = os.environ.get("OTLOSS_CACHE") or Path.home() / ".cache/otloss"
     folder = Path(cache).expanduser() / "emulated"
     folder.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,6 +195,12 @@ def some_of(names: str, *values: Sequence[Any], quick: int = 2, whole: int = 2) 
         slow += covering(2, EMULATED, *values[1:])
     cases += [pytest.param(*case, marks=pytest.mark.slow) for case in slow]
     return pytest.mark.parametrize(names, cases, ids=name, indirect=fixtures)
+
+
+def slow_but(names: Iterable[str], *quick: str) -> list[Any]:
+    """All of them as parameters, few in the quick suite."""
+    slow = pytest.mark.slow
+    return [name if name in quick else pytest.param(name, marks=slow) for name in names]
 
 
 def solved(

@@ -37,6 +37,8 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "callable": lambda x, y: otloss.sinkhorn_divergence(
         x, y, 0.5, cost=lambda x, y: (x[..., None, :] - y[..., None, :, :]).abs().sum(-1)
     ),
+    "unrolled": lambda x, y: otloss.sinkhorn_divergence(x, y, 1.0, n_iters=3),
+    "implicit": lambda x, y: otloss.sinkhorn_divergence(x, y, 1.0, objective="transport"),
     "module": otloss.SinkhornDivergence(0.5),
     "unbalanced": lambda x, y: otloss.sinkhorn_divergence(x, y, 0.5, unbalanced=(1.0, None)),
 }
@@ -122,6 +124,7 @@ def test_numbers_that_change(anneal, rng):
     assert counter.frame_count <= 2
 
 
+@pytest.mark.slow
 def test_inductor(rng):
     """The whole way, code generation included, inside a training step."""
     network = torch.nn.Linear(3, 3).double()

@@ -243,8 +243,9 @@ def assert_solved(gpu: Gpu, p: Problem, tol: float) -> None:
     found, true, unit = gpu.solve(p, tol=1e-5), exactly(p), p.unit()
     assert bool((found.status[..., 2] == 1).all())
     assert float(found.status[..., 1].max()) <= 1e-5
-    torch.testing.assert_close(found.loss.double(), true.loss, rtol=tol, atol=tol * unit)
-    assert of_potentials(found, true, p) < 1e-3 * unit
+    atol = tol * min(1.0, unit) if gpu.dense else tol * unit
+    torch.testing.assert_close(found.loss.double(), true.loss, rtol=tol, atol=atol)
+    assert of_potentials(found, true, p) < (3e-4 if gpu.dense else 1e-3) * unit
     for k, (i, j) in enumerate(p.sides()):
         assert not bool(found.f[k][p.weights[i] == 0].any() or found.g[k][p.weights[j] == 0].any())
         counted = (p.weights[i] > 0)[:, :, None] & (p.weights[j] > 0)[:, None]
@@ -264,14 +265,15 @@ def assert_bitwise_equal(results: list[list[Tensor]]) -> None:
 
 
 @some(
-    "regime, dtype, kind, d, eps, penalty", REGIMES, DTYPES, range(3), [1, 3, 17, 70], [0.5, 0.1],
+    "regime, dtype, kind, d, eps, penalty",
+    REGIMES, DTYPES, range(3), [1, 3, 17, 70], [1.0, 0.1, 0.015],
     SOFT,
 )  # fmt: skip
 def test_solves_a_divergence(gpu, regime, dtype, kind, d, eps, penalty):
     """Far from the origin, with coincident points."""
     p = problem(dtype, d=d, kind=kind, eps=eps, far=10.0 * (kind < 2), rho=penalty)
     p.points[1][:, 4] = p.points[0][:, 5]
-    assert_solved(gpu, p, 2e-5 if penalty == HARD else 1e-4)
+    assert_solved(gpu, p, 1e-5 if gpu.dense else 2e-5)
 
 
 @some("regime, shape, dtype, d", REGIMES, SHAPES, DTYPES, [2, 50])
@@ -292,7 +294,11 @@ def assert_iterations(p: Problem, found: Solved, tolerance: float) -> None:
         a, b = p.weights[i].double(), p.weights[j].double()
         marginals, C = reference.marginals_of(*p.rho, i, j), p.matrices()[k]
         count, start = found.traces[k].shape[1], torch.zeros_like(b)
-        *_, steps = reference.fixed_iterations(C, a, b, start, p.eps, count, marginals)
+        call = (C, a, b, start, p.eps, count, marginals)
+        *_, error, steps = reference.fixed_iterations(*call)
+        if p.rho != HARD:
+            close = {"rtol": 300 * tolerance, "atol": tolerance}
+            torch.testing.assert_close(found.status[k, :, 1], error, **close)
         expected, last = torch.stack(steps, dim=1), torch.cat([found.f[k], found.g[k]], -1)
         scale = float(expected.abs().max())
         for got, true in ((found.traces[k], expected), (last, expected[:, -1])):
@@ -307,7 +313,8 @@ def test_fixed_iterations(gpu, regime, dtype, kind, d, eps, penalty):
     """From a cold start at small eps most sums underflow and are made again; all blocks must agree
     on that."""
     p = problem(dtype, 70, 75, d=d, kind=kind, eps=eps, rho=penalty)
-    assert_iterations(p, gpu.solve(p, n_iters=3), 1e-4 if dtype == SINGLE else 1e-9)
+    exact = 1e-10 if gpu.dense else 1e-9
+    assert_iterations(p, gpu.solve(p, n_iters=3), 1e-4 if dtype == SINGLE else exact)
 
 
 @some("regime, dtype, penalty", STORED, DTYPES, [(1e-2, 1e-3), (math.inf, 1e-2)])
@@ -499,7 +506,7 @@ def assert_gradients(
 )  # fmt: skip
 def test_gradients(gpu, regime, mode, objective, penalty, cost, dtype):
     p = problem(dtype, d=cost[1], kind=cost[0], eps=0.3, objective=objective, rho=penalty)
-    assert_gradients(gpu, mode, p, seeds(p, mode), looser=10)
+    assert_gradients(gpu, mode, p, seeds(p, mode), looser=1 if gpu.dense else 10)
 
 
 @some("regime, mode, shape", REGIMES, MODES, SHAPES)
@@ -508,7 +515,8 @@ def test_gradients_at_every_shape(gpu, regime, mode, shape, force):
         force(regime="dense")
     for dtype, d in ((SINGLE, 3), (DOUBLE, 18)):
         p = problem(dtype, *shape, d, batch=1, kind=1, eps=0.3, objective=1, pairs=(0, 1))
-        assert_gradients(gpu, mode, p, seeds(p, mode, n_iters=3), looser=30)
+        looser = 3 if gpu.dense else 30
+        assert_gradients(gpu, mode, p, seeds(p, mode, n_iters=3), looser)
 
 
 FAR_APART = [  # eps, rho, level of the start
@@ -530,11 +538,10 @@ def test_unrolled_where_factors_overflow(gpu, regime, case, dtype):
     s = seeds(p, "unrolled", n_iters=3, init=init)
     f, g = s.solution[1][0].split((30, 26), -1)
     change = ((init[1] if level else 0.0) - g[:, 0]).abs() / p.eps * (p.weights[1] > 0)
-    factors = change
-    if not level:
-        factors = torch.cat([f[:, 0] / p.rho[0], g[:, 0] / p.rho[1], change], -1)
+    of_rho = [v[:, 0].abs() / r for v, r in ((f, p.rho[0]), (g, p.rho[1]))]
+    factors = change if level else torch.cat([*of_rho, change], -1)
     assert bool(factors.max() > 60 * math.log(2)) == (level != 1.0)  # kTrusted
-    assert_gradients(gpu, "unrolled", p, s, looser=100)
+    assert_gradients(gpu, "unrolled", p, s, looser=20 if gpu.dense else 100)
 
 
 @some("regime, mode, wanted", REGIMES, MODES[1:], [(), (0,), (1,), (0, 1)])
@@ -623,15 +630,15 @@ def errors_of_sums(gpu: Gpu, p: Problem) -> float:
 
 @some(
     "dtype, kind, size", DTYPES, range(3),
-    [(40, 33, 1), (35, 700, 3), (150, 150, 16), (40, 33, 40), (150, 150, 70), (65, 130, 17),
-     (1, 70, 90), (70, 1, 33), (70, 150, 300), (70, 150, 300, 40)],
+    [(40, 33, 1), (35, 700, 3), (150, 150, 16), (40, 33, 40), (150, 150, 70), (65, 130, 17, 227),
+     (1, 70, 90, 227), (70, 1, 33, 227), (70, 150, 300, 227), (70, 150, 300, 40)],
 )  # fmt: skip
 def test_gradient_sums_of_points(emulator, dtype, kind, size):
     """By tensor cores a bar that single half-precision products miss by a factor of a hundred."""
     pairs = (0, 0) if size[0] == size[1] else (0, 1)
     p = problem(dtype, *size[:3], kind=kind, eps=0.3, pairs=pairs)
     emulator.device = {"shared": 1024 * size[3]} if len(size) > 3 else {}
-    single = 2e-6 if size[2] > 16 and kind != 1 else 2e-5
+    single = 2e-6 if emulator.device else 2e-5
     assert errors_of_sums(emulator, p) < (single if dtype == SINGLE else 1e-11)
 
 
@@ -645,10 +652,11 @@ def test_order_of_threads_does_not_matter(emulator, regime, mode, penalty, objec
     p = problem(SINGLE, *size, eps=0.2, rho=penalty, objective=objective)
     p, results = replace(p, pairs=p.pairs[:4]), []
     s = seeds(p, mode, n_iters=5)
+    cold = replace(p, eps=0.05 * p.eps)  # sums that are made again
     for order in range(5):
         emulator.device = {"order": order}
         points, a, b, *status = emulator.gradient(mode, p, s)
-        found = emulator.solve(p, tol=1e-4, max_iters=6).tensors()
+        found = emulator.solve(cold, tol=1e-4, max_iters=6).tensors()
         results.append([*found, *points, *a, *b, *status])
     assert_bitwise_equal(results)
 

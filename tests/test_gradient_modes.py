@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -64,25 +63,6 @@ def cost_of(x: Tensor, y: Tensor, cost: str) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------- unrolled
-
-
-@some_of("backend, cost, objective, L", BACKENDS, COSTS, OBJECTIVES, [1, 6])
-def test_unrolled_is_autograd_through_the_loop(backend, cost, objective, L):
-    x, y, la, lb = leaves_of(23, 17, device=backend.device)
-    eps, leaves = eps_of(cost), (x, y, la, lb)
-
-    def divergence(value: Callable[..., Tensor]) -> Tensor:
-        a, b = la.softmax(0), lb.softmax(0)
-        return value(x, y, a, b) - 0.5 * value(x, x, a, a) - 0.5 * value(y, y, b, b)
-
-    expected = torch.autograd.grad(
-        divergence(lambda p, q, a, b: plain_value(cost_of(p, q, cost), a, b, eps, L, objective)),
-        leaves,
-    )
-    kw = {"cost": cost, "objective": objective, "n_iters": L, "method": backend.method}
-    a, b = la.softmax(0), lb.softmax(0)
-    loss = otloss.sinkhorn_divergence(x, y, eps, a=a, b=b, **kw)
-    assert relative(torch.autograd.grad(loss, leaves), expected) < EXACT
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 16, 35])
@@ -274,17 +254,6 @@ def test_results_are_differentiable_through_the_solution(strength):
     )
 
 
-def test_potentials_are_those_with_equal_means():
-    x, y, la, lb = leaves_of()
-    a, b = la.softmax(0), lb.softmax(0)
-    f, g = otloss.solve_sample(x, y, 1.0, a=a, b=b, **TIGHT).potentials
-    torch.testing.assert_close((a * f).sum(), (b * g).sum())
-    value = otloss.solve_sample(x, y, 1.0, a=a, b=b, **TIGHT).value
-    da, db = torch.autograd.grad(value, (a, b))
-    torch.testing.assert_close(da, f, atol=1e-9, rtol=1e-9)
-    torch.testing.assert_close(db, g, atol=1e-9, rtol=1e-9)
-
-
 @pytest.mark.parametrize("kw", [{"n_iters": 5}, TIGHT], ids=["unrolled", "implicit"])
 def test_minibatch_energy_distance(kw):
     four = [
@@ -405,16 +374,6 @@ def test_operations_leave_out_what_is_not_wanted():
     torch.testing.assert_close(weights[2:], every[2:])
 
 
-@pytest.mark.parametrize("name", ["unrolled", "implicit"])
-def test_opcheck(name):
-    seeds, given, f, g, traces = problem(torch.float64, 1.0, 0, 3)
-    middle = ([], traces) if name == "unrolled" else (f, g)
-    arguments = (*seeds, *given, *middle, [0, 2], [], True)
-    torch.library.opcheck(
-        getattr(ops, f"{name}_backward"), arguments, test_utils=("test_schema", "test_faketensor")
-    )
-
-
 # -------------------------------------------------------------------------- graphs of the backward
 
 
@@ -481,18 +440,6 @@ def test_second_derivatives_past_the_budget_are_refused(kw, monkeypatch):
         first.sum().backward()
 
 
-def test_unrolled_inside_a_compiled_function():
-    x, y, _, _ = (t.float().detach() for t in leaves_of())
-
-    def loss(x: Tensor, y: Tensor) -> Tensor:
-        return otloss.sinkhorn_divergence(x, y, 1.0, objective="transport", n_iters=3)
-
-    expected, found = (t.clone().requires_grad_() for t in (x, x))
-    loss(expected, y).backward()
-    torch.compile(loss, fullgraph=True, backend="aot_eager")(found, y).backward()
-    torch.testing.assert_close(found.grad, expected.grad)
-
-
 def test_a_nearly_singular_system_stays_finite():
     """Two far pairs at tiny eps: mass that cannot move leaves differences undetermined."""
     x = torch.tensor([[0.0], [1.0]], dtype=torch.float32)
@@ -503,7 +450,7 @@ def test_a_nearly_singular_system_stays_finite():
     assert bool(C.grad.isfinite().all())
 
 
-@some_of("backend", BACKENDS)
+@some_of("backend", [name for name in BACKENDS if name != "reference"])  # which has no iterations
 def test_the_result_tells_how_the_linear_system_went(backend, rng):
     x, y = (randn(rng, 2, n, 2).to(backend.device) for n in (6, 5))
     x.requires_grad_()

@@ -231,20 +231,6 @@ def test_methods_agree_and_auto_is_one_of_them(rng):
         torch.testing.assert_close(loss, losses[0], rtol=1e-7, atol=1e-9)
 
 
-def test_six_terms(rng):
-    """OT-GAN's loss, term by term."""
-    x1, x2, y1, y2 = (randn(rng, n, 5) for n in (6, 7, 8, 5))
-
-    def W(x: Tensor, y: Tensor) -> Tensor:  # noqa: N802
-        return otloss.sinkhorn_loss(
-            x, y, 0.2, cost="cosine", objective="transport", tol=1e-9, max_iters=20_000
-        )
-
-    expected = W(x1, y1) + W(x1, y2) + W(x2, y1) + W(x2, y2) - 2 * W(x1, x2) - 2 * W(y1, y2)
-    got = otloss.minibatch_energy_distance(x1, x2, y1, y2, 0.2, tol=1e-9, max_iters=20_000)
-    torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-9)
-
-
 def test_genevays_convention(rng):
     """2 W(a, b) - W(a, a) - W(b, b) is twice the divergence with the transport objective."""
     c = clouds(rng, 7, 6, 3, weights="random")

@@ -78,16 +78,6 @@ def test_iterations_are_those_of_the_stored_matrix(rng, cost, fraction):
         helpers.close(got, expected, 1e-10)
 
 
-def test_batches_and_float32(rng):
-    c = helpers.clouds(rng, 40, 50, 5, batch=3, dtype=torch.float32).require_grad()
-    dense, dense_grads = _divergence(c, 1.0, "sqeuclidean", "dense", tol=1e-5)
-    streamed, grads = _divergence(c, 1.0, "sqeuclidean", "streamed", tol=1e-5)
-    assert streamed.shape == (3,)
-    helpers.close(streamed, dense, 1e-4)
-    for got, expected in zip(grads, dense_grads, strict=True):
-        helpers.close(got, expected, 1e-3)
-
-
 def test_precision_changes_nothing_on_a_cpu(rng):
     c = helpers.clouds(rng, 40, 50, 20, dtype=torch.float32).require_grad()
     exact, grads = _divergence(c, 5.0, "sqeuclidean", "streamed")
@@ -105,15 +95,6 @@ def test_threads_share_the_rows_of_one_problem(rng, threads):
             otloss.solve_sample(c.x, c.y, 0.5, method="streamed", n_iters=3).potentials[0]
         )
     helpers.close(results[1], results[0], 1e-12)
-
-
-def test_a_result_can_still_be_asked_for_its_plan(rng):
-    c = helpers.clouds(rng, 30, 40, 3)
-    dense = otloss.solve_sample(c.x, c.y, 0.5, method="dense", tol=1e-9)
-    streamed = otloss.solve_sample(c.x, c.y, 0.5, method="streamed", tol=1e-9)
-    helpers.close(streamed.plan, dense.plan, 1e-6)
-    helpers.close(streamed.barycentric_map(), dense.barycentric_map(), 1e-6)
-    assert streamed.marginal_error <= 1e-9
 
 
 def test_the_gaussian_start_saves_passes(rng):
@@ -173,9 +154,7 @@ MEMORY = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", ["envelope", *(pytest.param(k, marks=pytest.mark.slow) for k in MEMORY if k[0] != "e")]
-)
+@pytest.mark.parametrize("case", helpers.slow_but(MEMORY, "envelope"))
 def test_memory_does_not_grow_with_the_matrix(case):
     body, sizes, most = MEMORY[case]
     script = (
@@ -215,19 +194,6 @@ def test_what_it_cannot_do_is_refused(rng):
     c = helpers.clouds(rng, 5, 6, 2)
     with pytest.raises(NotImplementedError, match="needs a cost given by name"):
         otloss.sinkhorn_loss(c.x, c.y, 1.0, method="streamed", cost=lambda x, y: x @ y.mT)
-
-
-def test_modules_start_from_the_last_potentials(rng):
-    c = helpers.clouds(rng, 60, 70, 3)
-    loss = otloss.SinkhornDivergence(0.05, tol=1e-6, warm_start=True)
-    cold = otloss.SinkhornDivergence(0.05, tol=1e-6)
-    for step in range(3):
-        moved = c.x + 0.01 * step
-        helpers.close(loss(moved, c.y), cold(moved, c.y), 1e-5)
-    f, g = loss.memory.potentials[:2]
-    again = otloss.solve_sample(moved, c.y, 0.05, tol=1e-6, init=(f[0], g[0]))
-    assert again.n_iters <= 2
-    helpers.close(loss(c.x[:30], c.y), cold(c.x[:30], c.y), 1e-5)  # other shapes start cold
 
 
 # ------------------------------------------------------------------- gradients without matrices

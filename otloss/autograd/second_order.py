@@ -221,7 +221,7 @@ def _unrolled_in_torch(
         C, a, b = (t.view_as(t) for t in (costs[p], weights[i], weights[j]))
         start = init[2 * p + 1] if init else torch.zeros_like(b)
         marginals = reference.marginals_of(o.rho_x, o.rho_y, i, j)
-        f, g, *_ = reference.fixed_iterations(C, a, b, start, eps, o.n_iters, marginals)
+        f, g = reference.fixed_iterations(C, a, b, start, eps, o.n_iters, marginals)[:2]
         value = reference.value(eps, C, f, g, a, b, objective, marginals)
         total = (s.coefficients[p] * seeds.loss * value).sum()
         if seeds.f:

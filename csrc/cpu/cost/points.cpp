@@ -30,33 +30,35 @@ struct ProductTile {
 
 // Distances of which the expanded form has lost half of the digits are computed again directly.
 template <typename Cost, typename T>
-OTLOSS_SIMD void costs_from_products(Cost, const ProductTile<T>& p) {
-  for (int64_t i = 0; i < p.rows; ++i) {
-    T* C = p.C + i * kStrip<T>;
-    const T hx = p.hx[i];
-    int cancelled = 0;
+OTLOSS_INLINE void row_from_products(int64_t valid, int64_t d, T hx, const T* hy, const T* x,
+                                     const T* zy, int64_t self, T* C) {
+  int cancelled = 0;
 #pragma omp simd reduction(+ : cancelled)
-    for (int64_t j = 0; j < kStrip<T>; ++j) {
-      const T scale = hx + p.hy[j];
-      const T left = scale - T(2) * C[j] - cancellation_limit<T>() * scale;
-      cancelled += left <= T(0);
-      C[j] = Cost::from_product(hx, p.hy[j], C[j]);
-    }
-    if constexpr (!Cost::kUnitNorm) {
-      const int64_t self = p.self < 0 ? -1 : p.self + i;
-      const bool has_self = self >= 0 && self < p.valid;
-      if (cancelled <= (has_self ? 1 : 0)) continue;
-      const T* x = p.zx + i * p.d;
-      for (int64_t j = 0; j < p.valid; ++j) {
-        if (j == self || Cost::squared(C[j]) > cancellation_limit<T>() * (hx + p.hy[j])) continue;
-        const T* y = p.zy + j * p.d;
-        T exact = 0;
+  for (int64_t j = 0; j < kStrip<T>; ++j) {
+    const T scale = hx + hy[j];
+    const T left = scale - T(2) * C[j] - cancellation_limit<T>() * scale;
+    cancelled += left <= T(0);
+    C[j] = Cost::from_product(hx, hy[j], C[j]);
+  }
+  if constexpr (!Cost::kUnitNorm) {
+    const bool has_self = self >= 0 && self < valid;
+    if (cancelled <= (has_self ? 1 : 0)) return;
+    for (int64_t j = 0; j < valid; ++j) {
+      if (j == self || Cost::squared(C[j]) > cancellation_limit<T>() * (hx + hy[j])) continue;
+      const T* y = zy + j * d;
+      T exact = 0;
 #pragma omp simd reduction(+ : exact)
-        for (int64_t k = 0; k < p.d; ++k) exact += (x[k] - y[k]) * (x[k] - y[k]);
-        C[j] = Cost::from_difference(exact);
-      }
+      for (int64_t k = 0; k < d; ++k) exact += (x[k] - y[k]) * (x[k] - y[k]);
+      C[j] = Cost::from_difference(exact);
     }
   }
+}
+
+template <typename Cost, typename T>
+OTLOSS_SIMD void costs_from_products(Cost, const ProductTile<T>& p) {
+  for (int64_t i = 0; i < p.rows; ++i)
+    row_from_products<Cost>(p.valid, p.d, p.hx[i], p.hy, p.zx + i * p.d, p.zy,
+                            p.self < 0 ? -1 : p.self + i, p.C + i * kStrip<T>);
 }
 
 template <typename Cost, typename T>

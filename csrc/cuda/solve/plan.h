@@ -7,6 +7,7 @@
 #include <string>
 
 #include "core/lbfgs.h"
+#include "core/step_control.h"
 #include "cuda/device/limits.h"
 
 namespace otloss::cuda {
