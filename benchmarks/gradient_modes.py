@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, inf
+from torch import Tensor
 
 import otloss
 from benchmarks.alone import RESULTS, keep
@@ -165,26 +165,27 @@ def times(device: torch.device, sizes: tuple[int, ...], L: int = 50) -> list[dic
             x, y = (t.detach().to(device) for t in clouds(n, 16, dtype))
             costs = ops.cost([x[None], y[None]], [], [0, 1], 0)
             a = torch.full((1, n), 1 / n, dtype=dtype, device=device)
-            head, tail = (costs, [a, a], [0, 1], [1.0]), (0, [1], True)
+            head = ops.problems([a, a], [0, 1], [1.0], 4.0, costs=costs)
+            transport, tail = head._replace(objective=1), ([0], [], True)
             one = torch.ones(1, dtype=dtype, device=device)
 
             def forward(head: Any = head) -> tuple[Tensor, ...]:
-                return ops.solve(*head, [], 4.0, inf, inf, 1e-3, 1, L, 0, True)
+                return ops.solve(*head, [], ops.number(1e-3), 1, L, True, False)
 
-            _, _, f, g, traces = forward()
+            _, _, f, g, traces, _ = forward()
 
             def backward(
                 head: Any = head, tail: Any = tail, traces: Any = traces, one: Tensor = one
             ) -> Any:
-                return ops.unrolled_backward(one, [], [], *head, [], traces, 4.0, inf, inf, *tail)
+                return ops.unrolled_backward(one, [], [], *head, [], traces, *tail)
 
             def implicit(
-                head: Any = head, f: Any = f, g: Any = g, one: Tensor = one
+                head: Any = transport, f: Any = f, g: Any = g, tail: Any = tail, one: Tensor = one
             ) -> tuple[Tensor, ...]:
-                return ops.implicit_backward(one, [], [], *head, f, g, 4.0, inf, inf, 1, [1], True)
+                return ops.implicit_backward(one, [], [], *head, f, g, *tail)
 
             there, back = fastest(forward, device), fastest(backward, device)
-            steps = int(implicit()[3][0, 0, 0])
+            steps = int(implicit()[-1][0, 0, 0])
             scale = 1e9 / (n * n * L)
             rows.append(
                 {

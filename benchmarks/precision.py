@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,10 +20,9 @@ import otloss
 from benchmarks.alone import markdown, run
 from benchmarks.environment import ROOT
 from benchmarks.workloads import WORKLOADS, Problem, make
-from otloss.costs import COSTS
 
 sys.path.insert(0, str(ROOT / "tests"))
-from test_cuda_host import Cloud, Engine, compiled
+from backends import emulated, serving
 
 TILES = {"multiply-adds": "fma", "three products": "tensor", "one product": "high"}
 CASES = (
@@ -40,40 +37,25 @@ POINTS = 64
 Row = dict[str, object]
 
 
-def truth(problem: Problem) -> tuple[float, Tensor]:
-    """Value and gradient of x in float64."""
-    p = problem.to(torch.float64)
-    x = p.x.requires_grad_()
-    call = {"a": p.a / p.a.sum(), "b": p.b / p.b.sum(), "cost": p.cost}
-    value = otloss.sinkhorn_loss(x, p.y, p.eps, tol=1e-8, max_iters=20_000, **call)
-    value.backward()
-    assert x.grad is not None
-    return value.item(), x.grad
+def solved(problem: Problem, **options: object) -> tuple[float, Tensor]:
+    """Value and gradient of x."""
+    x = problem.x.clone().requires_grad_()
+    call = {"a": problem.a, "b": problem.b, "cost": problem.cost, "max_iters": 20_000, **options}
+    value = otloss.sinkhorn_loss(x, problem.y, problem.eps, **call)
+    (grad,) = torch.autograd.grad(value, x)
+    return value.item(), grad
 
 
-def found(engine: Engine, problem: Problem, tiles: str) -> tuple[float, Tensor]:
-    """The same from the emulated kernels in float32."""
-    os.environ["OTLOSS_CUDA_TILES"] = tiles
-    kind = list(COSTS).index(problem.cost)
-    cloud = Cloud([problem.x[None], problem.y[None]], kind)
-    weights = (problem.a[None], problem.b[None])
-    value, _, f, g, _ = engine.solve(cloud, list(weights), [0, 1], problem.eps, tol=1e-6)
-    row_sum, product = engine.point_sums(
-        cloud, (0, 1), weights, (f[0], g[0]), torch.ones(1), problem.eps, coefficient=1.0
-    )
-    z = cloud.z[0]
-    grad = z * row_sum[..., None] - product
-    if problem.cost == "cosine":
-        grad = ((z * product).sum(-1, True) * z - product) / cloud.norm[0][..., None]
-    return float(value[0, 0]), grad[0]
-
-
-def errors(engine: Engine, problem: Problem) -> dict[str, tuple[float, float]]:
+def errors(problem: Problem) -> dict[str, tuple[float, float]]:
     """Of the value, and of the gradient in its norm, both relative, by the way to make costs."""
-    true_value, true_grad = truth(problem)
+    exact = problem.to(torch.float64)
+    weights = {"a": exact.a / exact.a.sum(), "b": exact.b / exact.b.sum()}
+    true_value, true_grad = solved(exact, tol=1e-8, **weights)
     results = {}
     for title, tiles in TILES.items():
-        value, grad = found(engine, problem, tiles)
+        os.environ["OTLOSS_CUDA_TILES"] = tiles
+        with serving(emulated()):
+            value, grad = solved(problem, tol=1e-6, method="streamed")
         of_grad = float((grad - true_grad).norm() / true_grad.norm())
         results[title] = abs(value / true_value - 1), of_grad
     return results
@@ -81,13 +63,10 @@ def errors(engine: Engine, problem: Problem) -> dict[str, tuple[float, float]]:
 
 def measure(cases: tuple[tuple[str, float], ...] = CASES, n: int = POINTS) -> list[Row]:
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder:
-        engine = Engine(compiled(Path(folder) / "engine.so"))
-        engine.configure()
-        for name, eps in cases:
-            problem = make(name, n, eps)
-            described = {"workload": WORKLOADS[name].title, "eps": eps, "data": problem.data}
-            rows.append(described | errors(engine, problem))
+    for name, eps in cases:
+        problem = make(name, n, eps)
+        described = {"workload": WORKLOADS[name].title, "eps": eps, "data": problem.data}
+        rows.append(described | errors(problem))
     return rows
 
 

@@ -259,6 +259,10 @@ template <typename T>
 void cost_gradient(const CostGradientGroup<T>& group, CostKind kind);
 template <typename T>
 void solve(const std::vector<SolveGroup<T>>& groups, const SolveOptions& options);
+// loss_k = sum_p coefficients_p values_pk, values (P, B), loss (B,).
+template <typename T>
+void combine_values(const std::vector<double>& coefficients, const T* values, int64_t batch,
+                    T* loss);
 template <typename T>
 void envelope_backward(const std::vector<EnvelopeGroup<T>>& groups, double eps,
                        Objective objective);
@@ -301,7 +305,6 @@ void plan_weights(const Context& context, const PlanWeightGroup<T>& group, CostK
                   double eps);
 template <typename T>
 void cost_gradient(const Context& context, const CostGradientGroup<T>& group, CostKind kind);
-// loss_k = sum_p coefficients_p values_pk, values (P, B), loss (B,).
 template <typename T>
 void combine_values(const Context& context, const std::vector<double>& coefficients,
                     const T* values, int64_t batch, T* loss);

@@ -2,11 +2,10 @@
 
 from otloss import distributed
 from otloss._check import ConvergenceWarning
+from otloss.config import show_config
 from otloss.losses import (
-    cost_matrix,
     energy_distance,
     minibatch_energy_distance,
-    show_config,
     sinkhorn_divergence,
     sinkhorn_loss,
 )
@@ -16,7 +15,9 @@ from otloss.modules import (
     SinkhornDivergence,
     SinkhornLoss,
 )
-from otloss.solve import OTResult, solve, solve_sample
+from otloss.problem import cost_matrix
+from otloss.result import OTResult
+from otloss.solve import solve, solve_sample
 
 __version__ = "0.1.0"
 

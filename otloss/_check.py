@@ -6,28 +6,25 @@ Checks that must read data are made on the CPU only: on CUDA they would stall th
 from __future__ import annotations
 
 import math
-import numbers
-from typing import Any, Final, NamedTuple
+import sys
+import warnings
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from otloss.costs import COSTS, Cost
-
 __all__ = [
     "ConvergenceWarning",
-    "Options",
+    "finite",
     "matrix",
-    "options",
+    "not_converged",
     "points",
+    "readable",
+    "resolution",
     "same_space",
     "weights",
 ]
 
-OBJECTIVES: Final = ("regularized", "transport")
-BACKWARDS: Final = ("auto", "envelope", "implicit", "unrolled")
-METHODS: Final = ("auto", "dense", "streamed", "reference")
-PRECISIONS: Final = ("float32", "tf32")
 DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -35,118 +32,10 @@ class ConvergenceWarning(UserWarning):
     """The solver stopped at ``max_iters`` before its marginal error was below ``tol``."""
 
 
-class Options(NamedTuple):
-    """The checked keyword arguments of a solve. ``n_iters`` is -1 for "until converged"."""
-
-    eps: float
-    cost: Cost
-    objective: str
-    rho_x: float
-    rho_y: float
-    tol: float
-    max_iters: int
-    n_iters: int
-    backward: str
-    method: str
-    precision: str
-
-    @property
-    def balanced(self) -> bool:
-        return math.isinf(self.rho_x) and math.isinf(self.rho_y)
-
-
 def describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}, {value.dtype} on {value.device}"
     return repr(value)
-
-
-# ---------------------------------------------------------------------------- keyword arguments
-
-
-def number(name: str, value: Any, *, positive: bool = True) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}: {describe(value)}")
-    result = float(value)
-    # comparisons, which torch.compile can trace where math.isfinite it cannot
-    if not -math.inf < result < math.inf or (positive and result <= 0):
-        raise ValueError(f"{name} must be finite and > 0, got {value!r}")
-    return result
-
-
-def count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}: {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return int(value)
-
-
-def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-    return value
-
-
-def cost(value: Any) -> Cost:
-    if callable(value):
-        return value
-    if not isinstance(value, str):
-        raise TypeError(
-            f"cost must be a name or a function (x, y) -> C, got {type(value).__name__}"
-        )
-    return choice("cost", value, tuple(COSTS))
-
-
-def unbalanced(value: Any) -> tuple[float, float]:
-    """``(rho_x, rho_y)``, infinite where the marginal is a hard constraint."""
-    pair = value if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2:
-        raise ValueError(
-            "unbalanced must be one number or a pair (rho_x, rho_y) with None for a hard "
-            f"constraint, got {value!r}"
-        )
-    x, y = (math.inf if rho is None else number("unbalanced", rho) for rho in pair)
-    return x, y
-
-
-def options(
-    eps: Any,
-    *,
-    cost: Any = "sqeuclidean",
-    objective: Any = "regularized",
-    unbalanced: Any = None,
-    tol: Any = 1e-3,
-    max_iters: Any = 1000,
-    n_iters: Any = None,
-    backward: Any = "auto",
-    method: Any = "auto",
-    precision: Any = "float32",
-) -> Options:
-    """Checks everything that a solve takes besides tensors."""
-    rho_x, rho_y = _unbalanced(unbalanced)
-    checked = Options(
-        eps=number("eps", eps),
-        cost=_cost(cost),
-        objective=choice("objective", objective, OBJECTIVES),
-        rho_x=rho_x,
-        rho_y=rho_y,
-        tol=number("tol", tol),
-        max_iters=count("max_iters", max_iters),
-        n_iters=-1 if n_iters is None else count("n_iters", n_iters),
-        backward=choice("backward", backward, BACKWARDS),
-        method=choice("method", method, METHODS),
-        precision=choice("precision", precision, PRECISIONS),
-    )
-    if checked.backward == "unrolled" and n_iters is None:
-        raise ValueError(
-            'backward="unrolled" differentiates a fixed number of iterations: give n_iters, '
-            "which was None"
-        )
-    return checked
-
-
-_cost, _unbalanced = cost, unbalanced  # `options` has arguments of these names
 
 
 def no_transforms() -> None:
@@ -288,3 +177,22 @@ def resolution(eps: float, max_cost: float, dtype: torch.dtype) -> None:
             f"eps={eps:g} is below what {dtype} can resolve against costs up to {max_cost:g} "
             f"(least: {least:.3g}); use float64, a larger eps, or data of smaller scale"
         )
+
+
+def not_converged(options: Any, iterations: int, error: float, max_cost: float) -> None:
+    """Warns, at the line outside otloss that made the call."""
+    warnings.warn(
+        f"Sinkhorn stopped after {iterations} iterations at a marginal error of {error:.2e}, above "
+        f"tol={options.tol:g}. Raise max_iters ({options.max_iters}), eps ({options.eps:g}; costs "
+        f"are up to {max_cost:.3g}) or tol.",
+        ConvergenceWarning,
+        stacklevel=_depth_of_caller(),
+    )
+
+
+def _depth_of_caller() -> int:
+    """The ``stacklevel`` that points a warning at the first frame outside otloss and torch."""
+    depth, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("otloss", "torch"):
+        depth, frame = depth + 1, frame.f_back
+    return depth

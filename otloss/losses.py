@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from otloss import _check
+from otloss import _check, _options
+from otloss._options import LossOptions, Options, Unbalanced, check_options
 from otloss.costs import Cost
-from otloss.solve import Problem, Solved, build_costs, check_clouds, run, streams
+from otloss.method import streams
+from otloss.problem import Problem, build_costs, check_clouds
+from otloss.result import Solved
+from otloss.solve import run
 
 __all__ = [
-    "cost_matrix",
     "energy_distance",
     "minibatch_energy_distance",
     "sinkhorn_divergence",
     "sinkhorn_loss",
 ]
 
-Unbalanced = float | tuple[float | None, float | None] | None
 
-# Pairs of clouds and how much of each goes into the loss.
-LOSS = ([0, 1], [1.0])
-DEBIASED = ([0, 1, 0, 0, 1, 1], [1.0, -0.5, -0.5])
-MINIBATCH = ([0, 2, 0, 3, 1, 2, 1, 3, 0, 1, 2, 3], [1.0, 1.0, 1.0, 1.0, -2.0, -2.0])
+class Combination(NamedTuple):
+    """A loss: the sum of coefficient * OT over pairs of clouds, flat ``[i0, j0, i1, j1, ...]``."""
+
+    pairs: list[int]
+    coefficients: list[float]
+    # of eps (sum a - sum b)^2, added where the regularized problems are unbalanced
+    mass_term: float = 0.0
+
+
+LOSS = Combination([0, 1], [1.0])
+DEBIASED = Combination([0, 1, 0, 0, 1, 1], [1.0, -0.5, -0.5], mass_term=0.5)
+MINIBATCH = Combination([0, 2, 0, 3, 1, 2, 1, 3, 0, 1, 2, 3], [1.0, 1.0, 1.0, 1.0, -2.0, -2.0])
 # Where minibatch_energy_distance differs from the other losses.
-MINIBATCH_DEFAULTS = {"cost": "cosine", "objective": "transport", "backward": "envelope"}
+MINIBATCH_DEFAULTS = LossOptions(cost="cosine", objective="transport", backward="envelope")
 
 
 @dataclass
@@ -52,24 +63,25 @@ class Memory:
 def combine(
     clouds: dict[str, Tensor],
     weights: dict[str, Tensor | None],
-    combination: tuple[list[int], list[float]],
-    options: _check.Options,
+    combination: Combination,
+    options: Options,
     memory: Memory | None = None,
 ) -> Tensor:
-    """The sum of coefficient * OT over pairs of the clouds: what every loss here is."""
-    problem = check_clouds(clouds, weights, balanced=options.balanced)
-    pairs, coefficients = combination
-    dense, named = not streams(problem, pairs, options), isinstance(options.cost, str)
-    costs = None if named else build_costs(problem, pairs, options.cost, False)
-    init = [] if memory is None else memory.start(problem, pairs)
+    """What every loss here is."""
+    problem = check_clouds(clouds, weights, balanced=options.balanced())
+    pairs, coefficients, mass_term = combination
+    dense = not streams(problem.points, problem.weights, pairs, options)
+    named = isinstance(options.cost, str)
+    costs = None if named else build_costs(problem, pairs, options.cost, options.method)
+    init: Sequence[Tensor] = [] if memory is None else memory.start(problem, pairs)
     solved = run(problem, costs, pairs, coefficients, options, init, dense=dense)
     if memory is not None:
         memory.keep(solved)
     loss = solved.loss
-    if combination is DEBIASED and not options.balanced and options.objective == "regularized":
+    if mass_term and options.objective == "regularized" and not options.balanced():
         # Not the plain totals: nothing flows to a point of weight 0.
         a, b = (torch.where(w > 0, w, 0.0).sum(-1) for w in problem.weights)
-        term = 0.5 * options.eps * (a - b).square()
+        term = mass_term * options.eps * (a - b).square()
         loss = loss + (term if problem.batched else term[0])
     return loss
 
@@ -132,7 +144,7 @@ def sinkhorn_divergence(
             regularized objective. See docs/gradients.md.
         method: ``"dense"`` (cost matrices kept), ``"streamed"`` (never stored, memory O((n + m) d);
             named costs), ``"reference"`` (plain torch) or ``"auto"``: dense unless the matrices
-            exceed ``otloss.schedule.dense_budget`` or are slower.
+            exceed ``otloss.method.dense_budget`` or are slower.
         precision: ``"tf32"`` allows inner products of points with 11 bits of each coordinate, for
             float32 and half inputs. Only streamed solves on CUDA in more than 16 dimensions, and
             their envelope gradients, use that; elsewhere it changes nothing. ``"float32"``, the
@@ -151,18 +163,10 @@ def sinkhorn_divergence(
         Feydy et al., *Interpolating between optimal transport and MMD* (2019); Séjourné et al.,
         *Sinkhorn divergences for unbalanced optimal transport* (2019).
     """
-    options = _check.options(
-        eps,
-        cost=cost,
-        objective=objective,
-        unbalanced=unbalanced,
-        tol=tol,
-        max_iters=max_iters,
-        n_iters=n_iters,
-        backward=backward,
-        method=method,
-        precision=precision,
-    )
+    options = check_options(
+        eps, cost=cost, objective=objective, unbalanced=unbalanced, tol=tol, max_iters=max_iters,
+        n_iters=n_iters, backward=backward, method=method, precision=precision,
+    )  # fmt: skip
     return combine({"x": x, "y": y}, {"a": a, "b": b}, DEBIASED, options)
 
 
@@ -201,18 +205,10 @@ def sinkhorn_loss(
         Cuturi, *Sinkhorn distances: lightspeed computation of optimal transport* (2013); Chizat et
         al., *Scaling algorithms for unbalanced optimal transport problems* (2018).
     """
-    options = _check.options(
-        eps,
-        cost=cost,
-        objective=objective,
-        unbalanced=unbalanced,
-        tol=tol,
-        max_iters=max_iters,
-        n_iters=n_iters,
-        backward=backward,
-        method=method,
-        precision=precision,
-    )
+    options = check_options(
+        eps, cost=cost, objective=objective, unbalanced=unbalanced, tol=tol, max_iters=max_iters,
+        n_iters=n_iters, backward=backward, method=method, precision=precision,
+    )  # fmt: skip
     return combine({"x": x, "y": y}, {"a": a, "b": b}, LOSS, options)
 
 
@@ -263,17 +259,10 @@ def minibatch_energy_distance(
     References:
         Salimans, Zhang, Radford, Metaxas, *Improving GANs using optimal transport* (2018).
     """
-    options = _check.options(
-        eps,
-        cost=cost,
-        objective=objective,
-        tol=tol,
-        max_iters=max_iters,
-        n_iters=n_iters,
-        backward=backward,
-        method=method,
-        precision=precision,
-    )
+    options = check_options(
+        eps, cost=cost, objective=objective, tol=tol, max_iters=max_iters,
+        n_iters=n_iters, backward=backward, method=method, precision=precision,
+    )  # fmt: skip
     return combine({"x1": x1, "x2": x2, "y1": y1, "y2": y2}, {}, MINIBATCH, options)
 
 
@@ -307,10 +296,10 @@ def energy_distance(
     References:
         Székely and Rizzo, *Energy statistics* (2013); Feydy et al. (2019).
     """
-    cost, plain = _check.cost(cost), _check.choice("method", method, _check.METHODS) == "reference"
+    cost, method = _options.cost(cost), _options.choice("method", method, _options.METHODS)
     problem = check_clouds({"x": x, "y": y}, {"a": a, "b": b})
-    pairs, coefficients = DEBIASED
-    costs = build_costs(problem, pairs, cost, plain)
+    pairs, coefficients, _ = DEBIASED
+    costs = build_costs(problem, pairs, cost, method)
     weights, padded = problem.weights, problem.padded
     terms = [
         coefficient * _mean_cost(C, weights[i], weights[j], padded)
@@ -328,54 +317,3 @@ def _mean_cost(C: Tensor, a: Tensor, b: Tensor, padded: bool) -> Tensor:
         C = torch.where((a.unsqueeze(-1) * b.unsqueeze(-2)).detach() > 0, C, 0.0)
     # No matrix product: autocast would round it, or its gradient.
     return (a * (C * b.unsqueeze(-2)).sum(-1)).sum(-1)
-
-
-def cost_matrix(x: Tensor, y: Tensor, cost: Cost = "sqeuclidean") -> Tensor:
-    """The cost matrix C_ij = c(x_i, y_j), fused and differentiable.
-
-    Args:
-        x, y: clouds (n, d) and (m, d), or (B, n, d) and (B, m, d).
-        cost: ``"sqeuclidean"`` |x - y|^2 (no 1/2), ``"euclidean"`` |x - y|, ``"cosine"``
-            1 - <x, y> / (|x| |y|), or a function ``(x, y) -> C``. Coincident points under
-            euclidean, and points of norm 0 under cosine (cost 1), have gradient 0.
-
-    Returns:
-        C (n, m) or (B, n, m), float32 or float64; differentiable twice in x and y. Where ``x is y``
-        the diagonal is exactly 0.
-
-    Raises:
-        ValueError, TypeError: a wrong argument, or NaN or infinity in x or y (on the CPU).
-    """
-    cost = _check.cost(cost)
-    problem = check_clouds({"x": x, "y": y})
-    pairs = [0, 0] if x is y else [0, 1]
-    if x is y:
-        problem = check_clouds({"x": x})
-    (C,) = build_costs(problem, pairs, cost, False)
-    if _check.readable(C) and not bool(C.detach().sum().isfinite()):
-        _check.finite("x", x)
-        _check.finite("y", y)
-    return C if problem.batched else C[0]
-
-
-def show_config(mode: str = "stdout") -> dict[str, Any] | None:
-    """Prints what this build of otloss is and uses, or returns it with ``mode="dicts"``."""
-    from otloss import __version__, ops
-
-    config: dict[str, Any] = {
-        "otloss": __version__,
-        "torch": torch.__version__,
-        "kernels": "native" if ops.NATIVE else "none (plain torch)",
-        **ops.build_info(),
-        "threads": torch.get_num_threads(),
-        "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-    }
-    if torch.cuda.is_available() and ops.CUDA_KERNELS:
-        like = torch.empty(0, device=torch.device("cuda", torch.cuda.current_device()))
-        for n in (200, 1000, 10_000):
-            config[f"cuda_plan_{n}"] = ops.describe_plan(like, 1, n, n)
-    if _check.choice("mode", mode, ("stdout", "dicts")) == "dicts":
-        return config
-    width = max(map(len, config))
-    print("\n".join(f"{key:<{width}}  {value}" for key, value in config.items()))
-    return None

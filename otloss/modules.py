@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from otloss import _check, losses
+from otloss import _options, losses
+from otloss._options import LossOptions, check_options
+from otloss.costs import Cost
 
 __all__ = ["EnergyDistance", "MinibatchEnergyDistance", "SinkhornDivergence", "SinkhornLoss"]
 
@@ -14,16 +15,16 @@ __all__ = ["EnergyDistance", "MinibatchEnergyDistance", "SinkhornDivergence", "S
 class _Loss(nn.Module):
     """Keyword arguments are checked here, once; a wrong one does not wait for the first call."""
 
-    combination: tuple[list[int], list[float]]
-
-    def __init__(self, eps: float, *, warm_start: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, eps: float, *, warm_start: bool = False, **kwargs: Unpack[LossOptions]
+    ) -> None:
         super().__init__()
         if warm_start and kwargs.get("n_iters") is not None:
             raise ValueError(
                 "warm_start must be False with n_iters, whose iterations start from zero "
                 f"potentials, got warm_start=True and n_iters={kwargs['n_iters']}"
             )
-        self.options = _check.options(eps, **kwargs)
+        self.options = check_options(eps, **kwargs)
         self.memory = losses.Memory() if warm_start else None
         self._arguments = {"eps": eps, "warm_start": warm_start, **kwargs}
 
@@ -31,7 +32,20 @@ class _Loss(nn.Module):
         return ", ".join(f"{key}={value!r}" for key, value in self._arguments.items())
 
 
-class SinkhornDivergence(_Loss):
+class _PairLoss(_Loss):
+    """Of two clouds and their weights."""
+
+    combination: losses.Combination
+
+    def forward(
+        self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None
+    ) -> Tensor:
+        return losses.combine(
+            {"x": x, "y": y}, {"a": a, "b": b}, self.combination, self.options, self.memory
+        )
+
+
+class SinkhornDivergence(_PairLoss):
     """:func:`otloss.sinkhorn_divergence` as a module: ``SinkhornDivergence(eps, ...)(x, y)``.
 
     Args:
@@ -44,15 +58,8 @@ class SinkhornDivergence(_Loss):
 
     combination = losses.DEBIASED
 
-    def forward(
-        self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None
-    ) -> Tensor:
-        return losses.combine(
-            {"x": x, "y": y}, {"a": a, "b": b}, self.combination, self.options, self.memory
-        )
 
-
-class SinkhornLoss(SinkhornDivergence):
+class SinkhornLoss(_PairLoss):
     """:func:`otloss.sinkhorn_loss` as a module: ``SinkhornLoss(eps, ...)(x, y)``.
 
     Arguments as :class:`SinkhornDivergence`.
@@ -67,25 +74,26 @@ class MinibatchEnergyDistance(_Loss):
     Arguments as :class:`SinkhornDivergence`, with the function's defaults.
     """
 
-    combination = losses.MINIBATCH
-
-    def __init__(self, eps: float, **kwargs: Any) -> None:
+    def __init__(
+        self, eps: float, *, warm_start: bool = False, **kwargs: Unpack[LossOptions]
+    ) -> None:
         if "unbalanced" in kwargs:
             raise TypeError("MinibatchEnergyDistance takes no argument unbalanced")
-        super().__init__(eps, **{**losses.MINIBATCH_DEFAULTS, **kwargs})
+        options: LossOptions = {**losses.MINIBATCH_DEFAULTS, **kwargs}
+        super().__init__(eps, warm_start=warm_start, **options)
 
     def forward(self, x1: Tensor, x2: Tensor, y1: Tensor, y2: Tensor) -> Tensor:
         clouds = {"x1": x1, "x2": x2, "y1": y1, "y2": y2}
-        return losses.combine(clouds, {}, self.combination, self.options, self.memory)
+        return losses.combine(clouds, {}, losses.MINIBATCH, self.options, self.memory)
 
 
 class EnergyDistance(nn.Module):
     """:func:`otloss.energy_distance` as a module: ``EnergyDistance(cost=...)(x, y)``."""
 
-    def __init__(self, cost: Any = "euclidean", method: str = "auto") -> None:
+    def __init__(self, cost: Cost = "euclidean", method: str = "auto") -> None:
         super().__init__()
-        self.cost = _check.cost(cost)
-        self.method = _check.choice("method", method, _check.METHODS)
+        self.cost = _options.cost(cost)
+        self.method = _options.choice("method", method, _options.METHODS)
 
     def forward(
         self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None

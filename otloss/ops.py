@@ -1,27 +1,26 @@
 """The operations: schemas, the native library that serves them, and their shapes for tracing.
 
-Every operation takes lists: a loss is a set of OT problems over a set of clouds, and all of them
-run in one call. ``pairs`` is flat, ``[i0, j0, i1, j1, ...]``, and names clouds; a pair ``(i, i)``
-is a cloud against itself. All tensors carry a batch dimension.
+A loss is a set of OT problems over a set of clouds, and all of them run in one call. ``pairs`` is
+flat, ``[i0, j0, i1, j1, ...]``, and names the clouds of each problem; a pair ``(i, i)`` is a cloud
+against itself. All tensors carry a batch dimension.
 
-    cost               clouds (B, n, d), weights (B, n) or none      -> costs (B, n, m) per pair
-    cost_backward      gradients of costs                            -> gradients of wanted clouds
-    solve              costs, weights                                -> loss (B,),
-                       status (P, B, 4), potentials f and g per pair, their trace if asked
-    envelope_backward  gradient of the loss                          -> gradients of costs, weights
-    unrolled_backward  gradients of the loss, f, g; traces           -> gradients of costs, weights
-    implicit_backward  gradients of the loss, f, g                   -> gradients of costs, weights,
-                       status (P, B, 2): iterations and relative residual of the linear system
-    solve_points       points, weights                               -> as solve, and costs per
-                       pair if they are to be stored (`dense`)
-    envelope_backward_points    gradient of the loss, costs or none  -> gradients of wanted clouds
-    unrolled_backward_points    the two before without costs         -> gradients of wanted clouds,
-    implicit_backward_points                                            weights (, status)
+    cost               clouds                                 -> C (B, n, m) per pair
+    cost_backward      gradients of costs                     -> gradients of the wanted clouds
+    solve              problems                               -> loss (B,), status (P, B, 4), f and
+                       g per pair, their traces if asked, costs if they were made and stored
+    envelope_backward  gradient of the loss, at fixed f and g -> gradients
+    unrolled_backward  gradients of the loss, f, g; traces    -> gradients
+    implicit_backward  gradients of the loss, f, g            -> gradients, status (P, B, 2):
+                       iterations and relative residual of the linear system
 
-``tf32`` allows inner products of points with 11 bits, where costs are not stored.
+Problems come as cost matrices, as points, or both: where there are no matrices, costs are made from
+the points on the way. Gradients are those of the pairs in ``want_costs`` and of the clouds in
+``want_points``, in that order, and with ``want_weights`` of both sides' weights of every pair.
 
-The loss is the sum over the pairs of a coefficient times OT of the pair. Cloud 0 is held to its
-weights by ``rho_x``, every other by ``rho_y``; infinite is a constraint.
+The loss is the sum over the pairs of a coefficient times OT of the pair. ``rho`` holds rho_x and
+rho_y: cloud 0 is held to its weights by rho_x, every other by rho_y; infinite is a constraint.
+Numbers of the solver are float64 tensors on the CPU, so that a traced graph does not depend on
+their values. ``tf32`` allows inner products of points with 11 bits, where costs are not stored.
 
 Without the native library (a pure-Python install) ``otloss.reference`` serves them.
 """
@@ -30,13 +29,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, inf
 
 from otloss import reference
+from otloss.reference.operations import OPERATIONS, Arguments, as_pairs, read
 
 __all__ = [
     "CUDA_KERNELS",
@@ -46,72 +47,36 @@ __all__ = [
     "cost_backward",
     "describe_plan",
     "envelope_backward",
-    "envelope_backward_points",
     "implicit_backward",
-    "implicit_backward_points",
+    "number",
+    "problems",
     "solve",
-    "solve_points",
     "unrolled_backward",
-    "unrolled_backward_points",
 ]
 
 # Fields of one row of ``status``; csrc/kernels.h lists the same.
 ITERATIONS, ERROR, CONVERGED, MAX_COST = range(4)
 
+# csrc/bindings reads arguments in the order of these.
+_CLOUDS = "Tensor[] points, Tensor[] weights, int[] pairs, int kind"
+_PROBLEM = f"Tensor[] costs, {_CLOUDS}, float[] coefficients, Tensor eps, Tensor rho, "
+_PROBLEM += "int objective, bool tf32"
+_SEEDS = "Tensor grad_loss, Tensor[] grad_f, Tensor[] grad_g"
+_WANTED = "int[] want_costs, int[] want_points, bool want_weights"
+_GRADIENTS = "Tensor[] grad_costs, Tensor[] grad_points, Tensor[] grad_a, Tensor[] grad_b"
+_SCHEMAS = f"""
+cost({_CLOUDS}) -> Tensor[]
+cost_backward(Tensor[] grad_costs, Tensor[] costs, {_CLOUDS}, int[] want_points) -> Tensor[]
+solve({_PROBLEM}, Tensor[] init, Tensor tol, int max_iters, int n_iters, bool trace, bool dense) \
+-> (Tensor loss, Tensor status, Tensor[] f, Tensor[] g, Tensor[] traces, Tensor[] made)
+envelope_backward(Tensor grad_loss, {_PROBLEM}, Tensor[] f, Tensor[] g, {_WANTED}) -> ({_GRADIENTS})
+unrolled_backward({_SEEDS}, {_PROBLEM}, Tensor[] init, Tensor[] traces, {_WANTED}) -> ({_GRADIENTS})
+implicit_backward({_SEEDS}, {_PROBLEM}, Tensor[] f, Tensor[] g, {_WANTED}) \
+-> ({_GRADIENTS}, Tensor status)
+"""
 _library = torch.library.Library("otloss", "DEF")
-_library.define(
-    "cost(Tensor[] points, Tensor[] weights, int[] pairs, int kind) -> Tensor[]",
-)
-_library.define(
-    "cost_backward(Tensor[] grad_costs, Tensor[] costs, Tensor[] points, Tensor[] weights, "
-    "int[] pairs, int kind, int[] wanted) -> Tensor[]",
-)
-_library.define(
-    "solve(Tensor[] costs, Tensor[] weights, int[] pairs, float[] coefficients, Tensor[] init, "
-    "float eps, float rho_x, float rho_y, float tol, int max_iters, int n_iters, int objective, "
-    "bool trace) "
-    "-> (Tensor, Tensor, Tensor[], Tensor[], Tensor[])",
-)
-_library.define(
-    "envelope_backward(Tensor grad_loss, Tensor[] costs, Tensor[] weights, int[] pairs, "
-    "float[] coefficients, Tensor[] f, Tensor[] g, float eps, float rho_x, float rho_y, "
-    "int objective, int[] want_cost, bool want_weights) -> (Tensor[], Tensor[], Tensor[])",
-)
-_library.define(
-    "unrolled_backward(Tensor grad_loss, Tensor[] grad_f, Tensor[] grad_g, Tensor[] costs, "
-    "Tensor[] weights, int[] pairs, float[] coefficients, Tensor[] init, Tensor[] traces, "
-    "float eps, float rho_x, float rho_y, int objective, int[] want_cost, bool want_weights) "
-    "-> (Tensor[], Tensor[], Tensor[])",
-)
-_library.define(
-    "implicit_backward(Tensor grad_loss, Tensor[] grad_f, Tensor[] grad_g, Tensor[] costs, "
-    "Tensor[] weights, int[] pairs, float[] coefficients, Tensor[] f, Tensor[] g, float eps, "
-    "float rho_x, float rho_y, int objective, int[] want_cost, bool want_weights) "
-    "-> (Tensor[], Tensor[], Tensor[], Tensor)",
-)
-_library.define(
-    "solve_points(Tensor[] points, Tensor[] weights, int[] pairs, float[] coefficients, "
-    "Tensor[] init, int kind, bool dense, float eps, float rho_x, float rho_y, float tol, "
-    "int max_iters, int n_iters, int objective, bool trace, bool tf32=False) "
-    "-> (Tensor, Tensor, Tensor[], Tensor[], Tensor[], Tensor[])",
-)
-_library.define(
-    "envelope_backward_points(Tensor grad_loss, Tensor[] costs, Tensor[] points, "
-    "Tensor[] weights, int[] pairs, float[] coefficients, Tensor[] f, Tensor[] g, int kind, "
-    "float eps, int[] wanted, bool tf32=False) -> Tensor[]",
-)
-_library.define(
-    "unrolled_backward_points(Tensor grad_loss, Tensor[] grad_f, Tensor[] grad_g, "
-    "Tensor[] points, Tensor[] weights, int[] pairs, float[] coefficients, Tensor[] init, "
-    "Tensor[] traces, int kind, float eps, float rho_x, float rho_y, int objective, "
-    "int[] wanted, bool want_weights) -> (Tensor[], Tensor[], Tensor[])",
-)
-_library.define(
-    "implicit_backward_points(Tensor grad_loss, Tensor[] grad_f, Tensor[] grad_g, "
-    "Tensor[] points, Tensor[] weights, int[] pairs, float[] coefficients, Tensor[] f, "
-    "Tensor[] g, int kind, float eps, float rho_x, float rho_y, int objective, int[] wanted, "
-    "bool want_weights) -> (Tensor[], Tensor[], Tensor[], Tensor)",
-)
+for _schema in _SCHEMAS.strip().splitlines():
+    _library.define(_schema)
 
 
 def _load_native() -> Any:
@@ -119,14 +84,15 @@ def _load_native() -> Any:
     if importlib.util.find_spec("otloss._C") is not None:
         native = importlib.import_module("otloss._C")
         if not native.build_info()["cuda_architectures"]:
-            for name in reference.OPERATIONS:
+            for name in OPERATIONS:
                 _library.impl(name, getattr(reference, name), "CUDA")
         return native
-    for name in reference.OPERATIONS:
+    for name in OPERATIONS:
         _library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
     warnings.warn(
-        "otloss was installed without its compiled kernels: every operation runs in plain "
-        "torch, slowly. Install with a C++ compiler and OTLOSS_BUILD_NATIVE unset.",
+        f"otloss in {os.path.dirname(__file__)} has no compiled kernels: every operation runs in "
+        "plain torch, slowly. In a checkout, which Python started there imports before what is "
+        "installed, `make build` compiles them; else install without OTLOSS_BUILD_NATIVE=0.",
         stacklevel=3,
     )
     return None
@@ -151,16 +117,39 @@ def describe_plan(like: Tensor, problems: int, n: int, m: int, d: int = 0) -> st
     return str(_native.describe_plan(like.device.index, double, problems, n, m, d))
 
 
+def number(value: float) -> Tensor:
+    """A number of the solver as operations take it: () float64 on the CPU."""
+    if torch.compiler.is_compiling():
+        # A product stays symbolic in the graph, so that another value needs no other graph.
+        return torch.ones((), dtype=torch.float64, device="cpu") * value
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
+
+
+def problems(
+    weights: list[Tensor],
+    pairs: list[int],
+    coefficients: list[float],
+    eps: float,
+    *,
+    costs: list[Tensor] | None = None,
+    points: list[Tensor] | None = None,
+    kind: int = 0,
+    rho: tuple[float, float] = (inf, inf),
+    objective: int = 0,
+    tf32: bool = False,
+) -> Arguments:
+    """What operations on a set of problems take."""
+    both = torch.stack([number(v) for v in rho])
+    clouds = (points or [], weights, pairs, kind)
+    return Arguments(costs or [], *clouds, coefficients, number(eps), both, objective, tf32)
+
+
 cost = torch.ops.otloss.cost.default
 cost_backward = torch.ops.otloss.cost_backward.default
 solve = torch.ops.otloss.solve.default
 envelope_backward = torch.ops.otloss.envelope_backward.default
 unrolled_backward = torch.ops.otloss.unrolled_backward.default
 implicit_backward = torch.ops.otloss.implicit_backward.default
-solve_points = torch.ops.otloss.solve_points.default
-envelope_backward_points = torch.ops.otloss.envelope_backward_points.default
-unrolled_backward_points = torch.ops.otloss.unrolled_backward_points.default
-implicit_backward_points = torch.ops.otloss.implicit_backward_points.default
 
 
 # ------------------------------------------------------------------------ shapes, for tracing
@@ -170,228 +159,58 @@ implicit_backward_points = torch.ops.otloss.implicit_backward_points.default
 def _(points: list[Tensor], weights: list[Tensor], pairs: list[int], kind: int) -> list[Tensor]:
     return [
         points[i].new_empty(points[i].shape[0], points[i].shape[1], points[j].shape[1])
-        for i, j in reference.as_pairs(pairs)
+        for i, j in as_pairs(pairs)
     ]
 
 
 @torch.library.register_fake("otloss::cost_backward", lib=_library)
-def _(
-    grad_costs: list[Tensor],
-    costs: list[Tensor],
-    points: list[Tensor],
-    weights: list[Tensor],
-    pairs: list[int],
-    kind: int,
-    wanted: list[int],
-) -> list[Tensor]:
+def _(*arguments: Any) -> list[Tensor]:
+    _, _, points, *_, wanted = arguments
     return [torch.empty_like(points[c]) for c in wanted]
 
 
 @torch.library.register_fake("otloss::solve", lib=_library)
-def _(
-    costs: list[Tensor],
-    weights: list[Tensor],
-    pairs: list[int],
-    coefficients: list[float],
-    init: list[Tensor],
-    eps: float,
-    rho_x: float,
-    rho_y: float,
-    tol: float,
-    max_iters: int,
-    n_iters: int,
-    objective: int,
-    trace: bool,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    B, P = costs[0].shape[0], len(costs)
-    f = [torch.empty_like(weights[i]) for i, _ in reference.as_pairs(pairs)]
-    g = [torch.empty_like(weights[j]) for _, j in reference.as_pairs(pairs)]
-    traces = [c.new_empty(B, n_iters, c.shape[1] + c.shape[2]) for c in costs] if trace else []
-    status = costs[0].new_empty(P, B, 4, dtype=torch.float64)
-    return costs[0].new_empty(B), status, f, g, traces
+def _(*arguments: Any) -> tuple[Any, ...]:
+    problem, (_, _, _, n_iters, trace, dense) = read(arguments)
+    sides = [(problem.weights[i], problem.weights[j]) for i, j in as_pairs(problem.pairs)]
+    loss = problem.weights[0].new_empty(problem.weights[0].shape[0])
+    status = loss.new_empty(len(sides), *loss.shape, 4, dtype=torch.float64)
+    f, g = [torch.empty_like(a) for a, _ in sides], [torch.empty_like(b) for _, b in sides]
+    traces, made = list[Tensor](), list[Tensor]()
+    if trace:
+        traces = [loss.new_empty(*loss.shape, n_iters, a.shape[1] + b.shape[1]) for a, b in sides]
+    if dense and not problem.costs:
+        made = [loss.new_empty(*loss.shape, a.shape[1], b.shape[1]) for a, b in sides]
+    return loss, status, f, g, traces, made
 
 
-def _empty_gradients(
-    costs: list[Tensor],
-    weights: list[Tensor],
-    pairs: list[int],
-    want_cost: list[int],
-    want_weights: bool,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    grad_costs = [_like(c, bool(w)) for c, w in zip(costs, want_cost, strict=True)]
-    return grad_costs, *_empty_weight_gradients(weights, pairs, want_weights)
-
-
-def _empty_weight_gradients(
-    weights: list[Tensor], pairs: list[int], wanted: bool
-) -> tuple[list[Tensor], list[Tensor]]:
-    grad_a = [_like(weights[i], wanted) for i in pairs[::2]]
-    grad_b = [_like(weights[j], wanted) for j in pairs[1::2]]
-    return grad_a, grad_b
-
-
-def _like(t: Tensor, wanted: bool) -> Tensor:
-    return torch.empty_like(t) if wanted else t.new_empty(0)
+def _gradients(
+    problem: Arguments, want_costs: list[int], want_points: list[int], want_weights: bool
+) -> tuple[list[Tensor], ...]:
+    pairs = problem.pairs if want_weights else []
+    return (
+        [torch.empty_like(problem.costs[p]) for p in want_costs],
+        [torch.empty_like(problem.points[c]) for c in want_points],
+        [torch.empty_like(problem.weights[i]) for i in pairs[::2]],
+        [torch.empty_like(problem.weights[j]) for j in pairs[1::2]],
+    )
 
 
 @torch.library.register_fake("otloss::envelope_backward", lib=_library)
-def _(
-    grad_loss: Tensor,
-    costs: list[Tensor],
-    weights: list[Tensor],
-    pairs: list[int],
-    coefficients: list[float],
-    f: list[Tensor],
-    g: list[Tensor],
-    eps: float,
-    rho_x: float,
-    rho_y: float,
-    objective: int,
-    want_cost: list[int],
-    want_weights: bool,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    return _empty_gradients(costs, weights, pairs, want_cost, want_weights)
+def _(grad_loss: Tensor, *arguments: Any) -> tuple[list[Tensor], ...]:
+    problem, (_, _, *wanted) = read(arguments)
+    return _gradients(problem, *wanted)
 
 
 @torch.library.register_fake("otloss::unrolled_backward", lib=_library)
-def _(
-    grad_loss: Tensor,
-    grad_f: list[Tensor],
-    grad_g: list[Tensor],
-    costs: list[Tensor],
-    weights: list[Tensor],
-    pairs: list[int],
-    coefficients: list[float],
-    init: list[Tensor],
-    traces: list[Tensor],
-    eps: float,
-    rho_x: float,
-    rho_y: float,
-    objective: int,
-    want_cost: list[int],
-    want_weights: bool,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    return _empty_gradients(costs, weights, pairs, want_cost, want_weights)
+def _(grad_loss: Tensor, _f: Any, _g: Any, *arguments: Any) -> tuple[list[Tensor], ...]:
+    problem, (_, _, *wanted) = read(arguments)
+    return _gradients(problem, *wanted)
 
 
 @torch.library.register_fake("otloss::implicit_backward", lib=_library)
-def _(
-    grad_loss: Tensor,
-    grad_f: list[Tensor],
-    grad_g: list[Tensor],
-    costs: list[Tensor],
-    weights: list[Tensor],
-    pairs: list[int],
-    coefficients: list[float],
-    f: list[Tensor],
-    g: list[Tensor],
-    eps: float,
-    rho_x: float,
-    rho_y: float,
-    objective: int,
-    want_cost: list[int],
-    want_weights: bool,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
-    status = grad_loss.new_empty(len(costs), grad_loss.shape[0], 2, dtype=torch.float64)
-    return *_empty_gradients(costs, weights, pairs, want_cost, want_weights), status
-
-
-@torch.library.register_fake("otloss::solve_points", lib=_library)
-def _(
-    points: list[Tensor],
-    weights: list[Tensor],
-    pairs: list[int],
-    coefficients: list[float],
-    init: list[Tensor],
-    kind: int,
-    dense: bool,
-    eps: float,
-    rho_x: float,
-    rho_y: float,
-    tol: float,
-    max_iters: int,
-    n_iters: int,
-    objective: int,
-    trace: bool,
-    tf32: bool = False,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    B, sides = points[0].shape[0], reference.as_pairs(pairs)
-    f = [torch.empty_like(weights[i]) for i, _ in sides]
-    g = [torch.empty_like(weights[j]) for _, j in sides]
-    traces = (
-        [points[0].new_empty(B, n_iters, points[i].shape[1] + points[j].shape[1]) for i, j in sides]
-        if trace
-        else []
-    )
-    status = points[0].new_empty(len(sides), B, 4, dtype=torch.float64)
-    costs = (
-        [points[0].new_empty(B, points[i].shape[1], points[j].shape[1]) for i, j in sides]
-        if dense
-        else []
-    )
-    return points[0].new_empty(B), status, f, g, traces, costs
-
-
-@torch.library.register_fake("otloss::envelope_backward_points", lib=_library)
-def _(
-    grad_loss: Tensor,
-    costs: list[Tensor],
-    points: list[Tensor],
-    weights: list[Tensor],
-    pairs: list[int],
-    coefficients: list[float],
-    f: list[Tensor],
-    g: list[Tensor],
-    kind: int,
-    eps: float,
-    wanted: list[int],
-    tf32: bool = False,
-) -> list[Tensor]:
-    return [torch.empty_like(points[c]) for c in wanted]
-
-
-@torch.library.register_fake("otloss::unrolled_backward_points", lib=_library)
-def _(
-    grad_loss: Tensor,
-    grad_f: list[Tensor],
-    grad_g: list[Tensor],
-    points: list[Tensor],
-    weights: list[Tensor],
-    pairs: list[int],
-    coefficients: list[float],
-    init: list[Tensor],
-    traces: list[Tensor],
-    kind: int,
-    eps: float,
-    rho_x: float,
-    rho_y: float,
-    objective: int,
-    wanted: list[int],
-    want_weights: bool,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    grads = [torch.empty_like(points[c]) for c in wanted]
-    return grads, *_empty_weight_gradients(weights, pairs, want_weights)
-
-
-@torch.library.register_fake("otloss::implicit_backward_points", lib=_library)
-def _(
-    grad_loss: Tensor,
-    grad_f: list[Tensor],
-    grad_g: list[Tensor],
-    points: list[Tensor],
-    weights: list[Tensor],
-    pairs: list[int],
-    coefficients: list[float],
-    f: list[Tensor],
-    g: list[Tensor],
-    kind: int,
-    eps: float,
-    rho_x: float,
-    rho_y: float,
-    objective: int,
-    wanted: list[int],
-    want_weights: bool,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
-    grads = [torch.empty_like(points[c]) for c in wanted]
-    status = grad_loss.new_empty(len(f), grad_loss.shape[0], 2, dtype=torch.float64)
-    return grads, *_empty_weight_gradients(weights, pairs, want_weights), status
+def _(grad_loss: Tensor, _f: Any, _g: Any, *arguments: Any) -> tuple[Any, ...]:
+    problem, (_, _, *wanted) = read(arguments)
+    problems = len(problem.coefficients)
+    status = grad_loss.new_empty(problems, *grad_loss.shape, 2, dtype=torch.float64)
+    return *_gradients(problem, *wanted), status

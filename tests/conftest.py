@@ -1,4 +1,19 @@
-"""Every run draws new random inputs; a failure prints the seed that repeats it."""
+"""What is where, and how to run part of it.
+
+    make test                               what an install is trusted by: all but the slow tests
+    make test-all                           with them: emulated CUDA kernels, more combinations
+    pytest -k "emulated"                    one backend: reference, dense, streamed, emulated, cuda
+    pytest tests/test_parity.py -m ""       one file, its slow tests too
+
+Tests are by property: parity (values and gradients against oracle.py, a brute force in float64),
+gradients (finite differences), gradient_modes (unrolled, implicit, second order), properties
+(hypothesis), limits (closed forms), batching, dtypes, results, errors, streamed (no matrices),
+newton, distributed, compile, kernels (the registered operations). They run over the backends of
+backends.py: plain torch, the CPU kernels, the CUDA kernels emulated on the host, a GPU. emulated
+and cuda hold what only a GPU has; examples, benchmarks and docs what is around the library.
+
+Every run draws new random inputs; a failure prints the seed that repeats it.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +21,11 @@ import os
 import random
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from backends import HAS_GPU, backend  # noqa: F401  (backend is a fixture)
 from hypothesis import HealthCheck, settings
 
 VARIABLE = "OTLOSS_TEST_SEED"
@@ -25,6 +42,12 @@ def pytest_configure(config: pytest.Config) -> None:
         "otloss", deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
     )
     settings.load_profile("otloss")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Without a GPU its tests are listed, but not skipped one by one."""
+    needs_gpu = collection_path.name == "test_cuda.py" and not HAS_GPU
+    return True if needs_gpu and not config.option.collectonly else None
 
 
 def pytest_report_header() -> str:

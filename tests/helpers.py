@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import pytest
 import torch
+from backends import EMULATED
 from torch import Tensor
+
+from otloss import ops
 
 COSTS = ("sqeuclidean", "euclidean", "cosine")
 DTYPES = (torch.float32, torch.float64)
@@ -19,9 +27,9 @@ STRENGTHS = (0.3, (2.0, 0.1), (None, 0.5), (0.5, None))
 Strength = float | tuple[float | None, float | None]
 
 
-def name(value: object) -> str:
-    """Readable test ids for dtypes."""
-    return str(value).removeprefix("torch.")
+def name(value: Any) -> str:
+    """Readable test ids for dtypes and functions."""
+    return value.__name__ if callable(value) else str(value).removeprefix("torch.")
 
 
 def randn(rng: torch.Generator, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -54,8 +62,11 @@ class Clouds:
 
     def double(self) -> Clouds:
         """The same numbers for the oracle: new float64 leaves."""
-        copies = [None if t is None else t.detach().double().clone() for t in vars(self).values()]
-        return Clouds(*copies)
+        copies = [None if t is None else t.detach().cpu().double() for t in vars(self).values()]
+        return Clouds(*[None if t is None else t.clone() for t in copies])
+
+    def to(self, device: str) -> Clouds:
+        return Clouds(*[None if t is None else t.to(device) for t in vars(self).values()])
 
     def item(self, index: int) -> Clouds:
         """One problem of a batch, as new leaves."""
@@ -136,7 +147,7 @@ def unequal(c: Clouds, ratio: float) -> Clouds:
 
 def close(got: Tensor, expected: Tensor, tol: float, scale: float | Tensor | None = None) -> None:
     """|got - expected| <= tol * scale in the Euclidean norm; scale is |expected| by default."""
-    got, expected = got.detach().double(), expected.detach().double()
+    got, expected = got.detach().cpu().double(), expected.detach().cpu().double()
     assert got.shape == expected.shape, (got.shape, expected.shape)
     size = float(expected.norm() if scale is None else scale)
     error = float((got - expected).norm())
@@ -146,3 +157,63 @@ def close(got: Tensor, expected: Tensor, tol: float, scale: float | Tensor | Non
 def simplex(logits: Tensor) -> Tensor:
     """Weights of total 1 from free parameters: perturbing these keeps the problem balanced."""
     return logits.softmax(-1)
+
+
+def covering(size: int, *values: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Some of the product of the values, in which every combination of `size` factors occurs.
+
+    Greedy, in a fixed order: first the cases that bring many combinations that are new."""
+    places = list(itertools.combinations(range(len(values)), min(size, len(values))))
+    cases = list(itertools.product(*(range(len(v)) for v in values)))
+    random.Random(0).shuffle(cases)
+    left = [(case, {(k, *(case[i] for i in k)) for k in places}) for case in cases]
+    seen: set[tuple[Any, ...]] = set()
+    chosen, least = [], len(places)
+    while least:
+        waiting = []
+        for case, combinations in left:
+            new = len(combinations - seen)
+            if new >= least:
+                seen |= combinations
+                chosen.append(case)
+            elif new:
+                waiting.append((case, combinations))
+        left, least = waiting, least // 2
+    return [tuple(v[k] for v, k in zip(values, case, strict=True)) for case in sorted(chosen)]
+
+
+def some_of(names: str, *values: Sequence[Any], quick: int = 2, whole: int = 2) -> Any:
+    """parametrize: cases in which all combinations of `quick` factors occur and, marked as slow,
+    of `whole` factors. `backend` is served by the fixture of that name."""
+    chosen = covering(quick, *values)
+    cases = [pytest.param(*case) for case in chosen]
+    slow = (
+        [case for case in covering(whole, *values) if case not in chosen] if whole > quick else []
+    )
+    fixtures = ["backend"] if names.startswith("backend") else []
+    if fixtures:
+        slow += covering(2, EMULATED, *values[1:])
+    cases += [pytest.param(*case, marks=pytest.mark.slow) for case in slow]
+    return pytest.mark.parametrize(names, cases, ids=name, indirect=fixtures)
+
+
+def slow_but(names: Iterable[str], *quick: str) -> list[Any]:
+    """All of them as parameters, few in the quick suite."""
+    slow = pytest.mark.slow
+    return [name if name in quick else pytest.param(name, marks=slow) for name in names]
+
+
+def solved(
+    problem: Any,
+    init: list[Tensor] | None = None,
+    *,
+    module: Any = ops,
+    tol: float = 1e-3,
+    max_iters: int = 1000,
+    n_iters: int = -1,
+    trace: bool = False,
+    dense: bool = False,
+) -> tuple[Any, ...]:
+    """Loss, status, f, g, traces and costs of ``ops.problems(...)``."""
+    limits = (ops.number(tol), max_iters, n_iters, trace, dense)
+    return module.solve(*problem, init or [], *limits)

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from backends import BACKENDS
 from helpers import (
     COSTS,
     DTYPES,
@@ -13,10 +14,10 @@ from helpers import (
     STRENGTHS,
     Clouds,
     clouds,
-    name,
     pick,
     rand,
     randn,
+    some_of,
     unequal,
 )
 from torch import Tensor
@@ -33,21 +34,14 @@ def value_and_gradients(c: Clouds, **options: object) -> tuple[Tensor, list[Tens
     return loss, list(torch.autograd.grad(loss.sum(), c.inputs()))
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("weights", ["uniform", "random", "padded"])
-@pytest.mark.parametrize("cost", COSTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_batch_is_a_loop(dtype, cost, weights, method, rng):
-    c = clouds(
-        rng,
-        pick(rng, 1, 9),
-        pick(rng, 1, 9),
-        3,
-        weights=weights,
-        batch=pick(rng, 1, 5),
-        dtype=dtype,
-    )
-    options = {"cost": cost, "tol": TIGHT[dtype], "method": method}
+@some_of(
+    "backend, dtype, cost, weights", BACKENDS, DTYPES, COSTS, ["uniform", "random", "padded"],
+    whole=3,
+)  # fmt: skip
+def test_batch_is_a_loop(backend, dtype, cost, weights, rng):
+    n, m, batch = pick(rng, 1, 9), pick(rng, 1, 9), pick(rng, 1, 5)
+    c = clouds(rng, n, m, 3, weights=weights, batch=batch, dtype=dtype).to(backend.device)
+    options = {"cost": cost, "tol": TIGHT[dtype], "method": backend.method}
     loss, grads = value_and_gradients(c, **options)
     assert loss.shape == c.x.shape[:1]
     for k in range(len(c.x)):
@@ -57,20 +51,23 @@ def test_batch_is_a_loop(dtype, cost, weights, method, rng):
             torch.testing.assert_close(grad[k], truth, **CLOSE[dtype])
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("strength", STRENGTHS, ids=str)
-def test_unbalanced_batch_and_padding(strength, method, rng):
-    """Problems of different totals; points of weight 0 are not there, in the mass term neither."""
+@some_of("backend, strength", BACKENDS, [None, *STRENGTHS])
+def test_ragged_batch(backend, strength, rng):
+    """Clouds of several sizes in one call, filled up with points of weight 0, which are not there,
+    in the mass term neither."""
     sizes = [(3, 6, 2.0), (5, 2, 0.1), (1, 1, 30.0)]
-    pieces = [unequal(clouds(rng, n, m, 2, weights="random"), ratio) for n, m, ratio in sizes]
+    pieces = [
+        unequal(clouds(rng, n, m, 2, weights="random"), 1.0 if strength is None else ratio)
+        for n, m, ratio in sizes
+    ]
     x, y = torch.full((3, 5, 2), torch.nan).double(), torch.full((3, 6, 2), 1e6).double()
     a, b = torch.zeros(3, 5).double(), torch.zeros(3, 6).double()
     for k, ((n, m, _), c) in enumerate(zip(sizes, pieces, strict=True)):
         x[k, :n], y[k, :m], a[k, :n], b[k, :m] = c.x, c.y, c.a, c.b
-    options = {"unbalanced": strength, "tol": 1e-10, "method": method}
-    loss, grads = value_and_gradients(Clouds(x, y, a, b), **options)
+    options = {"unbalanced": strength, "tol": 1e-10, "method": backend.method}
+    loss, grads = value_and_gradients(Clouds(x, y, a, b).to(backend.device), **options)
     for k, ((n, m, _), c) in enumerate(zip(sizes, pieces, strict=True)):
-        one, expected = value_and_gradients(c, **options)
+        one, expected = value_and_gradients(c.to(backend.device), **options)
         torch.testing.assert_close(loss[k], one, rtol=1e-8, atol=1e-9)
         for grad, truth, size in zip(grads, expected, (n, m, n, m), strict=True):
             torch.testing.assert_close(grad[k, :size], truth, rtol=1e-6, atol=1e-8)
@@ -133,16 +130,17 @@ def padded(rng: torch.Generator, c: Clouds, garbage: float, extra: tuple[int, in
     return Clouds(x, y, a, b)
 
 
-@pytest.mark.parametrize("garbage", [1.0, -1e6, 1e6, float("inf"), float("nan")])
-@pytest.mark.parametrize("cost", COSTS)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_padding_is_removal(dtype, method, cost, garbage, rng):
+GARBAGE = [1.0, -1e6, 1e6, float("inf"), float("nan")]
+
+
+@some_of("backend, dtype, cost, garbage", BACKENDS, DTYPES, COSTS, GARBAGE, whole=3)
+def test_padding_is_removal(backend, dtype, cost, garbage, rng):
     """Points of weight 0 change neither value nor gradients, and get a gradient of exactly 0."""
     c = clouds(rng, pick(rng, 1, 8), pick(rng, 1, 8), 3, weights="random", dtype=dtype)
     extra = pick(rng, 1, 5), pick(rng, 0, 5)
-    full = padded(rng, c, garbage, extra)
-    options = {"cost": cost, "tol": TIGHT[dtype], "method": method}
+    full = padded(rng, c, garbage, extra).to(backend.device)
+    c, options = c.to(backend.device), {"cost": cost, "tol": TIGHT[dtype]}
+    options["method"] = backend.method
     expected, truth = value_and_gradients(c, **options)
     loss, grads = value_and_gradients(full, **options)
     torch.testing.assert_close(loss, expected, **CLOSE[dtype])
@@ -169,20 +167,6 @@ def test_padding_of_energy_distance_and_callable_costs(garbage, rng):
         return otloss.sinkhorn_divergence(c.x, c.y, 1.0, a=c.a, b=c.b, cost=cost, tol=1e-9)
 
     torch.testing.assert_close(loss(full), loss(c), rtol=1e-7, atol=1e-9)
-
-
-def test_ragged_batch(rng):
-    """Clouds of several sizes in one call, filled up with points of weight 0."""
-    sizes = [(3, 6), (5, 2), (1, 1)]
-    pieces = [clouds(rng, n, m, 2, weights="random") for n, m in sizes]
-    x, y = torch.full((3, 5, 2), torch.nan).double(), torch.full((3, 6, 2), torch.nan).double()
-    a, b = torch.zeros(3, 5).double(), torch.zeros(3, 6).double()
-    for k, ((n, m), c) in enumerate(zip(sizes, pieces, strict=True)):
-        x[k, :n], y[k, :m], a[k, :n], b[k, :m] = c.x, c.y, c.a, c.b
-    loss = otloss.sinkhorn_divergence(x, y, 0.5, a=a, b=b, tol=1e-10)
-    for k, c in enumerate(pieces):
-        one = otloss.sinkhorn_divergence(c.x, c.y, 0.5, a=c.a, b=c.b, tol=1e-10)
-        torch.testing.assert_close(loss[k], one, rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("method", ["dense", "reference"])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch._dynamo.testing
 from helpers import METHODS, clouds, randn
 from torch import Tensor
 
@@ -36,6 +37,8 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "callable": lambda x, y: otloss.sinkhorn_divergence(
         x, y, 0.5, cost=lambda x, y: (x[..., None, :] - y[..., None, :, :]).abs().sum(-1)
     ),
+    "unrolled": lambda x, y: otloss.sinkhorn_divergence(x, y, 1.0, n_iters=3),
+    "implicit": lambda x, y: otloss.sinkhorn_divergence(x, y, 1.0, objective="transport"),
     "module": otloss.SinkhornDivergence(0.5),
     "unbalanced": lambda x, y: otloss.sinkhorn_divergence(x, y, 0.5, unbalanced=(1.0, None)),
 }
@@ -94,6 +97,34 @@ def test_sizes_that_change(dynamic, graphs, with_gradients, rng):
     assert count == graphs
 
 
+@pytest.mark.parametrize(
+    "anneal",
+    [
+        lambda t: {"eps": t},
+        lambda t: {"eps": 0.5, "tol": 1e-3 * t},
+        lambda t: {"eps": 0.5, "unbalanced": t},
+        lambda t: {"eps": 0.5, "unbalanced": (t, None)},
+    ],
+    ids=["eps", "tol", "unbalanced", "one side"],
+)
+def test_numbers_that_change(anneal, rng):
+    """An annealed number of the solver needs one graph more, not one per value."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def loss(x: Tensor, y: Tensor, t: float) -> Tensor:
+        return otloss.sinkhorn_divergence(x, y, **anneal(t))
+
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    x, y = randn(rng, 6, 3).requires_grad_(), randn(rng, 5, 3)
+    for t in (1.0, 0.9, 0.7, 0.5, 0.3):
+        got, expected = compiled(x, y, t), loss(x, y, t)
+        torch.testing.assert_close(got, expected)
+        grads = [torch.autograd.grad(value, x)[0] for value in (got, expected)]
+        torch.testing.assert_close(*grads)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.slow
 def test_inductor(rng):
     """The whole way, code generation included, inside a training step."""
     network = torch.nn.Linear(3, 3).double()

@@ -60,6 +60,34 @@ def cuts(size: int, ranks: int) -> list[int]:
     return [0, 1, *(1 + rest * k // (ranks - 1) for k in range(1, ranks))]
 
 
+# What one rank, of many, may do differently, and what all of them say to that.
+REFUSED: list[tuple[Case, str]] = [
+    ({"eps": 0.2}, "eps must be the same on every rank"),
+    ({"cost": "euclidean"}, "cost must be the same on every rank"),
+    ({"n_iters": 4}, "n_iters must be the same on every rank"),
+    ({"tol": 1e-2}, "tol must be the same on every rank"),
+    ({"dtype": torch.float32}, "the dtype must be the same on every rank"),
+    ({"d": 2}, "the dimension d must be the same on every rank"),
+    ({"weighted": True}, "whether weights are given must be the same on every rank"),
+    ({"first": math.nan}, "finite"),
+    ({"first": 1e30, "eps": 0.1}, "eps=0.1 is below what torch.float64 can resolve"),
+]
+
+
+def refusal(case: Case, group: dist.ProcessGroup | None = None) -> str:
+    """What a call raises on a rank that differs from the others by ``case``."""
+    x, y = (torch.rand(4, case.get("d", 3), dtype=case.get("dtype")) for _ in range(2))
+    x[0, 0] = case.get("first", 0.5)
+    kept = {k: case[k] for k in ("cost", "tol", "n_iters") if k in case}
+    if case.get("weighted"):
+        kept["a_local"] = torch.full_like(x[:, 0], 0.25)
+    try:
+        otloss.distributed.sinkhorn_divergence(x, y, case.get("eps", 0.1), group, **kept)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def work(rank: int, ranks: int, folder: str) -> None:
     """Every case on one rank: the loss and the gradients of its points."""
     torch.set_num_threads(1)
@@ -76,11 +104,14 @@ def work(rank: int, ranks: int, folder: str) -> None:
         loss = otloss.distributed.sinkhorn_divergence(x_local, y_local, **settings(case), **weights)
         loss.backward()
         results.append((loss.detach(), x_local.grad, y_local.grad))
-    torch.save(results, f"{folder}/{rank}.pt")
+    torch.set_default_dtype(torch.float64)
+    refusals = [refusal(case if rank == ranks - 1 else {}) for case, _ in REFUSED]
+    refusals.append(refusal({}, dist.new_group([0])))
+    torch.save((results, refusals), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     folder: Path = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(work, (request.param, str(folder)), nprocs=request.param)
@@ -88,7 +119,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: str(CASES[number]))
-def test_is_the_loss_of_one_process(results: list[Any], number: int) -> None:
+def test_is_the_loss_of_one_process(results, number):
     case = CASES[number]
     x, y, a, b = clouds(case)
     leaves = [x.requires_grad_(), y.requires_grad_()]
@@ -97,7 +128,7 @@ def test_is_the_loss_of_one_process(results: list[Any], number: int) -> None:
     loss = otloss.sinkhorn_divergence(*leaves, **call)
     expected = torch.autograd.grad(loss, leaves)
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 2e-2}.get(x.dtype, 1e-6)
-    ranks = [rank[number] for rank in results]
+    ranks = [cases[number] for cases, _ in results]
     for value, _, _ in ranks:
         assert bool(value == ranks[0][0])
         torch.testing.assert_close(value, loss.detach(), rtol=tolerance, atol=tolerance)
@@ -108,6 +139,18 @@ def test_is_the_loss_of_one_process(results: list[Any], number: int) -> None:
         torch.testing.assert_close(found / scale, grad / scale, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("number", range(len(REFUSED)), ids=lambda number: str(REFUSED[number][0]))
+def test_every_rank_refuses(results: list[Any], number: int) -> None:
+    for _, refusals in results:
+        assert REFUSED[number][1] in refusals[number]
+
+
+def test_ranks_outside_the_group_are_refused(results: list[Any]) -> None:
+    inside, *outside = (refusals[-1] for _, refusals in results)
+    assert inside == ""
+    assert all("group must contain this process" in message for message in outside)
+
+
 @pytest.fixture
 def alone(tmp_path: Path) -> Any:
     """A group of one rank, in this process."""
@@ -116,7 +159,7 @@ def alone(tmp_path: Path) -> Any:
     dist.destroy_process_group()
 
 
-def test_bad_input(alone: None) -> None:
+def test_bad_input(alone):
     loss = otloss.distributed.sinkhorn_divergence
     x, y = torch.rand(5, 2), torch.rand(4, 2)
     with pytest.raises(TypeError, match="cost must be a name"):

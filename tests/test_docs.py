@@ -14,7 +14,7 @@ WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
-def test_code_runs(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_code_runs(page, capsys):
     """The blocks of one page, one after the other, as a reader types them."""
     text = page.read_text(encoding="utf-8")
     namespace: dict[str, object] = {}

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import METHODS, randn
+from helpers import METHODS, randn, slow_but
 
 import otloss
 
@@ -407,7 +407,7 @@ def test_modules_check_when_they_are_made(make, message):
         make()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(METHODS, "dense"))
 def test_interruption(method):
     """Ctrl-C ends a solve that would take hours, within a second or two."""
     program = f"""

@@ -14,13 +14,13 @@ import signal
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers import slow_but
 from scipy.optimize import linear_sum_assignment
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -96,16 +96,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 # --- training --------------------------------------------------------------------------------
 
 
-def test_classifier_learns(digits_classifier: Path):
+def test_classifier_learns(digits_classifier):
     report = json.loads((digits_classifier / "metrics.json").read_text())
     assert report["metrics"]["accuracy"] > 0.95
     assert losses(digits_classifier)[-1] < 0.2 * losses(digits_classifier)[0]
 
 
-@pytest.mark.parametrize("preset", LEARNING)
-def test_generator_learns_and_writes_everything(
-    preset: str, digits_classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+@pytest.mark.parametrize("preset", slow_but(LEARNING, "med", "dcgan", "tiny"))
+def test_generator_learns_and_writes_everything(preset, digits_classifier, tmp_path, capsys):
     script, steps, column, share = LEARNING[preset]
     out = tmp_path / "run"
     options = ["--preset", preset, "--steps", str(steps), "--out", str(out)]
@@ -134,8 +132,9 @@ def test_generator_learns_and_writes_everything(
     assert str(out / last) in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", OTHERS)
-def test_other_presets_run(preset: str, tmp_path: Path):
+def test_other_presets_run(preset, tmp_path):
     script, column, share = OTHERS[preset]
     options = ["--preset", preset, "--steps", "41", "--stop-at", "40", "--out", str(tmp_path)]
     script.main([*TINY, *options])
@@ -154,7 +153,7 @@ def assert_same_run(whole: Path, parts: Path) -> None:
     assert (whole / "loss.csv").read_text() == (parts / "loss.csv").read_text()
 
 
-def test_resumed_run_equals_uninterrupted_run(tmp_path: Path, digits_classifier: Path):
+def test_resumed_run_equals_uninterrupted_run(tmp_path, digits_classifier):
     """Metrics too, across an epoch's end and in the middle of a row of the log."""
     common = [*TINY, "--preset", "med", "--ema", "0.9", "--steps", "46"]
     common += ["--classifier", str(digits_classifier)]
@@ -168,23 +167,24 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path: Path, digits_classifier:
     assert scores[0]["metrics"] == scores[1]["metrics"]
 
 
-@pytest.mark.parametrize(
-    ("script", "options"),
-    [
-        pytest.param(train_sinkhorn, [*TINY, "--preset", "geist-10"], id="dropout"),
-        pytest.param(train_sinkhorn, [*TINY, "--preset", "sae"], id="sae"),
-        pytest.param(train_sinkhorn, [*TINY, "--preset", "learned-cost"], id="learned-cost"),
-        pytest.param(train_gan, [*TINY, "--preset", "dcgan"], id="dcgan"),
-        pytest.param(train_gan, [*TINY, "--preset", "wgan-gp"], id="wgan-gp"),
-        pytest.param(train_gan, [*TINY, "--preset", "wgan-clip"], id="wgan-clip"),
-        pytest.param(train_otgan, [*TINY, "--flip", "--chunk", "20"], id="otgan"),
-        pytest.param(train_classifier, ["--data", "digits"], id="classifier"),
-        pytest.param(toy_mixture, ["--batch", "64", "--freeze", "12"], id="mixture"),
-        pytest.param(fit_ellipses, ["--losses", "mmd", "eps 1", "med .1"], id="ellipses"),
-    ],
-)
-def test_every_script_resumes_exactly(script: ModuleType, options: list[str], tmp_path: Path):
+RESUMED: dict[str, tuple[Any, list[str]]] = {
+    "dropout": (train_sinkhorn, [*TINY, "--preset", "geist-10"]),
+    "sae": (train_sinkhorn, [*TINY, "--preset", "sae"]),
+    "learned-cost": (train_sinkhorn, [*TINY, "--preset", "learned-cost"]),
+    "dcgan": (train_gan, [*TINY, "--preset", "dcgan"]),
+    "wgan-gp": (train_gan, [*TINY, "--preset", "wgan-gp"]),
+    "wgan-clip": (train_gan, [*TINY, "--preset", "wgan-clip"]),
+    "otgan": (train_otgan, [*TINY, "--flip", "--chunk", "20"]),
+    "classifier": (train_classifier, ["--data", "digits"]),
+    "mixture": (toy_mixture, ["--batch", "64", "--freeze", "12"]),
+    "ellipses": (fit_ellipses, ["--losses", "mmd", "eps 1", "med .1"]),
+}
+
+
+@pytest.mark.parametrize("name", slow_but(RESUMED, "dropout", "dcgan", "otgan"))
+def test_every_script_resumes_exactly(name, tmp_path):
     """2N steps are N steps, a new start, and N steps."""
+    script, options = RESUMED[name]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for out, stops in ((whole, ["20"]), (parts, ["9", "20"])):
         for i, stop in enumerate(stops):
@@ -193,14 +193,16 @@ def test_every_script_resumes_exactly(script: ModuleType, options: list[str], tm
     assert_same_run(whole, parts)
 
 
-def test_mixed_precision_trains(tmp_path: Path):
+@pytest.mark.slow
+def test_mixed_precision_trains(tmp_path):
     for script in (train_gan, train_otgan, train_sinkhorn, train_classifier):
         options = ["--data", "digits", "--amp", "--steps", "11", "--stop-at", "10"]
         script.main([*options, "--out", str(tmp_path / script.__name__)])
         assert np.isfinite(losses(tmp_path / script.__name__)).all()
 
 
-def test_ellipses_are_found(tmp_path: Path):
+@pytest.mark.slow
+def test_ellipses_are_found(tmp_path):
     fit_ellipses.main(["--steps", "150", "--losses", "mmd", "med 0.1", "--out", str(tmp_path)])
     report = json.loads((tmp_path / "metrics.json").read_text())
     assert (tmp_path / "ellipses.png").is_file()
@@ -224,7 +226,8 @@ def test_ellipsoids_hold_what_they_draw():
     assert not model.inside(torch.tensor([[11.5, 0, 0]])).any()
 
 
-def test_mixture_is_approached(tmp_path: Path):
+@pytest.mark.slow
+def test_mixture_is_approached(tmp_path):
     options = ["--steps", "120", "--freeze", "60", "--batch", "128", "--lr", "1e-3"]
     toy_mixture.main([*options, "--out", str(tmp_path)])
     report = json.loads((tmp_path / "metrics.json").read_text())
@@ -259,7 +262,7 @@ def game(*options: str) -> train_otgan.Game:
 
 
 @pytest.mark.parametrize("match", ["ot", "random"])
-def test_critic_ascends_first_and_generator_descends(match: str):
+def test_critic_ascends_first_and_generator_descends(match):
     played = game("--match", match, "--n-gen", "2")
     real = torch.rand(24, 1, 8, 8) * 2 - 1
     for i, mover in enumerate(["critic", "generator", "generator", "critic"]):
@@ -309,7 +312,7 @@ def test_otgan_loss_is_twice_the_minibatch_energy_distance():
 
 
 @pytest.mark.parametrize("turn", ["critic", "generator"])
-def test_chunked_otgan_step_is_the_whole_one(turn: str):
+def test_chunked_otgan_step_is_the_whole_one(turn):
     real = torch.rand(24, 1, 8, 8) * 2 - 1
     step = {"critic": 0, "generator": 1}[turn]
     losses_, gradients = [], []
@@ -347,7 +350,7 @@ def test_upsampling_convolution_is_the_plain_one():
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32)])
-def test_otgan_networks(shape: tuple[int, int, int]):
+def test_otgan_networks(shape):
     torch.manual_seed(0)
     generator = models.otgan_generator(shape, 100, "uniform", 0.0625)
     critic = models.otgan_critic(shape, 0.0625)
@@ -371,7 +374,7 @@ def test_full_width_networks_are_those_of_the_report():
             assert critic(torch.empty(1, *shape)).shape == (1, features)
 
 
-def test_resume_refuses_another_run(tmp_path: Path):
+def test_resume_refuses_another_run(tmp_path):
     common = [*TINY, "--steps", "8", "--out", str(tmp_path / "run")]
     with pytest.raises(FileNotFoundError, match=r"--resume: .*ckpt.pt is missing"):
         train_sinkhorn.main([*common, "--resume"])
@@ -380,7 +383,7 @@ def test_resume_refuses_another_run(tmp_path: Path):
         train_sinkhorn.main([*common, "--resume", "--lr", "0.5"])
 
 
-def test_interrupt_saves_a_whole_step(tmp_path: Path):
+def test_interrupt_saves_a_whole_step(tmp_path):
     args = classifier.parse(["--data", "digits", "--steps", "100", "--out", str(tmp_path)])
     model = torch.nn.Linear(1, 1)
     training = run.Run(args, {"model": model})
@@ -400,14 +403,14 @@ def test_interrupt_saves_a_whole_step(tmp_path: Path):
     assert checkpoint["state"]["model"]["bias"] == 3
 
 
-def test_diverged_loss_is_an_error(tmp_path: Path):
+def test_diverged_loss_is_an_error(tmp_path):
     args = classifier.parse(["--data", "digits", "--steps", "20", "--out", str(tmp_path)])
     training = run.Run(args, {})
     with pytest.raises(FloatingPointError, match="loss is nan at step 10"):
         training.train(lambda i: {"loss": torch.tensor(float("nan"))})
 
 
-def test_help_explains_every_script(capsys: pytest.CaptureFixture[str]):
+def test_help_explains_every_script(capsys):
     for script in (*SCRIPTS, train_classifier, toy_mixture, fit_ellipses):
         with pytest.raises(SystemExit) as caught:
             script.main(["--help"])
@@ -419,7 +422,7 @@ def test_help_explains_every_script(capsys: pytest.CaptureFixture[str]):
             assert preset in printed
 
 
-def test_help_shows_the_defaults_of_the_preset(capsys: pytest.CaptureFixture[str]):
+def test_help_shows_the_defaults_of_the_preset(capsys):
     for options, expected in (
         ([], "(default: 0.003)"),
         (
@@ -437,12 +440,15 @@ def test_help_shows_the_defaults_of_the_preset(capsys: pytest.CaptureFixture[str
 
 def test_command_line():
     command = [sys.executable, str(EXAMPLES / "train_sinkhorn.py"), "--help"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # With this checkout's otloss, installed or not.
+    path = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    printed = subprocess.check_output(command, text=True, env=environment)
     assert "usage: examples/train_sinkhorn.py" in printed
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_presets_parse(script: ModuleType):
+def test_presets_parse(script):
     for preset, options in script.PRESETS.items():
         args = script.parse(["--preset", preset])
         changed = set(options.get("by_data", {}).get(args.data, {}))
@@ -464,7 +470,7 @@ def test_presets_parse(script: ModuleType):
         (["--labels", "2", "11"], r"--labels has \[11\], expected classes of digits: \[0, 1,"),
     ],
 )
-def test_bad_options(options: list[str], message: str, tmp_path: Path):
+def test_bad_options(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         train_sinkhorn.main(["--data", "digits", "--out", str(tmp_path), *options])
 
@@ -479,13 +485,13 @@ def test_bad_options(options: list[str], message: str, tmp_path: Path):
         (fit_ellipses, ["--losses", "kl"], "--losses has 'kl', expected 'mmd', 'eps <e>' or"),
     ],
 )
-def test_bad_options_of_other_scripts(script: ModuleType, options: list[str], message: str):
+def test_bad_options_of_other_scripts(script, options, message):
     with pytest.raises(ValueError, match=message):
         script.main(options)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_missing_gpu_is_named(tmp_path: Path):
+def test_missing_gpu_is_named(tmp_path):
     with pytest.raises(ValueError, match="--device is cuda, expected cpu: torch sees no GPU"):
         train_otgan.main(["--data", "digits", "--device", "cuda", "--out", str(tmp_path)])
 
@@ -516,7 +522,7 @@ def write_idx_set(root: Path, name: str, gz: bool) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("gz", [False, True])
 @pytest.mark.parametrize("name", ["mnist", "fashion"])
-def test_idx_images(name: str, gz: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_idx_images(name, gz, tmp_path, monkeypatch):
     arrays = write_idx_set(tmp_path, name, gz)
     monkeypatch.setenv("OTLOSS_DATA", str(tmp_path))
     images = data.load(name)
@@ -532,7 +538,7 @@ def test_idx_images(name: str, gz: bool, tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     "spoil", [lambda raw: b"GIF8" + raw[4:], lambda raw: raw[:-1], lambda raw: b"\0"]
 )
-def test_spoilt_idx_is_named(spoil: Callable[[bytes], bytes], tmp_path: Path):
+def test_spoilt_idx_is_named(spoil, tmp_path):
     path = tmp_path / "train-images-idx3-ubyte"
     path.write_bytes(spoil(idx_bytes(np.zeros((2, 3, 3), np.uint8))))
     with pytest.raises(ValueError, match=r"train-images-idx3-ubyte .* expected"):
@@ -540,7 +546,7 @@ def test_spoilt_idx_is_named(spoil: Callable[[bytes], bytes], tmp_path: Path):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_cifar_folders_and_archive(packed: bool, tmp_path: Path):
+def test_cifar_folders_and_archive(packed, tmp_path):
     image = pytest.importorskip("PIL.Image")
     folder = tmp_path / "cifar10-jpeg"
     for split, count in (("train", 3), ("test", 1)):
@@ -561,7 +567,7 @@ def test_cifar_folders_and_archive(packed: bool, tmp_path: Path):
     assert torch.equal(images.train_labels, (images.train[:, 0, 0, 0] > 100).long())
 
 
-def test_cifar_binary_files(tmp_path: Path):
+def test_cifar_binary_files(tmp_path):
     folder = tmp_path / data.CIFAR_FOLDER
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -589,7 +595,7 @@ def test_cifar_binary_files(tmp_path: Path):
         ("cifar10", "cifar10-jpeg/cifar10-jpeg.tar.xz"),
     ],
 )
-def test_missing_images_say_what_is_expected(name: str, expected: str, tmp_path: Path):
+def test_missing_images_say_what_is_expected(name, expected, tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         train_sinkhorn.main(["--data", name, "--data-dir", str(tmp_path)])
     message = str(caught.value)
@@ -598,9 +604,7 @@ def test_missing_images_say_what_is_expected(name: str, expected: str, tmp_path:
     assert f"--data-dir is {tmp_path}" in message
 
 
-def test_auto_takes_digits_only_when_no_folder_was_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_auto_takes_digits_only_when_no_folder_was_named(tmp_path, monkeypatch):
     monkeypatch.setenv("OTLOSS_DATA", str(tmp_path))
     assert train_sinkhorn.parse([]).data == "digits"
     assert train_sinkhorn.parse(["--data-dir", str(tmp_path)]).data == "fashion"
@@ -712,7 +716,7 @@ def test_moving_average_follows_weights_and_buffers():
 # --- the page of results, and the gallery ----------------------------------------------------
 
 
-def test_page_of_results(tmp_path: Path):
+def test_page_of_results(tmp_path):
     """Figures of the runs that are there, "not run" for the others, and no number twice."""
     runs, out = tmp_path / "runs", tmp_path / "results"
     for seed, recall in ((0, 0.25), (1, 0.13)):
@@ -779,10 +783,11 @@ def test_every_command_of_the_page_parses():
         assert parsed(text).out == Path("runs/run")
 
 
-@pytest.mark.parametrize(
-    "name", sorted(path.stem for path in GALLERY.glob("*.py") if path.stem != "picture")
-)
-def test_gallery(name: str, tmp_path: Path):
+PICTURES = sorted(path.stem for path in GALLERY.glob("*.py") if path.stem != "picture")
+
+
+@pytest.mark.parametrize("name", slow_but(PICTURES, PICTURES[0]))
+def test_gallery(name, tmp_path):
     script = importlib.import_module(name)
     script.main(["--out", str(tmp_path / "new" / "picture.png")])
     assert (tmp_path / "new" / "picture.png").stat().st_size > 5000

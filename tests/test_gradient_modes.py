@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from helpers import STRENGTHS, Strength, randn
+from backends import BACKENDS
+from helpers import COSTS, METHODS, STRENGTHS, randn, solved, some_of
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import otloss
 from otloss import ops, reference
 
-COSTS = ("sqeuclidean", "euclidean", "cosine")
 OBJECTIVES = ("regularized", "transport")
 TIGHT: dict[str, Any] = {"tol": 1e-13, "max_iters": 20000}
 EXACT = 1e-10
 HARD = (math.inf, math.inf)  # rho_x, rho_y
 
 
-def clouds(n: int = 7, m: int = 5, d: int = 3, seed: int = 0) -> tuple[Tensor, ...]:
-    """x, y and logits of a, b: all leaves, float64."""
-    make = torch.Generator().manual_seed(seed)
-    shapes = ((n, d), (m, d), (n,), (m,))
-    return tuple(
-        torch.randn(s, generator=make, dtype=torch.float64).requires_grad_() for s in shapes
-    )
+def leaves_of(
+    n: int = 7, m: int = 5, d: int = 3, seed: int = 0, device: str = "cpu"
+) -> tuple[Tensor, ...]:
+    """x, y and logits of a, b, float64."""
+    rng = torch.Generator().manual_seed(seed)
+    tensors = (randn(rng, *shape) for shape in ((n, d), (m, d), (n,), (m,)))
+    return tuple(t.to(device).requires_grad_() for t in tensors)
 
 
 def eps_of(cost: str) -> float:
@@ -67,34 +65,10 @@ def cost_of(x: Tensor, y: Tensor, cost: str) -> Tensor:
 # -------------------------------------------------------------------------------------- unrolled
 
 
-@pytest.mark.parametrize("method", ["dense", "reference"])
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("cost", COSTS)
-@pytest.mark.parametrize("L", [1, 6])
-def test_unrolled_is_autograd_through_the_loop(
-    cost: str, objective: str, method: str, L: int
-) -> None:
-    x, y, la, lb = clouds(23, 17)
-    eps, leaves = eps_of(cost), (x, y, la, lb)
-
-    def divergence(value: Callable[..., Tensor]) -> Tensor:
-        a, b = la.softmax(0), lb.softmax(0)
-        return value(x, y, a, b) - 0.5 * value(x, x, a, a) - 0.5 * value(y, y, b, b)
-
-    expected = torch.autograd.grad(
-        divergence(lambda p, q, a, b: plain_value(cost_of(p, q, cost), a, b, eps, L, objective)),
-        leaves,
-    )
-    kw: dict[str, Any] = {"cost": cost, "objective": objective, "n_iters": L, "method": method}
-    a, b = la.softmax(0), lb.softmax(0)
-    loss = otloss.sinkhorn_divergence(x, y, eps, a=a, b=b, **kw)
-    assert relative(torch.autograd.grad(loss, leaves), expected) < EXACT
-
-
 @pytest.mark.parametrize("n", [1, 2, 5, 16, 35])
 @pytest.mark.parametrize("m", [1, 3, 8, 16, 41])
-def test_unrolled_at_every_block_shape(n: int, m: int) -> None:
-    x, y, la, lb = clouds(n, m)
+def test_unrolled_at_every_block_shape(n, m):
+    x, y, la, lb = leaves_of(n, m)
     C = cost_of(x.detach(), y.detach(), "sqeuclidean").requires_grad_()
     v = torch.linspace(-1, 2, m, dtype=torch.float64)
     leaves = (C, la, lb)
@@ -108,9 +82,9 @@ def test_unrolled_at_every_block_shape(n: int, m: int) -> None:
 
 @pytest.mark.parametrize("strength", [0.5, (1e-2, 3.0), (None, 1e-3)], ids=str)
 @pytest.mark.parametrize("eps", [0.5, 0.02])
-def test_unrolled_of_points_that_are_not_transported(strength: Strength, eps: float) -> None:
+def test_unrolled_of_points_that_are_not_transported(strength, eps):
     """exp(f / rho) overflows, and so may the factors of the columns."""
-    x, y, a, b = soft_clouds(30, 26)
+    x, y, a, b = soft_leaves(30, 26)
     C = 3 * cost_of(x.detach(), y.detach(), "sqeuclidean").requires_grad_()
     leaves, found = (C, a, b), []
     for method in ("dense", "reference"):
@@ -124,9 +98,9 @@ def test_unrolled_of_points_that_are_not_transported(strength: Strength, eps: fl
 @pytest.mark.parametrize(
     ("dtype", "tol"), [(torch.float64, 1e-9), (torch.float32, 2e-4)], ids=["float64", "float32"]
 )
-def test_unrolled_from_a_cold_start_at_small_eps(dtype: torch.dtype, tol: float) -> None:
+def test_unrolled_from_a_cold_start_at_small_eps(dtype, tol):
     """exp((g' - g) / eps) overflows in the first iteration."""
-    x, y, la, lb = clouds(30, 26)
+    x, y, la, lb = leaves_of(30, 26)
     C, eps = 4 * cost_of(x.detach(), y.detach(), "sqeuclidean"), 0.05
     a, b = la.detach().softmax(0), lb.detach().softmax(0)
     exact = [t.clone().requires_grad_() for t in (C, a, b)]
@@ -139,8 +113,8 @@ def test_unrolled_from_a_cold_start_at_small_eps(dtype: torch.dtype, tol: float)
 
 
 @pytest.mark.parametrize("method", ["dense", "reference"])
-def test_unrolled_from_given_potentials(method: str) -> None:
-    x, y, _, _ = clouds(9, 6)
+def test_unrolled_from_given_potentials(method):
+    x, y, _, _ = leaves_of(9, 6)
     C = cost_of(x.detach(), y.detach(), "sqeuclidean").requires_grad_()
     a, b = (torch.full((k,), 1 / k, dtype=torch.float64) for k in (9, 6))
     f0, g0 = torch.randn(9).double(), torch.randn(6).double()
@@ -151,8 +125,8 @@ def test_unrolled_from_given_potentials(method: str) -> None:
     assert relative(torch.autograd.grad(value, C), expected) < EXACT
 
 
-def test_unrolled_stopped_early_is_not_the_envelope() -> None:
-    x, y, _, _ = clouds(20, 20)
+def test_unrolled_stopped_early_is_not_the_envelope():
+    x, y, _, _ = leaves_of(20, 20)
     kw: dict[str, Any] = {"n_iters": 2}
     early = torch.autograd.grad(otloss.sinkhorn_loss(x, y, 0.3, **kw), x)
     held = torch.autograd.grad(otloss.sinkhorn_loss(x, y, 0.3, backward="envelope", **kw), x)
@@ -162,11 +136,9 @@ def test_unrolled_stopped_early_is_not_the_envelope() -> None:
 # --------------------------------------------------------------------------------- all the modes
 
 
-@pytest.mark.parametrize("method", ["dense", "reference"])
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("cost", COSTS)
-def test_modes_agree_at_convergence(cost: str, objective: str, method: str) -> None:
-    leaves = clouds(12, 9)
+@some_of("method, cost, objective", METHODS, COSTS, OBJECTIVES)
+def test_modes_agree_at_convergence(method, cost, objective):
+    leaves = leaves_of(12, 9)
     x, y, la, lb = leaves
 
     def gradient(backward: str, **kw: Any) -> tuple[Tensor, ...]:
@@ -178,21 +150,18 @@ def test_modes_agree_at_convergence(cost: str, objective: str, method: str) -> N
         return torch.autograd.grad(loss, leaves)
 
     implicit = gradient("implicit", **TIGHT)
-    assert relative(gradient("unrolled", n_iters=2000), implicit) < 1e-6
+    assert relative(gradient("unrolled", n_iters=600), implicit) < 1e-6
     assert relative(gradient("auto", **TIGHT), implicit) == 0
     if objective == "regularized":
         assert relative(gradient("envelope", **TIGHT), implicit) < 1e-9
 
 
-@pytest.mark.parametrize(
-    ("loss", "mode", "objective", "cost"),
-    [
-        *itertools.product(["divergence"], ["unrolled", "implicit"], OBJECTIVES, COSTS),
-        *itertools.product(["loss"], ["unrolled", "implicit", "envelope"], OBJECTIVES, COSTS),
-    ],
-)
-def test_first_and_second_order(loss: str, mode: str, objective: str, cost: str) -> None:
-    leaves = clouds(5, 4, 2)
+@some_of(
+    "loss, mode, objective, cost",
+    ["divergence", "loss"], ["unrolled", "implicit", "envelope"], OBJECTIVES, COSTS, whole=3,
+)  # fmt: skip
+def test_first_and_second_order(loss, mode, objective, cost):
+    leaves = leaves_of(5, 4, 2)
     function = otloss.sinkhorn_divergence if loss == "divergence" else otloss.sinkhorn_loss
     kw: dict[str, Any] = {"n_iters": 3} if mode == "unrolled" else TIGHT
 
@@ -207,26 +176,25 @@ def test_first_and_second_order(loss: str, mode: str, objective: str, cost: str)
     assert gradgradcheck(call, leaves, atol=1e-5, rtol=1e-4, fast_mode=True)
 
 
-def soft_clouds(n: int, m: int, d: int = 2) -> tuple[Tensor, ...]:
+def soft_leaves(n: int, m: int, d: int = 2, device: str = "cpu") -> tuple[Tensor, ...]:
     """x, y, a, b: all leaves, and totals that differ."""
-    x, y, la, lb = clouds(n, m, d)
+    x, y, la, lb = leaves_of(n, m, d, device=device)
     a, b = la.detach().softmax(0), 2.5 * lb.detach().softmax(0)
     return x, y, a.requires_grad_(), b.requires_grad_()
 
 
-@pytest.mark.parametrize("strength", STRENGTHS[1:], ids=str)
-@pytest.mark.parametrize(
-    ("mode", "objective", "cost"),
-    [
-        case
-        for case in itertools.product(["unrolled", "implicit", "envelope"], OBJECTIVES, COSTS)
-        if case[:2] != ("envelope", "transport")  # which holds the plan constant
-    ],
-)
-def test_unbalanced_first_and_second_order(
-    mode: str, objective: str, cost: str, strength: Strength
-) -> None:
+FREE = [  # envelope holds the plan of the transport objective constant
+    (mode, objective)
+    for mode in ("unrolled", "implicit", "envelope")
+    for objective in OBJECTIVES
+    if (mode, objective) != ("envelope", "transport")
+]
+
+
+@some_of("which, cost, strength", FREE, COSTS, STRENGTHS[1:], whole=3)
+def test_unbalanced_first_and_second_order(which, cost, strength):
     """Every weight is free: nothing ties the totals."""
+    mode, objective = which
     kw: dict[str, Any] = {"n_iters": 2} if mode == "unrolled" else TIGHT
 
     def call(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -235,25 +203,21 @@ def test_unbalanced_first_and_second_order(
             unbalanced=strength, **kw,
         )  # fmt: skip
 
-    leaves = soft_clouds(4, 3)
+    leaves = soft_leaves(4, 3)
     assert gradcheck(call, leaves, atol=1e-6, rtol=1e-4)
     if cost != "euclidean":
         assert gradgradcheck(call, leaves, atol=1e-5, rtol=1e-4, fast_mode=True)
 
 
-@pytest.mark.parametrize("method", ["dense", "streamed", "reference"])
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("strength", STRENGTHS, ids=str)
-def test_unbalanced_modes_agree_at_convergence(
-    strength: Strength, objective: str, method: str
-) -> None:
-    leaves = soft_clouds(12, 9)
+@some_of("backend, objective, strength", BACKENDS, OBJECTIVES, STRENGTHS)
+def test_unbalanced_modes_agree_at_convergence(backend, objective, strength):
+    leaves = soft_leaves(12, 9, device=backend.device)
 
     def gradient(backward: str, **kw: Any) -> tuple[Tensor, ...]:
         x, y, a, b = leaves
         loss = otloss.sinkhorn_divergence(
             x, y, 1.0, a=a, b=b, objective=objective, backward=backward, unbalanced=strength,
-            method=method, **kw,
+            method=backend.method, **kw,
         )  # fmt: skip
         return torch.autograd.grad(loss, leaves)
 
@@ -265,18 +229,21 @@ def test_unbalanced_modes_agree_at_convergence(
         assert relative(gradient("envelope", **TIGHT), implicit) < 1e-9
 
 
-@pytest.mark.parametrize("strength", STRENGTHS, ids=str)
-def test_unbalanced_results_are_differentiable(strength: Strength) -> None:
-    """Finite differences on the solved problem, twice. Potentials need no convention."""
-    leaves, x_new = soft_clouds(4, 3), clouds(2, 1, 2, seed=5)[0].detach()
+@pytest.mark.parametrize("strength", [None, *STRENGTHS], ids=str)
+def test_results_are_differentiable_through_the_solution(strength):
+    """Finite differences on the solved problem, twice. Soft potentials need no convention."""
+    leaves = leaves_of(5, 4, 2) if strength is None else soft_leaves(4, 3)
+    x_new = leaves_of(2, 1, 2, seed=5)[0].detach()
 
     def outputs(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        if strength is None:
+            a, b = a.softmax(0), b.softmax(0)
         r = otloss.solve_sample(x, y, 1.0, a=a, b=b, unbalanced=strength, **TIGHT)
         f, g = r.potentials
         row, column = r.marginals
         parts = (
             r.value + 3 * r.value_linear + f.sin().sum() + g.cos().sum(),
-            (r.plan.square() * torch.arange(3)).sum() + row.square().sum() + column.norm(),
+            (r.plan.square() * torch.arange(len(y))).sum() + row.square().sum() + column.norm(),
             r.barycentric_map().square().sum() + r.extend(x_new).square().sum(),
         )
         return torch.stack(parts)
@@ -287,45 +254,11 @@ def test_unbalanced_results_are_differentiable(strength: Strength) -> None:
     )
 
 
-def test_results_are_differentiable_through_the_solution() -> None:
-    """Finite differences on the solved problem, twice."""
-    leaves = clouds(5, 4, 2)
-    x_new = clouds(2, 1, 2, seed=5)[0].detach()
-
-    def outputs(x: Tensor, y: Tensor, la: Tensor, lb: Tensor) -> Tensor:
-        r = otloss.solve_sample(x, y, 1.0, a=la.softmax(0), b=lb.softmax(0), **TIGHT)
-        f, g = r.potentials
-        row, column = r.marginals
-        parts = (
-            r.value + 3 * r.value_linear + f.sin().sum() + g.cos().sum(),
-            (r.plan.square() * torch.arange(4)).sum() + row.square().sum() + column.norm(),
-            r.barycentric_map().square().sum() + r.extend(x_new).square().sum(),
-        )
-        return torch.stack(parts)
-
-    assert gradcheck(outputs, leaves, atol=1e-6, rtol=1e-4)
-
-    def smooth(x: Tensor, y: Tensor, la: Tensor, lb: Tensor) -> Tensor:
-        r = otloss.solve_sample(x, y, 1.0, a=la.softmax(0), b=lb.softmax(0), **TIGHT)
-        return r.value + r.potentials[0].sin().sum() + (r.plan.square() * torch.arange(4)).sum()
-
-    assert gradgradcheck(smooth, leaves, atol=1e-5, rtol=1e-4)
-
-
-def test_potentials_are_those_with_equal_means() -> None:
-    x, y, la, lb = clouds()
-    a, b = la.softmax(0), lb.softmax(0)
-    f, g = otloss.solve_sample(x, y, 1.0, a=a, b=b, **TIGHT).potentials
-    torch.testing.assert_close((a * f).sum(), (b * g).sum())
-    value = otloss.solve_sample(x, y, 1.0, a=a, b=b, **TIGHT).value
-    da, db = torch.autograd.grad(value, (a, b))
-    torch.testing.assert_close(da, f, atol=1e-9, rtol=1e-9)
-    torch.testing.assert_close(db, g, atol=1e-9, rtol=1e-9)
-
-
 @pytest.mark.parametrize("kw", [{"n_iters": 5}, TIGHT], ids=["unrolled", "implicit"])
-def test_minibatch_energy_distance(kw: dict[str, Any]) -> None:
-    four = [t.detach().requires_grad_() for t in (*clouds(6, 6, 3)[:2], *clouds(6, 6, 3, 1)[:2])]
+def test_minibatch_energy_distance(kw):
+    four = [
+        t.detach().requires_grad_() for t in (*leaves_of(6, 6, 3)[:2], *leaves_of(6, 6, 3, 1)[:2])
+    ]
 
     def call(*tensors: Tensor) -> Tensor:
         return otloss.minibatch_energy_distance(*tensors, 0.3, backward="auto", **kw)
@@ -339,7 +272,7 @@ def test_minibatch_energy_distance(kw: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("mode", ["unrolled", "implicit"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_batches_and_padding(mode: str, objective: str) -> None:
+def test_batches_and_padding(mode, objective):
     """Problems of a batch do not see each other, nor what stands in points of weight 0."""
     kw: dict[str, Any] = {"n_iters": 4} if mode == "unrolled" else TIGHT
     sizes, n, m = ((6, 5), (4, 7), (7, 3)), 8, 9
@@ -347,7 +280,7 @@ def test_batches_and_padding(mode: str, objective: str) -> None:
     a, b = torch.zeros(3, n).double(), torch.zeros(3, m).double()
     alone = []
     for k, (p, q) in enumerate(sizes):
-        one = [t.detach() for t in clouds(p, q, 2, k)]
+        one = [t.detach() for t in leaves_of(p, q, 2, k)]
         x[k, :p], y[k, :q], a[k, :p], b[k, :q] = *one[:2], one[2].softmax(0), one[3].softmax(0)
         one = [t.clone().requires_grad_() for t in (x[k, :p], y[k, :q], a[k, :p], b[k, :q])]
         loss = otloss.sinkhorn_divergence(
@@ -364,8 +297,8 @@ def test_batches_and_padding(mode: str, objective: str) -> None:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_implicit_in_float32(objective: str) -> None:
-    x, y, la, lb = (t.detach() for t in clouds(60, 50, 3))
+def test_implicit_in_float32(objective):
+    x, y, la, lb = (t.detach() for t in leaves_of(60, 50, 3))
 
     def gradient(dtype: torch.dtype, tol: float) -> list[Tensor]:
         leaves = [t.to(dtype).requires_grad_() for t in (x, y, la, lb)]
@@ -385,11 +318,7 @@ def test_implicit_in_float32(objective: str) -> None:
 
 
 def problem(
-    dtype: torch.dtype,
-    eps: float,
-    objective: int,
-    L: int,
-    rho: tuple[float, float] = HARD,
+    dtype: torch.dtype, eps: float, objective: int, L: int, rho: tuple[float, float] = HARD
 ) -> tuple[Any, ...]:
     """Three pairs, one of a cloud with itself, with padding, and random gradients from outside."""
     make = torch.Generator().manual_seed(1)
@@ -400,25 +329,26 @@ def problem(
     weights = [a / a.sum(-1, True), b / b.sum(-1, True)]
     pairs, coefficients = [0, 1, 0, 0, 1, 0], [1.0, -0.5, 2.0]
     costs = ops.cost([x, y], weights, pairs, 0)
-    rest = (*rho, 1e-12, 20000, L, objective, L > 0)
-    loss, _, f, g, traces = ops.solve(costs, weights, pairs, coefficients, [], eps, *rest)
+    given = ops.problems(
+        weights, pairs, coefficients, eps, costs=costs, rho=rho, objective=objective
+    )
+    loss, _, f, g, traces, _ = solved(given, tol=1e-12, max_iters=20000, n_iters=L, trace=L > 0)
     outside = [[torch.randn(t.shape, generator=make, dtype=dtype) for t in side] for side in (f, g)]
-    return (torch.randn_like(loss), *outside), (costs, weights, pairs, coefficients), f, g, traces
+    return (torch.randn_like(loss), *outside), given, f, g, traces
 
 
 @pytest.mark.parametrize("rho", [HARD, (1.0, 0.1), (math.inf, 3.0)])
 @pytest.mark.parametrize("objective", [0, 1])
 @pytest.mark.parametrize("eps", [1.0, 0.05])
-def test_operations_agree_with_their_reference(
-    eps: float, objective: int, rho: tuple[float, float]
-) -> None:
-    wanted = (eps, *rho, objective, [1, 1, 1], True)
+def test_operations_agree_with_their_reference(eps, objective, rho):
+    wanted = ([0, 1, 2], [], True)
     seeds, given, _, _, traces = problem(torch.float64, eps, objective, 5, rho)
     for outside in (seeds, (seeds[0], [], [])):
         arguments = (*outside, *given, [], traces, *wanted)
         found, expected = ops.unrolled_backward(*arguments), reference.unrolled_backward(*arguments)
         for p, q in zip(found, expected, strict=True):
-            assert relative(p, q) < EXACT
+            assert len(p) == len(q)
+            assert not q or relative(p, q) < EXACT
     seeds, given, f, g, _ = problem(torch.float64, eps, objective, -1, rho)
     arguments = (*seeds, *given, f, g, *wanted)
     held = (seeds[0], *given, f, g, *wanted)
@@ -426,57 +356,46 @@ def test_operations_agree_with_their_reference(
     *found, status = ops.implicit_backward(*arguments)
     *expected, _ = reference.implicit_backward(*arguments)
     for p, q in zip(found, expected, strict=True):
-        assert relative(p, q) < 1e-8  # a residual of 1e-13 times the system's condition
+        assert len(p) == len(q)
+        assert not q or relative(p, q) < 1e-8  # a residual of 1e-13 times the system's condition
     assert status.shape == (3, 2, 2)
     assert bool((status[..., 0] > 0).all())
     assert float(status[..., 1].max()) < 1e-12
 
 
-def test_operations_leave_out_what_is_not_wanted() -> None:
+def test_operations_leave_out_what_is_not_wanted():
     seeds, given, _, _, traces = problem(torch.float64, 1.0, 1, 4)
-    some = ops.unrolled_backward(*seeds, *given, [], traces, 1.0, *HARD, 1, [0, 1, 0], False)
-    assert [t.numel() > 0 for t in some[0]] == [False, True, False]
-    assert not any(t.numel() for t in (*some[1], *some[2]))
-    every = ops.unrolled_backward(*seeds, *given, [], traces, 1.0, *HARD, 1, [1, 1, 1], True)
-    torch.testing.assert_close(some[0][1], every[0][1])
-    weights = ops.unrolled_backward(*seeds, *given, [], traces, 1.0, *HARD, 1, [0, 0, 0], True)
-    torch.testing.assert_close(weights[1:], every[1:])
-
-
-@pytest.mark.parametrize("name", ["unrolled", "implicit"])
-def test_opcheck(name: str) -> None:
-    seeds, given, f, g, traces = problem(torch.float64, 1.0, 0, 3)
-    middle = ([], traces) if name == "unrolled" else (f, g)
-    arguments = (*seeds, *given, *middle, 1.0, *HARD, 0, [1, 0, 1], True)
-    torch.library.opcheck(
-        getattr(ops, f"{name}_backward"),
-        arguments,
-        test_utils=("test_schema", "test_faketensor"),
-    )
+    some = ops.unrolled_backward(*seeds, *given, [], traces, [1], [], False)
+    assert [len(grads) for grads in some] == [1, 0, 0, 0]
+    every = ops.unrolled_backward(*seeds, *given, [], traces, [0, 1, 2], [], True)
+    torch.testing.assert_close(some[0][0], every[0][1])
+    weights = ops.unrolled_backward(*seeds, *given, [], traces, [], [], True)
+    assert not weights[0]
+    torch.testing.assert_close(weights[2:], every[2:])
 
 
 # -------------------------------------------------------------------------- graphs of the backward
 
 
 @pytest.mark.parametrize("kw", [{}, {"n_iters": 3}, {"objective": "transport"}])
-def test_first_order_in_a_graph(kw: dict[str, Any]) -> None:
-    x, y, _, _ = clouds()
+def test_first_order_in_a_graph(kw):
+    x, y, _, _ = leaves_of()
     loss = otloss.sinkhorn_divergence(x, y, 1.0, **kw)
     (kept,) = torch.autograd.grad(loss, x, create_graph=True)
     (plain,) = torch.autograd.grad(otloss.sinkhorn_divergence(x, y, 1.0, **kw), x)
     torch.testing.assert_close(kept.detach(), plain)
 
 
-def test_third_order_is_refused() -> None:
-    x, y, _, _ = clouds()
+def test_third_order_is_refused():
+    x, y, _, _ = leaves_of()
     (first,) = torch.autograd.grad(otloss.sinkhorn_loss(x, y, 1.0), x, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="third derivatives"):
         torch.autograd.grad(second.sum(), x)
 
 
-def test_energy_distance_and_cost_matrix_twice() -> None:
-    x, y, la, lb = clouds(5, 4, 2)
+def test_energy_distance_and_cost_matrix_twice():
+    x, y, la, lb = leaves_of(5, 4, 2)
     a, b = (w.detach().softmax(0).requires_grad_() for w in (la, lb))
     for cost in COSTS:
         assert gradgradcheck(lambda x, y, cost=cost: otloss.cost_matrix(x, y, cost), (x, y))
@@ -486,8 +405,8 @@ def test_energy_distance_and_cost_matrix_twice() -> None:
         )  # fmt: skip
 
 
-def test_envelope_has_no_gradient_of_potentials() -> None:
-    x, y, _, _ = clouds()
+def test_envelope_has_no_gradient_of_potentials():
+    x, y, _, _ = leaves_of()
     result = otloss.solve_sample(x, y, 1.0, backward="envelope")
     with pytest.raises(NotImplementedError, match='"implicit"'):
         result.potentials[0].sum().backward()
@@ -495,8 +414,8 @@ def test_envelope_has_no_gradient_of_potentials() -> None:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("kw", [{"n_iters": 4}, TIGHT], ids=["unrolled", "implicit"])
-def test_streamed_second_derivatives_by_way_of_costs(objective: str, kw: dict[str, Any]) -> None:
-    leaves = clouds(9, 8)
+def test_streamed_second_derivatives_by_way_of_costs(objective, kw):
+    leaves = leaves_of(9, 8)
     x, y, la, lb = leaves
     found = []
     for method in ("streamed", "dense"):
@@ -510,11 +429,9 @@ def test_streamed_second_derivatives_by_way_of_costs(objective: str, kw: dict[st
 
 
 @pytest.mark.parametrize("kw", [{"n_iters": 2}, {"objective": "transport"}, {}], ids=str)
-def test_second_derivatives_past_the_budget_are_refused(
-    kw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(otloss.schedule, "dense_budget", 100)
-    x, y, _, _ = clouds()
+def test_second_derivatives_past_the_budget_are_refused(kw, monkeypatch):
+    monkeypatch.setattr(otloss.method, "dense_budget", 100)
+    x, y, _, _ = leaves_of()
     loss = otloss.sinkhorn_divergence(x, y, 1.0, method="streamed", **kw)
     (only,) = torch.autograd.grad(loss, x, retain_graph=True)
     (first,) = torch.autograd.grad(loss, x, create_graph=True)
@@ -523,19 +440,7 @@ def test_second_derivatives_past_the_budget_are_refused(
         first.sum().backward()
 
 
-def test_unrolled_inside_a_compiled_function() -> None:
-    x, y, _, _ = (t.float().detach() for t in clouds())
-
-    def loss(x: Tensor, y: Tensor) -> Tensor:
-        return otloss.sinkhorn_divergence(x, y, 1.0, objective="transport", n_iters=3)
-
-    expected, found = (t.clone().requires_grad_() for t in (x, x))
-    loss(expected, y).backward()
-    torch.compile(loss, fullgraph=True, backend="aot_eager")(found, y).backward()
-    torch.testing.assert_close(found.grad, expected.grad)
-
-
-def test_a_nearly_singular_system_stays_finite() -> None:
+def test_a_nearly_singular_system_stays_finite():
     """Two far pairs at tiny eps: mass that cannot move leaves differences undetermined."""
     x = torch.tensor([[0.0], [1.0]], dtype=torch.float32)
     C = (x - x.T).square().requires_grad_()
@@ -545,16 +450,19 @@ def test_a_nearly_singular_system_stays_finite() -> None:
     assert bool(C.grad.isfinite().all())
 
 
-def test_the_result_tells_how_the_linear_system_went(rng):
-    x, y = randn(rng, 2, 6, 2).requires_grad_(), randn(rng, 2, 5, 2)
-    result = otloss.solve_sample(x, y, 0.5, tol=1e-10)
+@some_of("backend", [name for name in BACKENDS if name != "reference"])  # which has no iterations
+def test_the_result_tells_how_the_linear_system_went(backend, rng):
+    x, y = (randn(rng, 2, n, 2).to(backend.device) for n in (6, 5))
+    x.requires_grad_()
+    options = {"tol": 1e-10, "max_iters": 10_000, "method": backend.method}
+    result = otloss.solve_sample(x, y, 0.5, **options)
     result.value.sum().backward(retain_graph=True)
     assert result.linear_system is None  # the gradient of the value needs none
     result.plan.square().sum().backward()
     iterations, residual = result.linear_system
     assert iterations.shape == residual.shape == (2,)
     assert bool((iterations > 0).all() and (residual <= 1e-6).all())
-    single = otloss.solve_sample(x[0], y[0], 0.5, objective="transport")
+    single = otloss.solve_sample(x[0], y[0], 0.5, objective="transport", method=backend.method)
     single.value.backward()
     iterations, residual = single.linear_system
     assert isinstance(iterations, int)

@@ -11,7 +11,20 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from helpers import COSTS, DTYPES, clouds, make_weights, name, pick, rand, randn, rho
+from backends import BACKENDS, Backend
+from helpers import (
+    COSTS,
+    DTYPES,
+    clouds,
+    make_weights,
+    name,
+    pick,
+    rand,
+    randn,
+    rho,
+    solved,
+    some_of,
+)
 from torch import Tensor
 
 import otloss
@@ -21,53 +34,16 @@ from otloss.costs import COSTS as COST_NUMBERS
 INF = math.inf
 
 
-def settings(**changes: Any) -> dict[str, Any]:
-    """What a solve is told besides tensors."""
-    return {
-        "eps": 0.5,
-        "rho_x": INF,
-        "rho_y": INF,
-        "tol": 1e-3,
-        "max_iters": 1000,
-        "n_iters": -1,
-        "objective": 0,
-        "trace": False,
-        **changes,
-    }
-
-
-def trajectory(
-    module: Any,
-    C: Tensor,
-    a: Tensor,
-    b: Tensor,
-    eps: float,
-    count: int,
-    rho: tuple[float, float] = (INF, INF),
-) -> Tensor:
-    """(count, n + m): f and g after each of `count` iterations."""
-    *_, traces = module.solve(
-        [C[None]],
-        [a[None], b[None]],
-        [0, 1],
-        [1.0],
-        [],
-        **settings(eps=eps, n_iters=count, trace=True, rho_x=rho[0], rho_y=rho[1]),
-    )
-    return traces[0][0]
-
-
 def assert_same_iterations(
-    module: Any,
-    C: Tensor,
-    a: Tensor,
-    b: Tensor,
-    eps: float,
-    count: int = 4,
+    backend: Backend, C: Tensor, a: Tensor, b: Tensor, eps: float, count: int = 4,
     rho: tuple[float, float] = (INF, INF),
-) -> None:
+) -> None:  # fmt: skip
     """Every iterate equals the oracle's, to some roundings of the potentials and the exponent."""
-    got = trajectory(module, C, a, b, eps, count, rho)
+    module = reference if backend.method == "reference" else ops
+    given = [t[None].to(backend.device) for t in (C, a, b)]
+    problem = ops.problems(given[1:], [0, 1], [1.0], eps, costs=given[:1], rho=rho)
+    _, _, _, _, (trace,), _ = solved(problem, module=module, n_iters=count, trace=True)
+    got = trace[0].cpu()
     steps = oracle.iterate(C.double(), a.double(), b.double(), eps, count, rho)
     expected = torch.stack([torch.cat(step) for step in steps])
     unit = torch.finfo(C.dtype).eps
@@ -77,30 +53,29 @@ def assert_same_iterations(
     assert float((got.double() - expected).abs().max()) <= allowed
 
 
-modules = pytest.mark.parametrize("module", [ops, reference], ids=["native", "reference"])
+STORED = [name for name in BACKENDS if "streamed" not in name]  # of costs that are given
+WIDTHS = [1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 130]
 
 
-@modules
-@pytest.mark.parametrize("m", [1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 130])
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_sizes(dtype, m, module, rng):
+@some_of("backend, m, dtype", STORED, WIDTHS, DTYPES)
+def test_sizes(backend, m, dtype, rng):
     """Rows are taken by four and columns by vectors: every remainder of both."""
     for n in (1, 3, 4, 5, 6, 11):
         C = randn(rng, n, m, dtype=dtype)
         a, b = (make_weights(rng, (k,), "random").to(dtype) for k in (n, m))
-        assert_same_iterations(module, C, a, b, 0.3)
+        assert_same_iterations(backend, C, a, b, 0.3)
 
 
-@modules
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("strength", [0.3, (2.0, 0.1), (None, 1e-3), (1e-3, None), (1e-4, 1e6)])
-@pytest.mark.parametrize("eps", [0.5, 1e-2])
-def test_damped_iterations(eps, strength, dtype, module, rng):
+DAMPED = [0.3, (2.0, 0.1), (None, 1e-3), (1e-3, None), (1e-4, 1e6)]
+
+
+@some_of("backend, strength, eps, dtype", STORED, DAMPED, [0.5, 1e-2], DTYPES)
+def test_damped_iterations(backend, strength, eps, dtype, rng):
     """Down to where most points give up all but e^-1000 of their weight, which trips the guards."""
     C = randn(rng, 37, 45, dtype=dtype).square()
     C[:3] += 5
     a, b = (make_weights(rng, (k,), "random").to(dtype) for k in (37, 45))
-    assert_same_iterations(module, C, a, 7 * b, eps, rho=rho(strength))
+    assert_same_iterations(backend, C, a, 7 * b, eps, rho=rho(strength))
 
 
 Case = tuple[Tensor, Tensor, Tensor, float]
@@ -166,14 +141,12 @@ GUARDED = [
 guarded = pytest.mark.parametrize("case", GUARDED, ids=lambda case: case.__name__)
 
 
-@modules
-@guarded
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_guards(dtype, case, module, rng):
+@some_of("backend, case, dtype", STORED, GUARDED, DTYPES)
+def test_guards(backend, case, dtype, rng):
     C, a, b, eps = case(rng)
     C, a, b = (t.to(dtype) for t in (C, a, b))
-    assert_same_iterations(module, C, a, b, eps, count=6)
-    assert_same_iterations(module, C.T.contiguous(), b, a, eps, count=6)
+    assert_same_iterations(backend, C, a, b, eps, count=6)
+    assert_same_iterations(backend, C.T.contiguous(), b, a, eps, count=6)
 
 
 @guarded
@@ -207,10 +180,8 @@ def test_streamed_iterations(dtype, cost, d, rng):
     n, m = pick(rng, 1, 40), pick(rng, 1, 200)
     x, y = randn(rng, 1, n, d, dtype=dtype), randn(rng, 1, m, d, dtype=dtype)
     a, b = (make_weights(rng, (1, k), "random").to(dtype) for k in (n, m))
-    kind, changes = COST_NUMBERS[cost], settings(eps=0.5, n_iters=5)
-    loss, status, f, g, *_ = ops.solve_points(
-        [x, y], [a, b], [0, 1], [1.0], [], kind, False, **changes
-    )
+    problem = ops.problems([a, b], [0, 1], [1.0], 0.5, points=[x, y], kind=COST_NUMBERS[cost])
+    loss, status, f, g, *_ = solved(problem, n_iters=5)
     expected = oracle.iterate(
         oracle.cost(x[0].double(), y[0].double(), cost), a[0].double(), b[0].double(), 0.5, 5
     )[-1]
@@ -233,8 +204,9 @@ def test_status(dtype, rng):
     a, b = c.a.clone(), c.b.clone()
     a[1, 0] = 0  # so that the 1e5 does not count
     a /= a.sum(-1, keepdim=True)
+    problem = ops.problems([a, b], [0, 1], [1.0], 0.5, costs=[C])
     for module in (ops, reference):
-        _, status, f, g, _ = module.solve([C], [a, b], [0, 1], [1.0], [], **settings(tol=1e-4))
+        _, status, f, g, *_ = solved(problem, module=module, tol=1e-4)
         assert status.dtype == torch.float64
         assert status.shape == (1, 2, 4)
         assert status[0, :, ops.MAX_COST].tolist() == [77.0, float(C[1, 1:].max())]
@@ -261,11 +233,11 @@ def test_lists_of_status_fields_and_objectives_agree():
     numbers = [ops.ITERATIONS, ops.ERROR, ops.CONVERGED, ops.MAX_COST]
     assert fields == ["Iterations", "Error", "Converged", "MaxCost"]
     assert numbers == list(range(4))
-    from otloss import _check
+    from otloss import _options
 
     body = re.search(r"enum class Objective : int \{(.*?)\}", header)[1]
     entries = [(k.lower(), int(v)) for k, v in re.findall(r"k(\w+)\s*=\s*(\d+)", body)]
-    assert entries == [(word, k) for k, word in enumerate(_check.OBJECTIVES)]
+    assert entries == [(word, k) for k, word in enumerate(_options.OBJECTIVES)]
 
 
 def test_native_kernels_are_in_use():
@@ -282,44 +254,34 @@ def sample_arguments() -> dict[str, tuple[Any, ...]]:
     a, b = uniform(4).repeat(2, 1), uniform(5).repeat(2, 1)
     pairs, weights, coefficients = [0, 1, 0, 0], [a, b], [1.0, -0.5]
     C = ops.cost([x, y], weights, pairs, 1)
-    options = tuple(settings().values())
-    _, _, f, g, _ = ops.solve(C, weights, pairs, coefficients, [], *options)
-    *_, traces = ops.solve(
-        C, weights, pairs, coefficients, [], *settings(n_iters=3, trace=True).values()
-    )
+    rho = (2.0, INF)
+    stored = ops.problems(weights, pairs, coefficients, 0.5, costs=C, rho=rho)
+    made = ops.problems(weights, pairs, coefficients, 0.5, points=[x, y], kind=1, rho=rho)
+    both = ops.problems(weights, pairs, coefficients, 0.5, costs=C, points=[x, y], kind=1, rho=rho)
+    _, _, f, g, *_ = solved(stored)
+    _, _, _, _, traces, _ = solved(stored, n_iters=3, trace=True)
     grads = [torch.ones_like(v) for v in f], [torch.ones_like(v) for v in g]
-    before = (torch.ones(2, dtype=torch.float64), *grads, C, weights, pairs, coefficients)
-    ones, wanted = torch.ones(2, dtype=torch.float64), [0, 1]
-    fg = [t for both in zip(f, g, strict=True) for t in both]
-    points_before = (ones, *grads, [x, y], weights, pairs, coefficients)
-    points_gradient = [x, y], weights, pairs, coefficients, f, g, 1, 0.5, wanted
+    ones = torch.ones(2, dtype=torch.float64)
+    fg = [t for two in zip(f, g, strict=True) for t in two]
+    limits = (ops.number(1e-3), 1000, -1, False)
+    given = {
+        "": (stored, ([0], [], True)),
+        ":points": (made, ([], [1, 0], True)),
+        ":both": (both, ([1], [0], True)),
+    }
     return {
         "cost": ([x, y], weights, pairs, 0),
-        "cost_backward": ([torch.ones_like(c) for c in C], C, [x, y], weights, pairs, 1, wanted),
-        "solve": (C, weights, pairs, coefficients, fg, *options),
-        "envelope_backward": (
-            ones,
-            C,
-            weights,
-            pairs,
-            coefficients,
-            f,
-            g,
-            0.5,
-            2.0,
-            INF,
-            0,
-            [1, 0],
-            True,
-        ),
-        "unrolled_backward": (*before, [], traces, 0.5, 2.0, INF, 0, [1, 0], True),
-        "implicit_backward": (*before, f, g, 0.5, 2.0, INF, 0, [1, 0], True),
-        "solve_points": ([x, y], weights, pairs, coefficients, [], 1, False, *options),
-        "solve_points:dense": ([x, y], weights, pairs, coefficients, [], 1, True, *options),
-        "envelope_backward_points": (ones, [], *points_gradient),
-        "envelope_backward_points:dense": (ones, C, *points_gradient),
-        "unrolled_backward_points": (*points_before, [], traces, 1, 0.5, 2.0, INF, 0, [1], True),
-        "implicit_backward_points": (*points_before, f, g, 1, 0.5, 2.0, INF, 0, [1], True),
+        "cost_backward": ([torch.ones_like(c) for c in C], C, [x, y], weights, pairs, 1, [0, 1]),
+        "solve": (*stored, fg, *limits, False),
+        "solve:points": (*made, [], *limits, False),
+        "solve:dense": (*made, [], *limits, True),
+        "envelope_backward:weights": (ones, *stored._replace(costs=[]), f, g, [], [], True),
+        **{f"envelope_backward{k}": (ones, *p, f, g, *w) for k, (p, w) in given.items()},
+        **{
+            f"unrolled_backward{k}": (ones, *grads, *p, [], traces, *w)
+            for k, (p, w) in given.items()
+        },
+        **{f"implicit_backward{k}": (ones, *grads, *p, f, g, *w) for k, (p, w) in given.items()},
     }
 
 
@@ -375,12 +337,12 @@ def test_native_equals_reference(operation):
         arguments[names.index("init")] = []
         arguments[names.index("trace")] = True
     got, expected = call(*arguments), plain(*arguments)
-    if operation == "solve_points":  # without C the largest cost is only bounded, by the norms
+    if operation == "solve:points":  # without C the largest cost is only bounded, by the norms
         most, exact = (out[1][..., ops.MAX_COST] for out in (got, expected))
         assert bool((exact <= most).all() and (most <= 4 * exact).all())
         got[1][..., ops.MAX_COST] = exact
     if operation.startswith("implicit_backward"):  # solved in other ways; the last item says how
-        got, expected = got[:3], expected[:3]
+        got, expected = got[:4], expected[:4]
     torch.testing.assert_close(list(got), list(expected), rtol=1e-9, atol=1e-11)
 
 
@@ -399,6 +361,7 @@ def test_operations_refuse_wrong_layouts():
     with pytest.raises(RuntimeError, match=r"weights must be .*shape \(1, 4\).*but is \(1, 3\)"):
         ops.cost([x], [a[:, :3]], [0, 0], 0)
     with pytest.raises(RuntimeError, match=r"costs must be .*shape \(1, 4, 4\).*but is .*6\)"):
-        ops.solve([x], [a], [0, 0], [1.0], [], **settings())
-    with pytest.raises(RuntimeError, match=r"weights must be .*of one dtype"):
-        ops.solve([x[:, :, :4].contiguous()], [a.double()], [0, 0], [1.0], [], **settings())
+        solved(ops.problems([a], [0, 0], [1.0], 0.5, costs=[x]))
+    square = ops.problems([a.double()], [0, 0], [1.0], 0.5, costs=[x[:, :, :4].contiguous()])
+    with pytest.raises(RuntimeError, match=r"costs must be .*of one dtype"):
+        solved(square)

@@ -8,7 +8,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from helpers import COSTS, DTYPES, METHODS, clouds, make_weights, name, randn, relaid, unequal
+from backends import BACKENDS
+from helpers import COSTS, DTYPES, METHODS, clouds, make_weights, name, randn, some_of, unequal
 from scipy.optimize import linear_sum_assignment, linprog
 from torch import Tensor
 
@@ -27,9 +28,8 @@ def quadrature(spacing: float, reach: float, d: int) -> tuple[Tensor, Tensor]:
     return points, weights / weights.sum()
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("eps", [0.5, 2.0, 20.0])
-def test_gaussians_on_a_line(eps, method):
+@some_of("method, eps", METHODS, [0.5, 2.0, 20.0], quick=1)
+def test_gaussians_on_a_line(method, eps):
     """Janati et al. 2020, value and gradient in mean and scale of one Gaussian, to 8 digits. The
     weights of the grid go down to 1e-16."""
     z, w = quadrature(0.15, 8.4, 1)
@@ -90,29 +90,18 @@ def test_one_point(cost, method, rng):
     torch.testing.assert_close(both, C[0, 0])
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("cost", COSTS)
-def test_small_eps_is_exact_transport(cost, method, rng):
+@some_of("method, cost", METHODS, COSTS, quick=1)
+def test_small_eps_is_exact_transport(method, cost, rng):
     """OT <= OT_eps <= OT + eps log n: against the Hungarian algorithm."""
     x, y = randn(rng, 12, 2), randn(rng, 12, 2)
     C = oracle.cost(x, y, cost)
     exact = float(C[linear_sum_assignment(C.numpy())].sum()) / 12
     eps = 0.01 * float(C.mean())
-    loss = otloss.sinkhorn_loss(
-        x, y, eps, cost=cost, tol=1e-4, max_iters=100_000, method=method
-    ).item()
+    options = {"cost": cost, "tol": 1e-4, "max_iters": 100_000, "method": method}
+    loss = otloss.sinkhorn_loss(x, y, eps, **options).item()
     slack = 1e-4 * float(C.max())  # the marginals are off by tol
     assert exact - slack <= loss <= exact + eps * np.log(12) + slack
-    linear = otloss.sinkhorn_loss(
-        x,
-        y,
-        eps,
-        cost=cost,
-        tol=1e-4,
-        max_iters=100_000,
-        objective="transport",
-        method=method,
-    ).item()
+    linear = otloss.sinkhorn_loss(x, y, eps, objective="transport", **options).item()
     assert exact - slack <= linear <= loss + slack
 
 
@@ -154,17 +143,15 @@ def test_large_eps_is_energy_distance(cost, method, rng):
     assert distances[0][0] > 1e-9  # so that the ratios say something
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("cost", COSTS)
-@pytest.mark.parametrize("method", METHODS)
-def test_coincident_points(method, cost, dtype, rng):
+@some_of("backend, cost, dtype", BACKENDS, COSTS, DTYPES)
+def test_coincident_points(backend, cost, dtype, rng):
     """Duplicates in a cloud, and points common to both, have finite, right gradients: those of the
     same measure with the duplicates merged."""
-    x, y = randn(rng, 4, 3, dtype=dtype), randn(rng, 5, 3, dtype=dtype)
+    x, y = (randn(rng, n, 3, dtype=dtype).to(backend.device) for n in (4, 5))
     y[0] = x[0]
     tol = 1e-9 if dtype == torch.float64 else 1e-5
-    options = {"cost": cost, "tol": tol, "method": method}
-    twice = relaid(x, "contiguous").repeat_interleave(2, 0).requires_grad_()
+    options = {"cost": cost, "tol": tol, "method": backend.method}
+    twice = x.repeat_interleave(2, 0).requires_grad_()
     once = x.requires_grad_()
     loss = otloss.sinkhorn_divergence(twice, y, 0.5, **options)
     truth = otloss.sinkhorn_divergence(once, y, 0.5, **options)
@@ -173,17 +160,17 @@ def test_coincident_points(method, cost, dtype, rng):
     torch.testing.assert_close(grad.reshape(4, 2, 3).sum(1), expected, rtol=1e-3, atol=100 * tol)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_zero_vectors_under_cosine(method, rng):
+@some_of("backend", BACKENDS)
+def test_zero_vectors_under_cosine(backend, rng):
     """No direction: cost 1 to everything, itself included, and gradient exactly 0."""
-    x, y = randn(rng, 4, 3), randn(rng, 5, 3)
+    x, y = randn(rng, 4, 3).to(backend.device), randn(rng, 5, 3).to(backend.device)
     x[1], y[2] = 0, 0
     x.requires_grad_()
     C = otloss.cost_matrix(x, y, "cosine")
     assert bool((C[1] == 1).all())
     assert bool((C[:, 2] == 1).all())
     assert float(otloss.cost_matrix(x, x, "cosine")[1, 1].detach()) == 1
-    loss = otloss.sinkhorn_divergence(x, y, 0.5, cost="cosine", method=method)
+    loss = otloss.sinkhorn_divergence(x, y, 0.5, cost="cosine", method=backend.method)
     (grad,) = torch.autograd.grad(loss, x)
     assert not bool(grad[1].any())
     assert bool(grad.isfinite().all())
@@ -221,17 +208,18 @@ def test_near_duplicates_under_euclidean(rng):
         assert float((got.double() - truth).abs().max()) <= allowed
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("debiased", [True, False])
-@pytest.mark.parametrize("strength", [1e6, (1e7, None), (None, 1e9), 1e12])
-def test_strong_marginals_are_constraints(strength, debiased, method, rng):
+@some_of(
+    "backend, debiased, strength", BACKENDS, [True, False], [1e6, (1e7, None), (None, 1e9), 1e12]
+)
+def test_strong_marginals_are_constraints(backend, debiased, strength, rng):
     """With equal totals the limit is the balanced problem, to some C / rho; no digit is lost."""
-    c = clouds(rng, 30, 25, 3, weights="random")
+    c = clouds(rng, 30, 25, 3, weights="random").to(backend.device)
+    options = {"method": backend.method, **TIGHT}
     function = otloss.sinkhorn_divergence if debiased else otloss.sinkhorn_loss
     found = []
     for unbalanced in (strength, None):
         c.require_grad()
-        loss = function(c.x, c.y, 1.0, a=c.a, b=c.b, unbalanced=unbalanced, method=method, **TIGHT)
+        loss = function(c.x, c.y, 1.0, a=c.a, b=c.b, unbalanced=unbalanced, **options)
         grads = torch.autograd.grad(loss, c.inputs())
         # The balanced gradient of weights is defined up to a constant.
         found.append((loss.detach(), *grads[:2], *(grad - grad.mean() for grad in grads[2:])))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import DTYPES, Clouds, Strength, clouds, name, scaled, unequal
+from helpers import DTYPES, Clouds, Strength, clouds, name, scaled, some_of, unequal
 
 import otloss
 
@@ -30,9 +30,8 @@ def sums(result: otloss.OTResult, c: Clouds) -> torch.Tensor:
     return torch.where((a > 0)[:, None] & (b > 0), total, 0)
 
 
-@pytest.mark.parametrize("strength", STRENGTHS, ids=str)
-@pytest.mark.parametrize("weights", ["uniform", "random", "padded"])
-@pytest.mark.parametrize("method", ["dense", "streamed"])
+@some_of("method, weights, strength", ["dense", "streamed"], ["uniform", "random", "padded"],
+         STRENGTHS)  # fmt: skip
 def test_same_solution_in_fewer_sweeps(method, weights, strength, rng, monkeypatch):
     """At an eps so small that each row has a few large entries; column counts that are multiples of
     nothing."""
@@ -41,10 +40,7 @@ def test_same_solution_in_fewer_sweeps(method, weights, strength, rng, monkeypat
         c = unequal(c, 1.3 if not isinstance(strength, tuple) else 1.0)
     unit = float((c.y**2).sum(-1).median())
     eps = 3e-3 * unit
-    options = {
-        "method": method,
-        "unbalanced": None if strength is None else scaled(strength, unit),
-    }
+    options = {"method": method, "unbalanced": None if strength is None else scaled(strength, unit)}
     got = solve(c, eps, **options)
     without_newton(monkeypatch)
     expected = solve(c, eps, **options)

@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 import oracle
 import pytest
 import torch
+from backends import BACKENDS
 from helpers import (
     COSTS,
     DTYPES,
     LAYOUTS,
-    METHODS,
     STRENGTHS,
     WEIGHTS,
     Clouds,
@@ -34,6 +34,7 @@ from helpers import (
     relaid,
     rho,
     scaled,
+    some_of,
     unequal,
 )
 from torch import Tensor
@@ -41,6 +42,8 @@ from torch import Tensor
 import otloss
 
 EPS = (0.01, 0.2, 5.0)  # of the mean cost
+OBJECTIVES = ("regularized", "transport")
+HELD = {"tol": 1e-10, "max_iters": 20_000, "backward": "envelope"}
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,7 @@ def tolerance(dtype: torch.dtype, relative_eps: float, gap: float) -> Tolerance:
         tol = 1e-4 if sharp else 5e-6
         value, points, weights = 3e-6, 5e-5, 2e-3
     return Tolerance(
-        tol,
-        value + 5 * relative_eps * tol,
-        points + 15 * tol / gap**0.5,
-        weights + 30 * tol / gap,
+        tol, value + 5 * relative_eps * tol, points + 15 * tol / gap**0.5, weights + 30 * tol / gap
     )
 
 
@@ -97,7 +97,7 @@ def assert_gradients(
     """In the norm of each gradient, but not less than a tenth of the weights': in one dimension the
     gradient of the cosine cost is 0. Cosine's gradient goes with 1 / |x|, which is taken out."""
     for index, (grad, truth) in enumerate(zip(got, expected, strict=True)):
-        count = (c.x, c.y)[index % 2].shape[0]
+        grad, count = grad.cpu(), (c.x, c.y)[index % 2].shape[0]
         w = (c.a, c.b)[index % 2]
         floor = 0.1 * (count**-0.5 if w is None else float(w.detach().norm()))
         if index >= 2 and bool(w.max() > 1e3 * w.min()):
@@ -109,15 +109,14 @@ def assert_gradients(
         close(grad, truth, tol.points if index < 2 else tol.weights, scale)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("d", [1, 3, 64, 784])
-@pytest.mark.parametrize("relative_eps", EPS)
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("cost", COSTS)
-def test_divergence(cost, weights, relative_eps, d, dtype, method, rng):
+@some_of(
+    "backend, cost, weights, relative_eps, d, dtype",
+    BACKENDS, COSTS, WEIGHTS, EPS, [1, 3, 64, 784], DTYPES, whole=3,
+)  # fmt: skip
+def test_divergence(backend, cost, weights, relative_eps, d, dtype, rng):
     """Value and gradients in x, y, a, b of the default loss, everywhere."""
     c = clouds(rng, pick(rng, 1, 20), pick(rng, 1, 20), d, weights=weights, dtype=dtype)
+    c, method = c.to(backend.device), backend.method
     exact = c.double().require_grad()
     eps = relative_eps * mean_cost(exact, cost)
     gap = smallest_gap(exact, eps, cost)
@@ -144,84 +143,51 @@ def test_divergence(cost, weights, relative_eps, d, dtype, method, rng):
     assert_gradients(list(got), truth.grads(*exact.inputs()), exact, tol, cost)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("cost", COSTS)
-@pytest.mark.parametrize("objective", ["regularized", "transport"])
-@pytest.mark.parametrize("debiased", [True, False], ids=["divergence", "loss"])
-def test_objectives(debiased, objective, cost, method, rng):
+@some_of("backend, cost, objective, debiased", BACKENDS, COSTS, OBJECTIVES, [True, False], whole=3)
+def test_objectives(backend, cost, objective, debiased, rng):
     """Both objectives, with and without debiasing; transport's plan is held constant."""
-    c = clouds(rng, pick(rng, 2, 20), pick(rng, 2, 20), 3, weights="random")
+    c = clouds(rng, pick(rng, 2, 20), pick(rng, 2, 20), 3, weights="random").to(backend.device)
     exact = c.double().require_grad()
     eps = 0.2 * mean_cost(exact, cost)
     function = otloss.sinkhorn_divergence if debiased else otloss.sinkhorn_loss
     c.require_grad()
-    loss = function(
-        c.x,
-        c.y,
-        eps,
-        a=c.a,
-        b=c.b,
-        cost=cost,
-        objective=objective,
-        tol=1e-10,
-        max_iters=20_000,
-        backward="envelope",
-        method=method,
-    )
-    truth = oracle.loss(
-        exact.x,
-        exact.y,
-        eps,
-        exact.a,
-        exact.b,
-        cost_name=cost,
-        objective=objective,
-        debiased=debiased,
-    )
+    options = {"cost": cost, "objective": objective, "method": backend.method}
+    loss = function(c.x, c.y, eps, a=c.a, b=c.b, **options, **HELD)
+    options = {"cost_name": cost, "objective": objective, "debiased": debiased}
+    truth = oracle.loss(exact.x, exact.y, eps, exact.a, exact.b, **options)
     close(loss, truth.value, 1e-8, mean_cost(exact, cost))
     got = torch.autograd.grad(loss, c.inputs())
     tol = Tolerance(1e-10, 1e-8, 1e-7, 1e-6)
     assert_gradients(list(got), truth.grads(*exact.inputs()), exact, tol, cost)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("cost", COSTS)
-@pytest.mark.parametrize("objective", ["regularized", "transport"])
-@pytest.mark.parametrize("strength", STRENGTHS, ids=str)
-@pytest.mark.parametrize("debiased", [True, False], ids=["divergence", "loss"])
-def test_unbalanced(debiased, strength, objective, cost, method, rng):
+@some_of(
+    "backend, cost, objective, strength, debiased",
+    BACKENDS, COSTS, OBJECTIVES, STRENGTHS, [True, False], whole=3,
+)  # fmt: skip
+def test_unbalanced(backend, cost, objective, strength, debiased, rng):
     """Soft marginals, on one side or both, and unequal totals: value and gradients."""
     weights = WEIGHTS[pick(rng, 0, 3)]
     c = unequal(
         clouds(rng, pick(rng, 1, 15), pick(rng, 1, 15), 3, weights=weights),
         10 ** (4 * float(rand(rng, 1)) - 2),
-    )
+    ).to(backend.device)
     exact = c.double().require_grad()
     unit = mean_cost(Clouds(exact.x, exact.y, exact.a, exact.b / exact.b.sum()), cost)
     eps, strength = (0.02, 0.2, 5.0)[pick(rng, 0, 2)] * unit, scaled(strength, unit)
     function = otloss.sinkhorn_divergence if debiased else otloss.sinkhorn_loss
     c.require_grad()
-    options = {"cost": cost, "objective": objective, "unbalanced": strength, "method": method}
-    tight = {"tol": 1e-10, "max_iters": 20_000, "backward": "envelope"}
-    loss = function(c.x, c.y, eps, a=c.a, b=c.b, **options, **tight)
-    truth = oracle.loss(
-        exact.x,
-        exact.y,
-        eps,
-        exact.a,
-        exact.b,
-        cost_name=cost,
-        objective=objective,
-        debiased=debiased,
-        rho=rho(strength),
-    )
+    options = {"cost": cost, "objective": objective, "method": backend.method}
+    loss = function(c.x, c.y, eps, a=c.a, b=c.b, unbalanced=strength, **options, **HELD)
+    options = {"cost_name": cost, "objective": objective, "debiased": debiased}
+    truth = oracle.loss(exact.x, exact.y, eps, exact.a, exact.b, rho=rho(strength), **options)
     size = unit * float(1 + exact.b.detach().sum())
     close(loss, truth.value, 1e-8, size)
     got = torch.autograd.grad(loss, c.inputs())
     for index, (grad, expected) in enumerate(zip(got, truth.grads(*exact.inputs()), strict=True)):
-        w = (c.a, c.b)[index % 2].detach()
+        grad, w = grad.cpu(), (exact.a, exact.b)[index % 2].detach()
         if index < 2 and cost == "cosine":
-            norm = (c.x, c.y)[index].detach().norm(dim=-1, keepdim=True)
+            norm = (exact.x, exact.y)[index].detach().norm(dim=-1, keepdim=True)
             grad, expected = grad * norm, expected * norm
         if index >= 2:  # a light point's own potential is not controlled
             grad, expected = grad * w / w.max(), expected * w / w.max()
@@ -229,15 +195,14 @@ def test_unbalanced(debiased, strength, objective, cost, method, rng):
         close(grad, expected, 1e-5, float(expected.detach().norm()) + 1e-4 * size)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("strength", STRENGTHS, ids=str)
-def test_unbalanced_in_float32(strength, method, rng):
+@some_of("backend, strength", BACKENDS, STRENGTHS)
+def test_unbalanced_in_float32(backend, strength, rng):
     c = clouds(rng, pick(rng, 5, 30), pick(rng, 5, 30), 3, weights="random", dtype=torch.float32)
-    c = unequal(c, 3.0)
+    c = unequal(c, 3.0).to(backend.device)
     exact = c.double().require_grad()
     loss = otloss.sinkhorn_divergence(
         *c.require_grad().inputs()[:2], 1.0, a=c.a, b=c.b, unbalanced=strength, tol=1e-5,
-        method=method,
+        method=backend.method,
     )  # fmt: skip
     truth = oracle.loss(exact.x, exact.y, 1.0, exact.a, exact.b, rho=rho(strength))
     close(loss, truth.value, 1e-5, float(truth.value.abs()) + 1)
@@ -288,14 +253,12 @@ def test_unbalanced_plans_of_pot(strength, rng):
     torch.testing.assert_close(result.plan, plan, rtol=1e-6, atol=1e-10)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("batch", [None, 3])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout, batch, dtype, method, rng):
+@some_of("backend, dtype, batch, layout", BACKENDS, DTYPES, [None, 3], LAYOUTS, whole=3)
+def test_layouts(backend, dtype, batch, layout, rng):
     """Views give what their contiguous copies give; gradients arrive at the view."""
     n, m, d = pick(rng, 2, 12), pick(rng, 2, 12), pick(rng, 2, 6)
-    c = clouds(rng, n, m, d, weights="random", batch=batch, dtype=dtype).require_grad()
+    c = clouds(rng, n, m, d, weights="random", batch=batch, dtype=dtype)
+    c, method = c.to(backend.device).require_grad(), backend.method
     views = [relaid(t, layout) for t in c.inputs()]
     if layout == "expanded" and batch is None:  # a and b would lose their total
         views[2:] = c.inputs()[2:]
@@ -322,19 +285,17 @@ def test_cost_matrix_layouts_given_to_solve(layout, rng):
     torch.testing.assert_close(otloss.solve(view, 0.5, tol=1e-8).value, expected)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_given_cost_matrix(dtype, method, rng):
+@some_of("backend, dtype", [name for name in BACKENDS if "streamed" not in name], DTYPES)
+def test_given_cost_matrix(backend, dtype, rng):
     """solve(C): value, plan and the gradients in C, a and b. Costs may be negative."""
     n, m, eps = pick(rng, 2, 15), pick(rng, 2, 15), 0.3
     C = randn(rng, n, m)
     c = clouds(rng, n, m, 1, weights="random")
-    inputs = [t.to(dtype).requires_grad_() for t in (C, c.a, c.b)]
-    exact = [t.detach().double().requires_grad_() for t in inputs]
+    inputs = [t.to(backend.device, dtype).requires_grad_() for t in (C, c.a, c.b)]
+    exact = [t.detach().cpu().double().requires_grad_() for t in inputs]
     tol = 1e-9 if dtype == torch.float64 else 5e-6
-    result = otloss.solve(
-        inputs[0], eps, a=inputs[1], b=inputs[2], tol=tol, max_iters=10_000, method=method
-    )
+    options = {"tol": tol, "max_iters": 10_000, "method": backend.method}
+    result = otloss.solve(inputs[0], eps, a=inputs[1], b=inputs[2], **options)
     truth = oracle.term(exact[0], exact[1], exact[2], eps, "regularized", "envelope")
     solution = oracle.solve(exact[0], exact[1], exact[2], eps)
     close(result.value, truth.value, 10 * tol + 1e-6 * (dtype == torch.float32), 1.0)
@@ -346,41 +307,30 @@ def test_given_cost_matrix(dtype, method, rng):
         close(grad, expected, scale * tol / solution.gap, max(1.0, float(expected.norm())))
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("objective", ["transport", "regularized"])
-def test_minibatch_energy_distance(objective, method, rng):
+@some_of("backend, objective", BACKENDS, OBJECTIVES)
+def test_minibatch_energy_distance(backend, objective, rng):
     """OT-GAN's six terms, each solved by the oracle."""
     x1, x2, y1, y2 = (randn(rng, n, 4).requires_grad_() for n in (6, 7, 5, 8))
-    eps = 0.1
-    loss = otloss.minibatch_energy_distance(
-        x1, x2, y1, y2, eps, objective=objective, tol=1e-10, max_iters=20_000, method=method
-    )
+    eps, options = 0.1, {"tol": 1e-10, "max_iters": 20_000, "method": backend.method}
+    given = (x.to(backend.device) for x in (x1, x2, y1, y2))
+    loss = otloss.minibatch_energy_distance(*given, eps, objective=objective, **options)
 
     def term(x: Tensor, y: Tensor) -> oracle.Loss:
         return oracle.loss(x, y, eps, cost_name="cosine", objective=objective, debiased=False)
 
-    truth = oracle.combine(
-        [
-            (1.0, term(x1, y1)),
-            (1.0, term(x1, y2)),
-            (1.0, term(x2, y1)),
-            (1.0, term(x2, y2)),
-            (-2.0, term(x1, x2)),
-            (-2.0, term(y1, y2)),
-        ]
-    )
+    across = [(1.0, term(x, y)) for x in (x1, x2) for y in (y1, y2)]
+    truth = oracle.combine([*across, (-2.0, term(x1, x2)), (-2.0, term(y1, y2))])
     close(loss, truth.value, 1e-8, 1.0)
     inputs = (x1, x2, y1, y2)
     for grad, expected in zip(torch.autograd.grad(loss, inputs), truth.grads(*inputs), strict=True):
         close(grad, expected, 1e-6)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("cost", COSTS)
-def test_energy_distance(cost, weights, method, rng):
-    c = clouds(rng, pick(rng, 2, 20), pick(rng, 2, 20), 3, weights=weights).require_grad()
-    loss = otloss.energy_distance(c.x, c.y, a=c.a, b=c.b, cost=cost, method=method)
+@some_of("backend, weights, cost", BACKENDS, WEIGHTS, COSTS)
+def test_energy_distance(backend, weights, cost, rng):
+    c = clouds(rng, pick(rng, 2, 20), pick(rng, 2, 20), 3, weights=weights)
+    c = c.to(backend.device).require_grad()
+    loss = otloss.energy_distance(c.x, c.y, a=c.a, b=c.b, cost=cost, method=backend.method)
     exact = c.double().require_grad()
     a = torch.full_like(exact.x[:, 0], 1 / len(exact.x)) if exact.a is None else exact.a
     b = torch.full_like(exact.y[:, 0], 1 / len(exact.y)) if exact.b is None else exact.b
@@ -394,7 +344,7 @@ def test_energy_distance(cost, weights, method, rng):
     got = torch.autograd.grad(loss, c.inputs())
     expected = torch.autograd.grad(truth, exact.inputs())
     for index, (grad, true) in enumerate(zip(got, expected, strict=True)):
-        w = (c.a, c.b)[index % 2]
+        grad, w = grad.cpu(), (exact.a, exact.b)[index % 2]
         if index >= 2:  # nothing flows to the weight of a padding point
             true = torch.where(w > 0, true, 0.0)
             grad = torch.where(w > 0, grad, 0.0)

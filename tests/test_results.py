@@ -8,7 +8,8 @@ import warnings
 import oracle
 import pytest
 import torch
-from helpers import COSTS, METHODS, STRENGTHS, clouds, make_weights, randn, rho, unequal
+from backends import BACKENDS
+from helpers import COSTS, METHODS, STRENGTHS, clouds, make_weights, randn, rho, some_of, unequal
 from torch import Tensor
 
 import otloss
@@ -44,14 +45,12 @@ def test_everything_about_one_solve(cost, method, rng):
     assert repr(result).startswith("OTResult((7, 6), eps=0.5")
 
 
-@pytest.mark.parametrize("n_iters", [1, 3, 10])
-@pytest.mark.parametrize("method", METHODS)
-def test_marginal_error_is_the_plans(method, n_iters, rng):
+@some_of("backend, n_iters", BACKENDS, [1, 3, 10])
+def test_marginal_error_is_the_plans(backend, n_iters, rng):
     """L1 distance of the plan's marginals to a and b, the larger of the two, over the mass."""
-    c = clouds(rng, 9, 8, 2, weights="random")
-    total = 3.0
-    a, b = total * c.a, total * c.b
-    result = otloss.solve_sample(c.x, c.y, 0.1, a=a, b=b, n_iters=n_iters, method=method)
+    c, total = clouds(rng, 9, 8, 2, weights="random").to(backend.device), 3.0
+    a, b, options = total * c.a, total * c.b, {"n_iters": n_iters, "method": backend.method}
+    result = otloss.solve_sample(c.x, c.y, 0.1, a=a, b=b, **options)
     rows = float((result.plan.sum(1) - a).abs().sum()) / total
     columns = float((result.plan.sum(0) - b).abs().sum()) / total
     assert result.marginal_error == pytest.approx(max(rows, columns), rel=1e-9)
@@ -89,13 +88,12 @@ def test_marginal_error_leaves_the_plan_differentiable(method, rng):
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("strength", STRENGTHS, ids=str)
-def test_unbalanced_results(strength, method, rng):
+@some_of("backend, strength", BACKENDS, STRENGTHS)
+def test_unbalanced_results(backend, strength, rng):
     """What `marginal_error` and the maps mean where the plan need not have the marginals a, b."""
-    c = unequal(clouds(rng, 9, 8, 2, weights="random"), 3.0)
+    c = unequal(clouds(rng, 9, 8, 2, weights="random"), 3.0).to(backend.device)
     rho_x, rho_y = rho(strength)
-    options = {"a": c.a, "b": c.b, "unbalanced": strength, "method": method}
+    options = {"a": c.a, "b": c.b, "unbalanced": strength, "method": backend.method}
     for stop in ({"n_iters": 2}, {"tol": 1e-8}):
         result = otloss.solve_sample(c.x, c.y, 0.3, **options, **stop)
         f, g = result.potentials
@@ -136,19 +134,6 @@ def test_unbalanced_warm_start(rng):
     torch.testing.assert_close(module(c.x, c.y, c.a, c.b), first, rtol=1e-6, atol=1e-9)
     plain = otloss.sinkhorn_divergence(c.x, c.y, 0.1, a=c.a, b=c.b, unbalanced=5.0, tol=1e-8)
     torch.testing.assert_close(first, plain, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("objective", ["regularized", "transport"])
-@pytest.mark.parametrize("strength", STRENGTHS, ids=str)
-def test_unbalanced_fixed_iterations(strength, objective, method, rng):
-    c = unequal(clouds(rng, 7, 6, 3, weights="random"), 0.4)
-    options = {"n_iters": 3, "objective": objective}
-    loss = otloss.sinkhorn_divergence(
-        c.x, c.y, 0.3, a=c.a, b=c.b, unbalanced=strength, method=method, **options
-    )
-    truth = oracle.loss(c.x, c.y, 0.3, c.a, c.b, rho=rho(strength), **options)
-    torch.testing.assert_close(loss, truth.value, rtol=1e-9, atol=1e-11)
 
 
 def test_apply_is_the_plan(rng):
@@ -246,20 +231,6 @@ def test_methods_agree_and_auto_is_one_of_them(rng):
         torch.testing.assert_close(loss, losses[0], rtol=1e-7, atol=1e-9)
 
 
-def test_six_terms(rng):
-    """OT-GAN's loss, term by term."""
-    x1, x2, y1, y2 = (randn(rng, n, 5) for n in (6, 7, 8, 5))
-
-    def W(x: Tensor, y: Tensor) -> Tensor:  # noqa: N802
-        return otloss.sinkhorn_loss(
-            x, y, 0.2, cost="cosine", objective="transport", tol=1e-9, max_iters=20_000
-        )
-
-    expected = W(x1, y1) + W(x1, y2) + W(x2, y1) + W(x2, y2) - 2 * W(x1, x2) - 2 * W(y1, y2)
-    got = otloss.minibatch_energy_distance(x1, x2, y1, y2, 0.2, tol=1e-9, max_iters=20_000)
-    torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-9)
-
-
 def test_genevays_convention(rng):
     """2 W(a, b) - W(a, a) - W(b, b) is twice the divergence with the transport objective."""
     c = clouds(rng, 7, 6, 3, weights="random")
@@ -272,20 +243,21 @@ def test_genevays_convention(rng):
     torch.testing.assert_close(2 * ours, paper, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("debiased", [True, False])
-@pytest.mark.parametrize("objective", ["regularized", "transport"])
-@pytest.mark.parametrize("method", METHODS)
-def test_fixed_iterations(method, objective, debiased, rng):
-    """n_iters: exactly so many, in all three problems, also of a cloud against itself."""
+@some_of(
+    "backend, objective, debiased, strength",
+    BACKENDS, ["regularized", "transport"], [True, False], [None, *STRENGTHS], whole=3,
+)  # fmt: skip
+def test_fixed_iterations(backend, objective, debiased, strength, rng):
+    """n_iters: exactly that number, in all three problems, also of a cloud against itself."""
     c = clouds(rng, 7, 6, 3, weights="random")
+    c = (c if strength is None else unequal(c, 0.4)).to(backend.device)
     function = otloss.sinkhorn_divergence if debiased else otloss.sinkhorn_loss
     for count in (1, 2, 7):
-        got = function(
-            c.x, c.y, 0.3, a=c.a, b=c.b, n_iters=count, objective=objective, method=method
-        )
-        truth = oracle.loss(
-            c.x, c.y, 0.3, c.a, c.b, n_iters=count, objective=objective, debiased=debiased
-        )
+        options = {"n_iters": count, "objective": objective}
+        call = {"unbalanced": strength, "method": backend.method, **options}
+        got = function(c.x, c.y, 0.3, a=c.a, b=c.b, **call)
+        options |= {"debiased": debiased, "rho": None if strength is None else rho(strength)}
+        truth = oracle.loss(c.x, c.y, 0.3, c.a, c.b, **options)
         torch.testing.assert_close(got, truth.value, rtol=1e-9, atol=1e-11)
 
 

@@ -16,6 +16,8 @@ from helpers import (
     pick,
     randn,
     scaled,
+    solved,
+    some_of,
     unequal,
 )
 
@@ -47,10 +49,10 @@ def assert_same_path(c: Clouds, eps: float, **options: object) -> None:
     torch.testing.assert_close(plain.potentials, native.potentials, rtol=1e-6, atol=1e-6 * unit)
 
 
-@pytest.mark.parametrize("relative_eps", RELATIVE_EPS)
-@pytest.mark.parametrize("strength", [None, *STRENGTHS, 1e4], ids=str)
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("cost", COSTS)
+@some_of(
+    "cost, weights, strength, relative_eps",
+    COSTS, WEIGHTS, [None, *STRENGTHS, 1e4], RELATIVE_EPS, whole=3,
+)  # fmt: skip
 def test_two_clouds(cost, weights, strength, relative_eps, rng):
     c = clouds(rng, pick(rng, 20, 80), pick(rng, 20, 80), pick(rng, 2, 70), weights=weights)
     y = c.y if c.b is None else c.y[c.b > 0]
@@ -87,8 +89,10 @@ def test_a_cloud_against_itself(kind, rho, rng):
     c = clouds(rng, 50, 30, 3, weights="padded", batch=3)
     points, weights = [c.x, c.y], [c.a, c.b]
     costs = ops.cost(points, weights, [0, 0, 1, 1], kind)
-    arguments = (costs, weights, [0, 0, 1, 1], [1.0, 1.0], [], 0.02, *rho, 1e-9, 100, -1, 0, False)
-    (_, plain, *_), (_, native, *_) = reference.solve(*arguments), ops.solve(*arguments)
+    problem = ops.problems(weights, [0, 0, 1, 1], [1.0, 1.0], 0.02, costs=costs, rho=rho)
+    (_, plain, *_), (_, native, *_) = (
+        solved(problem, module=module, tol=1e-9, max_iters=100) for module in (reference, ops)
+    )
     torch.testing.assert_close(plain[..., ops.ITERATIONS], native[..., ops.ITERATIONS])
 
 

@@ -26,13 +26,9 @@ from otloss.reference.operations import (
     cost,
     cost_backward,
     envelope_backward,
-    envelope_backward_points,
     implicit_backward,
-    implicit_backward_points,
     solve,
-    solve_points,
     unrolled_backward,
-    unrolled_backward_points,
 )
 from otloss.reference.solver import fixed_iterations
 
@@ -48,11 +44,9 @@ __all__ = [
     "damping",
     "dual",
     "envelope_backward",
-    "envelope_backward_points",
     "fixed_iterations",
     "full_precision",
     "implicit_backward",
-    "implicit_backward_points",
     "implicit_gradient",
     "marginals_of",
     "plan",
@@ -60,9 +54,7 @@ __all__ = [
     "soft_mean",
     "softmin",
     "solve",
-    "solve_points",
     "unrolled_backward",
-    "unrolled_backward_points",
     "value",
     "without_padding",
 ]

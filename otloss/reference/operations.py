@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,15 @@ from otloss.reference.gradients import (
     value_terms,
     weight_gradients,
 )
-from otloss.reference.marginals import TRANSPORT, counted, damping, marginals_of, plan, value
+from otloss.reference.marginals import (
+    TRANSPORT,
+    Marginals,
+    counted,
+    damping,
+    marginals_of,
+    plan,
+    value,
+)
 from otloss.reference.solver import fixed_iterations, solve_batch
 
 OPERATIONS = (
@@ -27,11 +36,36 @@ OPERATIONS = (
     "envelope_backward",
     "unrolled_backward",
     "implicit_backward",
-    "solve_points",
-    "envelope_backward_points",
-    "unrolled_backward_points",
-    "implicit_backward_points",
 )
+
+
+class Arguments(NamedTuple):
+    """What operations on a set of OT problems take, in the order of the schemas."""
+
+    costs: list[Tensor]  # (B, n, m) per pair, or none: they are made from the points
+    points: list[Tensor]  # (B, n, d) per cloud, or none
+    weights: list[Tensor]  # (B, n) per cloud
+    pairs: list[int]
+    kind: int
+    coefficients: list[float]
+    eps: Tensor  # (), float64, on the CPU
+    rho: Tensor  # (2,) likewise: rho_x, rho_y
+    objective: int
+    tf32: bool
+
+    def matrices(self) -> list[Tensor]:
+        return self.costs or cost(self.points, self.weights, self.pairs, self.kind)
+
+    def marginals(self) -> list[Marginals]:
+        """Of each pair."""
+        rho_x, rho_y = self.rho.tolist()
+        return [marginals_of(rho_x, rho_y, i, j) for i, j in as_pairs(self.pairs)]
+
+
+def read(arguments: Sequence[Any]) -> tuple[Arguments, Sequence[Any]]:
+    """An operation's arguments from those of the problems on: these, and the rest."""
+    count = len(Arguments._fields)
+    return Arguments(*arguments[:count]), arguments[count:]
 
 
 def as_pairs(pairs: list[int]) -> list[tuple[int, int]]:
@@ -73,27 +107,18 @@ def cost_backward(
 
 
 def solve(
-    costs: list[Tensor],
-    weights: list[Tensor],
-    pairs: list[int],
-    coefficients: list[float],
-    init: list[Tensor],
-    eps: float,
-    rho_x: float,
-    rho_y: float,
-    tol: float,
-    max_iters: int,
-    n_iters: int,
-    objective: int,
-    trace: bool,
-    points: Sequence[Tensor] = (),
-    kind: int = 0,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    """``points`` and the number of the cost, if they are known, give the solver a start."""
+    *arguments: Any,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    problem, (init, tol, max_iters, n_iters, trace, dense) = read(arguments)
+    costs, weights, coefficients = problem.matrices(), problem.weights, problem.coefficients
+    eps, tol, objective = problem.eps.item(), tol.item(), problem.objective
+    points = without_padding(problem.points, weights) if problem.points else []
     loss = torch.zeros_like(costs[0][:, 0, 0])
     statuses, all_f, all_g, traces = [], [], [], []
-    for p, (i, j) in enumerate(as_pairs(pairs)):
-        C, a, b, marginals = costs[p], weights[i], weights[j], marginals_of(rho_x, rho_y, i, j)
+    for p, ((i, j), marginals) in enumerate(
+        zip(as_pairs(problem.pairs), problem.marginals(), strict=True)
+    ):
+        C, a, b = costs[p], weights[i], weights[j]
         if marginals.balanced:
             b = b * (a.sum(-1, True) / b.sum(-1, True))  # totals may differ by rounding
         start = init[2 * p : 2 * p + 2]
@@ -105,7 +130,7 @@ def solve(
             sweeps = torch.full_like(error, n_iters)
             traces += [torch.stack(steps, dim=1)] if trace else []
         else:
-            clouds = Clouds(NAMED[kind], points[i], points[j], a, b) if points else None
+            clouds = Clouds(NAMED[problem.kind], points[i], points[j], a, b) if points else None
             f, g, error, sweeps = solve_batch(
                 C, a, b, marginals, i == j, eps, tol, max_iters, start, clouds
             )
@@ -113,60 +138,65 @@ def solve(
         statuses.append(torch.stack([sweeps, error, error <= tol, max_cost], dim=-1))
         all_f.append(f.clone())
         all_g.append(g.clone())
-    return loss, torch.stack(statuses).double(), all_f, all_g, traces
+    made = costs if dense and not problem.costs else []
+    return loss, torch.stack(statuses).double(), all_f, all_g, traces, made
+
+
+OfPair = Callable[[int, Tensor, Tensor, Marginals], tuple[Tensor, Tensor, Tensor]]
+
+
+def _gradients(
+    problem: Arguments,
+    costs: list[Tensor],
+    of_pair: OfPair,
+    want_costs: list[int],
+    want_points: list[int],
+    want_weights: bool,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """What is wanted, from ``of_pair(p, a, b, marginals)``: gradients of C, a and b of pair p."""
+    found = [
+        of_pair(p, problem.weights[i], problem.weights[j], marginals)
+        for p, ((i, j), marginals) in enumerate(
+            zip(as_pairs(problem.pairs), problem.marginals(), strict=True)
+        )
+    ]
+    grad_C = [of_C for of_C, _, _ in found]
+    grad_points: list[Tensor] = []
+    if want_points:
+        clouds = (problem.points, problem.weights, problem.pairs, problem.kind)
+        grad_points = cost_backward(grad_C, costs, *clouds, want_points)
+    return (
+        [grad_C[p] for p in want_costs],
+        grad_points,
+        [of_a for _, of_a, _ in found] if want_weights else [],
+        [of_b for _, _, of_b in found] if want_weights else [],
+    )
 
 
 def envelope_backward(
-    grad_loss: Tensor,
-    costs: list[Tensor],
-    weights: list[Tensor],
-    pairs: list[int],
-    coefficients: list[float],
-    f: list[Tensor],
-    g: list[Tensor],
-    eps: float,
-    rho_x: float,
-    rho_y: float,
-    objective: int,
-    want_cost: list[int],
-    want_weights: bool,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    grad_costs, grad_a, grad_b = [], [], []
-    for p, (i, j) in enumerate(as_pairs(pairs)):
-        a, b, scale = weights[i], weights[j], coefficients[p] * grad_loss
-        empty = a.new_empty(0)
-        if want_cost[p]:
-            grad_costs.append(scale[:, None, None] * plan(eps, costs[p], f[p], g[p], a, b))
-        else:
-            grad_costs.append(empty)
-        if want_weights:
-            on = scale if objective != TRANSPORT else torch.zeros_like(scale)
-            of_a, of_b = weight_gradients(eps, f[p], g[p], a, b, marginals_of(rho_x, rho_y, i, j))
-            grad_a.append(torch.where(a > 0, on[:, None] * of_a, 0.0))
-            grad_b.append(torch.where(b > 0, on[:, None] * of_b, 0.0))
-        else:
-            grad_a.append(empty)
-            grad_b.append(empty)
-    return grad_costs, grad_a, grad_b
+    grad_loss: Tensor, *arguments: Any
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    problem, (f, g, *wanted) = read(arguments)
+    eps, with_plans = problem.eps.item(), bool(wanted[0] or wanted[1])
+    costs = problem.matrices() if with_plans else []
+
+    def of_pair(
+        p: int, a: Tensor, b: Tensor, marginals: Marginals
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        scale = problem.coefficients[p] * grad_loss
+        P = plan(eps, costs[p], f[p], g[p], a, b) if with_plans else a.new_zeros(1, 1, 1)
+        on = scale if problem.objective != TRANSPORT else torch.zeros_like(scale)
+        of_a, of_b = weight_gradients(eps, f[p], g[p], a, b, marginals)
+        grad_a = torch.where(a > 0, on[:, None] * of_a, 0.0)
+        grad_b = torch.where(b > 0, on[:, None] * of_b, 0.0)
+        return scale[:, None, None] * P, grad_a, grad_b
+
+    return _gradients(problem, costs, of_pair, *wanted)
 
 
 def unrolled_backward(
-    grad_loss: Tensor,
-    grad_f: list[Tensor],
-    grad_g: list[Tensor],
-    costs: list[Tensor],
-    weights: list[Tensor],
-    pairs: list[int],
-    coefficients: list[float],
-    init: list[Tensor],
-    traces: list[Tensor],
-    eps: float,
-    rho_x: float,
-    rho_y: float,
-    objective: int,
-    want_cost: list[int],
-    want_weights: bool,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    grad_loss: Tensor, grad_f: list[Tensor], grad_g: list[Tensor], *arguments: Any
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """The adjoint of the iterations, from their potentials, last to first.
 
     An iteration is f = p T(g'), g = q T(f), p and q the dampings. With
@@ -175,14 +205,17 @@ def unrolled_backward(
     dg_j = q sum_i S_ij (dC_ij - df_i - eps da_i / a_i) and
     df_i = p sum_j R_ij (dC_ij - dg'_j - eps db_j / b_j).
     """
-    results: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
-    for p, (i, j) in enumerate(as_pairs(pairs)):
-        a, b, trace, scale = weights[i], weights[j], traces[p], coefficients[p] * grad_loss
-        marginals = marginals_of(rho_x, rho_y, i, j)
+    problem, (init, traces, *wanted) = read(arguments)
+    eps, costs = problem.eps.item(), problem.matrices()
+
+    def of_pair(
+        p: int, a: Tensor, b: Tensor, marginals: Marginals
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        trace, scale = traces[p], problem.coefficients[p] * grad_loss
         damp_f, damp_g = damping(marginals.x, eps), damping(marginals.y, eps)
         C, n, L = counted(costs[p], a, b), a.shape[-1], trace.shape[1]
         f, g = trace[:, -1, :n], trace[:, -1, n:]
-        if objective == TRANSPORT:
+        if problem.objective == TRANSPORT:
             P = plan(eps, C, f, g, a, b)
             C_bar, f_bar, g_bar, a_bar, b_bar = transport_terms(scale, P, C, a, b, eps)
         else:
@@ -204,35 +237,22 @@ def unrolled_backward(
             a_bar = a_bar - eps * quotient(u, a)
             b_bar = b_bar - eps * quotient(v, b)
             f_bar, g_bar = torch.zeros_like(a), -v
-        empty = a.new_empty(0)
-        results[0].append(C_bar if want_cost[p] else empty)
-        results[1].append(torch.where(a > 0, a_bar, 0.0) if want_weights else empty)
-        results[2].append(torch.where(b > 0, b_bar, 0.0) if want_weights else empty)
-    return results
+        return C_bar, torch.where(a > 0, a_bar, 0.0), torch.where(b > 0, b_bar, 0.0)
+
+    return _gradients(problem, costs, of_pair, *wanted)
 
 
 def implicit_backward(
-    grad_loss: Tensor,
-    grad_f: list[Tensor],
-    grad_g: list[Tensor],
-    costs: list[Tensor],
-    weights: list[Tensor],
-    pairs: list[int],
-    coefficients: list[float],
-    f: list[Tensor],
-    g: list[Tensor],
-    eps: float,
-    rho_x: float,
-    rho_y: float,
-    objective: int,
-    want_cost: list[int],
-    want_weights: bool,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
-    results: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
-    for p, (i, j) in enumerate(as_pairs(pairs)):
-        a, b = weights[i], weights[j]
-        grads = implicit_gradient(
-            coefficients[p] * grad_loss,
+    grad_loss: Tensor, grad_f: list[Tensor], grad_g: list[Tensor], *arguments: Any
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    problem, (f, g, *wanted) = read(arguments)
+    eps, costs, pairs = problem.eps.item(), problem.matrices(), as_pairs(problem.pairs)
+
+    def of_pair(
+        p: int, a: Tensor, b: Tensor, marginals: Marginals
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return implicit_gradient(
+            problem.coefficients[p] * grad_loss,
             grad_f[p] if grad_f else torch.zeros_like(a),
             grad_g[p] if grad_g else torch.zeros_like(b),
             costs[p],
@@ -241,132 +261,11 @@ def implicit_backward(
             f[p],
             g[p],
             eps,
-            objective,
-            i == j,
-            marginals_of(rho_x, rho_y, i, j),
+            problem.objective,
+            pairs[p][0] == pairs[p][1],
+            marginals,
         )
-        wanted = (bool(want_cost[p]), want_weights, want_weights)
-        for result, grad, want in zip(results, grads, wanted, strict=True):
-            result.append(grad if want else a.new_empty(0))
+
     # A direct solve: no iterations, no residual.
     status = grad_loss.new_zeros(len(costs), grad_loss.shape[0], 2, dtype=torch.float64)
-    return *results, status
-
-
-# ------------------------------------------------------------------------- the same from points
-
-
-def solve_points(
-    points: list[Tensor],
-    weights: list[Tensor],
-    pairs: list[int],
-    coefficients: list[float],
-    init: list[Tensor],
-    kind: int,
-    dense: bool,
-    eps: float,
-    rho_x: float,
-    rho_y: float,
-    tol: float,
-    max_iters: int,
-    n_iters: int,
-    objective: int,
-    trace: bool,
-    tf32: bool = False,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    costs = cost(points, weights, pairs, kind)
-    solved = solve(
-        costs,
-        weights,
-        pairs,
-        coefficients,
-        init,
-        eps,
-        rho_x,
-        rho_y,
-        tol,
-        max_iters,
-        n_iters,
-        objective,
-        trace,
-        without_padding(points, weights),
-        kind,
-    )
-    return *solved, costs if dense else []
-
-
-def envelope_backward_points(
-    grad_loss: Tensor,
-    costs: list[Tensor],
-    points: list[Tensor],
-    weights: list[Tensor],
-    pairs: list[int],
-    coefficients: list[float],
-    f: list[Tensor],
-    g: list[Tensor],
-    kind: int,
-    eps: float,
-    wanted: list[int],
-    tf32: bool = False,
-) -> list[Tensor]:
-    costs = costs or cost(points, weights, pairs, kind)
-    unread = math.inf  # rho: the plan does not depend on it
-    grad_costs, _, _ = envelope_backward(
-        grad_loss, costs, weights, pairs, coefficients, f, g, eps, unread, unread, 0,
-        [1] * len(costs), False,
-    )  # fmt: skip
-    return cost_backward(grad_costs, costs, points, weights, pairs, kind, wanted)
-
-
-def unrolled_backward_points(
-    grad_loss: Tensor,
-    grad_f: list[Tensor],
-    grad_g: list[Tensor],
-    points: list[Tensor],
-    weights: list[Tensor],
-    pairs: list[int],
-    coefficients: list[float],
-    init: list[Tensor],
-    traces: list[Tensor],
-    kind: int,
-    eps: float,
-    rho_x: float,
-    rho_y: float,
-    objective: int,
-    wanted: list[int],
-    want_weights: bool,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    costs = cost(points, weights, pairs, kind)
-    grad_costs, grad_a, grad_b = unrolled_backward(
-        grad_loss, grad_f, grad_g, costs, weights, pairs, coefficients, init, traces, eps,
-        rho_x, rho_y, objective, [1] * len(costs), want_weights,
-    )  # fmt: skip
-    grads = cost_backward(grad_costs, costs, points, weights, pairs, kind, wanted)
-    return grads, grad_a, grad_b
-
-
-def implicit_backward_points(
-    grad_loss: Tensor,
-    grad_f: list[Tensor],
-    grad_g: list[Tensor],
-    points: list[Tensor],
-    weights: list[Tensor],
-    pairs: list[int],
-    coefficients: list[float],
-    f: list[Tensor],
-    g: list[Tensor],
-    kind: int,
-    eps: float,
-    rho_x: float,
-    rho_y: float,
-    objective: int,
-    wanted: list[int],
-    want_weights: bool,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
-    costs = cost(points, weights, pairs, kind)
-    grad_costs, grad_a, grad_b, status = implicit_backward(
-        grad_loss, grad_f, grad_g, costs, weights, pairs, coefficients, f, g, eps, rho_x, rho_y,
-        objective, [1] * len(costs), want_weights,
-    )  # fmt: skip
-    grads = cost_backward(grad_costs, costs, points, weights, pairs, kind, wanted)
-    return grads, grad_a, grad_b, status
+    return *_gradients(problem, costs, of_pair, *wanted), status

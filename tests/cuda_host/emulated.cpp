@@ -1,20 +1,25 @@
-// The operations of otloss by the CUDA kernels on the host: a Python module of the bindings, to be
-// linked with csrc/cuda compiled under emulation.h. See tests/backends.py.
-#include "bindings.cpp"
-#include "cuda/block.cuh"
+// The operations of otloss by the CUDA kernels on the host: a Python module of the bindings, linked
+// with csrc/cuda, all compiled under emulation.h. See tests/backends.py.
+#include <pybind11/pybind11.h>
+
+#include <memory>
+
+#include "bindings/host.h"
+#include "bindings/operations.h"
+#include "cuda/device/block.cuh"
 
 using torch::stable::detail::StableLibrary;
 
 PYBIND11_MODULE(OTLOSS_MODULE, module) {
   using otloss::cuda::Emulation;
   static std::unique_ptr<StableLibrary> library;
-  otloss::main_thread = std::this_thread::get_id();
+  otloss::set_main_thread();
   // While it lives, this library serves the operations on CPU tensors; the kernels registered
   // before return when it goes.
   module.def("enable", [] {
     library = std::make_unique<StableLibrary>(StableLibrary::Kind::IMPL, "otloss", "CPU", __FILE__,
                                               __LINE__);
-    register_operations(*library);
+    otloss::register_operations(*library);
   });
   module.def("disable", [] { library.reset(); });
   module.def(

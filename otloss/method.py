@@ -8,11 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["budget", "choose_method", "dense_budget"]
+from otloss import ops
+from otloss._options import Options
+from otloss.reference.operations import as_pairs
+
+__all__ = ["budget", "choose_method", "dense_budget", "streams"]
 
 # Cost matrices that together take more bytes than this are not stored; on a GPU, where it is left
 # at this default, more than CUDA_SHARE of the memory. Set it through the environment variable or by
-# assignment, `otloss.schedule.dense_budget = 1 << 30`.
+# assignment, `otloss.method.dense_budget = 1 << 30`.
 DEFAULT_BUDGET = 1 << 30
 dense_budget = int(os.environ.get("OTLOSS_DENSE_BUDGET", DEFAULT_BUDGET))
 CUDA_SHARE = 0.25
@@ -22,13 +26,38 @@ CUDA_SHARE = 0.25
 # heap.
 BLOCK_BYTES = 1 << 25
 
-# Where making a cost again is faster than reading it, on each kind of device: up to so many
-# dimensions, and for matrices of more than so many bytes. A matrix that stays in the second cache
-# (in the multiprocessors) is only slower than that to make.
+# Where making a cost again is faster than reading it, on each kind of device: up to this
+# dimension, and for matrices of more than this number of bytes. A matrix that fits in the second
+# cache (in the multiprocessors) is cheaper to read again than to make.
 STREAMED_FROM = {"cpu": {4: 1 << 20, 8: 12 << 20}, "cuda": {3: 1 << 25}}
 # The same where the gradient goes over the costs again and again, which pays for making a matrix
 # until it is too large for the third cache. (A GPU makes each entry twice in a pass.)
 STREAMED_BACK_FROM = {"cpu": {4: 12 << 20, 8: 32 << 20}, "cuda": {}}
+
+
+def streams(
+    points: Sequence[Tensor], weights: Sequence[Tensor], pairs: list[int], options: Options
+) -> bool:
+    """Whether to solve without cost matrices."""
+    on_cpu = points[0].device.type == "cpu"
+    possible = isinstance(options.cost, str) and (on_cpu or ops.CUDA_KERNELS)
+    if options.method == "streamed" and not possible:
+        raise NotImplementedError(
+            'method="streamed" needs a cost given by name and, on a GPU, a build with CUDA '
+            f"kernels, got cost={options.cost!r} on {points[0].device}"
+        )
+    if options.method != "auto" or not possible:
+        return options.method == "streamed"
+    sizes = [(weights[i].shape[1], weights[j].shape[1]) for i, j in as_pairs(pairs)]
+    backward = options.gradient()
+    regularized = options.objective == "regularized"
+    chosen = choose_method(
+        points,
+        sizes,
+        weights[0].element_size(),
+        many_passes_back=backward == "unrolled" or (backward == "implicit" and not regularized),
+    )
+    return chosen == "streamed"
 
 
 def choose_method(

@@ -1,0 +1,120 @@
+#include "bindings/gradients.h"
+
+#include <algorithm>
+
+namespace otloss {
+
+Wanted::Wanted(Arguments& in)
+    : costs(in.next<Ints>()), points(in.next<Ints>()), weights(in.next<bool>()) {}
+
+void Wanted::check(const Problem& problem) const {
+  check_indices(costs, problem.costs.size(), "want_costs");
+  check_indices(points, problem.clouds.points.size(), "want_points");
+}
+
+template <typename T>
+Gradients<T>::Gradients(const Device& device, const Problem& problem, const Tensor& grad_loss,
+                        const Wanted& wanted)
+    : device_(device),
+      problem_(problem),
+      grad_loss_(grad_loss),
+      wanted_(wanted),
+      clouds_(problem.clouds.points.empty() ? Prepared{} : prepare<T>(device, problem.clouds)),
+      points_(device, clouds_, wanted.points),
+      grad_C_(problem.count()) {}
+
+template <typename T>
+EnvelopeGroup<T> Gradients<T>::group(int64_t p, bool matrices) {
+  const Tensor &a = problem_.a(p), &b = problem_.b(p);
+  const int64_t B = problem_.batch(), n = a.size(1), m = b.size(1);
+  const auto listed = [&](const Ints& list, int64_t k) {
+    return std::find(list.begin(), list.end(), k) != list.end();
+  };
+  const bool of_points =
+      listed(wanted_.points, problem_.x(p)) || listed(wanted_.points, problem_.y(p));
+  EnvelopeGroup<T> group{};
+  group.batch = B;
+  group.n = n;
+  group.m = m;
+  if (!problem_.costs.empty()) group.C = data<T>(problem_.costs[p]);
+  group.a = data<T>(a);
+  group.b = data<T>(b);
+  group.grad = data<T>(grad_loss_);
+  group.coefficient = static_cast<T>(problem_.coefficients[p]);
+  if (listed(wanted_.costs, p) || (matrices && of_points)) {
+    grad_C_[p] = empty(a, {B, n, m});
+    group.grad_C = data<T>(grad_C_[p]);
+  }
+  if (wanted_.weights) {
+    grad_a_.push_back(empty(a, {B, n}));
+    grad_b_.push_back(empty(b, {B, m}));
+    group.grad_a = data<T>(grad_a_.back());
+    group.grad_b = data<T>(grad_b_.back());
+  }
+  group.strength = problem_.strength(p);
+  return group;
+}
+
+template <typename T>
+PointSums<T> Gradients<T>::side(int64_t c) {
+  if (!points_.wants(c)) return {};
+  const Tensor& z = clouds_.z[c];
+  const int64_t B = z.size(0), n = z.size(1), d = z.size(2);
+  sides_.push_back({c, empty(z, {B, n}), empty(z, {B, n, d})});
+  return {data<T>(sides_.back().sum), data<T>(sides_.back().product)};
+}
+
+template <typename T>
+MadeCost<T> Gradients<T>::made(int64_t p) {
+  const int64_t i = problem_.x(p), j = problem_.y(p);
+  const PointSums<T> x = side(i), y = i == j ? PointSums<T>{} : side(j);
+  return {point_pair<T>(clouds_, i, j, false), i == j, x, y};
+}
+
+template <typename T>
+void Gradients<T>::add_plan_side(std::vector<PointGradientGroup<T>>& groups, int64_t p, int64_t i,
+                                 int64_t j, const Tensor& f, const Tensor& g) {
+  if (!points_.wants(i)) return;
+  const Tensor &a = problem_.clouds.weights[i], &b = problem_.clouds.weights[j];
+  const PointSums<T> sums = side(i);
+  groups.push_back({a.size(0), a.size(1), b.size(1), i == j,
+                    point_pair<T>(clouds_, i, j, problem_.tf32), data<T>(a), data<T>(b), data<T>(f),
+                    data<T>(g), data<T>(grad_loss_), static_cast<T>(problem_.coefficients[p]),
+                    sums.sum, sums.product});
+}
+
+template <typename T>
+void Gradients<T>::add_sums() {
+  for (const Side& side : sides_)
+    points_.add_side(side.cloud, data<T>(side.sum), data<T>(side.product));
+}
+
+template <typename T>
+void Gradients<T>::add_matrices() {
+  if (wanted_.points.empty()) return;
+  for (int64_t p = 0; p < problem_.count(); ++p) {
+    if (!grad_C_[p].defined()) continue;
+    PlanWeightGroup<T> group{};
+    group.W = data<T>(grad_C_[p]);
+    points_.add_pair(problem_.x(p), problem_.y(p), problem_.costs[p], group, problem_.eps);
+  }
+}
+
+template <typename T>
+void Gradients<T>::add_plans(const Tensors& f, const Tensors& g) {
+  for (int64_t p = 0; p < problem_.count(); ++p) {
+    PlanWeightGroup<T> group{};
+    group.a = data<T>(problem_.a(p));
+    group.b = data<T>(problem_.b(p));
+    group.f = data<T>(f[p]);
+    group.g = data<T>(g[p]);
+    group.grad = data<T>(grad_loss_);
+    group.coefficient = static_cast<T>(problem_.coefficients[p]);
+    points_.add_pair(problem_.x(p), problem_.y(p), problem_.costs[p], group, problem_.eps);
+  }
+}
+
+template class Gradients<float>;
+template class Gradients<double>;
+
+}  // namespace otloss

@@ -1,0 +1,68 @@
+// What the three gradients of a solve share: what is wanted, and how it is put together.
+#pragma once
+
+#include "bindings/operations.h"
+#include "bindings/points.h"
+
+namespace otloss {
+
+struct Wanted {
+  Ints costs;    // pairs
+  Ints points;   // clouds
+  bool weights;  // of both sides of every pair
+
+  explicit Wanted(Arguments& arguments);
+  // Raises unless the problem has what is wanted.
+  void check(const Problem& problem) const;
+};
+
+// The gradients of one call: memory for what kernels find, and the points' from that.
+template <typename T>
+class Gradients {
+ public:
+  Gradients(const Device& device, const Problem& problem, const Tensor& grad_loss,
+            const Wanted& wanted);
+
+  // Of pair p, f and g left to the caller. With `matrices`, the gradient of its cost matrix too if
+  // points need it.
+  EnvelopeGroup<T> group(int64_t p, bool matrices);
+  // In place of the cost matrix of pair p: the points, and memory for the sums their gradients
+  // need.
+  MadeCost<T> made(int64_t p);
+  // One side of pair p as rows, at fixed potentials; the columns are cloud j.
+  void add_plan_side(std::vector<PointGradientGroup<T>>& groups, int64_t p, int64_t i, int64_t j,
+                     const Tensor& f, const Tensor& g);
+  // The points' gradients, once the kernels have run: from the sums of `made` and `add_plan_side`,
+  // from the matrices' gradients, or from the plan at fixed potentials.
+  void add_sums();
+  void add_matrices();
+  void add_plans(const Tensors& f, const Tensors& g);
+
+  // Writes the gradients of the wanted costs and points, of a and b, and `more`.
+  template <typename... More>
+  void give_back(StableIValue* stack, const More&... more) const {
+    Tensors costs;
+    for (const int64_t p : wanted_.costs) costs.push_back(grad_C_[p]);
+    otloss::give_back(stack, costs, points_.result(), grad_a_, grad_b_, more...);
+  }
+
+ private:
+  struct Side {
+    int64_t cloud;
+    Tensor sum, product;
+  };
+
+  PointSums<T> side(int64_t c);
+
+  const Device& device_;
+  const Problem& problem_;
+  const Tensor& grad_loss_;
+  const Wanted& wanted_;
+  Prepared clouds_;
+  PointGradients<T> points_;
+  Tensors grad_C_;  // per pair, undefined where not needed
+  Tensors grad_a_, grad_b_;
+  std::vector<Side> sides_;
+};
+
+}  // namespace otloss

@@ -1,0 +1,54 @@
+// The Python module: registers the operations where it is imported, and says what was built.
+#include <pybind11/pybind11.h>
+
+#include "bindings/host.h"
+#include "bindings/operations.h"
+#if defined(OTLOSS_WITH_CUDA)
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(otloss, CPU, library) { otloss::register_operations(library); }
+#if defined(OTLOSS_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(otloss, CUDA, library) { otloss::register_operations(library); }
+#endif
+
+namespace {
+
+std::string simd_level() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
+    return "x86-64-v4";
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "x86-64-v3";
+  return "x86-64";
+#else
+  return "baseline of the build";
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  otloss::set_main_thread();
+#if defined(OTLOSS_WITH_CUDA)
+  // How a solve on a device would be laid out; d: 0 where costs are stored.
+  module.def("describe_plan",
+             [](int device, bool is_double, int64_t problems, int64_t n, int64_t m, int64_t d) {
+               const torch::stable::accelerator::DeviceGuard guard(device);
+               const otloss::cuda::Context context{device, nullptr, nullptr, nullptr};
+               return is_double ? otloss::cuda::describe_plan<double>(context, problems, n, m, d)
+                                : otloss::cuda::describe_plan<float>(context, problems, n, m, d);
+             });
+#endif
+  module.def("build_info", [] {
+    pybind11::dict info;
+    info["compiler"] = std::string("C++ ") + __VERSION__;
+    info["simd"] = simd_level();
+#if defined(OTLOSS_WITH_CUDA)
+    info["cuda_architectures"] = OTLOSS_CUDA_ARCH;
+#else
+    info["cuda_architectures"] = "";
+#endif
+    return info;
+  });
+}

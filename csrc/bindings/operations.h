@@ -1,0 +1,24 @@
+// The operations, in the form that the dispatcher calls: arguments on a stack, results in their
+// place. Schemas and gradients belong to Python (otloss/ops.py). Each checks layout, allocates
+// outputs, fills the argument structs of kernels.h and calls a launcher.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+namespace otloss {
+
+using Operation = void(StableIValue* stack, uint64_t arguments, uint64_t results);
+
+Operation cost, cost_backward, solve, envelope_backward, unrolled_backward, implicit_backward;
+
+// The same functions serve every device.
+inline void register_operations(torch::stable::detail::StableLibrary& library) {
+  library.impl("cost", cost);
+  library.impl("cost_backward", cost_backward);
+  library.impl("solve", solve);
+  library.impl("envelope_backward", envelope_backward);
+  library.impl("unrolled_backward", unrolled_backward);
+  library.impl("implicit_backward", implicit_backward);
+}
+
+}  // namespace otloss

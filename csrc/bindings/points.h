@@ -1,0 +1,58 @@
+// What is made from points: clouds ready for products, cost matrices, and the points' gradients.
+// Matrix products on a GPU are torch's own, which is why this is not a kernel's business; on the
+// CPU they are part of the kernels.
+#pragma once
+
+#include "bindings/problem.h"
+
+namespace otloss {
+
+// The clouds made ready for products: z (B, n, d) and norms (B, n).
+struct Prepared {
+  CostKind kind;
+  Tensors z, norm;
+};
+
+template <typename T>
+Prepared prepare(const Device& device, const Clouds& clouds);
+
+// C (B, n, m) of each pair.
+template <typename T>
+Tensors cost_matrices(const Device& device, const Prepared& clouds, const Ints& pairs);
+
+template <typename T>
+PointPair<T> point_pair(const Prepared& clouds, int64_t i, int64_t j, bool tf32) {
+  return {clouds.kind,
+          clouds.z[i].size(2),
+          data<T>(clouds.z[i]),
+          data<T>(clouds.z[j]),
+          data<T>(clouds.norm[i]),
+          data<T>(clouds.norm[j]),
+          tf32};
+}
+
+// Gradients of the clouds listed in `wanted`, summed over what is added.
+template <typename T>
+class PointGradients {
+ public:
+  PointGradients(const Device& device, const Prepared& clouds, const Ints& wanted);
+
+  bool wants(int64_t c) const { return grads_[c].defined(); }
+
+  // From the sums and the product of one side of a pair, see CostGradientGroup.
+  void add_side(int64_t c, const T* sum, const T* product) const;
+  // From the cost matrix of the pair (i, j) and either its gradient or, where group.W is null, the
+  // plan that group describes; the other fields are filled in here.
+  void add_pair(int64_t i, int64_t j, const Tensor& C, PlanWeightGroup<T> group, double eps) const;
+
+  // In the order of `wanted`.
+  Tensors result() const;
+
+ private:
+  const Device& device_;
+  const Prepared& clouds_;
+  const Ints& wanted_;
+  Tensors grads_;  // per cloud
+};
+
+}  // namespace otloss

@@ -1,0 +1,82 @@
+#include "bindings/problem.h"
+
+namespace otloss {
+namespace {
+
+// `count` float64 numbers on the CPU.
+const double* numbers(const Tensor& t, int64_t count, const char* name) {
+  STD_TORCH_CHECK(
+      t.is_cpu() && t.scalar_type() == ScalarType::Double && t.is_contiguous() &&
+          t.numel() == count,
+      "otloss: ", name, " must be a float64 tensor on the CPU with ", std::to_string(count),
+      count == 1 ? " entry; one for each problem of a batch is not available" : " entries");
+  return static_cast<const double*>(t.const_data_ptr());
+}
+
+}  // namespace
+
+double number(const Tensor& t, const char* name) { return *numbers(t, 1, name); }
+
+Clouds::Clouds(Arguments& in)
+    : points(in.next<Tensors>()),
+      weights(in.next<Tensors>()),
+      pairs(in.next<Ints>()),
+      kind(static_cast<CostKind>(in.next<int64_t>())) {}
+
+void Clouds::check() const {
+  const int number_of_kind = static_cast<int>(kind);
+  STD_TORCH_CHECK(number_of_kind >= 0 && number_of_kind <= static_cast<int>(CostKind::kCosine),
+                  "otloss: there is no cost of number ", std::to_string(number_of_kind));
+  STD_TORCH_CHECK(pairs.size() % 2 == 0, "otloss: pairs must have an even number of entries");
+  const Tensors& clouds = points.empty() ? weights : points;
+  STD_TORCH_CHECK(!clouds.empty(), "otloss: there must be points or weights");
+  check_indices(pairs, clouds.size(), "pairs");
+  if (!weights.empty() && !points.empty()) check_count(weights.size(), points.size(), "weights");
+  for (const Tensor& t : clouds) check_dims(t, points.empty() ? 2 : 3, "points or weights");
+  const int64_t B = clouds[0].size(0);
+  for (size_t c = 0; c < clouds.size(); ++c) {
+    const int64_t n = clouds[c].size(1);
+    const ScalarType dtype = clouds[0].scalar_type();
+    if (!points.empty()) otloss::check(points[c], {B, n, points[0].size(2)}, dtype, "points");
+    if (!weights.empty()) otloss::check(weights[c], {B, n}, dtype, "weights");
+  }
+}
+
+Problem::Problem(Arguments& in)
+    : costs(in.next<Tensors>()), clouds(in), coefficients(in.next<Doubles>()) {
+  eps_ = in.next<Tensor>();
+  rho_ = in.next<Tensor>();
+  objective = static_cast<Objective>(in.next<int64_t>());
+  tf32 = in.next<bool>();
+}
+
+void Problem::check() {
+  STD_TORCH_CHECK(!clouds.weights.empty() && !clouds.pairs.empty(),
+                  "otloss: there must be weights and pairs");
+  clouds.check();
+  check_count(coefficients.size(), count(), "coefficients");
+  STD_TORCH_CHECK(objective == Objective::kRegularized || objective == Objective::kTransport,
+                  "otloss: there is no objective of number ",
+                  std::to_string(static_cast<int>(objective)));
+  if (!costs.empty()) check_count(costs.size(), count(), "costs");
+  for (size_t p = 0; p < costs.size(); ++p)
+    otloss::check(costs[p], {batch(), a(p).size(1), b(p).size(1)}, dtype(), "costs");
+  eps = number(eps_, "eps");
+  const double* rho = numbers(rho_, 2, "rho");
+  rho_x = rho[0];
+  rho_y = rho[1];
+}
+
+void Problem::check_f(const Tensors& list, const char* name) const {
+  check_count(list.size(), count(), name);
+  for (int64_t p = 0; p < count(); ++p)
+    otloss::check(list[p], {batch(), a(p).size(1)}, dtype(), name);
+}
+
+void Problem::check_g(const Tensors& list, const char* name) const {
+  check_count(list.size(), count(), name);
+  for (int64_t p = 0; p < count(); ++p)
+    otloss::check(list[p], {batch(), b(p).size(1)}, dtype(), name);
+}
+
+}  // namespace otloss

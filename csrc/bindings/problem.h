@@ -1,0 +1,83 @@
+// What operations are told, read from the dispatcher's stack in the order of the schemas in
+// otloss/ops.py and checked as a whole, before a pointer is taken.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+
+#include "bindings/host.h"
+
+namespace otloss {
+
+// The arguments of a call. Reading one takes it over from the stack: read all before raising.
+class Arguments {
+ public:
+  explicit Arguments(StableIValue* stack) : next_(stack) {}
+
+  template <typename T>
+  T next() {
+    return torch::stable::detail::to<T>(*next_++);
+  }
+
+ private:
+  StableIValue* next_;
+};
+
+template <typename... Results>
+void give_back(StableIValue* stack, const Results&... results) {
+  ((*stack++ = torch::stable::detail::from(results)), ...);
+}
+
+// The value of a number that travels as a tensor, so that a traced graph does not depend on it.
+double number(const Tensor& t, const char* name);
+
+// Clouds, and the pairs of them that problems are between: flat, (i0, j0, i1, j1, ...).
+struct Clouds {
+  Tensors points;   // (B, n, d) each
+  Tensors weights;  // (B, n) each, or none
+  Ints pairs;
+  CostKind kind;
+
+  explicit Clouds(Arguments& arguments);
+  void check() const;  // where there are points
+  int64_t count() const { return static_cast<int64_t>(pairs.size()) / 2; }
+};
+
+// A set of OT problems. Either list may be empty: without cost matrices costs are made from points,
+// without points the matrices are all there is.
+struct Problem {
+  Tensors costs;  // (B, n, m) per pair
+  Clouds clouds;
+  Doubles coefficients;  // of each problem in the loss
+  double eps = 0, rho_x = 0, rho_y = 0;
+  Objective objective;
+  bool tf32;
+
+  explicit Problem(Arguments& arguments);
+
+  // To be called once all arguments are read: eps and rho are 0 before.
+  void check();
+  // Raises unless there is a tensor for each pair, of the shape of f, or of g.
+  void check_f(const Tensors& list, const char* name) const;
+  void check_g(const Tensors& list, const char* name) const;
+
+  int64_t count() const { return clouds.count(); }
+  int64_t x(int64_t p) const { return clouds.pairs[2 * p]; }
+  int64_t y(int64_t p) const { return clouds.pairs[2 * p + 1]; }
+  const Tensor& a(int64_t p) const { return clouds.weights[x(p)]; }
+  const Tensor& b(int64_t p) const { return clouds.weights[y(p)]; }
+  int64_t batch() const { return clouds.weights[0].size(0); }
+  ScalarType dtype() const { return clouds.weights[0].scalar_type(); }
+  // How strongly a plan is held to the weights: cloud 0 by rho_x, every other by rho_y, by
+  // themselves too.
+  Strength strength(int64_t p) const {
+    const bool balanced = std::isinf(rho_x) && std::isinf(rho_y);
+    return {x(p) == 0 ? rho_x : rho_y, y(p) == 0 ? rho_x : rho_y, balanced};
+  }
+
+ private:
+  Tensor eps_, rho_;  // float64 on the CPU, () and (2,)
+};
+
+}  // namespace otloss

@@ -1,0 +1,100 @@
+// Operation solve.
+#include <torch/csrc/stable/ops.h>
+
+#include "bindings/operations.h"
+#include "bindings/points.h"
+
+namespace otloss {
+namespace {
+
+struct Start {
+  Tensors f, g;  // per pair: where a warm start is on entry, the potentials on return
+};
+
+// A copy of the potentials to start from, f and g of each pair in turn, or memory for those to
+// come.
+Start start_from(const Tensors& init, const Problem& problem) {
+  Start start;
+  for (int64_t p = 0; p < problem.count(); ++p) {
+    const Tensor &a = problem.a(p), &b = problem.b(p);
+    const int64_t B = problem.batch();
+    start.f.push_back(init.empty() ? empty(a, {B, a.size(1)}) : torch::stable::clone(init[2 * p]));
+    start.g.push_back(init.empty() ? empty(b, {B, b.size(1)})
+                                   : torch::stable::clone(init[2 * p + 1]));
+  }
+  problem.check_f(start.f, "init");
+  problem.check_g(start.g, "init");
+  return start;
+}
+
+template <typename T>
+void solve_as(StableIValue* stack, const Device& device, const Problem& problem,
+              const Tensors& init, const SolveOptions& options, bool trace, bool dense) {
+  const int64_t P = problem.count(), B = problem.batch();
+  const Tensor& like = problem.clouds.weights[0];
+  const bool from_points = !problem.clouds.points.empty();
+  const Prepared clouds = from_points ? prepare<T>(device, problem.clouds) : Prepared{};
+  const bool made = dense && problem.costs.empty();
+  const Tensors costs =
+      made ? cost_matrices<T>(device, clouds, problem.clouds.pairs) : problem.costs;
+  const Start start = start_from(init, problem);
+  const Tensor values = empty(like, {P, B}), loss = empty(like, {B});
+  const Tensor status = empty(like, {P, B, kStatusFields}, aoti_torch_dtype_float64());
+  Tensors traces;
+  std::vector<SolveGroup<T>> groups;
+  for (int64_t p = 0; p < P; ++p) {
+    const Tensor &a = problem.a(p), &b = problem.b(p);
+    SolveGroup<T> group{};
+    group.batch = B;
+    group.n = a.size(1);
+    group.m = b.size(1);
+    group.symmetric = problem.x(p) == problem.y(p);
+    if (!costs.empty()) group.C = data<T>(costs[p]);
+    if (from_points) group.points = point_pair<T>(clouds, problem.x(p), problem.y(p), problem.tf32);
+    group.a = data<T>(a);
+    group.b = data<T>(b);
+    group.f = data<T>(start.f[p]);
+    group.g = data<T>(start.g[p]);
+    if (trace) {
+      traces.push_back(empty(like, {B, options.n_iters, group.n + group.m}));
+      group.trace = data<T>(traces.back());
+    }
+    group.value = data<T>(values) + p * B;
+    group.status = data<double>(status) + p * B * kStatusFields;
+    group.strength = problem.strength(p);
+    groups.push_back(group);
+  }
+  clear_interruption();
+  OTLOSS_LAUNCH(device, solve, groups, options);
+  OTLOSS_LAUNCH(device, combine_values, problem.coefficients, data<T>(values), B, data<T>(loss));
+  give_back(stack, loss, status, start.f, start.g, traces, made ? costs : Tensors());
+}
+
+}  // namespace
+
+void solve(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments in(stack);
+  Problem problem(in);
+  const Tensors init = in.next<Tensors>();
+  const Tensor tol = in.next<Tensor>();
+  SolveOptions options{};
+  options.max_iters = in.next<int64_t>();
+  options.n_iters = in.next<int64_t>();
+  const bool trace = in.next<bool>(), dense = in.next<bool>();
+  problem.check();
+  STD_TORCH_CHECK(!problem.costs.empty() || !problem.clouds.points.empty(),
+                  "otloss: there must be costs or points");
+  STD_TORCH_CHECK(!trace || options.n_iters >= 0, "otloss: a trace is of a number of iterations");
+  if (!init.empty()) check_count(init.size(), 2 * problem.count(), "init");
+  options.eps = problem.eps;
+  options.tol = number(tol, "tol");
+  options.objective = problem.objective;
+  options.warm_start = !init.empty();
+  const Device device(problem.clouds.weights[0],
+                      {&problem.costs, &problem.clouds.points, &problem.clouds.weights, &init});
+  dispatch_dtype(problem.clouds.weights[0], [&](auto zero) {
+    solve_as<decltype(zero)>(stack, device, problem, init, options, trace, dense);
+  });
+}
+
+}  // namespace otloss

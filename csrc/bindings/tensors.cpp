@@ -1,0 +1,79 @@
+#include "bindings/tensors.h"
+
+#include <array>
+#include <cstring>
+#include <string>
+
+#include "cpu/pages.h"
+
+namespace otloss {
+namespace {
+
+std::string in_words(const int64_t* sizes, int64_t count) {
+  std::string text = "(";
+  for (int64_t k = 0; k < count; ++k) text += (k ? ", " : "") + std::to_string(sizes[k]);
+  return text + ")";
+}
+
+std::string shape_of(const Tensor& t) { return in_words(t.sizes().data(), t.dim()); }
+
+}  // namespace
+
+void check(const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dtype,
+           const char* name) {
+  bool good = t.dim() == static_cast<int64_t>(shape.size()) && t.is_contiguous() &&
+              t.scalar_type() == dtype;
+  int64_t k = 0;
+  for (const int64_t size : shape) good = good && t.size(k++) == size;
+  STD_TORCH_CHECK(good, "otloss: ", name, " must be contiguous, of shape ",
+                  in_words(shape.begin(), static_cast<int64_t>(shape.size())),
+                  " and of one dtype with the other tensors, but is ", shape_of(t));
+}
+
+void check_dims(const Tensor& t, int64_t dims, const char* name) {
+  STD_TORCH_CHECK(t.dim() == dims, "otloss: ", name, " must have ", std::to_string(dims),
+                  " dimensions, but is ", shape_of(t));
+}
+
+void check_count(size_t count, size_t expected, const char* name) {
+  STD_TORCH_CHECK(count == expected, "otloss: ", name, " must have ", std::to_string(expected),
+                  " entries, but has ", std::to_string(count));
+}
+
+void check_indices(const Ints& indices, size_t count, const char* name) {
+  for (const int64_t k : indices)
+    STD_TORCH_CHECK(k >= 0 && k < static_cast<int64_t>(count), "otloss: ", name, " must be in [0, ",
+                    std::to_string(count), "), but one is ", std::to_string(k));
+}
+
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, int32_t dtype) {
+  std::array<int64_t, 3> strides{};
+  int64_t count = 1;
+  for (size_t k = shape.size(); k-- > 0;) {
+    strides.at(k) = count;
+    count *= shape.begin()[k];
+  }
+  int32_t device_type = 0, device_index = 0;
+  if (dtype < 0) TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(),
+                                                  strides.data(), dtype, device_type, device_index,
+                                                  &handle));
+  Tensor t(handle);
+#if defined(OTLOSS_EMULATED)
+  std::memset(t.mutable_data_ptr(), 0xff, count * t.element_size());
+#else
+  if (t.is_cpu()) cpu::prefer_large_pages(t.mutable_data_ptr(), count * t.element_size());
+#endif
+  return t;
+}
+
+Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape) {
+  Tensor t = empty(like, shape);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(t.get()));
+  return t;
+}
+
+}  // namespace otloss

@@ -1,0 +1,53 @@
+// Tensors as the bindings use them: checked before a pointer is taken, and allocated without the
+// dispatcher, whose share would be most of a small call.
+//
+// Only LibTorch's stable ABI is used, so one build serves every later torch.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <vector>
+
+namespace otloss {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using Ints = std::vector<int64_t>;
+using Doubles = std::vector<double>;
+
+// Each raises, naming the argument, unless the tensor is as described.
+void check(const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dtype,
+           const char* name);
+void check_dims(const Tensor& t, int64_t dims, const char* name);
+// The entries of a list, or of one that may be empty.
+void check_count(size_t count, size_t expected, const char* name);
+void check_indices(const Ints& indices, size_t count, const char* name);
+
+// Contiguous and uninitialised, on the device of `like` and of its dtype unless another is named.
+// In the emulated build filled with NaN: what is read before it is written shows.
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, int32_t dtype = -1);
+Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape);
+
+template <typename T>
+constexpr ScalarType dtype_of() {
+  return sizeof(T) == sizeof(float) ? ScalarType::Float : ScalarType::Double;
+}
+
+template <typename T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// Calls function(T{}) for the tensor's dtype.
+template <typename F>
+void dispatch_dtype(const Tensor& t, F&& function) {
+  if (t.scalar_type() == ScalarType::Float) return function(float{});
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double,
+                  "otloss: kernels take float32 and float64 tensors");
+  return function(double{});
+}
+
+}  // namespace otloss

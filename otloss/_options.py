@@ -1,0 +1,149 @@
+"""The options of a solve, each once: what it means, its default and its check.
+
+They are checked when a loss or a module is made, before any tensor is looked at.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any, Final, NamedTuple, TypedDict
+
+from otloss._check import describe
+from otloss.costs import COSTS, Cost
+
+__all__ = ["LossOptions", "Options", "check_options", "choice", "cost", "number"]
+
+OBJECTIVES: Final = ("regularized", "transport")  # their numbers are those of csrc/kernels.h
+BACKWARDS: Final = ("auto", "envelope", "implicit", "unrolled")
+METHODS: Final = ("auto", "dense", "streamed", "reference")
+PRECISIONS: Final = ("float32", "tf32")
+
+Unbalanced = float | tuple[float | None, float | None] | None
+
+
+class LossOptions(TypedDict, total=False):
+    """The keyword arguments that losses share, for type checkers."""
+
+    cost: Cost
+    objective: str
+    unbalanced: Unbalanced
+    tol: float
+    max_iters: int
+    n_iters: int | None
+    backward: str
+    method: str
+    precision: str
+
+
+class Options(NamedTuple):
+    """The checked keyword arguments of a solve."""
+
+    eps: float  # regularisation, in units of cost
+    cost: Cost
+    objective: str  # what the value is: with the entropy or without
+    rho_x: float  # strength of the penalty that holds the plan to a; infinite is a constraint
+    rho_y: float  # likewise to b
+    tol: float  # the L1 marginal error over the total mass that ends a solve
+    max_iters: int  # passes over the costs that end it too, with a warning
+    n_iters: int  # exactly this number of iterations; -1: until converged
+    backward: str  # which gradient
+    method: str  # whether cost matrices are stored
+    precision: str  # of inner products, where costs are not stored
+
+    def balanced(self) -> bool:
+        return self.rho_x == math.inf and self.rho_y == math.inf
+
+    def gradient(self) -> str:
+        """``backward``, where it is left open the mode that is exact for what was asked for.
+
+        For the regularized value "implicit" and "envelope" are the same gradient.
+        """
+        if self.backward != "auto":
+            return self.backward
+        return "unrolled" if self.n_iters >= 0 else "implicit"
+
+
+def check_options(
+    eps: Any,
+    *,
+    cost: Any = "sqeuclidean",
+    objective: Any = "regularized",
+    unbalanced: Any = None,
+    tol: Any = 1e-3,
+    max_iters: Any = 1000,
+    n_iters: Any = None,
+    backward: Any = "auto",
+    method: Any = "auto",
+    precision: Any = "float32",
+) -> Options:
+    """Checks everything that a solve takes besides tensors."""
+    rho_x, rho_y = _strengths(unbalanced)
+    checked = Options(
+        eps=number("eps", eps),
+        cost=_cost(cost),
+        objective=choice("objective", objective, OBJECTIVES),
+        rho_x=rho_x,
+        rho_y=rho_y,
+        tol=number("tol", tol),
+        max_iters=count("max_iters", max_iters),
+        n_iters=-1 if n_iters is None else count("n_iters", n_iters),
+        backward=choice("backward", backward, BACKWARDS),
+        method=choice("method", method, METHODS),
+        precision=choice("precision", precision, PRECISIONS),
+    )
+    if checked.backward == "unrolled" and n_iters is None:
+        raise ValueError(
+            'backward="unrolled" differentiates a fixed number of iterations: give n_iters, '
+            "which was None"
+        )
+    return checked
+
+
+def number(name: str, value: Any, *, positive: bool = True) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}: {describe(value)}")
+    result = float(value)
+    # comparisons, which torch.compile can trace where math.isfinite it cannot
+    if not -math.inf < result < math.inf or (positive and result <= 0):
+        raise ValueError(f"{name} must be finite and > 0, got {value!r}")
+    return result
+
+
+def count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}: {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return int(value)
+
+
+def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def cost(value: Any) -> Cost:
+    if callable(value):
+        return value
+    if not isinstance(value, str):
+        raise TypeError(
+            f"cost must be a name or a function (x, y) -> C, got {type(value).__name__}"
+        )
+    return choice("cost", value, tuple(COSTS))
+
+
+def _strengths(value: Any) -> tuple[float, float]:
+    """``(rho_x, rho_y)``, infinite where the marginal is a hard constraint."""
+    pair = value if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(
+            "unbalanced must be one number or a pair (rho_x, rho_y) with None for a hard "
+            f"constraint, got {value!r}"
+        )
+    x, y = (math.inf if rho is None else number("unbalanced", rho) for rho in pair)
+    return x, y
+
+
+_cost = cost  # `check_options` has an argument of that name

@@ -1,0 +1,119 @@
+"""What a solve is given: checked clouds, weights and costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from otloss import _check, _options
+from otloss.autograd import CostMatrices
+from otloss.costs import COSTS, Cost
+from otloss.reference.operations import as_pairs
+
+__all__ = ["Problem", "as_weights", "build_costs", "check_clouds", "compute_dtype", "cost_matrix"]
+
+
+@dataclass
+class Problem:
+    """Checked clouds or cost matrices with their weights, batched, in the dtype computed in."""
+
+    names: tuple[str, ...]
+    points: tuple[Tensor, ...]  # (n, d) or (B, n, d) as given, or empty: costs are given
+    weights: tuple[Tensor, ...]  # (B, n) each
+    padded: bool  # some weight may be 0
+    batched: bool
+
+
+def compute_dtype(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def as_weights(w: Tensor | None, like: Tensor, n: int) -> Tensor:
+    """(B, n) weights, uniform if none were given."""
+    dtype = compute_dtype(like)
+    if w is None:
+        batch = like.shape[0] if like.dim() == 3 else 1
+        return torch.full((batch, n), 1.0 / n, dtype=dtype, device=like.device)
+    return w.to(dtype).reshape(-1, n).contiguous()
+
+
+def check_clouds(
+    clouds: dict[str, Any], weights: dict[str, Any] | None = None, *, balanced: bool = True
+) -> Problem:
+    """Checks clouds by name against the first, and the weights of the first two."""
+    names, points = tuple(clouds), tuple(_check.points(k, v) for k, v in clouds.items())
+    for name, x in zip(names[1:], points[1:], strict=True):
+        _check.same_space(names[0], points[0], name, x)
+    given = [] if weights is None else list(weights.items())
+    for (name, w), cloud, x in zip(given, names, points, strict=False):
+        if w is not None:
+            _check.weights(name, w, tuple(x.shape[:-1]), cloud, x)
+    values = [w for _, w in given] + [None] * (len(points) - len(given))
+    ready = tuple(as_weights(w, x, x.shape[-2]) for w, x in zip(values, points, strict=True))
+    padded = any(w is not None for w in values)
+    if padded and balanced:
+        _check.same_mass(ready[0], ready[1], points[0].dtype)
+    return Problem(names, points, ready, padded, points[0].dim() == 3)
+
+
+def build_costs(problem: Problem, pairs: list[int], cost: Cost, method: str) -> tuple[Tensor, ...]:
+    """C (B, n, m) of each pair; differentiable in the points."""
+    points = problem.points
+    if isinstance(cost, str):
+        weights = problem.weights if problem.padded else ()
+        return CostMatrices.apply(pairs, COSTS[cost], method, len(points), *points, *weights)
+    weights = problem.weights
+    return tuple(
+        hide_padding(problem, _call_cost(cost, points[i], points[j]), weights[i], weights[j])
+        for i, j in as_pairs(pairs)
+    )
+
+
+def hide_padding(problem: Problem, C: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """C (B, n, m) with 0 for points of weight 0, where anything may stand."""
+    if not problem.padded or (_check.readable(a) and bool((a > 0).all()) and bool((b > 0).all())):
+        return C
+    return torch.where((a.unsqueeze(-1) > 0) & (b.unsqueeze(-2) > 0), C, 0.0)
+
+
+def _call_cost(cost: Any, x: Tensor, y: Tensor) -> Tensor:
+    dtype = compute_dtype(x)
+    C = cost(x.to(dtype), y.to(dtype))
+    expected = (*x.shape[:-1], y.shape[-2])
+    if not isinstance(C, Tensor) or tuple(C.shape) != expected:
+        raise ValueError(
+            f"cost must return a tensor of shape {expected} for clouds of shapes "
+            f"{tuple(x.shape)} and {tuple(y.shape)}, got {_check.describe(C)}"
+        )
+    return C.to(dtype).reshape(-1, *C.shape[-2:])
+
+
+def cost_matrix(x: Tensor, y: Tensor, cost: Cost = "sqeuclidean") -> Tensor:
+    """The cost matrix C_ij = c(x_i, y_j), fused and differentiable.
+
+    Args:
+        x, y: clouds (n, d) and (m, d), or (B, n, d) and (B, m, d).
+        cost: ``"sqeuclidean"`` |x - y|^2 (no 1/2), ``"euclidean"`` |x - y|, ``"cosine"``
+            1 - <x, y> / (|x| |y|), or a function ``(x, y) -> C``. Coincident points under
+            euclidean, and points of norm 0 under cosine (cost 1), have gradient 0.
+
+    Returns:
+        C (n, m) or (B, n, m), float32 or float64; differentiable twice in x and y. Where ``x is y``
+        the diagonal is exactly 0.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, or NaN or infinity in x or y (on the CPU).
+    """
+    cost = _options.cost(cost)
+    problem = check_clouds({"x": x, "y": y})
+    pairs = [0, 0] if x is y else [0, 1]
+    if x is y:
+        problem = check_clouds({"x": x})
+    (C,) = build_costs(problem, pairs, cost, "auto")
+    if _check.readable(C) and not bool(C.detach().sum().isfinite()):
+        _check.finite("x", x)
+        _check.finite("y", y)
+    return C if problem.batched else C[0]
