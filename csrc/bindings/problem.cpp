@@ -1,5 +1,7 @@
 #include "bindings/problem.h"
 
+#include <string>
+
 namespace otloss {
 namespace {
 

@@ -75,7 +75,7 @@ struct Problem {
   ScalarType dtype() const { return clouds.weights[0].scalar_type(); }
   // How strongly a plan is held to the weights: cloud 0 by rho_x, every other by rho_y, by
   // themselves too.
-  Strength strength(int64_t p) const {
+  Penalties penalties(int64_t p) const {
     const bool balanced = std::isinf(rho_x) && std::isinf(rho_y);
     return {x(p) == 0 ? rho_x : rho_y, y(p) == 0 ? rho_x : rho_y, balanced};
   }
