@@ -23,14 +23,15 @@ T tilt_of(const Side<T>& x, double eps) {
 }  // namespace
 
 template <typename T>
-RowEngine<T>::RowEngine(const Side<T>& x, const Side<T>& y, const RowSource<T>& source, bool split,
-                        const PointPair<T>& points, int64_t problem)
+RowEngine<T>::RowEngine(const Side<T>& x, const Side<T>& y, const SolveGroup<T>& group,
+                        int64_t problem, bool split)
     : Engine<T>(x, y),
       n_(x.count),
       m_(y.count),
-      points_(points),
+      points_(group.points),
       problem_(problem),
-      costs_(source, RowParts(n_, m_, split), kFlushRows),
+      costs_(RowParts(n_, m_, split), kFlushRows, n_, m_, group.C, points_, problem,
+             group.symmetric),
       G_(padded<T>(m_), T(kLog2Zero)),
       s_(n_),
       workspaces_(costs_.parts().count()) {

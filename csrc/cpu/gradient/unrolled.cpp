@@ -45,8 +45,7 @@ class UnrolledProblem {
         C_bar_(group.grad_C ? group.grad_C + p * n_ * m_ : nullptr),
         split_(split),
         parts_(n_, m_, split),
-        source_(row_source(n_, m_, group.C, made_.points, p, made_.symmetric)),
-        costs_(*source_, parts_, kBlockRows),
+        costs_(parts_, kBlockRows, n_, m_, group.C, made_.points, p, made_.symmetric),
         v_(parts_, m_),
         e_(parts_.count() * kAdjointRows * (m_ + kBlock<T>)),
         F_(n_),
@@ -278,7 +277,6 @@ class UnrolledProblem {
   T* const C_bar_;        // (n, m) or null
   const bool split_;
   RowParts parts_;
-  const std::unique_ptr<RowSource<T>> source_;
   CostBlocks<T> costs_;
   std::vector<Term<T>> terms_;  // of each iteration that was gone back, where costs are made
   PartSums<T> v_;               // (m,)

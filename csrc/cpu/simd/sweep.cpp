@@ -199,7 +199,7 @@ OTLOSS_SIMD void sweep_rows(const RowSweep<T>& p) {
 template <typename T>
 OTLOSS_SIMD void column_lse(const ColumnLse<T>& p) {
   T largest[kColumnBlock], sum[kColumnBlock];
-  for (int64_t j = 0; j < kColumnBlock; ++j) {
+  for (int64_t j = 0; j < p.width; ++j) {
     largest[j] = static_cast<T>(2 * kLog2Zero);
     sum[j] = 0;
   }

@@ -33,9 +33,8 @@ void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& op
   const T* a = group.a + p * n;
   T *f = group.f + p * n, *g = group.g + p * m;
   const std::vector<T> b = column_weights(group.strength, n, a, m, group.b + p * m);
-  const auto source = row_source(n, m, group.C, group.points, p, group.symmetric);
   RowEngine<T> engine(Side<T>(n, a, group.strength.rho_x),
-                      Side<T>(m, b.data(), group.strength.rho_y), *source, split, group.points, p);
+                      Side<T>(m, b.data(), group.strength.rho_y), group, p, split);
   const double max_cost = engine.max_cost();
   double* status = group.status + p * kStatusFields;
   status[kStatusMaxCost] = max_cost;
