@@ -57,6 +57,8 @@ class Memory:
         return self.potentials if kept else []
 
     def keep(self, solved: Solved) -> None:
+        if torch.is_inference_mode_enabled():  # its tensors are of no use to a later training step
+            return
         self.potentials = [v for f, g in zip(solved.f, solved.g, strict=True) for v in (f, g)]
 
 

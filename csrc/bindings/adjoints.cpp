@@ -90,8 +90,8 @@ void unrolled_backward(StableIValue* stack, uint64_t, uint64_t) {
   const Tensors init = in.next<Tensors>(), traces = in.next<Tensors>();
   const Wanted wanted(in);
   problem.check();
-  wanted.check(problem);
   seeds.check(problem);
+  wanted.check(problem);
   if (!init.empty()) check_count(init.size(), 2 * problem.count(), "init");
   check_count(traces.size(), problem.count(), "traces");
   for (int64_t p = 0; p < problem.count(); ++p) {
@@ -116,8 +116,8 @@ void implicit_backward(StableIValue* stack, uint64_t, uint64_t) {
   const Tensors f = in.next<Tensors>(), g = in.next<Tensors>();
   const Wanted wanted(in);
   problem.check();
-  wanted.check(problem);
   seeds.check(problem);
+  wanted.check(problem);
   problem.check_f(f, "f");
   problem.check_g(g, "g");
   const Device device(seeds.loss, {&seeds.f, &seeds.g, &problem.costs, &problem.clouds.points,
