@@ -73,8 +73,8 @@ OTLOSS_SIMD void weigh(Cost, int64_t count, const T* C, T* W) {
 }
 
 // Rows from `row` on, up to where kDifferenceRows divides them; returns how many were done.
-template <typename Cost, typename T>
-int64_t difference_rows(Cost cost, const CostRows<T>& p, int64_t row) {
+template <typename T>
+int64_t difference_rows(CostKind kind, const CostRows<T>& p, int64_t row) {
   const int64_t d = p.to->d, skipped = row % kDifferenceRows;
   const int64_t rows = std::min(kDifferenceRows - skipped, p.first + p.rows - row);
   const T *x = p.from->row(row - skipped), *y = p.to->strips.data() + p.begin * d;
@@ -89,14 +89,17 @@ int64_t difference_rows(Cost cost, const CostRows<T>& p, int64_t row) {
       std::copy_n(squares + (skipped + r) * kStrip<T>, std::min(kStrip<T>, p.end - column),
                   p.at(row + r, column));
   }
-  for (int64_t r = 0; r < rows; ++r)
-    costs_from_differences(cost, p.end - p.begin, p.at(row + r, p.begin));
+  dispatch_cost(kind, [&](auto cost) {
+    if constexpr (!decltype(cost)::kUnitNorm)
+      for (int64_t r = 0; r < rows; ++r)
+        costs_from_differences(cost, p.end - p.begin, p.at(row + r, p.begin));
+  });
   return rows;
 }
 
 // A tile from products, by the strip from `column` on; it begins where kTileRows divides the rows.
-template <typename Cost, typename T>
-int64_t product_tile(Cost cost, const CostRows<T>& p, int64_t row, int64_t column) {
+template <typename T>
+int64_t product_tile(CostKind kind, const CostRows<T>& p, int64_t row, int64_t column) {
   const int64_t d = p.to->d, skipped = row % kTileRows;
   const int64_t rows = std::min(kTileRows - skipped, p.first + p.rows - row);
   const int64_t width = std::min(kStrip<T>, p.end - column);
@@ -104,32 +107,22 @@ int64_t product_tile(Cost cost, const CostRows<T>& p, int64_t row, int64_t colum
   add_products(TileProduct<T>{d, p.from->row(row - skipped), p.to->strips.data() + column * d, sum,
                               kStrip<T>});
   T* products = sum + skipped * kStrip<T>;
-  costs_from_products(cost,
-                      ProductTile<T>{rows, width, d, p.from->norm + row, p.to->h.data() + column,
-                                     p.from->z + row * d, p.to->z + column * d,
-                                     p.symmetric ? row - column : -1, products});
+  const ProductTile<T> tile{rows,
+                            width,
+                            d,
+                            p.from->norm + row,
+                            p.to->h.data() + column,
+                            p.from->z + row * d,
+                            p.to->z + column * d,
+                            p.symmetric ? row - column : -1,
+                            products};
+  dispatch_cost(kind, [&](auto cost) { costs_from_products(cost, tile); });
   for (int64_t r = 0; r < rows; ++r, products += kStrip<T>)
     if (width == kStrip<T>)  // a constant length is copied without a call
       std::copy_n(products, kStrip<T>, p.at(row + r, column));
     else
       std::copy_n(products, width, p.at(row + r, column));
   return rows;
-}
-
-template <typename Cost, typename T>
-void cost_rows_of(Cost cost, const CostRows<T>& p) {
-  const int64_t end = p.first + p.rows;
-  bool difference = false;
-  if constexpr (!Cost::kUnitNorm) {
-    difference = p.to->d <= kDirectDims;
-    for (int64_t row = p.first; difference && row < end;) row += difference_rows(cost, p, row);
-  }
-  for (int64_t column = p.begin; !difference && column < p.end; column += kStrip<T>)
-    for (int64_t row = p.first; row < end;) row += product_tile(cost, p, row, column);
-  if (!p.symmetric) return;
-  // A point is at distance 0 from itself; a point of zero norm has no direction and costs 1.
-  for (int64_t i = std::max(p.first, p.begin); i < std::min(end, p.end); ++i)
-    if (!Cost::kUnitNorm || p.from->norm[i] > T(0)) *p.at(i, i) = 0;
 }
 
 // Few coordinates: each coordinate of a row keeps a strip of partial sums, added up at the end.
@@ -187,8 +180,16 @@ PackedCloud<T>::PackedCloud(int64_t m, int64_t d, const T* z, const T* norm)
 }
 
 template <typename T>
-void cost_rows(CostKind kind, const CostRows<T>& args) {
-  dispatch_cost(kind, [&](auto cost) { cost_rows_of(cost, args); });
+void cost_rows(CostKind kind, const CostRows<T>& p) {
+  const int64_t end = p.first + p.rows;
+  const bool unit = traits_of(kind).unit_norm, difference = !unit && p.to->d <= kDirectDims;
+  for (int64_t row = p.first; difference && row < end;) row += difference_rows(kind, p, row);
+  for (int64_t column = p.begin; !difference && column < p.end; column += kStrip<T>)
+    for (int64_t row = p.first; row < end;) row += product_tile(kind, p, row, column);
+  if (!p.symmetric) return;
+  // A point is at distance 0 from itself; a point of zero norm has no direction and costs 1.
+  for (int64_t i = std::max(p.first, p.begin); i < std::min(end, p.end); ++i)
+    if (!unit || p.from->norm[i] > T(0)) *p.at(i, i) = 0;
 }
 
 template <typename T>

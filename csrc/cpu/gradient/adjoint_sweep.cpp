@@ -110,8 +110,8 @@ OTLOSS_INLINE void second_pass(const AdjointSweep<T>& p, const Blocks<T>& blocks
 
 // R takes its own exponential; rare, so one row at a time.
 template <typename T>
-OTLOSS_INLINE void second_pass_apart(const AdjointSweep<T>& p, const Blocks<T>& blocks,
-                                     const RowGroup<T>& rows) {
+OTLOSS_INLINE void second_pass_separate(const AdjointSweep<T>& p, const Blocks<T>& blocks,
+                                        const RowGroup<T>& rows) {
   for (int64_t r = 0; r < kRows; ++r) {
     const T E = rows.E[r], S = rows.S[r], R = rows.R[r];
     const T *C = rows.C[r], *e = p.e + r * (p.m + kBlock<T>);
@@ -175,7 +175,7 @@ OTLOSS_SIMD void adjoint_sweep(const AdjointSweep<T>& p) {
       rows.R[r] = counts ? p.f_bar[i + r] * p.z[i + r] : T(0);
     }
     if (p.H)
-      second_pass_apart(p, blocks, rows);
+      second_pass_separate(p, blocks, rows);
     else
       second_pass(p, blocks, rows);
   }
