@@ -37,7 +37,7 @@ void unrolled_as(StableIValue* stack, const Device& device, const Problem& probl
   std::vector<UnrolledGroup<T>> groups;
   for (int64_t p = 0; p < problem.count(); ++p) {
     UnrolledGroup<T> group{};
-    static_cast<EnvelopeGroup<T>&>(group) = gradients.group(p, true);
+    static_cast<EnvelopeGroup<T>&>(group) = gradients.group(p, stored);
     seeds.place(group, p);
     group.L = traces[p].size(1);
     group.trace = data<T>(traces[p]);
@@ -62,7 +62,7 @@ void implicit_as(StableIValue* stack, const Device& device, const Problem& probl
   std::vector<ImplicitGroup<T>> groups;
   for (int64_t p = 0; p < P; ++p) {
     ImplicitGroup<T> group{};
-    static_cast<EnvelopeGroup<T>&>(group) = gradients.group(p, true);
+    static_cast<EnvelopeGroup<T>&>(group) = gradients.group(p, stored);
     seeds.place(group, p);
     group.f = data<T>(f[p]);
     group.g = data<T>(g[p]);
