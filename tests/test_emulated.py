@@ -650,7 +650,7 @@ def test_gradient_sums_of_points(emulator, dtype, kind, size):
 
 
 @some("regime, mode, penalty, objective, size",
-      REGIMES, MODES, SOFT[:3], [0, 1], [(37, 150, 3), (37, 140, 40), (20, 19, 3)])  # fmt: skip
+      REGIMES, MODES, SOFT[:3], [0, 1], [(37, 150, 3), (20, 75, 40), (20, 19, 3)])  # fmt: skip
 def test_order_of_threads_does_not_matter(emulator, regime, mode, penalty, objective, size):
     """Bitwise: a difference would be a race, or a sum without a fixed order. See emulation.h."""
     p = problem(SINGLE, *size, eps=0.2, rho=penalty, objective=objective)
