@@ -7,7 +7,6 @@
 
 #include <cstdint>
 #include <limits>
-#include <string>
 #include <vector>
 
 #include "core/costs.h"
@@ -18,8 +17,8 @@ namespace otloss {
 
 enum class Objective : int { kRegularized = 0, kTransport = 1 };
 
-// How the plan is held to a and b: rho_x KL(P 1 | a) and rho_y KL(P^T 1 | b), infinite: P 1 = a.
-struct Strength {
+// On the plan's marginals: rho_x KL(P 1 | a) and rho_y KL(P^T 1 | b); infinite: P 1 = a.
+struct Penalties {
   double rho_x = std::numeric_limits<double>::infinity();
   double rho_y = std::numeric_limits<double>::infinity();
   // Every marginal of the call is a constraint. Totals are then equal, potentials free up to a
@@ -30,8 +29,8 @@ struct Strength {
 struct SolveOptions {
   double eps;
   double tol;         // on the L1 marginal error over the total mass
-  int64_t max_iters;  // at most so many passes
-  int64_t n_iters;    // >= 0: exactly so many iterations and no stopping test
+  int64_t max_iters;  // upper bound on passes over the cost
+  int64_t n_iters;    // >= 0: the exact number of iterations, without a stopping test
   Objective objective;
   bool warm_start;  // g holds the start on entry
 };
@@ -74,7 +73,7 @@ struct SolveGroup {
   T* trace;        // (B, L, n + m) f and g after each iteration, or null
   T* value;        // (B,)
   double* status;  // (B, kStatusFields)
-  Strength strength = {};
+  Penalties penalties = {};
 };
 
 // ------------------------------------------------------------------------------- solve_backward
@@ -95,7 +94,7 @@ struct EnvelopeGroup {
   T* grad_C;      // (B, n, m) or null
   T* grad_a;      // (B, n) or null
   T* grad_b;      // (B, m) or null
-  Strength strength = {};
+  Penalties penalties = {};
 };
 
 // What the gradient of the points of one side needs, without a matrix: with V = gradient_weight of
@@ -323,11 +322,6 @@ void implicit_backward(const Context& context, const std::vector<ImplicitGroup<T
 template <typename T>
 void point_gradient_sums(const Context& context, const std::vector<PointGradientGroup<T>>& groups,
                          double eps);
-// How so many solves would be laid out, in words; d: coordinates of the points that costs are made
-// from, or 0: costs are stored.
-template <typename T>
-std::string describe_plan(const Context& context, int64_t problems, int64_t n, int64_t m,
-                          int64_t d);
 
 }  // namespace cuda
 }  // namespace otloss

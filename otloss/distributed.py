@@ -291,9 +291,8 @@ class _Divergence(torch.autograd.Function):
                 w, others, coefficients, ctx.options.eps,
                 costs=ops.cost(x, w, others, ctx.kind), points=x, kind=ctx.kind,
             )  # fmt: skip
-            _, (found,), *_ = ops.envelope_backward(
-                grad.to(own).reshape(1), *problem, f, g, [], [0], False
-            )
+            seed = grad.to(own).reshape(1)
+            _, (found,), *_ = ops.envelope_backward(seed, *problem, f, g, [], [0], False)
             grads[c] = found[0].to(points[c].dtype)
         message = "second derivatives of distributed losses are not available"
         present = [g for g in grads if g is not None]

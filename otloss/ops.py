@@ -18,7 +18,8 @@ the points on the way. Gradients are those of the pairs in ``want_costs`` and of
 ``want_points``, in that order, and with ``want_weights`` of both sides' weights of every pair.
 
 The loss is the sum over the pairs of a coefficient times OT of the pair. ``rho`` holds rho_x and
-rho_y: cloud 0 is held to its weights by rho_x, every other by rho_y; infinite is a constraint.
+rho_y: cloud 0 is held to its weights by rho_x, every other by rho_y; infinite is a constraint, and
+without ``rho`` all are.
 Numbers of the solver are float64 tensors on the CPU, so that a traced graph does not depend on
 their values. ``tf32`` allows inner products of points with 11 bits, where costs are not stored.
 
@@ -59,7 +60,7 @@ ITERATIONS, ERROR, CONVERGED, MAX_COST = range(4)
 
 # csrc/bindings reads arguments in the order of these.
 _CLOUDS = "Tensor[] points, Tensor[] weights, int[] pairs, int kind"
-_PROBLEM = f"Tensor[] costs, {_CLOUDS}, float[] coefficients, Tensor eps, Tensor rho, "
+_PROBLEM = f"Tensor[] costs, {_CLOUDS}, float[] coefficients, Tensor eps, Tensor? rho, "
 _PROBLEM += "int objective, bool tf32"
 _SEEDS = "Tensor grad_loss, Tensor[] grad_f, Tensor[] grad_g"
 _WANTED = "int[] want_costs, int[] want_points, bool want_weights"
@@ -122,7 +123,14 @@ def number(value: float) -> Tensor:
     if torch.compiler.is_compiling():
         # A product stays symbolic in the graph, so that another value needs no other graph.
         return torch.ones((), dtype=torch.float64, device="cpu") * value
-    return torch.tensor(value, dtype=torch.float64, device="cpu")
+    return torch.scalar_tensor(value, dtype=torch.float64, device="cpu")
+
+
+def numbers(*values: float) -> Tensor:
+    """The same for several, (k,)."""
+    if torch.compiler.is_compiling():
+        return torch.stack([number(value) for value in values])
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def problems(
@@ -139,9 +147,9 @@ def problems(
     tf32: bool = False,
 ) -> Arguments:
     """What operations on a set of problems take."""
-    both = torch.stack([number(v) for v in rho])
     clouds = (points or [], weights, pairs, kind)
-    return Arguments(costs or [], *clouds, coefficients, number(eps), both, objective, tf32)
+    penalties = None if rho == (inf, inf) else numbers(*rho)
+    return Arguments(costs or [], *clouds, coefficients, number(eps), penalties, objective, tf32)
 
 
 cost = torch.ops.otloss.cost.default

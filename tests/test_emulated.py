@@ -521,7 +521,7 @@ def test_gradients_at_every_shape(gpu, regime, mode, shape, force):
 
 FAR_APART = [  # eps, rho, level of the start
     (4e-3, (1e-3, 0.3), 0.0),
-    (0.02, (math.inf, 1e-4), 0.0),
+    (0.01, (math.inf, 1e-4), 0.0),
     (2e-3, HARD, 0.0),
     (0.1, (0.7, math.inf), 1.0),
     (0.1, (0.7, math.inf), 400.0),
@@ -613,8 +613,12 @@ def errors_of_sums(gpu: Gpu, p: Problem) -> float:
     rng = torch.Generator().manual_seed(a.numel() + b.numel())
     f, g = (p.eps * randn(rng, *w.shape, dtype=w.dtype) for w in (a, b))
     grad = torch.tensor([2.0, -0.5], dtype=a.dtype)[: a.shape[0]]
-    problem = p.arguments()._replace(coefficients=[-0.5])
-    _, (found,), *_ = gpu.call(ops.envelope_backward, grad, *problem, [f], [g], [], [i], False)
+
+    def points_gradient(p: Problem, grad: Tensor, f: Tensor, g: Tensor) -> Tensor:
+        problem = p.arguments()._replace(coefficients=[-0.5])
+        return ops.envelope_backward(grad, *problem, [f], [g], [], [i], False)[1][0]
+
+    found = gpu.call(points_gradient, p, grad, f, g)
     P = reference.plan(p.eps, C, f.double(), g.double(), a.double(), b.double())
     W, points = -0.5 * grad.double()[:, None, None] * P, [x.double() for x in p.points]
     (expected,) = reference.cost_backward([W], [C], points, [], [i, j], p.kind, [i])
@@ -646,7 +650,7 @@ def test_gradient_sums_of_points(emulator, dtype, kind, size):
 
 
 @some("regime, mode, penalty, objective, size",
-      REGIMES, MODES, SOFT[:3], [0, 1], [(37, 150, 3), (37, 140, 40), (20, 19, 3)])  # fmt: skip
+      REGIMES, MODES, SOFT[:3], [0, 1], [(37, 150, 3), (20, 75, 40), (20, 19, 3)])  # fmt: skip
 def test_order_of_threads_does_not_matter(emulator, regime, mode, penalty, objective, size):
     """Bitwise: a difference would be a race, or a sum without a fixed order. See emulation.h."""
     p = problem(SINGLE, *size, eps=0.2, rho=penalty, objective=objective)

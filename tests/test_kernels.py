@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from torch import Tensor
 import otloss
 from otloss import ops, reference
 from otloss.costs import COSTS as COST_NUMBERS
+from otloss.reference.operations import Arguments
 
 INF = math.inf
 
@@ -365,3 +367,66 @@ def test_operations_refuse_wrong_layouts():
     square = ops.problems([a.double()], [0, 0], [1.0], 0.5, costs=[x[:, :, :4].contiguous()])
     with pytest.raises(RuntimeError, match=r"costs must be .*of one dtype"):
         solved(square)
+
+
+FAULTS: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
+    "no costs": ("there must be costs or points", lambda p: {"costs": [], "points": []}),
+    "too few costs": ("costs must have 2 entries, but has 1", lambda p: {"costs": p.costs[:1]}),
+    "a cloud that is not there": (r"pairs must be in \[0, 2\)", lambda p: {"pairs": [0, 2, 0, 0]}),
+    "half a pair": ("even number", lambda p: {"pairs": [0, 1, 0]}),
+    "too few coefficients": ("coefficients must have 2", lambda p: {"coefficients": [1.0]}),
+    "an unknown cost": ("no cost of number 7", lambda p: {"kind": 7}),
+    "an unknown objective": ("no objective of number 2", lambda p: {"objective": 2}),
+    "eps of each problem": ("eps must be a float64", lambda p: {"eps": p.eps.repeat(2)}),
+    "eps in float32": ("eps must be a float64", lambda p: {"eps": p.eps.float()}),
+    "one rho": ("rho must be a float64", lambda p: {"rho": p.rho[:1]}),
+    "points of another dtype": ("must be .*of one dtype", lambda p: {"points": cast(p.points)}),
+    "weights of another dtype": ("must be .*of one dtype", lambda p: {"weights": cast(p.weights)}),
+    "weights of one cloud": ("weights must have 2", lambda p: {"weights": p.weights[:1]}),
+}
+
+
+def cast(tensors: list[Tensor]) -> list[Tensor]:
+    return [t.float() for t in tensors]
+
+
+@pytest.mark.parametrize("operation", ["solve", "unrolled_backward", "implicit_backward"])
+@pytest.mark.parametrize(("message", "change"), FAULTS.values(), ids=FAULTS)
+def test_operations_refuse_problems_they_would_misread(message, change, operation):
+    before, problem, after = parts_of(operation)
+    with pytest.raises(RuntimeError, match=message):
+        operation_named(operation)(*before, *problem._replace(**change(problem)), *after)
+
+
+@pytest.mark.parametrize("operation", ["envelope", "unrolled", "implicit"])
+def test_gradients_refuse_what_they_would_misread(operation):
+    name = f"{operation}_backward"
+    before, problem, (first, second, *wanted) = parts_of(name)
+    call = operation_named(name)
+
+    def refused(message: str, *arguments: Any) -> None:
+        with pytest.raises(RuntimeError, match=message):
+            call(*arguments)
+
+    loss, *seeds = before
+    refused("grad_loss must be", loss.float(), *seeds, *problem, first, second, *wanted)
+    refused("grad_loss must be", loss[:1], *seeds, *problem, first, second, *wanted)
+    for seed in seeds:
+        refused("grad_f must have 2", loss, seed[:1], seed, *problem, first, second, *wanted)
+    refused("must have 2 entries", *before, *problem, first, second[:1], *wanted)
+    refused("must be .*of one dtype", *before, *problem, first, cast(second), *wanted)
+    only_points = problem._replace(costs=[])
+    refused(r"want_costs must be in \[0, 0\)", *before, *only_points, first, second, *wanted)
+    refused(r"want_points must be in \[0, 2\)", *before, *problem, first, second, [], [-1], True)
+
+
+def parts_of(operation: str) -> tuple[list[Any], Any, list[Any]]:
+    """What is before the problem in the sample arguments, with matrices and points, and after."""
+    names = [argument.name for argument in operation_named(operation)._schema.arguments]
+    arguments = sample_arguments()["solve" if operation == "solve" else f"{operation}:both"]
+    start, count = names.index("costs"), len(Arguments._fields)
+    problem = Arguments(*arguments[start : start + count])
+    if not problem.points:
+        points = [torch.zeros(2, n, 3, dtype=torch.float64) for n in (4, 5)]
+        problem = problem._replace(points=points)
+    return list(arguments[:start]), problem, list(arguments[start + count :])

@@ -309,6 +309,15 @@ class TestModules:
         torch.testing.assert_close(last, expected, rtol=1e-3, atol=1e-6)
         assert module(x[:7], y).isfinite()  # other shapes start anew
 
+    def test_a_warm_start_outlives_inference_mode(self, rng):
+        """A validation step leaves nothing that a training step cannot be differentiated with."""
+        module = otloss.SinkhornDivergence(0.5, warm_start=True)
+        x, y = randn(rng, 6, 2).requires_grad_(), randn(rng, 5, 2)
+        with torch.inference_mode():
+            module(x, y)
+        module(x, y).backward()
+        assert bool(x.grad.isfinite().all())
+
     def test_warm_start_and_fixed_iterations_exclude_each_other(self):
         with pytest.raises(ValueError, match="warm_start must be False with n_iters"):
             otloss.SinkhornDivergence(0.5, warm_start=True, n_iters=3)

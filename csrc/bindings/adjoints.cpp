@@ -37,7 +37,7 @@ void unrolled_as(StableIValue* stack, const Device& device, const Problem& probl
   std::vector<UnrolledGroup<T>> groups;
   for (int64_t p = 0; p < problem.count(); ++p) {
     UnrolledGroup<T> group{};
-    static_cast<EnvelopeGroup<T>&>(group) = gradients.group(p, true);
+    static_cast<EnvelopeGroup<T>&>(group) = gradients.group(p, stored);
     seeds.place(group, p);
     group.L = traces[p].size(1);
     group.trace = data<T>(traces[p]);
@@ -62,7 +62,7 @@ void implicit_as(StableIValue* stack, const Device& device, const Problem& probl
   std::vector<ImplicitGroup<T>> groups;
   for (int64_t p = 0; p < P; ++p) {
     ImplicitGroup<T> group{};
-    static_cast<EnvelopeGroup<T>&>(group) = gradients.group(p, true);
+    static_cast<EnvelopeGroup<T>&>(group) = gradients.group(p, stored);
     seeds.place(group, p);
     group.f = data<T>(f[p]);
     group.g = data<T>(g[p]);
@@ -90,8 +90,8 @@ void unrolled_backward(StableIValue* stack, uint64_t, uint64_t) {
   const Tensors init = in.next<Tensors>(), traces = in.next<Tensors>();
   const Wanted wanted(in);
   problem.check();
-  wanted.check(problem);
   seeds.check(problem);
+  wanted.check(problem);
   if (!init.empty()) check_count(init.size(), 2 * problem.count(), "init");
   check_count(traces.size(), problem.count(), "traces");
   for (int64_t p = 0; p < problem.count(); ++p) {
@@ -116,8 +116,8 @@ void implicit_backward(StableIValue* stack, uint64_t, uint64_t) {
   const Tensors f = in.next<Tensors>(), g = in.next<Tensors>();
   const Wanted wanted(in);
   problem.check();
-  wanted.check(problem);
   seeds.check(problem);
+  wanted.check(problem);
   problem.check_f(f, "f");
   problem.check_g(g, "g");
   const Device device(seeds.loss, {&seeds.f, &seeds.g, &problem.costs, &problem.clouds.points,

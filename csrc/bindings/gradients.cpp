@@ -51,7 +51,7 @@ EnvelopeGroup<T> Gradients<T>::group(int64_t p, bool matrices) {
     group.grad_a = data<T>(grad_a_.back());
     group.grad_b = data<T>(grad_b_.back());
   }
-  group.strength = problem_.strength(p);
+  group.penalties = problem_.penalties(p);
   return group;
 }
 

@@ -3,6 +3,7 @@
 
 #include "bindings/host.h"
 #include "bindings/operations.h"
+#include "cuda/solve/describe.h"
 #if defined(OTLOSS_WITH_CUDA)
 #include <torch/csrc/stable/accelerator.h>
 #endif
@@ -11,6 +12,8 @@ STABLE_TORCH_LIBRARY_IMPL(otloss, CPU, library) { otloss::register_operations(li
 #if defined(OTLOSS_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(otloss, CUDA, library) { otloss::register_operations(library); }
 #endif
+
+#include <string>
 
 namespace {
 

@@ -1,5 +1,7 @@
 #include "bindings/problem.h"
 
+#include <string>
+
 namespace otloss {
 namespace {
 
@@ -45,7 +47,7 @@ void Clouds::check() const {
 Problem::Problem(Arguments& in)
     : costs(in.next<Tensors>()), clouds(in), coefficients(in.next<Doubles>()) {
   eps_ = in.next<Tensor>();
-  rho_ = in.next<Tensor>();
+  rho_ = in.next<std::optional<Tensor>>();
   objective = static_cast<Objective>(in.next<int64_t>());
   tf32 = in.next<bool>();
 }
@@ -62,7 +64,8 @@ void Problem::check() {
   for (size_t p = 0; p < costs.size(); ++p)
     otloss::check(costs[p], {batch(), a(p).size(1), b(p).size(1)}, dtype(), "costs");
   eps = number(eps_, "eps");
-  const double* rho = numbers(rho_, 2, "rho");
+  if (!rho_) return;
+  const double* rho = numbers(*rho_, 2, "rho");
   rho_x = rho[0];
   rho_y = rho[1];
 }

@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
+#include <limits>
+#include <optional>
 
 #include "bindings/host.h"
 
@@ -44,19 +46,21 @@ struct Clouds {
   int64_t count() const { return static_cast<int64_t>(pairs.size()) / 2; }
 };
 
+constexpr double kConstraint = std::numeric_limits<double>::infinity();  // as rho
+
 // A set of OT problems. Either list may be empty: without cost matrices costs are made from points,
 // without points the matrices are all there is.
 struct Problem {
   Tensors costs;  // (B, n, m) per pair
   Clouds clouds;
   Doubles coefficients;  // of each problem in the loss
-  double eps = 0, rho_x = 0, rho_y = 0;
+  double eps = 0, rho_x = kConstraint, rho_y = kConstraint;
   Objective objective;
   bool tf32;
 
   explicit Problem(Arguments& arguments);
 
-  // To be called once all arguments are read: eps and rho are 0 before.
+  // To be called once all arguments are read: eps and rho are not known before.
   void check();
   // Raises unless there is a tensor for each pair, of the shape of f, or of g.
   void check_f(const Tensors& list, const char* name) const;
@@ -71,13 +75,14 @@ struct Problem {
   ScalarType dtype() const { return clouds.weights[0].scalar_type(); }
   // How strongly a plan is held to the weights: cloud 0 by rho_x, every other by rho_y, by
   // themselves too.
-  Strength strength(int64_t p) const {
+  Penalties penalties(int64_t p) const {
     const bool balanced = std::isinf(rho_x) && std::isinf(rho_y);
     return {x(p) == 0 ? rho_x : rho_y, y(p) == 0 ? rho_x : rho_y, balanced};
   }
 
  private:
-  Tensor eps_, rho_;  // float64 on the CPU, () and (2,)
+  Tensor eps_;                 // (), float64 on the CPU
+  std::optional<Tensor> rho_;  // (2,) likewise
 };
 
 }  // namespace otloss

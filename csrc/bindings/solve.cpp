@@ -61,7 +61,7 @@ void solve_as(StableIValue* stack, const Device& device, const Problem& problem,
     }
     group.value = data<T>(values) + p * B;
     group.status = data<double>(status) + p * B * kStatusFields;
-    group.strength = problem.strength(p);
+    group.penalties = problem.penalties(p);
     groups.push_back(group);
   }
   clear_interruption();

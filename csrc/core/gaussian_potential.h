@@ -10,16 +10,16 @@
 // A^1/2 (L^T at its right): the two differ by a rotation, which cancels. So L is a Cholesky factor,
 // and one eigenvalue problem is left.
 //
-// The work is shared by a crew: crew.each(count, f) calls f(0), ..., f(count - 1) in any order and
-// returns when all are done. On a GPU the crew is a block, on the CPU one thread.
+// The work is shared by cooperating threads: threads.each(count, f) calls f(0), ..., f(count - 1)
+// in any order and returns when all are done. On a GPU they are a block, on the CPU there is one.
 #pragma once
 
 #include <cmath>
 
 #if defined(__CUDACC__)
-#define OTLOSS_CREW __device__ __forceinline__
+#define OTLOSS_COOPERATIVE __device__ __forceinline__
 #else
-#define OTLOSS_CREW inline
+#define OTLOSS_COOPERATIVE inline
 #endif
 
 namespace otloss {
@@ -35,18 +35,18 @@ struct GaussianWork {
 };
 
 // The lower L with A = L L^T; A is used up. Columns without variance are 0.
-template <class Crew>
-OTLOSS_CREW void factor(Crew& crew, int d, double* A, double* L) {
+template <class Threads>
+OTLOSS_COOPERATIVE void factor(Threads& threads, int d, double* A, double* L) {
   constexpr double kLeast = 1e-13;  // of the trace
   double trace = 0;
   for (int k = 0; k < d; ++k) trace += A[k * d + k];
-  crew.each(d * d, [&](int e) { L[e] = 0; });
+  threads.each(d * d, [&](int e) { L[e] = 0; });
   for (int k = 0; k < d; ++k) {
     const double pivot = A[k * d + k];
     if (!(pivot > kLeast * trace)) continue;
-    crew.each(d - k, [&](int i) { L[(k + i) * d + k] = A[(k + i) * d + k] / std::sqrt(pivot); });
+    threads.each(d - k, [&](int i) { L[(k + i) * d + k] = A[(k + i) * d + k] / std::sqrt(pivot); });
     const int rest = d - k - 1;
-    crew.each(rest * rest, [&](int e) {
+    threads.each(rest * rest, [&](int e) {
       const int i = k + 1 + e / rest, j = k + 1 + e % rest;
       A[i * d + j] -= L[i * d + k] * L[j * d + k];
     });
@@ -55,22 +55,22 @@ OTLOSS_CREW void factor(Crew& crew, int d, double* A, double* L) {
 
 // S = V^T diag(S) V with eigenvectors as rows of V, by Jacobi rotations. Those of a round touch
 // disjoint rows and columns, as the games of a round of a tournament: all are made at once.
-template <class Crew>
-OTLOSS_CREW void diagonalise(Crew& crew, int d, double* S, double* V,
-                             double* scratch) {  // (2 kGaussianDims,)
+template <class Threads>
+OTLOSS_COOPERATIVE void diagonalise(Threads& threads, int d, double* S, double* V,
+                                    double* scratch) {  // (2 kGaussianDims,)
   constexpr int kSweeps = 30;
   constexpr double kLeast = 1e-12;  // of the trace
   const int rounds = d + d % 2 - 1, games = (rounds + 1) / 2;
   double trace = 0;
   for (int k = 0; k < d; ++k) trace += S[k * d + k];
-  crew.each(d * d, [&](int e) { V[e] = e / d == e % d ? 1 : 0; });
+  threads.each(d * d, [&](int e) { V[e] = e / d == e % d ? 1 : 0; });
   for (int sweep = 0; sweep < kSweeps; ++sweep) {
     double* const moved = scratch + (2 + sweep % 2) * games;  // (games,)
-    crew.each(games, [&](int game) { moved[game] = 0; });
+    threads.each(games, [&](int game) { moved[game] = 0; });
     for (int round = 0; round < rounds; ++round) {
       const auto first = [&](int game) { return game ? (round + game) % rounds : rounds; };
       const auto second = [&](int game) { return game ? (round - game + rounds) % rounds : round; };
-      crew.each(games, [&](int game) {
+      threads.each(games, [&](int game) {
         const int p = first(game), q = second(game);
         double c = 1, s = 0;
         if (p < d && std::abs(S[p * d + q]) > kLeast * trace) {
@@ -86,13 +86,13 @@ OTLOSS_CREW void diagonalise(Crew& crew, int d, double* S, double* V,
         const double c = scratch[2 * game], s = scratch[2 * game + 1], old = p;
         p = c * old - s * q, q = s * old + c * q;
       };
-      crew.each(games * d, [&](int e) {
+      threads.each(games * d, [&](int e) {
         const int game = e / d, k = e % d, p = first(game), q = second(game);
         if (p >= d) return;
         rotate(game, S[k * d + p], S[k * d + q]);
         rotate(game, V[p * d + k], V[q * d + k]);
       });
-      crew.each(games * d, [&](int e) {
+      threads.each(games * d, [&](int e) {
         const int game = e / d, k = e % d, p = first(game), q = second(game);
         if (p < d) rotate(game, S[p * d + k], S[q * d + k]);
       });
@@ -104,12 +104,13 @@ OTLOSS_CREW void diagonalise(Crew& crew, int d, double* S, double* V,
 }
 
 // M of the formula, to w.B.
-template <class Crew>
-OTLOSS_CREW void gaussian_matrix(Crew& crew, int d, double eps, const GaussianWork& w) {
+template <class Threads>
+OTLOSS_COOPERATIVE void gaussian_matrix(Threads& threads, int d, double eps,
+                                        const GaussianWork& w) {
   const double e = eps / 2;
   // out_ij = term_ij + sum_k factor_k left(i, k) right(k, j)
   const auto product = [&](double* out, auto&& term, auto&& left, auto&& right) {
-    crew.each(d * d, [&](int at) {
+    threads.each(d * d, [&](int at) {
       const int i = at / d, j = at % d;
       double sum = term(i, j);
       for (int k = 0; k < d; ++k) sum += left(i, k) * right(k, j);
@@ -120,12 +121,12 @@ OTLOSS_CREW void gaussian_matrix(Crew& crew, int d, double eps, const GaussianWo
   const auto A = [&](int i, int j) { return w.A[i * d + j]; };
   const auto B = [&](int i, int j) { return w.B[i * d + j]; };
   const auto L = [&](int i, int j) { return w.L[i * d + j]; };
-  factor(crew, d, w.A, w.L);
+  factor(threads, d, w.A, w.L);
   product(w.A, none, B, L);
   product(w.B, none, [&](int i, int k) { return L(k, i); }, A);
-  diagonalise(crew, d, w.B, w.V, w.scratch);
+  diagonalise(threads, d, w.B, w.V, w.scratch);
   double* const inverse = w.scratch + 2 * kGaussianDims;  // (d,)
-  crew.each(d, [&](int k) {
+  threads.each(d, [&](int k) {
     const double value = B(k, k) > 0 ? B(k, k) : 0;
     inverse[k] = 1 / (std::sqrt(value + e * e / 4) + e / 2);
   });
@@ -137,7 +138,8 @@ OTLOSS_CREW void gaussian_matrix(Crew& crew, int d, double eps, const GaussianWo
 
 // What coordinate l adds to g at the point my + z(0), ..., z(d - 1); shift: my - mx.
 template <class Point>
-OTLOSS_CREW double gaussian_term(int d, const double* M, const double* shift, int l, Point&& z) {
+OTLOSS_COOPERATIVE double gaussian_term(int d, const double* M, const double* shift, int l,
+                                        Point&& z) {
   double slope = 2 * shift[l];
   for (int k = 0; k < d; ++k) slope += M[k * d + l] * z(k);
   return z(l) * slope;

@@ -118,7 +118,9 @@ def sum_over_pairs(
 ) -> list[Tensor | None]:
     """The gradient of each cloud's weights from those of each pair's two sides."""
     total: list[Tensor | None] = [None] * len(wanted)
-    for (i, j), of_a, of_b in zip(as_pairs(pairs), grad_a, grad_b, strict=False):
+    if not any(wanted):
+        return total
+    for (i, j), of_a, of_b in zip(as_pairs(pairs), grad_a, grad_b, strict=True):
         for c, grad in ((i, of_a), (j, of_b)):
             if wanted[c]:
                 before = total[c]

@@ -138,7 +138,7 @@ class Solve(torch.autograd.Function):
         _check.not_batched((grad_loss, *grad_potentials))
         s, needed, saved = ctx.settings, ctx.needs_input_grad[2:], ctx.saved_tensors
         result: list[Tensor | None] = [None] * len(needed)
-        given, points, weights, _ = ctx.sizes
+        given, points, weights, *_ = ctx.sizes
         inputs = _inputs(saved[: len(needed)], ctx.sizes)
         seeds = _seeds(s, inputs.weights, grad_loss, grad_potentials)
         if seeds is None:
@@ -240,7 +240,7 @@ def _differentiable(
     of_costs, of_weights = solve_gradient(
         s,
         seeds,
-        Inputs(costs, [], weights, inputs.init),
+        inputs._replace(costs=costs, points=[]),
         solution,
         Wanted(through, [], wanted.weights),
     )

@@ -210,7 +210,7 @@ def _parts(tensors: Sequence[Tensor], sizes: list[int]) -> tuple[Seeds, Inputs, 
 
 
 def _unrolled_in_torch(
-    s: Settings, seeds: Seeds, inputs: Inputs, _: list[Tensor]
+    s: Settings, seeds: Seeds, inputs: Inputs, solution: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """The unrolled gradient by autograd through the iterations, at the memory of all of them."""
     costs, _, weights, init = inputs
@@ -239,14 +239,8 @@ def _implicit_in_torch(
     """The envelope or implicit gradient as a formula in the potentials, which are functions too."""
     P = len(inputs.costs)
     both = Potentials.apply(s, P, *inputs.costs, *inputs.weights, *solution[: 2 * P])
-    problem: tuple[Any, ...] = (
-        *s.arguments(inputs),
-        list(both[:P]),
-        list(both[P:]),
-        list(range(P)),
-        [],
-        True,
-    )
+    f, g, every = list(both[:P]), list(both[P:]), list(range(P))
+    problem: tuple[Any, ...] = (*s.arguments(inputs), f, g, every, [], True)
     if is_envelope(s, seeds):
         costs, _, grad_a, grad_b = operations.envelope_backward(seeds.loss, *problem)
     else:

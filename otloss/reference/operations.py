@@ -49,7 +49,7 @@ class Arguments(NamedTuple):
     kind: int
     coefficients: list[float]
     eps: Tensor  # (), float64, on the CPU
-    rho: Tensor  # (2,) likewise: rho_x, rho_y
+    rho: Tensor | None  # (2,) likewise: rho_x, rho_y; infinite both if there is none
     objective: int
     tf32: bool
 
@@ -58,7 +58,7 @@ class Arguments(NamedTuple):
 
     def marginals(self) -> list[Marginals]:
         """Of each pair."""
-        rho_x, rho_y = self.rho.tolist()
+        rho_x, rho_y = (math.inf, math.inf) if self.rho is None else self.rho.tolist()
         return [marginals_of(rho_x, rho_y, i, j) for i, j in as_pairs(self.pairs)]
 
 

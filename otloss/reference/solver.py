@@ -2,8 +2,8 @@
 
 The solver decides which potentials to try next and sees costs only through an ``Engine``: a stored
 matrix (``DenseEngine``), or rows spread over processes (``otloss/distributed.py``). The rules are
-those of csrc/cpu/solve and csrc/core/lbfgs.h except Newton's step, which is left out: the kernels
-take the same sweeps with ``OTLOSS_NEWTON=0``.
+those of csrc/core/step_control.h; Newton's step is left out. The kernels take the same sweeps with
+``OTLOSS_NEWTON=0``.
 """
 
 from __future__ import annotations

@@ -144,14 +144,15 @@ void weigh_rows(const CostWeightGroup<T>& group, int64_t p, CostKind kind, bool 
   const RowParts parts(n, m, split);
   PartSums<T> columns(parts, m);
   T* row_sum = group.row_sum + p * n;
-  dispatch_cost(kind, [&](auto cost) {
-    parts.for_each([&](int64_t part, int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t at = (p * n + i) * m;
-        T* V = group.V + at;
-        row_sum[i] = weight_row(cost, m, row(i, V), group.C + at, V, columns.part(part));
-      }
-    });
+  parts.for_each([&](int64_t part, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t at = (p * n + i) * m;
+      T* V = group.V + at;
+      const T* W = row(i, V);
+      dispatch_cost(kind, [&](auto cost) {
+        row_sum[i] = weight_row(cost, m, W, group.C + at, V, columns.part(part));
+      });
+    }
   });
   T* col_sum = group.col_sum + p * m;
   std::copy_n(columns.total(), m, col_sum);

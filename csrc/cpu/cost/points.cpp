@@ -30,33 +30,35 @@ struct ProductTile {
 
 // Distances of which the expanded form has lost half of the digits are computed again directly.
 template <typename Cost, typename T>
-OTLOSS_SIMD void costs_from_products(Cost, const ProductTile<T>& p) {
-  for (int64_t i = 0; i < p.rows; ++i) {
-    T* C = p.C + i * kStrip<T>;
-    const T hx = p.hx[i];
-    int cancelled = 0;
+OTLOSS_INLINE void row_from_products(int64_t valid, int64_t d, T hx, const T* hy, const T* x,
+                                     const T* zy, int64_t self, T* C) {
+  int cancelled = 0;
 #pragma omp simd reduction(+ : cancelled)
-    for (int64_t j = 0; j < kStrip<T>; ++j) {
-      const T scale = hx + p.hy[j];
-      const T left = scale - T(2) * C[j] - cancellation_limit<T>() * scale;
-      cancelled += left <= T(0);
-      C[j] = Cost::from_product(hx, p.hy[j], C[j]);
-    }
-    if constexpr (!Cost::kUnitNorm) {
-      const int64_t self = p.self < 0 ? -1 : p.self + i;
-      const bool has_self = self >= 0 && self < p.valid;
-      if (cancelled <= (has_self ? 1 : 0)) continue;
-      const T* x = p.zx + i * p.d;
-      for (int64_t j = 0; j < p.valid; ++j) {
-        if (j == self || Cost::squared(C[j]) > cancellation_limit<T>() * (hx + p.hy[j])) continue;
-        const T* y = p.zy + j * p.d;
-        T exact = 0;
+  for (int64_t j = 0; j < kStrip<T>; ++j) {
+    const T scale = hx + hy[j];
+    const T left = scale - T(2) * C[j] - cancellation_limit<T>() * scale;
+    cancelled += left <= T(0);
+    C[j] = Cost::from_product(hx, hy[j], C[j]);
+  }
+  if constexpr (!Cost::kUnitNorm) {
+    const bool has_self = self >= 0 && self < valid;
+    if (cancelled <= (has_self ? 1 : 0)) return;
+    for (int64_t j = 0; j < valid; ++j) {
+      if (j == self || Cost::squared(C[j]) > cancellation_limit<T>() * (hx + hy[j])) continue;
+      const T* y = zy + j * d;
+      T exact = 0;
 #pragma omp simd reduction(+ : exact)
-        for (int64_t k = 0; k < p.d; ++k) exact += (x[k] - y[k]) * (x[k] - y[k]);
-        C[j] = Cost::from_difference(exact);
-      }
+      for (int64_t k = 0; k < d; ++k) exact += (x[k] - y[k]) * (x[k] - y[k]);
+      C[j] = Cost::from_difference(exact);
     }
   }
+}
+
+template <typename Cost, typename T>
+OTLOSS_SIMD void costs_from_products(Cost, const ProductTile<T>& p) {
+  for (int64_t i = 0; i < p.rows; ++i)
+    row_from_products<Cost>(p.valid, p.d, p.hx[i], p.hy, p.zx + i * p.d, p.zy,
+                            p.self < 0 ? -1 : p.self + i, p.C + i * kStrip<T>);
 }
 
 template <typename Cost, typename T>
@@ -71,8 +73,8 @@ OTLOSS_SIMD void weigh(Cost, int64_t count, const T* C, T* W) {
 }
 
 // Rows from `row` on, up to where kDifferenceRows divides them; returns how many were done.
-template <typename Cost, typename T>
-int64_t difference_rows(Cost cost, const CostRows<T>& p, int64_t row) {
+template <typename T>
+int64_t difference_rows(CostKind kind, const CostRows<T>& p, int64_t row) {
   const int64_t d = p.to->d, skipped = row % kDifferenceRows;
   const int64_t rows = std::min(kDifferenceRows - skipped, p.first + p.rows - row);
   const T *x = p.from->row(row - skipped), *y = p.to->strips.data() + p.begin * d;
@@ -87,14 +89,17 @@ int64_t difference_rows(Cost cost, const CostRows<T>& p, int64_t row) {
       std::copy_n(squares + (skipped + r) * kStrip<T>, std::min(kStrip<T>, p.end - column),
                   p.at(row + r, column));
   }
-  for (int64_t r = 0; r < rows; ++r)
-    costs_from_differences(cost, p.end - p.begin, p.at(row + r, p.begin));
+  dispatch_cost(kind, [&](auto cost) {
+    if constexpr (!decltype(cost)::kUnitNorm)
+      for (int64_t r = 0; r < rows; ++r)
+        costs_from_differences(cost, p.end - p.begin, p.at(row + r, p.begin));
+  });
   return rows;
 }
 
 // A tile from products, by the strip from `column` on; it begins where kTileRows divides the rows.
-template <typename Cost, typename T>
-int64_t product_tile(Cost cost, const CostRows<T>& p, int64_t row, int64_t column) {
+template <typename T>
+int64_t product_tile(CostKind kind, const CostRows<T>& p, int64_t row, int64_t column) {
   const int64_t d = p.to->d, skipped = row % kTileRows;
   const int64_t rows = std::min(kTileRows - skipped, p.first + p.rows - row);
   const int64_t width = std::min(kStrip<T>, p.end - column);
@@ -102,32 +107,22 @@ int64_t product_tile(Cost cost, const CostRows<T>& p, int64_t row, int64_t colum
   add_products(TileProduct<T>{d, p.from->row(row - skipped), p.to->strips.data() + column * d, sum,
                               kStrip<T>});
   T* products = sum + skipped * kStrip<T>;
-  costs_from_products(cost,
-                      ProductTile<T>{rows, width, d, p.from->norm + row, p.to->h.data() + column,
-                                     p.from->z + row * d, p.to->z + column * d,
-                                     p.symmetric ? row - column : -1, products});
+  const ProductTile<T> tile{rows,
+                            width,
+                            d,
+                            p.from->norm + row,
+                            p.to->h.data() + column,
+                            p.from->z + row * d,
+                            p.to->z + column * d,
+                            p.symmetric ? row - column : -1,
+                            products};
+  dispatch_cost(kind, [&](auto cost) { costs_from_products(cost, tile); });
   for (int64_t r = 0; r < rows; ++r, products += kStrip<T>)
     if (width == kStrip<T>)  // a constant length is copied without a call
       std::copy_n(products, kStrip<T>, p.at(row + r, column));
     else
       std::copy_n(products, width, p.at(row + r, column));
   return rows;
-}
-
-template <typename Cost, typename T>
-void cost_rows_of(Cost cost, const CostRows<T>& p) {
-  const int64_t end = p.first + p.rows;
-  bool difference = false;
-  if constexpr (!Cost::kUnitNorm) {
-    difference = p.to->d <= kDirectDims;
-    for (int64_t row = p.first; difference && row < end;) row += difference_rows(cost, p, row);
-  }
-  for (int64_t column = p.begin; !difference && column < p.end; column += kStrip<T>)
-    for (int64_t row = p.first; row < end;) row += product_tile(cost, p, row, column);
-  if (!p.symmetric) return;
-  // A point is at distance 0 from itself; a point of zero norm has no direction and costs 1.
-  for (int64_t i = std::max(p.first, p.begin); i < std::min(end, p.end); ++i)
-    if (!Cost::kUnitNorm || p.from->norm[i] > T(0)) *p.at(i, i) = 0;
 }
 
 // Few coordinates: each coordinate of a row keeps a strip of partial sums, added up at the end.
@@ -185,8 +180,16 @@ PackedCloud<T>::PackedCloud(int64_t m, int64_t d, const T* z, const T* norm)
 }
 
 template <typename T>
-void cost_rows(CostKind kind, const CostRows<T>& args) {
-  dispatch_cost(kind, [&](auto cost) { cost_rows_of(cost, args); });
+void cost_rows(CostKind kind, const CostRows<T>& p) {
+  const int64_t end = p.first + p.rows;
+  const bool unit = traits_of(kind).unit_norm, difference = !unit && p.to->d <= kDirectDims;
+  for (int64_t row = p.first; difference && row < end;) row += difference_rows(kind, p, row);
+  for (int64_t column = p.begin; !difference && column < p.end; column += kStrip<T>)
+    for (int64_t row = p.first; row < end;) row += product_tile(kind, p, row, column);
+  if (!p.symmetric) return;
+  // A point is at distance 0 from itself; a point of zero norm has no direction and costs 1.
+  for (int64_t i = std::max(p.first, p.begin); i < std::min(end, p.end); ++i)
+    if (!unit || p.from->norm[i] > T(0)) *p.at(i, i) = 0;
 }
 
 template <typename T>

@@ -23,14 +23,15 @@ T tilt_of(const Side<T>& x, double eps) {
 }  // namespace
 
 template <typename T>
-RowEngine<T>::RowEngine(const Side<T>& x, const Side<T>& y, const RowSource<T>& source, bool split,
-                        const PointPair<T>& points, int64_t problem)
+RowEngine<T>::RowEngine(const Side<T>& x, const Side<T>& y, const SolveGroup<T>& group,
+                        int64_t problem, bool split)
     : Engine<T>(x, y),
       n_(x.count),
       m_(y.count),
-      points_(points),
+      points_(group.points),
       problem_(problem),
-      costs_(source, RowParts(n_, m_, split), kFlushRows),
+      costs_(RowParts(n_, m_, split), kFlushRows, n_, m_, group.C, points_, problem,
+             group.symmetric),
       G_(padded<T>(m_), T(kLog2Zero)),
       s_(n_),
       workspaces_(costs_.parts().count()) {
@@ -175,12 +176,12 @@ void RowEngine<T>::guarded_columns(double eps, int64_t begin, int64_t end, const
   std::vector<T> A(n_);
   for (int64_t i = 0; i < n_; ++i)
     A[i] = x.weight[i] > T(0) ? damping * F[i] + fast_log2(x.weight[i]) : static_cast<T>(kLog2Zero);
-  T lse[kColumnBlock];
+  T softmin[kColumnBlock];
   int64_t stride = 0;
   const T* C = costs_.source().columns(begin, end, columns_, stride);
-  column_lse(ColumnLse<T>{n_, end - begin, stride, k, C, A.data(), lse});
+  column_softmin(ColumnSoftmin<T>{n_, end - begin, stride, k, C, A.data(), softmin});
   for (int64_t j = begin; j < end; ++j) {
-    gt[j] = y.weight[j] > T(0) ? -to_cost * lse[j - begin] : T(0);
+    gt[j] = y.weight[j] > T(0) ? to_cost * softmin[j - begin] : T(0);
     q[j] = fast_exp2(k * (g[j] - gt[j]));
   }
 }

@@ -13,9 +13,9 @@ class RowEngine final : public Engine<T> {
   using Engine<T>::x;
   using Engine<T>::y;
 
-  // points: where known, for a start; `problem` is the problem's index among them.
-  RowEngine(const Side<T>& x, const Side<T>& y, const RowSource<T>& source, bool split,
-            const PointPair<T>& points, int64_t problem);
+  // Of a problem of the group; split: over threads.
+  RowEngine(const Side<T>& x, const Side<T>& y, const SolveGroup<T>& group, int64_t problem,
+            bool split);
 
   void iterate(double eps, const T* g, T* F, T* gt, T* q) override;
   void update_rows(double eps, const T* g, T* F, T* s) override;

@@ -2,16 +2,36 @@
 
 #include <algorithm>
 
-#include "cpu/engines/dense.h"
 #include "cpu/engines/streamed.h"
 #include "cpu/simd/sweep.h"
 
 namespace otloss::cpu {
 
+// A cost matrix that is kept.
 template <typename T>
-double DenseRows<T>::max_cost(const T* a, const T* b) const {
-  return max_abs(MaxAbs<T>{n_, m_, C_, a, b});
-}
+class DenseRows final : public RowSource<T> {
+ public:
+  DenseRows(int64_t n, int64_t m, const T* C) : n_(n), m_(m), C_(C) {}
+
+  int64_t at_once() const override { return n_; }
+  int64_t scratch() const override { return 0; }
+  int64_t available(int64_t begin) const override { return (n_ - begin) * m_; }
+  const T* rows(int64_t begin, int64_t /*count*/, T* /*scratch*/) const override {
+    return C_ + begin * m_;
+  }
+  const T* columns(int64_t begin, int64_t /*end*/, std::vector<T>& /*scratch*/,
+                   int64_t& stride) const override {
+    stride = m_;
+    return C_ + begin;
+  }
+  double max_cost(const T* a, const T* b) const override {
+    return max_abs(MaxAbs<T>{n_, m_, C_, a, b});
+  }
+
+ private:
+  int64_t n_, m_;
+  const T* C_;  // (n, m)
+};
 
 // -------------------------------------------------------------------------------------- streamed
 
@@ -54,26 +74,26 @@ double StreamedRows<T>::max_cost(const T* a, const T* b) const {
 // ----------------------------------------------------------------------------------------- blocks
 
 template <typename T>
-std::unique_ptr<RowSource<T>> row_source(int64_t n, int64_t m, const T* C,
-                                         const PointPair<T>& points, int64_t problem,
-                                         bool symmetric) {
-  if (C) return std::make_unique<DenseRows<T>>(n, m, C + problem * n * m);
-  return std::make_unique<StreamedRows<T>>(n, m, points, problem, symmetric);
+const RowSource<T>* new_source(int64_t n, int64_t m, const T* C, const PointPair<T>& points,
+                               int64_t problem, bool symmetric) {
+  if (C) return new DenseRows<T>(n, m, C + problem * n * m);
+  return new StreamedRows<T>(n, m, points, problem, symmetric);
 }
 
 template <typename T>
-CostBlocks<T>::CostBlocks(const RowSource<T>& source, const RowParts& parts, int64_t at_once)
-    : source_(source),
+CostBlocks<T>::CostBlocks(const RowParts& parts, int64_t at_once, int64_t n, int64_t m, const T* C,
+                          const PointPair<T>& points, int64_t problem, bool symmetric)
+    : source_(new_source(n, m, C, points, problem, symmetric)),
       parts_(parts),
-      at_once_(std::min(at_once, source.at_once())),
-      scratch_(parts.count(), BlockVector<T>(source.scratch())) {}
+      at_once_(std::min(at_once, source_->at_once())),
+      scratch_(parts.count(), BlockVector<T>(source_->scratch())) {}
 
 template <typename T>
 void CostBlocks<T>::for_each_block(int64_t part, int64_t begin, int64_t end,
                                    BlockFunction function) {
   for (int64_t i = begin; i < end; i += at_once_) {
     const int64_t count = std::min(at_once_, end - i);
-    function(source_.rows(i, count, scratch_[part].data()), i, count);
+    function(source_->rows(i, count, scratch_[part].data()), i, count);
   }
 }
 
@@ -86,14 +106,9 @@ void CostBlocks<T>::for_each(
   });
 }
 
-#define OTLOSS_INSTANTIATE(T)                                                   \
-  template class DenseRows<T>;                                                  \
-  template class StreamedRows<T>;                                               \
-  template class CostBlocks<T>;                                                 \
-  template std::unique_ptr<RowSource<T>> row_source(int64_t, int64_t, const T*, \
-                                                    const PointPair<T>&, int64_t, bool);
-OTLOSS_INSTANTIATE(float)
-OTLOSS_INSTANTIATE(double)
-#undef OTLOSS_INSTANTIATE
+template class StreamedRows<float>;
+template class StreamedRows<double>;
+template class CostBlocks<float>;
+template class CostBlocks<double>;
 
 }  // namespace otloss::cpu

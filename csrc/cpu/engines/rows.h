@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 #include "cpu/parallel.h"
@@ -12,7 +11,7 @@
 
 namespace otloss::cpu {
 
-// Rows that are stored (dense.h) or made from points when asked for (streamed.h).
+// Rows that are stored, or made from points when asked for (streamed.h).
 template <typename T>
 class RowSource {
  public:
@@ -31,31 +30,30 @@ class RowSource {
   virtual double max_cost(const T* a, const T* b) const = 0;
 };
 
-// Of problem `problem`: stored where there is a C (B, n, m), else made from the points.
-// symmetric: a cloud against itself.
-template <typename T>
-std::unique_ptr<RowSource<T>> row_source(int64_t n, int64_t m, const T* C,
-                                         const PointPair<T>& points, int64_t problem,
-                                         bool symmetric);
-
 // Rows of a block that several loops read in turn, while it is in the cache.
 constexpr int64_t kBlockRows = 64;
 
-// The rows of a source, by all threads, over and over.
+// The rows of a problem, by all threads, over and over.
 template <typename T>
 class CostBlocks {
  public:
   using BlockFunction = FunctionRef<void(const T* C, int64_t first, int64_t rows)>;
 
-  CostBlocks(const RowSource<T>& source, const RowParts& parts, int64_t at_once);
+  // Of problem `problem`: stored where there is a C (B, n, m), else made from the points.
+  // symmetric: a cloud against itself.
+  CostBlocks(const RowParts& parts, int64_t at_once, int64_t n, int64_t m, const T* C,
+             const PointPair<T>& points, int64_t problem, bool symmetric);
+  ~CostBlocks() { delete source_; }
+  CostBlocks(const CostBlocks&) = delete;
+  CostBlocks& operator=(const CostBlocks&) = delete;
 
-  const RowSource<T>& source() const { return source_; }
+  const RowSource<T>& source() const { return *source_; }
   const RowParts& parts() const { return parts_; }
   // Rows of the largest block.
   int64_t at_once() const { return at_once_; }
 
   // One row, valid until costs are asked for again.
-  const T* row(int64_t i) { return source_.rows(i, 1, scratch_[0].data()); }
+  const T* row(int64_t i) { return source_->rows(i, 1, scratch_[0].data()); }
 
   // Calls function(C, first row, rows) for the rows [begin, end), those of a part.
   void for_each_block(int64_t part, int64_t begin, int64_t end, BlockFunction function);
@@ -64,7 +62,7 @@ class CostBlocks {
   void for_each(FunctionRef<void(int64_t part, const T* C, int64_t first, int64_t rows)> function);
 
  private:
-  const RowSource<T>& source_;
+  const RowSource<T>* const source_;  // owned
   const RowParts parts_;
   const int64_t at_once_;
   std::vector<BlockVector<T>> scratch_;  // of each part, rows that were made

@@ -110,16 +110,19 @@ OTLOSS_INLINE void second_pass(const AdjointSweep<T>& p, const Blocks<T>& blocks
 
 // R takes its own exponential; rare, so one row at a time.
 template <typename T>
-OTLOSS_INLINE void second_pass_apart(const AdjointSweep<T>& p, const RowGroup<T>& rows) {
+OTLOSS_INLINE void second_pass_separate(const AdjointSweep<T>& p, const Blocks<T>& blocks,
+                                        const RowGroup<T>& rows) {
   for (int64_t r = 0; r < kRows; ++r) {
     const T E = rows.E[r], S = rows.S[r], R = rows.R[r];
     const T *C = rows.C[r], *e = p.e + r * (p.m + kBlock<T>);
     T* C_bar = p.C_bar ? rows.C_bar[r] : nullptr;
     if (S == T(0) && R == T(0)) continue;
     for (int64_t j = 0; j < p.m; ++j) {
+      const bool behind = blocks.tail < p.m && j >= blocks.whole;
+      const T entry = e[behind ? blocks.whole + j - blocks.tail : j];
       const T value = R * fast_exp2(E + p.H[j] - p.k * C[j]);
       p.v[j] += value;
-      if (C_bar) C_bar[j] += S * e[j] * p.g_bar[j] + (p.H[j] > T(0.5 * kLog2Zero) ? value : T(0));
+      if (C_bar) C_bar[j] += S * entry * p.g_bar[j] + (p.H[j] > T(0.5 * kLog2Zero) ? value : T(0));
     }
   }
 }
@@ -172,7 +175,7 @@ OTLOSS_SIMD void adjoint_sweep(const AdjointSweep<T>& p) {
       rows.R[r] = counts ? p.f_bar[i + r] * p.z[i + r] : T(0);
     }
     if (p.H)
-      second_pass_apart(p, rows);
+      second_pass_separate(p, blocks, rows);
     else
       second_pass(p, blocks, rows);
   }

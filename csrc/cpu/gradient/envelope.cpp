@@ -20,13 +20,13 @@ void weight_gradients(const EnvelopeGroup<T>& group, int64_t p, double eps, Obje
   if (!group.grad_a && !group.grad_b) return;
   const int64_t n = group.n, m = group.m;
   const T *f = group.f + p * n, *g = group.g + p * m;
-  const Side<T> x(n, group.a + p * n, group.strength.rho_x);
-  const Side<T> y(m, group.b + p * m, group.strength.rho_y);
+  const Side<T> x(n, group.a + p * n, group.penalties.rho_x);
+  const Side<T> y(m, group.b + p * m, group.penalties.rho_y);
   const T scale = objective == Objective::kRegularized ? group.coefficient * group.grad[p] : T(0);
   const auto fill = [&](const Side<T>& side, const Side<T>& other, const T* v, double shift,
                         T* grad) {
     for (int64_t i = 0; i < side.count; ++i) {
-      const double value = group.strength.balanced
+      const double value = group.penalties.balanced
                                ? static_cast<double>(v[i]) + shift
                                : side.weight_gradient(eps, other.mass, static_cast<double>(v[i]));
       grad[i] = side.weight[i] > T(0) ? scale * static_cast<T>(value) : T(0);

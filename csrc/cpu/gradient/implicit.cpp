@@ -57,9 +57,9 @@ class ImplicitProblem {
         m_(group.m),
         eps_(eps),
         symmetric_(group.symmetric),
-        balanced_(group.strength.balanced),
-        x_(n_, group.a + p * n_, group.strength.rho_x),
-        y_(m_, group.b + p * m_, group.strength.rho_y),
+        balanced_(group.penalties.balanced),
+        x_(n_, group.a + p * n_, group.penalties.rho_x),
+        y_(m_, group.b + p * m_, group.penalties.rho_y),
         split_(split),
         made_(group.made),
         problem_(p),
@@ -67,8 +67,7 @@ class ImplicitProblem {
         b_(group.b + p * m_),
         kept_P_(group.P ? group.P + p * n_ * m_ : nullptr),
         parts_(n_, m_, split),
-        source_(row_source(n_, m_, group.C, made_.points, p, symmetric_)),
-        costs_(*source_, parts_, kBlockRows),
+        costs_(parts_, kBlockRows, n_, m_, group.C, made_.points, p, symmetric_),
         made_P_(kept_P_ ? 0 : parts_.count() * costs_.at_once() * m_),
         columns_(parts_, m_),
         F_(n_),
@@ -329,7 +328,6 @@ class ImplicitProblem {
   T* const kept_P_;   // (n, m) or null
   bool plan_is_kept_ = false;
   RowParts parts_;
-  const std::unique_ptr<RowSource<T>> source_;
   CostBlocks<T> costs_;
   BlockVector<T> made_P_;                 // (parts, at_once, m) or nothing
   PartSums<double> columns_;              // (m,)

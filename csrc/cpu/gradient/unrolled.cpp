@@ -33,11 +33,11 @@ class UnrolledProblem {
         problem_(p),
         made_(group.made),
         a_(group.a + p * n_),
-        balanced_(group.strength.balanced),
-        used_b_(column_weights(group.strength, n_, a_, m_, group.b + p * m_)),
+        balanced_(group.penalties.balanced),
+        used_b_(column_weights(group.penalties, n_, a_, m_, group.b + p * m_)),
         b_(used_b_.data()),
-        x_(n_, a_, group.strength.rho_x),
-        y_(m_, b_, group.strength.rho_y),
+        x_(n_, a_, group.penalties.rho_x),
+        y_(m_, b_, group.penalties.rho_y),
         damp_f_(x_.damping(eps)),
         damp_g_(y_.damping(eps)),
         trace_(group.trace + p * L_ * (n_ + m_)),
@@ -45,8 +45,7 @@ class UnrolledProblem {
         C_bar_(group.grad_C ? group.grad_C + p * n_ * m_ : nullptr),
         split_(split),
         parts_(n_, m_, split),
-        source_(row_source(n_, m_, group.C, made_.points, p, made_.symmetric)),
-        costs_(*source_, parts_, kBlockRows),
+        costs_(parts_, kBlockRows, n_, m_, group.C, made_.points, p, made_.symmetric),
         v_(parts_, m_),
         e_(parts_.count() * kAdjointRows * (m_ + kBlock<T>)),
         F_(n_),
@@ -278,7 +277,6 @@ class UnrolledProblem {
   T* const C_bar_;        // (n, m) or null
   const bool split_;
   RowParts parts_;
-  const std::unique_ptr<RowSource<T>> source_;
   CostBlocks<T> costs_;
   std::vector<Term<T>> terms_;  // of each iteration that was gone back, where costs are made
   PartSums<T> v_;               // (m,)

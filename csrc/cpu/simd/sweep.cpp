@@ -197,9 +197,9 @@ OTLOSS_SIMD void sweep_rows(const RowSweep<T>& p) {
 }
 
 template <typename T>
-OTLOSS_SIMD void column_lse(const ColumnLse<T>& p) {
+OTLOSS_SIMD void column_softmin(const ColumnSoftmin<T>& p) {
   T largest[kColumnBlock], sum[kColumnBlock];
-  for (int64_t j = 0; j < kColumnBlock; ++j) {
+  for (int64_t j = 0; j < p.width; ++j) {
     largest[j] = static_cast<T>(2 * kLog2Zero);
     sum[j] = 0;
   }
@@ -218,7 +218,8 @@ OTLOSS_SIMD void column_lse(const ColumnLse<T>& p) {
 #pragma omp simd
     for (int64_t j = 0; j < p.width; ++j) sum[j] += fast_exp2(A - largest[j] - p.k * C[j]);
   }
-  for (int64_t j = 0; j < p.width; ++j) p.out[j] = largest[j] + fast_log2(sum[j]);
+  for (int64_t j = 0; j < p.width; ++j) p.out[j] = -largest[j];
+  subtract_log2(p.width, sum, p.out);
 }
 
 template <typename T>
@@ -255,11 +256,11 @@ double max_abs(const MaxAbs<T>& p) {
   return largest;
 }
 
-#define OTLOSS_INSTANTIATE(T)                         \
-  template void sweep_rows(const RowSweep<T>&);       \
-  template void column_lse(const ColumnLse<T>&);      \
-  template void plan_rows(const PlanRows<T>&);        \
-  template double transport_rows(const PlanRows<T>&); \
+#define OTLOSS_INSTANTIATE(T)                            \
+  template void sweep_rows(const RowSweep<T>&);          \
+  template void column_softmin(const ColumnSoftmin<T>&); \
+  template void plan_rows(const PlanRows<T>&);           \
+  template double transport_rows(const PlanRows<T>&);    \
   template double max_abs(const MaxAbs<T>&);
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)

@@ -36,21 +36,21 @@ template <typename T>
 void sweep_rows(const RowSweep<T>& sweep);
 
 template <typename T>
-struct ColumnLse {
+struct ColumnSoftmin {
   int64_t n;       // rows
   int64_t width;   // columns, at most kColumnBlock
   int64_t stride;  // distance of rows of C
   T k;
   const T* C;  // (n, width)
   const T* A;  // (n,) F + log2 a
-  T* out;      // (width,) log2 sum_i exp2(A_i - k C_ij)
+  T* out;      // (width,) -log2 sum_i exp2(A_i - k C_ij)
 };
 
 constexpr int64_t kColumnBlock = 64;
 
-// The max-shifted log-sum-exp of a block of columns, for those whose sums cannot be trusted.
+// The softmin of a block of columns with the maximum subtracted, for sums that cannot be trusted.
 template <typename T>
-void column_lse(const ColumnLse<T>& block);
+void column_softmin(const ColumnSoftmin<T>& block);
 
 template <typename T>
 struct PlanRows {

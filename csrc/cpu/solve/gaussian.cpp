@@ -54,9 +54,9 @@ void gaussian_start(const GaussianStart<T>& p) {
   Moments x = moments(p.n, p.d, p.x, p.a), y = moments(p.m, p.d, p.y, p.b);
   Matrix L(p.d * p.d), V(p.d * p.d);
   Vector scratch(3 * kGaussianDims), shift(p.d), z(p.d);
-  OneThread crew;
+  OneThread threads;
   gaussian_matrix(
-      crew, d, p.eps,
+      threads, d, p.eps,
       GaussianWork{x.covariance.data(), y.covariance.data(), L.data(), V.data(), scratch.data()});
   for (int k = 0; k < d; ++k) shift[k] = y.mean[k] - x.mean[k];
   for (int64_t j = 0; j < p.m; ++j) {

@@ -57,10 +57,10 @@ std::vector<int64_t> Side<T>::sample(int64_t most) const {
 }
 
 template <typename T>
-std::vector<T> column_weights(const Strength& strength, int64_t n, const T* a, int64_t m,
+std::vector<T> column_weights(const Penalties& penalties, int64_t n, const T* a, int64_t m,
                               const T* b) {
   std::vector<T> weights(b, b + m);
-  if (!strength.balanced) return weights;
+  if (!penalties.balanced) return weights;
   const double ratio = total(n, a) / total(m, b);
   for (T& weight : weights) weight = static_cast<T>(static_cast<double>(weight) * ratio);
   return weights;
@@ -68,7 +68,7 @@ std::vector<T> column_weights(const Strength& strength, int64_t n, const T* a, i
 
 #define OTLOSS_INSTANTIATE(T) \
   template struct Side<T>;    \
-  template std::vector<T> column_weights(const Strength&, int64_t, const T*, int64_t, const T*);
+  template std::vector<T> column_weights(const Penalties&, int64_t, const T*, int64_t, const T*);
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)
 #undef OTLOSS_INSTANTIATE

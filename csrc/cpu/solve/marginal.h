@@ -46,7 +46,7 @@ double soft_value(const Side<T>& x, const Side<T>& y, double eps, const T* f, co
 // weights that were normalised in a lower precision differ by rounding, and the marginal error
 // could not fall below that.
 template <typename T>
-std::vector<T> column_weights(const Strength& strength, int64_t n, const T* a, int64_t m,
+std::vector<T> column_weights(const Penalties& penalties, int64_t n, const T* a, int64_t m,
                               const T* b);
 
 }  // namespace otloss::cpu

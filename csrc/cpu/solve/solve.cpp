@@ -32,10 +32,9 @@ void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& op
   const int64_t n = group.n, m = group.m;
   const T* a = group.a + p * n;
   T *f = group.f + p * n, *g = group.g + p * m;
-  const std::vector<T> b = column_weights(group.strength, n, a, m, group.b + p * m);
-  const auto source = row_source(n, m, group.C, group.points, p, group.symmetric);
-  RowEngine<T> engine(Side<T>(n, a, group.strength.rho_x),
-                      Side<T>(m, b.data(), group.strength.rho_y), *source, split, group.points, p);
+  const std::vector<T> b = column_weights(group.penalties, n, a, m, group.b + p * m);
+  RowEngine<T> engine(Side<T>(n, a, group.penalties.rho_x),
+                      Side<T>(m, b.data(), group.penalties.rho_y), group, p, split);
   const double max_cost = engine.max_cost();
   double* status = group.status + p * kStatusFields;
   status[kStatusMaxCost] = max_cost;
@@ -66,7 +65,7 @@ void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& op
     const T to_cost = static_cast<T>(damping * options.eps / kLog2E);
     for (int64_t i = 0; i < n; ++i) f[i] = to_cost * F[i];
     if (one_potential) std::copy(f, f + n, g);
-    group.value[p] = static_cast<T>(value_of(engine, options, group.strength.balanced, f, g));
+    group.value[p] = static_cast<T>(value_of(engine, options, group.penalties.balanced, f, g));
   }
   status[kStatusIterations] = static_cast<double>(outcome.iterations);
   status[kStatusError] = outcome.error;
@@ -82,7 +81,23 @@ void solve(const std::vector<SolveGroup<T>>& groups, const SolveOptions& options
   });
 }
 
-template void solve(const std::vector<SolveGroup<float>>&, const SolveOptions&);
-template void solve(const std::vector<SolveGroup<double>>&, const SolveOptions&);
+// The loss from the values of its problems.
+template <typename T>
+void combine_values(const std::vector<double>& coefficients, const T* values, int64_t batch,
+                    T* loss) {
+  for (int64_t k = 0; k < batch; ++k) {
+    T sum = 0;
+    for (size_t p = 0; p < coefficients.size(); ++p)
+      sum += static_cast<T>(coefficients[p]) * values[p * batch + k];
+    loss[k] = sum;
+  }
+}
+
+#define OTLOSS_INSTANTIATE(T)                                                  \
+  template void solve(const std::vector<SolveGroup<T>>&, const SolveOptions&); \
+  template void combine_values(const std::vector<double>&, const T*, int64_t, T*);
+OTLOSS_INSTANTIATE(float)
+OTLOSS_INSTANTIATE(double)
+#undef OTLOSS_INSTANTIATE
 
 }  // namespace otloss::cpu

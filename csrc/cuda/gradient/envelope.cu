@@ -81,7 +81,7 @@ struct PotentialKernel {
       // none to choose.
       const double shift = (sums[1] - sums[0]) / (2 * sums[2]);
       const T scale = on * p.coefficient * p.grad[batch];
-      const bool balanced = p.strength.balanced;
+      const bool balanced = p.penalties.balanced;
       const auto fill = [&](int64_t count, const T* weight, const T* v, double rho,
                             double other_mass, double constant, T* grad) {
         if (grad == nullptr) return;
@@ -93,8 +93,8 @@ struct PotentialKernel {
           grad[batch * count + i] = weight[i] > T(0) ? scale * static_cast<T>(value) : T(0);
         }
       };
-      fill(p.n, a, f, p.strength.rho_x, sums[3], shift, p.grad_a);
-      fill(p.m, b, g, p.strength.rho_y, sums[2], -shift, p.grad_b);
+      fill(p.n, a, f, p.penalties.rho_x, sums[3], shift, p.grad_a);
+      fill(p.m, b, g, p.penalties.rho_y, sums[2], -shift, p.grad_b);
     }
   }
 };

@@ -327,9 +327,9 @@ class Implicit {
       centre_potentials(p, batch);
       make_plan(p);
       seed(p, batch);
-      if (p.strength.balanced) fix_gauge();
+      if (p.penalties.balanced) fix_gauge();
       make_right(p);
-      conjugate_gradients(p.strength.balanced && !p.symmetric);
+      conjugate_gradients(p.penalties.balanced && !p.symmetric);
       if (team_.first_thread()) {
         double* status = p.status + batch * kImplicitStatusFields;
         status[kImplicitIterations] = iterations_;
@@ -351,7 +351,7 @@ class Implicit {
 
   OTLOSS_DEVICE void place(const ImplicitGroup<T>& p, int64_t batch) {
     const int64_t row = team_.first_row();
-    x_ = {1 / p.strength.rho_x}, y_ = {1 / p.strength.rho_y};
+    x_ = {1 / p.penalties.rho_x}, y_ = {1 / p.penalties.rho_y};
     plan_.place(p, batch);
     scale_ = static_cast<double>(p.coefficient * p.grad[batch]);
     a_ = p.a + batch * p.n + row;
@@ -389,7 +389,7 @@ class Implicit {
     });
     team_.sum(sums);
     mass_a_ = sums[0], mass_b_ = sums[1];
-    const double shift = p.strength.balanced ? (sums[3] - sums[2]) / (mass_a_ + mass_b_) : 0.0;
+    const double shift = p.penalties.balanced ? (sums[3] - sums[2]) / (mass_a_ + mass_b_) : 0.0;
     team_.for_columns([&](int j) {
       const double other = p.symmetric ? static_cast<double>(f[row_of(j)]) : 0.0;
       const double own = static_cast<double>(g[j]);
@@ -439,7 +439,7 @@ class Implicit {
       return;
     }
     const auto value = [&](const Penalty& side, double other_mass, double v) {
-      return p.strength.balanced ? v : side.dual(v) + eps_ * (other_mass - side.share(v));
+      return p.penalties.balanced ? v : side.dual(v) + eps_ * (other_mass - side.share(v));
     };
     team_.for_rows([&](int i) {
       f_bar_[i] = outside(grad_f, a_[i], i);
@@ -578,7 +578,7 @@ class Implicit {
     team_.for_rows([&](int i) { sums[0] -= static_cast<double>(a_[i]) * a_bar_[i]; });
     team_.for_columns([&](int j) { sums[0] += static_cast<double>(b_[j]) * b_bar_[j]; });
     team_.sum(sums);
-    const double shift = p.strength.balanced ? sums[0] / (mass_a_ + mass_b_) : 0.0;
+    const double shift = p.penalties.balanced ? sums[0] / (mass_a_ + mass_b_) : 0.0;
     T *grad_a = p.grad_a + batch * p.n + team_.first_row(), *grad_b = p.grad_b + batch * p.m;
     team_.for_rows(
         [&](int i) { grad_a[i] = a_[i] > T(0) ? static_cast<T>(a_bar_[i] + shift) : T(0); });

@@ -592,7 +592,7 @@ void unrolled_point_sums(const Context& context, const Pack<UnrolledGroup<T>>& p
   for (int i = 0; i < pack.count; ++i) {
     const UnrolledGroup<T>& p = pack.items[i];
     const IterationsOfPoints<T>& all = iterations[i];
-    const Penalty x{1 / p.strength.rho_x}, y{1 / p.strength.rho_y};
+    const Penalty x{1 / p.penalties.rho_x}, y{1 / p.penalties.rho_y};
     const double k = kLog2E / eps;
     const IterationSide<T> rows{all.F,
                                 p.trace,

@@ -63,11 +63,11 @@ struct Masses {
 
 template <typename T>
 OTLOSS_DEVICE Penalty row_penalty(const AdjointGroup<T>& p) {
-  return {1 / p.strength.rho_x};
+  return {1 / p.penalties.rho_x};
 }
 template <typename T>
 OTLOSS_DEVICE Penalty column_penalty(const AdjointGroup<T>& p) {
-  return {1 / p.strength.rho_y};
+  return {1 / p.penalties.rho_y};
 }
 
 // f of iteration l, and g; g' is null for 0.
@@ -121,7 +121,7 @@ struct FactorKernel {
       sums[2] += b[j] > T(0) && !(change(j) < limit) ? 1 : 0;
     }
     block_sum<kThreads>(block, sums, block.template shared<double>());
-    const Masses masses(sums[0], sums[1], p.strength.balanced);
+    const Masses masses(sums[0], sums[1], p.penalties.balanced);
     const bool apart = sums[2] > 0;
     T* w = p.w + (batch * p.L + l) * p.m;
     for (int64_t j = block.thread(); j < p.m; j += kThreads) {
@@ -452,7 +452,7 @@ class Adjoint {
     x_ = row_penalty(p), y_ = column_penalty(p);
     damp_f_ = x_.damping(eps_), damp_g_ = y_.damping(eps_);
     k_ = static_cast<T>(kLog2E / eps_);
-    masses_ = Masses(p.masses[2 * batch], p.masses[2 * batch + 1], p.strength.balanced);
+    masses_ = Masses(p.masses[2 * batch], p.masses[2 * batch + 1], p.penalties.balanced);
     a_ = p.a + batch * p.n + row;
     b_ = p.b + batch * p.m;
     f_bar_ = kernel_.f_bar + team_.index() * rows + row;
@@ -482,7 +482,7 @@ class Adjoint {
         put(j, term / eps_, b_[j] > T(0) ? term / static_cast<double>(masses_.scaled(b_[j])) : 0.0);
       });
     } else {
-      const double eps = p.strength.balanced ? 0.0 : eps_;
+      const double eps = p.penalties.balanced ? 0.0 : eps_;
       team_.for_rows([&](int i) {
         const double v = static_cast<double>(f[i]);
         f_bar_[i] = static_cast<T>(scale * x_.share(v)) * a_[i];
@@ -689,7 +689,7 @@ struct AccumulateKernel {
   OTLOSS_DEVICE void add_transport(const AdjointGroup<T>& p, int64_t batch, int64_t row,
                                    int64_t column, const T (&cost)[kRows][kColumns],
                                    T (&sum)[kRows][kColumns]) const {
-    const Masses masses(p.masses[2 * batch], p.masses[2 * batch + 1], p.strength.balanced);
+    const Masses masses(p.masses[2 * batch], p.masses[2 * batch + 1], p.penalties.balanced);
     const T *a = p.a + batch * p.n, *b = p.b + batch * p.m;
     const T *f = trace_f(p, batch, p.L - 1), *g = trace_g(p, batch, p.L - 1);
     const T k = static_cast<T>(kLog2E / eps), s = p.coefficient * p.grad[batch];

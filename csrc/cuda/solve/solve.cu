@@ -1,4 +1,4 @@
-// Launches the solve: the cost model that picks a regime, shared memory and workspace layout.
+// Launches the dense solve. The cost model and the layout of shared memory: plan.cpp.
 #include "cuda/solve/solve.cuh"
 
 #include <algorithm>
@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/solve/describe.h"
 #include "cuda/solve/plan.h"
 #include "cuda/solve/streamed.h"
 

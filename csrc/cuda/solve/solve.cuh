@@ -209,9 +209,9 @@ class Solver {
   // Pointers and sizes of the problem.
   OTLOSS_DEVICE void place(const SolveGroup<T>& p, int64_t batch) {
     n_ = p.n, m_ = static_cast<int>(p.m);
-    side_x_.rate = 1 / p.strength.rho_x, side_y_.rate = 1 / p.strength.rho_y;
+    side_x_.rate = 1 / p.penalties.rho_x, side_y_.rate = 1 / p.penalties.rho_y;
     soft_ = !(side_x_.hard() && side_y_.hard());
-    balanced_ = p.strength.balanced;
+    balanced_ = p.penalties.balanced;
     const int64_t rows = ceil_div(n_, team_.size() * kShare) * kShare;
     first_row_ = rows * team_.rank() < n_ ? rows * team_.rank() : n_;
     rows_ = static_cast<int>((first_row_ + rows < n_ ? first_row_ + rows : n_) - first_row_);

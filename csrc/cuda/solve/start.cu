@@ -92,9 +92,9 @@ struct MomentKernel {
   }
 };
 
-// A block as the crew of gaussian_potential.h.
+// The threads of a block for gaussian_potential.h.
 template <class Block, int kThreads>
-struct BlockCrew {
+struct BlockThreads {
   Block& block;
 
   template <typename F>
@@ -122,7 +122,7 @@ struct MatrixKernel {
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const {
     const StartItem<T>& item = items.items[block.z()];
-    const BlockCrew<Block, kThreads> crew{block};
+    const BlockThreads<Block, kThreads> threads{block};
     double* const shared = block.template shared<double>();
     const int size = d * d;
     const GaussianWork work{shared, shared + size, shared + 2 * size, shared + 3 * size,
@@ -132,11 +132,11 @@ struct MatrixKernel {
     for (int64_t batch = block.x(); batch < item.batch; batch += kGridX) {
       const double* partial = item.partial + batch * 2 * kMomentParts * moment_entries(d);
       double* const out = item.matrix + batch * d * (d + 2);
-      moments(crew, partial, x, work.A);
-      moments(crew, partial + kMomentParts * moment_entries(d), y, work.B);
-      gaussian_matrix(crew, d, eps, work);
-      crew.each(size, [&](int e) { out[e] = work.B[e]; });
-      crew.each(d, [&](int k) {
+      moments(threads, partial, x, work.A);
+      moments(threads, partial + kMomentParts * moment_entries(d), y, work.B);
+      gaussian_matrix(threads, d, eps, work);
+      threads.each(size, [&](int e) { out[e] = work.B[e]; });
+      threads.each(d, [&](int k) {
         out[size + k] = y[1 + k];
         out[size + d + k] = y[1 + k] - x[1 + k];
       });
@@ -145,11 +145,11 @@ struct MatrixKernel {
 
  private:
   // Adds up the parts: `mean` (d + 1,) the mass and the mean, and the covariance.
-  template <class Crew>
-  OTLOSS_DEVICE void moments(const Crew& crew, const double* partial, double* mean,
+  template <class Threads>
+  OTLOSS_DEVICE void moments(const Threads& threads, const double* partial, double* mean,
                              double* covariance) const {
     const int entries = moment_entries(d);
-    crew.each((d + 1) * (d + 1), [&](int at) {
+    threads.each((d + 1) * (d + 1), [&](int at) {
       const int k = at / (d + 1), l = at % (d + 1);
       if (l > k) return;
       double total = 0;
@@ -160,8 +160,8 @@ struct MatrixKernel {
       else
         covariance[(k - 1) * d + l - 1] = covariance[(l - 1) * d + k - 1] = total;
     });
-    crew.each(d, [&](int k) { mean[1 + k] /= mean[0]; });
-    crew.each(d * d, [&](int e) {
+    threads.each(d, [&](int k) { mean[1 + k] /= mean[0]; });
+    threads.each(d * d, [&](int e) {
       covariance[e] = covariance[e] / mean[0] - mean[1 + e / d] * mean[1 + e % d];
     });
   }
