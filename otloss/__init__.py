@@ -18,6 +18,7 @@ from otloss.modules import (
 from otloss.problem import cost_matrix
 from otloss.result import OTResult
 from otloss.solve import solve, solve_sample
+from otloss.status import last_status
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ __all__ = [
     "cost_matrix",
     "distributed",
     "energy_distance",
+    "last_status",
     "minibatch_energy_distance",
     "show_config",
     "sinkhorn_divergence",

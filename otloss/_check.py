@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 
 __all__ = [
     "ConvergenceWarning",
+    "compute_dtype",
     "finite",
+    "finite_gradient",
     "matrix",
     "not_converged",
     "points",
@@ -47,6 +50,17 @@ def no_transforms() -> None:
         )
 
 
+def not_batched(grads: Sequence[Tensor | None]) -> None:
+    """Neither have the gradients, for the vmap inside of torch.autograd.grad."""
+    if not torch.compiler.is_compiling() and any(
+        grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads
+    ):
+        raise NotImplementedError(
+            "gradients of otloss cannot be taken with is_grads_batched=True, nor by "
+            "torch.autograd.functional with vectorize=True: take them one at a time"
+        )
+
+
 # -------------------------------------------------------------------------------------- tensors
 
 
@@ -57,6 +71,11 @@ def floating(name: str, value: Any) -> Tensor:
         raise TypeError(
             f"{name} must be a floating-point tensor (float16, bfloat16, float32 or float64), got "
             f"{describe(value)}"
+        )
+    if value.is_nested:
+        raise TypeError(
+            f"{name} must be a dense tensor, got a nested one: pad clouds to one size with points "
+            "of weight 0"
         )
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
@@ -75,7 +94,7 @@ def points(name: str, value: Any) -> Tensor:
 
 
 def same_space(reference_name: str, reference: Tensor, name: str, value: Tensor) -> None:
-    """The two clouds must be comparable: batch, dimension, device, dtype."""
+    """The two clouds must be comparable: batch, dimension, device."""
     if value.dim() != reference.dim():
         raise ValueError(
             f"{reference_name} and {name} must both be single clouds or both batches, got "
@@ -91,20 +110,24 @@ def same_space(reference_name: str, reference: Tensor, name: str, value: Tensor)
             f"{reference_name} and {name} must have the same dimension d, got "
             f"{reference.shape[-1]} and {value.shape[-1]}"
         )
-    same_kind(reference_name, reference, name, value)
+    same_device(reference_name, reference, name, value)
 
 
-def same_kind(reference_name: str, reference: Tensor, name: str, value: Tensor) -> None:
+def same_device(reference_name: str, reference: Tensor, name: str, value: Tensor) -> None:
     if value.device != reference.device:
         raise ValueError(
             f"{reference_name} and {name} must be on one device, got {reference.device} and "
             f"{value.device}"
         )
-    if value.dtype != reference.dtype:
-        raise ValueError(
-            f"{reference_name} and {name} must have one dtype, got {reference.dtype} and "
-            f"{value.dtype}"
-        )
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any tensor is, else float32; a mixture under autocast is float32."""
+    doubles = [t.dtype == torch.float64 for t in tensors]
+    kind = tensors[0].device.type
+    if any(doubles) and (all(doubles) or not torch.is_autocast_enabled(kind)):
+        return torch.float64
+    return torch.float32
 
 
 def matrix(value: Any) -> Tensor:
@@ -129,7 +152,7 @@ def weights(name: str, value: Any, shape: tuple[int, ...], like_name: str, like:
             f"{name} must have shape {shape}, one weight per point of {like_name}, got "
             f"{describe(w)}"
         )
-    same_kind(like_name, like, name, w)
+    same_device(like_name, like, name, w)
     if not readable(w):
         return
     least, largest = (float(v) for v in w.detach().aminmax())
@@ -141,12 +164,12 @@ def weights(name: str, value: Any, shape: tuple[int, ...], like_name: str, like:
         raise ValueError(f"{name} must have a positive total, but its weights are all 0")
 
 
-def same_mass(a: Tensor, b: Tensor, given: torch.dtype) -> None:
-    """Balanced transport needs equal totals, to the rounding of weights of the dtype ``given``."""
+def same_mass(a: Tensor, b: Tensor, given: Sequence[Tensor | None]) -> None:
+    """Balanced transport needs equal totals, to the rounding of the weights that were ``given``."""
     if not readable(a):
         return
     x, y = a.detach().sum(-1).double(), b.detach().sum(-1).double()
-    tolerance = max(1e-4, 2 * torch.finfo(given).eps)
+    tolerance = max([1e-4, *(2 * torch.finfo(w.dtype).eps for w in given if w is not None)])
     if not bool(((x - y).abs() <= tolerance * x).all()):
         raise ValueError(
             "a and b must have the same total mass for balanced transport, got "
@@ -163,19 +186,36 @@ def finite(name: str, value: Tensor) -> None:
     bad = ~torch.isfinite(value.detach())
     if bool(bad.any()):
         where = tuple(bad.nonzero()[0].tolist())
+        first = value.detach()[where].item()
+        hint = ""
+        if name == "C" and first == math.inf:
+            hint = "; a pair is forbidden by a cost some 100 eps above the others"
         raise ValueError(
-            f"{name} must be finite, but {name}{list(where)} is {value.detach()[where].item()}; "
-            f"{int(bad.sum())} of {bad.numel()} values are NaN or infinite"
+            f"{name} must be finite, but {name}{list(where)} is {first}; "
+            f"{int(bad.sum())} of {bad.numel()} values are NaN or infinite{hint}"
+        )
+
+
+def finite_gradient(grad: Tensor) -> None:
+    """Warns where a cost function has no finite derivative."""
+    if readable(grad) and not bool(grad.isfinite().all()):
+        warnings.warn(
+            f"the gradient of cost= is NaN or infinite at {int((~grad.isfinite()).sum())} of "
+            f"{grad.numel()} coordinates. A square root at 0, as of |x - x|, has no finite "
+            'derivative: use cost="euclidean" or torch.cdist, or add a small constant inside',
+            stacklevel=_depth_of_caller(),
         )
 
 
 def resolution(eps: float, max_cost: float, dtype: torch.dtype) -> None:
     """Below this eps, (f + g - C) / eps has no correct digit in the dtype."""
-    least = 4 * torch.finfo(dtype).eps * max_cost
-    if eps < least:
+    unit = 4 * torch.finfo(dtype).eps
+    if eps < unit * max_cost:
         raise ValueError(
             f"eps={eps:g} is below what {dtype} can resolve against costs up to {max_cost:g} "
-            f"(least: {least:.3g}); use float64, a larger eps, or data of smaller scale"
+            f"(least: {unit * max_cost:.3g}); use float64, a larger eps, or data of smaller scale. "
+            "If large costs forbid pairs, smaller ones do so too: some 100 eps above the others, "
+            f"at most {eps / unit:.3g}"
         )
 
 
@@ -183,8 +223,8 @@ def not_converged(options: Any, iterations: int, error: float, max_cost: float) 
     """Warns, at the line outside otloss that made the call."""
     warnings.warn(
         f"Sinkhorn stopped after {iterations} iterations at a marginal error of {error:.2e}, above "
-        f"tol={options.tol:g}. Raise max_iters ({options.max_iters}), eps ({options.eps:g}; costs "
-        f"are up to {max_cost:.3g}) or tol.",
+        f"tol={options.tol:g}. Raise max_iters (now {options.max_iters}), eps (now "
+        f"{options.eps:g}; the largest cost is {max_cost:.3g}) or tol.",
         ConvergenceWarning,
         stacklevel=_depth_of_caller(),
     )

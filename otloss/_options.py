@@ -34,6 +34,7 @@ class LossOptions(TypedDict, total=False):
     backward: str
     method: str
     precision: str
+    symmetric: bool | None
 
 
 class Options(NamedTuple):
@@ -50,6 +51,7 @@ class Options(NamedTuple):
     backward: str  # which gradient
     method: str  # whether cost matrices are stored
     precision: str  # of inner products, where costs are not stored
+    symmetric: bool | None  # of a cost function: c(x, y) = c(y, x); None: as its matrices say
 
     def balanced(self) -> bool:
         return self.rho_x == math.inf and self.rho_y == math.inf
@@ -76,6 +78,7 @@ def check_options(
     backward: Any = "auto",
     method: Any = "auto",
     precision: Any = "float32",
+    symmetric: Any = None,
 ) -> Options:
     """Checks everything that a solve takes besides tensors."""
     rho_x, rho_y = _strengths(unbalanced)
@@ -91,6 +94,7 @@ def check_options(
         backward=choice("backward", backward, BACKWARDS),
         method=choice("method", method, METHODS),
         precision=choice("precision", precision, PRECISIONS),
+        symmetric=_symmetric(symmetric, cost),
     )
     if checked.backward == "unrolled" and n_iters is None:
         raise ValueError(
@@ -100,22 +104,29 @@ def check_options(
     return checked
 
 
-def number(name: str, value: Any, *, positive: bool = True) -> float:
+def number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}: {describe(value)}")
-    result = float(value)
+    try:
+        result = float(value)
+    except OverflowError:  # of an int, which has no infinity
+        raise ValueError(f"{name} must be finite and > 0, got more than 1.8e308") from None
     # comparisons, which torch.compile can trace where math.isfinite it cannot
-    if not -math.inf < result < math.inf or (positive and result <= 0):
-        raise ValueError(f"{name} must be finite and > 0, got {value!r}")
+    if not -math.inf < result < math.inf or result <= 0:
+        hint = "; None makes the marginal a constraint" if name == "unbalanced" else ""
+        raise ValueError(f"{name} must be finite and > 0, got {value!r}{hint}")
     return result
 
 
 def count(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}: {value!r}")
-    if value < 1:
+    result = int(value)
+    if result < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
-    return int(value)
+    if result >= 2**63:
+        raise ValueError(f"{name} must be less than 2**63, got {value}")
+    return result
 
 
 def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
@@ -132,6 +143,17 @@ def cost(value: Any) -> Cost:
             f"cost must be a name or a function (x, y) -> C, got {type(value).__name__}"
         )
     return choice("cost", value, tuple(COSTS))
+
+
+def _symmetric(value: Any, cost: Any) -> bool | None:
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"symmetric must be True, False or None, got {value!r}")
+    if value is not None and isinstance(cost, str):
+        raise ValueError(
+            f"symmetric is for a cost given as a function, got symmetric={value} and "
+            f"cost={cost!r}, which is symmetric"
+        )
+    return value
 
 
 def _strengths(value: Any) -> tuple[float, float]:

@@ -90,7 +90,7 @@ def sinkhorn_divergence(
         raise NotImplementedError("weights of distributed clouds receive no gradient: detach them")
     settings = {
         **options._asdict(),
-        "the dtype": x_local.dtype,
+        "the dtype": local.weights[0].dtype,
         "the dimension d": x_local.shape[1],
         "whether weights are given": [w is not None for w in given.values()],
     }
@@ -100,7 +100,7 @@ def sinkhorn_divergence(
         points = x.detach().to(w.dtype).contiguous()
         weights = torch.full_like(w, 1 / shard.total) if v is None else w
         clouds.append(Cloud(shard, points, weights, shard.gather(points), shard.gather(weights)))
-    _check.same_mass(clouds[0].whole_weights, clouds[1].whole_weights, x_local.dtype)
+    _check.same_mass(clouds[0].whole_weights, clouds[1].whole_weights, tuple(given.values()))
     return _Divergence.apply(options, local, clouds, x_local, y_local)
 
 

@@ -1,21 +1,19 @@
-"""The losses: sums of OT values over pairs of clouds, solved together."""
+"""The losses: which pairs of clouds, with which coefficients."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from otloss import _check, _options
-from otloss._options import LossOptions, Options, Unbalanced, check_options
-from otloss.costs import Cost
-from otloss.method import streams
+from otloss._options import LossOptions, Unbalanced, check_options
+from otloss.combination import Combination, combine
+from otloss.costs import COSTS, NAMED, Cost
+from otloss.method import exceeds_budget, in_blocks
 from otloss.problem import Problem, build_costs, check_clouds
-from otloss.result import Solved
-from otloss.solve import run
+from otloss.reference.operations import as_pairs
 
 __all__ = [
     "energy_distance",
@@ -25,67 +23,11 @@ __all__ = [
 ]
 
 
-class Combination(NamedTuple):
-    """A loss: the sum of coefficient * OT over pairs of clouds, flat ``[i0, j0, i1, j1, ...]``."""
-
-    pairs: list[int]
-    coefficients: list[float]
-    # of eps (sum a - sum b)^2, added where the regularized problems are unbalanced
-    mass_term: float = 0.0
-
-
 LOSS = Combination([0, 1], [1.0])
 DEBIASED = Combination([0, 1, 0, 0, 1, 1], [1.0, -0.5, -0.5], mass_term=0.5)
 MINIBATCH = Combination([0, 2, 0, 3, 1, 2, 1, 3, 0, 1, 2, 3], [1.0, 1.0, 1.0, 1.0, -2.0, -2.0])
 # Where minibatch_energy_distance differs from the other losses.
 MINIBATCH_DEFAULTS = LossOptions(cost="cosine", objective="transport", backward="envelope")
-
-
-@dataclass
-class Memory:
-    """Potentials of the last call, to start the next one from."""
-
-    potentials: list[Tensor] = field(default_factory=list)
-
-    def start(self, problem: Problem, pairs: list[int]) -> list[Tensor]:
-        """f and g of each pair in turn; nothing where the shapes have changed."""
-        sides = [problem.weights[c] for c in pairs]
-        kept = len(self.potentials) == len(sides) and all(
-            v.shape == w.shape and v.dtype == w.dtype and v.device == w.device
-            for v, w in zip(self.potentials, sides, strict=True)
-        )
-        return self.potentials if kept else []
-
-    def keep(self, solved: Solved) -> None:
-        if torch.is_inference_mode_enabled():  # its tensors are of no use to a later training step
-            return
-        self.potentials = [v for f, g in zip(solved.f, solved.g, strict=True) for v in (f, g)]
-
-
-def combine(
-    clouds: dict[str, Tensor],
-    weights: dict[str, Tensor | None],
-    combination: Combination,
-    options: Options,
-    memory: Memory | None = None,
-) -> Tensor:
-    """What every loss here is."""
-    problem = check_clouds(clouds, weights, balanced=options.balanced())
-    pairs, coefficients, mass_term = combination
-    dense = not streams(problem.points, problem.weights, pairs, options)
-    named = isinstance(options.cost, str)
-    costs = None if named else build_costs(problem, pairs, options.cost, options.method)
-    init: Sequence[Tensor] = [] if memory is None else memory.start(problem, pairs)
-    solved = run(problem, costs, pairs, coefficients, options, init, dense=dense)
-    if memory is not None:
-        memory.keep(solved)
-    loss = solved.loss
-    if mass_term and options.objective == "regularized" and not options.balanced():
-        # Not the plain totals: nothing flows to a point of weight 0.
-        a, b = (torch.where(w > 0, w, 0.0).sum(-1) for w in problem.weights)
-        term = mass_term * options.eps * (a - b).square()
-        loss = loss + (term if problem.batched else term[0])
-    return loss
 
 
 def sinkhorn_divergence(
@@ -104,6 +46,7 @@ def sinkhorn_divergence(
     backward: str = "auto",
     method: str = "auto",
     precision: str = "float32",
+    symmetric: bool | None = None,
 ) -> Tensor:
     r"""The Sinkhorn divergence: entropic optimal transport without its bias.
 
@@ -151,6 +94,10 @@ def sinkhorn_divergence(
             float32 and half inputs. Only streamed solves on CUDA in more than 16 dimensions, and
             their envelope gradients, use that; elsewhere it changes nothing. ``"float32"``, the
             default, is as accurate there as anywhere.
+        symmetric: of a cost function, whether c(x, y) = c(y, x) for clouds of equal size, which
+            makes the terms OT(a, a) and OT(b, b) cheap. Default None: their matrices are compared
+            with their transposes; on CUDA and under torch.compile, where that would wait for the
+            device, they are solved like any other pair.
 
     Returns:
         () or (B,), float32 or float64; differentiable in x, y, a and b, twice. Gradients come back
@@ -168,6 +115,7 @@ def sinkhorn_divergence(
     options = check_options(
         eps, cost=cost, objective=objective, unbalanced=unbalanced, tol=tol, max_iters=max_iters,
         n_iters=n_iters, backward=backward, method=method, precision=precision,
+        symmetric=symmetric,
     )  # fmt: skip
     return combine({"x": x, "y": y}, {"a": a, "b": b}, DEBIASED, options)
 
@@ -287,35 +235,67 @@ def energy_distance(
 
     Args:
         x, y, a, b, cost: as in :func:`sinkhorn_divergence`.
-        method: ``"dense"``, ``"reference"`` or ``"auto"``.
+        method: ``"dense"``, ``"reference"``, ``"streamed"`` (rows of the cost matrices in blocks,
+            again for the gradient: memory O((n + m) d), named costs) or ``"auto"``: dense unless
+            the matrices exceed the memory budget.
 
     Returns:
         () or (B,); differentiable, also twice.
 
     Raises:
         ValueError, TypeError: as :func:`sinkhorn_divergence`.
+        NotImplementedError: ``"streamed"`` with a cost function.
 
     References:
         Székely and Rizzo, *Energy statistics* (2013); Feydy et al. (2019).
     """
     cost, method = _options.cost(cost), _options.choice("method", method, _options.METHODS)
     problem = check_clouds({"x": x, "y": y}, {"a": a, "b": b})
-    pairs, coefficients, _ = DEBIASED
-    costs = build_costs(problem, pairs, cost, method)
-    weights, padded = problem.weights, problem.padded
-    terms = [
-        coefficient * _mean_cost(C, weights[i], weights[j], padded)
-        for coefficient, C, i, j in zip(coefficients, costs, pairs[::2], pairs[1::2], strict=True)
-    ]
-    loss = terms[0] + terms[1] + terms[2]
+    pairs = as_pairs(DEBIASED.pairs)
+    if _streams_rows(problem, cost, method):
+        terms = [_mean_cost_in_blocks(problem, i, j, str(cost)) for i, j in pairs]
+    else:
+        costs = build_costs(problem, DEBIASED.pairs, cost, method)
+        weights = [(problem.weights[i], problem.weights[j]) for i, j in pairs]
+        terms = [
+            _mean_cost(C, a, b, problem.padded) for C, (a, b) in zip(costs, weights, strict=True)
+        ]
+    loss = terms[0] - 0.5 * terms[1] - 0.5 * terms[2]
     if _check.readable(loss) and not bool(loss.detach().isfinite().all()):
         _check.finite("x", x)
         _check.finite("y", y)
     return loss if problem.batched else loss[0]
 
 
+def _streams_rows(problem: Problem, cost: Cost, method: str) -> bool:
+    """Whether an energy distance makes its cost matrices a block of rows at a time."""
+    if method == "streamed" and not isinstance(cost, str):
+        raise NotImplementedError(f'method="streamed" needs a cost given by name, got {cost!r}')
+    if method != "auto" or not isinstance(cost, str):
+        return method == "streamed"
+    a, b = problem.weights
+    entries = a.shape[0] * (a.shape[1] * b.shape[1] + a.shape[1] ** 2 + b.shape[1] ** 2)
+    return exceeds_budget(entries * a.element_size(), a.device)
+
+
+def _mean_cost_in_blocks(problem: Problem, i: int, j: int, cost: str) -> Tensor:
+    x, y, b = problem.points[i], problem.points[j], problem.weights[j]
+    count = torch.arange(b.shape[1], device=b.device)
+
+    def of_block(rows: slice) -> tuple[Tensor, ...]:
+        a = problem.weights[i][:, rows].contiguous()
+        block = replace(problem, points=(x[..., rows, :], y), weights=(a, b))
+        (C,) = build_costs(block, [0, 1], cost, "streamed")
+        if i == j:  # a cost to itself is exactly 0, which a kernel that sees two clouds cannot know
+            own = NAMED[COSTS[cost]].is_zero_to_itself(x)[..., rows].unsqueeze(-1)
+            C = torch.where(own & (count[rows].unsqueeze(-1) == count), 0.0, C)
+        return (_mean_cost(C, a, b, problem.padded),)
+
+    return torch.stack([part for (part,) in in_blocks(of_block, x.shape[-2], b)]).sum(0)
+
+
 def _mean_cost(C: Tensor, a: Tensor, b: Tensor, padded: bool) -> Tensor:
     if padded:  # so that 0 * inf, from padding, is 0
         C = torch.where((a.unsqueeze(-1) * b.unsqueeze(-2)).detach() > 0, C, 0.0)
-    # No matrix product: autocast would round it, or its gradient.
+    # Sums instead of a matrix product, which autocast would run in half precision.
     return (a * (C * b.unsqueeze(-2)).sum(-1)).sum(-1)

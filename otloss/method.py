@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from otloss import ops
 from otloss._options import Options
 from otloss.reference.operations import as_pairs
 
-__all__ = ["budget", "choose_method", "dense_budget", "streams"]
+__all__ = ["budget", "choose_method", "dense_budget", "exceeds_budget", "in_blocks", "streams"]
 
 # Cost matrices that together take more bytes than this are not stored; on a GPU, where it is left
 # at this default, more than CUDA_SHARE of the memory. Set it through the environment variable or by
@@ -21,17 +22,16 @@ DEFAULT_BUDGET = 1 << 30
 dense_budget = int(os.environ.get("OTLOSS_DENSE_BUDGET", DEFAULT_BUDGET))
 CUDA_SHARE = 0.25
 
-# Rows of a plan that a streamed result makes at once take so many bytes or more, and some ten times
-# that on the way. glibc gives pieces of this size back to the system; smaller ones splinter its
-# heap.
+# Bytes per block of rows in a streamed result; the computation takes about ten times that. glibc
+# gives pieces of this size back to the system; smaller ones splinter its heap.
 BLOCK_BYTES = 1 << 25
 
 # Where making a cost again is faster than reading it, on each kind of device: up to this
-# dimension, and for matrices of more than this number of bytes. A matrix that fits in the second
-# cache (in the multiprocessors) is cheaper to read again than to make.
+# dimension, and for matrices of more than this number of bytes. A matrix that fits in the L2 cache
+# (on a GPU in shared memory) is cheaper to read again than to make.
 STREAMED_FROM = {"cpu": {4: 1 << 20, 8: 12 << 20}, "cuda": {3: 1 << 25}}
-# The same where the gradient goes over the costs again and again, which pays for making a matrix
-# until it is too large for the third cache. (A GPU makes each entry twice in a pass.)
+# For gradients that read the costs repeatedly: a stored matrix pays until it exceeds the L3 cache.
+# (A GPU makes each entry twice in a pass.)
 STREAMED_BACK_FROM = {"cpu": {4: 12 << 20, 8: 32 << 20}, "cuda": {}}
 
 
@@ -78,11 +78,16 @@ def choose_method(
             return "streamed" if forced == "streamed" else "dense"
     bytes_of = [n * m * itemsize for n, m in sizes]
     total = sum(bytes_of) * (shape[0] if len(shape) == 3 else 1)
-    if total > dense_budget and total > budget(device):  # the device is only asked if need be
+    if exceeds_budget(total, device):
         return "streamed"
     table = STREAMED_BACK_FROM if many_passes_back else STREAMED_FROM
     least = [least for dims, least in table[device.type].items() if shape[-1] <= dims]
     return "streamed" if least and max(bytes_of) > min(least) else "dense"
+
+
+def exceeds_budget(total: int, device: torch.device) -> bool:
+    """Whether cost matrices of ``total`` bytes are too large to store."""
+    return total > dense_budget and total > budget(device)  # asks the device only if need be
 
 
 def budget(device: torch.device) -> int:
@@ -90,3 +95,15 @@ def budget(device: torch.device) -> int:
     if device.type == "cuda" and dense_budget == DEFAULT_BUDGET:
         return int(CUDA_SHARE * torch.cuda.get_device_properties(device).total_memory)
     return dense_budget
+
+
+def in_blocks(
+    of_block: Callable[[slice], tuple[Tensor, ...]], count: int, across: Tensor
+) -> list[tuple[Tensor, ...]]:
+    """``of_block(rows)`` for ``count`` rows over ``across`` (B, m), some at a time. What is made on
+    the way is not kept for the gradient but made again."""
+    step = -(-BLOCK_BYTES // (across.numel() * across.element_size()))
+    blocks = [slice(i, min(i + step, count)) for i in range(0, count, step)]
+    if not torch.is_grad_enabled():
+        return [of_block(rows) for rows in blocks]
+    return [checkpoint(of_block, rows, use_reentrant=False) for rows in blocks]

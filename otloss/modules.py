@@ -7,42 +7,57 @@ from typing_extensions import Unpack
 
 from otloss import _options, losses
 from otloss._options import LossOptions, check_options
+from otloss.combination import Combination, Memory, combine
 from otloss.costs import Cost
 
 __all__ = ["EnergyDistance", "MinibatchEnergyDistance", "SinkhornDivergence", "SinkhornLoss"]
 
 
 class _Loss(nn.Module):
-    """Keyword arguments are checked here, once; a wrong one does not wait for the first call."""
+    """Checks keyword arguments at construction, not at the first call."""
+
+    options_refused: tuple[str, ...] = ()
 
     def __init__(
         self, eps: float, *, warm_start: bool = False, **kwargs: Unpack[LossOptions]
     ) -> None:
         super().__init__()
+        for name in self.options_refused:
+            if name in kwargs:
+                raise TypeError(f"{type(self).__name__} takes no argument {name}")
         if warm_start and kwargs.get("n_iters") is not None:
             raise ValueError(
                 "warm_start must be False with n_iters, whose iterations start from zero "
                 f"potentials, got warm_start=True and n_iters={kwargs['n_iters']}"
             )
         self.options = check_options(eps, **kwargs)
-        self.memory = losses.Memory() if warm_start else None
+        self.cost = self.options.cost  # a module is registered, with its parameters
+        self.memory = Memory() if warm_start else None
         self._arguments = {"eps": eps, "warm_start": warm_start, **kwargs}
 
+    def combine(
+        self,
+        clouds: dict[str, Tensor],
+        weights: dict[str, Tensor | None],
+        combination: Combination,
+    ) -> Tensor:
+        options = self.options._replace(cost=self.cost)
+        return combine(clouds, weights, combination, options, self.memory)
+
     def extra_repr(self) -> str:
-        return ", ".join(f"{key}={value!r}" for key, value in self._arguments.items())
+        shown = (kv for kv in self._arguments.items() if not isinstance(kv[1], nn.Module))
+        return ", ".join(f"{key}={value!r}" for key, value in shown)
 
 
 class _PairLoss(_Loss):
     """Of two clouds and their weights."""
 
-    combination: losses.Combination
+    combination: Combination
 
     def forward(
         self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None
     ) -> Tensor:
-        return losses.combine(
-            {"x": x, "y": y}, {"a": a, "b": b}, self.combination, self.options, self.memory
-        )
+        return self.combine({"x": x, "y": y}, {"a": a, "b": b}, self.combination)
 
 
 class SinkhornDivergence(_PairLoss):
@@ -50,9 +65,9 @@ class SinkhornDivergence(_PairLoss):
 
     Args:
         eps: regularisation, in units of cost.
-        warm_start: start from the potentials of the previous call when the shapes agree. Helps when
-            the same clouds move slowly (a flow), not with fresh minibatches; changes the result
-            within ``tol`` only.
+        warm_start: start from the potentials of the previous call if the shapes agree. It helps if
+            the clouds move slowly between calls, as in a gradient flow, and not with fresh
+            minibatches. It changes results only within ``tol``.
         kwargs: the other keyword arguments of the function.
     """
 
@@ -66,25 +81,25 @@ class SinkhornLoss(_PairLoss):
     """
 
     combination = losses.LOSS
+    options_refused = ("symmetric",)
 
 
 class MinibatchEnergyDistance(_Loss):
     """:func:`otloss.minibatch_energy_distance` as a module, called with x1, x2, y1, y2.
 
-    Arguments as :class:`SinkhornDivergence`, with the function's defaults.
+    Arguments as :class:`SinkhornDivergence`; defaults as :func:`otloss.minibatch_energy_distance`.
     """
+
+    options_refused = ("symmetric", "unbalanced")
 
     def __init__(
         self, eps: float, *, warm_start: bool = False, **kwargs: Unpack[LossOptions]
     ) -> None:
-        if "unbalanced" in kwargs:
-            raise TypeError("MinibatchEnergyDistance takes no argument unbalanced")
         options: LossOptions = {**losses.MINIBATCH_DEFAULTS, **kwargs}
         super().__init__(eps, warm_start=warm_start, **options)
 
     def forward(self, x1: Tensor, x2: Tensor, y1: Tensor, y2: Tensor) -> Tensor:
-        clouds = {"x1": x1, "x2": x2, "y1": y1, "y2": y2}
-        return losses.combine(clouds, {}, losses.MINIBATCH, self.options, self.memory)
+        return self.combine({"x1": x1, "x2": x2, "y1": y1, "y2": y2}, {}, losses.MINIBATCH)
 
 
 class EnergyDistance(nn.Module):

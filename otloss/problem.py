@@ -13,27 +13,22 @@ from otloss.autograd import CostMatrices
 from otloss.costs import COSTS, Cost
 from otloss.reference.operations import as_pairs
 
-__all__ = ["Problem", "as_weights", "build_costs", "check_clouds", "compute_dtype", "cost_matrix"]
+__all__ = ["Problem", "as_weights", "build_costs", "check_clouds", "cost_matrix", "hide_padding"]
 
 
 @dataclass
 class Problem:
-    """Checked clouds or cost matrices with their weights, batched, in the dtype computed in."""
+    """Checked clouds or cost matrices with their weights, batched."""
 
     names: tuple[str, ...]
-    points: tuple[Tensor, ...]  # (n, d) or (B, n, d) as given, or empty: costs are given
-    weights: tuple[Tensor, ...]  # (B, n) each
+    points: tuple[Tensor, ...]  # (n, d) or (B, n, d), or empty: costs are given
+    weights: tuple[Tensor, ...]  # (B, n) each, in the dtype of the computation
     padded: bool  # some weight may be 0
     batched: bool
 
 
-def compute_dtype(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
-
-
-def as_weights(w: Tensor | None, like: Tensor, n: int) -> Tensor:
+def as_weights(w: Tensor | None, like: Tensor, n: int, dtype: torch.dtype) -> Tensor:
     """(B, n) weights, uniform if none were given."""
-    dtype = compute_dtype(like)
     if w is None:
         batch = like.shape[0] if like.dim() == 3 else 1
         return torch.full((batch, n), 1.0 / n, dtype=dtype, device=like.device)
@@ -52,10 +47,13 @@ def check_clouds(
         if w is not None:
             _check.weights(name, w, tuple(x.shape[:-1]), cloud, x)
     values = [w for _, w in given] + [None] * (len(points) - len(given))
-    ready = tuple(as_weights(w, x, x.shape[-2]) for w, x in zip(values, points, strict=True))
+    dtype = _check.compute_dtype(*points, *(w for w in values if w is not None))
+    ready = tuple(as_weights(w, x, x.shape[-2], dtype) for w, x in zip(values, points, strict=True))
     padded = any(w is not None for w in values)
     if padded and balanced:
-        _check.same_mass(ready[0], ready[1], points[0].dtype)
+        _check.same_mass(ready[0], ready[1], values)
+    # Half precision is left as it is: operations convert it, and their gradients go back to it.
+    points = tuple(x if _check.compute_dtype(x) == dtype else x.to(dtype) for x in points)
     return Problem(names, points, ready, padded, points[0].dim() == 3)
 
 
@@ -66,29 +64,51 @@ def build_costs(problem: Problem, pairs: list[int], cost: Cost, method: str) -> 
         weights = problem.weights if problem.padded else ()
         return CostMatrices.apply(pairs, COSTS[cost], method, len(points), *points, *weights)
     weights = problem.weights
+    ready = [_ready(x, w, problem.padded) for x, w in zip(points, weights, strict=True)]
     return tuple(
-        hide_padding(problem, _call_cost(cost, points[i], points[j]), weights[i], weights[j])
+        hide_padding(problem, _call_cost(cost, ready[i], ready[j]), weights[i], weights[j])
         for i, j in as_pairs(pairs)
     )
 
 
 def hide_padding(problem: Problem, C: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """C (B, n, m) with 0 for points of weight 0, where anything may stand."""
-    if not problem.padded or (_check.readable(a) and bool((a > 0).all()) and bool((b > 0).all())):
+    """C (B, n, m) with 0 in rows and columns of weight 0, whatever they hold, even NaN."""
+    if not problem.padded or (_all_positive(a) and _all_positive(b)):
         return C
     return torch.where((a.unsqueeze(-1) > 0) & (b.unsqueeze(-2) > 0), C, 0.0)
 
 
+def _all_positive(w: Tensor) -> bool:
+    """Whether there is no padding, as far as is known without stalling a device."""
+    return _check.readable(w) and bool((w > 0).all())
+
+
+def _ready(x: Tensor, w: Tensor, padded: bool) -> Tensor:
+    """What a cost function gets: points in the dtype of the weights, and for padding a real point.
+
+    Its costs are hidden afterwards, and their derivatives are those of costs that count: finite.
+    """
+    x = x.to(w.dtype)
+    if padded and not _all_positive(w):
+        batched = x if x.dim() == 3 else x.unsqueeze(0)
+        index = w.argmax(-1, keepdim=True).unsqueeze(-1)
+        real = batched.take_along_dim(index, dim=1).detach()
+        x = torch.where(w.unsqueeze(-1) > 0, batched, real).view_as(x)
+    if x.requires_grad and _check.readable(x):
+        x = x.view_as(x)  # the hook is this call's, not the caller's tensor's
+        x.register_hook(_check.finite_gradient)
+    return x
+
+
 def _call_cost(cost: Any, x: Tensor, y: Tensor) -> Tensor:
-    dtype = compute_dtype(x)
-    C = cost(x.to(dtype), y.to(dtype))
+    C = cost(x, y)
     expected = (*x.shape[:-1], y.shape[-2])
     if not isinstance(C, Tensor) or tuple(C.shape) != expected:
         raise ValueError(
             f"cost must return a tensor of shape {expected} for clouds of shapes "
             f"{tuple(x.shape)} and {tuple(y.shape)}, got {_check.describe(C)}"
         )
-    return C.to(dtype).reshape(-1, *C.shape[-2:])
+    return C.to(x.dtype).reshape(-1, *C.shape[-2:])
 
 
 def cost_matrix(x: Tensor, y: Tensor, cost: Cost = "sqeuclidean") -> Tensor:

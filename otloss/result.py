@@ -1,4 +1,4 @@
-"""The result of one solve, that tells everything."""
+"""The solution of one OT problem and everything that follows from it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from otloss import _check, method, ops, reference
+from otloss import _check, ops, reference
 from otloss._options import Options
-from otloss.problem import Problem, as_weights, build_costs, compute_dtype
+from otloss.certificate import Dual, duality_gap
+from otloss.method import in_blocks
+from otloss.problem import Problem, as_weights, build_costs
+from otloss.status import warn_not_converged
 
 __all__ = ["OTResult", "Solved"]
 
@@ -27,15 +29,17 @@ class Solved:
 
 
 class OTResult:
-    """One solved OT problem: its value, potentials, plan and how well it converged.
+    """The solution of one OT problem: value, potentials, plan, convergence.
 
-    Shapes are those of the problem: with a batch every quantity has a leading ``B``. The tensors
-    are differentiable where the gradient is defined; see ``backward`` in :func:`otloss.solve`.
+    With a batch every quantity has a leading dimension ``B``; numbers of a single problem are
+    Python numbers, inside a compiled function 0-d tensors. All tensors are differentiable;
+    ``backward`` in :func:`otloss.solve` says how. What is computed on demand reads the tensors that
+    the solve was given, and raises a RuntimeError if one has been changed in place since.
 
     Attributes:
         value: ``OT_eps`` or, with ``objective="transport"``, ``<P, C>``; () or (B,).
-        potentials: ``(f, g)``, (n,) and (m,), the plan being
-            ``P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps)``, unbalanced or not. Points of weight 0
+        potentials: ``(f, g)``, (n,) and (m,). They give the plan
+            ``P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps)``, balanced or not. Points of weight 0
             have potential 0.
     """
 
@@ -45,13 +49,17 @@ class OTResult:
         cost: Tensor | None,
         options: Options,
         solved: Solved,
-        system: list[Tensor],
+        system: list[Tensor] | None,
         *,
         dense: bool,
     ) -> None:
         self._problem, self._given_cost, self._options = problem, cost, options
+        self._kept_cost: Tensor | None = cost
+        self._kept_plan: Tensor | None = None
         self._dense = dense
         self._status, self._system = solved.status[0], system
+        self._reported = _check.readable(self._status)
+        self._versions = _versions(problem, cost)
         self._a, self._b = problem.weights[0], problem.weights[1]
         self._f, self._g = solved.f[0], solved.g[0]
         self.value = solved.loss
@@ -60,37 +68,57 @@ class OTResult:
     def _out(self, t: Tensor) -> Tensor:
         return t if self._problem.batched else t[0]
 
-    @functools.cached_property
+    def _check_unchanged(self) -> None:
+        for name, tensor, version in self._versions:
+            if tensor._version != version:
+                raise RuntimeError(
+                    f"{name} was changed in place after the solve, so that nothing more can be "
+                    "computed from this result: give the solve a copy, or read the result before"
+                )
+
+    # Not cached_property, whose lock torch.compile cannot trace.
+
+    @property
     def _cost(self) -> Tensor:
         """The cost matrix (B, n, m); from points it is made when first needed."""
-        if self._given_cost is not None:
-            return self._given_cost
-        return build_costs(self._problem, [0, 1], self._options.cost, self._options.method)[0]
+        self._check_unchanged()
+        if self._kept_cost is None:
+            o = self._options
+            self._kept_cost = build_costs(self._problem, [0, 1], o.cost, o.method)[0]
+        return self._kept_cost
 
-    @functools.cached_property
+    @property
     def _plan(self) -> Tensor:
-        return reference.plan(self._options.eps, self._cost, self._f, self._g, self._a, self._b)
+        if self._kept_plan is None:
+            eps, C = self._options.eps, self._cost
+            self._kept_plan = reference.plan(eps, C, self._f, self._g, self._a, self._b)
+        return self._kept_plan
 
     @property
     def plan(self) -> Tensor:
-        """The transport plan P, (n, m), made when first asked for."""
+        """The transport plan P, (n, m), computed at first use."""
         return self._out(self._plan)
 
     def _over_rows(self, function: Callable[..., tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
-        """``function(rows, P, C)`` of the plan's rows: all at once where matrices are kept,
-        otherwise a block at a time, made from the points, and again for the gradient."""
-        if self._dense or "_plan" in self.__dict__:
+        """``function(rows, P, C)``, once if matrices are stored; after a streamed solve once per
+        block of rows, computed from the points and recomputed for the gradient."""
+        self._check_unchanged()
+        if self._dense or self._kept_plan is not None:
             return [function(slice(None), self._plan, self._cost)]
-        x, y = self._problem.points
 
         def of_block(rows: slice) -> tuple[Tensor, ...]:
-            a, f = self._a[:, rows].contiguous(), self._f[:, rows]
-            clouds = replace(self._problem, points=(x[..., rows, :], y), weights=(a, self._b))
-            (C,) = build_costs(clouds, [0, 1], self._options.cost, self._options.method)
-            P = reference.plan(self._options.eps, C, f, self._g, a, self._b)
+            C = self._cost_rows(self._problem, rows)
+            P = reference.plan(
+                self._options.eps, C, self._f[:, rows], self._g, self._a[:, rows], self._b
+            )
             return function(rows, P, C)
 
-        return _in_blocks(of_block, self._a.shape[1], self._b)
+        return in_blocks(of_block, self._a.shape[1], self._b)
+
+    def _cost_rows(self, problem: Problem, rows: slice) -> Tensor:
+        (x, y), (a, b) = problem.points, problem.weights
+        block = replace(problem, points=(x[..., rows, :], y), weights=(a[:, rows].contiguous(), b))
+        return build_costs(block, [0, 1], self._options.cost, self._options.method)[0]
 
     @property
     def value_linear(self) -> Tensor:
@@ -112,24 +140,31 @@ class OTResult:
         rows, columns = self._sums()
         return self._out(rows), self._out(columns)
 
-    def _status_field(self, field: int) -> Any:
-        column = self._status[:, field]
-        return column if self._problem.batched else column[0].item()
+    def _number(self, t: Tensor) -> Any:
+        """(B,) of a batch, else a Python number or, in a traced graph, a 0-d tensor."""
+        if self._problem.batched:
+            return t
+        return t[0] if torch.compiler.is_compiling() else t[0].item()
+
+    def _status_field(self, field: int) -> Tensor:
+        if not self._reported and not torch.compiler.is_compiling():
+            self._reported = True  # the first reading of what the solve left on its device
+            warn_not_converged(self._options, self._status)
+        return self._status[:, field]
 
     @property
     def n_iters(self) -> Any:
-        """Iterations that ran: an int, or (B,) for a batch. With ``tol``, readings of all pairs:
-        sweeps, and on a CPU searches for the plan's large entries."""
-        count = self._status_field(ops.ITERATIONS)
-        return count.long() if self._problem.batched else int(count)
+        """Iterations that ran, an int or (B,). With ``tol``: sweeps over all pairs, where a search
+        for large entries of the plan (CPU) counts as one."""
+        return self._number(self._status_field(ops.ITERATIONS).long())
 
     @property
     def marginal_error(self) -> Any:
-        """L1 distance of the plan's marginals to a and b, the larger, over the total mass.
+        """L1 distance between the plan's marginals and the target marginals, divided by their mass;
+        the larger of the two sides, a float or (B,).
 
-        With ``unbalanced`` to those that the optimality conditions ask for, ``a exp(-f / rho_x)``
-        and ``b exp(-g / rho_y)``, each over its own mass. Computed from the plan that is returned;
-        a float, or (B,) for a batch.
+        Targets are a and b, or with ``unbalanced`` ``a exp(-f / rho_x)`` and ``b exp(-g / rho_y)``.
+        Computed from the potentials returned.
         """
         rows, columns = self._sums()  # a plan that is kept is kept with its graph
         with torch.no_grad():
@@ -137,35 +172,73 @@ class OTResult:
             b = self._b * reference.share(self._g, self._options.rho_y)
             row = (rows - a).abs().sum(-1)
             column = (columns - b).abs().sum(-1)
-            # A plan that underflows has the marginals that are asked of it: 0.
+            # If the plan underflows, both it and its target marginals are 0: no error.
             limits = torch.finfo(a.dtype)
             least = limits.tiny / limits.eps
             error = torch.maximum(
                 row / a.sum(-1).clamp(min=least), column / b.sum(-1).clamp(min=least)
             )
-        return error if self._problem.batched else error[0].item()
+        return self._number(error)
+
+    @property
+    def duality_gap(self) -> Any:
+        """A bound on the error of ``value``: ``|value - OT_eps|`` is at most this, a float or (B,).
+
+        It is the primal value of a feasible plan P' minus the dual value of ``potentials``::
+
+            eps KL(P'|P) + rho_x KL(P' 1 | a exp(-f/rho_x)) + rho_y KL(P'^T 1 | b exp(-g/rho_y))
+
+        where a constraint has no term and ``KL(p|q) = sum p log(p/q) - p + q``. P' is the plan P
+        with the rows and columns scaled down that have too much, and a plan of rank 1 for what they
+        lack. If rounding moved ``value`` out of the interval between dual and primal, the bound is
+        wider by that. With ``objective="transport"`` it is for the regularized value.
+
+        Computed on demand by two readings of the costs in float64, in blocks of rows, and without a
+        gradient. See docs/math.md.
+        """
+        self._check_unchanged()
+        o = self._options
+        a, b, f, g = (t.detach().double() for t in (self._a, self._b, self._f, self._g))
+        if o.balanced():  # totals that differ by rounding
+            b = b * (a.sum(-1, keepdim=True) / b.sum(-1, keepdim=True))
+        clouds = tuple(x.detach().double() for x in self._problem.points)
+        problem = replace(self._problem, points=clouds, weights=(a, b))
+
+        def blocks(function: Callable[[slice, Tensor], tuple[Tensor, ...]]) -> Any:
+            def of_block(rows: slice) -> tuple[Tensor, ...]:
+                given = self._given_cost
+                C = self._cost_rows(problem, rows) if given is None else given[:, rows].double()
+                return function(rows, C)
+
+            return in_blocks(of_block, a.shape[1], b)
+
+        with torch.no_grad():
+            value = self.value.reshape(-1) if o.objective == "regularized" else None
+            gap = duality_gap(Dual(a, b, f, g, o.eps, o.rho_x, o.rho_y), value, blocks)
+        return self._number(gap)
 
     @property
     def converged(self) -> Any:
-        """Whether the marginal error came below ``tol``: a bool, or (B,) for a batch."""
-        flag = self._status_field(ops.CONVERGED)
-        return flag.bool() if self._problem.batched else bool(flag)
+        """Whether the solver stopped because the marginal error was at most ``tol``: a bool, or
+        (B,).
+
+        On CUDA the first reading of this or ``n_iters`` gives the :class:`ConvergenceWarning`.
+        """
+        return self._number(self._status_field(ops.CONVERGED).bool())
 
     @property
     def linear_system(self) -> tuple[Any, Any] | None:
         """Iterations and relative residual of the last implicit backward pass, as (int, float) or
-        (B,) each; None before one that had to solve a linear system. A residual above 1e-6
+        (B,) each; None until a backward pass has solved a linear system. A residual above 1e-6
         (float64) or 1e-4 (float32) also warns."""
         if not self._system:
             return None
         iterations, residual = self._system[0][0].unbind(-1)
-        if self._problem.batched:
-            return iterations.long(), residual
-        return int(iterations.item()), residual.item()
+        return self._number(iterations.long()), self._number(residual)
 
     def explain(self) -> str:
-        """How the problem was solved, in words: the method and, on a GPU, what the cost model of
-        docs/performance-notes.md chose for it."""
+        """How the problem was solved: the method and, on a GPU, the launch layout that the cost
+        model chose (docs/performance-notes.md)."""
         where = self._a.device
         how = self._options.method
         if how != "reference":
@@ -179,7 +252,7 @@ class OTResult:
     def apply(self, v: Tensor, axis: int = 1) -> Tensor:
         """``P @ v`` for ``axis=1`` (v has m rows), ``P.T @ v`` for ``axis=0`` (v has n rows).
 
-        After a streamed solve the plan is made a few rows at a time and never stored.
+        After a streamed solve rows of the plan are computed in blocks and not stored.
         """
         if axis not in (0, 1):
             raise ValueError(f"axis must be 0 or 1, got {axis!r}")
@@ -200,9 +273,10 @@ class OTResult:
         return out.squeeze(-1) if vector else out
 
     def barycentric_map(self) -> Tensor:
-        """Where each x_i goes on average: rows of ``P y / a``, (n, d); 0 for points of weight 0.
+        """Mean of the points that x_i is transported to, rows of ``P y / a``, (n, d); 0 for points
+        of weight 0.
 
-        With ``unbalanced``, where the part of x_i goes that is transported: ``P y / P 1``.
+        With ``unbalanced`` the mean over the mass transported, ``P y / P 1``.
         """
         y = self._need_points("barycentric_map")[1]
         image = self.apply(y)
@@ -213,23 +287,24 @@ class OTResult:
     def extend(self, x_new: Tensor) -> Tensor:
         """f on new points, (k,): ``-eps log sum_j b_j exp((g_j - c(x_new, y_j)) / eps)``.
 
-        With ``unbalanced`` times ``rho_x / (rho_x + eps)``, as f is.
+        With ``unbalanced`` multiplied by ``rho_x / (rho_x + eps)``, like f.
         """
+        self._check_unchanged()
         y = self._need_points("extend")[1]
         x_new = _check.points("x_new", x_new)
         _check.same_space("y", y, "x_new", x_new)
-        dtype, eps = compute_dtype(y), self._options.eps
+        dtype, eps = self._a.dtype, self._options.eps
         factor = reference.damping(self._options.rho_x, eps)
 
         def of_block(rows: slice) -> tuple[Tensor, ...]:
             new = x_new[..., rows, :]
-            weights = (as_weights(None, new, new.shape[-2]), self._b)
-            clouds = Problem(("x_new", "y"), (new, y), weights, True, False)
+            weights = (as_weights(None, new, new.shape[-2], dtype), self._b)
+            clouds = Problem(("x_new", "y"), (new.to(dtype), y), weights, True, False)
             (C,) = build_costs(clouds, [0, 1], self._options.cost, self._options.method)
-            return (factor * reference.softmin(eps, C.to(dtype), self._g, self._b),)
+            return (factor * reference.softmin(eps, C, self._g, self._b),)
 
         count = x_new.shape[-2]
-        parts = [of_block(slice(None))] if self._dense else _in_blocks(of_block, count, self._b)
+        parts = [of_block(slice(None))] if self._dense else in_blocks(of_block, count, self._b)
         return self._out(torch.cat([part for (part,) in parts], -1))
 
     def _need_points(self, name: str) -> tuple[Tensor, ...]:
@@ -243,17 +318,13 @@ class OTResult:
         return f"OTResult({shape}, eps={self._options.eps:g}, cost={self._options.cost!r})"
 
 
-def _in_blocks(
-    of_block: Callable[[slice], tuple[Tensor, ...]], count: int, across: Tensor
-) -> list[tuple[Tensor, ...]]:
-    """``of_block(rows)`` for ``count`` rows over ``across`` (B, m), some at a time. What is made on
-    the way is not kept for the gradient but made again.
-    """
-    step = -(-method.BLOCK_BYTES // (across.numel() * across.element_size()))
-    blocks = [slice(i, min(i + step, count)) for i in range(0, count, step)]
-    if not torch.is_grad_enabled():
-        return [of_block(rows) for rows in blocks]
-    return [checkpoint(of_block, rows, use_reentrant=False) for rows in blocks]
+def _versions(problem: Problem, cost: Tensor | None) -> list[tuple[str, Tensor, int]]:
+    """The caller's tensors, under their names, and how often they have been changed in place."""
+    named = [*zip(problem.names, problem.points, strict=True)]
+    named += zip(("a", "b"), problem.weights, strict=True)
+    named += [] if cost is None else [("C", cost)]
+    tracked = not torch.compiler.is_compiling()
+    return [(k, t, t._version) for k, t in named if tracked and not t.is_inference()]
 
 
 def _total(parts: Iterable[Tensor]) -> Tensor:

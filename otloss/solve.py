@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from otloss import _check, ops
+from otloss import _check, status
 from otloss._options import Options, Unbalanced, check_options
 from otloss.autograd import Settings, Solve
 from otloss.costs import Cost
@@ -19,12 +19,11 @@ from otloss.problem import (
     as_weights,
     build_costs,
     check_clouds,
-    compute_dtype,
     hide_padding,
 )
 from otloss.result import OTResult, Solved
 
-__all__ = ["run", "solve", "solve_sample"]
+__all__ = ["report", "run", "solve", "solve_sample"]
 
 
 def run(
@@ -39,9 +38,10 @@ def run(
     dense: bool = True,
     system: list[Tensor] | None = None,
 ) -> Solved:
-    """Solves all pairs and adds their values up.
+    """Solves all pairs and returns the weighted sum of their values.
 
-    ``costs``: None to work on the points, with or without (``dense``) storing cost matrices.
+    ``costs``: given matrices, or None to compute costs from the points; ``dense`` says whether they
+    are stored.
     ``potentials``: whether f and g are wanted as differentiable outputs.
     ``system``: receives the status of the linear system when an implicit gradient is taken.
     """
@@ -63,27 +63,30 @@ def run(
     )
     costs, points = ((), problem.points) if costs is None else (tuple(costs), ())
     sizes = [len(costs), len(points), len(problem.weights), len(init)]
-    loss, status, *rest = Solve.apply(settings, sizes, *costs, *points, *problem.weights, *init)
-    if _check.readable(status):
-        _report(problem, costs, options, status)
+    loss, how, *rest = Solve.apply(settings, sizes, *costs, *points, *problem.weights, *init)
     half = len(rest) // 2
-    return Solved(loss, status, tuple(rest[:half]), tuple(rest[half:]))
+    return Solved(loss, how, tuple(rest[:half]), tuple(rest[half:]))
 
 
-def _report(problem: Problem, costs: Sequence[Tensor], options: Options, status: Tensor) -> None:
-    """Raises on data that could not be solved, warns where the solver did not converge."""
-    rows = [row for batch in status.tolist() for row in batch]
-    worst = max(rows, key=lambda row: row[ops.ERROR] if row[ops.ERROR] >= 0 else math.inf)
-    max_cost = max((row[ops.MAX_COST] for row in rows), key=lambda c: c if c >= 0 else math.inf)
-    if not math.isfinite(max_cost):
+def report(problem: Problem, costs: Sequence[Tensor], options: Options, solved: Solved) -> None:
+    """Raises for costs that are not finite or overflow; warns if the solver did not converge.
+
+    Where data is not read, the status is kept for :func:`otloss.last_status` only.
+    """
+    status.record(solved.status)
+    if not _check.readable(solved.status):
+        return
+    dtype, largest = problem.weights[0].dtype, status.max_cost(solved.status)
+    if not math.isfinite(largest):
         for name, x in zip(problem.names, problem.points, strict=False):
             _check.finite(name, x)
         for C in costs:
             _check.finite("C" if not problem.points else "the cost matrix", C)
-        raise ValueError(f"costs overflow {problem.weights[0].dtype}: scale the data down")
-    _check.resolution(options.eps, max_cost, problem.weights[0].dtype)
-    if options.n_iters < 0 and not worst[ops.CONVERGED]:
-        _check.not_converged(options, int(worst[ops.ITERATIONS]), worst[ops.ERROR], max_cost)
+        raise ValueError(f"costs overflow {dtype}: scale the data down")
+    _check.resolution(options.eps, largest, dtype)
+    if not math.isfinite(float(solved.loss.detach().sum())):
+        raise ValueError(f"sums of costs up to {largest:.3g} overflow {dtype}: scale the data down")
+    status.warn_not_converged(options, solved.status)
 
 
 # ---------------------------------------------------------------------------------- public calls
@@ -159,12 +162,13 @@ def solve(
     for name, w, size in (("a", a, n), ("b", b, m)):
         if w is not None:
             _check.weights(name, w, (*C.shape[:-2], size), "C", C)
-    weights = (as_weights(a, C, n), as_weights(b, C, m))
+    dtype = _check.compute_dtype(C, *(w for w in (a, b) if w is not None))
+    weights = (as_weights(a, C, n, dtype), as_weights(b, C, m, dtype))
     padded = a is not None or b is not None
     if padded and options.balanced():
-        _check.same_mass(*weights, C.dtype)
+        _check.same_mass(*weights, (a, b))
     problem = Problem((), (), weights, padded, C.dim() == 3)
-    costs = (hide_padding(problem, C.to(compute_dtype(C)).reshape(-1, n, m), *weights),)
+    costs = (hide_padding(problem, C.to(dtype).reshape(-1, n, m), *weights),)
     return _solve_one(problem, costs, options, init)
 
 
@@ -230,10 +234,12 @@ def _solve_one(
             weights=tuple(w.detach() for w in problem.weights),
         )
     start = _initial_potentials(init, problem)
-    system: list[Tensor] = []
+    # A traced graph cannot change a list from its backward pass.
+    system: list[Tensor] | None = None if torch.compiler.is_compiling() else []
     solved = run(
         problem, costs, [0, 1], [1.0], options, start, potentials=True, dense=dense, system=system
     )
+    report(problem, costs or (), options, solved)
     return OTResult(problem, costs[0] if costs else None, options, solved, system, dense=dense)
 
 

@@ -51,6 +51,7 @@ OPTIONS = [
     ({"tol": 0}, ValueError, r"tol must be finite and > 0, got 0"),
     ({"tol": "x"}, TypeError, r"tol must be a number, got str"),
     ({"max_iters": 0}, ValueError, r"max_iters must be at least 1, got 0"),
+    ({"max_iters": 2**63}, ValueError, r"max_iters must be less than 2\*\*63, got 9223372036854"),
     ({"max_iters": 2.5}, TypeError, r"max_iters must be an integer, got float: 2.5"),
     ({"n_iters": 0}, ValueError, r"n_iters must be at least 1, got 0"),
     ({"n_iters": True}, TypeError, r"n_iters must be an integer, got bool"),
@@ -69,6 +70,15 @@ def test_options(function, option, kind, message):
         function(X, Y, EPS, **option)
 
 
+@every_function
+@pytest.mark.parametrize(
+    "option", [{"eps": 10**400}, {"eps": 1.0, "tol": 10**400}], ids=["eps", "tol"]
+)
+def test_integers_beyond_floats(function, option):
+    with pytest.raises(ValueError, match=r"must be finite and > 0, got more than 1.8e308"):
+        function(X, Y, **option)
+
+
 @pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "solve"])
 def test_precision(name):
     message = r"precision must be one of 'float32', 'tf32', got 'bf16'"
@@ -84,6 +94,7 @@ def test_precision(name):
         ("x", TypeError, r"unbalanced must be a number, got str"),
         ((1.0, 2.0, 3.0), ValueError, r"one number or a pair \(rho_x, rho_y\)"),
         ((1.0, -2.0), ValueError, r"unbalanced must be finite and > 0, got -2.0"),
+        (math.inf, ValueError, r"got inf; None makes the marginal a constraint"),
     ],
     ids=str,
 )
@@ -156,8 +167,12 @@ CLOUDS = [
     (X.numpy(), Y, TypeError, r"x must be a torch.Tensor, got ndarray"),
     (X, [[0.0]], TypeError, r"y must be a torch.Tensor, got list"),
     (X, None, TypeError, r"y must be a torch.Tensor, got NoneType"),
-    (X, Y.double(), ValueError, r"x and y must have one dtype, got torch.float32 and .*float64"),
-    (X.half(), Y, ValueError, r"x and y must have one dtype, got torch.float16 and .*float32"),
+    (
+        torch.nested.nested_tensor([X, Y], layout=torch.jagged),
+        Y.expand(2, 5, 3),
+        TypeError,
+        r"x must be a dense tensor, got a nested one: pad",
+    ),
     (X, Y.to("meta"), ValueError, r"x and y must be on one device, got cpu and meta"),
 ]
 
@@ -196,7 +211,6 @@ WEIGHTS = [
     (2 * A, B, ValueError, r"same total mass for balanced transport, got .*2.*1.*normalise"),
     (A, None, None, r""),
     (3 * A, None, ValueError, r"same total mass for balanced transport"),
-    (A.double(), B, ValueError, r"must have one dtype, got torch.float32 and torch.float64"),
     (A.to("meta"), B, ValueError, r"must be on one device, got cpu and meta"),
     (A.long(), B, TypeError, r"a must be a floating-point tensor"),
     ([0.25] * 4, B, TypeError, r"a must be a torch.Tensor, got list"),
@@ -236,7 +250,11 @@ def test_weights_of_a_batch():
         (torch.zeros(2, 2).int(), TypeError, r"C must be a floating-point tensor"),
         ([[0.0]], TypeError, r"C must be a torch.Tensor, got list"),
         (torch.tensor([[0.0, NAN]]), ValueError, r"C must be finite.*is nan; 1 of 2 values"),
-        (torch.tensor([[0.0, INF]]), ValueError, r"C must be finite.*is inf; 1 of 2 values"),
+        (
+            torch.tensor([[0.0, INF]]),
+            ValueError,
+            r"C must be finite.*is inf; 1 of 2 values.*forbidden by a cost some 100 eps above",
+        ),
     ],
     ids=["shape", "empty", "integer", "list", "nan", "inf"],
 )
@@ -292,6 +310,31 @@ def test_costs_that_overflow(cost, method):
         otloss.sinkhorn_loss(1e30 * (X + 1), -1e30 * Y, EPS, cost=cost, method=method)
 
 
+@pytest.mark.parametrize("scale", [1e80, 1e100, 1e150])
+@pytest.mark.parametrize("method", ["dense", "streamed"])
+def test_sums_that_overflow(method, scale, rng):
+    """The costs are finite, what the solver makes of them is not."""
+    x, y = scale * randn(rng, 5, 3), scale * randn(rng, 6, 3)
+    with pytest.raises(ValueError, match=r"sums of costs up to .* overflow torch.float64: scale"):
+        otloss.sinkhorn_loss(x, y, 0.1 * scale**2, method=method)
+
+
+def test_a_mask_of_large_costs():
+    """The message names a mask that works, and it does."""
+    C, mask = torch.rand(3, 3), 1 - torch.eye(3)
+    with pytest.raises(ValueError, match=r"If large costs forbid pairs, .*at most 2.1e\+05"):
+        otloss.solve(C + 1e9 * mask, 0.1)
+    plan = otloss.solve(C + 11 * mask, 0.1).plan
+    torch.testing.assert_close(plan, torch.eye(3) / 3, rtol=0, atol=1e-6)
+
+
+def test_batched_gradients_are_refused(rng):
+    x = randn(rng, 4, 3).requires_grad_()
+    loss = otloss.sinkhorn_divergence(x, randn(rng, 5, 3), 0.5).expand(3)
+    with pytest.raises(NotImplementedError, match=r"with is_grads_batched=True.* one at a time"):
+        torch.autograd.grad(loss, x, torch.eye(3).double(), is_grads_batched=True)
+
+
 def test_callable_cost_that_is_not_finite():
     with pytest.raises(ValueError, match=r"cost matrix must be finite.*20 of 20 values"):
         otloss.sinkhorn_loss(X, Y, EPS, cost=lambda x, y: torch.cdist(x, y) / 0)
@@ -314,7 +357,7 @@ def test_eps_that_the_dtype_cannot_resolve(method):
 def test_convergence_warning(method, rng):
     """It says what was reached, what was asked, and what to change; the result says so too."""
     x, y = randn(rng, 50, 2), randn(rng, 40, 2)
-    message = r"stopped after 3 iterations at a marginal error of .*above tol=1e-09.*Raise max_iters \(3\), eps \(0.05; costs are up to .*\) or tol"  # noqa: E501
+    message = r"stopped after 3 iterations at a marginal error of .*above tol=1e-09.*Raise max_iters \(now 3\), eps \(now 0.05; the largest cost is .*\) or tol"  # noqa: E501
     with pytest.warns(otloss.ConvergenceWarning, match=message) as caught:
         otloss.sinkhorn_divergence(x, y, 0.05, tol=1e-9, max_iters=3, method=method)
     assert len(caught) == 1

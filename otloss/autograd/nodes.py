@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from otloss import _check, ops
 from otloss import method as methods
-from otloss import ops
 from otloss.autograd.first_order import (
     Inputs,
     Seeds,
@@ -52,6 +52,7 @@ class CostMatrices(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_costs: Tensor | None) -> Any:
+        _check.not_batched(grad_costs)
         saved = ctx.saved_tensors
         tensors, costs = saved[: len(saved) - len(grad_costs)], saved[-len(grad_costs) :]
         inputs, weights = tensors[: ctx.clouds], list(tensors[ctx.clouds :])
@@ -134,6 +135,7 @@ class Solve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, _: None, *grad_potentials: Any) -> Any:
+        _check.not_batched((grad_loss, *grad_potentials))
         s, needed, saved = ctx.settings, ctx.needs_input_grad[2:], ctx.saved_tensors
         result: list[Tensor | None] = [None] * len(needed)
         given, points, weights, *_ = ctx.sizes

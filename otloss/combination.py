@@ -1,0 +1,144 @@
+"""A loss as a weighted sum of OT values over pairs of clouds, all solved in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from otloss import _check
+from otloss._options import Options
+from otloss.method import streams
+from otloss.problem import Problem, build_costs, check_clouds
+from otloss.reference.operations import as_pairs
+from otloss.result import Solved
+from otloss.solve import report, run
+
+__all__ = ["Combination", "Memory", "combine"]
+
+
+class Combination(NamedTuple):
+    """A loss: the sum of coefficient * OT over pairs of clouds, flat ``[i0, j0, i1, j1, ...]``."""
+
+    pairs: list[int]
+    coefficients: list[float]
+    # of eps (sum a - sum b)^2, added where the regularized problems are unbalanced
+    mass_term: float = 0.0
+
+
+@dataclass
+class Memory:
+    """Potentials of the last call, to start the next one from."""
+
+    potentials: list[Tensor] = field(default_factory=list)
+
+    def start(self, problem: Problem, pairs: list[int]) -> list[Tensor]:
+        """f and g of each pair, or [] if a shape, dtype or device has changed."""
+        sides = [problem.weights[c] for c in pairs]
+        kept = len(self.potentials) == len(sides) and all(
+            v.shape == w.shape and v.dtype == w.dtype and v.device == w.device
+            for v, w in zip(self.potentials, sides, strict=True)
+        )
+        return self.potentials if kept else []
+
+    def keep(self, solved: Solved) -> None:
+        """Copies, so that a step in inference mode leaves tensors that a training step can save.
+
+        Problems that failed start from 0: NaN would stay for ever, and data that is not read
+        (compiled, on CUDA) raises nothing.
+        """
+        self.potentials = []
+        with torch.inference_mode(False):
+            for f, g in zip(solved.f, solved.g, strict=True):
+                finite = (f.isfinite().all(-1) & g.isfinite().all(-1)).unsqueeze(-1)
+                self.potentials += [torch.where(finite, v.detach(), 0.0) for v in (f, g)]
+
+
+def combine(
+    clouds: dict[str, Tensor],
+    weights: dict[str, Tensor | None],
+    combination: Combination,
+    options: Options,
+    memory: Memory | None = None,
+) -> Tensor:
+    """The sum over pairs of coefficient * OT(pair): the common form of all losses here."""
+    problem = check_clouds(clouds, weights, balanced=options.balanced())
+    pairs, coefficients, mass_term = combination
+    dense = not streams(problem.points, problem.weights, pairs, options)
+    named = isinstance(options.cost, str)
+    costs = None if named else build_costs(problem, pairs, options.cost, options.method)
+    init: Sequence[Tensor] = [] if memory is None else memory.start(problem, pairs)
+    if costs is None or _self_problems_are_symmetric(costs, pairs, options):
+        solved = run(problem, costs, pairs, coefficients, options, init, dense=dense)
+    else:
+        solved = _solve_apart(problem, costs, combination, options, init)
+    report(problem, costs or (), options, solved)
+    if memory is not None:
+        memory.keep(solved)
+    loss = solved.loss
+    if mass_term and options.objective == "regularized" and not options.balanced():
+        # `where` gives points of weight 0 a zero gradient.
+        a, b = (torch.where(w > 0, w, 0.0).sum(-1) for w in problem.weights)
+        term = mass_term * options.eps * (a - b).square()
+        loss = loss + (term if problem.batched else term[0])
+    return loss
+
+
+def _self_problems_are_symmetric(
+    costs: Sequence[Tensor], pairs: list[int], options: Options
+) -> bool:
+    """Whether one potential solves the problems of a cloud against itself.
+
+    Where data is not read, a cost function is taken at the caller's word only.
+    """
+    own = [C for C, (i, j) in zip(costs, as_pairs(pairs), strict=True) if i == j]
+    if options.symmetric is not None or not own:
+        return options.symmetric is not False
+    return all(_check.readable(C) and _is_symmetric(C.detach()) for C in own)
+
+
+def _is_symmetric(C: Tensor, block: int = 128) -> bool:
+    """To rounding, or not finite. In blocks, which stay in the cache while they are transposed."""
+    limit = 64 * torch.finfo(C.dtype).eps * float(C.abs().amax())
+    for i in range(0, C.shape[-1], block):
+        rows, columns = C[..., i : i + block, i:], C[..., i:, i : i + block]
+        if float((rows - columns.mT).abs().amax()) > limit:
+            return False
+    return True
+
+
+def _solve_apart(
+    problem: Problem,
+    costs: Sequence[Tensor],
+    combination: Combination,
+    options: Options,
+    init: Sequence[Tensor],
+) -> Solved:
+    """Every pair on its own, a cloud against itself as two clouds: for costs c(x, y) != c(y, x)."""
+    parts = []
+    for p, (i, j) in enumerate(as_pairs(combination.pairs)):
+        of_pair, weights = options, [problem.weights[i], problem.weights[j]]
+        if i == j:
+            # Cloud 0 of a solve is held by rho_x, every other by rho_y: the pair are clouds 1, 2.
+            weights = [problem.weights[1 - i], *weights]
+            if i == 0:
+                of_pair = options._replace(rho_x=options.rho_y, rho_y=options.rho_x)
+        parts.append(
+            run(
+                replace(problem, weights=tuple(weights)),
+                [costs[p]],
+                [1, 2] if i == j else [0, 1],
+                [combination.coefficients[p]],
+                of_pair,
+                init[2 * p : 2 * p + 2],
+            )
+        )
+    return Solved(
+        torch.stack([part.loss for part in parts]).sum(0),
+        torch.cat([part.status for part in parts]),
+        tuple(part.f[0] for part in parts),
+        tuple(part.g[0] for part in parts),
+    )

@@ -1,0 +1,75 @@
+"""How the last loss or solve converged, for callers that get a tensor and no result."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from otloss import _check, ops
+from otloss._options import Options
+
+__all__ = ["Status", "last_status", "max_cost", "record", "warn_not_converged", "worst"]
+
+
+class Status(NamedTuple):
+    """How a call converged: the worst of its problems."""
+
+    n_iters: int
+    marginal_error: float
+    converged: bool
+
+
+class _Last:
+    status: Tensor | None = None  # (P, B, 4) as in otloss.ops
+
+
+_last = _Last()
+
+
+def record(status: Tensor) -> None:
+    """Keeps the status of a call; reads nothing, so that it neither stalls a device nor breaks a
+    traced graph."""
+    if not torch.compiler.is_exporting():  # an exported graph has no side effects
+        _last.status = status
+
+
+def last_status() -> Status:
+    """How the last loss or solve of this process converged: ``n_iters``, ``marginal_error`` and
+    ``converged`` of the worst of its problems, as a named tuple.
+
+    On CUDA, and after a compiled call, no :class:`otloss.ConvergenceWarning` is given, since that
+    would wait for the device. This function reads the status, and waits, when it is called.
+    ``energy_distance``, which solves nothing, and ``otloss.distributed`` do not change it.
+
+    Raises:
+        RuntimeError: nothing has been solved yet.
+    """
+    if _last.status is None:
+        raise RuntimeError("last_status() needs a solve before it: none has run in this process")
+    return worst(_last.status)
+
+
+def worst(status: Tensor) -> Status:
+    """Reads a status, which waits for its device."""
+    rows = status.detach().reshape(-1, status.shape[-1]).tolist()
+    row = max(rows, key=lambda row: (not row[ops.CONVERGED], _or_infinite(row[ops.ERROR])))
+    return Status(int(row[ops.ITERATIONS]), row[ops.ERROR], bool(row[ops.CONVERGED]))
+
+
+def max_cost(status: Tensor) -> float:
+    """The largest cost of a call, infinite where one is not finite."""
+    return max(map(_or_infinite, status[..., ops.MAX_COST].flatten().tolist()))
+
+
+def warn_not_converged(options: Options, status: Tensor) -> None:
+    """Warns if a solve that was to converge did not."""
+    found = worst(status)
+    if options.n_iters < 0 and not found.converged:
+        _check.not_converged(options, found.n_iters, found.marginal_error, max_cost(status))
+
+
+def _or_infinite(value: float) -> float:
+    return value if value >= 0 else math.inf
