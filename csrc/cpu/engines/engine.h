@@ -1,12 +1,23 @@
-// What the solver knows of a problem. A new geometry is a new engine.
+// What the solver knows of a problem: passes over its costs, stored or streamed.
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
+#include "core/step_control.h"
 #include "cpu/engines/rows.h"
 #include "cpu/solve/marginal.h"
 
 namespace otloss::cpu {
+
+// A point of the semidual and what one pass tells about it.
+template <typename T>
+struct SemidualPoint : PointScalars {
+  std::vector<T> g, gt, q;  // q: the plan's column sums over their target
+  std::vector<T> target;    // the target marginal, of the total of b
+
+  SemidualPoint(int64_t m, const T* b) : g(m), gt(m), q(m), target(b, b + m) {}
+};
 
 // F is in units of 1 / k, k = log2(e) / eps, and F before damping: f = x.damping F / k. g and gt
 // are in units of cost. Dampings are 1 unless a marginal is soft.
@@ -15,32 +26,56 @@ class Engine {
  public:
   const Side<T> x, y;  // the two sides: sizes, weights, penalties
 
-  Engine(const Side<T>& x, const Side<T>& y) : x(x), y(y) {}
-  virtual ~Engine() = default;
+  // Of a problem of the group; split: over threads.
+  Engine(const Side<T>& x, const Side<T>& y, const SolveGroup<T>& group, int64_t problem,
+         bool split);
 
   // One pass: F (n,) = softmin over the rows at g (m,), on entry a guess; gt (m,) = softmin over
   // the columns at f; q (m,) = column sums of the plan (f, g) over b.
-  virtual void iterate(double eps, const T* g, T* F, T* gt, T* q) = 0;
+  void iterate(double eps, const T* g, T* F, T* gt, T* q);
 
   // F alone; s (n,) = row sums of the plan before the update, over a.
-  virtual void update_rows(double eps, const T* g, T* F, T* s) = 0;
+  void update_rows(double eps, const T* g, T* F, T* s);
 
   // <P, C> of the plan (F, g).
-  virtual double transport(double eps, const T* F, const T* g) = 0;
+  double transport(double eps, const T* F, const T* g);
 
   // max |C_ij| over points of positive weight or a bound of it, NaN if one is not finite.
-  virtual double max_cost() const = 0;
+  double max_cost() const { return costs_.source().max_cost(x.weight, y.weight); }
 
   // Standard deviation of the double-centred cost on a sample: against eps, how hard the problem
   // is.
-  virtual double sigma() = 0;
+  double sigma();
 
   // Sets g to a start that may be better than 0. False where there is none that takes less time
   // than this number of sweeps.
-  virtual bool propose(double sweeps, double eps, T* g) const = 0;
+  bool propose(double sweeps, double eps, T* g) const;
 
-  // The rows of the cost, for Newton's step; null where an engine does not go by rows.
-  virtual CostBlocks<T>* costs() { return nullptr; }
+  // The rows of the cost, for Newton's step.
+  CostBlocks<T>& costs() { return costs_; }
+
+ private:
+  struct Workspace {            // of one thread
+    BlockVector<T> c;           // (padded m,) column sums of some rows
+    std::vector<double> total;  // (m,) of all its rows
+    BlockVector<T> e;           // (kSweepScratchRows, padded m)
+    double sum = 0;
+  };
+
+  void absorb(double eps, const T* g);
+  void sweep(double eps, int64_t part, int64_t begin, int64_t end, T* F, T* s, T* c);
+  void update_columns(double eps, const T* g, const T* F, const double* c, T* gt, T* q);
+  double least_column_sum(T tilt, const T* F) const;
+  void guarded_columns(double eps, int64_t begin, int64_t end, const T* g, const T* F, T* gt, T* q);
+
+  const int64_t n_, m_;
+  const PointPair<T>& points_;
+  const int64_t problem_;
+  CostBlocks<T> costs_;
+  BlockVector<T> G_;  // (padded m,)
+  std::vector<T> s_;  // (n,)
+  std::vector<Workspace> workspaces_;
+  std::vector<T> columns_;  // a block of columns that was made
 };
 
 }  // namespace otloss::cpu

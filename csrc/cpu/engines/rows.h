@@ -4,30 +4,55 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/parallel.h"
+#include "cpu/cost/points.h"
 #include "cpu/problems.h"
 #include "cpu/simd/blocks.h"
 #include "kernels.h"
 
 namespace otloss::cpu {
 
-// Rows that are stored, or made from points when asked for (streamed.h).
+// Rows that are stored, or streamed: made from prepared points when asked for, each block
+// overwritten by the next, so that nothing of size n x m exists.
 template <typename T>
 class RowSource {
  public:
-  virtual ~RowSource() = default;
+  // Of problem `problem`: stored where there is a C (B, n, m), else made from the points.
+  // symmetric: a cloud against itself.
+  RowSource(int64_t n, int64_t m, const T* C, const PointPair<T>& points, int64_t problem,
+            bool symmetric);
 
-  virtual int64_t at_once() const = 0;  // rows of a block, at most
-  virtual int64_t scratch() const = 0;  // entries that a block may take; 0: rows are stored
+  bool stored() const { return C_ != nullptr; }
+  // Rows of a block, at most.
+  int64_t at_once() const { return C_ ? n_ : rows_at_once(to_.d); }
+  // Entries that a block may take.
+  int64_t scratch() const { return C_ ? 0 : at_once() * m_ + padded<T>(1); }
   // Entries that may be read from the start of row `begin` on.
-  virtual int64_t available(int64_t begin) const = 0;
+  int64_t available(int64_t begin) const { return C_ ? (n_ - begin) * m_ : scratch(); }
   // Rows [begin, begin + count), m apart.
-  virtual const T* rows(int64_t begin, int64_t count, T* scratch) const = 0;
+  const T* rows(int64_t begin, int64_t count, T* scratch) const {
+    if (C_) return C_ + begin * m_;
+    make(begin, count, 0, m_, scratch, m_);
+    return scratch;
+  }
   // Columns [begin, end) of all rows; `stride` is set to the distance of rows.
-  virtual const T* columns(int64_t begin, int64_t end, std::vector<T>& scratch,
-                           int64_t& stride) const = 0;
-  // max |C_ij| over points of positive weight, or a bound of it; NaN if one is not finite.
-  virtual double max_cost(const T* a, const T* b) const = 0;
+  const T* columns(int64_t begin, int64_t end, std::vector<T>& scratch, int64_t& stride) const;
+  // max |C_ij| over points of positive weight, or from points a bound of it; NaN if one is not
+  // finite.
+  double max_cost(const T* a, const T* b) const;
+
+  // Of streamed rows: the points of the columns, and costs whose rows are `stride` apart.
+  const PackedCloud<T>& to() const { return to_; }
+  CostKind kind() const { return kind_; }
+  void make(int64_t row, int64_t count, int64_t begin, int64_t end, T* C, int64_t stride) const {
+    cost_rows(kind_, CostRows<T>{row, count, begin, end, symmetric_, &from_, &to_, C, stride});
+  }
+
+ private:
+  int64_t n_, m_;
+  const T* C_;  // (n, m) or null
+  CostKind kind_;
+  bool symmetric_;
+  PackedCloud<T> from_, to_;  // empty where rows are stored
 };
 
 // Rows of a block that several loops read in turn, while it is in the cache.
@@ -39,21 +64,15 @@ class CostBlocks {
  public:
   using BlockFunction = FunctionRef<void(const T* C, int64_t first, int64_t rows)>;
 
-  // Of problem `problem`: stored where there is a C (B, n, m), else made from the points.
-  // symmetric: a cloud against itself.
-  CostBlocks(const RowParts& parts, int64_t at_once, int64_t n, int64_t m, const T* C,
-             const PointPair<T>& points, int64_t problem, bool symmetric);
-  ~CostBlocks() { delete source_; }
-  CostBlocks(const CostBlocks&) = delete;
-  CostBlocks& operator=(const CostBlocks&) = delete;
+  CostBlocks(const RowParts& parts, int64_t at_once, RowSource<T> source);
 
-  const RowSource<T>& source() const { return *source_; }
+  const RowSource<T>& source() const { return source_; }
   const RowParts& parts() const { return parts_; }
   // Rows of the largest block.
   int64_t at_once() const { return at_once_; }
 
   // One row, valid until costs are asked for again.
-  const T* row(int64_t i) { return source_->rows(i, 1, scratch_[0].data()); }
+  const T* row(int64_t i) { return source_.rows(i, 1, scratch_[0].data()); }
 
   // Calls function(C, first row, rows) for the rows [begin, end), those of a part.
   void for_each_block(int64_t part, int64_t begin, int64_t end, BlockFunction function);
@@ -62,7 +81,7 @@ class CostBlocks {
   void for_each(FunctionRef<void(int64_t part, const T* C, int64_t first, int64_t rows)> function);
 
  private:
-  const RowSource<T>* const source_;  // owned
+  const RowSource<T> source_;
   const RowParts parts_;
   const int64_t at_once_;
   std::vector<BlockVector<T>> scratch_;  // of each part, rows that were made

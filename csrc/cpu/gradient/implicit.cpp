@@ -29,10 +29,8 @@
 #include <vector>
 
 #include "core/math.h"
-#include "cpu/engines/rows.h"
 #include "cpu/gradient/plan_passes.h"
 #include "cpu/gradient/point_sums.h"
-#include "cpu/problems.h"
 #include "cpu/simd/sweep.h"
 #include "cpu/solve/conjugate_gradients.h"
 #include "cpu/solve/marginal.h"
@@ -67,7 +65,7 @@ class ImplicitProblem {
         b_(group.b + p * m_),
         kept_P_(group.P ? group.P + p * n_ * m_ : nullptr),
         parts_(n_, m_, split),
-        costs_(parts_, kBlockRows, n_, m_, group.C, made_.points, p, symmetric_),
+        costs_(parts_, kBlockRows, RowSource<T>(n_, m_, group.C, made_.points, p, symmetric_)),
         made_P_(kept_P_ ? 0 : parts_.count() * costs_.at_once() * m_),
         columns_(parts_, m_),
         F_(n_),

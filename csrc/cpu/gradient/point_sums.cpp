@@ -10,7 +10,7 @@
 namespace otloss::cpu {
 
 template <typename T>
-void point_sums(const StreamedRows<T>& source, const RowParts& parts, int64_t at_once,
+void point_sums(const RowSource<T>& source, const RowParts& parts, int64_t at_once,
                 const PointSums<T>& out, RowGradient<T> gradient) {
   const PackedCloud<T>& to = source.to();
   const int64_t m = to.m, d = to.d, stride = padded<T>(m);
@@ -23,7 +23,7 @@ void point_sums(const StreamedRows<T>& source, const RowParts& parts, int64_t at
     BlockVector<T> C(at_once * stride), V(at_once * stride);
     for (int64_t i = begin; i < end; i += at_once) {
       const int64_t count = std::min(at_once, end - i);
-      source.rows(i, count, C.data(), stride);
+      source.make(i, count, 0, m, C.data(), stride);
       gradient(C.data(), i, count, stride, V.data());
       weight_rows(source.kind(), count * stride, C.data(), V.data());
       apply_rows(ApplyRows<T>{count, V.data(), stride, &to, coordinates.data(), out.sum + i,
@@ -35,7 +35,7 @@ void point_sums(const StreamedRows<T>& source, const RowParts& parts, int64_t at
 template <typename T>
 void point_sums(const PointPair<T>& points, int64_t n, int64_t m, int64_t problem, bool symmetric,
                 bool split, const PlanGradient<T>& p, const PointSums<T>& out) {
-  const StreamedRows<T> source(n, m, points, problem, symmetric);
+  const RowSource<T> source(n, m, nullptr, points, problem, symmetric);
   const T k = factor<T>(p.eps);
   BlockVector<T> F(n), G(padded<T>(m), T(kLog2Zero)), beta(padded<T>(m));
   for (int64_t i = 0; i < n; ++i) F[i] = k * p.f[i];
@@ -51,10 +51,10 @@ void point_sums(const PointPair<T>& points, int64_t n, int64_t m, int64_t proble
                 of_problem(out, problem, n, points.d), gradient);
 }
 
-#define OTLOSS_INSTANTIATE(T)                                                                     \
-  template void point_sums(const StreamedRows<T>&, const RowParts&, int64_t, const PointSums<T>&, \
-                           RowGradient<T>);                                                       \
-  template void point_sums(const PointPair<T>&, int64_t, int64_t, int64_t, bool, bool,            \
+#define OTLOSS_INSTANTIATE(T)                                                                  \
+  template void point_sums(const RowSource<T>&, const RowParts&, int64_t, const PointSums<T>&, \
+                           RowGradient<T>);                                                    \
+  template void point_sums(const PointPair<T>&, int64_t, int64_t, int64_t, bool, bool,         \
                            const PlanGradient<T>&, const PointSums<T>&);
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)

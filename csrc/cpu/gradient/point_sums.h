@@ -3,8 +3,7 @@
 // For the points of the other side the roles are exchanged.
 #pragma once
 
-#include "cpu/engines/streamed.h"
-#include "cpu/problems.h"
+#include "cpu/engines/rows.h"
 #include "kernels.h"
 
 namespace otloss::cpu {
@@ -28,7 +27,7 @@ using RowGradient =
 
 // Sets the sums of one problem, `at_once` rows at a time.
 template <typename T>
-void point_sums(const StreamedRows<T>& source, const RowParts& parts, int64_t at_once,
+void point_sums(const RowSource<T>& source, const RowParts& parts, int64_t at_once,
                 const PointSums<T>& out, RowGradient<T> gradient);
 
 // A gradient of the cost that is the plan times s + t C_ij + alpha_i + beta_j.

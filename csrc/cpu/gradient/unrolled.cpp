@@ -9,11 +9,9 @@
 #include <vector>
 
 #include "core/math.h"
-#include "cpu/engines/rows.h"
 #include "cpu/gradient/adjoint_sweep.h"
 #include "cpu/gradient/plan_passes.h"
 #include "cpu/gradient/point_sums.h"
-#include "cpu/problems.h"
 #include "cpu/simd/sweep.h"
 #include "cpu/solve/marginal.h"
 #include "kernels.h"
@@ -45,7 +43,7 @@ class UnrolledProblem {
         C_bar_(group.grad_C ? group.grad_C + p * n_ * m_ : nullptr),
         split_(split),
         parts_(n_, m_, split),
-        costs_(parts_, kBlockRows, n_, m_, group.C, made_.points, p, made_.symmetric),
+        costs_(parts_, kBlockRows, RowSource<T>(n_, m_, group.C, made_.points, p, made_.symmetric)),
         v_(parts_, m_),
         e_(parts_.count() * kAdjointRows * (m_ + kBlock<T>)),
         F_(n_),
@@ -223,7 +221,7 @@ class UnrolledProblem {
       }
       add(terms_);
     };
-    point_sums<T>(StreamedRows<T>(n, m, points, problem_, symmetric), RowParts(n, m, split_),
+    point_sums<T>(RowSource<T>(n, m, nullptr, points, problem_, symmetric), RowParts(n, m, split_),
                   kTermRows, of_problem(exchange ? made_.y : made_.x, problem_, n, points.d),
                   gradient);
   }

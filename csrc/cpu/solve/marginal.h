@@ -23,6 +23,9 @@ struct Side : Penalty {
 
   Side(int64_t count, const T* weight, double rho);
 
+  // A row's column sums are of the plan of (1 + tilt) F, see RowSweep.
+  T tilt(double eps) const { return static_cast<T>(-eps * rate * damping(eps)); }
+
   // Of `unit` times v.
   SoftMean soft_mean(const T* v, double unit) const;
 

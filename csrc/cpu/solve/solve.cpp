@@ -5,8 +5,6 @@
 #include <vector>
 
 #include "core/math.h"
-#include "cpu/engines/row_engine.h"
-#include "cpu/problems.h"
 #include "cpu/simd/vectors.h"
 #include "cpu/solve/solver.h"
 #include "kernels.h"
@@ -33,8 +31,8 @@ void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& op
   const T* a = group.a + p * n;
   T *f = group.f + p * n, *g = group.g + p * m;
   const std::vector<T> b = column_weights(group.penalties, n, a, m, group.b + p * m);
-  RowEngine<T> engine(Side<T>(n, a, group.penalties.rho_x),
-                      Side<T>(m, b.data(), group.penalties.rho_y), group, p, split);
+  Engine<T> engine(Side<T>(n, a, group.penalties.rho_x),
+                   Side<T>(m, b.data(), group.penalties.rho_y), group, p, split);
   const double max_cost = engine.max_cost();
   double* status = group.status + p * kStatusFields;
   status[kStatusMaxCost] = max_cost;

@@ -5,10 +5,8 @@
 #include <vector>
 
 #include "core/math.h"
-#include "core/step_control.h"
 #include "cpu/simd/sweep.h"
 #include "cpu/solve/lbfgs_memory.h"
-#include "cpu/solve/semidual.h"
 #include "cpu/solve/sparse_newton.h"
 
 namespace otloss::cpu {

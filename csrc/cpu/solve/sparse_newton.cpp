@@ -5,7 +5,6 @@
 #include <string_view>
 
 #include "core/math.h"
-#include "core/step_control.h"
 #include "cpu/simd/sweep.h"
 
 namespace otloss::cpu {
@@ -40,7 +39,7 @@ template <typename T>
 SparseNewton<T>::SparseNewton(Engine<T>& engine)
     : x_(engine.x),
       y_(engine.y),
-      costs_(is_off(std::getenv("OTLOSS_NEWTON")) ? nullptr : engine.costs()),
+      costs_(is_off(std::getenv("OTLOSS_NEWTON")) ? nullptr : &engine.costs()),
       G_(y_.count),
       row_(x_.count),
       column_(y_.count),
@@ -98,7 +97,7 @@ template <typename T>
 void SparseNewton<T>::set_marginals(double eps, const T* F, const SemidualPoint<T>& point) {
   const int64_t n = x_.count, m = y_.count;
   Vector &r = row_, &c = column_;
-  const T tilt = static_cast<T>(-eps * x_.rate * x_.damping(eps));
+  const T tilt = x_.tilt(eps);
   double of_rows = 0, of_columns = 0;
   for (int64_t i = 0; i < n; ++i)
     of_rows += r[i] =
@@ -151,7 +150,7 @@ double SparseNewton<T>::most_large(int64_t sweeps) const {
   constexpr double kCheap = 0.0025, kDear = 0.05, kMost = 0.25, kEntries = 1 << 22,
                    kCache = 4 << 20;
   const double entries = static_cast<double>(x_.count) * static_cast<double>(y_.count);
-  const bool cheap = costs_->source().scratch() == 0 && entries * sizeof(T) <= kCache;
+  const bool cheap = costs_->source().stored() && entries * sizeof(T) <= kCache;
   return std::min({static_cast<double>(sweeps) * (cheap ? kCheap * sizeof(T) : kDear), kMost,
                    kEntries / entries});
 }

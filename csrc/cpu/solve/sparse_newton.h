@@ -23,7 +23,6 @@
 #include "cpu/engines/engine.h"
 #include "cpu/simd/large_entries.h"
 #include "cpu/solve/conjugate_gradients.h"
-#include "cpu/solve/semidual.h"
 
 namespace otloss::cpu {
 

@@ -1,5 +1,5 @@
 // Passes over the cost of one problem: sums of rows and columns of the plan, in blocks of rows.
-#include "cpu/engines/row_engine.h"
+#include "cpu/engines/engine.h"
 
 #include <algorithm>
 #include <cmath>
@@ -10,28 +10,21 @@
 #include "cpu/solve/gaussian.h"
 
 namespace otloss::cpu {
-namespace {
 
 // Column sums in the kernels' precision are added up in double after this number of rows.
 constexpr int64_t kFlushRows = 4096;
 
 template <typename T>
-T tilt_of(const Side<T>& x, double eps) {
-  return static_cast<T>(-eps * x.rate * x.damping(eps));
-}
-
-}  // namespace
-
-template <typename T>
-RowEngine<T>::RowEngine(const Side<T>& x, const Side<T>& y, const SolveGroup<T>& group,
-                        int64_t problem, bool split)
-    : Engine<T>(x, y),
+Engine<T>::Engine(const Side<T>& x, const Side<T>& y, const SolveGroup<T>& group, int64_t problem,
+                  bool split)
+    : x(x),
+      y(y),
       n_(x.count),
       m_(y.count),
       points_(group.points),
       problem_(problem),
-      costs_(RowParts(n_, m_, split), kFlushRows, n_, m_, group.C, points_, problem,
-             group.symmetric),
+      costs_(RowParts(n_, m_, split), kFlushRows,
+             RowSource<T>(n_, m_, group.C, points_, problem, group.symmetric)),
       G_(padded<T>(m_), T(kLog2Zero)),
       s_(n_),
       workspaces_(costs_.parts().count()) {
@@ -43,7 +36,7 @@ RowEngine<T>::RowEngine(const Side<T>& x, const Side<T>& y, const SolveGroup<T>&
 }
 
 template <typename T>
-void RowEngine<T>::update_rows(double eps, const T* g, T* F, T* s) {
+void Engine<T>::update_rows(double eps, const T* g, T* F, T* s) {
   absorb(eps, g);
   costs_.parts().for_each([&](int64_t part, int64_t begin, int64_t end) {
     sweep(eps, part, begin, end, F, s, nullptr);
@@ -51,7 +44,7 @@ void RowEngine<T>::update_rows(double eps, const T* g, T* F, T* s) {
 }
 
 template <typename T>
-void RowEngine<T>::iterate(double eps, const T* g, T* F, T* gt, T* q) {
+void Engine<T>::iterate(double eps, const T* g, T* F, T* gt, T* q) {
   absorb(eps, g);
   costs_.parts().for_each([&](int64_t part, int64_t begin, int64_t end) {
     Workspace& w = workspaces_[part];
@@ -69,7 +62,7 @@ void RowEngine<T>::iterate(double eps, const T* g, T* F, T* gt, T* q) {
 }
 
 template <typename T>
-double RowEngine<T>::transport(double eps, const T* F, const T* g) {
+double Engine<T>::transport(double eps, const T* F, const T* g) {
   absorb(eps, g);
   for (Workspace& w : workspaces_) w.sum = 0;
   costs_.for_each([&](int64_t part, const T* C, int64_t i, int64_t count) {
@@ -83,7 +76,7 @@ double RowEngine<T>::transport(double eps, const T* F, const T* g) {
 
 // On at most 256 x 256 points.
 template <typename T>
-double RowEngine<T>::sigma() {
+double Engine<T>::sigma() {
   constexpr int64_t kSample = 256;
   const std::vector<int64_t> rows = x.sample(kSample), columns = y.sample(kSample);
   if (rows.size() < 2 || columns.size() < 2) return 0;
@@ -107,7 +100,7 @@ double RowEngine<T>::sigma() {
 
 // Between the Gaussians fitted to the clouds, where the points are known and there is a formula.
 template <typename T>
-bool RowEngine<T>::propose(double sweeps, double eps, T* g) const {
+bool Engine<T>::propose(double sweeps, double eps, T* g) const {
   const int64_t d = points_.d;
   if (!points_.zx || !traits_of(points_.kind).gaussian) return false;
   if (!gaussian_start_within(sweeps, n_, m_, d)) return false;
@@ -117,30 +110,29 @@ bool RowEngine<T>::propose(double sweeps, double eps, T* g) const {
 }
 
 template <typename T>
-void RowEngine<T>::absorb(double eps, const T* g) {
+void Engine<T>::absorb(double eps, const T* g) {
   absorb_weights(m_, factor<T>(eps), g, y.weight, G_.data());
 }
 
 template <typename T>
-void RowEngine<T>::sweep(double eps, int64_t part, int64_t begin, int64_t end, T* F, T* s, T* c) {
+void Engine<T>::sweep(double eps, int64_t part, int64_t begin, int64_t end, T* F, T* s, T* c) {
   T* e = workspaces_[part].e.data();
   costs_.for_each_block(part, begin, end, [&](const T* C, int64_t i, int64_t count) {
     // The last row that may be read to its padded width ends within the memory.
     const int64_t beyond = costs_.source().available(i) - padded<T>(m_);
     const int64_t readable = beyond < 0 ? 0 : std::min(count, beyond / m_ + 1);
     sweep_rows(RowSweep<T>{count, m_, factor<T>(eps), C, x.weight + i, G_.data(), F + i, s + i, c,
-                           e, readable, tilt_of(x, eps)});
+                           e, readable, x.tilt(eps)});
   });
 }
 
 // gt_j = g_j - eps log q_j with q_j = c_j / b_j, in whole blocks, then again with the maximum
 // subtracted where a block holds a sum that cannot be trusted.
 template <typename T>
-void RowEngine<T>::update_columns(double eps, const T* g, const T* F, const double* c, T* gt,
-                                  T* q) {
+void Engine<T>::update_columns(double eps, const T* g, const T* F, const double* c, T* gt, T* q) {
   const T to_cost = static_cast<T>(eps / kLog2E);
   const T* b = y.weight;
-  const double least = least_column_sum(tilt_of(x, eps), F);
+  const double least = least_column_sum(x.tilt(eps), F);
   for (int64_t begin = 0; begin < m_; begin += kColumnBlock) {
     const int64_t end = std::min(m_, begin + kColumnBlock);
     if (column_ratios(end - begin, c + begin, b + begin, least, q + begin)) {
@@ -156,7 +148,7 @@ void RowEngine<T>::update_columns(double eps, const T* g, const T* F, const doub
 // Column sums that are smaller may owe a digit to exponentials clamped at 2^-kExp2Limit: row i
 // adds a_i / s_i of them, times its tilt. None is large enough if that was clamped.
 template <typename T>
-double RowEngine<T>::least_column_sum(T tilt, const T* F) const {
+double Engine<T>::least_column_sum(T tilt, const T* F) const {
   double clamped = 0;
   for (int64_t i = 0; i < n_; ++i) {
     if (!(x.weight[i] > T(0))) continue;
@@ -169,8 +161,8 @@ double RowEngine<T>::least_column_sum(T tilt, const T* F) const {
 }
 
 template <typename T>
-void RowEngine<T>::guarded_columns(double eps, int64_t begin, int64_t end, const T* g, const T* F,
-                                   T* gt, T* q) {
+void Engine<T>::guarded_columns(double eps, int64_t begin, int64_t end, const T* g, const T* F,
+                                T* gt, T* q) {
   const T k = factor<T>(eps), to_cost = static_cast<T>(eps / kLog2E);
   const T damping = static_cast<T>(x.damping(eps));
   std::vector<T> A(n_);
@@ -186,7 +178,7 @@ void RowEngine<T>::guarded_columns(double eps, int64_t begin, int64_t end, const
   }
 }
 
-template class RowEngine<float>;
-template class RowEngine<double>;
+template class Engine<float>;
+template class Engine<double>;
 
 }  // namespace otloss::cpu
