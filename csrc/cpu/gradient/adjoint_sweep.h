@@ -63,8 +63,11 @@ struct TermSide {
   explicit TermSide(int64_t count)
       : base(count + kTermRows), first(count + kTermRows), second(count + kTermRows) {}
 
-  void set(int64_t i, T base_i, T first_i, T second_i) {
-    base[i] = base_i, first[i] = first_i, second[i] = second_i;
+  struct Entry {
+    T base, first, second;
+  };
+  void set(int64_t i, const Entry& entry) {
+    base[i] = entry.base, first[i] = entry.first, second[i] = entry.second;
   }
 };
 

@@ -45,113 +45,171 @@ template <typename T>
 constexpr double kTolerance = sizeof(T) == 4 ? 1e-8 : 1e-13;
 constexpr int64_t kMaxIterations = 2000;
 
+double sum_of(const Vector& x) {
+  double sum = 0;
+  for (const double value : x) sum += value;
+  return sum;
+}
+
+// The squared rounding error of a sum of terms whose squares add up to `size`.
+double rounding(double size) {
+  constexpr double kUnit = 4 * std::numeric_limits<double>::epsilon();
+  return kUnit * kUnit * size;
+}
+
+template <typename T>
+double quotient(double value, T weight) {
+  return weight > T(0) ? value / static_cast<double>(weight) : 0.0;
+}
+
+// The rows or the columns of the system.
+template <typename T>
+struct SystemSide : Side<T> {
+  using Side<T>::count;
+  using Side<T>::weight;
+  Vector v;                  // the potential, with <a, f> = <b, g> if balanced
+  Vector v_bar, weight_bar;  // gradients: of the potential from outside, of the weights
+  Vector sum, inverse;       // sums of P over the damping, and 1 over them, 0 for padding
+  Vector solution;           // alpha or beta
+
+  SystemSide(int64_t count, const T* weight, double rho, const T* potential)
+      : Side<T>(count, weight, rho),
+        v(of_mass(potential)),
+        v_bar(count),
+        weight_bar(count),
+        sum(count),
+        inverse(count),
+        solution(count) {}
+
+  // 0 in place of what may be anything, where there is no weight, or null.
+  Vector of_mass(const T* values) const {
+    Vector result(count);
+    for (int64_t i = 0; i < count; ++i)
+      if (values && weight[i] > T(0)) result[i] = static_cast<double>(values[i]);
+    return result;
+  }
+  double dot(const Vector& x) const {
+    double total = 0;
+    for (int64_t i = 0; i < count; ++i) total += static_cast<double>(weight[i]) * x[i];
+    return total;
+  }
+  void shift_potential(double shift) {
+    for (int64_t i = 0; i < count; ++i) v[i] += weight[i] > T(0) ? shift : 0.0;
+  }
+  // sums: of P.
+  void set_sums(double eps, const double* sums) {
+    const double damping = Side<T>::damping(eps);
+    for (int64_t i = 0; i < count; ++i) {
+      sum[i] = sums[i] / damping;
+      inverse[i] = sum[i] > 0 ? 1.0 / sum[i] : 0.0;
+    }
+  }
+  // The objective's derivatives at fixed potentials: regularized, all there are at the solution.
+  void seed_value(double scale, double eps, bool balanced, double other_mass) {
+    for (int64_t i = 0; i < count; ++i)
+      weight_bar[i] = scale * (balanced ? v[i] : this->weight_gradient(eps, other_mass, v[i]));
+  }
+  // Those of <P, C>, from the sums of P C, and what it puts on the potential.
+  void seed_transport(double scale, double eps, const double* sums) {
+    for (int64_t i = 0; i < count; ++i) {
+      v_bar[i] += scale * sums[i] / eps;
+      weight_bar[i] = quotient(scale * sums[i], weight[i]);
+    }
+  }
+  // Moves a gradient of the potential along a constant to the weights.
+  void fix_gauge(double excess) {
+    for (int64_t i = 0; i < count; ++i) {
+      v_bar[i] -= excess * static_cast<double>(weight[i]);
+      weight_bar[i] -= excess * v[i];
+    }
+  }
+  void weight_gradient_to(double shift, T* grad) const {
+    for (int64_t i = 0; i < count; ++i)
+      grad[i] = weight[i] > T(0) ? static_cast<T>(weight_bar[i] + shift) : T(0);
+  }
+};
+
 // ------------------------------------------------------------------------------- one problem
 
 template <typename T>
 class ImplicitProblem {
  public:
-  ImplicitProblem(const ImplicitGroup<T>& group, int64_t p, double eps, bool split)
-      : n_(group.n),
-        m_(group.m),
-        eps_(eps),
-        symmetric_(group.symmetric),
-        balanced_(group.penalties.balanced),
-        x_(n_, group.a + p * n_, group.penalties.rho_x),
-        y_(m_, group.b + p * m_, group.penalties.rho_y),
-        split_(split),
-        made_(group.made),
-        problem_(p),
-        a_(group.a + p * n_),
-        b_(group.b + p * m_),
-        kept_P_(group.P ? group.P + p * n_ * m_ : nullptr),
-        parts_(n_, m_, split),
-        costs_(parts_, kBlockRows, RowSource<T>(n_, m_, group.C, made_.points, p, symmetric_)),
-        made_P_(kept_P_ ? 0 : parts_.count() * costs_.at_once() * m_),
-        columns_(parts_, m_),
-        F_(n_),
-        G_(m_),
-        f_(n_),
-        g_(m_),
-        f_bar_(n_),
-        g_bar_(m_),
-        a_bar_(n_),
-        b_bar_(m_),
-        inverse_r_(n_),
-        inverse_c_(m_),
-        r_(n_),
-        c_(m_),
-        alpha_(n_),
-        beta_(m_) {
-    centre_potentials(group.f + p * n_, group.g + p * m_);
+  ImplicitProblem(const ImplicitGroup<T>& group, int64_t p, double eps, Objective objective,
+                  bool split)
+      : group_(group), problem_(p), eps_(eps), objective_(objective), split_(split) {
+    if (balanced_) {  // <a, f> = <b, g>
+      const double shift = (y_.dot(y_.v) - x_.dot(x_.v)) / mass();
+      x_.shift_potential(shift), y_.shift_potential(-shift);
+    }
+    if (symmetric_)
+      for (int64_t i = 0; i < n_; ++i) x_.v[i] = y_.v[i] = 0.5 * (x_.v[i] + y_.v[i]);
     make_plan();
   }
 
-  // Gradients of scale * value + <grad_f, f> + <grad_g, g>; grad_f and grad_g may be null.
-  CgReport run(double scale, Objective objective, const T* grad_f, const T* grad_g) {
-    for (int64_t i = 0; i < n_; ++i)
-      f_bar_[i] = grad_f && a_[i] > T(0) ? static_cast<double>(grad_f[i]) : 0.0;
-    for (int64_t j = 0; j < m_; ++j)
-      g_bar_[j] = grad_g && b_[j] > T(0) ? static_cast<double>(grad_g[j]) : 0.0;
-    seed(scale, objective);
-    if (balanced_) fix_gauge();
+  // Gradients of scale * value + <grad_f, f> + <grad_g, g>.
+  void run() {
+    x_.v_bar = x_.of_mass(group_.grad_f ? group_.grad_f + problem_ * n_ : nullptr);
+    y_.v_bar = y_.of_mass(group_.grad_g ? group_.grad_g + problem_ * m_ : nullptr);
+    if (objective_ == Objective::kRegularized) {
+      x_.seed_value(scale_, eps_, balanced_, y_.mass);
+      y_.seed_value(scale_, eps_, balanced_, x_.mass);
+    } else {
+      const Vector row = plan_sums_of(true);
+      x_.seed_transport(scale_, eps_, row.data());
+      y_.seed_transport(scale_, eps_, columns_.total());
+    }
+    if (balanced_) {  // a gradient along (1, -1) is one on the weights
+      double excess = sum_of(x_.v_bar);
+      for (const double value : y_.v_bar) excess -= value;
+      excess /= mass();
+      x_.fix_gauge(excess), y_.fix_gauge(-excess);
+    }
     const CgReport report = symmetric_ ? solve_symmetric() : solve_pair();
     for (int64_t i = 0; i < n_; ++i)  // (P beta)_i = f_bar_i - r_i alpha_i
-      a_bar_[i] -= eps_ * quotient(f_bar_[i] - r_[i] * alpha_[i], a_[i]);
-    return report;
+      x_.weight_bar[i] -= eps_ * quotient(x_.v_bar[i] - x_.sum[i] * x_.solution[i], x_.weight[i]);
+    double* status = group_.status + problem_ * kImplicitStatusFields;
+    status[kImplicitIterations] = static_cast<double>(report.iterations);
+    status[kImplicitResidual] = report.residual;
+    if (group_.grad_C) cost_gradient(group_.grad_C + problem_ * n_ * m_);
+    const MadeCost<T>& made = group_.made;
+    if (made.x.sum && !interrupted()) side_sums(made.points, x_, y_, made.x);
+    if (made.y.sum && !interrupted()) side_sums(exchanged(made.points), y_, x_, made.y);
+    if (!group_.grad_a) return;
+    // Of (a_bar + t, b_bar - t), all gradients on weights of equal total, that with
+    // <a, a_bar> = <b, b_bar>.
+    const double shift = balanced_ ? (y_.dot(y_.weight_bar) - x_.dot(x_.weight_bar)) / mass() : 0.0;
+    x_.weight_gradient_to(shift, group_.grad_a + problem_ * n_);
+    y_.weight_gradient_to(-shift, group_.grad_b + problem_ * m_);
   }
 
-  void cost_gradient(double scale, Objective objective, T* grad_C) {
-    const std::vector<T> alpha(alpha_.begin(), alpha_.end()), beta(beta_.begin(), beta_.end());
-    const T s = static_cast<T>(scale), t = static_cast<T>(of_cost(scale, objective));
+ private:
+  double mass() const { return x_.mass + y_.mass; }
+
+  void cost_gradient(T* grad_C) {
+    const std::vector<T> alpha(x_.solution.begin(), x_.solution.end());
+    const std::vector<T> beta(y_.solution.begin(), y_.solution.end());
+    const T s = static_cast<T>(scale_), t = static_cast<T>(of_cost_);
     for_each_block([&](int64_t, const T* P, const T* C, int64_t i, int64_t rows) {
       weigh_plan(
           WeighPlan<T>{rows, m_, s, t, P, C, alpha.data() + i, beta.data(), grad_C + i * m_});
     });
   }
 
-  // The sums that the points' gradients need. Both sides of a cloud against itself are the same.
-  void point_gradients(double scale, Objective objective) const {
+  // The sums that the gradients of the points of `rows` need. Both sides of a cloud against itself
+  // are alike.
+  void side_sums(const PointPair<T>& points, const SystemSide<T>& rows,
+                 const SystemSide<T>& columns, const PointSums<T>& out) const {
     const double sides = symmetric_ ? 2 : 1;
-    std::vector<T> alpha(n_), beta(m_);
-    for (int64_t i = 0; i < n_; ++i) alpha[i] = static_cast<T>(sides * alpha_[i]);
-    for (int64_t j = 0; j < m_; ++j) beta[j] = static_cast<T>(sides * beta_[j]);
-    const std::vector<T> f(f_.begin(), f_.end()), g(g_.begin(), g_.end());
-    const T s = static_cast<T>(sides * scale);
-    const T t = static_cast<T>(sides * of_cost(scale, objective));
-    if (made_.x.sum)
-      point_sums(made_.points, n_, m_, problem_, symmetric_, split_,
-                 PlanGradient<T>{eps_, s, t, a_, b_, f.data(), g.data(), alpha.data(), beta.data()},
-                 made_.x);
-    if (made_.y.sum)
-      point_sums(exchanged(made_.points), m_, n_, problem_, symmetric_, split_,
-                 PlanGradient<T>{eps_, s, t, b_, a_, g.data(), f.data(), beta.data(), alpha.data()},
-                 made_.y);
-  }
-
-  // Of (a_bar + t, b_bar - t), all gradients on weights of equal total, that with
-  // <a, a_bar> = <b, b_bar>.
-  void weight_gradients(T* grad_a, T* grad_b) const {
-    const double shift = balanced_ ? (dot(b_, b_bar_) - dot(a_, a_bar_)) / mass() : 0.0;
-    for (int64_t i = 0; i < n_; ++i)
-      grad_a[i] = a_[i] > T(0) ? static_cast<T>(a_bar_[i] + shift) : T(0);
-    for (int64_t j = 0; j < m_; ++j)
-      grad_b[j] = b_[j] > T(0) ? static_cast<T>(b_bar_[j] - shift) : T(0);
-  }
-
- private:
-  static double quotient(double value, T weight) {
-    return weight > T(0) ? value / static_cast<double>(weight) : 0.0;
-  }
-  static double dot(const T* w, const Vector& x) {
-    double sum = 0;
-    for (size_t i = 0; i < x.size(); ++i) sum += static_cast<double>(w[i]) * x[i];
-    return sum;
-  }
-  double mass() const { return x_.mass + y_.mass; }
-
-  // t of the cost's gradient P_ij (scale + t C_ij + alpha_i + beta_j).
-  double of_cost(double scale, Objective objective) const {
-    return objective == Objective::kTransport ? -scale / eps_ : 0.0;
+    std::vector<T> alpha(rows.count), beta(columns.count);
+    for (int64_t i = 0; i < rows.count; ++i) alpha[i] = static_cast<T>(sides * rows.solution[i]);
+    for (int64_t j = 0; j < columns.count; ++j)
+      beta[j] = static_cast<T>(sides * columns.solution[j]);
+    const std::vector<T> f(rows.v.begin(), rows.v.end()), g(columns.v.begin(), columns.v.end());
+    point_sums(
+        points, rows.count, columns.count, problem_, symmetric_, split_,
+        PlanGradient<T>{eps_, static_cast<T>(sides * scale_), static_cast<T>(sides * of_cost_),
+                        rows.weight, columns.weight, f.data(), g.data(), alpha.data(), beta.data()},
+        out);
   }
 
   // Calls function(part, P, C, first row, rows) for all rows of the plan: kept where costs are
@@ -162,83 +220,31 @@ class ImplicitProblem {
     costs_.for_each([&](int64_t part, const T* C, int64_t i, int64_t rows) {
       T* P = kept_P_ ? kept_P_ + i * m_ : made_P_.data() + part * costs_.at_once() * m_;
       if (!plan_is_kept_)
-        plan_rows(PlanRows<T>{rows, m_, k, T(1), C, a_ + i, F_.data() + i, G_.data(), P});
+        plan_rows(PlanRows<T>{rows, m_, k, T(1), C, x_.weight + i, F_.data() + i, G_.data(), P});
       function(part, P, C, i, rows);
     });
   }
 
-  // The potentials, with <a, f> = <b, g> if balanced; one potential for a cloud against itself.
-  void centre_potentials(const T* f, const T* g) {
-    for (int64_t i = 0; i < n_; ++i) f_[i] = a_[i] > T(0) ? static_cast<double>(f[i]) : 0.0;
-    for (int64_t j = 0; j < m_; ++j) g_[j] = b_[j] > T(0) ? static_cast<double>(g[j]) : 0.0;
-    const double shift = balanced_ ? (dot(b_, g_) - dot(a_, f_)) / mass() : 0.0;
-    for (int64_t i = 0; i < n_; ++i) f_[i] += a_[i] > T(0) ? shift : 0.0;
-    for (int64_t j = 0; j < m_; ++j) g_[j] -= b_[j] > T(0) ? shift : 0.0;
-    if (symmetric_)
-      for (int64_t i = 0; i < n_; ++i) f_[i] = g_[i] = 0.5 * (f_[i] + g_[i]);
-  }
-
   void make_plan() {
     const double k = kLog2E / eps_;
-    const std::vector<T> g(g_.begin(), g_.end());
-    for (int64_t i = 0; i < n_; ++i) F_[i] = static_cast<T>(k * f_[i]);
-    absorb_weights(m_, static_cast<T>(k), g.data(), b_, G_.data());
-    columns_.clear();
-    for_each_block([&](int64_t part, const T* P, const T*, int64_t i, int64_t rows) {
-      plan_sums(PlanSums<T>{rows, m_, P, nullptr, r_.data() + i, columns_.part(part)});
-    });
+    const std::vector<T> g(y_.v.begin(), y_.v.end());
+    for (int64_t i = 0; i < n_; ++i) F_[i] = static_cast<T>(k * x_.v[i]);
+    absorb_weights(m_, static_cast<T>(k), g.data(), y_.weight, G_.data());
+    const Vector row = plan_sums_of(false);
     plan_is_kept_ = kept_P_ != nullptr;
-    const double* c = columns_.total();
-    for (int64_t i = 0; i < n_; ++i) {
-      r_[i] /= x_.damping(eps_);
-      inverse_r_[i] = r_[i] > 0 ? 1.0 / r_[i] : 0.0;
-    }
-    for (int64_t j = 0; j < m_; ++j) {
-      c_[j] = c[j] / y_.damping(eps_);
-      inverse_c_[j] = c_[j] > 0 ? 1.0 / c_[j] : 0.0;
-    }
+    x_.set_sums(eps_, row.data());
+    y_.set_sums(eps_, columns_.total());
   }
 
-  // The objective's derivatives at fixed potentials (regularized: all there are at the solution)
-  // and, for <P, C>, what it puts on the potentials.
-  void seed(double scale, Objective objective) {
-    if (objective == Objective::kRegularized) {
-      for (int64_t i = 0; i < n_; ++i)
-        a_bar_[i] = scale * (balanced_ ? f_[i] : x_.weight_gradient(eps_, y_.mass, f_[i]));
-      for (int64_t j = 0; j < m_; ++j)
-        b_bar_[j] = scale * (balanced_ ? g_[j] : y_.weight_gradient(eps_, x_.mass, g_[j]));
-      return;
-    }
+  // The row sums of P, or of P C, and in columns_ the column sums.
+  Vector plan_sums_of(bool of_costs) {
     Vector row(n_);
     columns_.clear();
     for_each_block([&](int64_t part, const T* P, const T* C, int64_t i, int64_t rows) {
-      plan_sums(PlanSums<T>{rows, m_, P, C, row.data() + i, columns_.part(part)});
+      plan_sums(
+          PlanSums<T>{rows, m_, P, of_costs ? C : nullptr, row.data() + i, columns_.part(part)});
     });
-    const double* column = columns_.total();
-    for (int64_t i = 0; i < n_; ++i) {
-      f_bar_[i] += scale * row[i] / eps_;
-      a_bar_[i] = quotient(scale * row[i], a_[i]);
-    }
-    for (int64_t j = 0; j < m_; ++j) {
-      g_bar_[j] += scale * column[j] / eps_;
-      b_bar_[j] = quotient(scale * column[j], b_[j]);
-    }
-  }
-
-  // f and g are those with <a, f> = <b, g>: a gradient along (1, -1) is one on the weights.
-  void fix_gauge() {
-    double excess = 0;
-    for (const double value : f_bar_) excess += value;
-    for (const double value : g_bar_) excess -= value;
-    excess /= mass();
-    for (int64_t i = 0; i < n_; ++i) {
-      f_bar_[i] -= excess * static_cast<double>(a_[i]);
-      a_bar_[i] -= excess * f_[i];
-    }
-    for (int64_t j = 0; j < m_; ++j) {
-      g_bar_[j] += excess * static_cast<double>(b_[j]);
-      b_bar_[j] += excess * g_[j];
-    }
+    return row;
   }
 
   // w = base + factor P x, and the column sums y = P^T w where wanted. x and base may be null.
@@ -255,86 +261,74 @@ class ImplicitProblem {
   CgReport solve_pair() {
     Vector base(n_), minus(n_), w(n_), right(m_);
     for (int64_t i = 0; i < n_; ++i) {
-      base[i] = f_bar_[i] * inverse_r_[i];
-      minus[i] = -inverse_r_[i];
+      base[i] = x_.v_bar[i] * x_.inverse[i];
+      minus[i] = -x_.inverse[i];
     }
     const double* y = product(nullptr, base.data(), minus.data(), w, true);
+    const Vector& c = y_.sum;
     double size = 0;
     for (int64_t j = 0; j < m_; ++j) {
-      right[j] = g_bar_[j] - y[j];
-      size += inverse_c_[j] * (g_bar_[j] * g_bar_[j] + y[j] * y[j]);
+      right[j] = y_.v_bar[j] - y[j];
+      size += y_.inverse[j] * (y_.v_bar[j] * y_.v_bar[j] + y[j] * y[j]);
     }
-    const double mass = inner_one(c_);
+    const double mass = sum_of(c);
     const auto project = [&](Vector& r) {
       if (!balanced_) return;
-      const double mean = inner_one(r) / mass;
-      for (int64_t j = 0; j < m_; ++j) r[j] -= mean * c_[j];
+      const double mean = sum_of(r) / mass;
+      for (int64_t j = 0; j < m_; ++j) r[j] -= mean * c[j];
     };
     const auto apply = [&](const Vector& x, Vector& y_out) {
-      const double* sums = product(x.data(), nullptr, inverse_r_.data(), w, true);
-      for (int64_t j = 0; j < m_; ++j) y_out[j] = c_[j] * x[j] - sums[j];
+      const double* sums = product(x.data(), nullptr, x_.inverse.data(), w, true);
+      for (int64_t j = 0; j < m_; ++j) y_out[j] = c[j] * x[j] - sums[j];
     };
     const CgReport report = conjugate_gradients({kTolerance<T>, rounding(size), kMaxIterations},
-                                                inverse_c_, apply, project, right, beta_);
-    const double* sums = product(beta_.data(), base.data(), minus.data(), alpha_, true);
-    for (int64_t j = 0; j < m_; ++j) b_bar_[j] -= eps_ * quotient(sums[j], b_[j]);
+                                                y_.inverse, apply, project, right, y_.solution);
+    const double* sums = product(y_.solution.data(), base.data(), minus.data(), x_.solution, true);
+    for (int64_t j = 0; j < m_; ++j) y_.weight_bar[j] -= eps_ * quotient(sums[j], y_.weight[j]);
     return report;
   }
 
   CgReport solve_symmetric() {
     Vector half(n_), w(n_);
-    for (int64_t i = 0; i < n_; ++i) half[i] = 0.5 * (f_bar_[i] + g_bar_[i]);
-    const Vector ones(n_, 1.0);
+    for (int64_t i = 0; i < n_; ++i) half[i] = 0.5 * (x_.v_bar[i] + y_.v_bar[i]);
+    const Vector ones(n_, 1.0), &r = x_.sum;
     const auto apply = [&](const Vector& x, Vector& y) {
       product(x.data(), nullptr, ones.data(), w, false);
-      for (int64_t i = 0; i < n_; ++i) y[i] = r_[i] * x[i] + w[i];
+      for (int64_t i = 0; i < n_; ++i) y[i] = r[i] * x[i] + w[i];
     };
     double size = 0;
-    for (int64_t i = 0; i < n_; ++i) size += inverse_r_[i] * half[i] * half[i];
+    for (int64_t i = 0; i < n_; ++i) size += x_.inverse[i] * half[i] * half[i];
     Vector right = half;
     const CgReport report = conjugate_gradients(
-        {kTolerance<T>, rounding(size), kMaxIterations}, inverse_r_, apply, [](Vector&) {}, right,
-        alpha_);
-    beta_ = alpha_;
-    f_bar_ = half;
+        {kTolerance<T>, rounding(size), kMaxIterations}, x_.inverse, apply, [](Vector&) {}, right,
+        x_.solution);
+    y_.solution = x_.solution;
+    x_.v_bar = half;
     for (int64_t j = 0; j < m_; ++j)
-      b_bar_[j] -= eps_ * quotient(half[j] - r_[j] * alpha_[j], b_[j]);
+      y_.weight_bar[j] -= eps_ * quotient(half[j] - r[j] * x_.solution[j], y_.weight[j]);
     return report;
   }
 
-  static double inner_one(const Vector& x) {
-    double sum = 0;
-    for (const double value : x) sum += value;
-    return sum;
-  }
-
-  // The squared rounding error of a sum of terms whose squares add up to `size`.
-  static double rounding(double size) {
-    constexpr double kUnit = 4 * std::numeric_limits<double>::epsilon();
-    return kUnit * kUnit * size;
-  }
-
-  const int64_t n_, m_;
-  const double eps_;
-  const bool symmetric_, balanced_;
-  const Side<T> x_, y_;
-  const bool split_;
-  const MadeCost<T>& made_;
+  const ImplicitGroup<T>& group_;
   const int64_t problem_;
-  const T* const a_;  // (n,)
-  const T* const b_;  // (m,)
-  T* const kept_P_;   // (n, m) or null
+  const double eps_;
+  const Objective objective_;
+  const bool split_;
+  const double scale_ = static_cast<double>(group_.coefficient * group_.grad[problem_]);
+  // t of the cost's gradient P_ij (scale + t C_ij + alpha_i + beta_j).
+  const double of_cost_ = objective_ == Objective::kTransport ? -scale_ / eps_ : 0.0;
+  const bool symmetric_ = group_.symmetric, balanced_ = group_.penalties.balanced;
+  const int64_t n_ = group_.n, m_ = group_.m;
+  SystemSide<T> x_{n_, group_.a + problem_ * n_, group_.penalties.rho_x, group_.f + problem_ * n_};
+  SystemSide<T> y_{m_, group_.b + problem_ * m_, group_.penalties.rho_y, group_.g + problem_ * m_};
+  T* const kept_P_ = group_.P ? group_.P + problem_ * n_ * m_ : nullptr;  // (n, m) or null
   bool plan_is_kept_ = false;
-  RowParts parts_;
-  CostBlocks<T> costs_;
-  BlockVector<T> made_P_;                 // (parts, at_once, m) or nothing
-  PartSums<double> columns_;              // (m,)
-  std::vector<T> F_, G_;                  // (n,) (m,) the plan's, in base-2 units
-  Vector f_, g_;                          // (n,) (m,) the solution with <a, f> = <b, g>
-  Vector f_bar_, g_bar_, a_bar_, b_bar_;  // (n,) (m,) (n,) (m,)
-  Vector inverse_r_, inverse_c_;          // (n,) (m,) 0 for padding
-  Vector r_, c_;                          // (n,) (m,) sums of P over the dampings
-  Vector alpha_, beta_;                   // (n,) (m,)
+  CostBlocks<T> costs_{RowParts(n_, m_, split_), kBlockRows,
+                       RowSource<T>(n_, m_, group_.C, group_.made.points, problem_, symmetric_)};
+  BlockVector<T> made_P_ = BlockVector<T>(  // (parts, at_once, m) or nothing
+      kept_P_ ? 0 : costs_.parts().count() * costs_.at_once() * m_);
+  PartSums<double> columns_{costs_.parts(), m_};                    // (m,)
+  std::vector<T> F_ = std::vector<T>(n_), G_ = std::vector<T>(m_);  // the plan's, base-2 units
 };
 
 }  // namespace
@@ -343,18 +337,7 @@ template <typename T>
 void implicit_backward(const std::vector<ImplicitGroup<T>>& groups, double eps,
                        Objective objective) {
   for_each_problem(groups, [&](const ImplicitGroup<T>& group, int64_t p, bool split) {
-    const int64_t n = group.n, m = group.m;
-    const double scale = static_cast<double>(group.coefficient * group.grad[p]);
-    ImplicitProblem<T> problem(group, p, eps, split);
-    const CgReport report =
-        problem.run(scale, objective, group.grad_f ? group.grad_f + p * n : nullptr,
-                    group.grad_g ? group.grad_g + p * m : nullptr);
-    if (group.grad_C) problem.cost_gradient(scale, objective, group.grad_C + p * n * m);
-    if (!group.C && !interrupted()) problem.point_gradients(scale, objective);
-    if (group.grad_a) problem.weight_gradients(group.grad_a + p * n, group.grad_b + p * m);
-    double* status = group.status + p * kImplicitStatusFields;
-    status[kImplicitIterations] = static_cast<double>(report.iterations);
-    status[kImplicitResidual] = report.residual;
+    ImplicitProblem<T>(group, p, eps, objective, split).run();
   });
 }
 

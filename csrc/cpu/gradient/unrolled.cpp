@@ -22,78 +22,46 @@ namespace {
 template <typename T>
 class UnrolledProblem {
  public:
-  UnrolledProblem(const UnrolledGroup<T>& group, int64_t p, double eps, bool split)
-      : n_(group.n),
-        m_(group.m),
-        L_(group.L),
-        eps_(eps),
-        k_(factor<T>(eps)),
-        problem_(p),
-        made_(group.made),
-        a_(group.a + p * n_),
-        balanced_(group.penalties.balanced),
-        used_b_(column_weights(group.penalties, n_, a_, m_, group.b + p * m_)),
-        b_(used_b_.data()),
-        x_(n_, a_, group.penalties.rho_x),
-        y_(m_, b_, group.penalties.rho_y),
-        damp_f_(x_.damping(eps)),
-        damp_g_(y_.damping(eps)),
-        trace_(group.trace + p * L_ * (n_ + m_)),
-        start_(group.start ? group.start + p * m_ : nullptr),
-        C_bar_(group.grad_C ? group.grad_C + p * n_ * m_ : nullptr),
-        split_(split),
-        parts_(n_, m_, split),
-        costs_(parts_, kBlockRows, RowSource<T>(n_, m_, group.C, made_.points, p, made_.symmetric)),
-        v_(parts_, m_),
-        e_(parts_.count() * kAdjointRows * (m_ + kBlock<T>)),
-        F_(n_),
-        E_(n_),
-        z_(n_, static_cast<T>(damp_f_)),
-        G_(m_),
-        H_(m_),
-        w_(m_),
-        u_(n_),
-        f_bar_(n_),
-        g_bar_(m_),
-        a_bar_(n_),
-        b_bar_(m_) {}
+  UnrolledProblem(const UnrolledGroup<T>& group, int64_t p, double eps, Objective objective,
+                  bool split)
+      : group_(group), problem_(p), eps_(eps), objective_(objective), split_(split) {}
 
-  // Gradients of scale * value + <grad_f, f> + <grad_g, g>; grad_f and grad_g may be null.
-  void run(T scale, Objective objective, const T* grad_f, const T* grad_g) {
-    seed(scale, objective, grad_f, grad_g);
-    for (int64_t l = L_ - 1; l >= 0 && !interrupted(); --l) {
-      const T* before = l > 0 ? g(l - 1) : start_;
-      step(f(l), g(l), before);
-    }
-  }
-
-  // The sums that the points' gradients need.
-  void point_gradients(T scale, Objective objective) const {
-    if (made_.x.sum) side_sums(scale, objective, false);
-    if (made_.y.sum) side_sums(scale, objective, true);
-  }
-
-  void weight_gradients(T* grad_a, T* grad_b) const {
-    for (int64_t i = 0; i < n_; ++i) grad_a[i] = a_[i] > T(0) ? static_cast<T>(a_bar_[i]) : T(0);
-    for (int64_t j = 0; j < m_; ++j) grad_b[j] = b_[j] > T(0) ? static_cast<T>(b_bar_[j]) : T(0);
+  // Gradients of scale * value + <grad_f, f> + <grad_g, g>.
+  void run() {
+    seed();
+    for (int64_t l = L_ - 1; l >= 0 && !interrupted(); --l)
+      step(f(l), g(l), l > 0 ? g(l - 1) : start_);
+    if (made_.x.sum && !interrupted()) side_sums(false);
+    if (made_.y.sum && !interrupted()) side_sums(true);
+    if (!group_.grad_a) return;
+    const auto give = [](int64_t count, const T* weight, const double* bar, T* grad) {
+      for (int64_t i = 0; i < count; ++i)
+        grad[i] = weight[i] > T(0) ? static_cast<T>(bar[i]) : T(0);
+    };
+    give(n_, a_, a_bar_.data(), group_.grad_a + problem_ * n_);
+    give(m_, b_, b_bar_.data(), group_.grad_b + problem_ * m_);
   }
 
  private:
+  using Values = std::vector<T>;
+
   const T* f(int64_t l) const { return trace_ + l * (n_ + m_); }
   const T* g(int64_t l) const { return f(l) + n_; }
 
   // The objective's own derivatives at the last potentials, and what comes from outside.
-  void seed(T scale, Objective objective, const T* grad_f, const T* grad_g) {
-    if (objective == Objective::kTransport) {
-      seed_transport(scale);
+  void seed() {
+    if (objective_ == Objective::kTransport) {
+      seed_transport();
     } else {
       if (C_bar_) std::fill(C_bar_, C_bar_ + n_ * m_, T(0));
-      seed_value(static_cast<double>(scale));
+      seed_value(static_cast<double>(scale_));
     }
-    for (int64_t i = 0; i < n_; ++i)
-      if (grad_f && a_[i] > T(0)) f_bar_[i] += grad_f[i];
-    for (int64_t j = 0; j < m_; ++j)
-      if (grad_g && b_[j] > T(0)) g_bar_[j] += grad_g[j];
+    const auto add = [](int64_t count, const T* weight, const T* grad, T* bar) {
+      for (int64_t i = 0; i < count; ++i)
+        if (weight[i] > T(0)) bar[i] += grad[i];
+    };
+    if (group_.grad_f) add(n_, a_, group_.grad_f + problem_ * n_, f_bar_.data());
+    if (group_.grad_g) add(m_, b_, group_.grad_g + problem_ * m_, g_bar_.data());
   }
 
   // The dual, in which the plan has the column sums b share(g): its last term is 0 if balanced.
@@ -112,7 +80,7 @@ class UnrolledProblem {
   }
 
   // <P, C> with P = a b exp((f + g - C) / eps): P (1 - C / eps) to C, and the sums of P C.
-  void seed_transport(T scale) {
+  void seed_transport() {
     for (int64_t i = 0; i < n_; ++i) F_[i] = k_ * f(L_ - 1)[i];
     absorb_weights(m_, k_, g(L_ - 1), b_, G_.data());
     std::vector<double> row(n_);
@@ -125,20 +93,19 @@ class UnrolledProblem {
       plan_rows(PlanRows<T>{rows, m_, k_, T(1), C, a_ + i, F_.data() + i, G_.data(), P});
       plan_sums(PlanSums<T>{rows, m_, P, C, row.data() + i, column.part(part)});
       if (C_bar_)
-        weigh_plan(WeighPlan<T>{rows, m_, scale, of_cost(scale), P, C, none_a.data() + i,
-                                none_b.data(), P});
+        weigh_plan(
+            WeighPlan<T>{rows, m_, scale_, of_cost_, P, C, none_a.data() + i, none_b.data(), P});
     });
-    const double* col = column.total();
-    for (int64_t i = 0; i < n_; ++i) {
-      const double term = static_cast<double>(scale) * row[i];
-      f_bar_[i] = static_cast<T>(term / eps_);
-      a_bar_[i] = a_[i] > T(0) ? term / static_cast<double>(a_[i]) : 0.0;
-    }
-    for (int64_t j = 0; j < m_; ++j) {
-      const double term = static_cast<double>(scale) * col[j];
-      g_bar_[j] = static_cast<T>(term / eps_);
-      b_bar_[j] = b_[j] > T(0) ? term / static_cast<double>(b_[j]) : 0.0;
-    }
+    const auto take = [&](int64_t count, const T* weight, const double* sums, T* bar,
+                          double* weight_bar) {
+      for (int64_t i = 0; i < count; ++i) {
+        const double term = static_cast<double>(scale_) * sums[i];
+        bar[i] = static_cast<T>(term / eps_);
+        weight_bar[i] = weight[i] > T(0) ? term / static_cast<double>(weight[i]) : 0.0;
+      }
+    };
+    take(n_, a_, row.data(), f_bar_.data(), a_bar_.data());
+    take(m_, b_, column.total(), g_bar_.data(), b_bar_.data());
   }
 
   // One iteration back. `before` is g of the iteration before, null for 0.
@@ -172,42 +139,44 @@ class UnrolledProblem {
     }
   }
 
+  // The term of what base(i), first(i) and second(i) are, of rows and of columns of any weight.
+  template <typename X, typename Y>
+  Term<T> term(X&& x, Y&& y) const {
+    Term<T> both{TermSide<T>(n_), TermSide<T>(m_)};
+    for (int64_t i = 0; i < n_; ++i)
+      if (a_[i] > T(0)) both.x.set(i, x(i));
+    for (int64_t j = 0; j < m_; ++j)
+      if (b_[j] > T(0)) both.y.set(j, y(j));
+    return both;
+  }
+
   // What the iteration adds to the gradient of the cost.
   void keep_terms(bool apart) {
-    terms_.push_back({TermSide<T>(n_), TermSide<T>(m_)});
-    Term<T>& both = terms_.back();
-    for (int64_t i = 0; i < n_; ++i)
-      if (a_[i] > T(0)) both.x.set(i, F_[i], a_[i], apart ? T(0) : f_bar_[i] * z_[i]);
-    for (int64_t j = 0; j < m_; ++j)
-      if (b_[j] > T(0)) both.y.set(j, G_[j], g_bar_[j], apart ? T(0) : w_[j]);
-    if (!apart) return;
-    terms_.push_back({TermSide<T>(n_), TermSide<T>(m_)});
-    Term<T>& second = terms_.back();
-    for (int64_t i = 0; i < n_; ++i)
-      if (a_[i] > T(0)) second.x.set(i, E_[i], T(0), f_bar_[i] * z_[i]);
-    for (int64_t j = 0; j < m_; ++j)
-      if (b_[j] > T(0)) second.y.set(j, H_[j], T(0), T(1));
+    using Entry = typename TermSide<T>::Entry;
+    terms_.push_back(
+        term([&](int64_t i) { return Entry{F_[i], a_[i], apart ? T(0) : f_bar_[i] * z_[i]}; },
+             [&](int64_t j) { return Entry{G_[j], g_bar_[j], apart ? T(0) : w_[j]}; }));
+    if (apart)
+      terms_.push_back(term([&](int64_t i) { return Entry{E_[i], T(0), f_bar_[i] * z_[i]}; },
+                            [&](int64_t j) { return Entry{H_[j], T(0), T(1)}; }));
   }
 
   // The plan of the last potentials.
-  std::vector<Term<T>> plan_term() const {
+  Term<T> plan_term() const {
+    using Entry = typename TermSide<T>::Entry;
     std::vector<T> G(m_);
     absorb_weights(m_, k_, g(L_ - 1), b_, G.data());
-    std::vector<Term<T>> plan;
-    plan.push_back({TermSide<T>(n_), TermSide<T>(m_)});
-    for (int64_t i = 0; i < n_; ++i)
-      if (a_[i] > T(0)) plan[0].x.set(i, k_ * f(L_ - 1)[i], a_[i], T(0));
-    for (int64_t j = 0; j < m_; ++j)
-      if (b_[j] > T(0)) plan[0].y.set(j, G[j], T(1), T(0));
-    return plan;
+    return term([&](int64_t i) { return Entry{k_ * f(L_ - 1)[i], a_[i], T(0)}; },
+                [&](int64_t j) { return Entry{G[j], T(1), T(0)}; });
   }
 
   // Of x, or of y as rows. A cloud against itself takes the terms of both at once.
-  void side_sums(T scale, Objective objective, bool exchange) const {
-    const bool symmetric = made_.symmetric, transport = objective == Objective::kTransport;
+  void side_sums(bool exchange) const {
+    const bool symmetric = made_.symmetric, transport = objective_ == Objective::kTransport;
     const int64_t n = exchange ? m_ : n_, m = exchange ? n_ : m_;
     const PointPair<T> points = exchange ? exchanged(made_.points) : made_.points;
-    const std::vector<Term<T>> plan = transport ? plan_term() : std::vector<Term<T>>();
+    std::vector<Term<T>> plan;
+    if (transport) plan.push_back(plan_term());
     const auto gradient = [&](const T* C, int64_t i, int64_t rows, int64_t stride, T* V) {
       std::fill_n(V, kTermRows * stride, T(0));
       if (interrupted()) return;
@@ -217,7 +186,7 @@ class UnrolledProblem {
       };
       if (transport) {
         add(plan);
-        for (int64_t at = 0; at < rows * stride; ++at) V[at] *= scale + of_cost(scale) * C[at];
+        for (int64_t at = 0; at < rows * stride; ++at) V[at] *= scale_ + of_cost_ * C[at];
       }
       add(terms_);
     };
@@ -225,9 +194,6 @@ class UnrolledProblem {
                   kTermRows, of_problem(exchange ? made_.y : made_.x, problem_, n, points.d),
                   gradient);
   }
-
-  // What the transport objective's derivative P (scale + t C) takes of the cost.
-  T of_cost(T scale) const { return static_cast<T>(-static_cast<double>(scale) / eps_); }
 
   // F, E and z; whether z is out of range.
   bool row_factors(const T* f) {
@@ -259,32 +225,37 @@ class UnrolledProblem {
     return !(largest < std::log2(static_cast<T>(kTrusted)));
   }
 
-  const int64_t n_, m_, L_;
-  const double eps_;
-  const T k_;
+  const UnrolledGroup<T>& group_;
   const int64_t problem_;
-  const MadeCost<T>& made_;
-  const T* const a_;  // (n,)
-  const bool balanced_;
-  const std::vector<T> used_b_;  // what the iterations ran with
-  const T* const b_;             // (m,)
-  const Side<T> x_, y_;
-  const double damp_f_, damp_g_;
-  const T* const trace_;  // (L, n + m)
-  const T* const start_;  // (m,) or null
-  T* const C_bar_;        // (n, m) or null
+  const double eps_;
+  const Objective objective_;
   const bool split_;
-  RowParts parts_;
-  CostBlocks<T> costs_;
+  const MadeCost<T>& made_ = group_.made;
+  const bool balanced_ = group_.penalties.balanced;
+  const int64_t n_ = group_.n, m_ = group_.m, L_ = group_.L;
+  const T k_ = factor<T>(eps_), scale_ = group_.coefficient * group_.grad[problem_];
+  // What the transport objective's derivative P (scale + t C) takes of the cost.
+  const T of_cost_ = static_cast<T>(-static_cast<double>(scale_) / eps_);
+  const T* const a_ = group_.a + problem_ * n_;  // (n,)
+  const std::vector<T> used_b_ =                 // what the iterations ran with
+      column_weights(group_.penalties, n_, a_, m_, group_.b + problem_ * m_);
+  const T* const b_ = used_b_.data();  // (m,)
+  const Side<T> x_{n_, a_, group_.penalties.rho_x}, y_{m_, b_, group_.penalties.rho_y};
+  const double damp_f_ = x_.damping(eps_), damp_g_ = y_.damping(eps_);
+  const T* const trace_ = group_.trace + problem_ * L_ * (n_ + m_);                // (L, n + m)
+  const T* const start_ = group_.start ? group_.start + problem_ * m_ : nullptr;   // (m,)
+  T* const C_bar_ = group_.grad_C ? group_.grad_C + problem_ * n_ * m_ : nullptr;  // (n, m)
+  const RowParts parts_{n_, m_, split_};
+  CostBlocks<T> costs_{parts_, kBlockRows,
+                       RowSource<T>(n_, m_, group_.C, made_.points, problem_, made_.symmetric)};
   std::vector<Term<T>> terms_;  // of each iteration that was gone back, where costs are made
-  PartSums<T> v_;               // (m,)
-  std::vector<T> e_;            // (parts, kAdjointRows, m + kBlock)
-  std::vector<T> F_, E_, z_;    // (n,) each
-  std::vector<T> G_, H_, w_;    // (m,) each
-  std::vector<T> u_, f_bar_;    // (n,) each
-  std::vector<T> g_bar_;        // (m,)
-  std::vector<double> a_bar_;   // (n,) summed over all iterations
-  std::vector<double> b_bar_;   // (m,)
+  PartSums<T> v_{parts_, m_};   // (m,)
+  Values e_ = Values(parts_.count() * kAdjointRows * (m_ + kBlock<T>));
+  Values F_ = Values(n_), E_ = Values(n_), z_ = Values(n_, static_cast<T>(damp_f_));
+  Values G_ = Values(m_), H_ = Values(m_), w_ = Values(m_);
+  Values u_ = Values(n_), f_bar_ = Values(n_), g_bar_ = Values(m_);
+  std::vector<double> a_bar_ = std::vector<double>(n_);  // summed over all iterations
+  std::vector<double> b_bar_ = std::vector<double>(m_);
 };
 
 }  // namespace
@@ -293,14 +264,7 @@ template <typename T>
 void unrolled_backward(const std::vector<UnrolledGroup<T>>& groups, double eps,
                        Objective objective) {
   for_each_problem(groups, [&](const UnrolledGroup<T>& group, int64_t p, bool split) {
-    UnrolledProblem<T> problem(group, p, eps, split);
-    problem.run(group.coefficient * group.grad[p], objective,
-                group.grad_f ? group.grad_f + p * group.n : nullptr,
-                group.grad_g ? group.grad_g + p * group.m : nullptr);
-    if (!group.C && !interrupted())
-      problem.point_gradients(group.coefficient * group.grad[p], objective);
-    if (group.grad_a)
-      problem.weight_gradients(group.grad_a + p * group.n, group.grad_b + p * group.m);
+    UnrolledProblem<T>(group, p, eps, objective, split).run();
   });
 }
 
