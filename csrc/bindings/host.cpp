@@ -12,7 +12,7 @@
 #include <csignal>
 #include <thread>
 
-#include "core/host.h"
+#include "cpu/parallel.h"
 
 namespace otloss {
 

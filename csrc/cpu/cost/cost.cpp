@@ -16,9 +16,9 @@
 #include "core/costs.h"
 #include "cpu/cost/points.h"
 #include "cpu/parallel.h"
-#include "cpu/problems.h"
 #include "cpu/simd/simd.h"
 #include "cpu/simd/sweep.h"
+#include "cpu/solve/marginal.h"
 #include "kernels.h"
 
 namespace otloss::cpu {
@@ -27,12 +27,11 @@ namespace {
 // Elements of a row-wise pass that are worth a thread of their own.
 constexpr int64_t kGrain = 1 << 15;
 
-// Calls function(batch, row) for all rows of a batch of matrices with `width` columns.
-void for_each_row(int64_t batch, int64_t rows, int64_t width,
-                  FunctionRef<void(int64_t batch, int64_t row)> function) {
+// Calls function(row) for all rows of a matrix with `width` columns.
+void for_each_row(int64_t rows, int64_t width, FunctionRef<void(int64_t row)> function) {
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width));
-  parallel_for(0, batch * rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) function(i / rows, i % rows);
+  parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) function(i);
   });
 }
 
@@ -84,7 +83,7 @@ constexpr int64_t kReflectDims = 128;
 template <typename T>
 void reflect(int64_t n, T* C) {
   constexpr int64_t kTile = 32;
-  for_each_row(1, strips_of<T>(n), n * kTile, [&](int64_t, int64_t tile) {
+  for_each_row(strips_of<T>(n), n * kTile, [&](int64_t tile) {
     const int64_t i0 = tile * kTile;
     for (int64_t j0 = 0; j0 <= i0; j0 += kTile)
       for (int64_t i = i0; i < std::min(n, i0 + kTile); ++i)
@@ -101,7 +100,7 @@ void cost_matrix(const CostGroup<T>& group, int64_t p, CostKind kind) {
   const bool half = group.symmetric && d >= kReflectDims;
   const int64_t step = d <= kDirectDims ? rows_at_once(d) : product_rows<T>(n, thread_count());
   T* C = group.C + p * n * m;
-  for_each_row(1, groups_of(n, step), step * m * d, [&](int64_t, int64_t block) {
+  for_each_row(groups_of(n, step), step * m * d, [&](int64_t block) {
     const int64_t first = block * step, begin = half ? first / kStrip<T> * kStrip<T> : 0;
     cost_rows(kind, CostRows<T>{first, std::min(step, n - first), begin, m, group.symmetric, &from,
                                 &to, C + first * m + begin, m});
@@ -169,7 +168,7 @@ void prepare_clouds(const std::vector<CloudGroup<T>>& clouds, CostKind kind) {
     const bool unit = traits_of(kind).unit_norm;
     const std::vector<T> shift = unit ? zero : centre(clouds, p);
     for (const CloudGroup<T>& cloud : clouds) {
-      for_each_row(1, cloud.n, d, [&](int64_t, int64_t i) {
+      for_each_row(cloud.n, d, [&](int64_t i) {
         const int64_t row = p * cloud.n + i;
         const T* x = cloud.x + row * d;
         T* z = cloud.z + row * d;
@@ -188,14 +187,13 @@ void prepare_clouds(const std::vector<CloudGroup<T>>& clouds, CostKind kind) {
 
 template <typename T>
 void cost_matrices(const CostGroup<T>& group, CostKind kind) {
-  for_each_problem(std::vector{group},
-                   [&](const auto&, int64_t p, bool /*split*/) { cost_matrix(group, p, kind); });
+  parallel_problems(group.batch, [&](int64_t p, bool) { cost_matrix(group, p, kind); });
 }
 
 template <typename T>
 void cost_weights(const CostWeightGroup<T>& group, CostKind kind) {
   const int64_t n = group.n, m = group.m;
-  for_each_problem(std::vector{group}, [&](const auto&, int64_t p, bool split) {
+  parallel_problems(group.batch, [&](int64_t p, bool split) {
     weigh_rows<T>(group, p, kind, split, group.symmetrise,
                   [&](int64_t i, T* /*V*/) { return group.W + (p * n + i) * m; });
   });
@@ -205,8 +203,8 @@ void cost_weights(const CostWeightGroup<T>& group, CostKind kind) {
 template <typename T>
 void plan_weights(const PlanWeightGroup<T>& group, CostKind kind, double eps) {
   const int64_t n = group.n, m = group.m;
-  const T k = static_cast<T>(kLog2E / eps);
-  for_each_problem(std::vector{group}, [&](const auto&, int64_t p, bool split) {
+  const T k = factor<T>(eps);
+  parallel_problems(group.batch, [&](int64_t p, bool split) {
     const T *f = group.f + p * n, *g = group.g + p * m;
     std::vector<T> F(n), G(m);
     for (int64_t i = 0; i < n; ++i) F[i] = k * f[i];
@@ -225,11 +223,11 @@ void plan_weights(const PlanWeightGroup<T>& group, CostKind kind, double eps) {
 template <typename T>
 void multiply(const ProductGroup<T>& group) {
   const int64_t n = group.n, m = group.m, d = group.d;
-  for_each_problem(std::vector{group}, [&](const auto&, int64_t p, bool /*split*/) {
+  parallel_problems(group.batch, [&](int64_t p, bool) {
     BlockVector<T> z(strips_of<T>(d) * m * kStrip<T>);
     pack(Packing<T>{d, m, group.z + p * m * d, d, true, z.data()});
     const int64_t step = product_rows<T>(n, thread_count());
-    for_each_row(1, groups_of(n, step), step * m * d, [&](int64_t, int64_t block) {
+    for_each_row(groups_of(n, step), step * m * d, [&](int64_t block) {
       const int64_t first = block * step, row = p * n + first;
       const T* V = group.V + p * n * m + first * (group.transposed ? 1 : m);
       multiply_rows(RowsProduct<T>{std::min(step, n - first), m, d, V, group.transposed ? n : m,
@@ -242,7 +240,7 @@ template <typename T>
 void cost_gradient(const CostGradientGroup<T>& group, CostKind kind) {
   const int64_t d = group.d;
   const bool unit = traits_of(kind).unit_norm;
-  for_each_row(1, group.batch * group.n, d, [&](int64_t, int64_t i) {
+  for_each_row(group.batch * group.n, d, [&](int64_t i) {
     const T *z = group.z + i * d, *Vy = group.Vy + i * d;
     T* grad = group.grad + i * d;
     if (!unit) {
@@ -268,6 +266,5 @@ void cost_gradient(const CostGradientGroup<T>& group, CostKind kind) {
   template void cost_gradient(const CostGradientGroup<T>&, CostKind);
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)
-#undef OTLOSS_INSTANTIATE
 
 }  // namespace otloss::cpu

@@ -14,20 +14,6 @@
 namespace otloss::cpu {
 namespace {
 
-// Some rows of a tile of products.
-template <typename T>
-struct ProductTile {
-  int64_t rows;
-  int64_t valid;  // columns; those from `valid` on are padding
-  int64_t d;
-  const T* hx;   // (rows,) norms
-  const T* hy;   // (kStrip,) norms
-  const T* zx;   // (rows, d) points
-  const T* zy;   // (valid, d) points
-  int64_t self;  // the first row's own point, whose cost the caller sets, is this column; or none
-  T* C;          // (rows, kStrip) in: inner products, out: costs
-};
-
 // Distances of which the expanded form has lost half of the digits are computed again directly.
 template <typename Cost, typename T>
 OTLOSS_INLINE void row_from_products(int64_t valid, int64_t d, T hx, const T* hy, const T* x,
@@ -54,11 +40,15 @@ OTLOSS_INLINE void row_from_products(int64_t valid, int64_t d, T hx, const T* hy
   }
 }
 
+// `count` rows of a strip, from the one of `row` and `column` on. C (count, kStrip) in: inner
+// products, out: costs; the caller sets those of a point against itself.
 template <typename Cost, typename T>
-OTLOSS_SIMD void costs_from_products(Cost, const ProductTile<T>& p) {
-  for (int64_t i = 0; i < p.rows; ++i)
-    row_from_products<Cost>(p.valid, p.d, p.hx[i], p.hy, p.zx + i * p.d, p.zy,
-                            p.self < 0 ? -1 : p.self + i, p.C + i * kStrip<T>);
+OTLOSS_SIMD void costs_from_products(Cost, const CostRows<T>& p, int64_t row, int64_t column,
+                                     int64_t count, T* C) {
+  const int64_t d = p.to->d, valid = std::min(kStrip<T>, p.end - column);
+  for (int64_t i = row; i < row + count; ++i, C += kStrip<T>)
+    row_from_products<Cost>(valid, d, p.from->norm[i], p.to->h.data() + column, p.from->z + i * d,
+                            p.to->z + column * d, p.symmetric ? i - column : -1, C);
 }
 
 template <typename Cost, typename T>
@@ -107,16 +97,8 @@ int64_t product_tile(CostKind kind, const CostRows<T>& p, int64_t row, int64_t c
   add_products(TileProduct<T>{d, p.from->row(row - skipped), p.to->strips.data() + column * d, sum,
                               kStrip<T>});
   T* products = sum + skipped * kStrip<T>;
-  const ProductTile<T> tile{rows,
-                            width,
-                            d,
-                            p.from->norm + row,
-                            p.to->h.data() + column,
-                            p.from->z + row * d,
-                            p.to->z + column * d,
-                            p.symmetric ? row - column : -1,
-                            products};
-  dispatch_cost(kind, [&](auto cost) { costs_from_products(cost, tile); });
+  dispatch_cost(kind,
+                [&](auto cost) { costs_from_products(cost, p, row, column, rows, products); });
   for (int64_t r = 0; r < rows; ++r, products += kStrip<T>)
     if (width == kStrip<T>)  // a constant length is copied without a call
       std::copy_n(products, kStrip<T>, p.at(row + r, column));
@@ -212,6 +194,5 @@ void apply_rows(const ApplyRows<T>& p) {
   template void apply_rows(const ApplyRows<T>&);
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)
-#undef OTLOSS_INSTANTIATE
 
 }  // namespace otloss::cpu

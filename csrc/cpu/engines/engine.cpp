@@ -37,7 +37,7 @@ Engine<T>::Engine(const Side<T>& x, const Side<T>& y, const SolveGroup<T>& group
 
 template <typename T>
 void Engine<T>::update_rows(double eps, const T* g, T* F, T* s) {
-  absorb(eps, g);
+  absorb_weights(m_, factor<T>(eps), g, y.weight, G_.data());
   costs_.parts().for_each([&](int64_t part, int64_t begin, int64_t end) {
     sweep(eps, part, begin, end, F, s, nullptr);
   });
@@ -45,7 +45,7 @@ void Engine<T>::update_rows(double eps, const T* g, T* F, T* s) {
 
 template <typename T>
 void Engine<T>::iterate(double eps, const T* g, T* F, T* gt, T* q) {
-  absorb(eps, g);
+  absorb_weights(m_, factor<T>(eps), g, y.weight, G_.data());
   costs_.parts().for_each([&](int64_t part, int64_t begin, int64_t end) {
     Workspace& w = workspaces_[part];
     std::fill(w.total.begin(), w.total.end(), 0.0);
@@ -63,7 +63,7 @@ void Engine<T>::iterate(double eps, const T* g, T* F, T* gt, T* q) {
 
 template <typename T>
 double Engine<T>::transport(double eps, const T* F, const T* g) {
-  absorb(eps, g);
+  absorb_weights(m_, factor<T>(eps), g, y.weight, G_.data());
   for (Workspace& w : workspaces_) w.sum = 0;
   costs_.for_each([&](int64_t part, const T* C, int64_t i, int64_t count) {
     workspaces_[part].sum += transport_rows(
@@ -103,15 +103,9 @@ template <typename T>
 bool Engine<T>::propose(double sweeps, double eps, T* g) const {
   const int64_t d = points_.d;
   if (!points_.zx || !traits_of(points_.kind).gaussian) return false;
-  if (!gaussian_start_within(sweeps, n_, m_, d)) return false;
-  gaussian_start(GaussianStart<T>{n_, m_, d, points_.zx + problem_ * n_ * d,
-                                  points_.zy + problem_ * m_ * d, x.weight, y.weight, eps, g});
-  return true;
-}
-
-template <typename T>
-void Engine<T>::absorb(double eps, const T* g) {
-  absorb_weights(m_, factor<T>(eps), g, y.weight, G_.data());
+  return gaussian_start(
+      sweeps, GaussianStart<T>{n_, m_, d, points_.zx + problem_ * n_ * d,
+                               points_.zy + problem_ * m_ * d, x.weight, y.weight, eps, g});
 }
 
 template <typename T>

@@ -62,7 +62,6 @@ class Engine {
     double sum = 0;
   };
 
-  void absorb(double eps, const T* g);
   void sweep(double eps, int64_t part, int64_t begin, int64_t end, T* F, T* s, T* c);
   void update_columns(double eps, const T* g, const T* F, const double* c, T* gt, T* q);
   double least_column_sum(T tilt, const T* F) const;

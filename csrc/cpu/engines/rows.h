@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "cpu/cost/points.h"
-#include "cpu/problems.h"
+#include "cpu/parallel.h"
 #include "cpu/simd/blocks.h"
 #include "kernels.h"
 

@@ -196,6 +196,5 @@ OTLOSS_SIMD void add_terms(const AddTerms<T>& p) {
   template void add_terms(const AddTerms<T>&);
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)
-#undef OTLOSS_INSTANTIATE
 
 }  // namespace otloss::cpu

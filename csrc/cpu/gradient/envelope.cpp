@@ -4,7 +4,7 @@
 
 #include "core/math.h"
 #include "cpu/gradient/point_sums.h"
-#include "cpu/problems.h"
+#include "cpu/parallel.h"
 #include "cpu/simd/sweep.h"
 #include "cpu/solve/marginal.h"
 #include "kernels.h"
@@ -45,15 +45,11 @@ void matrix_gradient(const EnvelopeGroup<T>& group, int64_t p, double eps, bool 
   std::vector<T> F(n), G(m);
   for (int64_t i = 0; i < n; ++i) F[i] = k * group.f[p * n + i];
   absorb_weights(m, k, group.g + p * m, group.b + p * m, G.data());
-  const auto rows = [&](int64_t begin, int64_t end) {
+  RowParts(n, m, split).for_each([&](int64_t, int64_t begin, int64_t end) {
     const int64_t row = p * n + begin;
     plan_rows(PlanRows<T>{end - begin, m, k, group.coefficient * group.grad[p], group.C + row * m,
                           group.a + row, F.data() + begin, G.data(), group.grad_C + row * m});
-  };
-  if (split)
-    parallel_for(0, n, std::max<int64_t>(1, kSplitGrain / m), rows);
-  else
-    rows(0, n);
+  });
 }
 
 }  // namespace
@@ -89,6 +85,5 @@ void point_gradient_sums(const std::vector<PointGradientGroup<T>>& groups, doubl
   template void point_gradient_sums(const std::vector<PointGradientGroup<T>>&, double);
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)
-#undef OTLOSS_INSTANTIATE
 
 }  // namespace otloss::cpu

@@ -29,7 +29,6 @@
 #include <vector>
 
 #include "core/math.h"
-#include "cpu/gradient/plan_passes.h"
 #include "cpu/gradient/point_sums.h"
 #include "cpu/simd/sweep.h"
 #include "cpu/solve/conjugate_gradients.h"

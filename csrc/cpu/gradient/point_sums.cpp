@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "core/math.h"
-#include "cpu/gradient/plan_passes.h"
 #include "cpu/simd/sweep.h"
 #include "cpu/solve/marginal.h"
 
@@ -58,6 +57,5 @@ void point_sums(const PointPair<T>& points, int64_t n, int64_t m, int64_t proble
                            const PlanGradient<T>&, const PointSums<T>&);
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)
-#undef OTLOSS_INSTANTIATE
 
 }  // namespace otloss::cpu

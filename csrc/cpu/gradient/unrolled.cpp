@@ -10,7 +10,6 @@
 
 #include "core/math.h"
 #include "cpu/gradient/adjoint_sweep.h"
-#include "cpu/gradient/plan_passes.h"
 #include "cpu/gradient/point_sums.h"
 #include "cpu/simd/sweep.h"
 #include "cpu/solve/marginal.h"

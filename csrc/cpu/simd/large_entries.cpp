@@ -92,6 +92,5 @@ void entry_values(const EntryValues<T>& p) {
   template void entry_values(const EntryValues<T>&);
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)
-#undef OTLOSS_INSTANTIATE
 
 }  // namespace otloss::cpu

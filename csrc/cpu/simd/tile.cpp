@@ -222,6 +222,5 @@ void multiply_rows(const RowsProduct<T>& p) {
   template void multiply_rows(const RowsProduct<T>&);
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)
-#undef OTLOSS_INSTANTIATE
 
 }  // namespace otloss::cpu

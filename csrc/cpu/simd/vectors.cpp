@@ -94,6 +94,5 @@ OTLOSS_SIMD SumAndSize sum_and_size(int64_t count, const T* w, const T* v) {
   template SumAndSize sum_and_size(int64_t, const T*, const T*);
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)
-#undef OTLOSS_INSTANTIATE
 
 }  // namespace otloss::cpu

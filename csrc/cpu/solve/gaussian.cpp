@@ -49,7 +49,9 @@ struct OneThread {
 }  // namespace
 
 template <typename T>
-void gaussian_start(const GaussianStart<T>& p) {
+bool gaussian_start(double sweeps, const GaussianStart<T>& p) {
+  const double work = (400.0 * p.d + 5.0 * (p.n + p.m)) * p.d * p.d;  // in costs of a sweep
+  if (p.d > kGaussianDims || sweeps * p.n * p.m < work) return false;
   const int d = static_cast<int>(p.d);
   Moments x = moments(p.n, p.d, p.x, p.a), y = moments(p.m, p.d, p.y, p.b);
   Matrix L(p.d * p.d), V(p.d * p.d);
@@ -66,9 +68,10 @@ void gaussian_start(const GaussianStart<T>& p) {
       g += gaussian_term(d, y.covariance.data(), shift.data(), k, [&](int l) { return z[l]; });
     p.g[j] = p.b[j] > T(0) ? static_cast<T>(g) : T(0);
   }
+  return true;
 }
 
-template void gaussian_start(const GaussianStart<float>&);
-template void gaussian_start(const GaussianStart<double>&);
+template bool gaussian_start(double, const GaussianStart<float>&);
+template bool gaussian_start(double, const GaussianStart<double>&);
 
 }  // namespace otloss::cpu

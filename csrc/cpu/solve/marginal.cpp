@@ -71,6 +71,5 @@ std::vector<T> column_weights(const Penalties& penalties, int64_t n, const T* a,
   template std::vector<T> column_weights(const Penalties&, int64_t, const T*, int64_t, const T*);
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)
-#undef OTLOSS_INSTANTIATE
 
 }  // namespace otloss::cpu

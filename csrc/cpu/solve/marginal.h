@@ -38,13 +38,6 @@ struct Side : Penalty {
   std::vector<int64_t> sample(int64_t most) const;
 };
 
-// The regularized value where a side is soft.
-template <typename T>
-double soft_value(const Side<T>& x, const Side<T>& y, double eps, const T* f, const T* g) {
-  return otloss::soft_value(x, y, x.mass, y.mass, eps, x.soft_mean(f, 1).mean,
-                            y.soft_mean(g, 1).mean);
-}
-
 // The weights b that a problem is solved with. A balanced one has them scaled to the total of a:
 // weights that were normalised in a lower precision differ by rounding, and the marginal error
 // could not fall below that.

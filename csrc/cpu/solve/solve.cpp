@@ -21,7 +21,9 @@ double value_of(Engine<T>& engine, const SolveOptions& options, bool balanced, c
     for (T& value : F) value *= factor<T>(options.eps);
     return engine.transport(options.eps, F.data(), g);
   }
-  if (!balanced) return soft_value(x, y, options.eps, f, g);
+  if (!balanced)
+    return soft_value(x, y, x.mass, y.mass, options.eps, x.soft_mean(f, 1).mean,
+                      y.soft_mean(g, 1).mean);
   return dot(x.count, x.weight, f) + dot(y.count, y.weight, g);
 }
 
@@ -96,6 +98,5 @@ void combine_values(const std::vector<double>& coefficients, const T* values, in
   template void combine_values(const std::vector<double>&, const T*, int64_t, T*);
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)
-#undef OTLOSS_INSTANTIATE
 
 }  // namespace otloss::cpu

@@ -307,6 +307,5 @@ Outcome solve_fixed(Engine<T>& engine, const SolveOptions& options, T* F, T* g, 
   template Outcome solve_fixed(Engine<T>&, const SolveOptions&, T*, T*, T*);
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)
-#undef OTLOSS_INSTANTIATE
 
 }  // namespace otloss::cpu
