@@ -238,6 +238,12 @@ struct CostGradientGroup {
   const T* sum;   // (B, n) row (or column) sums of V
   const T* Vy;    // (B, n, d)
   T* grad;        // (B, n, d) accumulated
+  // Of an envelope gradient: weights and potentials, (B, n), else null. Where a solve failed the
+  // potentials are NaN, and so is the gradient of its points; the plan made from them would be 0.
+  const T* weight;
+  const T* v;
+
+  OTLOSS_HOST_DEVICE bool failed(int64_t i) const { return v && weight[i] > T(0) && v[i] != v[i]; }
 };
 
 // ------------------------------------------------------------------------------------ launchers

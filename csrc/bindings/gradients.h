@@ -50,9 +50,10 @@ class Gradients {
   struct Side {
     int64_t cloud;
     Tensor sum, product;
+    const T *weight, *v;  // of the plan at fixed potentials, else null
   };
 
-  PointSums<T> side(int64_t c);
+  PointSums<T> side(int64_t c, const T* weight = nullptr, const T* v = nullptr);
 
   const Device& device_;
   const Problem& problem_;

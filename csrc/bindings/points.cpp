@@ -104,12 +104,14 @@ PointGradients<T>::PointGradients(const Device& device, const Prepared& clouds, 
 }
 
 template <typename T>
-void PointGradients<T>::add_side(int64_t c, const T* sum, const T* product) const {
+void PointGradients<T>::add_side(int64_t c, const T* sum, const T* product, const T* weight,
+                                 const T* v) const {
   const Tensor& z = clouds_.z[c];
-  OTLOSS_LAUNCH(device_, cost_gradient,
-                CostGradientGroup<T>{z.size(0), z.size(1), z.size(2), data<T>(z),
-                                     data<T>(clouds_.norm[c]), sum, product, data<T>(grads_[c])},
-                clouds_.kind);
+  OTLOSS_LAUNCH(
+      device_, cost_gradient,
+      CostGradientGroup<T>{z.size(0), z.size(1), z.size(2), data<T>(z), data<T>(clouds_.norm[c]),
+                           sum, product, data<T>(grads_[c]), weight, v},
+      clouds_.kind);
 }
 
 template <typename T>
@@ -131,9 +133,12 @@ void PointGradients<T>::add_pair(int64_t i, int64_t j, const Tensor& C, PlanWeig
                   clouds_.kind);
   else
     OTLOSS_LAUNCH(device_, plan_weights, group, clouds_.kind, eps);
-  if (wants(i)) add_side(i, data<T>(row_sum), data<T>(product<T>(device_, V, false, clouds_.z[j])));
+  if (wants(i))
+    add_side(i, data<T>(row_sum), data<T>(product<T>(device_, V, false, clouds_.z[j])), group.a,
+             group.f);
   if (i != j && wants(j))
-    add_side(j, data<T>(col_sum), data<T>(product<T>(device_, V, true, clouds_.z[i])));
+    add_side(j, data<T>(col_sum), data<T>(product<T>(device_, V, true, clouds_.z[i])), group.b,
+             group.g);
 }
 
 template <typename T>

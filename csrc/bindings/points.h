@@ -40,7 +40,7 @@ class PointGradients {
   bool wants(int64_t c) const { return grads_[c].defined(); }
 
   // From the sums and the product of one side of a pair, see CostGradientGroup.
-  void add_side(int64_t c, const T* sum, const T* product) const;
+  void add_side(int64_t c, const T* sum, const T* product, const T* weight, const T* v) const;
   // From the cost matrix of the pair (i, j) and either its gradient or, where group.W is null, the
   // plan that group describes; the other fields are filled in here.
   void add_pair(int64_t i, int64_t j, const Tensor& C, PlanWeightGroup<T> group, double eps) const;

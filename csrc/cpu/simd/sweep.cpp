@@ -226,10 +226,12 @@ template <typename T>
 void plan_rows(const PlanRows<T>& p) {
   for (int64_t i = 0; i < p.rows; ++i) {
     T* P = p.P + i * p.m;
-    if (p.a[i] > T(0))
-      plan_row(p.m, p.scale * p.a[i], p.F[i], p.k, p.C + i * p.m, p.G, P);
-    else
+    if (!(p.a[i] > T(0)))
       std::fill(P, P + p.m, T(0));
+    else if (std::isnan(p.F[i]))  // of a solve that failed
+      for (int64_t j = 0; j < p.m; ++j) P[j] = p.G[j] > static_cast<T>(kLog2Zero) ? p.F[i] : T(0);
+    else
+      plan_row(p.m, p.scale * p.a[i], p.F[i], p.k, p.C + i * p.m, p.G, P);
   }
 }
 

@@ -217,6 +217,10 @@ struct GradientKernel {
     if (i >= group.batch * group.n) return;
     const T *z = group.z + i * d, *Vy = group.Vy + i * d;
     T* grad = group.grad + i * d;
+    if (group.failed(i)) {
+      for (int64_t k = lane; k < d; k += kWarp) grad[k] = group.v[i];
+      return;
+    }
     if (!unit_norm) {
       for (int64_t k = lane; k < d; k += kWarp) grad[k] += z[k] * group.sum[i] - Vy[k];
       return;

@@ -40,12 +40,13 @@ struct PlanKernel {
         if (i >= p.n) break;
         const T weight = p.a[batch * p.n + i];
         const T F = k * p.f[batch * p.n + i];
+        const T row_scale = scale * weight + (F - F);  // NaN where a solve failed
         const int64_t row = (batch * p.n + i) * p.m;
         for (int64_t j = lane; j < p.m; j += kWarp) {
           // A clamped exponential stands for 0, so that padding gets exactly 0.
           const T t = F + (k * g[j] - k * p.C[row + j]);
-          const bool counted = weight > T(0) && b[j] > T(0) && t > static_cast<T>(-kExp2Limit);
-          p.grad_C[row + j] = counted ? scale * weight * b[j] * fast_exp2(t) : T(0);
+          const bool counted = weight > T(0) && b[j] > T(0) && !(t <= static_cast<T>(-kExp2Limit));
+          p.grad_C[row + j] = counted ? row_scale * b[j] * fast_exp2(t) : T(0);
         }
       }
     }
