@@ -160,6 +160,26 @@ def test_coincident_points(backend, cost, dtype, rng):
     torch.testing.assert_close(grad.reshape(4, 2, 3).sum(1), expected, rtol=1e-3, atol=100 * tol)
 
 
+@some_of("backend, cost, dtype", BACKENDS, COSTS[:2], DTYPES)
+@pytest.mark.parametrize("name", ["sinkhorn_loss", "sinkhorn_divergence"])
+def test_an_overflow_that_is_not_looked_for(name, backend, cost, dtype, rng, monkeypatch):
+    """The loss of a problem is NaN, and its gradients too, but not of points of weight 0 nor of
+    the other problem."""
+    monkeypatch.setattr("otloss._check.readable", lambda t: False)  # as in a compiled graph
+    x, y = (randn(rng, 2, n, 3, dtype=dtype).to(backend.device) for n in (4, 5))
+    a, b = x.new_tensor([0.5, 0.2, 0, 0.3]), y.new_tensor([0.2, 0.2, 0, 0.5, 0.1])
+    x[1, 0] = torch.finfo(dtype).max ** 0.8
+    inputs = [t.requires_grad_() for t in (x, y, a.repeat(2, 1), b.repeat(2, 1))]
+    loss = getattr(otloss, name)(
+        x, y, 0.5, a=inputs[2], b=inputs[3], cost=cost, method=backend.method
+    )
+    grads = torch.autograd.grad(loss.sum(), inputs)
+    assert loss.isnan().tolist() == [False, True]
+    for grad, w in zip(grads, (a, b, a, b), strict=True):
+        assert bool(grad[0].isfinite().all() and grad[1, w > 0].isnan().all())
+        assert not bool(grad[:, w == 0].any())
+
+
 @some_of("backend", BACKENDS)
 def test_zero_vectors_under_cosine(backend, rng):
     """No direction: cost 1 to everything, itself included, and gradient exactly 0."""
