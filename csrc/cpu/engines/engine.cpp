@@ -11,29 +11,10 @@
 
 namespace otloss::cpu {
 
-// Column sums in the kernels' precision are added up in double after this number of rows.
-constexpr int64_t kFlushRows = 4096;
-
 template <typename T>
 Engine<T>::Engine(const Side<T>& x, const Side<T>& y, const SolveGroup<T>& group, int64_t problem,
                   bool split)
-    : x(x),
-      y(y),
-      n_(x.count),
-      m_(y.count),
-      points_(group.points),
-      problem_(problem),
-      costs_(RowParts(n_, m_, split), kFlushRows,
-             RowSource<T>(n_, m_, group.C, points_, problem, group.symmetric)),
-      G_(padded<T>(m_), T(kLog2Zero)),
-      s_(n_),
-      workspaces_(costs_.parts().count()) {
-  for (Workspace& w : workspaces_) {
-    w.c.resize(padded<T>(m_));
-    w.total.resize(m_);
-    w.e.resize(kSweepScratchRows * padded<T>(m_));
-  }
-}
+    : x(x), y(y), group_(group), problem_(problem), split_(split) {}
 
 template <typename T>
 void Engine<T>::update_rows(double eps, const T* g, T* F, T* s) {
@@ -101,11 +82,12 @@ double Engine<T>::sigma() {
 // Between the Gaussians fitted to the clouds, where the points are known and there is a formula.
 template <typename T>
 bool Engine<T>::propose(double sweeps, double eps, T* g) const {
-  const int64_t d = points_.d;
-  if (!points_.zx || !traits_of(points_.kind).gaussian) return false;
+  const PointPair<T>& points = group_.points;
+  const int64_t d = points.d;
+  if (!points.zx || !traits_of(points.kind).gaussian) return false;
   return gaussian_start(
-      sweeps, GaussianStart<T>{n_, m_, d, points_.zx + problem_ * n_ * d,
-                               points_.zy + problem_ * m_ * d, x.weight, y.weight, eps, g});
+      sweeps, GaussianStart<T>{n_, m_, d, points.zx + problem_ * n_ * d,
+                               points.zy + problem_ * m_ * d, x.weight, y.weight, eps, g});
 }
 
 template <typename T>

@@ -6,6 +6,7 @@
 
 #include "core/step_control.h"
 #include "cpu/engines/rows.h"
+#include "cpu/simd/sweep.h"
 #include "cpu/solve/marginal.h"
 
 namespace otloss::cpu {
@@ -55,11 +56,17 @@ class Engine {
   CostBlocks<T>& costs() { return costs_; }
 
  private:
+  // Column sums in the kernels' precision are added up in double after this number of rows.
+  static constexpr int64_t kFlushRows = 4096;
+
   struct Workspace {            // of one thread
     BlockVector<T> c;           // (padded m,) column sums of some rows
     std::vector<double> total;  // (m,) of all its rows
     BlockVector<T> e;           // (kSweepScratchRows, padded m)
     double sum = 0;
+
+    explicit Workspace(int64_t m)
+        : c(padded<T>(m)), total(m), e(kSweepScratchRows * padded<T>(m)) {}
   };
 
   void sweep(double eps, int64_t part, int64_t begin, int64_t end, T* F, T* s, T* c);
@@ -67,13 +74,16 @@ class Engine {
   double least_column_sum(T tilt, const T* F) const;
   void guarded_columns(double eps, int64_t begin, int64_t end, const T* g, const T* F, T* gt, T* q);
 
-  const int64_t n_, m_;
-  const PointPair<T>& points_;
+  const SolveGroup<T>& group_;
   const int64_t problem_;
-  CostBlocks<T> costs_;
-  BlockVector<T> G_;  // (padded m,)
-  std::vector<T> s_;  // (n,)
-  std::vector<Workspace> workspaces_;
+  const bool split_;
+  const int64_t n_ = x.count, m_ = y.count;
+  CostBlocks<T> costs_{RowParts(n_, m_, split_), kFlushRows,
+                       RowSource<T>(n_, m_, group_.C, group_.points, problem_, group_.symmetric)};
+  BlockVector<T> G_ = BlockVector<T>(padded<T>(m_), T(kLog2Zero));
+  std::vector<T> s_ = std::vector<T>(n_);
+  std::vector<Workspace> workspaces_ =
+      std::vector<Workspace>(costs_.parts().count(), Workspace(m_));
   std::vector<T> columns_;  // a block of columns that was made
 };
 

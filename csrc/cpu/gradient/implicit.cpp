@@ -56,23 +56,24 @@ double rounding(double size) {
   return kUnit * kUnit * size;
 }
 
-template <typename T>
-double quotient(double value, T weight) {
-  return weight > T(0) ? value / static_cast<double>(weight) : 0.0;
-}
+double quotient(double value, double weight) { return weight > 0 ? value / weight : 0.0; }
 
 // The rows or the columns of the system.
-template <typename T>
-struct SystemSide : Side<T> {
-  using Side<T>::count;
-  using Side<T>::weight;
+struct SystemSide : Penalty {
+  int64_t count;
+  double mass;
+  Vector weight;
   Vector v;                  // the potential, with <a, f> = <b, g> if balanced
   Vector v_bar, weight_bar;  // gradients: of the potential from outside, of the weights
   Vector sum, inverse;       // sums of P over the damping, and 1 over them, 0 for padding
   Vector solution;           // alpha or beta
 
-  SystemSide(int64_t count, const T* weight, double rho, const T* potential)
-      : Side<T>(count, weight, rho),
+  template <typename T>
+  SystemSide(const Side<T>& side, const T* potential)
+      : Penalty(side),
+        count(side.count),
+        mass(side.mass),
+        weight(side.weight, side.weight + count),
         v(of_mass(potential)),
         v_bar(count),
         weight_bar(count),
@@ -81,32 +82,32 @@ struct SystemSide : Side<T> {
         solution(count) {}
 
   // 0 in place of what may be anything, where there is no weight, or null.
+  template <typename T>
   Vector of_mass(const T* values) const {
     Vector result(count);
     for (int64_t i = 0; i < count; ++i)
-      if (values && weight[i] > T(0)) result[i] = static_cast<double>(values[i]);
+      if (values && weight[i] > 0) result[i] = static_cast<double>(values[i]);
     return result;
   }
   double dot(const Vector& x) const {
     double total = 0;
-    for (int64_t i = 0; i < count; ++i) total += static_cast<double>(weight[i]) * x[i];
+    for (int64_t i = 0; i < count; ++i) total += weight[i] * x[i];
     return total;
   }
   void shift_potential(double shift) {
-    for (int64_t i = 0; i < count; ++i) v[i] += weight[i] > T(0) ? shift : 0.0;
+    for (int64_t i = 0; i < count; ++i) v[i] += weight[i] > 0 ? shift : 0.0;
   }
   // sums: of P.
   void set_sums(double eps, const double* sums) {
-    const double damping = Side<T>::damping(eps);
     for (int64_t i = 0; i < count; ++i) {
-      sum[i] = sums[i] / damping;
+      sum[i] = sums[i] / damping(eps);
       inverse[i] = sum[i] > 0 ? 1.0 / sum[i] : 0.0;
     }
   }
   // The objective's derivatives at fixed potentials: regularized, all there are at the solution.
   void seed_value(double scale, double eps, bool balanced, double other_mass) {
     for (int64_t i = 0; i < count; ++i)
-      weight_bar[i] = scale * (balanced ? v[i] : this->weight_gradient(eps, other_mass, v[i]));
+      weight_bar[i] = scale * (balanced ? v[i] : weight_gradient(eps, other_mass, v[i]));
   }
   // Those of <P, C>, from the sums of P C, and what it puts on the potential.
   void seed_transport(double scale, double eps, const double* sums) {
@@ -118,13 +119,14 @@ struct SystemSide : Side<T> {
   // Moves a gradient of the potential along a constant to the weights.
   void fix_gauge(double excess) {
     for (int64_t i = 0; i < count; ++i) {
-      v_bar[i] -= excess * static_cast<double>(weight[i]);
+      v_bar[i] -= excess * weight[i];
       weight_bar[i] -= excess * v[i];
     }
   }
+  template <typename T>
   void weight_gradient_to(double shift, T* grad) const {
     for (int64_t i = 0; i < count; ++i)
-      grad[i] = weight[i] > T(0) ? static_cast<T>(weight_bar[i] + shift) : T(0);
+      grad[i] = weight[i] > 0 ? static_cast<T>(weight_bar[i] + shift) : T(0);
   }
 };
 
@@ -171,8 +173,8 @@ class ImplicitProblem {
     status[kImplicitResidual] = report.residual;
     if (group_.grad_C) cost_gradient(group_.grad_C + problem_ * n_ * m_);
     const MadeCost<T>& made = group_.made;
-    if (made.x.sum && !interrupted()) side_sums(made.points, x_, y_, made.x);
-    if (made.y.sum && !interrupted()) side_sums(exchanged(made.points), y_, x_, made.y);
+    if (made.x.sum && !interrupted()) side_sums(made.points, x_, a_, y_, b_, made.x);
+    if (made.y.sum && !interrupted()) side_sums(exchanged(made.points), y_, b_, x_, a_, made.y);
     if (!group_.grad_a) return;
     // Of (a_bar + t, b_bar - t), all gradients on weights of equal total, that with
     // <a, a_bar> = <b, b_bar>.
@@ -196,8 +198,8 @@ class ImplicitProblem {
 
   // The sums that the gradients of the points of `rows` need. Both sides of a cloud against itself
   // are alike.
-  void side_sums(const PointPair<T>& points, const SystemSide<T>& rows,
-                 const SystemSide<T>& columns, const PointSums<T>& out) const {
+  void side_sums(const PointPair<T>& points, const SystemSide& rows, const T* a,
+                 const SystemSide& columns, const T* b, const PointSums<T>& out) const {
     const double sides = symmetric_ ? 2 : 1;
     std::vector<T> alpha(rows.count), beta(columns.count);
     for (int64_t i = 0; i < rows.count; ++i) alpha[i] = static_cast<T>(sides * rows.solution[i]);
@@ -206,8 +208,8 @@ class ImplicitProblem {
     const std::vector<T> f(rows.v.begin(), rows.v.end()), g(columns.v.begin(), columns.v.end());
     point_sums(
         points, rows.count, columns.count, problem_, symmetric_, split_,
-        PlanGradient<T>{eps_, static_cast<T>(sides * scale_), static_cast<T>(sides * of_cost_),
-                        rows.weight, columns.weight, f.data(), g.data(), alpha.data(), beta.data()},
+        PlanGradient<T>{eps_, static_cast<T>(sides * scale_), static_cast<T>(sides * of_cost_), a,
+                        b, f.data(), g.data(), alpha.data(), beta.data()},
         out);
   }
 
@@ -219,7 +221,7 @@ class ImplicitProblem {
     costs_.for_each([&](int64_t part, const T* C, int64_t i, int64_t rows) {
       T* P = kept_P_ ? kept_P_ + i * m_ : made_P_.data() + part * costs_.at_once() * m_;
       if (!plan_is_kept_)
-        plan_rows(PlanRows<T>{rows, m_, k, T(1), C, x_.weight + i, F_.data() + i, G_.data(), P});
+        plan_rows(PlanRows<T>{rows, m_, k, T(1), C, a_ + i, F_.data() + i, G_.data(), P});
       function(part, P, C, i, rows);
     });
   }
@@ -228,7 +230,7 @@ class ImplicitProblem {
     const double k = kLog2E / eps_;
     const std::vector<T> g(y_.v.begin(), y_.v.end());
     for (int64_t i = 0; i < n_; ++i) F_[i] = static_cast<T>(k * x_.v[i]);
-    absorb_weights(m_, static_cast<T>(k), g.data(), y_.weight, G_.data());
+    absorb_weights(m_, static_cast<T>(k), g.data(), b_, G_.data());
     const Vector row = plan_sums_of(false);
     plan_is_kept_ = kept_P_ != nullptr;
     x_.set_sums(eps_, row.data());
@@ -318,8 +320,10 @@ class ImplicitProblem {
   const double of_cost_ = objective_ == Objective::kTransport ? -scale_ / eps_ : 0.0;
   const bool symmetric_ = group_.symmetric, balanced_ = group_.penalties.balanced;
   const int64_t n_ = group_.n, m_ = group_.m;
-  SystemSide<T> x_{n_, group_.a + problem_ * n_, group_.penalties.rho_x, group_.f + problem_ * n_};
-  SystemSide<T> y_{m_, group_.b + problem_ * m_, group_.penalties.rho_y, group_.g + problem_ * m_};
+  const T* const a_ = group_.a + problem_ * n_;  // (n,)
+  const T* const b_ = group_.b + problem_ * m_;  // (m,)
+  SystemSide x_{Side<T>(n_, a_, group_.penalties.rho_x), group_.f + problem_ * n_};
+  SystemSide y_{Side<T>(m_, b_, group_.penalties.rho_y), group_.g + problem_ * m_};
   T* const kept_P_ = group_.P ? group_.P + problem_ * n_ * m_ : nullptr;  // (n, m) or null
   bool plan_is_kept_ = false;
   CostBlocks<T> costs_{RowParts(n_, m_, split_), kBlockRows,

@@ -19,21 +19,7 @@ template <typename T>
 class PairSolver {
  public:
   PairSolver(Engine<T>& engine, const SolveOptions& options, T* F, T* g)
-      : engine_(engine),
-        options_(options),
-        x_(engine.x),
-        y_(engine.y),
-        n_(x_.count),
-        m_(y_.count),
-        eps_(options.eps),
-        F_(F),
-        control_(options.eps, options.tol, options.max_iters),
-        point_(m_, y_.weight),
-        trial_(m_, y_.weight),
-        r_(m_),
-        p_(m_),
-        excess_(m_),
-        newton_(engine) {
+      : engine_(engine), options_(options), F_(F) {
     std::copy(g, g + m_, trial_.g.begin());
   }
 
@@ -214,17 +200,17 @@ class PairSolver {
 
   Engine<T>& engine_;
   const SolveOptions& options_;
-  const Side<T>&x_, &y_;
-  const int64_t n_, m_;
-  double eps_;  // of the stage
   T* const F_;  // (n,) of the point that was evaluated last
-  StepControl control_;
+  const Side<T>&x_ = engine_.x, &y_ = engine_.y;
+  const int64_t n_ = x_.count, m_ = y_.count;
+  double eps_ = options_.eps;  // of the stage
+  StepControl control_{options_.eps, options_.tol, options_.max_iters};
   Next next_ = Next::kStage;  // what the trial is
-  SemidualPoint<T> point_, trial_;
-  std::vector<T> r_, p_, excess_;  // (m,) residual; direction; 1 - q
+  SemidualPoint<T> point_{m_, y_.weight}, trial_{m_, y_.weight};
+  std::vector<T> r_ = std::vector<T>(m_), p_ = r_, excess_ = r_;  // residual; direction; 1 - q
   LbfgsMemory<T> memory_;
   StepLength length_;
-  SparseNewton<T> newton_;
+  SparseNewton<T> newton_{engine_};
   int64_t begun_ = 0;  // passes before the stage
 };
 

@@ -39,22 +39,15 @@ template <typename T>
 SparseNewton<T>::SparseNewton(Engine<T>& engine)
     : x_(engine.x),
       y_(engine.y),
-      costs_(is_off(std::getenv("OTLOSS_NEWTON")) ? nullptr : &engine.costs()),
-      G_(y_.count),
-      row_(x_.count),
-      column_(y_.count),
-      R_(x_.count),
-      S_(y_.count),
-      right_(y_.count),
-      inverse_(y_.count),
-      solution_(y_.count) {}
+      costs_(engine.costs()),
+      wanted_(!is_off(std::getenv("OTLOSS_NEWTON"))) {}
 
 template <typename T>
 bool SparseNewton<T>::prepare(double eps, const T* F, const SemidualPoint<T>& point, int64_t sweeps,
                               int64_t& readings) {
   slow_ = slow_ || point.error > kSlow * last_error_;
   last_error_ = point.error;
-  if (!costs_ || !slow_ || point.error > kNear) return false;
+  if (!wanted_ || !slow_ || point.error > kNear) return false;
   if (!found_ && sweeps < next_search_) return false;
   set_marginals(eps, F, point);
   coupling_ = x_.damping(eps) * y_.damping(eps);
@@ -129,7 +122,7 @@ bool SparseNewton<T>::find(double eps, const T* F, int64_t sweeps) {
   for (double least = kLeast; least <= kMost; least += kStep) {
     LargeCount all{0, 0};
     for (const int64_t i : rows) {
-      const LargeCount one = count_large(large(eps, F, least, costs_->row(i), i));
+      const LargeCount one = count_large(large(eps, F, least, costs_.row(i), i));
       all.entries += one.entries, all.held += one.held;
     }
     if (all.held < kLeastHeld * sampled) return false;
@@ -150,7 +143,7 @@ double SparseNewton<T>::most_large(int64_t sweeps) const {
   constexpr double kCheap = 0.0025, kDear = 0.05, kMost = 0.25, kEntries = 1 << 22,
                    kCache = 4 << 20;
   const double entries = static_cast<double>(x_.count) * static_cast<double>(y_.count);
-  const bool cheap = costs_->source().stored() && entries * sizeof(T) <= kCache;
+  const bool cheap = costs_.source().stored() && entries * sizeof(T) <= kCache;
   return std::min({static_cast<double>(sweeps) * (cheap ? kCheap * sizeof(T) : kDear), kMost,
                    kEntries / entries});
 }
@@ -173,15 +166,15 @@ template <typename T>
 void SparseNewton<T>::list(double eps, const T* F, double least, double share) {
   constexpr double kRoom = 1.2;
   const int64_t m = y_.count;
-  parts_.resize(costs_->parts().count());
-  costs_->parts().for_each([&](int64_t index, int64_t begin, int64_t end) {
+  parts_.resize(costs_.parts().count());
+  costs_.parts().for_each([&](int64_t index, int64_t begin, int64_t end) {
     SparseRows& part = parts_[index];
     part.begin = begin;
     part.end.resize(end - begin);
     part.reserve(static_cast<int64_t>(kRoom * share * static_cast<double>((end - begin) * m)));
     std::vector<uint8_t> marks(m + kEntriesAtOnce);
     int64_t listed = 0;
-    costs_->for_each_block(index, begin, end, [&](const T* C, int64_t first, int64_t rows) {
+    costs_.for_each_block(index, begin, end, [&](const T* C, int64_t first, int64_t rows) {
       for (int64_t i = first; i < first + rows; ++i) {
         part.reserve(listed + m + kEntriesAtOnce);
         listed += list_large(large(eps, F, least, C + (i - first) * m, i), marks.data(),
@@ -197,7 +190,7 @@ void SparseNewton<T>::list(double eps, const T* F, double least, double share) {
 template <typename T>
 void SparseNewton<T>::take_values(double eps, const T* F) {
   constexpr double kLeastDiagonal = 1e-3;
-  costs_->parts().for_each([&](int64_t index, int64_t begin, int64_t end) {
+  costs_.parts().for_each([&](int64_t index, int64_t begin, int64_t end) {
     SparseRows& part = parts_[index];
     entry_values(EntryValues<T>{end - begin, factor<T>(eps), F + begin, G_.data(), part.end.data(),
                                 part.column.data(), part.cost.data(), part.value.data()});

@@ -70,17 +70,19 @@ class SparseNewton {
   void product(const Vector& v, Vector& out);
 
   const Side<T>&x_, &y_;
-  CostBlocks<T>* const costs_;  // null: no steps are wanted
+  CostBlocks<T>& costs_;
+  const bool wanted_;
   bool found_ = false, slow_ = false;
   int64_t next_search_ = 0;  // in sweeps
   double last_error_ = kUnknown;
   double coupling_ = 1;  // of rows and columns: less than 1 where marginals are soft
   double missing_ = 0, missing_at_first_ = 0;
-  BlockVector<T> G_;                   // (m,) k g + log2 b of the point
-  Vector row_, column_;                // (n,) (m,) sums of the plan
-  std::vector<T> R_, S_;               // (n,) (m,) log2 of them over the total; ±kLog2Zero for 0
-  Vector diagonal_;                    // (m,)
-  Vector right_, inverse_, solution_;  // (m,) scratch
+  BlockVector<T> G_ = BlockVector<T>(y_.count);                // (m,) k g + log2 b of the point
+  Vector row_ = Vector(x_.count), column_ = Vector(y_.count);  // sums of the plan
+  std::vector<T> R_ = std::vector<T>(x_.count);                // log2 of them over the total,
+  std::vector<T> S_ = std::vector<T>(y_.count);                // ±kLog2Zero for 0
+  Vector diagonal_;                                            // (m,)
+  Vector right_ = column_, inverse_ = column_, solution_ = column_;  // (m,) scratch
   std::vector<SparseRows> parts_;
 };
 
