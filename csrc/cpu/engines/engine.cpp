@@ -27,31 +27,28 @@ void Engine<T>::update_rows(double eps, const T* g, T* F, T* s) {
 template <typename T>
 void Engine<T>::iterate(double eps, const T* g, T* F, T* gt, T* q) {
   absorb_weights(m_, factor<T>(eps), g, y.weight, G_.data());
+  totals_.clear();
   costs_.parts().for_each([&](int64_t part, int64_t begin, int64_t end) {
     Workspace& w = workspaces_[part];
-    std::fill(w.total.begin(), w.total.end(), 0.0);
     for (int64_t i = begin; i < end; i += kFlushRows) {
       std::fill(w.c.begin(), w.c.end(), T(0));
       sweep(eps, part, i, std::min(end, i + kFlushRows), F, s_.data(), w.c.data());
-      add_sums(m_, w.c.data(), w.total.data());
+      add_sums(m_, w.c.data(), totals_.part(part));
     }
   });
-  double* c = workspaces_[0].total.data();
-  for (size_t part = 1; part < workspaces_.size(); ++part)
-    for (int64_t j = 0; j < m_; ++j) c[j] += workspaces_[part].total[j];
-  update_columns(eps, g, F, c, gt, q);
+  update_columns(eps, g, F, totals_.total(), gt, q);
 }
 
 template <typename T>
 double Engine<T>::transport(double eps, const T* F, const T* g) {
   absorb_weights(m_, factor<T>(eps), g, y.weight, G_.data());
-  for (Workspace& w : workspaces_) w.sum = 0;
+  std::vector<double> sums(workspaces_.size());
   costs_.for_each([&](int64_t part, const T* C, int64_t i, int64_t count) {
-    workspaces_[part].sum += transport_rows(
+    sums[part] += transport_rows(
         PlanRows<T>{count, m_, factor<T>(eps), T(1), C, x.weight + i, F + i, G_.data(), nullptr});
   });
   double sum = 0;
-  for (const Workspace& w : workspaces_) sum += w.sum;
+  for (const double part : sums) sum += part;
   return sum;
 }
 

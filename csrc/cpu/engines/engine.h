@@ -59,14 +59,11 @@ class Engine {
   // Column sums in the kernels' precision are added up in double after this number of rows.
   static constexpr int64_t kFlushRows = 4096;
 
-  struct Workspace {            // of one thread
-    BlockVector<T> c;           // (padded m,) column sums of some rows
-    std::vector<double> total;  // (m,) of all its rows
-    BlockVector<T> e;           // (kSweepScratchRows, padded m)
-    double sum = 0;
+  struct Workspace {   // of one thread
+    BlockVector<T> c;  // (padded m,) column sums of some rows
+    BlockVector<T> e;  // (kSweepScratchRows, padded m)
 
-    explicit Workspace(int64_t m)
-        : c(padded<T>(m)), total(m), e(kSweepScratchRows * padded<T>(m)) {}
+    explicit Workspace(int64_t m) : c(padded<T>(m)), e(kSweepScratchRows * padded<T>(m)) {}
   };
 
   void sweep(double eps, int64_t part, int64_t begin, int64_t end, T* F, T* s, T* c);
@@ -84,7 +81,8 @@ class Engine {
   std::vector<T> s_ = std::vector<T>(n_);
   std::vector<Workspace> workspaces_ =
       std::vector<Workspace>(costs_.parts().count(), Workspace(m_));
-  std::vector<T> columns_;  // a block of columns that was made
+  PartSums<double> totals_{costs_.parts(), m_};  // of all rows of a thread
+  std::vector<T> columns_;                       // a block of columns that was made
 };
 
 }  // namespace otloss::cpu

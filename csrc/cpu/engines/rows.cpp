@@ -51,7 +51,7 @@ const T* RowSource<T>::columns(int64_t begin, int64_t end, std::vector<T>& scrat
 
 template <typename T>
 double RowSource<T>::max_cost(const T* a, const T* b) const {
-  if (C_) return max_abs(MaxAbs<T>{n_, m_, C_, a, b});
+  if (C_) return max_abs(n_, m_, C_, a, b);
   return cost_bound(kind_, largest_norm(from_, a), largest_norm(to_, b));
 }
 

@@ -247,11 +247,11 @@ double transport_rows(const PlanRows<T>& p) {
 }
 
 template <typename T>
-double max_abs(const MaxAbs<T>& p) {
+double max_abs(int64_t n, int64_t m, const T* C, const T* a, const T* b) {
   double largest = 0;
-  for (int64_t i = 0; i < p.rows; ++i) {
-    if (!(p.a[i] > T(0))) continue;
-    const double row = static_cast<double>(max_abs_row(p.m, p.C + i * p.m, p.b));
+  for (int64_t i = 0; i < n; ++i) {
+    if (!(a[i] > T(0))) continue;
+    const double row = static_cast<double>(max_abs_row(m, C + i * m, b));
     largest = largest >= row ? largest : row;
     if (std::isnan(row)) return row;
   }
@@ -323,14 +323,14 @@ OTLOSS_SIMD void plan_product(const PlanProduct<T>& p) {
   }
 }
 
-#define OTLOSS_INSTANTIATE(T)                            \
-  template void sweep_rows(const RowSweep<T>&);          \
-  template void column_softmin(const ColumnSoftmin<T>&); \
-  template void plan_rows(const PlanRows<T>&);           \
-  template double transport_rows(const PlanRows<T>&);    \
-  template double max_abs(const MaxAbs<T>&);             \
-  template void plan_sums(const PlanSums<T>&);           \
-  template void weigh_plan(const WeighPlan<T>&);         \
+#define OTLOSS_INSTANTIATE(T)                                              \
+  template void sweep_rows(const RowSweep<T>&);                            \
+  template void column_softmin(const ColumnSoftmin<T>&);                   \
+  template void plan_rows(const PlanRows<T>&);                             \
+  template double transport_rows(const PlanRows<T>&);                      \
+  template double max_abs(int64_t, int64_t, const T*, const T*, const T*); \
+  template void plan_sums(const PlanSums<T>&);                             \
+  template void weigh_plan(const WeighPlan<T>&);                           \
   template void plan_product(const PlanProduct<T>&);
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)

@@ -72,18 +72,9 @@ void plan_rows(const PlanRows<T>& plan);
 template <typename T>
 double transport_rows(const PlanRows<T>& plan);
 
+// max |C_ij|, C (n, m), where a_i b_j > 0; NaN if any of those is not finite.
 template <typename T>
-struct MaxAbs {
-  int64_t rows;  // n
-  int64_t m;     // columns
-  const T* C;    // (n, m)
-  const T* a;    // (n,)
-  const T* b;    // (m,)
-};
-
-// max |C_ij| where a_i b_j > 0; NaN if any of those is not finite.
-template <typename T>
-double max_abs(const MaxAbs<T>& args);
+double max_abs(int64_t n, int64_t m, const T* C, const T* a, const T* b);
 
 // ------------------------------------------------------------------------------ plans in memory
 

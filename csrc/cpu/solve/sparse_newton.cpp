@@ -231,16 +231,17 @@ double SparseNewton<T>::mean(const std::vector<Value>& v) const {
 // out = P^T diag(1/r) P v.
 template <typename T>
 void SparseNewton<T>::product(const Vector& v, Vector& out) {
+  sums_.clear();
   const auto of_part = [&](int64_t index) {
-    SparseRows& part = parts_[index];
-    part.sum.assign(v.size(), 0.0);
+    const SparseRows& part = parts_[index];
+    double* sum = sums_.part(index);
     int64_t begin = 0;
     for (size_t i = 0; i < part.end.size(); ++i) {
       const int64_t end = part.end[i];
       const double along = row_[part.begin + i] *
                            gather(part.value.data(), part.column.data(), v.data(), begin, end);
       for (int64_t e = begin; e < end; ++e)
-        part.sum[part.column[e]] += static_cast<double>(part.value[e]) * along;
+        sum[part.column[e]] += static_cast<double>(part.value[e]) * along;
       begin = end;
     }
   };
@@ -249,9 +250,7 @@ void SparseNewton<T>::product(const Vector& v, Vector& out) {
     for (int64_t part = 0; part < parts; ++part) of_part(part);
   else
     parallel_tasks(parts, of_part);
-  out = parts_[0].sum;
-  for (int64_t part = 1; part < parts; ++part)
-    for (size_t j = 0; j < out.size(); ++j) out[j] += parts_[part].sum[j];
+  std::copy_n(sums_.total(), out.size(), out.begin());
 }
 
 template class SparseNewton<float>;

@@ -54,7 +54,6 @@ class SparseNewton {
     std::vector<int32_t> column;  // (entries,) and room for more
     std::vector<T> cost;          // as column
     std::vector<T> value;         // (entries,) over the row's sum
-    Vector sum;                   // (m,) scratch
 
     void reserve(int64_t entries);
   };
@@ -83,6 +82,7 @@ class SparseNewton {
   std::vector<T> S_ = std::vector<T>(y_.count);                // ±kLog2Zero for 0
   Vector diagonal_;                                            // (m,)
   Vector right_ = column_, inverse_ = column_, solution_ = column_;  // (m,) scratch
+  PartSums<double> sums_{costs_.parts(), y_.count};
   std::vector<SparseRows> parts_;
 };
 
