@@ -120,7 +120,9 @@ def _solve_apart(
     """Every pair on its own, a cloud against itself as two clouds: for costs c(x, y) != c(y, x)."""
     parts = []
     for p, (i, j) in enumerate(as_pairs(combination.pairs)):
-        of_pair, weights = options, [problem.weights[i], problem.weights[j]]
+        # The second is a view, since a traced autograd.Function takes no tensor twice.
+        a, b = problem.weights[i], problem.weights[j]
+        of_pair, weights = options, [a, b.view_as(b)]
         if i == j:
             # Cloud 0 of a solve is held by rho_x, every other by rho_y: the pair are clouds 1, 2.
             weights = [problem.weights[1 - i], *weights]
