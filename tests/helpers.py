@@ -157,8 +157,9 @@ def close(got: Tensor, expected: Tensor, tol: float, scale: float | Tensor | Non
 def agree(one: Any, other: Any) -> None:
     """The values of two results of one problem, within what their certificates allow."""
     apart = float(one.value) - float(other.value)
-    rounding = 8 * torch.finfo(one.value.dtype).eps * abs(float(one.value))
-    allowed = one.duality_gap + other.duality_gap + rounding
+    gaps = one.duality_gap + other.duality_gap
+    size = abs(float(one.value)) + abs(float(other.value)) + gaps
+    allowed = gaps + 64 * torch.finfo(one.value.dtype).eps * size
     assert abs(apart) <= allowed, f"apart by {apart:.3g}, allowed {allowed:.3g}"
 
 
