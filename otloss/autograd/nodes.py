@@ -19,7 +19,7 @@ from otloss.autograd.first_order import (
     gradients,
     implementation,
 )
-from otloss.autograd.second_order import CostGradient, refuse_higher_order, solve_gradient, split
+from otloss.autograd.second_order import CostGradient, refuse_higher_order, solve_gradient
 from otloss.costs import COSTS
 from otloss.reference.operations import as_pairs
 
@@ -169,12 +169,13 @@ class Solve(torch.autograd.Function):
 
 def _inputs(tensors: Sequence[Tensor], sizes: list[int]) -> Inputs:
     """As the operations take them."""
-    costs, points, weights, init = split(tensors, sizes)
+    points, weights = sizes[0], sizes[0] + sizes[1]
+    init = weights + sizes[2]
     return Inputs(
-        [C.contiguous() for C in costs],
-        [batched(x) for x in points],
-        [w.contiguous() for w in weights],
-        [v.contiguous() for v in init],
+        [C.contiguous() for C in tensors[:points]],
+        [batched(x) for x in tensors[points:weights]],
+        [w.contiguous() for w in tensors[weights:init]],
+        [v.contiguous() for v in tensors[init:]],
     )
 
 
