@@ -154,6 +154,15 @@ def close(got: Tensor, expected: Tensor, tol: float, scale: float | Tensor | Non
     assert error <= tol * size, f"error {error:.3g}, allowed {tol:.3g} * {size:.3g}"
 
 
+def agree(one: Any, other: Any) -> None:
+    """The values of two results of one problem, within what their certificates allow."""
+    apart = float(one.value) - float(other.value)
+    gaps = one.duality_gap + other.duality_gap
+    size = abs(float(one.value)) + abs(float(other.value)) + gaps
+    allowed = gaps + 64 * torch.finfo(one.value.dtype).eps * size
+    assert abs(apart) <= allowed, f"apart by {apart:.3g}, allowed {allowed:.3g}"
+
+
 def simplex(logits: Tensor) -> Tensor:
     """Weights of total 1 from free parameters: perturbing these keeps the problem balanced."""
     return logits.softmax(-1)
