@@ -229,7 +229,8 @@ def compilations(torch: Torch, cuda: Cuda | None) -> list[Compilation]:
     if cuda:
         macros += ["-DOTLOSS_WITH_CUDA", f'-DOTLOSS_CUDA_ARCH="{cuda.arch}"']
     system = [pybind11.get_include(), str(torch.folder / "include"), python]
-    binding = [*kernel, *macros, *(f"-isystem{path}" for path in system)]
+    # Bindings hold no loop that repays optimisation.
+    binding = [*kernel, "-O1", *macros, *(f"-isystem{path}" for path in system)]
     gcc = version_of(cxx[0])
     headers = f"torch {torch.version} pybind11 {pybind11.__version__} {sys.version}"
     sources = [

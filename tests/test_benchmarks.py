@@ -15,6 +15,7 @@ import torch
 
 import otloss
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -22,7 +23,6 @@ from benchmarks import gpu_check, peers, steps  # noqa: E402
 from benchmarks.suites import Context, iteration  # noqa: E402
 
 
-@pytest.mark.slow
 def test_gpu_benchmarks_run_on_small_clouds(tmp_path):
     out = tmp_path / "gpu.json"
     command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--device", "cpu"]
@@ -55,7 +55,6 @@ def test_steps_end_with_all_that_they_started(tmp_path: Path) -> None:
         assert not process_exists((logs / f"{name}.log").read_text().strip())
 
 
-@pytest.mark.slow
 def test_a_gpu_check_is_rehearsed(tmp_path: Path, monkeypatch, capsys) -> None:
     """Rows of tests that pass, fail, are all skipped and hang: the summary tells each."""
     bodies = {
