@@ -26,7 +26,8 @@ constexpr int64_t kLargePage = int64_t{1} << 21;
 
 // Asks for large pages where `bytes` at `memory` span whole ones, before anything is written there.
 // Only a wish: a system that does not grant it loses nothing.
-void prefer_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+[[maybe_unused]] void prefer_large_pages([[maybe_unused]] void* memory,
+                                         [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   if (bytes < 2 * kLargePage) return;
   const auto mask = static_cast<uintptr_t>(kLargePage - 1);
