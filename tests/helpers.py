@@ -14,9 +14,9 @@ import torch
 from backends import EMULATED
 from torch import Tensor
 
-from otloss import ops
+from otloss import costs, ops
 
-COSTS = ("sqeuclidean", "euclidean", "cosine")
+COSTS = tuple(costs.COSTS)
 DTYPES = (torch.float32, torch.float64)
 METHODS = ("dense", "streamed", "reference")
 WEIGHTS = ("uniform", "random", "wide", "padded")
