@@ -243,7 +243,10 @@ void cost_gradient(const CostGradientGroup<T>& group, CostKind kind) {
   for_each_row(group.batch * group.n, d, [&](int64_t i) {
     const T *z = group.z + i * d, *Vy = group.Vy + i * d;
     T* grad = group.grad + i * d;
-    if (group.failed(i)) return static_cast<void>(std::fill_n(grad, d, group.v[i]));
+    if (group.failed(i)) {
+      std::fill_n(grad, d, group.v[i]);
+      return;
+    }
     if (!unit) {
       const T sum = group.sum[i];
       for (int64_t k = 0; k < d; ++k) grad[k] += z[k] * sum - Vy[k];
