@@ -142,7 +142,7 @@ def matrix(value: Any) -> Tensor:
 
 def readable(t: Tensor) -> bool:
     """Whether looking at the data costs no synchronisation and breaks no graph."""
-    return t.device.type == "cpu" and not torch.compiler.is_compiling()
+    return t.is_cpu and not torch.compiler.is_compiling()
 
 
 def weights(name: str, value: Any, shape: tuple[int, ...], like_name: str, like: Tensor) -> None:

@@ -126,11 +126,13 @@ def number(value: float) -> Tensor:
     return torch.scalar_tensor(value, dtype=torch.float64, device="cpu")
 
 
-def numbers(*values: float) -> Tensor:
-    """The same for several, (k,)."""
+def penalties(rho_x: float, rho_y: float) -> Tensor | None:
+    """``rho``: (2,) likewise, None if both sides are constraints."""
+    if rho_x == rho_y == inf:
+        return None
     if torch.compiler.is_compiling():
-        return torch.stack([number(value) for value in values])
-    return torch.tensor(values, dtype=torch.float64, device="cpu")
+        return torch.stack([number(rho_x), number(rho_y)])
+    return torch.tensor((rho_x, rho_y), dtype=torch.float64, device="cpu")
 
 
 def problems(
@@ -148,8 +150,8 @@ def problems(
 ) -> Arguments:
     """What operations on a set of problems take."""
     clouds = (points or [], weights, pairs, kind)
-    penalties = None if rho == (inf, inf) else numbers(*rho)
-    return Arguments(costs or [], *clouds, coefficients, number(eps), penalties, objective, tf32)
+    numbers = number(eps), penalties(*rho)
+    return Arguments(costs or [], *clouds, coefficients, *numbers, objective, tf32)
 
 
 cost = torch.ops.otloss.cost.default

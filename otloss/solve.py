@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from otloss import _check, status
+from otloss import _check, ops, status
 from otloss._options import Options, Unbalanced, check_options
 from otloss.autograd import Settings, Solve
 from otloss.costs import Cost
@@ -42,7 +42,7 @@ def run(
 
     ``costs``: given matrices, or None to compute costs from the points; ``dense`` says whether they
     are stored.
-    ``potentials``: whether f and g are wanted as differentiable outputs.
+    ``potentials``: whether f and g are returned too, differentiable.
     ``system``: receives the status of the linear system when an implicit gradient is taken.
     """
     inputs = problem.points if costs is None else tuple(costs)
@@ -59,6 +59,8 @@ def run(
         trace=needs_grad and backward == "unrolled",
         dense=dense,
         batched=problem.batched,
+        eps=ops.number(options.eps),
+        rho=ops.penalties(options.rho_x, options.rho_y),
         system=system,
     )
     costs, points = ((), problem.points) if costs is None else (tuple(costs), ())
@@ -76,7 +78,8 @@ def report(problem: Problem, costs: Sequence[Tensor], options: Options, solved: 
     status.record(solved.status)
     if not _check.readable(solved.status):
         return
-    dtype, largest = problem.weights[0].dtype, status.max_cost(solved.status)
+    rows, dtype = status.rows_of(solved.status), problem.weights[0].dtype
+    largest = status.max_cost(rows)
     if not math.isfinite(largest):
         for name, x in zip(problem.names, problem.points, strict=False):
             _check.finite(name, x)
@@ -84,9 +87,9 @@ def report(problem: Problem, costs: Sequence[Tensor], options: Options, solved: 
             _check.finite("C" if not problem.points else "the cost matrix", C)
         raise ValueError(f"costs overflow {dtype}: scale the data down")
     _check.resolution(options.eps, largest, dtype)
-    if not math.isfinite(float(solved.loss.detach().sum())):
+    if not all(map(math.isfinite, solved.loss.detach().reshape(-1).tolist())):
         raise ValueError(f"sums of costs up to {largest:.3g} overflow {dtype}: scale the data down")
-    status.warn_not_converged(options, solved.status)
+    status.warn_not_converged(options, rows)
 
 
 # ---------------------------------------------------------------------------------- public calls

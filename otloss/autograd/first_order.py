@@ -26,27 +26,21 @@ class Settings(NamedTuple):
     coefficients: list[float]  # the loss is the sum of coefficient * value over the pairs
     options: Options
     backward: str  # the mode, decided where options leave it open
-    potentials: bool  # whether f and g are differentiable outputs: for results, not for losses
+    potentials: bool  # whether f and g are outputs, differentiable
     trace: bool  # keep the potentials of every iteration, for backward="unrolled"
     dense: bool  # store cost matrices made from points
     batched: bool  # the loss is (B,), not ()
+    eps: Tensor  # made once for both passes, like rho, from the options
+    rho: Tensor | None
     system: list[Tensor] | None = None  # receives the status of the implicit gradient's system
 
     def arguments(self, inputs: Inputs) -> Arguments:
         """What the operations take of a set of problems."""
-        o = self.options
-        return ops.problems(
-            inputs.weights,
-            self.pairs,
-            self.coefficients,
-            o.eps,
-            costs=inputs.costs,
-            points=inputs.points,
-            kind=COSTS[str(o.cost)] if inputs.points else 0,
-            rho=(o.rho_x, o.rho_y),
-            objective=OBJECTIVES.index(o.objective),
-            tf32=o.precision == "tf32",
-        )
+        o, (costs, points, weights, _) = self.options, inputs
+        kind = COSTS[str(o.cost)] if points else 0
+        modes = OBJECTIVES.index(o.objective), o.precision == "tf32"
+        clouds = points, weights, self.pairs, kind
+        return Arguments(costs, *clouds, self.coefficients, self.eps, self.rho, *modes)
 
 
 class Inputs(NamedTuple):

@@ -99,7 +99,8 @@ def _points_gradient(
 
 
 class Solve(torch.autograd.Function):
-    """``(settings, sizes, *costs, *points, *weights, *init) -> (loss, status, *f, *g)``.
+    """``(settings, sizes, *costs, *points, *weights, *init) -> (loss, status)``, or with
+    ``settings.potentials`` ``(loss, status, *f, *g)``.
 
     ``costs`` (B, n, m) one per pair, or ``points`` (n, d) or (B, n, d) one per cloud; ``weights``
     (B, n) one per cloud; ``init`` potentials f, g of each pair in turn or nothing; ``sizes`` counts
@@ -128,10 +129,11 @@ class Solve(torch.autograd.Function):
             f, g = _centred(s, inputs.weights, f, g)
         ctx.settings, ctx.sizes = s, sizes
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*([status] if s.potentials else [status, *f, *g]))
+        ctx.mark_non_differentiable(status)
         # The inputs themselves, not their contiguous copies: these know where they came from.
         ctx.save_for_backward(*tensors, *f, *g, *traces, *made)
-        return loss if s.batched else loss[0], status, *f, *g
+        outputs = loss if s.batched else loss[0], status
+        return (*outputs, *f, *g) if s.potentials else outputs
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, _: None, *grad_potentials: Any) -> Any:
@@ -186,7 +188,7 @@ def _seeds(
     grad_potentials: Sequence[Tensor | None],
 ) -> Seeds | None:
     """Gradients of the loss and, if there are any, of every f and every g; None for nothing."""
-    through = s.potentials and any(grad is not None for grad in grad_potentials)
+    through = any(grad is not None for grad in grad_potentials)
     if grad_loss is None and not through:
         return None
     if through and s.backward == "envelope":
