@@ -124,9 +124,7 @@ def same_device(reference_name: str, reference: Tensor, name: str, value: Tensor
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any tensor is, else float32; a mixture under autocast is float32."""
     doubles = [t.dtype == torch.float64 for t in tensors]
-    if any(doubles) and (
-        all(doubles) or not torch.is_autocast_enabled(tensors[0].device.type)
-    ):
+    if any(doubles) and (all(doubles) or not torch.is_autocast_enabled(tensors[0].device.type)):
         return torch.float64
     return torch.float32
 

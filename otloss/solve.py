@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from otloss import _check, ops, status
 from otloss._options import Options, Unbalanced, check_options
-from otloss.autograd import Settings, Solve
+from otloss.autograd import Settings, Solve, evaluate
 from otloss.costs import Cost
 from otloss.method import streams
 from otloss.problem import (
@@ -45,10 +46,9 @@ def run(
     ``potentials``: whether f and g are returned too, differentiable.
     ``system``: receives the status of the linear system when an implicit gradient is taken.
     """
-    inputs = problem.points if costs is None else tuple(costs)
-    needs_grad = torch.is_grad_enabled() and any(
-        t.requires_grad for t in (*inputs, *problem.weights)
-    )
+    costs, points = ((), problem.points) if costs is None else (costs, ())
+    tensors = (*costs, *points, *problem.weights, *init)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     backward = options.gradient()
     settings = Settings(
         pairs=pairs,
@@ -63,9 +63,13 @@ def run(
         rho=ops.penalties(options.rho_x, options.rho_y),
         system=system,
     )
-    costs, points = ((), problem.points) if costs is None else (tuple(costs), ())
     sizes = [len(costs), len(points), len(problem.weights), len(init)]
-    loss, how, *rest = Solve.apply(settings, sizes, *costs, *points, *problem.weights, *init)
+    # Forward-mode derivatives are not available, which only a node says.
+    if needs_grad or forward_ad._current_level >= 0:
+        outputs = Solve.apply(settings, sizes, *tensors)
+    else:
+        outputs, _ = evaluate(settings, sizes, tensors)
+    loss, how, *rest = outputs
     half = len(rest) // 2
     return Solved(loss, how, tuple(rest[:half]), tuple(rest[half:]))
 

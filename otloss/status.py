@@ -54,7 +54,7 @@ def last_status() -> Status:
 
 def rows_of(status: Tensor) -> list[list[float]]:
     """The fields of every problem's status. Waits for its device."""
-    return status.flatten(0, -2).tolist()  # type: ignore[no-any-return]
+    return status.flatten(0, -2).tolist()
 
 
 def worst(rows: list[list[float]]) -> Status:
@@ -69,7 +69,7 @@ def max_cost(rows: list[list[float]]) -> float:
 
 def warn_not_converged(options: Options, rows: list[list[float]]) -> None:
     """Warns if a solve that was to converge did not."""
-    if options.n_iters < 0 and not all([row[ops.CONVERGED] for row in rows]):
+    if options.n_iters < 0 and not all(row[ops.CONVERGED] for row in rows):
         found = worst(rows)
         _check.not_converged(options, found.n_iters, found.marginal_error, max_cost(rows))
 

@@ -23,7 +23,7 @@ from otloss.autograd.second_order import CostGradient, refuse_higher_order, solv
 from otloss.costs import COSTS
 from otloss.reference.operations import as_pairs
 
-__all__ = ["CostMatrices", "Solve"]
+__all__ = ["CostMatrices", "Solve", "evaluate"]
 
 _STREAMED = (
     'this derivative of method="streamed" needs cost matrices, here {size:.2g} GB, more than '
@@ -114,26 +114,13 @@ class Solve(torch.autograd.Function):
     def forward(
         ctx: Any, settings: Settings, sizes: list[int], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        s, o = settings, settings.options
-        inputs = _inputs(tensors, sizes)
-        loss, status, f, g, traces, made = implementation(o.method).solve(
-            *s.arguments(inputs),
-            inputs.init,
-            ops.number(o.tol),
-            o.max_iters,
-            o.n_iters,
-            s.trace,
-            s.dense,
-        )
-        if s.potentials and o.balanced() and o.n_iters < 0:
-            f, g = _centred(s, inputs.weights, f, g)
-        ctx.settings, ctx.sizes = s, sizes
+        outputs, solution = evaluate(settings, sizes, tensors)
+        ctx.settings, ctx.sizes = settings, sizes
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(status)
+        ctx.mark_non_differentiable(outputs[1])
         # The inputs themselves, not their contiguous copies: these know where they came from.
-        ctx.save_for_backward(*tensors, *f, *g, *traces, *made)
-        outputs = loss if s.batched else loss[0], status
-        return (*outputs, *f, *g) if s.potentials else outputs
+        ctx.save_for_backward(*tensors, *solution)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, _: None, *grad_potentials: Any) -> Any:
@@ -167,6 +154,27 @@ class Solve(torch.autograd.Function):
             result[given + c] = grad.view_as(x).to(x.dtype)
         result[first_weight : first_weight + weights] = of_weights
         return None, None, *result
+
+
+def evaluate(
+    s: Settings, sizes: list[int], tensors: Sequence[Tensor]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """What ``Solve`` returns, without a node, and what its backward pass needs: (*f, *g, *traces,
+    *made)."""
+    inputs, o = _inputs(tensors, sizes), s.options
+    loss, status, f, g, traces, made = implementation(o.method).solve(
+        *s.arguments(inputs),
+        inputs.init,
+        ops.number(o.tol),
+        o.max_iters,
+        o.n_iters,
+        s.trace,
+        s.dense,
+    )
+    if s.potentials and o.balanced() and o.n_iters < 0:
+        f, g = _centred(s, inputs.weights, f, g)
+    outputs = loss if s.batched else loss[0], status
+    return (*outputs, *f, *g) if s.potentials else outputs, (*f, *g, *traces, *made)
 
 
 def _inputs(tensors: Sequence[Tensor], sizes: list[int]) -> Inputs:
