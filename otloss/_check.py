@@ -52,13 +52,14 @@ def no_transforms() -> None:
 
 def not_batched(grads: Sequence[Tensor | None]) -> None:
     """Neither have the gradients, for the vmap inside of torch.autograd.grad."""
-    if not torch.compiler.is_compiling() and any(
-        grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads
-    ):
-        raise NotImplementedError(
-            "gradients of otloss cannot be taken with is_grads_batched=True, nor by "
-            "torch.autograd.functional with vectorize=True: take them one at a time"
-        )
+    if torch.compiler.is_compiling():
+        return
+    for grad in grads:
+        if grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad):
+            raise NotImplementedError(
+                "gradients of otloss cannot be taken with is_grads_batched=True, nor by "
+                "torch.autograd.functional with vectorize=True: take them one at a time"
+            )
 
 
 # -------------------------------------------------------------------------------------- tensors

@@ -149,7 +149,7 @@ class OTResult:
     def _status_field(self, field: int) -> Tensor:
         if not self._reported and not torch.compiler.is_compiling():
             self._reported = True  # the first reading of what the solve left on its device
-            warn_not_converged(self._options, rows_of(self._status))
+            warn_not_converged(self._options, rows_of(self._status[None]))
         return self._status[:, field]
 
     @property

@@ -91,7 +91,8 @@ def report(problem: Problem, costs: Sequence[Tensor], options: Options, solved: 
             _check.finite("C" if not problem.points else "the cost matrix", C)
         raise ValueError(f"costs overflow {dtype}: scale the data down")
     _check.resolution(options.eps, largest, dtype)
-    if not all(map(math.isfinite, solved.loss.detach().reshape(-1).tolist())):
+    values = solved.loss.tolist()
+    if not all(map(math.isfinite, values if problem.batched else [values])):
         raise ValueError(f"sums of costs up to {largest:.3g} overflow {dtype}: scale the data down")
     status.warn_not_converged(options, rows)
 

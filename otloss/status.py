@@ -53,8 +53,8 @@ def last_status() -> Status:
 
 
 def rows_of(status: Tensor) -> list[list[float]]:
-    """The fields of every problem's status. Waits for its device."""
-    return status.flatten(0, -2).tolist()
+    """The fields of every problem's status, from (P, B, 4). Waits for its device."""
+    return [row for rows in status.tolist() for row in rows]
 
 
 def worst(rows: list[list[float]]) -> Status:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from otloss.reference import operations
 from otloss.reference.operations import Arguments, as_pairs
 
 __all__ = ["Inputs", "Seeds", "Settings", "Wanted", "batched", "gradients", "implementation"]
+
+
+HALF: Final = (torch.float16, torch.bfloat16)
 
 
 class Settings(NamedTuple):
@@ -75,7 +78,7 @@ def batched(x: Tensor) -> Tensor:
     """(B, n, d), contiguous, in the dtype that is computed in."""
     if x.dim() == 2:
         x = x.unsqueeze(0)
-    if x.dtype in (torch.float16, torch.bfloat16):
+    if x.dtype in HALF:
         x = x.float()
     return x.contiguous()
 
