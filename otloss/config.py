@@ -12,7 +12,8 @@ __all__ = ["show_config"]
 
 
 def show_config(mode: str = "stdout") -> dict[str, Any] | None:
-    """Prints what this build of otloss is and uses, or returns it with ``mode="dicts"``."""
+    """Prints versions, kernels, SIMD level, CUDA architectures and threads in use; returns them as
+    a dict with ``mode="dicts"``."""
     from otloss import __version__
 
     config: dict[str, Any] = {
@@ -26,7 +27,7 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     if torch.cuda.is_available() and ops.CUDA_KERNELS:
         like = torch.empty(0, device=torch.device("cuda", torch.cuda.current_device()))
         for n in (200, 1000, 10_000):
-            config[f"cuda_plan_{n}"] = ops.describe_plan(like, 1, n, n)
+            config[f"cuda_layout_{n}"] = ops.describe_plan(like, 1, n, n)
     if _options.choice("mode", mode, ("stdout", "dicts")) == "dicts":
         return config
     width = max(map(len, config))

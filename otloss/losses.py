@@ -53,55 +53,63 @@ def sinkhorn_divergence(
     .. math:: S_\varepsilon(a, b) = OT_\varepsilon(a, b) - \tfrac12 OT_\varepsilon(a, a)
               - \tfrac12 OT_\varepsilon(b, b)
 
-    Non-negative, and zero exactly when the weighted clouds are equal. It tends to optimal transport
-    as ``eps`` goes to 0 and to :func:`energy_distance` of the same cost as ``eps`` grows.
+    Non-negative, and zero exactly when the weighted clouds are equal. As ``eps`` goes to 0 it tends
+    to exact optimal transport, as ``eps`` grows to :func:`energy_distance` with this cost.
 
-    With ``unbalanced`` each OT is that of :func:`sinkhorn_loss`, a cloud against itself with its
-    own strength on both sides, and the regularized objective has the further term
-    :math:`\tfrac\varepsilon2 (\sum_i a_i - \sum_j b_j)^2`. It is non-negative whatever the totals.
+    With ``unbalanced`` each OT is the unbalanced one of :func:`sinkhorn_loss`. The self terms
+    OT(a, a) and OT(b, b) use rho_x and rho_y on both sides, respectively. The regularized objective
+    gets the term :math:`\tfrac\varepsilon2 (\sum_i a_i - \sum_j b_j)^2` more; then S is
+    non-negative for any totals.
 
     Args:
         x, y: clouds (n, d) and (m, d), or batches (B, n, d) and (B, m, d). float16 and bfloat16
-            are computed in float32, float64 stays float64.
-        eps: regularisation, in units of cost, absolute. A few percent of the mean cost is sharp,
-            the mean cost is blurred.
+            are computed in float32, float64 stays float64. Floats of different precision are
+            promoted, weights included; under autocast a mixture is computed in float32.
+        eps: regularisation, in units of cost, absolute. A few percent of the mean cost: sharp, near
+            exact optimal transport. The mean cost or more: blurred, near :func:`energy_distance`.
         a, b: weights (n,) and (m,), or (B, n) and (B, m), of equal total unless ``unbalanced``;
             default uniform. A point of weight 0 is padding: it changes nothing and receives
             gradient 0.
         cost: ``"sqeuclidean"`` |x - y|^2 (no 1/2), ``"euclidean"`` |x - y|, ``"cosine"``
-            1 - <x, y> / (|x| |y|), or a differentiable function ``(x, y) -> C``.
+            1 - <x, y> / (|x| |y|), or a differentiable function ``(x, y) -> C``, which gets a
+            point of positive weight in place of padding.
         objective: ``"regularized"``: OT_eps as above, the divergence of Feydy et al.;
             ``"transport"``: each term is <P_eps, C>, without the entropy. Genevay et al.'s
             W̄ = 2W(a,b) - W(a,a) - W(b,b) is twice this divergence with ``"transport"``.
-        unbalanced: strength rho of the KL penalty that holds the plan's marginals to a and b, in
-            units of cost, absolute: one number, or a pair ``(rho_x, rho_y)`` with None for a hard
-            constraint. Mass is moved over costs up to a few rho. Default None, balanced.
-        tol: stop when the L1 marginal error over the total mass is at most this. With the default
-            the gradient was within 0.4% of the exact one on every workload of docs/solver.md; its
-            error is about one to five times ``tol``.
-        max_iters: stop there with a :class:`ConvergenceWarning`.
-        n_iters: instead, run exactly so many iterations from zero potentials at this ``eps``.
-        backward: ``"envelope"``: the gradient at fixed potentials, exact at convergence for the
-            regularized objective; with ``"transport"`` the plan is held constant.
-            ``"implicit"``: differentiates the optimality conditions, exact at convergence for both
-            objectives. ``"unrolled"``: the exact derivative of the ``n_iters`` iterations.
-            ``"auto"``: unrolled with ``n_iters``, else implicit, which is the envelope for the
-            regularized objective. See docs/gradients.md.
-        method: ``"dense"`` (cost matrices kept), ``"streamed"`` (never stored, memory O((n + m) d);
-            named costs), ``"reference"`` (plain torch) or ``"auto"``: dense unless the matrices
-            exceed ``otloss.method.dense_budget`` or are slower.
-        precision: ``"tf32"`` allows inner products of points with 11 bits of each coordinate, for
-            float32 and half inputs. Only streamed solves on CUDA in more than 16 dimensions, and
-            their envelope gradients, use that; elsewhere it changes nothing. ``"float32"``, the
-            default, is as accurate there as anywhere.
+        unbalanced: penalty rho on the KL divergence of the plan's marginals from a and b, in units
+            of cost, absolute. A number, or a pair ``(rho_x, rho_y)`` in which None makes a side a
+            constraint. Mass moves over costs up to a few rho; the rest stays. Default None:
+            balanced.
+        tol: stop when the L1 marginal error over the total mass is at most this. The relative error
+            of the gradient is about one to five times ``tol``.
+        max_iters: upper bound on the sweeps; a solve that reaches it warns with a
+            :class:`ConvergenceWarning`. On CUDA and in compiled code, where a warning would wait
+            for the device, :func:`last_status` tells.
+        n_iters: run this number of iterations (an update of f, then of g) from zero potentials at
+            ``eps``, with no stopping test; ``max_iters`` is then ignored.
+        backward: what is differentiated, see docs/gradients.md.
+
+            - ``"envelope"``: the value at fixed potentials, exact at convergence for the
+              regularized objective; for ``"transport"`` it holds the plan constant.
+            - ``"implicit"``: the optimality conditions, exact at convergence for both objectives.
+            - ``"unrolled"``: the ``n_iters`` iterations, exactly.
+            - ``"auto"`` (default): unrolled with ``n_iters``, else implicit; for the regularized
+              objective implicit equals envelope.
+        method: ``"dense"`` stores the cost matrices. ``"streamed"`` computes costs from the points
+            in every sweep, memory O((n + m) d), named costs only. ``"reference"`` is plain torch.
+            ``"auto"`` streams if the matrices exceed the memory budget
+            ``otloss.method.dense_budget`` or would be slower.
+        precision: ``"tf32"`` allows inner products from 11 bits of each coordinate. It applies to
+            streamed solves and envelope gradients on CUDA, float32 or half inputs, in more than 16
+            dimensions, and changes nothing elsewhere. Default ``"float32"``: full accuracy.
         symmetric: of a cost function, whether c(x, y) = c(y, x) for clouds of equal size, which
             makes the terms OT(a, a) and OT(b, b) cheap. Default None: their matrices are compared
             with their transposes; on CUDA and under torch.compile, where that would wait for the
             device, they are solved like any other pair.
 
     Returns:
-        () or (B,), float32 or float64; differentiable in x, y, a and b, twice. Gradients come back
-        in the inputs' dtype.
+        Shape () or (B,), float32 or float64. Twice differentiable in x, y, a and b; gradients have
+        the dtype of the inputs.
 
     Raises:
         ValueError, TypeError: a wrong argument, named, with what is expected.
@@ -142,14 +150,14 @@ def sinkhorn_loss(
     .. math:: OT_\varepsilon(a, b) = \min_{P 1 = a,\; P^T 1 = b}
               \langle P, C\rangle + \varepsilon\, KL(P \,|\, a \otimes b)
 
-    With ``unbalanced`` the constraints are penalties, :math:`\rho_x KL(P 1 \,|\, a)` and
-    :math:`\rho_y KL(P^T 1 \,|\, b)` with :math:`KL(p \,|\, q) = \sum p \log (p / q) - p + q`:
-    points too far from everything are left out, and the totals of a and b may differ.
+    With ``unbalanced`` penalties replace the constraints: :math:`\rho_x KL(P 1 \,|\, a)` and
+    :math:`\rho_y KL(P^T 1 \,|\, b)` with :math:`KL(p \,|\, q) = \sum p \log (p / q) - p + q`. Mass
+    too far from everything is not transported, and the totals of a and b may differ.
 
-    As a training loss it shrinks the model towards the mean of the data, the more the larger
-    ``eps``; :func:`sinkhorn_divergence` does not.
+    As a training loss it is biased: it pulls the model towards the mean of the data, more so for
+    larger ``eps``. :func:`sinkhorn_divergence` has no such bias.
 
-    Args, returns and raises: as :func:`sinkhorn_divergence`.
+    Args, returns and raises: as :func:`sinkhorn_divergence`, without ``symmetric``.
 
     References:
         Cuturi, *Sinkhorn distances: lightspeed computation of optimal transport* (2013); Chizat et
@@ -183,15 +191,15 @@ def minibatch_energy_distance(
     .. math:: L = W(x_1, y_1) + W(x_1, y_2) + W(x_2, y_1) + W(x_2, y_2)
               - 2 W(x_1, x_2) - 2 W(y_1, y_2)
 
-    with W = <P_eps, C>. This is twice the paper's squared distance D²_MED. Unlike optimal transport
-    between minibatches, its gradient is unbiased for a distance between the distributions. All six
-    problems are solved together.
+    with W = <P_eps, C>. This is twice the paper's squared distance D²_MED. Its expectation
+    over minibatches is a distance between the distributions, so its gradient is unbiased; plain
+    optimal transport between minibatches is not. All six problems are solved together.
 
     Args:
         x1, x2: two minibatches (n, d) of one distribution, or batches (B, n, d).
         y1, y2: two minibatches (m, d) of the other.
-        eps: regularisation, in units of cost. The paper uses 0.002 on cosine costs; 1 or more there
-            makes every plan uniform.
+        eps: regularisation, in units of cost. The paper uses 0.002 with the cosine cost, for which
+            eps >= 1 makes every plan nearly uniform.
         cost: ``"cosine"`` (the paper, on critic features), ``"euclidean"``, ``"sqeuclidean"`` or a
             function.
         objective: ``"transport"`` (the paper) or ``"regularized"``.

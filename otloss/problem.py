@@ -116,7 +116,7 @@ def _call_cost(cost: Any, x: Tensor, y: Tensor) -> Tensor:
 
 
 def cost_matrix(x: Tensor, y: Tensor, cost: Cost = "sqeuclidean") -> Tensor:
-    """The cost matrix C_ij = c(x_i, y_j), fused and differentiable.
+    """The cost matrix C_ij = c(x_i, y_j), in one operation. Twice differentiable.
 
     Args:
         x, y: clouds (n, d) and (m, d), or (B, n, d) and (B, m, d).

@@ -1,4 +1,4 @@
-"""Solving OT problems: what every loss stands on, and the calls that return a result."""
+"""Solving OT problems: the call that all losses share, and those that return a result."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def solve(
               \langle P, C\rangle + \varepsilon\, KL(P \,|\, a \otimes b)
               = \langle a, f\rangle + \langle b, g\rangle
 
-    With ``unbalanced`` the constraints are penalties, :math:`\rho_x KL(P 1 \,|\, a)` and
+    With ``unbalanced`` penalties replace the constraints: :math:`\rho_x KL(P 1 \,|\, a)` and
     :math:`\rho_y KL(P^T 1 \,|\, b)` with :math:`KL(p \,|\, q) = \sum p \log (p / q) - p + q`, and
     the totals of a and b may differ. At the solution the marginals are
     :math:`a\, e^{-f / \rho_x}` and :math:`b\, e^{-g / \rho_y}`.
@@ -133,11 +133,14 @@ def solve(
             padding: it changes nothing and receives gradient 0.
         objective: ``"regularized"``: :math:`OT_\varepsilon`; ``"transport"``:
             :math:`\langle P_\varepsilon, C\rangle`.
-        unbalanced: strength rho of the penalties, in units of ``C``, absolute: one number, or a
-            pair ``(rho_x, rho_y)`` with None for a constraint; default None, balanced.
+        unbalanced: penalty rho on the KL divergence of the plan's marginals from a and b, in units
+            of ``C``, absolute. A number, or a pair ``(rho_x, rho_y)`` in which None makes a side a
+            constraint. Default None: balanced.
         tol: stop when the marginal error, L1 over the total mass, is at most this.
-        max_iters: stop after so many iterations with a :class:`ConvergenceWarning`.
-        n_iters: run exactly so many iterations (f, then g, from zero potentials) instead.
+        max_iters: upper bound on the sweeps; reaching it gives a :class:`ConvergenceWarning`, on
+            CUDA when ``converged`` or ``n_iters`` of the result is first read.
+        n_iters: run this number of iterations (f, then g, from zero potentials or ``init``) with no
+            stopping test.
         backward: ``"envelope"``: the gradient of ``value`` at fixed potentials (``dOT/dC = P``,
             ``dOT/da = f`` up to a constant, taken so that ``<a, f> = <b, g>``), exact at
             convergence for the regularized objective; for ``"transport"`` it holds the plan
@@ -149,9 +152,9 @@ def solve(
         init: potentials to start from: an :class:`OTResult` or ``(f, g)``.
 
     Returns:
-        :class:`OTResult`, differentiable in C, a and b, twice. Of the balanced potentials
-        (f + t, g - t) it has those with ``<a, f> = <b, g>``, or, with ``n_iters``, those of the
-        last iteration; unbalanced ones are unique.
+        :class:`OTResult`, differentiable in C, a and b, twice. Balanced potentials are determined
+        up to (f + t, g - t): the result has the pair with ``<a, f> = <b, g>``, or with ``n_iters``
+        that of the last iteration. Unbalanced potentials are unique.
 
     Raises:
         ValueError, TypeError: a wrong argument, named, with what is expected.

@@ -14,9 +14,9 @@ import torch
 from backends import EMULATED
 from torch import Tensor
 
-from otloss import ops
+from otloss import costs, ops
 
-COSTS = ("sqeuclidean", "euclidean", "cosine")
+COSTS = tuple(costs.COSTS)
 DTYPES = (torch.float32, torch.float64)
 METHODS = ("dense", "streamed", "reference")
 WEIGHTS = ("uniform", "random", "wide", "padded")
@@ -152,6 +152,15 @@ def close(got: Tensor, expected: Tensor, tol: float, scale: float | Tensor | Non
     size = float(expected.norm() if scale is None else scale)
     error = float((got - expected).norm())
     assert error <= tol * size, f"error {error:.3g}, allowed {tol:.3g} * {size:.3g}"
+
+
+def agree(one: Any, other: Any) -> None:
+    """The values of two results of one problem, within what their certificates allow."""
+    apart = float(one.value) - float(other.value)
+    gaps = one.duality_gap + other.duality_gap
+    size = abs(float(one.value)) + abs(float(other.value)) + gaps
+    allowed = gaps + 64 * torch.finfo(one.value.dtype).eps * size
+    assert abs(apart) <= allowed, f"apart by {apart:.3g}, allowed {allowed:.3g}"
 
 
 def simplex(logits: Tensor) -> Tensor:

@@ -35,7 +35,11 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "energy": lambda x, y: otloss.energy_distance(x, y),
     "minibatch": lambda x, y: otloss.minibatch_energy_distance(x, x + 1, y, y + 1, 0.5),
     "callable": lambda x, y: otloss.sinkhorn_divergence(
-        x, y, 0.5, cost=lambda x, y: (x[..., None, :] - y[..., None, :, :]).abs().sum(-1)
+        x,
+        y,
+        0.5,
+        symmetric=True,
+        cost=lambda x, y: (x[..., None, :] - y[..., None, :, :]).abs().sum(-1),
     ),
     "unrolled": lambda x, y: otloss.sinkhorn_divergence(x, y, 1.0, n_iters=3),
     "implicit": lambda x, y: otloss.sinkhorn_divergence(x, y, 1.0, objective="transport"),
@@ -145,3 +149,66 @@ def test_errors_are_still_raised(rng):
     loss = torch.compile(lambda x, y: otloss.sinkhorn_loss(x, y, 0.5), backend="eager")
     with pytest.raises(ValueError, match="same dimension d, got 3 and 2"):
         loss(randn(rng, 4, 3), randn(rng, 4, 2))
+
+
+def test_a_warm_start_survives_a_step_of_nan(rng):
+    """Traced code does not read its data, and so raises nothing."""
+    x, y = randn(rng, 40, 3), randn(rng, 30, 3) + 0.5
+    step = torch.compile(otloss.SinkhornDivergence(0.1, warm_start=True), backend="eager")
+    values = [step(points, y) for points in (x, x * torch.nan, x, x)]
+    assert bool(values[1].isnan())
+    torch.testing.assert_close(torch.stack(values[2:]), values[0].expand(2), rtol=1e-2, atol=0)
+
+
+def test_a_warm_start_outlives_compiled_inference(rng):
+    x, y = randn(rng, 6, 2), randn(rng, 5, 2)
+    step = torch.compile(otloss.SinkhornDivergence(0.5, warm_start=True), backend="eager")
+    with torch.inference_mode():
+        step(x, y)
+    x.requires_grad_()
+    step(x, y).backward()
+    assert bool(x.grad.isfinite().all())
+
+
+def test_the_last_status_of_compiled_code(rng):
+    loss = torch.compile(
+        lambda x, y: otloss.sinkhorn_divergence(x, y, 0.01, max_iters=2, tol=1e-9),
+        fullgraph=True, backend="aot_eager",
+    )  # fmt: skip
+    loss(randn(rng, 30, 2), randn(rng, 25, 2))
+    assert otloss.last_status().n_iters == 2
+    assert otloss.last_status().converged is False
+
+
+def test_results_inside_compiled_code(rng):
+    """Numbers are 0-d tensors there; plans and maps are differentiable."""
+
+    def function(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        r = otloss.solve_sample(x, y, 0.5)
+        status = r.converged, r.n_iters, r.marginal_error, r.duality_gap
+        return *(torch.as_tensor(v) for v in status), r.value, r.plan, r.barycentric_map()
+
+    x, y = randn(rng, 6, 3).requires_grad_(), randn(rng, 5, 3)
+    expected, got = (
+        function(x, y),
+        torch.compile(function, fullgraph=True, backend="aot_eager")(x, y),
+    )
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, check_dtype=False)
+    for one, other in zip(got[4:], expected[4:], strict=True):
+        grads = [
+            torch.autograd.grad(t.square().sum(), x, retain_graph=True)[0] for t in (one, other)
+        ]
+        torch.testing.assert_close(*grads)
+
+
+def test_asymmetric_cost(rng):
+    """Which traced code cannot look for: it assumes nothing."""
+    W = randn(rng, 3, 3)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return otloss.sinkhorn_divergence(x, y, 0.5, cost=lambda u, v: (u @ W @ v.mT).square())
+
+    assert_compiles(
+        loss, [randn(rng, 6, 3).requires_grad_(), randn(rng, 5, 3).requires_grad_()], "aot_eager"
+    )

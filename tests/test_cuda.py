@@ -247,7 +247,7 @@ def test_results_and_configuration_tell_the_plan(monkeypatch):
     assert streamed.startswith("streamed on cuda:0: streamed, ")
     config = otloss.show_config(mode="dicts")
     assert config is not None
-    assert "per problem" in config["cuda_plan_200"]
+    assert "per problem" in config["cuda_layout_200"]
 
 
 def whole_step(

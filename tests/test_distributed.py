@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import COSTS
 from torch import Tensor
 
 import otloss
@@ -17,7 +18,7 @@ import otloss.distributed
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch has no torch.distributed")
 
-COSTS = ["sqeuclidean", "euclidean", "cosine"]
+
 Case = dict[str, Any]
 CASES: list[Case] = [
     *(

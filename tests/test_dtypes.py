@@ -7,7 +7,7 @@ import time
 import oracle
 import pytest
 import torch
-from helpers import COSTS, METHODS, Clouds, close, clouds, name, randn
+from helpers import COSTS, METHODS, Clouds, close, clouds, name, randn, some_of
 from torch import Tensor
 
 import otloss
@@ -149,6 +149,51 @@ def test_autocast_around_a_network(rng):
     assert loss.dtype == torch.float32
     loss.backward()
     assert bool(network.weight.grad.isfinite().all())
+
+
+MIXED = {
+    "divergence": lambda x, y, a, b: otloss.sinkhorn_divergence(x, y, 0.5, a=a, b=b),
+    "callable": lambda x, y, a, b: otloss.sinkhorn_loss(x, y, 0.5, a=a, b=b, cost=torch.cdist),
+    "energy": lambda x, y, a, b: otloss.energy_distance(x, y, a=a, b=b),
+    "matrix": lambda x, y, a, b: otloss.solve(x, 0.5, a=a).value,
+    "map": lambda x, y, a, b: otloss.solve_sample(x, y, 0.5, a=a, b=b).barycentric_map().sum(),
+    "extend": lambda x, y, a, b: otloss.solve_sample(x, y, 0.5, a=a, b=b).extend(y + 1).sum(),
+}
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@some_of("of_x, of_y, of_weights, autocast", FLOATS, FLOATS, FLOATS, [False, True])
+@pytest.mark.parametrize("function", MIXED)
+def test_floats_of_different_precision(function, of_x, of_y, of_weights, autocast, rng):
+    """Computed in the widest, under autocast in float32; gradients are in each input's own."""
+    x, y = randn(rng, 8, 3).to(of_x), randn(rng, 4, 3).to(of_y)
+    a, b = torch.full((8,), 0.125).to(of_weights), torch.full((4,), 0.25).to(of_y)
+    given = [t.requires_grad_() for t in (x, y, a, b)]
+    wide = [t.detach().double().requires_grad_() for t in given]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        got = MIXED[function](*given)
+    used = {of_x, of_weights} if function == "matrix" else {of_x, of_y, of_weights}
+    double = torch.float64 in used and not (autocast and len(used) > 1)
+    assert got.dtype == (torch.float64 if double else torch.float32)
+    expected = MIXED[function](*wide)
+    torch.testing.assert_close(got.double(), expected, rtol=2e-2, atol=2e-2)
+    # a solve in float32 stops elsewhere: within tol of the same potentials
+    grads = [
+        torch.autograd.grad(v, t, allow_unused=True) for v, t in ((got, given), (expected, wide))
+    ]
+    for grad, t, true in zip(grads[0], given, grads[1], strict=True):
+        assert (grad is None) == (true is None)
+        if grad is not None:
+            assert grad.dtype == t.dtype
+            close(grad, true, 0.05, max(float(true.norm()), 0.1))
+
+
+def test_integers_are_still_refused(rng):
+    x = randn(rng, 4, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for call in (otloss.energy_distance, lambda x, y: otloss.sinkhorn_loss(x, y, 0.5)):
+            with pytest.raises(TypeError, match="y must be a floating-point tensor"):
+                call(x, x.long())
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -6,7 +6,7 @@ import math
 from itertools import pairwise
 
 import torch
-from helpers import COSTS, Clouds, Strength, clouds, scaled, unequal
+from helpers import COSTS, Clouds, Strength, agree, clouds, scaled, unequal
 from helpers import rho as rho_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -192,6 +192,10 @@ def test_unbalanced_converges(problem, method):
     # The potentials are rounded where they are large: rho log(total / total).
     size = max(float(v.abs().max()) for v in result.potentials)
     assert result.marginal_error <= 2e-6 + 1e-15 * size / eps
+    early = otloss.solve_sample(
+        c.x, c.y, eps, a=c.a, b=c.b, unbalanced=strength, n_iters=1, method=method
+    )
+    agree(early, result)
 
 
 @EXAMPLES

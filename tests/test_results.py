@@ -9,7 +9,18 @@ import oracle
 import pytest
 import torch
 from backends import BACKENDS
-from helpers import COSTS, METHODS, STRENGTHS, clouds, make_weights, randn, rho, some_of, unequal
+from helpers import (
+    COSTS,
+    METHODS,
+    STRENGTHS,
+    agree,
+    clouds,
+    make_weights,
+    randn,
+    rho,
+    some_of,
+    unequal,
+)
 from torch import Tensor
 
 import otloss
@@ -201,7 +212,7 @@ def test_warm_start(method, rng):
     near = otloss.solve_sample(x + 0.001 * randn(rng, 40, 3), y, 0.1, init=cold, **options)
     assert near.n_iters <= cold.n_iters
     other = otloss.solve_sample(x, y, 0.1, init=(randn(rng, 40), randn(rng, 30)), **options)
-    torch.testing.assert_close(other.value, cold.value, rtol=1e-7, atol=1e-8)
+    agree(other, cold)
 
 
 def test_a_warm_start_is_not_changed(rng):
@@ -261,6 +272,97 @@ def test_fixed_iterations(backend, objective, debiased, strength, rng):
         torch.testing.assert_close(got, truth.value, rtol=1e-9, atol=1e-11)
 
 
+# ------------------------------------------------------------------------- changes in place
+
+ON_DEMAND = {
+    "plan": lambda r: r.plan,
+    "value_linear": lambda r: r.value_linear,
+    "marginals": lambda r: r.marginals,
+    "marginal_error": lambda r: r.marginal_error,
+    "duality_gap": lambda r: r.duality_gap,
+    "apply": lambda r: r.apply(torch.ones(6).double()),
+    "barycentric_map": lambda r: r.barycentric_map(),
+    "extend": lambda r: r.extend(torch.zeros(2, 3).double()),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("quantity", ON_DEMAND)
+def test_a_change_in_place_after_the_solve_is_noticed(quantity, method, rng):
+    """What is computed later would be of other points than the potentials."""
+    for name in ("x", "y", "a", "b"):
+        c, result = solved(rng, method)
+        with torch.no_grad():
+            getattr(c, name).mul_(1.01)
+        with pytest.raises(RuntimeError, match=rf"^{name} was changed in place after the solve"):
+            ON_DEMAND[quantity](result)
+        assert result.converged
+        assert bool(result.value.isfinite())
+    c, result = solved(rng, method)
+    ON_DEMAND[quantity](result)  # not changed
+
+
+def test_an_optimiser_step_on_a_cost_matrix_is_noticed(rng):
+    C = randn(rng, 5, 4).requires_grad_()
+    result = otloss.solve(C, 0.5)
+    before = result.plan.detach().clone()
+    result.value.backward()
+    torch.optim.SGD([C], lr=0.1).step()
+    assert torch.equal(result.plan, before)  # it has been made already
+    with pytest.raises(RuntimeError, match=r"^C was changed in place"):
+        result.value_linear  # noqa: B018
+
+
+def test_results_in_inference_mode(rng):
+    """Whose tensors do not count their changes."""
+    with torch.inference_mode():
+        result = otloss.solve_sample(randn(rng, 5, 2), randn(rng, 4, 2), 0.5)
+        assert result.duality_gap < 1e-2
+        assert result.plan.shape == (5, 4)
+
+
+# ------------------------------------------------------------------------------------- status
+
+
+def test_last_status(rng):
+    """Of the worst problem of the last call."""
+    x, y = randn(rng, 30, 2), randn(rng, 25, 2)
+    result = otloss.solve_sample(x, y, 0.05)
+    status = otloss.last_status()
+    assert status.converged is True
+    assert status.n_iters == result.n_iters
+    assert 0 <= status.marginal_error <= 1e-3
+    with pytest.warns(otloss.ConvergenceWarning):
+        otloss.sinkhorn_divergence(x, y, 0.01, tol=1e-9, max_iters=2)
+    status = otloss.last_status()
+    assert status.converged is False
+    assert status.n_iters == 2
+    assert status.marginal_error > 1e-9
+    batch = torch.stack([x, x]), torch.stack([y, x[:25] + 1])
+    otloss.sinkhorn_loss(*batch, 0.5, cost=torch.cdist)
+    assert otloss.last_status().converged is True
+
+
+@pytest.mark.parametrize("status", ["converged", "n_iters"])
+def test_a_status_that_was_not_read_warns_when_it_is(status, rng, monkeypatch):
+    """As on CUDA, where a solve does not wait to see whether it converged."""
+    x, y = randn(rng, 30, 2), randn(rng, 25, 2)
+    monkeypatch.setattr(otloss._check, "readable", lambda t: False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = otloss.solve_sample(x, y, 0.01, tol=1e-9, max_iters=2)
+        fixed = otloss.solve_sample(x, y, 0.01, tol=1e-9, n_iters=2)
+        assert not fixed.converged
+        assert not otloss.last_status().converged
+    with pytest.warns(otloss.ConvergenceWarning, match="stopped after 2 iter") as caught:
+        getattr(result, status)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once
+        assert result.n_iters == 2
+        assert result.converged is False
+
+
 class TestModules:
     def test_same_as_the_functions(self, rng):
         c = clouds(rng, 7, 6, 3, weights="random")
@@ -317,6 +419,17 @@ class TestModules:
             module(x, y)
         module(x, y).backward()
         assert bool(x.grad.isfinite().all())
+
+    def test_a_warm_start_forgets_what_is_not_finite(self, rng, monkeypatch):
+        """On CUDA data is not read, and a step with NaN in it raises nothing."""
+        monkeypatch.setattr(otloss._check, "readable", lambda t: False)
+        x, y = randn(rng, 2, 40, 3), randn(rng, 2, 30, 3)
+        module = otloss.SinkhornDivergence(0.1, warm_start=True, tol=1e-6)
+        expected = module(x, y)
+        bad = x.clone()
+        bad[0] = torch.nan
+        assert module(bad, y).isnan().tolist() == [True, False]
+        torch.testing.assert_close(module(x, y), expected, rtol=1e-4, atol=1e-6)
 
     def test_warm_start_and_fixed_iterations_exclude_each_other(self):
         with pytest.raises(ValueError, match="warm_start must be False with n_iters"):

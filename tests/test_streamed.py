@@ -130,7 +130,7 @@ def test_what_results_tell_is_that_of_the_stored_matrix(rng, batch, cost, streng
         told += [result.apply(left, axis=0), result.barycentric_map(), result.extend(new)]
         grads = torch.autograd.grad(sum(t.square().sum() for t in told), c.inputs())
         results.append([*told, torch.as_tensor(result.marginal_error), *grads])
-        assert ("_plan" in result.__dict__) == (method == "dense")
+        assert (result._kept_plan is not None) == (method == "dense")
     for one, other in zip(*results, strict=True):
         helpers.close(one, other, 1e-6, scale=float(other.detach().norm()) + 1e-3)
 
@@ -147,6 +147,12 @@ LOSS = """
 """
 ENVELOPE = {"n_iters": 1, "backward": "envelope"}
 MEMORY = {
+    "energy": (
+        "    otloss.energy_distance(x, y, method='streamed').backward()",
+        (12_000, 10_000),
+        # a block of rows, ten times that on the way to the gradient
+        15 * methods.BLOCK_BYTES,
+    ),
     "result": (RESULT, (8000, 8000), 800e6),
     "envelope": (LOSS.format(ENVELOPE), (15_000, 15_000), 100e6),
     "unrolled": (LOSS.format({"objective": "transport", "n_iters": 6}), (12_000, 10_000), 40e6),
@@ -345,3 +351,39 @@ def test_gradients_of_losses_make_no_matrix(rng, mode, monkeypatch):
     (first,) = torch.autograd.grad(loss, c.x, create_graph=True)
     with pytest.raises(NotImplementedError, match="dense_budget"):
         first.sum().backward()
+
+
+@helpers.some_of("cost, batch, padded", helpers.COSTS, [None, 2], [False, True], whole=3)
+@pytest.mark.parametrize("d", [3, 40])
+def test_energy_distance_in_blocks(d, cost, batch, padded, rng, monkeypatch):
+    """Value, gradients and second derivatives as from stored matrices."""
+    c = helpers.clouds(rng, 30, 20, d, weights="padded" if padded else "random", batch=batch)
+    if padded:
+        c.x[c.a == 0] = math.nan
+    c.require_grad()
+    monkeypatch.setattr(methods, "BLOCK_BYTES", 8 * 20 * 7)
+    found = []
+    for method in ("dense", "streamed"):
+        loss = otloss.energy_distance(c.x, c.y, a=c.a, b=c.b, cost=cost, method=method).sum()
+        first = torch.autograd.grad(loss, c.inputs(), create_graph=True)
+        second = torch.autograd.grad(first[0].square().sum(), (c.x, c.y))
+        found.append([loss, *first, *second])
+    for got, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-10)
+
+
+def test_energy_distance_streams_above_the_budget(rng, monkeypatch):
+    x, y = helpers.randn(rng, 30, 3), helpers.randn(rng, 20, 3)
+    expected, asked = otloss.energy_distance(x, y), []
+    plain = otloss.losses.build_costs
+    monkeypatch.setattr(
+        otloss.losses, "build_costs", lambda *args: asked.append(args[3]) or plain(*args)
+    )
+    monkeypatch.setattr(methods, "dense_budget", 100)
+    torch.testing.assert_close(otloss.energy_distance(x, y), expected)
+    assert asked == ["streamed"] * 3
+    asked.clear()
+    otloss.energy_distance(x, y, method="dense")
+    assert asked == ["dense"]
+    with pytest.raises(NotImplementedError, match="needs a cost given by name"):
+        otloss.energy_distance(x, y, method="streamed", cost=torch.cdist)

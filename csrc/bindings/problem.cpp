@@ -26,9 +26,8 @@ Clouds::Clouds(Arguments& in)
       kind(static_cast<CostKind>(in.next<int64_t>())) {}
 
 void Clouds::check() const {
-  const int number_of_kind = static_cast<int>(kind);
-  STD_TORCH_CHECK(number_of_kind >= 0 && number_of_kind <= static_cast<int>(CostKind::kCosine),
-                  "otloss: there is no cost of number ", std::to_string(number_of_kind));
+  const int64_t number = static_cast<int64_t>(kind);
+  STD_TORCH_CHECK(is_cost(number), "otloss: there is no cost of number ", std::to_string(number));
   STD_TORCH_CHECK(pairs.size() % 2 == 0, "otloss: pairs must have an even number of entries");
   const Tensors& clouds = points.empty() ? weights : points;
   STD_TORCH_CHECK(!clouds.empty(), "otloss: there must be points or weights");

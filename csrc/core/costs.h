@@ -109,6 +109,14 @@ OTLOSS_HOST_DEVICE void dispatch_cost(CostKind kind, F&& function) {
   }
 }
 
+inline bool is_cost(int64_t number) {
+  bool found = false;
+#define OTLOSS_FIND(Cost) found = found || number == static_cast<int64_t>(Cost::kKind);
+  OTLOSS_FOR_EACH_COST(OTLOSS_FIND)
+#undef OTLOSS_FIND
+  return found;
+}
+
 // The constants of a functor by its kind.
 struct CostTraits {
   bool unit_norm, gaussian;
