@@ -135,12 +135,12 @@ class Solve(torch.autograd.Function):
         solution = saved[len(needed) :]
         if points and s.dense:
             P = len(s.coefficients)
-            solution, inputs = solution[:-P], inputs._replace(costs=list(solution[-P:]))
+            solution, inputs = solution[:-P], Inputs(list(solution[-P:]), *inputs[1:])
         first_weight = given + points
         wanted = Wanted(
             [p for p in range(given) if needed[p]],
             [c for c in range(points) if needed[given + c]],
-            [bool(w) for w in needed[first_weight : first_weight + weights]],
+            list(needed[first_weight : first_weight + weights]),
         )
         if torch.is_grad_enabled():
             found = _differentiable(s, seeds, inputs, solution, wanted)
@@ -196,7 +196,7 @@ def _seeds(
     grad_potentials: Sequence[Tensor | None],
 ) -> Seeds | None:
     """Gradients of the loss and, if there are any, of every f and every g; None for nothing."""
-    through = any(grad is not None for grad in grad_potentials)
+    through = bool(grad_potentials) and any(grad is not None for grad in grad_potentials)
     if grad_loss is None and not through:
         return None
     if through and s.backward == "envelope":
