@@ -28,6 +28,7 @@ Without the native library (a pure-Python install) ``otloss.reference`` serves t
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -123,7 +124,16 @@ def number(value: float) -> Tensor:
     if torch.compiler.is_compiling():
         # A product stays symbolic in the graph, so that another value needs no other graph.
         return torch.ones((), dtype=torch.float64, device="cpu") * value
-    return torch.scalar_tensor(value, dtype=torch.float64, device="cpu")
+    if torch._C._len_torch_dispatch_stack():  # such a mode, as of fake tensors, makes its own kind
+        return _number.__wrapped__(value)
+    return _number(value)
+
+
+@functools.lru_cache(maxsize=64)
+def _number(value: float) -> Tensor:
+    """Kept, because making one takes a few percent of a small call."""
+    with torch.inference_mode(False):
+        return torch.scalar_tensor(value, dtype=torch.float64, device="cpu")
 
 
 def penalties(rho_x: float, rho_y: float) -> Tensor | None:
