@@ -16,7 +16,16 @@ from otloss.costs import COSTS
 from otloss.reference import operations
 from otloss.reference.operations import Arguments, as_pairs
 
-__all__ = ["Inputs", "Seeds", "Settings", "Wanted", "batched", "gradients", "implementation"]
+__all__ = [
+    "Inputs",
+    "Seeds",
+    "Settings",
+    "Wanted",
+    "batched",
+    "gradients",
+    "implementation",
+    "unbatched",
+]
 
 
 HALF: Final = (torch.float16, torch.bfloat16)
@@ -81,6 +90,12 @@ def batched(x: Tensor) -> Tensor:
     if x.dtype in HALF:
         x = x.float()
     return x.contiguous()
+
+
+def unbatched(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of ``x`` from that of ``batched(x)``."""
+    grad = grad.view_as(x)
+    return grad if grad.dtype == x.dtype else grad.to(x.dtype)
 
 
 def is_envelope(s: Settings, seeds: Seeds) -> bool:

@@ -18,6 +18,7 @@ from otloss.autograd.first_order import (
     batched,
     gradients,
     implementation,
+    unbatched,
 )
 from otloss.autograd.second_order import CostGradient, refuse_higher_order, solve_gradient
 from otloss.costs import COSTS
@@ -73,7 +74,7 @@ class CostMatrices(torch.autograd.Function):
                 wanted,
             )
             for c, grad in zip(wanted, grads, strict=True):
-                result[c] = grad.view_as(inputs[c]).to(inputs[c].dtype)
+                result[c] = unbatched(grad, inputs[c])
         return None, None, None, None, *result
 
 
@@ -150,8 +151,7 @@ class Solve(torch.autograd.Function):
         for p, grad in zip(wanted.costs, of_costs, strict=True):
             result[p] = grad
         for c, grad in zip(wanted.points, of_points, strict=True):
-            x = saved[given + c]
-            result[given + c] = grad.view_as(x).to(x.dtype)
+            result[given + c] = unbatched(grad, saved[given + c])
         result[first_weight : first_weight + weights] = of_weights
         return None, None, *result
 
