@@ -52,13 +52,14 @@ def no_transforms() -> None:
 
 def not_batched(grads: Sequence[Tensor | None]) -> None:
     """Neither have the gradients, for the vmap inside of torch.autograd.grad."""
-    if not torch.compiler.is_compiling() and any(
-        grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads
-    ):
-        raise NotImplementedError(
-            "gradients of otloss cannot be taken with is_grads_batched=True, nor by "
-            "torch.autograd.functional with vectorize=True: take them one at a time"
-        )
+    if torch.compiler.is_compiling():
+        return
+    for grad in grads:
+        if grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad):
+            raise NotImplementedError(
+                "gradients of otloss cannot be taken with is_grads_batched=True, nor by "
+                "torch.autograd.functional with vectorize=True: take them one at a time"
+            )
 
 
 # -------------------------------------------------------------------------------------- tensors
@@ -124,8 +125,7 @@ def same_device(reference_name: str, reference: Tensor, name: str, value: Tensor
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any tensor is, else float32; a mixture under autocast is float32."""
     doubles = [t.dtype == torch.float64 for t in tensors]
-    kind = tensors[0].device.type
-    if any(doubles) and (all(doubles) or not torch.is_autocast_enabled(kind)):
+    if any(doubles) and (all(doubles) or not torch.is_autocast_enabled(tensors[0].device.type)):
         return torch.float64
     return torch.float32
 
@@ -142,7 +142,7 @@ def matrix(value: Any) -> Tensor:
 
 def readable(t: Tensor) -> bool:
     """Whether looking at the data costs no synchronisation and breaks no graph."""
-    return t.device.type == "cpu" and not torch.compiler.is_compiling()
+    return t.is_cpu and not torch.compiler.is_compiling()
 
 
 def weights(name: str, value: Any, shape: tuple[int, ...], like_name: str, like: Tensor) -> None:

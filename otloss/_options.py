@@ -105,7 +105,7 @@ def check_options(
 
 
 def number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if isinstance(value, bool) or not isinstance(value, (float, numbers.Real)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}: {describe(value)}")
     try:
         result = float(value)
@@ -119,7 +119,7 @@ def number(name: str, value: Any) -> float:
 
 
 def count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}: {value!r}")
     result = int(value)
     if result < 1:
@@ -136,13 +136,13 @@ def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
 
 
 def cost(value: Any) -> Cost:
-    if callable(value):
-        return value
-    if not isinstance(value, str):
+    if isinstance(value, str):
+        return choice("cost", value, tuple(COSTS))
+    if not callable(value):
         raise TypeError(
             f"cost must be a name or a function (x, y) -> C, got {type(value).__name__}"
         )
-    return choice("cost", value, tuple(COSTS))
+    return value
 
 
 def _symmetric(value: Any, cost: Any) -> bool | None:

@@ -72,10 +72,13 @@ def combine(
     named = isinstance(options.cost, str)
     costs = None if named else build_costs(problem, pairs, options.cost, options.method)
     init: Sequence[Tensor] = [] if memory is None else memory.start(problem, pairs)
+    keeps = memory is not None
     if costs is None or _self_problems_are_symmetric(costs, pairs, options):
-        solved = run(problem, costs, pairs, coefficients, options, init, dense=dense)
+        solved = run(
+            problem, costs, pairs, coefficients, options, init, potentials=keeps, dense=dense
+        )
     else:
-        solved = _solve_apart(problem, costs, combination, options, init)
+        solved = _solve_apart(problem, costs, combination, options, init, potentials=keeps)
     report(problem, costs or (), options, solved)
     if memory is not None:
         memory.keep(solved)
@@ -121,6 +124,8 @@ def _solve_apart(
     combination: Combination,
     options: Options,
     init: Sequence[Tensor],
+    *,
+    potentials: bool,
 ) -> Solved:
     """Every pair on its own, a cloud against itself as two clouds: for costs c(x, y) != c(y, x)."""
     parts = []
@@ -141,11 +146,12 @@ def _solve_apart(
                 [combination.coefficients[p]],
                 of_pair,
                 init[2 * p : 2 * p + 2],
+                potentials=potentials,
             )
         )
     return Solved(
         torch.stack([part.loss for part in parts]).sum(0),
         torch.cat([part.status for part in parts]),
-        tuple(part.f[0] for part in parts),
-        tuple(part.g[0] for part in parts),
+        tuple(f for part in parts for f in part.f),
+        tuple(g for part in parts for g in part.g),
     )

@@ -28,6 +28,7 @@ Without the native library (a pure-Python install) ``otloss.reference`` serves t
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -123,14 +124,25 @@ def number(value: float) -> Tensor:
     if torch.compiler.is_compiling():
         # A product stays symbolic in the graph, so that another value needs no other graph.
         return torch.ones((), dtype=torch.float64, device="cpu") * value
-    return torch.scalar_tensor(value, dtype=torch.float64, device="cpu")
+    if torch._C._len_torch_dispatch_stack():  # such a mode, as of fake tensors, makes its own kind
+        return _number.__wrapped__(value)
+    return _number(value)
 
 
-def numbers(*values: float) -> Tensor:
-    """The same for several, (k,)."""
+@functools.lru_cache(maxsize=64)
+def _number(value: float) -> Tensor:
+    """Kept, because making one takes a few percent of a small call."""
+    with torch.inference_mode(False):
+        return torch.scalar_tensor(value, dtype=torch.float64, device="cpu")
+
+
+def penalties(rho_x: float, rho_y: float) -> Tensor | None:
+    """``rho``: (2,) likewise, None if both sides are constraints."""
+    if rho_x == rho_y == inf:
+        return None
     if torch.compiler.is_compiling():
-        return torch.stack([number(value) for value in values])
-    return torch.tensor(values, dtype=torch.float64, device="cpu")
+        return torch.stack([number(rho_x), number(rho_y)])
+    return torch.tensor((rho_x, rho_y), dtype=torch.float64, device="cpu")
 
 
 def problems(
@@ -148,8 +160,8 @@ def problems(
 ) -> Arguments:
     """What operations on a set of problems take."""
     clouds = (points or [], weights, pairs, kind)
-    penalties = None if rho == (inf, inf) else numbers(*rho)
-    return Arguments(costs or [], *clouds, coefficients, number(eps), penalties, objective, tf32)
+    numbers = number(eps), penalties(*rho)
+    return Arguments(costs or [], *clouds, coefficients, *numbers, objective, tf32)
 
 
 cost = torch.ops.otloss.cost.default

@@ -39,22 +39,26 @@ def check_clouds(
     clouds: dict[str, Any], weights: dict[str, Any] | None = None, *, balanced: bool = True
 ) -> Problem:
     """Checks clouds by name against the first, and the weights of the first two."""
-    names, points = tuple(clouds), tuple(_check.points(k, v) for k, v in clouds.items())
+    names, points = tuple(clouds), [_check.points(k, v) for k, v in clouds.items()]
+    first = points[0]
     for name, x in zip(names[1:], points[1:], strict=True):
-        _check.same_space(names[0], points[0], name, x)
-    given = [] if weights is None else list(weights.items())
-    for (name, w), cloud, x in zip(given, names, points, strict=False):
-        if w is not None:
-            _check.weights(name, w, tuple(x.shape[:-1]), cloud, x)
-    values = [w for _, w in given] + [None] * (len(points) - len(given))
-    dtype = _check.compute_dtype(*points, *(w for w in values if w is not None))
-    ready = tuple(as_weights(w, x, x.shape[-2], dtype) for w, x in zip(values, points, strict=True))
-    padded = any(w is not None for w in values)
-    if padded and balanced:
-        _check.same_mass(ready[0], ready[1], values)
+        _check.same_space(names[0], first, name, x)
+    named = weights or dict.fromkeys(names)
+    given = [w for w in named.values() if w is not None]
+    if given:
+        for (name, w), cloud, x in zip(named.items(), names, points, strict=True):
+            if w is not None:
+                _check.weights(name, w, tuple(x.shape[:-1]), cloud, x)
+    dtype = _check.compute_dtype(*points, *given)
+    ready = [
+        as_weights(w, x, x.shape[-2], dtype) for w, x in zip(named.values(), points, strict=True)
+    ]
+    if given and balanced:
+        _check.same_mass(ready[0], ready[1], given)
     # Half precision is left as it is: operations convert it, and their gradients go back to it.
-    points = tuple(x if _check.compute_dtype(x) == dtype else x.to(dtype) for x in points)
-    return Problem(names, points, ready, padded, points[0].dim() == 3)
+    double = dtype == torch.float64
+    points = [x if (x.dtype == torch.float64) == double else x.to(dtype) for x in points]
+    return Problem(names, tuple(points), tuple(ready), bool(given), first.dim() == 3)
 
 
 def build_costs(problem: Problem, pairs: list[int], cost: Cost, method: str) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ from otloss._options import Options
 from otloss.certificate import Dual, duality_gap
 from otloss.method import in_blocks
 from otloss.problem import Problem, as_weights, build_costs
-from otloss.status import warn_not_converged
+from otloss.status import rows_of, warn_not_converged
 
 __all__ = ["OTResult", "Solved"]
 
@@ -24,7 +24,7 @@ __all__ = ["OTResult", "Solved"]
 class Solved:
     loss: Tensor  # () or (B,)
     status: Tensor  # (P, B, 4)
-    f: tuple[Tensor, ...]  # (B, n) per pair
+    f: tuple[Tensor, ...]  # (B, n) per pair, if they were asked for
     g: tuple[Tensor, ...]  # (B, m) per pair
 
 
@@ -149,7 +149,7 @@ class OTResult:
     def _status_field(self, field: int) -> Tensor:
         if not self._reported and not torch.compiler.is_compiling():
             self._reported = True  # the first reading of what the solve left on its device
-            warn_not_converged(self._options, self._status)
+            warn_not_converged(self._options, rows_of(self._status[None]))
         return self._status[:, field]
 
     @property

@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from otloss import _check, status
+from otloss import _check, ops, status
 from otloss._options import Options, Unbalanced, check_options
-from otloss.autograd import Settings, Solve
+from otloss.autograd import Settings, Solve, evaluate
 from otloss.costs import Cost
 from otloss.method import streams
 from otloss.problem import (
@@ -42,13 +43,12 @@ def run(
 
     ``costs``: given matrices, or None to compute costs from the points; ``dense`` says whether they
     are stored.
-    ``potentials``: whether f and g are wanted as differentiable outputs.
+    ``potentials``: whether f and g are returned too, differentiable.
     ``system``: receives the status of the linear system when an implicit gradient is taken.
     """
-    inputs = problem.points if costs is None else tuple(costs)
-    needs_grad = torch.is_grad_enabled() and any(
-        t.requires_grad for t in (*inputs, *problem.weights)
-    )
+    costs, points = ((), problem.points) if costs is None else (costs, ())
+    tensors = (*costs, *points, *problem.weights, *init)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     backward = options.gradient()
     settings = Settings(
         pairs=pairs,
@@ -59,11 +59,17 @@ def run(
         trace=needs_grad and backward == "unrolled",
         dense=dense,
         batched=problem.batched,
+        eps=ops.number(options.eps),
+        rho=ops.penalties(options.rho_x, options.rho_y),
         system=system,
     )
-    costs, points = ((), problem.points) if costs is None else (tuple(costs), ())
     sizes = [len(costs), len(points), len(problem.weights), len(init)]
-    loss, how, *rest = Solve.apply(settings, sizes, *costs, *points, *problem.weights, *init)
+    # Forward-mode derivatives are not available, which only a node says.
+    if needs_grad or forward_ad._current_level >= 0:
+        outputs = Solve.apply(settings, sizes, *tensors)
+    else:
+        outputs, _ = evaluate(settings, sizes, tensors)
+    loss, how, *rest = outputs
     half = len(rest) // 2
     return Solved(loss, how, tuple(rest[:half]), tuple(rest[half:]))
 
@@ -76,7 +82,8 @@ def report(problem: Problem, costs: Sequence[Tensor], options: Options, solved: 
     status.record(solved.status)
     if not _check.readable(solved.status):
         return
-    dtype, largest = problem.weights[0].dtype, status.max_cost(solved.status)
+    rows, dtype = status.rows_of(solved.status), problem.weights[0].dtype
+    largest = status.max_cost(rows)
     if not math.isfinite(largest):
         for name, x in zip(problem.names, problem.points, strict=False):
             _check.finite(name, x)
@@ -84,9 +91,10 @@ def report(problem: Problem, costs: Sequence[Tensor], options: Options, solved: 
             _check.finite("C" if not problem.points else "the cost matrix", C)
         raise ValueError(f"costs overflow {dtype}: scale the data down")
     _check.resolution(options.eps, largest, dtype)
-    if not math.isfinite(float(solved.loss.detach().sum())):
+    values = solved.loss.tolist()
+    if not all(map(math.isfinite, values if problem.batched else [values])):
         raise ValueError(f"sums of costs up to {largest:.3g} overflow {dtype}: scale the data down")
-    status.warn_not_converged(options, solved.status)
+    status.warn_not_converged(options, rows)
 
 
 # ---------------------------------------------------------------------------------- public calls

@@ -11,7 +11,7 @@ from torch import Tensor
 from otloss import _check, ops
 from otloss._options import Options
 
-__all__ = ["Status", "last_status", "max_cost", "record", "warn_not_converged", "worst"]
+__all__ = ["Status", "last_status", "max_cost", "record", "rows_of", "warn_not_converged", "worst"]
 
 
 class Status(NamedTuple):
@@ -49,26 +49,29 @@ def last_status() -> Status:
     """
     if _last.status is None:
         raise RuntimeError("last_status() needs a solve before it: none has run in this process")
-    return worst(_last.status)
+    return worst(rows_of(_last.status))
 
 
-def worst(status: Tensor) -> Status:
-    """Reads a status, which waits for its device."""
-    rows = status.detach().reshape(-1, status.shape[-1]).tolist()
+def rows_of(status: Tensor) -> list[list[float]]:
+    """The fields of every problem's status, from (P, B, 4). Waits for its device."""
+    return [row for rows in status.tolist() for row in rows]
+
+
+def worst(rows: list[list[float]]) -> Status:
     row = max(rows, key=lambda row: (not row[ops.CONVERGED], _or_infinite(row[ops.ERROR])))
     return Status(int(row[ops.ITERATIONS]), row[ops.ERROR], bool(row[ops.CONVERGED]))
 
 
-def max_cost(status: Tensor) -> float:
+def max_cost(rows: list[list[float]]) -> float:
     """The largest cost of a call, infinite where one is not finite."""
-    return max(map(_or_infinite, status[..., ops.MAX_COST].flatten().tolist()))
+    return max([_or_infinite(row[ops.MAX_COST]) for row in rows])
 
 
-def warn_not_converged(options: Options, status: Tensor) -> None:
+def warn_not_converged(options: Options, rows: list[list[float]]) -> None:
     """Warns if a solve that was to converge did not."""
-    found = worst(status)
-    if options.n_iters < 0 and not found.converged:
-        _check.not_converged(options, found.n_iters, found.marginal_error, max_cost(status))
+    if options.n_iters < 0 and not all(row[ops.CONVERGED] for row in rows):
+        found = worst(rows)
+        _check.not_converged(options, found.n_iters, found.marginal_error, max_cost(rows))
 
 
 def _or_infinite(value: float) -> float:

@@ -8,7 +8,7 @@ plain torch and differentiates that. It costs nothing unless it is asked for.
 """
 
 from otloss.autograd.first_order import Settings
-from otloss.autograd.nodes import CostMatrices, Solve
+from otloss.autograd.nodes import CostMatrices, Solve, evaluate
 from otloss.autograd.second_order import refuse_higher_order
 
-__all__ = ["CostMatrices", "Settings", "Solve", "refuse_higher_order"]
+__all__ = ["CostMatrices", "Settings", "Solve", "evaluate", "refuse_higher_order"]

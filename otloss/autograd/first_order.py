@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,19 @@ from otloss.costs import COSTS
 from otloss.reference import operations
 from otloss.reference.operations import Arguments, as_pairs
 
-__all__ = ["Inputs", "Seeds", "Settings", "Wanted", "batched", "gradients", "implementation"]
+__all__ = [
+    "Inputs",
+    "Seeds",
+    "Settings",
+    "Wanted",
+    "batched",
+    "gradients",
+    "implementation",
+    "unbatched",
+]
+
+
+HALF: Final = (torch.float16, torch.bfloat16)
 
 
 class Settings(NamedTuple):
@@ -26,27 +38,21 @@ class Settings(NamedTuple):
     coefficients: list[float]  # the loss is the sum of coefficient * value over the pairs
     options: Options
     backward: str  # the mode, decided where options leave it open
-    potentials: bool  # whether f and g are differentiable outputs: for results, not for losses
+    potentials: bool  # whether f and g are outputs, differentiable
     trace: bool  # keep the potentials of every iteration, for backward="unrolled"
     dense: bool  # store cost matrices made from points
     batched: bool  # the loss is (B,), not ()
+    eps: Tensor  # made once for both passes, like rho, from the options
+    rho: Tensor | None
     system: list[Tensor] | None = None  # receives the status of the implicit gradient's system
 
     def arguments(self, inputs: Inputs) -> Arguments:
         """What the operations take of a set of problems."""
-        o = self.options
-        return ops.problems(
-            inputs.weights,
-            self.pairs,
-            self.coefficients,
-            o.eps,
-            costs=inputs.costs,
-            points=inputs.points,
-            kind=COSTS[str(o.cost)] if inputs.points else 0,
-            rho=(o.rho_x, o.rho_y),
-            objective=OBJECTIVES.index(o.objective),
-            tf32=o.precision == "tf32",
-        )
+        o, (costs, points, weights, _) = self.options, inputs
+        kind = COSTS[str(o.cost)] if points else 0
+        modes = OBJECTIVES.index(o.objective), o.precision == "tf32"
+        clouds = points, weights, self.pairs, kind
+        return Arguments(costs, *clouds, self.coefficients, self.eps, self.rho, *modes)
 
 
 class Inputs(NamedTuple):
@@ -81,9 +87,15 @@ def batched(x: Tensor) -> Tensor:
     """(B, n, d), contiguous, in the dtype that is computed in."""
     if x.dim() == 2:
         x = x.unsqueeze(0)
-    if x.dtype in (torch.float16, torch.bfloat16):
+    if x.dtype in HALF:
         x = x.float()
     return x.contiguous()
+
+
+def unbatched(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of ``x`` from that of ``batched(x)``."""
+    grad = grad.view_as(x)
+    return grad if grad.dtype == x.dtype else grad.to(x.dtype)
 
 
 def is_envelope(s: Settings, seeds: Seeds) -> bool:

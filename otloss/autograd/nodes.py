@@ -18,12 +18,13 @@ from otloss.autograd.first_order import (
     batched,
     gradients,
     implementation,
+    unbatched,
 )
 from otloss.autograd.second_order import CostGradient, refuse_higher_order, solve_gradient
 from otloss.costs import COSTS
 from otloss.reference.operations import as_pairs
 
-__all__ = ["CostMatrices", "Solve"]
+__all__ = ["CostMatrices", "Solve", "evaluate"]
 
 _STREAMED = (
     'this derivative of method="streamed" needs cost matrices, here {size:.2g} GB, more than '
@@ -73,7 +74,7 @@ class CostMatrices(torch.autograd.Function):
                 wanted,
             )
             for c, grad in zip(wanted, grads, strict=True):
-                result[c] = grad.view_as(inputs[c]).to(inputs[c].dtype)
+                result[c] = unbatched(grad, inputs[c])
         return None, None, None, None, *result
 
 
@@ -99,7 +100,8 @@ def _points_gradient(
 
 
 class Solve(torch.autograd.Function):
-    """``(settings, sizes, *costs, *points, *weights, *init) -> (loss, status, *f, *g)``.
+    """``(settings, sizes, *costs, *points, *weights, *init) -> (loss, status)``, or with
+    ``settings.potentials`` ``(loss, status, *f, *g)``.
 
     ``costs`` (B, n, m) one per pair, or ``points`` (n, d) or (B, n, d) one per cloud; ``weights``
     (B, n) one per cloud; ``init`` potentials f, g of each pair in turn or nothing; ``sizes`` counts
@@ -113,25 +115,13 @@ class Solve(torch.autograd.Function):
     def forward(
         ctx: Any, settings: Settings, sizes: list[int], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        s, o = settings, settings.options
-        inputs = _inputs(tensors, sizes)
-        loss, status, f, g, traces, made = implementation(o.method).solve(
-            *s.arguments(inputs),
-            inputs.init,
-            ops.number(o.tol),
-            o.max_iters,
-            o.n_iters,
-            s.trace,
-            s.dense,
-        )
-        if s.potentials and o.balanced() and o.n_iters < 0:
-            f, g = _centred(s, inputs.weights, f, g)
-        ctx.settings, ctx.sizes = s, sizes
+        outputs, solution = evaluate(settings, sizes, tensors)
+        ctx.settings, ctx.sizes = settings, sizes
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*([status] if s.potentials else [status, *f, *g]))
+        ctx.mark_non_differentiable(outputs[1])
         # The inputs themselves, not their contiguous copies: these know where they came from.
-        ctx.save_for_backward(*tensors, *f, *g, *traces, *made)
-        return loss if s.batched else loss[0], status, *f, *g
+        ctx.save_for_backward(*tensors, *solution)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, _: None, *grad_potentials: Any) -> Any:
@@ -146,12 +136,12 @@ class Solve(torch.autograd.Function):
         solution = saved[len(needed) :]
         if points and s.dense:
             P = len(s.coefficients)
-            solution, inputs = solution[:-P], inputs._replace(costs=list(solution[-P:]))
+            solution, inputs = solution[:-P], Inputs(list(solution[-P:]), *inputs[1:])
         first_weight = given + points
         wanted = Wanted(
             [p for p in range(given) if needed[p]],
             [c for c in range(points) if needed[given + c]],
-            [bool(w) for w in needed[first_weight : first_weight + weights]],
+            list(needed[first_weight : first_weight + weights]),
         )
         if torch.is_grad_enabled():
             found = _differentiable(s, seeds, inputs, solution, wanted)
@@ -161,10 +151,30 @@ class Solve(torch.autograd.Function):
         for p, grad in zip(wanted.costs, of_costs, strict=True):
             result[p] = grad
         for c, grad in zip(wanted.points, of_points, strict=True):
-            x = saved[given + c]
-            result[given + c] = grad.view_as(x).to(x.dtype)
+            result[given + c] = unbatched(grad, saved[given + c])
         result[first_weight : first_weight + weights] = of_weights
         return None, None, *result
+
+
+def evaluate(
+    s: Settings, sizes: list[int], tensors: Sequence[Tensor]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """What ``Solve`` returns, without a node, and what its backward pass needs: (*f, *g, *traces,
+    *made)."""
+    inputs, o = _inputs(tensors, sizes), s.options
+    loss, status, f, g, traces, made = implementation(o.method).solve(
+        *s.arguments(inputs),
+        inputs.init,
+        ops.number(o.tol),
+        o.max_iters,
+        o.n_iters,
+        s.trace,
+        s.dense,
+    )
+    if s.potentials and o.balanced() and o.n_iters < 0:
+        f, g = _centred(s, inputs.weights, f, g)
+    outputs = loss if s.batched else loss[0], status
+    return (*outputs, *f, *g) if s.potentials else outputs, (*f, *g, *traces, *made)
 
 
 def _inputs(tensors: Sequence[Tensor], sizes: list[int]) -> Inputs:
@@ -186,7 +196,7 @@ def _seeds(
     grad_potentials: Sequence[Tensor | None],
 ) -> Seeds | None:
     """Gradients of the loss and, if there are any, of every f and every g; None for nothing."""
-    through = s.potentials and any(grad is not None for grad in grad_potentials)
+    through = bool(grad_potentials) and any(grad is not None for grad in grad_potentials)
     if grad_loss is None and not through:
         return None
     if through and s.backward == "envelope":
