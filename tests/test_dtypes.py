@@ -210,7 +210,7 @@ def test_clouds_far_from_the_origin(cost, d, method, rng):
         losses.append(otloss.sinkhorn_divergence(u, v, float(d), cost=cost, method=method))
         grads.append(torch.autograd.grad(losses[-1], u)[0])
     here, there = losses
-    close(there, here, 1e-4, max(float(here), 0.1))
+    close(there, here, 1e-4, max(here.item(), 0.1))
     close(grads[1], grads[0], 1e-3)
 
 
