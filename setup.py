@@ -233,8 +233,9 @@ def compilations(torch: Torch, cuda: Cuda | None) -> list[Compilation]:
     binding = [*kernel, "-O1", *macros, *(f"-isystem{path}" for path in system)]
     gcc = version_of(cxx[0])
     headers = f"torch {torch.version} pybind11 {pybind11.__version__} {sys.version}"
+    bindings = [CSRC / "bindings" / name for name in ("operations.cpp", "module.cpp")]
     sources = [
-        *(Compilation(path, [*binding, str(path)], gcc + headers) for path in find("bindings")),
+        *(Compilation(path, [*binding, str(path)], gcc + headers) for path in bindings),
         *(Compilation(path, [*kernel, str(path)], gcc) for path in find("core", "cpu")),
     ]
     if not cuda:

@@ -31,9 +31,10 @@ from otloss import ops
 
 ROOT = Path(__file__).parent.parent
 EMULATION = ROOT / "tests/cuda_host"
-SOURCES = [EMULATION / "emulated.cpp", *sorted((ROOT / "csrc/cuda").rglob("*.c[up]*"))]
-SOURCES += sorted((ROOT / "csrc/bindings").glob("*.cpp"))
-SOURCES = [path for path in SOURCES if path.suffix != ".cuh" and path.name != "module.cpp"]
+SOURCES = [EMULATION / "emulated.cpp", ROOT / "csrc/bindings/operations.cpp"]
+SOURCES += [
+    path for end in ("cu", "cpp") for path in sorted((ROOT / "csrc/cuda").rglob(f"*.{end}"))
+]
 INCLUDED = [ROOT / "csrc", EMULATION]
 FLAGS = ["-O1", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
 # Barriers jump between stacks, which the checked longjmp of fortified builds refuses.
