@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple, TypedDict
 from otloss._check import describe
 from otloss.costs import COSTS, Cost
 
-__all__ = ["LossOptions", "Options", "check_options", "choice", "cost", "number"]
+__all__ = ["LossOptions", "Options", "check_cost", "check_options", "choice", "number"]
 
 OBJECTIVES: Final = ("regularized", "transport")  # their numbers are those of csrc/kernels.h
 BACKWARDS: Final = ("auto", "envelope", "implicit", "unrolled")
@@ -43,10 +43,10 @@ class Options(NamedTuple):
     eps: float  # regularisation, in units of cost
     cost: Cost
     objective: str  # what the value is: with the entropy or without
-    rho_x: float  # strength of the penalty that holds the plan to a; infinite is a constraint
+    rho_x: float  # the penalty that holds the plan to a; infinite is a constraint
     rho_y: float  # likewise to b
     tol: float  # the L1 marginal error over the total mass that ends a solve
-    max_iters: int  # passes over the costs that end it too, with a warning
+    max_iters: int  # sweeps that end it too, with a warning
     n_iters: int  # exactly this number of iterations; -1: until converged
     backward: str  # which gradient
     method: str  # whether cost matrices are stored
@@ -81,10 +81,10 @@ def check_options(
     symmetric: Any = None,
 ) -> Options:
     """Checks everything that a solve takes besides tensors."""
-    rho_x, rho_y = _strengths(unbalanced)
+    rho_x, rho_y = _penalties(unbalanced)
     checked = Options(
         eps=number("eps", eps),
-        cost=_cost(cost),
+        cost=check_cost(cost),
         objective=choice("objective", objective, OBJECTIVES),
         rho_x=rho_x,
         rho_y=rho_y,
@@ -135,7 +135,7 @@ def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
     return value
 
 
-def cost(value: Any) -> Cost:
+def check_cost(value: Any) -> Cost:
     if isinstance(value, str):
         return choice("cost", value, tuple(COSTS))
     if not callable(value):
@@ -156,7 +156,7 @@ def _symmetric(value: Any, cost: Any) -> bool | None:
     return value
 
 
-def _strengths(value: Any) -> tuple[float, float]:
+def _penalties(value: Any) -> tuple[float, float]:
     """``(rho_x, rho_y)``, infinite where the marginal is a hard constraint."""
     pair = value if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2:
@@ -166,6 +166,3 @@ def _strengths(value: Any) -> tuple[float, float]:
         )
     x, y = (math.inf if rho is None else number("unbalanced", rho) for rho in pair)
     return x, y
-
-
-_cost = cost  # `check_options` has an argument of that name

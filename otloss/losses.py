@@ -257,7 +257,7 @@ def energy_distance(
     References:
         Székely and Rizzo, *Energy statistics* (2013); Feydy et al. (2019).
     """
-    cost, method = _options.cost(cost), _options.choice("method", method, _options.METHODS)
+    cost, method = _options.check_cost(cost), _options.choice("method", method, _options.METHODS)
     problem = check_clouds({"x": x, "y": y}, {"a": a, "b": b})
     pairs = as_pairs(DEBIASED.pairs)
     if _streams_rows(problem, cost, method):

@@ -107,7 +107,7 @@ class EnergyDistance(nn.Module):
 
     def __init__(self, cost: Cost = "euclidean", method: str = "auto") -> None:
         super().__init__()
-        self.cost = _options.cost(cost)
+        self.cost = _options.check_cost(cost)
         self.method = _options.choice("method", method, _options.METHODS)
 
     def forward(

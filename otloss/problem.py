@@ -131,12 +131,9 @@ def cost_matrix(x: Tensor, y: Tensor, cost: Cost = "sqeuclidean") -> Tensor:
     Raises:
         ValueError, TypeError: a wrong argument, or NaN or infinity in x or y (on the CPU).
     """
-    cost = _options.cost(cost)
-    problem = check_clouds({"x": x, "y": y})
-    pairs = [0, 0] if x is y else [0, 1]
-    if x is y:
-        problem = check_clouds({"x": x})
-    (C,) = build_costs(problem, pairs, cost, "auto")
+    cost = _options.check_cost(cost)
+    problem = check_clouds({"x": x} if x is y else {"x": x, "y": y})
+    (C,) = build_costs(problem, [0, len(problem.points) - 1], cost, "auto")
     if _check.readable(C) and not bool(C.detach().sum().isfinite()):
         _check.finite("x", x)
         _check.finite("y", y)
