@@ -87,7 +87,11 @@ def test_modes_agree_at_convergence(backend, cost, objective, strength, rng):
     options = {"cost": cost, "objective": objective, "unbalanced": strength}
 
     def gradient(mode: str) -> tuple[Tensor, ...]:
-        call = {**options, "method": backend.method, **solver_of(mode, 600 if strength is None else 300)}
+        call = {
+            **options,
+            "method": backend.method,
+            **solver_of(mode, 600 if strength is None else 300),
+        }
         return grad(weighted(leaves, strength).loss(eps, **call), leaves)
 
     implicit = gradient("implicit")

@@ -13,18 +13,9 @@ import oracle
 import pytest
 import torch
 from backends import BACKENDS, Backend
-from helpers import (
-    DTYPES,
-    clouds,
-    make_weights,
-    name,
-    rand,
-    randn,
-    rho,
-    solved,
-    some_of,
-)
+from helpers import DTYPES, clouds, make_weights, name, rand, randn, rho, solved, some_of
 from torch import Tensor
+from torch.testing import assert_close
 
 import otloss
 from otloss import ops, reference
@@ -169,7 +160,7 @@ def test_start_far_away(shift, rng):
     far = (torch.zeros(20).double(), shift * rand(rng, 30))
     result = otloss.solve(C, eps, tol=1e-8, max_iters=5000, init=far)
     truth = oracle.solve(C, uniform(20), uniform(30), eps)
-    torch.testing.assert_close(result.plan, truth.P, rtol=1e-4, atol=1e-8)
+    assert_close(result.plan, truth.P, rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
@@ -320,7 +311,7 @@ def test_native_equals_reference(operation):
         got[1][..., ops.MAX_COST] = exact
     if operation.startswith("implicit_backward"):  # solved in other ways; the last item says how
         got, expected = got[:4], expected[:4]
-    torch.testing.assert_close(list(got), list(expected), rtol=1e-9, atol=1e-11)
+    assert_close(list(got), list(expected), rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int64])
