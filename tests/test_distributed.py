@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import COSTS
-from torch import Tensor
+from helpers import COSTS, Clouds, clouds
+from torch.testing import assert_close
 
 import otloss
 import otloss.distributed
@@ -37,16 +37,12 @@ CASES: list[Case] = [
 ]
 
 
-def clouds(case: Case) -> list[Tensor]:
-    """x, y, a, b."""
+def clouds_of(case: Case) -> Clouds:
+    """The same on every rank; a point of each has weight 0."""
     n, m, d = case.get("n", 41), case.get("m", 34), case.get("d", 3)
-    make = torch.Generator().manual_seed(n * m + d)
-    x, y, a, b = (
-        torch.rand(*shape, generator=make, dtype=torch.float64) + 0.1
-        for shape in ((n, d), (m, d), (n,), (m,))
-    )
-    a[1], b[2] = 0, 0
-    return [t.to(case.get("dtype", torch.float64)) for t in (x, 1.5 * y, a / a.sum(), b / b.sum())]
+    c = clouds(torch.Generator().manual_seed(n * m + d), n, m, d, weights="random")
+    c.a[1], c.b[2] = 0, 0
+    return Clouds(c.x, c.y, c.a / c.a.sum(), c.b / c.b.sum()).to(case.get("dtype", torch.float64))
 
 
 def settings(case: Case) -> Case:
@@ -95,13 +91,10 @@ def work(rank: int, ranks: int, folder: str) -> None:
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
     results = []
     for case in CASES:
-        x, y, a, b = clouds(case)
-        n, m = (cuts(len(t), ranks)[rank : rank + 2] for t in (x, y))
-        x_local = x[n[0] : n[1]].requires_grad_()
-        y_local = y[m[0] : m[1]].requires_grad_()
-        weights = {}
-        if case.get("weighted"):
-            weights = {"a_local": a[n[0] : n[1]], "b_local": b[m[0] : m[1]]}
+        parts = [t[slice(*cuts(len(t), ranks)[rank : rank + 2])] for t in clouds_of(case).inputs()]
+        x_local, y_local = (t.requires_grad_() for t in parts[:2])
+        weights = dict(zip(("a_local", "b_local"), parts[2:], strict=True))
+        weights = weights if case.get("weighted") else {}
         loss = otloss.distributed.sinkhorn_divergence(x_local, y_local, **settings(case), **weights)
         loss.backward()
         results.append((loss.detach(), x_local.grad, y_local.grad))
@@ -122,22 +115,20 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: str(CASES[number]))
 def test_is_the_loss_of_one_process(results, number):
     case = CASES[number]
-    x, y, a, b = clouds(case)
-    leaves = [x.requires_grad_(), y.requires_grad_()]
-    weights = {"a": a, "b": b} if case.get("weighted") else {}
-    call = {"backward": "envelope", **settings(case), **weights}
-    loss = otloss.sinkhorn_divergence(*leaves, **call)
-    expected = torch.autograd.grad(loss, leaves)
-    tolerance = {torch.float32: 1e-4, torch.bfloat16: 2e-2}.get(x.dtype, 1e-6)
+    c = clouds_of(case)
+    c = c if case.get("weighted") else Clouds(c.x, c.y, None, None)
+    loss = c.require_grad().loss(backward="envelope", **settings(case))
+    expected = c.grads(loss)[:2]
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 2e-2}.get(c.x.dtype, 1e-6)
     ranks = [cases[number] for cases, _ in results]
     for value, _, _ in ranks:
         assert bool(value == ranks[0][0])
-        torch.testing.assert_close(value, loss.detach(), rtol=tolerance, atol=tolerance)
+        assert_close(value, loss.detach(), rtol=tolerance, atol=tolerance)
     for side, grad in enumerate(expected):
         found = torch.cat([rank[1 + side] for rank in ranks])
-        assert found.dtype == x.dtype
+        assert found.dtype == c.x.dtype
         scale = float(grad.abs().max())
-        torch.testing.assert_close(found / scale, grad / scale, rtol=0, atol=tolerance)
+        assert_close(found / scale, grad / scale, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("number", range(len(REFUSED)), ids=lambda number: str(REFUSED[number][0]))
