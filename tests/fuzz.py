@@ -9,7 +9,7 @@ that is accepted. Of the answer the following is demanded. OT is the optimal val
 [low, high]; J the value returned; m the plan's mass, R = max C - min C, G the largest gradient of the
 cost between two points, u the machine epsilon of the dtype, e the marginal error of the potentials
 returned, in float64. Rounding: r = 64 u (|J| + m max C), with the bound of C for max C, and in a plan
-16 u k, k = (max|f| + max|g| + max C) / eps. delta is how far a dual value may be below OT.
+16 u k, k = 4 + (max|f| + max|g| + max C) / eps. delta is how far a dual value may be below OT.
 
 check       | bound
 refused     | ValueError only for eps < 4 u max C (where costs are not stored: their upper bound); any
@@ -18,8 +18,8 @@ flag        | a ConvergenceWarning exactly where `converged` is False
 converged   | if `converged`, e <= 1.1 tol
 error       | |marginal_error - e| <= 0.1 e + 16 u k
 above       | J <= high + r: it is a dual value, converged or not
-value       | if converged, J >= low - delta - r, with delta the smaller of 2 tol m R (the dual is
-            | concave, potentials differ by R at most) and, balanced, 20 tol |J| (docs/solver.md)
+value       | if converged, J >= low - delta - r, with delta the smaller of 2 tol m (R + eps) (the dual
+            | is concave, potentials differ by R at most) and, balanced, 20 tol |J| (docs/solver.md)
 gap         | |J - OT| <= duality_gap, but for rounding in float64
 transport   | R (|P - P*| + e m) + r, where |P - P*| <= sqrt(2 m delta / eps) in L1 (Pinsker), delta that
             | of the potentials returned, or if they are not the one of "value"
@@ -39,6 +39,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import json
 import math
 import sys
@@ -111,6 +112,13 @@ class Case:
     init: float  # size of random potentials to start from, over eps
     kind: dict[str, Any] = field(default_factory=dict)
 
+    @functools.cached_property
+    def C(self) -> Tensor:
+        """(B, n, m), what ``solve`` is given."""
+        cost = self.cost if callable(self.cost) else functools.partial(oracle.cost, name=self.cost)
+        both = zip(self.x.nan_to_num(), self.y.nan_to_num(), strict=True)
+        return torch.stack([cost(x, y) for x, y in both])
+
     @property
     def balanced(self) -> bool:
         return math.isinf(self.rho[0]) and math.isinf(self.rho[1])
@@ -118,6 +126,15 @@ class Case:
     @property
     def transport(self) -> bool:
         return self.options["objective"] == "transport"
+
+    def rounded(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Totals that differ from 1 or from one another by the rounding of weights are equal."""
+
+        def alike(one: Tensor, other: Any) -> bool:
+            return abs(float(one / other) - 1) <= 8 * UNIT[self.x.dtype]
+
+        a, b = (w / w.sum() if alike(w.sum(), 1.0) else w for w in (a, b))
+        return a, b * (a.sum() / b.sum()) if alike(a.sum(), b.sum()) else b
 
     def matrix(self, x: Tensor, y: Tensor) -> Tensor:
         """C of a pair (n, d), (m, d) in float64, differentiable."""
@@ -301,9 +318,7 @@ def run(case: Case) -> Answer:
 def _call(case: Case, answer: Answer) -> None:
     given = {"x": case.x, "y": case.y, "a": case.a, "b": case.b}
     if case.call == "solve":
-        pairs = [case.cost(x, y) if callable(case.cost) else oracle.cost(x, y, case.cost)
-                 for x, y in zip(case.x, case.y, strict=True)]  # fmt: skip
-        given = {"C": torch.stack(pairs).nan_to_num(nan=0.0), "a": case.a, "b": case.b}
+        given = {"C": case.C, "a": case.a, "b": case.b}
     tensors = {k: None if t is None else t.detach().clone() for k, t in given.items()}
     if not case.batched:
         tensors = {k: None if t is None else t[0] for k, t in tensors.items()}
@@ -349,9 +364,10 @@ class Term:
     y: Tensor
     C: Array
     proof: Proof
+    exactly: Proof  # with the totals that the weights have, not what they were rounded from
     steepest: float  # G
     unit: float
-    largest: float  # bound of |C|, for rounding
+    largest: float  # bound of |C| and of potentials to start from, for rounding
 
     @property
     def spread(self) -> float:
@@ -368,7 +384,7 @@ class Term:
 
     def promise(self, tol: float) -> float:
         """How far below OT a converged dual value may be."""
-        first = 2 * tol * self.mass * self.spread
+        first = 2 * tol * self.mass * (self.spread + self.proof.problem.eps)
         return min(first, 20 * tol * abs(self.proof.high)) if self.proof.problem.balanced else first
 
     def apart(self, delta: float) -> float:
@@ -381,21 +397,28 @@ class Term:
     def noise(self, f: Array, g: Array) -> float:
         """Relative rounding of the entries of a plan."""
         size = float(np.abs(f).max() + np.abs(g).max()) + self.largest
-        return 16 * self.unit * size / self.proof.problem.eps
+        return self.unit * (64 + 16 * size / self.proof.problem.eps)
 
 
-def make_term(case: Case, pair: tuple[Any, ...]) -> Term:
+def make_term(case: Case, pair: tuple[Any, ...], k: int) -> Term:
     coefficient, x, y, a, b, p, q = pair
     with torch.no_grad():
         C = case.matrix(x, y).numpy()
         if case.call == "solve":
-            source = case.cost if callable(case.cost) else None
-            C = (source(x, y) if source else oracle.cost(x, y, case.cost)).double().numpy()
+            given = _kept(case.C[k], case.a, k).mT
+            C = _kept(given, case.b, k).mT.double().numpy()
+    problem = certified.Problem(C, a.numpy(), b.numpy(), case.eps, p, q)
+    a, b = case.rounded(a, b)
     proof = certified.solve(certified.Problem(C, a.numpy(), b.numpy(), case.eps, p, q))
+    exactly = certified.prove(problem, proof.f, proof.g)
+    if problem.balanced and not case.balanced:  # a self problem, with the KL of the others
+        mass = float(a.sum())
+        proof.low, proof.high = (v + case.eps * mass * (mass - 1) for v in (proof.low, proof.high))
     largest = float(np.abs(C).max())
     if isinstance(case.cost, str) and case.call != "solve":
         largest = {"sqeuclidean": largest, "euclidean": largest, "cosine": 2.0}[case.cost]
-    return Term(coefficient, x, y, C, proof, _steepest(case, x, y, C), UNIT[case.x.dtype], largest)
+    largest += 4 * case.init * case.eps
+    return Term(coefficient, x, y, C, proof, exactly, _steepest(case, x, y, C), UNIT[case.x.dtype], largest)
 
 
 def _steepest(case: Case, x: Tensor, y: Tensor, C: Array) -> float:
@@ -476,7 +499,7 @@ class Judge:
         if case.options["n_iters"] is not None:
             self.iterations(k)
             return
-        terms = [make_term(case, pair) for pair in case.pairs(k)]
+        terms = [make_term(case, pair, k) for pair in case.pairs(k)]
         widths = [t.proof.width / max(abs(t.proof.low), t.mass * t.spread, 1e-300) for t in terms]
         self.proven &= all(w <= PROVEN for w in widths)
         value = float(self.answer.value[k])
@@ -487,6 +510,8 @@ class Judge:
             deltas = [self.potentials(k, terms[0])]
         if not case.transport:
             self.value(k, terms, value, converged)
+        if not self.proven:
+            return
         if deltas is None:
             if len(terms) > 1 or case.transport:
                 return
@@ -512,8 +537,10 @@ class Judge:
         if converged:
             self.check("value", low - value, down + r)
         if self.answer.gap is not None:
-            gap = self.answer.gap[k] + r * U64 / terms[0].unit
-            self.check("gap", max(value - high, low - value), gap)
+            exactly, p = terms[0].exactly, terms[0].exactly.problem
+            masses = terms[0].mass + float(p.a.sum() * p.b.sum())
+            gap = self.answer.gap[k] + r * U64 / terms[0].unit + 16 * U64 * eps * masses
+            self.check("gap", max(value - exactly.high, exactly.low - value), gap)
 
     def potentials(self, k: int, term: Term) -> float:
         """Checks of the potentials returned; how far their dual value is below OT."""
@@ -524,11 +551,11 @@ class Judge:
             A, B = certified.wanted(p.a, f, p.rho_x), certified.wanted(p.b, g, p.rho_y)
             rows, columns = np.abs(P.sum(1) - A).sum(), np.abs(P.sum(0) - B).sum()
             e = float(max(rows / max(A.sum(), 1e-300), columns / max(B.sum(), 1e-300)))
-            delta = term.proof.high - certified.dual(p, f, g)
+            delta = certified.gap_of(p, term.proof.P, f, g)
         self.check("error", abs(answer.error[k] - e), 0.1 * e + term.noise(f, g))
         if answer.converged[k]:
             self.check("converged", e, 1.1 * case.options["tol"] + 64 * U64)
-        return max(delta, 0.0) if math.isfinite(delta) else math.inf
+        return delta if math.isfinite(delta) else math.inf
 
     def kept(self, v: Tensor, w: Tensor | None, k: int) -> Array:
         return (v if w is None else v[w[k] > 0]).numpy()
@@ -541,13 +568,20 @@ class Judge:
         weights, bounds = [], []  # of the gradients in the cost matrices
         for term, delta in zip(terms, deltas, strict=True):
             apart = term.apart(delta)
-            noise = min(1.0, term.noise(term.proof.f, term.proof.g))
+            noise = term.noise(term.proof.f, term.proof.g)
+            if noise > 0.5:
+                return
             W, factor = term.proof.P, 1.0
             if implicit:
                 if term.C.size > 10_000:
                     return
                 W, factor = implicit_gradient(term)
+                if not math.isfinite(factor):
+                    return
+                noise += 1e-12 if term.unit == U64 else 1e-7  # what conjugate gradients leave
             weights.append(term.coefficient * W)
+            # Points are sums that cancel where a cloud is small beside the other.
+            noise *= max(t.steepest for t in terms) / max(term.steepest, 1e-300)
             bounds.append(abs(term.coefficient) * factor * (apart + noise * term.mass))
             if case.transport and len(terms) == 1:
                 e = 2 * certified_error(term, self.answer, self, k)
@@ -566,8 +600,7 @@ class Judge:
         case, grads = self.case, self.answer.grads
         if "C" in grads:
             got = grads["C"][k]
-            got = got if case.a is None else got[case.a[k] > 0]
-            got = got if case.b is None else got[:, case.b[k] > 0]
+            got = _kept(_kept(got, case.a, k).mT, case.b, k).mT
             self.check(name, float(np.abs(got.numpy() - W[0]).sum()), bounds[0])
         own = {"x": (case.x, case.a), "y": (case.y, case.b)}
         leaves = {s: _kept(t[k], w, k).double().requires_grad_() for s, (t, w) in own.items()}
@@ -596,37 +629,47 @@ class Judge:
 
     def in_weights(self, k: int, terms: list[Term], value: float, deltas: list[float]) -> None:
         case, grads = self.case, self.answer.grads
-        if not {"a", "b"} <= set(grads):
-            return
-        term, p = terms[0], terms[0].proof.problem
-        da, db = (_kept(grads[s][k], w, k).numpy() for s, w in (("a", case.a), ("b", case.b)))
-        r = sum(t.rounding for t in terms)
+        p, eps, unit = terms[0].proof.problem, case.eps, terms[0].unit
+        r = sum(t.rounding + t.proof.width for t in terms)
         allowed = sum(deltas) * (1 if len(terms) == 1 else 8) + r
-        allowed += sum(t.proof.width for t in terms)
-        masses = float(p.a.sum()), float(p.b.sum())
-        if len(terms) > 1:
-            own = [self.weight_gradient(t.proof) for t in terms[1:]]
-            da, db = da + own[0] / 2, db + own[1] / 2
-            if not case.balanced:
-                mass_term = case.eps * (masses[0] - masses[1])
-                da, db = da - mass_term, db + mass_term
-        f = potential(da, p.rho_x, case.eps, 0.0 if case.balanced else masses[1] - 1, term.unit)
-        g = potential(db, p.rho_y, case.eps, 0.0 if case.balanced else masses[0] - 1, term.unit)
-        size = float((np.abs(p.a * f).sum() + np.abs(p.b * g).sum()))
-        allowed += 64 * term.unit * size
-        if min(1.0, term.noise(f, g)) < 0.1:
-            self.check("weights", term.proof.high - certified.dual(p, f, g), allowed)
-        if case.balanced and len(terms) == 1:
-            together = float((p.a * da).sum() + (p.b * db).sum())
-            right = (term.proof.low + term.proof.high) / 2 - case.eps * masses[0]
-            self.check("together", abs(together - right), allowed + 64 * term.unit * case.eps * masses[0])
+        sides = [("a", case.a, p, 0), ("b", case.b, p.transposed(), 1)]
+        both = []
+        for name, w, q, own in sides:
+            if name not in grads:
+                continue
+            grad = _kept(grads[name][k], w, k).numpy()
+            both.append(float((q.a * grad).sum()))
+            if len(terms) > 1:
+                grad = grad + self.weight_gradient(terms[1 + own].proof) / 2
+            if not case.balanced:  # what the total of the weights itself adds
+                grad = grad - eps * (q.b.sum() - 1)
+                grad = grad - (eps * (q.a.sum() - q.b.sum()) if len(terms) > 1 else 0.0)
+            proof = terms[0].proof
+            f, P = (proof.f, proof.P) if own == 0 else (proof.g, proof.P.T)
+            if math.isinf(q.rho_x):  # a potential: with the best other one nearly optimal
+                g = certified.damping(q.rho_y, eps) * certified.softmin(q.C.T, grad, q.a, eps)
+                size = float(np.abs(q.a * grad).sum() + np.abs(q.b * g).sum())
+                if terms[0].noise(grad, g) < 0.1:
+                    off = certified.gap_of(q, P, grad, g)
+                    self.check("weights", off, allowed + 64 * unit * size)
+            else:
+                scale, target = q.rho_x + eps, certified.wanted(q.a, f, q.rho_x)
+                off = float((q.a * np.abs(grad + scale * np.expm1(-f / q.rho_x))).sum())
+                parts = [q.a.sum(), target.sum(), *(t.mass for t in terms)]
+                bound = scale * (math.sqrt(3 * max(parts) * allowed / q.rho_x) + 64 * unit * sum(parts))
+                self.check("weights", off, bound + 64 * unit * eps * float(q.a.sum() * q.b.sum()))
+        if case.balanced and len(both) == 2:
+            mass = float(p.a.sum()) if len(terms) == 1 else 0.0
+            middle = sum(t.coefficient * (t.proof.low + t.proof.high) / 2 for t in terms)
+            right = middle - eps * mass
+            self.check("together", abs(sum(both) - right), allowed + 64 * unit * eps * mass)
 
     def weight_gradient(self, proof: Proof) -> Array:
         """Of OT(w, w) in w, exact up to a constant where it is balanced."""
         p = proof.problem
         f = (proof.f + proof.g) / 2
         if math.isinf(p.rho_x):
-            one = f + (0.0 if p.balanced else p.eps * (p.b.sum() - 1))
+            one = f + (0.0 if self.case.balanced else p.eps * (p.b.sum() - 1))
         else:
             one = -(p.rho_x + p.eps) * np.expm1(-f / p.rho_x) + p.eps * (p.b.sum() - 1)
         return 2 * one
@@ -655,13 +698,13 @@ class Judge:
             value += coefficient * float(found.value)
             mass = max(float(P.sum()), float(a.sum()) if case.balanced else 0.0)
             largest = float(C.detach().abs().max()) if case.cost != "cosine" else 2.0
-            scale += mass * largest + abs(float(found.value))
+            scale += mass * largest + float((a * f).abs().sum() + (b * g).abs().sum())
             kappa = (float(f.abs().max() + g.abs().max()) + largest) / case.eps
             stretch = 1.0 if fixed else L
             if objective == "transport" and not fixed:
                 stretch *= 1 + 2 * largest / case.eps
             unit = UNIT[case.x.dtype]
-            noise += 16 * unit * L * kappa * stretch * mass
+            noise += 16 * unit * L * (4 + kappa) * stretch * mass
             steepest = max(steepest, _steepest(case, x, y, C.detach().numpy()))
             if objective == "transport":
                 scale += 16 * kappa * mass * largest
@@ -682,14 +725,6 @@ def _kept(t: Tensor, w: Tensor | None, k: int) -> Tensor:
 
 def certified_error(term: Term, answer: Answer, judge: Judge, k: int) -> float:
     return answer.error[k] if answer.error is not None else judge.case.options["tol"]
-
-
-def potential(grad: Array, rho: float, eps: float, mass: float, unit: float) -> Array:
-    """The potential of which this is the gradient in the weights."""
-    v = grad - eps * mass
-    if math.isinf(rho):
-        return v
-    return -rho * np.log(np.maximum(1 - v / (rho + eps), 8 * unit))
 
 
 def implicit_gradient(term: Term) -> tuple[Array, float]:
