@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import math
+import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import COSTS
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 
 import otloss
 import otloss.distributed
@@ -197,9 +200,10 @@ def interrupted(rank: int) -> str:
     return said
 
 
-def start(rank: int, ranks: int, folder: str) -> None:
+def start(rank: int, ranks: int, folder: str, limit: float = 600) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
+    store, timeout = f"file://{folder}/store", datetime.timedelta(seconds=limit)
+    dist.init_process_group("gloo", store, rank=rank, world_size=ranks, timeout=timeout)
 
 
 def work(rank: int, ranks: int, folder: str) -> None:
@@ -223,7 +227,8 @@ RANKS = [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 8))]
 @pytest.fixture(scope="module", params=RANKS)
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     folder: Path = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, (request.param, str(folder)), nprocs=request.param)
+    arguments = (request.param, str(folder))
+    multiprocessing.start_processes(work, arguments, request.param, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 
@@ -265,6 +270,56 @@ def test_ranks_outside_the_group_are_refused(results: list[Any]) -> None:
     inside, *outside = (refusals[-1] for _, refusals in results)
     assert inside == ""
     assert all("group must contain this process" in message for message in outside)
+
+
+# What the ranks' processes are forked from: it has imported these.
+multiprocessing.set_forkserver_preload(["torch", "otloss"])
+LIMIT = 10.0  # seconds, of a group in which a rank dies
+
+
+def two_clouds() -> tuple[Tensor, Tensor]:
+    x = torch.rand(100, 3, generator=torch.Generator().manual_seed(0))
+    return x, x**2
+
+
+def solve_for_ever(rank: int, ranks: int, folder: str) -> None:
+    """One problem again and again; its values, and how that ended."""
+    start(rank, ranks, folder, LIMIT)
+    x, y = two_clouds()
+    own, values, said = slice(rank, None, ranks), list[float](), ""
+    call = otloss.distributed.sinkhorn_divergence
+    while not said:
+        said = refusal(lambda: values.append(float(call(x[own], y[own], 0.05))))
+        Path(folder, f"begun{rank}").touch()
+    torch.save((values, said), f"{folder}/{rank}.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "death", [*[signal.SIGKILL] * 10, signal.SIGSTOP], ids=lambda death: death.name
+)
+def test_where_a_rank_dies_the_others_get_an_error(tmp_path, rng, death):
+    ranks, dies = 3, int(torch.randint(3, (), generator=rng))
+    arguments = (ranks, str(tmp_path))
+    workers = multiprocessing.start_processes(
+        solve_for_ever, arguments, ranks, join=False, start_method="forkserver"
+    ).processes
+    while not all((tmp_path / f"begun{rank}").exists() for rank in range(ranks)):
+        time.sleep(0.05)
+    time.sleep(0.5 * float(torch.rand((), generator=rng)))
+    os.kill(workers[dies].pid, death)
+    died = time.monotonic()
+    for rank, worker in enumerate(workers):
+        if rank != dies:
+            worker.join(3 * LIMIT)
+    took = time.monotonic() - died
+    workers[dies].kill()
+    ends = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks) if rank != dies]
+    assert took < 2 * LIMIT
+    (value,) = {value for values, _ in ends for value in values}
+    assert value == pytest.approx(float(otloss.sinkhorn_divergence(*two_clouds(), 0.05)), rel=1e-3)
+    for _, said in ends:
+        assert said.startswith(("RuntimeError", "DistBackendError", "DistNetworkError"))
 
 
 @pytest.fixture
