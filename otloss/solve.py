@@ -249,7 +249,7 @@ def _solve_one(
             points=tuple(x.detach() for x in problem.points),
             weights=tuple(w.detach() for w in problem.weights),
         )
-    start = _initial_potentials(init, problem)
+    start: Sequence[Tensor] = _initial_potentials(init, problem)
     unit, totals = at_unit_totals(problem, options)
     if totals:
         start = totals.start(start, one.pairs)
