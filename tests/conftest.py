@@ -7,7 +7,7 @@
 
 Tests are by property: parity (values and gradients against oracle.py, a brute force in float64),
 gradients (finite differences), gradient_modes (unrolled, implicit, second order), properties
-(hypothesis), limits (closed forms), batching, dtypes, results, errors, streamed (no matrices),
+(hypothesis), limits (closed forms), batching, dtypes, results, errors, interruption, streamed (no matrices),
 newton, distributed, compile, kernels (the registered operations). They run over the backends of
 backends.py: plain torch, the CPU kernels, the CUDA kernels emulated on the host, a GPU. emulated
 and cuda hold what only a GPU has; examples, benchmarks and docs what is around the library.

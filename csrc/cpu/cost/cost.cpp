@@ -10,7 +10,9 @@
 // Costs and products are bound by arithmetic where there are many coordinates (tile.cpp), all the
 // rest are bandwidth-bound passes over C or over the points, whose loops vectorise along rows.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "core/costs.h"
@@ -98,14 +100,14 @@ void reflect(int64_t n, T* C) {
   });
 }
 
-// Blocks of rows of several matrices, as tasks of about equal work.
+// A block of rows of one of several matrices.
 struct RowBlock {
   size_t matrix;
   int64_t first, rows;
 };
 
-// `rows` of each matrix; `work` of all is in multiply-adds. Where they are worth several threads,
-// function is called in parallel.
+// Calls function for all `rows` of each matrix. Where all together are enough `work`, counted in
+// multiply-adds, several threads take a block each when they are free.
 void for_each_block(const std::vector<int64_t>& rows, int64_t work,
                     FunctionRef<void(const RowBlock& block)> function) {
   constexpr int64_t kWorthThreads = 1 << 22;
@@ -117,10 +119,10 @@ void for_each_block(const std::vector<int64_t>& rows, int64_t work,
     for (int64_t first = 0; first < rows[k]; first += size)
       blocks.push_back({k, first, std::min(size, rows[k] - first)});
   }
-  const auto of_block = [&](int64_t i) { function(blocks[i]); };
-  const auto count = static_cast<int64_t>(blocks.size());
-  if (threads > 1) return parallel_tasks(count, of_block);
-  for (int64_t i = 0; i < count; ++i) of_block(i);
+  std::atomic<size_t> next{0};
+  parallel_tasks(threads, [&](int64_t) {
+    for (size_t i = next++; i < blocks.size() && !interrupted(); i = next++) function(blocks[i]);
+  });
 }
 
 // Of one problem of each group. A cloud is packed once for all its matrices.
