@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import math
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from helpers import METHODS, randn, slow_but
+from helpers import METHODS, randn
 from torch.testing import assert_close
 
 import otloss
@@ -383,32 +378,6 @@ REFUSED: list[tuple[Any, Any, str]] = [
 def test_a_wrong_argument_is_named(call, kind, message):
     with pytest.raises(kind, match=message):
         call()
-
-
-@pytest.mark.parametrize("method", slow_but(METHODS, "dense"))
-def test_interruption(method):
-    """Ctrl-C ends a solve that would take hours, within a second or two."""
-    program = f"""
-        import torch, otloss
-        x, y = torch.randn(600, 2), torch.randn(500, 2)
-        otloss.sinkhorn_loss(x, y, 0.1)
-        print("ready", flush=True)
-        otloss.sinkhorn_divergence(
-            x, y, 0.1, n_iters=100_000_000, method="{method}", backward="envelope"
-        )
-    """
-    command, pipe = [sys.executable, "-c", textwrap.dedent(program)], subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
-        try:
-            assert process.stdout.readline() == "ready\n"
-            time.sleep(0.5)
-            assert process.poll() is None
-            process.send_signal(signal.SIGINT)
-            _, errors = process.communicate(timeout=30)
-        finally:
-            process.kill()
-    assert process.returncode != 0
-    assert "KeyboardInterrupt" in errors
 
 
 @pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.grad, torch.func.jacrev])

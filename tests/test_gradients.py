@@ -386,6 +386,23 @@ def test_a_nearly_singular_system_stays_finite():
     assert bool(C.grad.isfinite().all())
 
 
+@pytest.mark.filterwarnings("ignore::otloss.ConvergenceWarning")  # of the singular system
+def test_clusters_that_exchange_nothing():
+    """The linear system is singular to rounding; gradients and second derivatives are not."""
+    for seed in range(4):
+        rng = torch.Generator().manual_seed(seed)
+        cluster = torch.tensor([0.0, 0, 0, 100, 100, 100, -100, -100]).double()[:, None]
+        x, y = (randn(rng, 8, 2) + cluster for _ in range(2))
+        x.requires_grad_()
+        grads = []
+        for method in ("reference", "dense"):
+            options: dict[str, Any] = {"objective": "transport", "method": method, "tol": 1e-9}
+            loss = otloss.sinkhorn_loss(x, y, 0.1, **options)
+            grads.append(grad(loss, x, create_graph=True)[0])
+        assert relative(grads[:1], grads[1:]) < 1e-6
+        assert all(grad(t[0, 0], x)[0].isfinite().all() for t in grads)
+
+
 @some_of("backend", [name for name in BACKENDS if name != "reference"])  # which has no iterations
 def test_the_result_tells_how_the_linear_system_went(backend, rng):
     c = clouds(rng, 6, 5, 2, batch=2).to(backend.device).require_grad()
