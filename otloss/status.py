@@ -42,7 +42,7 @@ def last_status() -> Status:
 
     On CUDA, and after a compiled call, no :class:`otloss.ConvergenceWarning` is given, since that
     would wait for the device. This function reads the status, and waits, when it is called.
-    ``energy_distance``, which solves nothing, and ``otloss.distributed`` do not change it.
+    ``energy_distance``, which solves nothing, does not change it.
 
     Raises:
         RuntimeError: nothing has been solved yet.

@@ -26,8 +26,10 @@ class Arguments {
   StableIValue* next_;
 };
 
+// The results, unless a signal handler raised something: then they are not complete.
 template <typename... Results>
 void give_back(StableIValue* stack, const Results&... results) {
+  Call::current()->raise_interruption();
   ((*stack++ = torch::stable::detail::from(results)), ...);
 }
 

@@ -64,7 +64,6 @@ void solve_as(StableIValue* stack, const Device& device, const Problem& problem,
     group.penalties = problem.penalties(p);
     groups.push_back(group);
   }
-  clear_interruption();
   OTLOSS_LAUNCH(device, solve, groups, options);
   OTLOSS_LAUNCH(device, combine_values, problem.coefficients, data<T>(values), B, data<T>(loss));
   give_back(stack, loss, status, start.f, start.g, traces, made ? costs : Tensors());

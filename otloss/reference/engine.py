@@ -25,9 +25,9 @@ MAX_GAUSSIAN_DIMS, EIGEN_WORK, MOMENT_WORK = 64, 400, 5
 
 
 class Engine(Protocol):
-    """Sweeps over the costs of one problem. Of x it may hold some rows only, y is whole."""
+    """Sweeps over the costs of one problem."""
 
-    a: Tensor  # (n,) weights of the rows held here
+    a: Tensor  # (n,) weights
     b: Tensor  # (m,) weights, of the total of x where the problem is balanced
     marginals: Marginals
 
@@ -36,10 +36,10 @@ class Engine(Protocol):
         """The totals of x and y."""
 
     def iterate(self, eps: float, g: Tensor) -> tuple[Tensor, SoftMean, Tensor]:
-        """One sweep: f = damping T_x(g), its mean over all rows, and T_y(f)."""
+        """One sweep: f = damping T_x(g), its mean, and T_y(f)."""
 
     def update_rows(self, eps: float, g: Tensor) -> Tensor:
-        """T_x(g) of all rows."""
+        """T_x(g)."""
 
     def sigma(self) -> float:
         """Standard deviation of C_ij - mean_i - mean_j + mean on a sample."""

@@ -101,6 +101,7 @@ void cost_matrix(const CostGroup<T>& group, int64_t p, CostKind kind) {
   const int64_t step = d <= kDirectDims ? rows_at_once(d) : product_rows<T>(n, thread_count());
   T* C = group.C + p * n * m;
   for_each_row(groups_of(n, step), step * m * d, [&](int64_t block) {
+    if (interrupted()) return;
     const int64_t first = block * step, begin = half ? first / kStrip<T> * kStrip<T> : 0;
     cost_rows(kind, CostRows<T>{first, std::min(step, n - first), begin, m, group.symmetric, &from,
                                 &to, C + first * m + begin, m});
@@ -228,6 +229,7 @@ void multiply(const ProductGroup<T>& group) {
     pack(Packing<T>{d, m, group.z + p * m * d, d, true, z.data()});
     const int64_t step = product_rows<T>(n, thread_count());
     for_each_row(groups_of(n, step), step * m * d, [&](int64_t block) {
+      if (interrupted()) return;
       const int64_t first = block * step, row = p * n + first;
       const T* V = group.V + p * n * m + first * (group.transposed ? 1 : m);
       multiply_rows(RowsProduct<T>{std::min(step, n - first), m, d, V, group.transposed ? n : m,

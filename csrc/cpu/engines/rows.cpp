@@ -65,7 +65,7 @@ CostBlocks<T>::CostBlocks(const RowParts& parts, int64_t at_once, RowSource<T> s
 template <typename T>
 void CostBlocks<T>::for_each_block(int64_t part, int64_t begin, int64_t end,
                                    BlockFunction function) {
-  for (int64_t i = begin; i < end; i += at_once_) {
+  for (int64_t i = begin; i < end && !interrupted(); i += at_once_) {
     const int64_t count = std::min(at_once_, end - i);
     function(source_.rows(i, count, scratch_[part].data()), i, count);
   }
