@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import STRENGTHS, Clouds, clouds, rand, randn, rho, some_of, unequal
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 import otloss
 from otloss import _check
@@ -62,17 +63,17 @@ def test_asymmetric_costs(mode, strength, batch, rng):
     options, cost = {**MODES[mode], "unbalanced": strength}, bent(randn(rng, 2, 2))
     got = otloss.sinkhorn_divergence(c.x, c.y, 0.5, a=c.a, b=c.b, cost=cost, **options)
     truth = three_solves(c, cost, strength, MODES[mode])
-    torch.testing.assert_close(got, truth, rtol=1e-6, atol=1e-8)
+    assert_close(got, truth, rtol=1e-6, atol=1e-8)
     losses = (got, truth)
     grads = [torch.autograd.grad(v.sum(), (c.x, c.y), retain_graph=True) for v in losses]
     for grad, true in zip(*grads, strict=True):
-        torch.testing.assert_close(grad, true, rtol=1e-4, atol=1e-6)
+        assert_close(grad, true, rtol=1e-4, atol=1e-6)
     if strength is None:  # those of weights are determined up to a constant
         grads = [torch.autograd.grad(v.sum(), (c.a, c.b), allow_unused=True) for v in losses]
         for grad, true in zip(*grads, strict=True):
             if mode != "unrolled":
                 grad, true = (t - t.mean(-1, keepdim=True) for t in (grad, true))
-            torch.testing.assert_close(grad, true, rtol=1e-4, atol=1e-6)
+            assert_close(grad, true, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("readable", [True, False])
@@ -99,7 +100,7 @@ def test_what_is_taken_for_symmetric(readable, rng, monkeypatch):
         together.clear()
         got = otloss.sinkhorn_divergence(x, y, 0.5, cost=cost, symmetric=symmetric, tol=1e-9)
         assert len(together) == runs
-        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+        assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_one_entry_that_is_not_symmetric(rng):
@@ -117,7 +118,7 @@ def test_one_entry_that_is_not_symmetric(rng):
     got = otloss.sinkhorn_divergence(x, y, 0.1, cost=cost, tol=1e-9)
     rest = otloss.solve(cost(x, y), 0.1, tol=1e-9).value
     rest = rest - otloss.solve(cost(y, y), 0.1, tol=1e-9).value / 2
-    torch.testing.assert_close(got, rest - own / 2, rtol=1e-7, atol=1e-9)
+    assert_close(got, rest - own / 2, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -179,9 +180,9 @@ def test_padding_reaches_nothing(function, cost, junk, rng):
         grads = [
             torch.autograd.grad(v, (c.x, c.y)) for v, c in zip(values, (bare, padded), strict=True)
         ]
-    torch.testing.assert_close(values[1], values[0])
+    assert_close(values[1], values[0])
     for grad, expected in zip(grads[1], grads[0], strict=True):
-        torch.testing.assert_close(grad[:-2], expected)
+        assert_close(grad[:-2], expected)
         assert not bool(grad[-2:].any())
 
 
@@ -192,7 +193,7 @@ def test_padding_in_a_batch(rng):
         cloud[w == 0] = math.nan
     c.require_grad()
     got = otloss.sinkhorn_divergence(c.x, c.y, 0.3, a=c.a, b=c.b, cost=sqeuclidean)
-    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+    assert_close(got, expected, rtol=1e-3, atol=1e-4)
     for grad in torch.autograd.grad(got.sum(), c.inputs()):
         assert bool(grad.isfinite().all())
 
@@ -217,7 +218,7 @@ def test_a_gradient_that_is_not_finite_is_said(rng):
         )
         (grad,) = torch.autograd.grad(safe, x)
     named = otloss.sinkhorn_divergence(x, y, 0.5, cost="euclidean", tol=1e-9)
-    torch.testing.assert_close(grad, torch.autograd.grad(named, x)[0], rtol=1e-4, atol=1e-5)
+    assert_close(grad, torch.autograd.grad(named, x)[0], rtol=1e-4, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------- parameters
@@ -260,4 +261,4 @@ def test_the_oracle_agrees_on_a_symmetric_function(rng):
     c = clouds(rng, 7, 6, 3, weights="random")
     got = otloss.sinkhorn_divergence(c.x, c.y, 0.5, a=c.a, b=c.b, cost=sqeuclidean, tol=1e-9)
     truth = oracle.loss(c.x, c.y, 0.5, c.a, c.b).value
-    torch.testing.assert_close(got, truth, rtol=1e-7, atol=1e-9)
+    assert_close(got, truth, rtol=1e-7, atol=1e-9)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import COSTS, METHODS, Clouds, close, clouds, name, randn, some_of
 from torch import Tensor
+from torch.testing import assert_close
 
 import otloss
 
@@ -36,7 +37,7 @@ def test_half_precision_is_float32_inside(dtype, weighted, method, rng):
     single.require_grad()
     loss, expected = divergence(half, method=method), divergence(single, method=method)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    assert_close(loss, expected, rtol=1e-4, atol=1e-5)
     got = torch.autograd.grad(loss, half.inputs())
     truth = torch.autograd.grad(expected, single.inputs())
     for grad, true in zip(got, truth, strict=True):
@@ -77,7 +78,7 @@ def test_totals_of_half_precision_weights(dtype, rng):
     result = otloss.solve_sample(x, y, 1.0, a=a, b=b, tol=1e-6)
     assert result.converged
     expected = otloss.solve_sample(x.float(), y.float(), 1.0, tol=1e-6)
-    torch.testing.assert_close(result.value, expected.value, rtol=2e-2, atol=0)
+    assert_close(result.value, expected.value, rtol=2e-2, atol=0)
     with pytest.raises(ValueError, match="same total mass"):
         otloss.solve_sample(x, y, 1.0, a=1.1 * a, b=b)
 
@@ -135,7 +136,7 @@ def test_autocast_changes_nothing(d, cost, method, rng):
         got = everything()
     for one, other in zip(got, expected, strict=True):
         assert one.dtype == torch.float32
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_autocast_around_a_network(rng):
@@ -176,7 +177,7 @@ def test_floats_of_different_precision(function, of_x, of_y, of_weights, autocas
     double = torch.float64 in used and not (autocast and len(used) > 1)
     assert got.dtype == (torch.float64 if double else torch.float32)
     expected = MIXED[function](*wide)
-    torch.testing.assert_close(got.double(), expected, rtol=2e-2, atol=2e-2)
+    assert_close(got.double(), expected, rtol=2e-2, atol=2e-2)
     # a solve in float32 stops elsewhere: within tol of the same potentials
     grads = [
         torch.autograd.grad(v, t, allow_unused=True) for v, t in ((got, given), (expected, wide))
@@ -221,7 +222,7 @@ def test_units_of_the_data_do_not_matter(method, scale, rng):
     x, y = randn(rng, 9, 3).float(), randn(rng, 8, 3).float()
     expected = otloss.sinkhorn_divergence(x, y, 0.5, tol=1e-5, method=method)
     got = otloss.sinkhorn_divergence(scale * x, scale * y, 0.5 * scale**2, tol=1e-5, method=method)
-    torch.testing.assert_close(got / scale**2, expected, rtol=1e-3, atol=1e-5)
+    assert_close(got / scale**2, expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("total", [1e-6, 1e-3, 1e3, 1e6])
@@ -235,7 +236,7 @@ def test_total_mass(method, total, rng):
     got = otloss.solve_sample(c.x, c.y, 0.5, a=total * c.a, b=total * c.b, tol=1e-9, method=method)
     # KL against a x b counts the mass: at P = total P*, eps KL gains -eps total log(total)
     shift = -0.5 * total * torch.tensor(total).double().log()
-    torch.testing.assert_close(got.value, total * expected + shift, rtol=1e-7, atol=0)
+    assert_close(got.value, total * expected + shift, rtol=1e-7, atol=0)
     assert got.marginal_error <= 2e-9
 
 
@@ -259,7 +260,7 @@ class TestThreads:
             runs.append(self.results(method, batch, rng))
         for run in runs[1:]:
             for got, expected in zip(run, runs[0], strict=True):
-                torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+                assert_close(got, expected, rtol=1e-9, atol=1e-12)
         assert all(torch.equal(p, q) for p, q in zip(runs[1], runs[3], strict=True))
 
     @pytest.mark.parametrize("method", ["dense", "streamed"])

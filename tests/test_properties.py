@@ -11,6 +11,7 @@ from helpers import rho as rho_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.testing import assert_close
 
 import otloss
 
@@ -58,7 +59,7 @@ def test_zero_on_itself(c, eps, cost, method):
 def test_symmetric(c, eps, cost, method):
     swapped = Clouds(c.y, c.x, c.b, c.a)
     one, other = (divergence(t, eps, cost=cost, method=method) for t in (c, swapped))
-    torch.testing.assert_close(one, other, rtol=1e-7, atol=SLACK)
+    assert_close(one, other, rtol=1e-7, atol=SLACK)
 
 
 @EXAMPLES
@@ -71,7 +72,7 @@ def test_rigid_motions(c, eps, method, cost, seed):
     shift = 10 * torch.randn(d, generator=rng, dtype=torch.float64)
     moved = Clouds(c.x @ turn + shift, c.y @ turn + shift, c.a, c.b)
     one, other = (divergence(t, eps, cost=cost, method=method) for t in (c, moved))
-    torch.testing.assert_close(one, other, rtol=1e-7, atol=SLACK)
+    assert_close(one, other, rtol=1e-7, atol=SLACK)
 
 
 @EXAMPLES
@@ -79,7 +80,7 @@ def test_rigid_motions(c, eps, method, cost, seed):
 def test_cosine_ignores_lengths(c, eps, method, factor):
     stretched = Clouds(factor * c.x, c.y, c.a, c.b)
     one, other = (divergence(t, eps, cost="cosine", method=method) for t in (c, stretched))
-    torch.testing.assert_close(one, other, rtol=1e-7, atol=SLACK)
+    assert_close(one, other, rtol=1e-7, atol=SLACK)
 
 
 @EXAMPLES
@@ -90,9 +91,9 @@ def test_order_does_not_matter(c, eps, cost, method, seed):
     x = c.x.requires_grad_()
     mixed = Clouds(x[order], c.y, None if c.a is None else c.a[order], c.b)
     one, other = (divergence(t, eps, cost=cost, method=method) for t in (c, mixed))
-    torch.testing.assert_close(one, other, rtol=1e-7, atol=SLACK)
+    assert_close(one, other, rtol=1e-7, atol=SLACK)
     for grad, truth in zip(torch.autograd.grad(one, x), torch.autograd.grad(other, x), strict=True):
-        torch.testing.assert_close(grad, truth, rtol=1e-5, atol=1e-6)
+        assert_close(grad, truth, rtol=1e-5, atol=1e-6)
 
 
 @EXAMPLES
@@ -103,7 +104,7 @@ def test_scaling(c, eps, method, factor):
     for cost, unit in (("sqeuclidean", factor**2), ("euclidean", factor)):
         one = divergence(c, eps, cost=cost, method=method)
         other = divergence(scaled, unit * eps, cost=cost, method=method)
-        torch.testing.assert_close(other / unit, one, rtol=1e-7, atol=SLACK)
+        assert_close(other / unit, one, rtol=1e-7, atol=SLACK)
 
 
 @EXAMPLES
@@ -119,7 +120,7 @@ def test_splitting_a_point(c, eps, cost, method, seed):
     whole = Clouds(c.x, c.y, a, b)
     halves = Clouds(torch.cat([c.x, c.x[k : k + 1]]), c.y, split, b)
     one, other = (divergence(t, eps, cost=cost, method=method) for t in (whole, halves))
-    torch.testing.assert_close(one, other, rtol=1e-7, atol=SLACK)
+    assert_close(one, other, rtol=1e-7, atol=SLACK)
 
 
 @EXAMPLES
@@ -226,4 +227,4 @@ def test_unbalanced_swapped(c, eps, method, rho_x, rho_y):
     swapped = Clouds(c.y, c.x, c.b, c.a)
     one = divergence(c, eps, method=method, unbalanced=(rho_x, rho_y))
     other = divergence(swapped, eps, method=method, unbalanced=(rho_y, rho_x))
-    torch.testing.assert_close(one, other, rtol=1e-7, atol=SLACK)
+    assert_close(one, other, rtol=1e-7, atol=SLACK)

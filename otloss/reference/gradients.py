@@ -108,13 +108,15 @@ def implicit_gradient(
         f_bar, g_bar = f_bar - gauge * a, g_bar + gauge * b
         a_bar, b_bar = a_bar - gauge * f, b_bar + gauge * g
     r, c = P.sum(-1) / damping(marginals.x, eps), P.sum(-2) / damping(marginals.y, eps)
+    # A little more than rounding takes: clusters that exchange nothing leave the system singular.
+    raised = 1 + 64 * torch.finfo(c.dtype).eps
     padding = torch.diag_embed((b <= 0).to(b))  # so that no row of the system is empty
     if same:
         half = 0.5 * (f_bar + g_bar)
-        alpha = beta = _solve_linear(torch.diag_embed(r) + P + padding, half)
+        alpha = beta = _solve_linear(torch.diag_embed(raised * r) + P + padding, half)
     else:
         row = P / torch.where(a > 0, r, 1.0).unsqueeze(-1)
-        schur = torch.diag_embed(c) - P.mT @ row + padding
+        schur = torch.diag_embed(raised * c) - P.mT @ row + padding
         if marginals.balanced:  # constants are its null space
             schur = schur + b.unsqueeze(-1) * b.unsqueeze(-2)
         beta = _solve_linear(schur, g_bar - (row.mT @ f_bar.unsqueeze(-1)).squeeze(-1))
