@@ -177,7 +177,7 @@ def test_status(dtype, rng):
     for module in (ops, reference):
         _, status, f, g, *_ = solved(problem, module=module, tol=1e-4)
         assert status.dtype == torch.float64
-        assert status.shape == (1, 2, 4)
+        assert status.shape == (1, 2, 5)
         assert status[0, :, ops.MAX_COST].tolist() == [77.0, float(C[1, 1:].max())]
         assert bool((status[0, :, ops.CONVERGED] == 1).all())
         assert bool((status[0, :, ops.ERROR] <= 1e-4).all())
@@ -198,9 +198,9 @@ def test_lists_of_costs_agree():
 def test_lists_of_status_fields_and_objectives_agree():
     header = (Path(__file__).parent.parent / "csrc" / "kernels.h").read_text()
     fields = re.findall(r"^  kStatus(\w+),", header, re.MULTILINE)
-    numbers = [ops.ITERATIONS, ops.ERROR, ops.CONVERGED, ops.MAX_COST]
-    assert fields == ["Iterations", "Error", "Converged", "MaxCost"]
-    assert numbers == list(range(4))
+    numbers = [ops.ITERATIONS, ops.ERROR, ops.CONVERGED, ops.MAX_COST, ops.TERM]
+    assert fields == ["Iterations", "Error", "Converged", "MaxCost", "Term"]
+    assert numbers == list(range(5))
     from otloss import _options
 
     body = re.search(r"enum class Objective : int \{(.*?)\}", header)[1]
