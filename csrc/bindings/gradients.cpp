@@ -56,11 +56,11 @@ EnvelopeGroup<T> Gradients<T>::group(int64_t p, bool matrices) {
 }
 
 template <typename T>
-PointSums<T> Gradients<T>::side(int64_t c, const T* weight, const T* v) {
+PointSums<T> Gradients<T>::side(int64_t c, SolvedSide<T> solved) {
   if (!points_.wants(c)) return {};
   const Tensor& z = clouds_.z[c];
   const int64_t B = z.size(0), n = z.size(1), d = z.size(2);
-  sides_.push_back({c, empty(z, {B, n}), empty(z, {B, n, d}), weight, v});
+  sides_.push_back({c, empty(z, {B, n}), empty(z, {B, n, d}), solved});
   return {data<T>(sides_.back().sum), data<T>(sides_.back().product)};
 }
 
@@ -76,7 +76,7 @@ void Gradients<T>::add_plan_side(std::vector<PointGradientGroup<T>>& groups, int
                                  int64_t j, const Tensor& f, const Tensor& g) {
   if (!points_.wants(i)) return;
   const Tensor &a = problem_.clouds.weights[i], &b = problem_.clouds.weights[j];
-  const PointSums<T> sums = side(i, data<T>(a), data<T>(f));
+  const PointSums<T> sums = side(i, {data<T>(a), data<T>(f)});
   groups.push_back({a.size(0), a.size(1), b.size(1), i == j,
                     point_pair<T>(clouds_, i, j, problem_.tf32), data<T>(a), data<T>(b), data<T>(f),
                     data<T>(g), grad(p), static_cast<T>(problem_.coefficients[p]), sums.sum,
@@ -86,7 +86,7 @@ void Gradients<T>::add_plan_side(std::vector<PointGradientGroup<T>>& groups, int
 template <typename T>
 void Gradients<T>::add_sums() {
   for (const Side& side : sides_)
-    points_.add_side(side.cloud, data<T>(side.sum), data<T>(side.product), side.weight, side.v);
+    points_.add_side(side.cloud, data<T>(side.sum), data<T>(side.product), side.solved);
 }
 
 template <typename T>

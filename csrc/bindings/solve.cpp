@@ -7,6 +7,8 @@
 namespace otloss {
 namespace {
 
+constexpr int64_t kMostTraced = int64_t{1} << 32;  // beyond any memory
+
 struct Start {
   Tensors f, g;  // per pair: where a warm start is on entry, the potentials on return
 };
@@ -83,10 +85,12 @@ void solve(StableIValue* stack, uint64_t, uint64_t) {
   problem.check();
   STD_TORCH_CHECK(!problem.costs.empty() || !problem.clouds.points.empty(),
                   "otloss: there must be costs or points");
-  STD_TORCH_CHECK(!trace || options.n_iters >= 0, "otloss: a trace is of a number of iterations");
+  STD_TORCH_CHECK(options.max_iters > 0, "otloss: max_iters must be > 0");
+  STD_TORCH_CHECK(!trace || (options.n_iters > 0 && options.n_iters < kMostTraced),
+                  "otloss: a trace is of a number of iterations");
   if (!init.empty()) check_count(init.size(), 2 * problem.count(), "init");
   options.eps = problem.eps;
-  options.tol = number(tol, "tol");
+  options.tol = positive(tol, "tol");
   options.objective = problem.objective;
   options.warm_start = !init.empty();
   const Device device(problem.clouds.weights[0],

@@ -74,16 +74,22 @@ double Engine<T>::sigma() {
   double mean = 0, sum = 0;
   for (size_t i = 0; i < r; ++i) {
     const T* costs = costs_.row(rows[i]);
-    for (size_t j = 0; j < c; ++j) {
-      const double value = C[i * c + j] = static_cast<double>(costs[columns[j]]);
-      row[i] += value / c, column[j] += value / r, mean += value / (r * c);
-    }
+    double* entries = C.data() + i * c;
+    for (size_t j = 0; j < c; ++j) entries[j] = static_cast<double>(costs[columns[j]]);
+    double total = 0;
+#pragma omp simd reduction(+ : total)
+    for (size_t j = 0; j < c; ++j) column[j] += entries[j], total += entries[j];
+    row[i] = total / c, mean += row[i] / r;
   }
-  for (size_t i = 0; i < r; ++i)
+  for (double& of_column : column) of_column = of_column / r - mean;
+  for (size_t i = 0; i < r; ++i) {
+    const double *entries = C.data() + i * c, of_row = row[i];
+#pragma omp simd reduction(+ : sum)
     for (size_t j = 0; j < c; ++j) {
-      const double value = C[i * c + j] - row[i] - column[j] + mean;
+      const double value = entries[j] - of_row - column[j];
       sum += value * value;
     }
+  }
   return std::sqrt(sum / (r * c));
 }
 
