@@ -239,7 +239,7 @@ def _solve(engine: ShardedEngine, symmetric: bool, options: Options) -> Solution
     g = torch.zeros_like(engine.b)
     for _ in range(options.n_iters):
         f, g, error = plain_iteration(engine, options.eps, g)
-    return Solution(engine.rows.gather(f), g, float(error), options.n_iters)
+    return Solution(engine.rows.gather(f), g, float(error), options.n_iters, False)
 
 
 # ---------------------------------------------------------------------------------------- the loss
@@ -263,9 +263,10 @@ class _Divergence(torch.autograd.Function):
             solved = _solve(engine, i == j, options)
             loss += coefficient * engine.value(options.eps, options.objective, solved.f, solved.g)
             ctx.solutions.append(solved)
-        worst = max(ctx.solutions, key=lambda solution: solution.error)
-        if options.n_iters < 0 and worst.error > options.tol:
-            _check.not_converged(options, worst.iterations, worst.error, max_cost)
+        worst = max(ctx.solutions, key=lambda s: (not s.converged, s.error))
+        if options.n_iters < 0 and not worst.converged:
+            dtype = clouds[0].points.dtype
+            _check.not_converged(options, worst.iterations, worst.error, max_cost, dtype)
         ctx.save_for_backward(*points)
         return loss.to(clouds[0].points.dtype)
 
