@@ -32,7 +32,6 @@ std::string simd_level() {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  otloss::set_main_thread();
 #if defined(OTLOSS_WITH_CUDA)
   // How a solve on a device would be laid out; d: 0 where costs are stored.
   module.def("describe_plan",

@@ -20,7 +20,7 @@ void point_sums(const RowSource<T>& source, const RowParts& parts, int64_t at_on
   }
   parts.for_each([&](int64_t, int64_t begin, int64_t end) {
     BlockVector<T> C(at_once * stride), V(at_once * stride);
-    for (int64_t i = begin; i < end; i += at_once) {
+    for (int64_t i = begin; i < end && !interrupted(); i += at_once) {
       const int64_t count = std::min(at_once, end - i);
       source.make(i, count, 0, m, C.data(), stride);
       gradient(C.data(), i, count, stride, V.data());
