@@ -98,7 +98,7 @@ def report(problem: Problem, costs: Sequence[Tensor], options: Options, solved: 
     values = solved.loss.tolist()
     if not all(map(math.isfinite, values if problem.batched else [values])):
         raise ValueError(f"sums of costs up to {largest:.3g} overflow {dtype}: scale the data down")
-    status.warn_not_converged(options, rows)
+    status.warn_not_converged(options, rows, dtype)
 
 
 # ---------------------------------------------------------------------------------- public calls
