@@ -75,6 +75,13 @@ void Problem::check() {
   rho_y = positive(rho[1], "rho");
 }
 
+void Problem::check_grad(const Tensor& grad_loss) const {
+  if (grad_loss.dim() > 1)
+    otloss::check(grad_loss, {count(), batch()}, dtype(), "grad_loss");
+  else
+    otloss::check(grad_loss, {batch()}, dtype(), "grad_loss");
+}
+
 void Problem::check_f(const Tensors& list, const char* name) const {
   check_count(list.size(), count(), name);
   for (int64_t p = 0; p < count(); ++p)

@@ -70,6 +70,8 @@ struct Problem {
 
   // To be called once all arguments are read: eps and rho are not known before.
   void check();
+  // Raises unless it is a gradient of the loss (B,), or one of the value of each pair (P, B).
+  void check_grad(const Tensor& grad_loss) const;
   // Raises unless there is a tensor for each pair, of the shape of f, or of g.
   void check_f(const Tensors& list, const char* name) const;
   void check_g(const Tensors& list, const char* name) const;

@@ -40,7 +40,7 @@ void solve_as(StableIValue* stack, const Device& device, const Problem& problem,
   const Tensors costs =
       made ? cost_matrices<T>(device, clouds, problem.clouds.pairs) : problem.costs;
   const Start start = start_from(init, problem);
-  const Tensor values = empty(like, {P, B}), loss = empty(like, {B});
+  const Tensor loss = empty(like, {B});
   const Tensor status = empty(like, {P, B, kStatusFields}, aoti_torch_dtype_float64());
   Tensors traces;
   std::vector<SolveGroup<T>> groups;
@@ -61,13 +61,13 @@ void solve_as(StableIValue* stack, const Device& device, const Problem& problem,
       traces.push_back(empty(like, {B, options.n_iters, group.n + group.m}));
       group.trace = data<T>(traces.back());
     }
-    group.value = data<T>(values) + p * B;
     group.status = data<double>(status) + p * B * kStatusFields;
+    group.coefficient = problem.coefficients[p];
     group.penalties = problem.penalties(p);
     groups.push_back(group);
   }
   OTLOSS_LAUNCH(device, solve, groups, options);
-  OTLOSS_LAUNCH(device, combine_values, problem.coefficients, data<T>(values), B, data<T>(loss));
+  OTLOSS_LAUNCH(device, combine_terms, P, B, data<double>(status), data<T>(loss));
   give_back(stack, loss, status, start.f, start.g, traces, made ? costs : Tensors());
 }
 
