@@ -181,7 +181,7 @@ def _newton(p: Problem, g: Array, tol: float, most: int) -> Array:
         if not error > tol or since > (4 if best_error < 1e-9 else 40):
             break
         residual = damping(p.rho_y, p.eps) * softmin(p.C.T, f, p.a, p.eps) - g
-        step = _direction(p, P, c, w, residual, error)
+        step = _direction(p, P, c, residual, error)
         slope = float(d @ step)
         if not slope > 0:
             step, slope = residual, float(d @ residual)
@@ -208,11 +208,11 @@ def _length(p: Problem, g: Array, step: Array, value: float, slope: float) -> fl
     return t
 
 
-def _direction(p: Problem, P: Array, c: Array, w: Array, residual: Array, error: float) -> Array:
+def _direction(p: Problem, P: Array, c: Array, residual: Array, error: float) -> Array:
     """Newton's step on the log residual of the semidual, damped where the error is large."""
     r = P.sum(1)
     scaled = P / np.sqrt(np.maximum(r, 1e-300) / damping(p.rho_x, p.eps))[:, None]
-    size = np.maximum(c + p.eps / p.rho_y * w, 1e-300)
+    size = np.maximum(c / damping(p.rho_y, p.eps), 1e-300)
     root = np.sqrt(size)
     scaled /= root
     H = -(scaled.T @ scaled)

@@ -119,6 +119,10 @@ class Case:
         both = zip(self.x.nan_to_num(), self.y.nan_to_num(), strict=True)
         return torch.stack([cost(x, y) for x, y in both])
 
+    def kept(self, C: Tensor, k: int) -> Tensor:
+        """Without rows and columns of weight 0."""
+        return _kept(_kept(C, self.a, k).mT, self.b, k).mT
+
     @property
     def balanced(self) -> bool:
         return math.isinf(self.rho[0]) and math.isinf(self.rho[1])
@@ -405,8 +409,7 @@ def make_term(case: Case, pair: tuple[Any, ...], k: int) -> Term:
     with torch.no_grad():
         C = case.matrix(x, y).numpy()
         if case.call == "solve":
-            given = _kept(case.C[k], case.a, k).mT
-            C = _kept(given, case.b, k).mT.double().numpy()
+            C = case.kept(case.C[k], k).double().numpy()
     problem = certified.Problem(C, a.numpy(), b.numpy(), case.eps, p, q)
     a, b = case.rounded(a, b)
     proof = certified.solve(certified.Problem(C, a.numpy(), b.numpy(), case.eps, p, q))
@@ -418,7 +421,9 @@ def make_term(case: Case, pair: tuple[Any, ...], k: int) -> Term:
     if isinstance(case.cost, str) and case.call != "solve":
         largest = {"sqeuclidean": largest, "euclidean": largest, "cosine": 2.0}[case.cost]
     largest += 4 * case.init * case.eps
-    return Term(coefficient, x, y, C, proof, exactly, _steepest(case, x, y, C), UNIT[case.x.dtype], largest)
+    return Term(
+        coefficient, x, y, C, proof, exactly, _steepest(case, x, y, C), UNIT[case.x.dtype], largest
+    )
 
 
 def _steepest(case: Case, x: Tensor, y: Tensor, C: Array) -> float:
@@ -520,8 +525,12 @@ class Judge:
 
     def value(self, k: int, terms: list[Term], value: float, converged: bool) -> None:
         tol, eps = self.case.options["tol"], self.case.eps
-        low = sum(t.coefficient * (t.proof.low if t.coefficient > 0 else t.proof.high) for t in terms)
-        high = sum(t.coefficient * (t.proof.high if t.coefficient > 0 else t.proof.low) for t in terms)
+        low = sum(
+            t.coefficient * (t.proof.low if t.coefficient > 0 else t.proof.high) for t in terms
+        )
+        high = sum(
+            t.coefficient * (t.proof.high if t.coefficient > 0 else t.proof.low) for t in terms
+        )
         if len(terms) > 1 and not self.case.balanced:
             p = terms[0].proof.problem
             low += eps / 2 * (p.a.sum() - p.b.sum()) ** 2
@@ -587,7 +596,9 @@ class Judge:
                 e = 2 * certified_error(term, self.answer, self, k)
                 bound = term.spread * (apart + e * term.mass)
                 off = abs(value - term.proof.transport())
-                self.check("transport", off, bound + noise * term.mass * term.largest + term.rounding)
+                self.check(
+                    "transport", off, bound + noise * term.mass * term.largest + term.rounding
+                )
         name = "implicit" if implicit else "plan"
         self.in_costs(k, terms, weights, bounds, name)
         if not case.transport:
@@ -600,8 +611,7 @@ class Judge:
         case, grads = self.case, self.answer.grads
         if "C" in grads:
             got = grads["C"][k]
-            got = _kept(_kept(got, case.a, k).mT, case.b, k).mT
-            self.check(name, float(np.abs(got.numpy() - W[0]).sum()), bounds[0])
+            self.check(name, float(np.abs(case.kept(got, k).numpy() - W[0]).sum()), bounds[0])
         own = {"x": (case.x, case.a), "y": (case.y, case.b)}
         leaves = {s: _kept(t[k], w, k).double().requires_grad_() for s, (t, w) in own.items()}
         chosen = [("x", "y"), ("x", "x"), ("y", "y")][: len(terms)]
@@ -656,7 +666,9 @@ class Judge:
                 scale, target = q.rho_x + eps, certified.wanted(q.a, f, q.rho_x)
                 off = float((q.a * np.abs(grad + scale * np.expm1(-f / q.rho_x))).sum())
                 parts = [q.a.sum(), target.sum(), *(t.mass for t in terms)]
-                bound = scale * (math.sqrt(3 * max(parts) * allowed / q.rho_x) + 64 * unit * sum(parts))
+                bound = scale * (
+                    math.sqrt(3 * max(parts) * allowed / q.rho_x) + 64 * unit * sum(parts)
+                )
                 self.check("weights", off, bound + 64 * unit * eps * float(q.a.sum() * q.b.sum()))
         if case.balanced and len(both) == 2:
             mass = float(p.a.sum()) if len(terms) == 1 else 0.0
@@ -682,13 +694,16 @@ class Judge:
         fixed = case.options["backward"] == "envelope"
         own = {"x": (case.x, case.a), "y": (case.y, case.b)}
         leaves = {s: _kept(t[k], w, k).double().requires_grad_() for s, (t, w) in own.items()}
+        if case.call == "solve":
+            leaves["C"] = case.kept(case.C[k], k).double().requires_grad_()
         chosen = [("x", "y"), ("x", "x"), ("y", "y")]
         rho = None if case.balanced else case.rho
         pairs = case.pairs(k)
         total, scale, noise, steepest = torch.zeros(()).double(), 0.0, 0.0, 0.0
         value = 0.0
         for (coefficient, x, y, a, b, p, q), (i, j) in zip(pairs, chosen, strict=False):
-            C = self.double_matrix(leaves[i], leaves[j])
+            a, b = case.rounded(a, b)
+            C = leaves["C"] if "C" in leaves else self.double_matrix(leaves[i], leaves[j])
             strength = None if rho is None else (p, q)
             found = oracle.unrolled_term(C, a, b, case.eps, objective, L, strength)
             f, g = oracle.iterate(C.detach(), a, b, case.eps, L, (p, q))[-1]
@@ -696,7 +711,8 @@ class Judge:
             term = (P * C).sum() if fixed else found.surrogate
             total = total + coefficient * term
             value += coefficient * float(found.value)
-            mass = max(float(P.sum()), float(a.sum()) if case.balanced else 0.0)
+            hard = [float(w.sum()) for w, rho_w in ((a, p), (b, q)) if math.isinf(rho_w)]
+            mass = max([float(P.sum()), *hard])
             largest = float(C.detach().abs().max()) if case.cost != "cosine" else 2.0
             scale += mass * largest + float((a * f).abs().sum() + (b * g).abs().sum())
             kappa = (float(f.abs().max() + g.abs().max()) + largest) / case.eps
@@ -712,10 +728,13 @@ class Judge:
             value += case.eps / 2 * float(pairs[0][3].sum() - pairs[0][4].sum()) ** 2
         r = 16 * UNIT[case.x.dtype] * L * scale + 64 * U64 * case.eps * mass
         self.check("iterations", abs(float(self.answer.value[k]) - value), r)
-        expected = dict(zip("xy", torch.autograd.grad(total, list(leaves.values())), strict=True))
-        for side in {"x", "y"} & set(self.answer.grads):
-            got = _kept(self.answer.grads[side][k], own[side][1], k)
-            off = float((got - expected[side]).norm(dim=-1).sum())
+        wanted = [s for s in leaves if s in self.answer.grads]
+        for side, right in zip(wanted, torch.autograd.grad(total, [leaves[s] for s in wanted])) if wanted else ():
+            got = self.answer.grads[side][k]
+            if side == "C":
+                self.check("unrolled", float((case.kept(got, k) - right).abs().sum()), 2 * noise)
+                continue
+            off = float((_kept(got, own[side][1], k) - right).norm(dim=-1).sum())
             self.check("unrolled", off, 2 * noise * steepest)
 
 
@@ -786,7 +805,10 @@ def report(lines: list[dict[str, Any]]) -> str:
     text = [f"{len(lines)} problems: " + ", ".join(f"{n} {k}" for k, n in outcomes.most_common())]
     unproven = sum(not line["proven"] for line in lines)
     text += [f"{unproven} that the oracle does not prove to {PROVEN:g}.", ""]
-    text += ["| check | problems | outside | worst ratio to the bound | 99% |", "|---|---:|---:|---:|---:|"]
+    text += [
+        "| check | problems | outside | worst ratio to the bound | 99% |",
+        "|---|---:|---:|---:|---:|",
+    ]
     names = sorted({name for line in lines for name in line["ratios"]})
     for name in names:
         ratios = sorted(line["ratios"][name] for line in lines if name in line["ratios"])
