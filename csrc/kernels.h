@@ -41,6 +41,7 @@ enum StatusField : int {
   kStatusError,      // marginal error, an upper bound for the potentials returned
   kStatusConverged,  // 1 or 0
   kStatusMaxCost,    // max |C_ij| over points of positive weight
+  kStatusTerm,       // coefficient * value: its part of the loss
   kStatusFields
 };
 
@@ -71,8 +72,8 @@ struct SolveGroup {
   T* f;            // (B, n) in: start (warm_start), out: potential
   T* g;            // (B, m) likewise
   T* trace;        // (B, L, n + m) f and g after each iteration, or null
-  T* value;        // (B,)
   double* status;  // (B, kStatusFields)
+  double coefficient;  // of this group in the loss
   Penalties penalties = {};
 };
 
@@ -279,10 +280,9 @@ template <typename T>
 void cloud_gradients(const std::vector<CloudGradientGroup<T>>& clouds, CostKind kind);
 template <typename T>
 void solve(const std::vector<SolveGroup<T>>& groups, const SolveOptions& options);
-// loss_k = sum_p coefficients_p values_pk, values (P, B), loss (B,).
+// The loss (B,) of the problems of `count` groups, from their status (count, B, kStatusFields).
 template <typename T>
-void combine_values(const std::vector<double>& coefficients, const T* values, int64_t batch,
-                    T* loss);
+void combine_terms(int64_t count, int64_t batch, const double* status, T* loss);
 template <typename T>
 void envelope_backward(const std::vector<EnvelopeGroup<T>>& groups, double eps,
                        Objective objective);
@@ -326,8 +326,8 @@ void plan_weights(const Context& context, const PlanWeightGroup<T>& group, CostK
 template <typename T>
 void cost_gradient(const Context& context, const CostGradientGroup<T>& group, CostKind kind);
 template <typename T>
-void combine_values(const Context& context, const std::vector<double>& coefficients,
-                    const T* values, int64_t batch, T* loss);
+void combine_terms(const Context& context, int64_t count, int64_t batch, const double* status,
+                   T* loss);
 template <typename T>
 void solve(const Context& context, const std::vector<SolveGroup<T>>& groups,
            const SolveOptions& options);

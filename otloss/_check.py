@@ -83,13 +83,13 @@ def floating(name: str, value: Any) -> Tensor:
     return value
 
 
-def points(name: str, value: Any) -> Tensor:
-    """A cloud (n, d) or (B, n, d), not empty."""
+def points(name: str, value: Any, part: bool = False) -> Tensor:
+    """A cloud (n, d) or (B, n, d), not empty; or a part of one, which may have no points."""
     no_transforms()
     x = floating(name, value)
     if x.dim() not in (2, 3):
         raise ValueError(f"{name} must have shape (n, d) or (B, n, d), got {describe(x)}")
-    if 0 in x.shape:
+    if 0 in (x.shape[:-2] + x.shape[-1:] if part else x.shape):
         raise ValueError(f"{name} must not be empty, got {describe(x)}")
     return x
 
@@ -145,7 +145,15 @@ def readable(t: Tensor) -> bool:
     return t.is_cpu and not torch.compiler.is_compiling()
 
 
-def weights(name: str, value: Any, shape: tuple[int, ...], like_name: str, like: Tensor) -> None:
+def weights(
+    name: str,
+    value: Any,
+    shape: tuple[int, ...],
+    like_name: str,
+    like: Tensor,
+    part: bool = False,
+) -> None:
+    """One weight per point; of a part of a cloud all may be 0."""
     w = floating(name, value)
     if tuple(w.shape) != shape:
         raise ValueError(
@@ -153,14 +161,14 @@ def weights(name: str, value: Any, shape: tuple[int, ...], like_name: str, like:
             f"{describe(w)}"
         )
     same_device(like_name, like, name, w)
-    if not readable(w):
+    if not readable(w) or w.numel() == 0:
         return
     least, largest = (float(v) for v in w.detach().aminmax())
     if math.isnan(least) or least < 0:
         raise ValueError(f"{name} must be non-negative, but its least value is {least}")
     if math.isinf(largest):
         raise ValueError(f"{name} must be finite, but its largest value is {largest}")
-    if not bool((w.detach().sum(-1) > 0).all()):
+    if not part and not bool((w.detach().sum(-1) > 0).all()):
         raise ValueError(f"{name} must have a positive total, but its weights are all 0")
 
 

@@ -31,15 +31,21 @@ def as_weights(w: Tensor | None, like: Tensor, n: int, dtype: torch.dtype) -> Te
     """(B, n) weights, uniform if none were given."""
     if w is None:
         batch = like.shape[0] if like.dim() == 3 else 1
-        return torch.full((batch, n), 1.0 / n, dtype=dtype, device=like.device)
-    return w.to(dtype).reshape(-1, n).contiguous()
+        return torch.full((batch, n), 1.0 / max(n, 1), dtype=dtype, device=like.device)
+    w = w if w.dim() == 2 else w.unsqueeze(0)
+    return w.to(dtype).contiguous()
 
 
 def check_clouds(
-    clouds: dict[str, Any], weights: dict[str, Any] | None = None, *, balanced: bool = True
+    clouds: dict[str, Any],
+    weights: dict[str, Any] | None = None,
+    *,
+    balanced: bool = True,
+    parts: bool = False,
 ) -> Problem:
-    """Checks clouds by name against the first, and the weights of the first two."""
-    names, points = tuple(clouds), [_check.points(k, v) for k, v in clouds.items()]
+    """Checks clouds by name against the first, and the weights of the first two; ``parts``: they
+    are parts of clouds, which may have no points, or none that counts."""
+    names, points = tuple(clouds), [_check.points(k, v, parts) for k, v in clouds.items()]
     first = points[0]
     for name, x in zip(names[1:], points[1:], strict=True):
         _check.same_space(names[0], first, name, x)
@@ -48,7 +54,7 @@ def check_clouds(
     if given:
         for (name, w), cloud, x in zip(named.items(), names, points, strict=True):
             if w is not None:
-                _check.weights(name, w, tuple(x.shape[:-1]), cloud, x)
+                _check.weights(name, w, tuple(x.shape[:-1]), cloud, x, parts)
     dtype = _check.compute_dtype(*points, *given)
     ready = [
         as_weights(w, x, x.shape[-2], dtype) for w, x in zip(named.values(), points, strict=True)
@@ -112,7 +118,7 @@ def _call_cost(cost: Any, x: Tensor, y: Tensor) -> Tensor:
             f"cost must return a tensor of shape {expected} for clouds of shapes "
             f"{tuple(x.shape)} and {tuple(y.shape)}, got {_check.describe(C)}"
         )
-    return C.to(x.dtype).reshape(-1, *C.shape[-2:])
+    return (C if C.dim() == 3 else C.unsqueeze(0)).to(x.dtype)
 
 
 def cost_matrix(x: Tensor, y: Tensor, cost: Cost = "sqeuclidean") -> Tensor:

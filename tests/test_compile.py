@@ -9,6 +9,7 @@ import torch
 import torch._dynamo.testing
 from helpers import METHODS, clouds, randn
 from torch import Tensor
+from torch.testing import assert_close
 
 import otloss
 
@@ -22,11 +23,11 @@ def assert_compiles(function: Callable[..., Tensor], inputs: list[Tensor], backe
     """The same value and gradients as without."""
     compiled = torch.compile(function, fullgraph=True, backend=backend)
     expected, got = function(*inputs), compiled(*inputs)
-    torch.testing.assert_close(got, expected)
+    assert_close(got, expected)
     grads = torch.autograd.grad(got.sum(), inputs)
     truth = torch.autograd.grad(expected.sum(), inputs)
     for grad, true in zip(grads, truth, strict=True):
-        torch.testing.assert_close(grad, true)
+        assert_close(grad, true)
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -73,7 +74,7 @@ def test_traced_without_gradients(loss, rng):
     """Evaluation: torch.compile treats functions without a gradient in another way."""
     x, y = randn(rng, 6, 3), randn(rng, 5, 3)
     compiled = torch.compile(loss, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(x, y), loss(x, y))
+    assert_close(compiled(x, y), loss(x, y))
 
 
 @pytest.mark.parametrize("with_gradients", [True, False])
@@ -94,10 +95,10 @@ def test_sizes_that_change(dynamic, graphs, with_gradients, rng):
     for n, m in ((6, 5), (9, 4), (7, 11), (3, 12)):
         x, y = randn(rng, n, 3).requires_grad_(with_gradients), randn(rng, m, 3)
         got, expected = compiled(x, y), loss(x, y)
-        torch.testing.assert_close(got, expected)
+        assert_close(got, expected)
         if with_gradients:
             grads = [torch.autograd.grad(t, x)[0] for t in (got, expected)]
-            torch.testing.assert_close(*grads)
+            assert_close(*grads)
     assert count == graphs
 
 
@@ -122,9 +123,9 @@ def test_numbers_that_change(anneal, rng):
     x, y = randn(rng, 6, 3).requires_grad_(), randn(rng, 5, 3)
     for t in (1.0, 0.9, 0.7, 0.5, 0.3):
         got, expected = compiled(x, y, t), loss(x, y, t)
-        torch.testing.assert_close(got, expected)
+        assert_close(got, expected)
         grads = [torch.autograd.grad(value, x)[0] for value in (got, expected)]
-        torch.testing.assert_close(*grads)
+        assert_close(*grads)
     assert counter.frame_count <= 2
 
 
@@ -141,7 +142,7 @@ def test_inductor(rng):
     got = torch.autograd.grad(
         torch.compile(step, fullgraph=True)(x, y), tuple(network.parameters())
     )
-    torch.testing.assert_close(got, expected)
+    assert_close(got, expected)
 
 
 def test_errors_are_still_raised(rng):
@@ -157,7 +158,7 @@ def test_a_warm_start_survives_a_step_of_nan(rng):
     step = torch.compile(otloss.SinkhornDivergence(0.1, warm_start=True), backend="eager")
     values = [step(points, y) for points in (x, x * torch.nan, x, x)]
     assert bool(values[1].isnan())
-    torch.testing.assert_close(torch.stack(values[2:]), values[0].expand(2), rtol=1e-2, atol=0)
+    assert_close(torch.stack(values[2:]), values[0].expand(2), rtol=1e-2, atol=0)
 
 
 def test_a_warm_start_outlives_compiled_inference(rng):
@@ -194,12 +195,12 @@ def test_results_inside_compiled_code(rng):
         torch.compile(function, fullgraph=True, backend="aot_eager")(x, y),
     )
     for one, other in zip(got, expected, strict=True):
-        torch.testing.assert_close(one, other, check_dtype=False)
+        assert_close(one, other, check_dtype=False)
     for one, other in zip(got[4:], expected[4:], strict=True):
         grads = [
             torch.autograd.grad(t.square().sum(), x, retain_graph=True)[0] for t in (one, other)
         ]
-        torch.testing.assert_close(*grads)
+        assert_close(*grads)
 
 
 def test_asymmetric_cost(rng):

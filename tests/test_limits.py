@@ -12,6 +12,7 @@ from backends import BACKENDS
 from helpers import COSTS, DTYPES, METHODS, clouds, make_weights, name, randn, some_of, unequal
 from scipy.optimize import linear_sum_assignment, linprog
 from torch import Tensor
+from torch.testing import assert_close
 
 import otloss
 
@@ -45,13 +46,13 @@ def test_gaussians_on_a_line(method, eps):
     exact = divergence(lambda u, v: oracle.gaussian_ot(u[0], u[1] ** 2, v[0], v[1] ** 2, eps))
     options = {"a": w, "b": w, "method": method, **TIGHT}
     loss = otloss.sinkhorn_divergence(z * scale + mean, z, eps, **options)
-    torch.testing.assert_close(loss, exact, rtol=1e-8, atol=1e-10)
+    assert_close(loss, exact, rtol=1e-8, atol=1e-10)
     got = torch.autograd.grad(loss, (mean, scale))
     for grad, truth in zip(got, torch.autograd.grad(exact, (mean, scale)), strict=True):
-        torch.testing.assert_close(grad, truth, rtol=1e-6, atol=1e-8)
+        assert_close(grad, truth, rtol=1e-6, atol=1e-8)
     plain = otloss.sinkhorn_loss(z * scale + mean, z, eps, **options)
     truth = oracle.gaussian_ot(mean, scale**2, zero, one, eps)
-    torch.testing.assert_close(plain, truth, rtol=1e-8, atol=1e-10)
+    assert_close(plain, truth, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
@@ -65,7 +66,7 @@ def test_gaussians_in_the_plane(dtype, rng):
     x, y, w = (t.to(dtype) for t in (z @ A.T + shift, z @ B.T, w))
     tol = 1e-9 if dtype == torch.float64 else 1e-5
     loss = otloss.sinkhorn_loss(x, y, eps, a=w, b=w, tol=tol)
-    torch.testing.assert_close(loss.double(), exact, rtol=max(1e-7, 10 * tol), atol=10 * tol)
+    assert_close(loss.double(), exact, rtol=max(1e-7, 10 * tol), atol=10 * tol)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -80,14 +81,12 @@ def test_one_point(cost, method, rng):
     options = {"cost": cost, "method": method}
     for u, v, p, q in ((x, y, a, b), (y, x, b, a)):
         loss = otloss.sinkhorn_loss(u, v, 0.1, a=p, b=q, **options)
-        torch.testing.assert_close(loss, truth)
-        torch.testing.assert_close(
-            *(torch.autograd.grad(t, x, retain_graph=True) for t in (loss, truth))
-        )
+        assert_close(loss, truth)
+        assert_close(*(torch.autograd.grad(t, x, retain_graph=True) for t in (loss, truth)))
     result = otloss.solve_sample(x, y, 0.1, a=a, b=b, **options)
-    torch.testing.assert_close(result.potentials[0] + result.potentials[1], C[0].detach())
+    assert_close(result.potentials[0] + result.potentials[1], C[0].detach())
     both = otloss.sinkhorn_divergence(x, y[:1], 0.1, **options)
-    torch.testing.assert_close(both, C[0, 0])
+    assert_close(both, C[0, 0])
 
 
 @some_of("method, cost", METHODS, COSTS, quick=1)
@@ -155,9 +154,9 @@ def test_coincident_points(backend, cost, dtype, rng):
     once = x.requires_grad_()
     loss = otloss.sinkhorn_divergence(twice, y, 0.5, **options)
     truth = otloss.sinkhorn_divergence(once, y, 0.5, **options)
-    torch.testing.assert_close(loss, truth, rtol=1e-4, atol=10 * tol)
+    assert_close(loss, truth, rtol=1e-4, atol=10 * tol)
     (grad,), (expected,) = torch.autograd.grad(loss, twice), torch.autograd.grad(truth, once)
-    torch.testing.assert_close(grad.reshape(4, 2, 3).sum(1), expected, rtol=1e-3, atol=100 * tol)
+    assert_close(grad.reshape(4, 2, 3).sum(1), expected, rtol=1e-3, atol=100 * tol)
 
 
 @some_of("backend, cost, dtype", BACKENDS, COSTS[:2], DTYPES)
@@ -195,7 +194,7 @@ def test_zero_vectors_under_cosine(backend, rng):
     assert not bool(grad[1].any())
     assert bool(grad.isfinite().all())
     truth = oracle.loss(x, y, 0.5, cost_name="cosine").value
-    torch.testing.assert_close(loss, truth, rtol=1e-5, atol=1e-5)
+    assert_close(loss, truth, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("cost", COSTS)
@@ -206,7 +205,7 @@ def test_self_cost_has_a_zero_diagonal(dtype, d, cost, rng):
     C = otloss.cost_matrix(x, x, cost)
     assert not bool(C.diagonal().any())
     assert bool((C >= 0).all())
-    torch.testing.assert_close(C, C.T)
+    assert_close(C, C.T)
 
 
 def test_near_duplicates_under_euclidean(rng):
@@ -244,7 +243,7 @@ def test_strong_marginals_are_constraints(backend, debiased, strength, rng):
         # The balanced gradient of weights is defined up to a constant.
         found.append((loss.detach(), *grads[:2], *(grad - grad.mean() for grad in grads[2:])))
     for soft, hard in zip(*found, strict=True):
-        torch.testing.assert_close(soft, hard, rtol=2e-5, atol=2e-5)
+        assert_close(soft, hard, rtol=2e-5, atol=2e-5)
 
 
 def test_a_weak_marginal_lets_everything_go(rng):
@@ -256,7 +255,7 @@ def test_a_weak_marginal_lets_everything_go(rng):
         assert result.converged
         assert float(result.plan.sum()) < 1e-20
         price = strength * (1 + 2) + 0.1 * 1 * 2
-        torch.testing.assert_close(float(result.value), price)
+        assert_close(float(result.value), price)
 
 
 @pytest.mark.parametrize("strength", [1.0, 100.0])

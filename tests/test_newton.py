@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import DTYPES, Clouds, Strength, agree, clouds, name, scaled, some_of, unequal
+from torch.testing import assert_close
 
 import otloss
 
@@ -46,7 +47,7 @@ def test_same_solution_in_fewer_sweeps(method, weights, strength, rng, monkeypat
     expected = solve(c, eps, **options)
     assert got.converged
     assert expected.converged
-    torch.testing.assert_close(sums(got, c), sums(expected, c), rtol=1e-6, atol=1e-2 * eps)
+    assert_close(sums(got, c), sums(expected, c), rtol=1e-6, atol=1e-2 * eps)
     agree(got, expected)
     assert got.duality_gap <= 1e-6 * unit
     # A strong penalty is nearly the balanced problem; a weak one needs few sweeps either way.

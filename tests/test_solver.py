@@ -20,6 +20,7 @@ from helpers import (
     some_of,
     unequal,
 )
+from torch.testing import assert_close
 
 import otloss
 from otloss import ops, reference
@@ -46,7 +47,7 @@ def assert_same_path(c: Clouds, eps: float, **options: object) -> None:
         )
     assert plain.n_iters == native.n_iters
     unit = float(native.potentials[0].abs().max() + native.potentials[1].abs().max())
-    torch.testing.assert_close(plain.potentials, native.potentials, rtol=1e-6, atol=1e-6 * unit)
+    assert_close(plain.potentials, native.potentials, rtol=1e-6, atol=1e-6 * unit)
 
 
 @some_of(
@@ -93,7 +94,7 @@ def test_a_cloud_against_itself(kind, rho, rng):
     (_, plain, *_), (_, native, *_) = (
         solved(problem, module=module, tol=1e-9, max_iters=100) for module in (reference, ops)
     )
-    torch.testing.assert_close(plain[..., ops.ITERATIONS], native[..., ops.ITERATIONS])
+    assert_close(plain[..., ops.ITERATIONS], native[..., ops.ITERATIONS])
 
 
 @pytest.mark.parametrize("cost", NAMED, ids=lambda cost: cost.name)

@@ -39,7 +39,7 @@ EnvelopeGroup<T> Gradients<T>::group(int64_t p, bool matrices) {
   if (!problem_.costs.empty()) group.C = data<T>(problem_.costs[p]);
   group.a = data<T>(a);
   group.b = data<T>(b);
-  group.grad = data<T>(grad_loss_);
+  group.grad = grad(p);
   group.coefficient = static_cast<T>(problem_.coefficients[p]);
   if (listed(wanted_.costs, p) || (matrices && of_points)) {
     grad_C_[p] = empty(a, {B, n, m});
@@ -79,7 +79,7 @@ void Gradients<T>::add_plan_side(std::vector<PointGradientGroup<T>>& groups, int
   const PointSums<T> sums = side(i, {data<T>(a), data<T>(f)});
   groups.push_back({a.size(0), a.size(1), b.size(1), i == j,
                     point_pair<T>(clouds_, i, j, problem_.tf32), data<T>(a), data<T>(b), data<T>(f),
-                    data<T>(g), data<T>(grad_loss_), static_cast<T>(problem_.coefficients[p]),
+                    data<T>(g), grad(p), static_cast<T>(problem_.coefficients[p]),
                     sums.sum, sums.product});
 }
 
@@ -108,7 +108,7 @@ void Gradients<T>::add_plans(const Tensors& f, const Tensors& g) {
     group.b = data<T>(problem_.b(p));
     group.f = data<T>(f[p]);
     group.g = data<T>(g[p]);
-    group.grad = data<T>(grad_loss_);
+    group.grad = grad(p);
     group.coefficient = static_cast<T>(problem_.coefficients[p]);
     points_.add_pair(problem_.x(p), problem_.y(p), problem_.costs[p], group, problem_.eps);
   }

@@ -53,6 +53,11 @@ class Gradients {
     SolvedSide<T> solved;  // of the plan at fixed potentials, else null
   };
 
+  // (B,) of the loss or, where every pair has its own, of pair p.
+  const T* grad(int64_t p) const {
+    const int64_t B = problem_.batch();
+    return data<T>(grad_loss_) + (grad_loss_.dim() > 1 ? p * B : 0);
+  }
   PointSums<T> side(int64_t c, SolvedSide<T> solved = {});
 
   const Device& device_;

@@ -16,6 +16,7 @@ from otloss.reference.marginals import (
     damping,
     mean_and_magnitude,
     softmin,
+    total,
 )
 
 SIGMA_SAMPLE = 256  # points of each side
@@ -25,9 +26,9 @@ MAX_GAUSSIAN_DIMS, EIGEN_WORK, MOMENT_WORK = 64, 400, 5
 
 
 class Engine(Protocol):
-    """Sweeps over the costs of one problem. Of x it may hold some rows only, y is whole."""
+    """Sweeps over the costs of one problem."""
 
-    a: Tensor  # (n,) weights of the rows held here
+    a: Tensor  # (n,) weights
     b: Tensor  # (m,) weights, of the total of x where the problem is balanced
     marginals: Marginals
 
@@ -36,10 +37,10 @@ class Engine(Protocol):
         """The totals of x and y."""
 
     def iterate(self, eps: float, g: Tensor) -> tuple[Tensor, SoftMean, Tensor]:
-        """One sweep: f = damping T_x(g), its mean over all rows, and T_y(f)."""
+        """One sweep: f = damping T_x(g), its mean, and T_y(f)."""
 
     def update_rows(self, eps: float, g: Tensor) -> Tensor:
-        """T_x(g) of all rows."""
+        """T_x(g)."""
 
     def sigma(self) -> float:
         """Standard deviation of C_ij - mean_i - mean_j + mean on a sample."""
@@ -56,6 +57,10 @@ class Clouds(NamedTuple):
     y: Tensor  # (m, d)
     a: Tensor  # (n,)
     b: Tensor  # (m,)
+
+    @property
+    def equal(self) -> bool:
+        return torch.equal(self.x, self.y) and torch.equal(self.a, self.b)
 
     def item(self, index: int) -> Clouds:
         """One problem of a batch."""
@@ -80,7 +85,7 @@ class DenseEngine:
 
     @functools.cached_property
     def mass(self) -> tuple[float, float]:
-        return float(self.a.double().sum()), float(self.b.double().sum())
+        return float(total(self.a)), float(total(self.b))
 
     def iterate(self, eps: float, g: Tensor) -> tuple[Tensor, SoftMean, Tensor]:
         f = damping(self.marginals.x, eps) * self.update_rows(eps, g)

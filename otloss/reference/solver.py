@@ -1,7 +1,7 @@
 """The method of docs/solver.md in plain torch, one problem at a time, for any engine.
 
 The solver decides which potentials to try next and sees costs only through an ``Engine``: a stored
-matrix (``DenseEngine``), or rows spread over processes (``otloss/distributed.py``). The rules are
+matrix (``DenseEngine``), or rows spread over processes (``otloss/distributed``). The rules are
 those of csrc/core/step_control.h; Newton's step is left out. The kernels take the same sweeps with
 ``OTLOSS_NEWTON=0``.
 """
@@ -43,7 +43,7 @@ CHEAP_SWEEPS, WORTH_SWEEPS = 1, 10
 
 
 class Solution(NamedTuple):
-    f: Tensor  # (n,) of the rows held by the engine
+    f: Tensor  # (n,)
     g: Tensor  # (m,)
     error: float  # the marginal error
     iterations: int  # sweeps
