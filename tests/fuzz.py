@@ -490,12 +490,22 @@ class Judge:
                 with torch.no_grad():
                     largest = max(largest, float(case.matrix(x, y).abs().max()))
                 norms = [float(t.double().norm(dim=-1).max()) for t in (x, y)]
-                power = {"sqeuclidean": 2, "euclidean": 1}.get(case.cost, 0)
-                bound = max(bound, sum(norms) ** power if power else 2.0)
-        limit = 4 * unit * max(largest, bound if case.options["method"] != "dense" else 0.0)
+                power = {"sqeuclidean": 2, "euclidean": 1, "cosine": 0}.get(case.cost)
+                bound = max(bound, 0.0 if power is None else sum(norms) ** power)
+        stored = case.options["method"] == "dense" and case.cost != "cosine"
+        limit = 4 * unit * (largest if stored else max(largest, bound))
         right = isinstance(error, ValueError) and "can resolve" in str(error)
-        self.demand("refused", right and case.eps < 1.01 * limit, self.answer.trace[-1500:])
+        right &= case.eps < 1.01 * limit
+        if isinstance(error, ValueError) and "overflow" in str(error):
+            right = any(self.overflows(k) for k in range(len(case.x)))
+        self.demand("refused", right, self.answer.trace[-1500:])
         return "refused"
+
+    def overflows(self, k: int) -> bool:
+        """Negative costs and a weak penalty make plans of any mass."""
+        terms = [make_term(self.case, pair, k) for pair in self.case.pairs(k)]
+        most = 1e-3 * torch.finfo(self.case.x.dtype).max
+        return not all(t.mass * t.largest < most and abs(t.proof.low) < most for t in terms)
 
     # ---------------------------------------------------------------------- problem k of the batch
 
@@ -560,7 +570,8 @@ class Judge:
         self.check("error", abs(answer.error[k] - e), 0.1 * e + term.noise(f, g))
         if answer.converged[k]:  # costs made from points have a rounding of their own
             made = 8 * term.unit * term.largest / case.eps if case.call == "solve_sample" else 0.0
-            self.check("converged", e, 1.1 * case.options["tol"] + 64 * U64 + made)
+            if made < 1:
+                self.check("converged", e, 1.1 * case.options["tol"] + 64 * U64 + made)
         return delta if math.isfinite(delta) else math.inf
 
     def kept(self, v: Tensor, w: Tensor | None, k: int) -> Array:
@@ -695,14 +706,14 @@ class Judge:
         f = certified.softmin(C, g, q.b, eps)
         if not case.balanced:
             f += eps * (q.b.sum() - 1)
-        slack = case.options["tol"] * terms[0].mass * np.exp((f[:, None] + g - C) / eps).max()
+        slack = case.options["tol"] * terms[0].mass * density(f, g, C, eps)
         if len(terms) > 1:
             self_term = terms[1 + own].proof
             with torch.no_grad():
                 C = case.matrix(points[empty], _kept(points, weights[0], k)).numpy()
             v = (self_term.f + self_term.g) / 2
             v_empty = certified.softmin(C, v, q.a, eps)
-            slack += case.options["tol"] * terms[0].mass * np.exp((v_empty[:, None] + v - C) / eps).max()
+            slack += case.options["tol"] * terms[0].mass * density(v_empty, v, C, eps)
             f += eps * (q.a.sum() - q.b.sum()) * (not case.balanced)
             f -= v_empty + eps * (q.a.sum() - 1) * (not case.balanced)
         if slack < 0.1:
@@ -760,6 +771,7 @@ class Judge:
                 scale += 16 * kappa * mass * largest
         if len(pairs) > 1 and not case.balanced and objective == "regularized":
             value += case.eps / 2 * float(pairs[0][3].sum() - pairs[0][4].sum()) ** 2
+        mass = max(mass, *(float(pair[3].sum() * pair[4].sum()) for pair in pairs))
         r = 16 * UNIT[case.x.dtype] * L * scale + 64 * U64 * case.eps * mass
         self.check("iterations", abs(float(self.answer.value[k]) - value), r)
         wanted = [s for s in leaves if s in self.answer.grads]
@@ -778,6 +790,11 @@ def _kept(t: Tensor, w: Tensor | None, k: int) -> Tensor:
 
 def certified_error(term: Term, answer: Answer, judge: Judge, k: int) -> float:
     return answer.error[k] if answer.error is not None else judge.case.options["tol"]
+
+
+def density(f: Array, g: Array, C: Array, eps: float) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.exp((f[:, None] + g - C) / eps).max())
 
 
 def implicit_gradient(term: Term) -> tuple[Array, float]:
