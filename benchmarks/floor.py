@@ -51,7 +51,9 @@ def main() -> None:
         once = [max(seconds(call, 1) for _ in range(3)) for call in of_problem]
         warm.append((of_problem, [max(1, round(SHORTEST / t)) for t in once]))
     for line in sys.stdin:
-        measured = [seconds(*pair) for pair in zip(*warm[int(line)], strict=True)]
+        of_problem, counts = warm[int(line)]
+        of_problem[0]()  # other problems left the caches and the heap to themselves
+        measured = [seconds(*pair) for pair in zip(of_problem, counts, strict=True)]
         print(json.dumps(measured), flush=True)
 
 

@@ -24,7 +24,7 @@ __all__ = [
 
 
 LOSS = Combination([0, 1], [1.0])
-DEBIASED = Combination([0, 1, 0, 0, 1, 1], [1.0, -0.5, -0.5], mass_term=0.5)
+DEBIASED = Combination([0, 1, 0, 0, 1, 1], [1.0, -0.5, -0.5], debiased=True)
 MINIBATCH = Combination([0, 2, 0, 3, 1, 2, 1, 3, 0, 1, 2, 3], [1.0, 1.0, 1.0, 1.0, -2.0, -2.0])
 # Where minibatch_energy_distance differs from the other losses.
 MINIBATCH_DEFAULTS = LossOptions(cost="cosine", objective="transport", backward="envelope")

@@ -23,7 +23,7 @@ __all__ = ["OTResult", "Solved"]
 @dataclass
 class Solved:
     loss: Tensor  # () or (B,)
-    status: Tensor  # (P, B, 4)
+    status: Tensor  # (P, B, 5)
     f: tuple[Tensor, ...]  # (B, n) per pair, if they were asked for
     g: tuple[Tensor, ...]  # (B, m) per pair
 

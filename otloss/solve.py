@@ -23,6 +23,7 @@ from otloss.problem import (
     hide_padding,
 )
 from otloss.result import OTResult, Solved
+from otloss.totals import Combination, at_unit_totals
 
 __all__ = ["report", "run", "solve", "solve_sample"]
 
@@ -37,9 +38,11 @@ def run(
     *,
     potentials: bool = False,
     dense: bool = True,
+    combined: bool = True,
     system: list[Tensor] | None = None,
 ) -> Solved:
-    """Solves all pairs and returns the weighted sum of their values.
+    """Solves all pairs and returns the weighted sum of their values, or not ``combined`` its terms:
+    as ``loss`` () or (B,), or (P, B) in float64.
 
     ``costs``: given matrices, or None to compute costs from the points; ``dense`` says whether they
     are stored.
@@ -53,6 +56,7 @@ def run(
     settings = Settings(
         pairs=pairs,
         coefficients=coefficients,
+        combined=combined,
         options=options,
         backward=backward,
         potentials=potentials,
@@ -240,6 +244,7 @@ def _solve_one(
     *,
     dense: bool = True,
 ) -> OTResult:
+    one = Combination([0, 1], [1.0])
     if not torch.is_grad_enabled():  # what the result makes later must not start a graph either
         problem = replace(
             problem,
@@ -247,11 +252,17 @@ def _solve_one(
             weights=tuple(w.detach() for w in problem.weights),
         )
     start = _initial_potentials(init, problem)
+    unit, totals = at_unit_totals(problem, options)
+    if totals:
+        start = totals.start(start, one.pairs)
     # A traced graph cannot change a list from its backward pass.
     system: list[Tensor] | None = None if torch.compiler.is_compiling() else []
     solved = run(
-        problem, costs, [0, 1], [1.0], options, start, potentials=True, dense=dense, system=system
-    )
+        unit, costs, one.pairs, one.coefficients, options, start,
+        potentials=True, dense=dense, combined=totals is None, system=system,
+    )  # fmt: skip
+    if totals:
+        solved = totals.back(solved, one, batched=problem.batched)
     report(problem, costs or (), options, solved)
     return OTResult(problem, costs[0] if costs else None, options, solved, system, dense=dense)
 

@@ -23,7 +23,7 @@ class Status(NamedTuple):
 
 
 class _Last:
-    status: Tensor | None = None  # (P, B, 4) as in otloss.ops
+    status: Tensor | None = None  # (P, B, 5) as in otloss.ops
 
 
 _last = _Last()
@@ -53,7 +53,7 @@ def last_status() -> Status:
 
 
 def rows_of(status: Tensor) -> list[list[float]]:
-    """The fields of every problem's status, from (P, B, 4). Waits for its device."""
+    """The fields of every problem's status, from (P, B, 5). Waits for its device."""
     return [row for rows in status.tolist() for row in rows]
 
 

@@ -11,7 +11,7 @@ forms), batching, dtypes, results, errors, interruption, streamed (no matrices),
 distributed, compile, kernels (the registered operations), regimes (the operations wherever costs
 are kept). They run over the backends of backends.py: plain torch, the CPU kernels, the CUDA kernels
 emulated on the host, a GPU. cuda holds what only a real GPU shows; examples, benchmarks and docs
-what is around the library.
+what is around the library. docs/testing.md says what is promised and which test watches it.
 
 Every run draws new random inputs; a failure prints the seed that repeats it.
 """

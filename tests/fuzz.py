@@ -423,7 +423,9 @@ def make_term(case: Case, pair: tuple[Any, ...], k: int) -> Term:
     if isinstance(case.cost, str) and case.call != "solve":
         largest = {"sqeuclidean": largest, "euclidean": largest, "cosine": 2.0}[case.cost]
     largest += 4 * case.init * case.eps
-    return Term(coefficient, x, y, C, proof, exactly, _steepest(case, x, y, C), UNIT[case.x.dtype], largest)
+    return Term(
+        coefficient, x, y, C, proof, exactly, _steepest(case, x, y, C), UNIT[case.x.dtype], largest
+    )
 
 
 def _steepest(case: Case, x: Tensor, y: Tensor, C: Array) -> float:
@@ -535,8 +537,12 @@ class Judge:
 
     def value(self, k: int, terms: list[Term], value: float, converged: bool) -> None:
         tol, eps = self.case.options["tol"], self.case.eps
-        low = sum(t.coefficient * (t.proof.low if t.coefficient > 0 else t.proof.high) for t in terms)
-        high = sum(t.coefficient * (t.proof.high if t.coefficient > 0 else t.proof.low) for t in terms)
+        low = sum(
+            t.coefficient * (t.proof.low if t.coefficient > 0 else t.proof.high) for t in terms
+        )
+        high = sum(
+            t.coefficient * (t.proof.high if t.coefficient > 0 else t.proof.low) for t in terms
+        )
         if len(terms) > 1 and not self.case.balanced:
             p = terms[0].proof.problem
             low += eps / 2 * (p.a.sum() - p.b.sum()) ** 2
@@ -604,7 +610,9 @@ class Judge:
                 e = 2 * certified_error(term, self.answer, self, k)
                 bound = term.spread * (apart + e * term.mass)
                 off = abs(value - term.proof.transport())
-                self.check("transport", off, bound + noise * term.mass * term.largest + term.rounding)
+                self.check(
+                    "transport", off, bound + noise * term.mass * term.largest + term.rounding
+                )
         name = "implicit" if implicit else "plan"
         self.in_costs(k, terms, weights, bounds, name)
         if not case.transport:
@@ -674,7 +682,9 @@ class Judge:
                 scale, target = q.rho_x + eps, certified.wanted(q.a, f, q.rho_x)
                 off = float((q.a * np.abs(grad + scale * np.expm1(-f / q.rho_x))).sum())
                 parts = [q.a.sum(), target.sum(), *(t.mass for t in terms)]
-                bound = scale * (math.sqrt(3 * max(parts) * allowed / q.rho_x) + 64 * unit * sum(parts))
+                bound = scale * (
+                    math.sqrt(3 * max(parts) * allowed / q.rho_x) + 64 * unit * sum(parts)
+                )
                 self.check("weights", off, bound + 64 * unit * eps * float(q.a.sum() * q.b.sum()))
         if case.balanced and len(both) == 2:
             mass = float(p.a.sum()) if len(terms) == 1 else 0.0
@@ -856,7 +866,10 @@ def report(lines: list[dict[str, Any]]) -> str:
     text = [f"{len(lines)} problems: " + ", ".join(f"{n} {k}" for k, n in outcomes.most_common())]
     unproven = sum(not line["proven"] for line in lines)
     text += [f"{unproven} that the oracle does not prove to {PROVEN:g}.", ""]
-    text += ["| check | problems | outside | worst ratio to the bound | 99% |", "|---|---:|---:|---:|---:|"]
+    text += [
+        "| check | problems | outside | worst ratio to the bound | 99% |",
+        "|---|---:|---:|---:|---:|",
+    ]
     names = sorted({name for line in lines for name in line["ratios"]})
     for name in names:
         ratios = sorted(line["ratios"][name] for line in lines if name in line["ratios"])

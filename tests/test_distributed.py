@@ -7,6 +7,8 @@ import itertools
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ import otloss.distributed
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch has no torch.distributed")
 
 Case = dict[str, Any]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def skewed(x: Tensor, y: Tensor) -> Tensor:
@@ -232,7 +235,12 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 
-@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: str(CASES[number]))
+def named(case: Case) -> str:
+    """The same in every process, where the repr of a function is not."""
+    return str({key: getattr(value, "__name__", value) for key, value in case.items()})
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: named(CASES[number]))
 def test_is_the_loss_of_one_process(results, number):
     case = CASES[number]
     leaves = clouds(case)
@@ -251,7 +259,9 @@ def test_is_the_loss_of_one_process(results, number):
         torch.testing.assert_close(found / scale, grad / scale, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("number", range(len(REFUSED)), ids=lambda number: str(REFUSED[number][0]))
+@pytest.mark.parametrize(
+    "number", range(len(REFUSED)), ids=lambda number: named(REFUSED[number][0])
+)
 def test_every_rank_refuses(results: list[Any], number: int) -> None:
     for rank, (_, refusals) in enumerate(results):
         where = "" if rank == len(results) - 1 else f"on rank {len(results) - 1} of the group: "
@@ -320,6 +330,51 @@ def test_where_a_rank_dies_the_others_get_an_error(tmp_path, rng, death):
     assert value == pytest.approx(float(otloss.sinkhorn_divergence(*two_clouds(), 0.05)), rel=1e-3)
     for _, said in ends:
         assert said.startswith(("RuntimeError", "DistBackendError", "DistNetworkError"))
+
+
+def train(ranks: int, out: Path, *options: str) -> subprocess.Popen[bytes]:
+    """OT-GAN on digits, by torchrun, with the steps of the solver that all ranks take."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    small = ["--data", "digits", "--width", "0.0625", "--latent", "5", "--batch", "50"]
+    script = [str(ROOT / "examples" / "train_otgan.py"), *small, "--flip", "--eps", "0.05"]
+    command = [sys.executable, *launch, *script, "--steps", "100000", "--out", str(out), *options]
+    environment = {"OTLOSS_NEWTON": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.PIPE)
+
+
+def assert_same_training(one: Path, two: Path) -> None:
+    expected, found = (torch.load(folder / "ckpt.pt") for folder in (one, two))
+    assert found["step"] == expected["step"]
+    for network in ("generator", "critic"):
+        torch.testing.assert_close(
+            found["state"][network], expected["state"][network], rtol=0, atol=1e-5
+        )
+    losses = [[row["loss"] for row in run["rows"]] for run in (expected, found)]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+    assert torch.equal(found["rng"], expected["rng"])
+
+
+def test_otgan_over_two_processes_is_that_of_one(tmp_path):
+    runs = [train(ranks, tmp_path / str(ranks), "--stop-at", "10") for ranks in (1, 2)]
+    for run in runs:
+        assert run.wait(300) == 0, run.communicate()[1].decode()
+    assert_same_training(tmp_path / "1", tmp_path / "2")
+
+
+@pytest.mark.slow
+def test_otgan_goes_on_after_a_process_was_killed(tmp_path):
+    one, two = tmp_path / "1", tmp_path / "2"
+    for ranks, out, stop in ((1, one, "20"), (2, two, "10")):
+        assert train(ranks, out, "--stop-at", stop, "--chunk", "10").wait(300) == 0
+    killed = train(2, two, "--resume", "--chunk", "10")
+    for line in killed.stderr:  # of the progress
+        if b" step " in line:
+            break
+    children = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert killed.wait(100) != 0
+    assert train(2, two, "--resume", "--stop-at", "20", "--chunk", "10").wait(300) == 0
+    assert_same_training(one, two)
 
 
 @pytest.fixture

@@ -4,7 +4,10 @@ middle of a vector, inputs that trip the kernels' guards, torch's own checks."""
 from __future__ import annotations
 
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,7 +180,7 @@ def test_status(dtype, rng):
     for module in (ops, reference):
         _, status, f, g, *_ = solved(problem, module=module, tol=1e-4)
         assert status.dtype == torch.float64
-        assert status.shape == (1, 2, 4)
+        assert status.shape == (1, 2, 5)
         assert status[0, :, ops.MAX_COST].tolist() == [77.0, float(C[1, 1:].max())]
         assert bool((status[0, :, ops.CONVERGED] == 1).all())
         assert bool((status[0, :, ops.ERROR] <= 1e-4).all())
@@ -198,9 +201,9 @@ def test_lists_of_costs_agree():
 def test_lists_of_status_fields_and_objectives_agree():
     header = (Path(__file__).parent.parent / "csrc" / "kernels.h").read_text()
     fields = re.findall(r"^  kStatus(\w+),", header, re.MULTILINE)
-    numbers = [ops.ITERATIONS, ops.ERROR, ops.CONVERGED, ops.MAX_COST]
-    assert fields == ["Iterations", "Error", "Converged", "MaxCost"]
-    assert numbers == list(range(4))
+    numbers = [ops.ITERATIONS, ops.ERROR, ops.CONVERGED, ops.MAX_COST, ops.TERM]
+    assert fields == ["Iterations", "Error", "Converged", "MaxCost", "Term"]
+    assert numbers == list(range(5))
     from otloss import _options
 
     body = re.search(r"enum class Objective : int \{(.*?)\}", header)[1]
@@ -342,12 +345,25 @@ FAULTS: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     "half a pair": ("even number", lambda p: {"pairs": [0, 1, 0]}),
     "too few coefficients": ("coefficients must have 2", lambda p: {"coefficients": [1.0]}),
     "an unknown cost": ("no cost of number 7", lambda p: {"kind": 7}),
+    "a cost beyond 32 bits": ("no cost of number", lambda p: {"kind": 2**32}),
+    "an objective beyond 32 bits": ("no objective of number", lambda p: {"objective": 2**32}),
     "an unknown objective": ("no objective of number 2", lambda p: {"objective": 2}),
     "eps of each problem": ("eps must be a float64", lambda p: {"eps": p.eps.repeat(2)}),
     "eps in float32": ("eps must be a float64", lambda p: {"eps": p.eps.float()}),
+    "eps of 0": ("eps must be > 0", lambda p: {"eps": 0 * p.eps}),
+    "eps that is NaN": ("eps must be > 0", lambda p: {"eps": INF * 0 * p.eps}),
+    "eps without end": ("eps must be finite", lambda p: {"eps": INF * p.eps}),
+    "eps without memory": ("eps must be a", lambda p: {"eps": without_memory(p.eps)}),
+    "a negative rho": ("rho must be > 0", lambda p: {"rho": -p.rho}),
     "one rho": ("rho must be a float64", lambda p: {"rho": p.rho[:1]}),
     "points of another dtype": ("must be .*of one dtype", lambda p: {"points": cast(p.points)}),
     "weights of another dtype": ("must be .*of one dtype", lambda p: {"weights": cast(p.weights)}),
+    "no points": ("must not be empty", lambda p: emptied(p, 1)),
+    "no problems in a batch": ("must not be empty", lambda p: emptied(p, 0)),
+    "weights without memory": (
+        "must not be empty",
+        lambda p: {"weights": [without_memory(t) for t in p.weights]},
+    ),
     "weights of one cloud": ("weights must have 2", lambda p: {"weights": p.weights[:1]}),
 }
 
@@ -356,12 +372,49 @@ def cast(tensors: list[Tensor]) -> list[Tensor]:
     return [t.float() for t in tensors]
 
 
+def emptied(problem: Arguments, dim: int) -> dict[str, Any]:
+    tensors = {key: getattr(problem, key) for key in ("costs", "points", "weights")}
+    return {key: [t.narrow(dim, 0, 0) for t in value] for key, value in tensors.items()}
+
+
+def without_memory(t: Tensor) -> Tensor:
+    t = t.clone()
+    t.untyped_storage().resize_(0)
+    return t
+
+
 @pytest.mark.parametrize("operation", ["solve", "unrolled_backward", "implicit_backward"])
 @pytest.mark.parametrize(("message", "change"), FAULTS.values(), ids=FAULTS)
 def test_operations_refuse_problems_they_would_misread(message, change, operation):
     before, problem, after = parts_of(operation)
     with pytest.raises(RuntimeError, match=message):
         operation_named(operation)(*before, *problem._replace(**change(problem)), *after)
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("tol must be > 0", {"tol": ops.number(math.nan)}),
+        ("max_iters must be > 0", {"max_iters": 0}),
+        ("a trace is of a number of iterations", {"trace": True}),
+        ("a trace is of a number of iterations", {"trace": True, "n_iters": 2**62}),
+        ("init must have 4 entries", {"init": [torch.zeros(2, 4)]}),
+    ],
+)
+def test_a_solve_refuses_limits_that_are_none(message, change):
+    call = operation_named("solve")
+    names = [argument.name for argument in call._schema.arguments]
+    arguments = dict(zip(names, sample_arguments()["solve"], strict=True)) | change
+    with pytest.raises(RuntimeError, match=message):
+        call(*arguments.values())
+
+
+def test_wrong_arguments_crash_nothing():
+    """In a process of its own, which a crash would end."""
+    command = [sys.executable, str(Path(__file__).with_name("fuzz_ops.py")), "--calls", "300"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("operation", ["envelope", "unrolled", "implicit"])

@@ -13,7 +13,7 @@ struct Seeds {
       : loss(in.next<Tensor>()), f(in.next<Tensors>()), g(in.next<Tensors>()) {}
 
   void check(const Problem& problem) const {
-    otloss::check(loss, {problem.batch()}, problem.dtype(), "grad_loss");
+    problem.check_grad(loss);
     if (!f.empty()) problem.check_f(f, "grad_f");
     if (!g.empty()) problem.check_g(g, "grad_g");
     STD_TORCH_CHECK(!problem.costs.empty() || !problem.clouds.points.empty(),

@@ -7,6 +7,8 @@
 namespace otloss {
 namespace {
 
+constexpr int64_t kMostTraced = int64_t{1} << 32;  // beyond any memory
+
 struct Start {
   Tensors f, g;  // per pair: where a warm start is on entry, the potentials on return
 };
@@ -38,7 +40,7 @@ void solve_as(StableIValue* stack, const Device& device, const Problem& problem,
   const Tensors costs =
       made ? cost_matrices<T>(device, clouds, problem.clouds.pairs) : problem.costs;
   const Start start = start_from(init, problem);
-  const Tensor values = empty(like, {P, B}), loss = empty(like, {B});
+  const Tensor loss = empty(like, {B});
   const Tensor status = empty(like, {P, B, kStatusFields}, aoti_torch_dtype_float64());
   Tensors traces;
   std::vector<SolveGroup<T>> groups;
@@ -59,13 +61,13 @@ void solve_as(StableIValue* stack, const Device& device, const Problem& problem,
       traces.push_back(empty(like, {B, options.n_iters, group.n + group.m}));
       group.trace = data<T>(traces.back());
     }
-    group.value = data<T>(values) + p * B;
     group.status = data<double>(status) + p * B * kStatusFields;
+    group.coefficient = problem.coefficients[p];
     group.penalties = problem.penalties(p);
     groups.push_back(group);
   }
   OTLOSS_LAUNCH(device, solve, groups, options);
-  OTLOSS_LAUNCH(device, combine_values, problem.coefficients, data<T>(values), B, data<T>(loss));
+  OTLOSS_LAUNCH(device, combine_terms, P, B, data<double>(status), data<T>(loss));
   give_back(stack, loss, status, start.f, start.g, traces, made ? costs : Tensors());
 }
 
@@ -83,10 +85,12 @@ void solve(StableIValue* stack, uint64_t, uint64_t) {
   problem.check();
   STD_TORCH_CHECK(!problem.costs.empty() || !problem.clouds.points.empty(),
                   "otloss: there must be costs or points");
-  STD_TORCH_CHECK(!trace || options.n_iters >= 0, "otloss: a trace is of a number of iterations");
+  STD_TORCH_CHECK(options.max_iters > 0, "otloss: max_iters must be > 0");
+  STD_TORCH_CHECK(!trace || (options.n_iters > 0 && options.n_iters < kMostTraced),
+                  "otloss: a trace is of a number of iterations");
   if (!init.empty()) check_count(init.size(), 2 * problem.count(), "init");
   options.eps = problem.eps;
-  options.tol = number(tol, "tol");
+  options.tol = positive(tol, "tol");
   options.objective = problem.objective;
   options.warm_start = !init.empty();
   const Device device(problem.clouds.weights[0],

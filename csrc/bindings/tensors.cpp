@@ -49,6 +49,9 @@ void check(const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dty
   STD_TORCH_CHECK(good, "otloss: ", name, " must be contiguous, of shape ",
                   in_words(shape.begin(), static_cast<int64_t>(shape.size())),
                   " and of one dtype with the other tensors, but is ", shape_of(t));
+  // What torch keeps without memory, such as zeros of its own, comes as a null pointer.
+  STD_TORCH_CHECK(t.const_data_ptr() != nullptr, "otloss: ", name, " must not be empty, but is ",
+                  shape_of(t));
 }
 
 void check_dims(const Tensor& t, int64_t dims, const char* name) {

@@ -18,7 +18,8 @@ using Tensors = std::vector<Tensor>;
 using Ints = std::vector<int64_t>;
 using Doubles = std::vector<double>;
 
-// Each raises, naming the argument, unless the tensor is as described.
+// Each raises, naming the argument, unless the tensor is as described: also contiguous, with
+// memory.
 void check(const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dtype,
            const char* name);
 void check_dims(const Tensor& t, int64_t dims, const char* name);

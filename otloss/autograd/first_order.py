@@ -41,6 +41,7 @@ class Settings(NamedTuple):
     potentials: bool  # whether f and g are outputs, differentiable
     trace: bool  # keep the potentials of every iteration, for backward="unrolled"
     dense: bool  # store cost matrices made from points
+    combined: bool  # return the loss, not its terms
     batched: bool  # the loss is (B,), not ()
     eps: Tensor  # made once for both passes, like rho, from the options
     rho: Tensor | None
@@ -67,7 +68,7 @@ class Inputs(NamedTuple):
 class Seeds(NamedTuple):
     """Gradients of what a solve returned."""
 
-    loss: Tensor  # (B,)
+    loss: Tensor  # (B,), or (P, B) where every pair has its own
     f: list[Tensor]  # per pair, or none
     g: list[Tensor]
 

@@ -101,11 +101,12 @@ def _points_gradient(
 
 class Solve(torch.autograd.Function):
     """``(settings, sizes, *costs, *points, *weights, *init) -> (loss, status)``, or with
-    ``settings.potentials`` ``(loss, status, *f, *g)``.
+    ``settings.potentials`` ``(loss, status, *f, *g)``. Without ``settings.combined`` the terms of
+    the loss, (P, B) in float64, are in its place.
 
     ``costs`` (B, n, m) one per pair, or ``points`` (n, d) or (B, n, d) one per cloud; ``weights``
     (B, n) one per cloud; ``init`` potentials f, g of each pair in turn or nothing; ``sizes`` counts
-    each. ``loss`` (B,) or (), ``status`` (P, B, 4) as in ``otloss.ops``.
+    each. ``loss`` (B,) or (), ``status`` (P, B, 5) as in ``otloss.ops``.
 
     From points and without ``settings.dense`` no cost matrix is stored, and first derivatives make
     none. Second derivatives need them.
@@ -173,7 +174,10 @@ def evaluate(
     )
     if s.potentials and o.balanced() and o.n_iters < 0:
         f, g = _centred(s, inputs.weights, f, g)
-    outputs = loss if s.batched else loss[0], status
+    outputs = (
+        (loss if s.batched else loss[0]) if s.combined else status[..., ops.TERM].clone(),
+        status,
+    )
     return (*outputs, *f, *g) if s.potentials else outputs, (*f, *g, *traces, *made)
 
 
@@ -206,6 +210,8 @@ def _seeds(
         )
     if grad_loss is None:
         grad_loss = weights[0].new_zeros(weights[0].shape[0])
+    if s.combined:
+        grad_loss = grad_loss.reshape(-1)
     given: list[Tensor] = []
     if through:
         like = [weights[c] for c in (*s.pairs[::2], *s.pairs[1::2])]
@@ -214,7 +220,7 @@ def _seeds(
             for grad, w in zip(grad_potentials, like, strict=True)
         ]
     half = len(given) // 2
-    return Seeds(grad_loss.reshape(-1).contiguous(), given[:half], given[half:])
+    return Seeds(grad_loss.to(weights[0].dtype).contiguous(), given[:half], given[half:])
 
 
 def _centred(

@@ -43,7 +43,7 @@ class Solution(NamedTuple):
     f: Tensor  # (B, n)
     g: Tensor  # (B, m)
     value: Tensor  # (B,)
-    status: Tensor  # (B, 4) as in ``otloss.ops``
+    status: Tensor  # (B, 5) as in ``otloss.ops``
 
 
 def combine(
@@ -67,9 +67,9 @@ def combine(
     own = [t for cloud in call.clouds for t in (cloud.points, cloud.weights)]
     made = [] if call.named() else costs
     loss = _Loss.apply(call, solutions, loss, *own, *made)
-    if combination.mass_term and options.objective == "regularized" and not options.balanced():
+    if combination.debiased and options.objective == "regularized" and not options.balanced():
         x, y = (_mass(cloud) for cloud in call.clouds)
-        term = combination.mass_term * options.eps * (x - y).square()
+        term = 0.5 * options.eps * (x - y).square()
         loss = loss + (term if problem.batched else term[0])
     return loss
 
@@ -105,7 +105,8 @@ def _solve(call: Call, i: int, j: int, coefficient: float) -> tuple[Solution, Te
             solved = engine.solve(symmetric, options)
             values.append(engine.value(options, solved.f, solved.g))
             converged = solved.error <= options.tol
-            statuses.append([solved.iterations, solved.error, converged, float(largest[k])])
+            term = coefficient * float(values[-1])
+            statuses.append([solved.iterations, solved.error, converged, float(largest[k]), term])
             found.append((solved.f, solved.g))
     f, g = (torch.stack(potentials) for potentials in zip(*found, strict=True))
     status = torch.tensor(statuses, dtype=torch.float64)

@@ -16,6 +16,7 @@ from otloss.reference.marginals import (
     damping,
     mean_and_magnitude,
     softmin,
+    total,
 )
 
 SIGMA_SAMPLE = 256  # points of each side
@@ -57,6 +58,10 @@ class Clouds(NamedTuple):
     a: Tensor  # (n,)
     b: Tensor  # (m,)
 
+    @property
+    def equal(self) -> bool:
+        return torch.equal(self.x, self.y) and torch.equal(self.a, self.b)
+
     def item(self, index: int) -> Clouds:
         """One problem of a batch."""
         return Clouds(self.cost, *(t[index] for t in self[1:]))
@@ -80,7 +85,7 @@ class DenseEngine:
 
     @functools.cached_property
     def mass(self) -> tuple[float, float]:
-        return float(self.a.double().sum()), float(self.b.double().sum())
+        return float(total(self.a)), float(total(self.b))
 
     def iterate(self, eps: float, g: Tensor) -> tuple[Tensor, SoftMean, Tensor]:
         f = damping(self.marginals.x, eps) * self.update_rows(eps, g)

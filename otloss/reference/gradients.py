@@ -13,6 +13,7 @@ from otloss.reference.marginals import (
     dual,
     plan,
     share,
+    total,
 )
 
 
@@ -23,12 +24,11 @@ def weight_gradients(
 
     Of a balanced problem they are f + t and g - t; the one with <a, f + t> = <b, g - t>.
     """
-    mass_a, mass_b = a.sum(-1, True), b.sum(-1, True)
     if marginals.balanced:
-        shift = ((b * g).sum(-1, True) - (a * f).sum(-1, True)) / (2 * mass_a)
+        shift = ((b * g).sum(-1, True) - (a * f).sum(-1, True)) / (2 * a.sum(-1, True))
         return f + shift, g - shift
-    of_a = dual(f, marginals.x) + eps * (mass_b - share(f, marginals.x))
-    of_b = dual(g, marginals.y) + eps * (mass_a - share(g, marginals.y))
+    of_a = (1 + eps / marginals.x) * dual(f, marginals.x) + (eps * (total(b) - 1)).to(f.dtype)
+    of_b = (1 + eps / marginals.y) * dual(g, marginals.y) + (eps * (total(a) - 1)).to(g.dtype)
     return of_a, of_b
 
 
@@ -55,7 +55,7 @@ def value_terms(
     share_g, of_a, of_b = share(g, marginals.y), dual(f, marginals.x), dual(g, marginals.y)
     if not marginals.balanced:
         of_a = of_a + eps * b.sum(-1, True)
-        of_b = of_b + eps * (a.sum(-1, True) - share_g)
+        of_b = (1 + eps / marginals.y) * of_b + (eps * (total(a) - 1)).to(g.dtype)
     of_f = a * share(f, marginals.x)
     of_g = b * share_g / damping(marginals.y, eps)
     scale = scale[:, None]

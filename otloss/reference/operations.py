@@ -21,6 +21,7 @@ from otloss.reference.gradients import (
 from otloss.reference.marginals import (
     TRANSPORT,
     Marginals,
+    clamped,
     counted,
     damping,
     marginals_of,
@@ -55,6 +56,10 @@ class Arguments(NamedTuple):
 
     def matrices(self) -> list[Tensor]:
         return self.costs or cost(self.points, self.weights, self.pairs, self.kind)
+
+    def scale(self, grad_loss: Tensor, p: int) -> Tensor:
+        """The gradient (B,) of the value of pair p, from (B,) of the loss or (P, B) of each value."""
+        return self.coefficients[p] * grad_loss.expand(len(self.coefficients), -1)[p]
 
     def marginals(self) -> list[Marginals]:
         """Of each pair."""
@@ -113,8 +118,7 @@ def solve(
     costs, weights, coefficients = problem.matrices(), problem.weights, problem.coefficients
     eps, tol, objective = problem.eps.item(), tol.item(), problem.objective
     points = without_padding(problem.points, weights) if problem.points else []
-    loss = torch.zeros_like(costs[0][:, 0, 0])
-    statuses, all_f, all_g, traces = [], [], [], []
+    statuses, terms, all_f, all_g, traces = [], [], [], [], []
     for p, ((i, j), marginals) in enumerate(
         zip(as_pairs(problem.pairs), problem.marginals(), strict=True)
     ):
@@ -131,15 +135,18 @@ def solve(
             traces += [torch.stack(steps, dim=1)] if trace else []
         else:
             clouds = Clouds(NAMED[problem.kind], points[i], points[j], a, b) if points else None
+            same = i == j or (clouds is not None and clouds.equal and marginals.x == marginals.y)
             f, g, error, sweeps = solve_batch(
-                C, a, b, marginals, i == j, eps, tol, max_iters, start, clouds
+                C, a, b, marginals, same, eps, tol, max_iters, start, clouds
             )
-        loss = loss + coefficients[p] * value(eps, C, f, g, a, b, objective, marginals)
-        statuses.append(torch.stack([sweeps, error, error <= tol, max_cost], dim=-1))
+        terms.append(coefficients[p] * value(eps, C, f, g, a, b, objective, marginals))
+        statuses.append(torch.stack([sweeps, error, error <= tol, max_cost, terms[-1]], dim=-1))
         all_f.append(f.clone())
         all_g.append(g.clone())
     made = costs if dense and not problem.costs else []
-    return loss, torch.stack(statuses).double(), all_f, all_g, traces, made
+    total, size = sum(terms), sum(term.abs() for term in terms)
+    loss = clamped(total, size, costs[0].dtype).to(costs[0].dtype)
+    return loss, torch.stack(statuses), all_f, all_g, traces, made
 
 
 OfPair = Callable[[int, Tensor, Tensor, Marginals], tuple[Tensor, Tensor, Tensor]]
@@ -183,7 +190,7 @@ def envelope_backward(
     def of_pair(
         p: int, a: Tensor, b: Tensor, marginals: Marginals
     ) -> tuple[Tensor, Tensor, Tensor]:
-        scale = problem.coefficients[p] * grad_loss
+        scale = problem.scale(grad_loss, p)
         P = plan(eps, costs[p], f[p], g[p], a, b) if with_plans else a.new_zeros(1, 1, 1)
         on = scale if problem.objective != TRANSPORT else torch.zeros_like(scale)
         of_a, of_b = weight_gradients(eps, f[p], g[p], a, b, marginals)
@@ -211,7 +218,7 @@ def unrolled_backward(
     def of_pair(
         p: int, a: Tensor, b: Tensor, marginals: Marginals
     ) -> tuple[Tensor, Tensor, Tensor]:
-        trace, scale = traces[p], problem.coefficients[p] * grad_loss
+        trace, scale = traces[p], problem.scale(grad_loss, p)
         damp_f, damp_g = damping(marginals.x, eps), damping(marginals.y, eps)
         C, n, L = counted(costs[p], a, b), a.shape[-1], trace.shape[1]
         f, g = trace[:, -1, :n], trace[:, -1, n:]
@@ -252,7 +259,7 @@ def implicit_backward(
         p: int, a: Tensor, b: Tensor, marginals: Marginals
     ) -> tuple[Tensor, Tensor, Tensor]:
         return implicit_gradient(
-            problem.coefficients[p] * grad_loss,
+            problem.scale(grad_loss, p),
             grad_f[p] if grad_f else torch.zeros_like(a),
             grad_g[p] if grad_g else torch.zeros_like(b),
             costs[p],
@@ -267,5 +274,5 @@ def implicit_backward(
         )
 
     # A direct solve: no iterations, no residual.
-    status = grad_loss.new_zeros(len(costs), grad_loss.shape[0], 2, dtype=torch.float64)
+    status = grad_loss.new_zeros(len(costs), grad_loss.shape[-1], 2, dtype=torch.float64)
     return *_gradients(problem, costs, of_pair, *wanted), status

@@ -18,6 +18,7 @@ Engine<T>::Engine(const Side<T>& x, const Side<T>& y, const SolveGroup<T>& group
 
 template <typename T>
 void Engine<T>::update_rows(double eps, const T* g, T* F, T* s) {
+  if (wants_unit_sweep(eps, g)) return unit_sweep(eps, g, F, s, nullptr);
   absorb_weights(m_, factor<T>(eps), g, y.weight, G_.data());
   costs_.parts().for_each([&](int64_t part, int64_t begin, int64_t end) {
     sweep(eps, part, begin, end, F, s, nullptr);
@@ -26,8 +27,18 @@ void Engine<T>::update_rows(double eps, const T* g, T* F, T* s) {
 
 template <typename T>
 void Engine<T>::iterate(double eps, const T* g, T* F, T* gt, T* q) {
-  absorb_weights(m_, factor<T>(eps), g, y.weight, G_.data());
   totals_.clear();
+  if (wants_unit_sweep(eps, g)) {
+    unit_sweep(eps, g, F, s_.data(), &totals_);
+    const double* c = totals_.total();
+    for (int64_t j = 0; j < m_; ++j) {
+      const double over = y.weight[j] > T(0) ? c[j] : 0.0, from = static_cast<double>(g[j]);
+      q[j] = static_cast<T>(1 + over);
+      gt[j] = y.weight[j] > T(0) ? static_cast<T>(from - eps * std::log1p(over)) : T(0);
+    }
+    return;
+  }
+  absorb_weights(m_, factor<T>(eps), g, y.weight, G_.data());
   costs_.parts().for_each([&](int64_t part, int64_t begin, int64_t end) {
     Workspace& w = workspaces_[part];
     for (int64_t i = begin; i < end; i += kFlushRows) {
@@ -63,16 +74,22 @@ double Engine<T>::sigma() {
   double mean = 0, sum = 0;
   for (size_t i = 0; i < r; ++i) {
     const T* costs = costs_.row(rows[i]);
-    for (size_t j = 0; j < c; ++j) {
-      const double value = C[i * c + j] = static_cast<double>(costs[columns[j]]);
-      row[i] += value / c, column[j] += value / r, mean += value / (r * c);
-    }
+    double* entries = C.data() + i * c;
+    for (size_t j = 0; j < c; ++j) entries[j] = static_cast<double>(costs[columns[j]]);
+    double total = 0;
+#pragma omp simd reduction(+ : total)
+    for (size_t j = 0; j < c; ++j) column[j] += entries[j], total += entries[j];
+    row[i] = total / c, mean += row[i] / r;
   }
-  for (size_t i = 0; i < r; ++i)
+  for (double& of_column : column) of_column = of_column / r - mean;
+  for (size_t i = 0; i < r; ++i) {
+    const double *entries = C.data() + i * c, of_row = row[i];
+#pragma omp simd reduction(+ : sum)
     for (size_t j = 0; j < c; ++j) {
-      const double value = C[i * c + j] - row[i] - column[j] + mean;
+      const double value = entries[j] - of_row - column[j];
       sum += value * value;
     }
+  }
   return std::sqrt(sum / (r * c));
 }
 
@@ -96,6 +113,27 @@ void Engine<T>::sweep(double eps, int64_t part, int64_t begin, int64_t end, T* F
     const int64_t readable = beyond < 0 ? 0 : std::min(count, beyond / m_ + 1);
     sweep_rows(RowSweep<T>{count, m_, factor<T>(eps), C, x.weight + i, G_.data(), F + i, s + i, c,
                            e, readable, x.tilt(eps)});
+  });
+}
+
+template <typename T>
+bool Engine<T>::wants_unit_sweep(double eps, const T* g) const {
+  constexpr double kFar = 1;  // eps over the costs
+  if (x.mass != 1 || y.mass != 1 || !(eps > kFar * max_cost_)) return false;
+  for (int64_t j = 0; j < m_; ++j)
+    if (!(std::abs(static_cast<double>(g[j])) < eps)) return false;
+  return true;
+}
+
+template <typename T>
+void Engine<T>::unit_sweep(double eps, const T* g, T* F, T* s, PartSums<double>* c) {
+  const double k = kLog2E / eps;
+  std::vector<double> G(m_);
+  for (int64_t j = 0; j < m_; ++j) G[j] = k * static_cast<double>(g[j]);
+  std::vector<std::vector<double>> e(costs_.parts().count(), std::vector<double>(m_));
+  costs_.for_each([&](int64_t part, const T* C, int64_t i, int64_t count) {
+    unit_sweep_rows(UnitSweep<T>{count, m_, k, x.tilt(eps), C, x.weight + i, y.weight, G.data(),
+                                 F + i, s + i, c ? c->part(part) : nullptr, e[part].data()});
   });
 }
 

@@ -42,7 +42,7 @@ class Engine {
   double transport(double eps, const T* F, const T* g);
 
   // max |C_ij| over points of positive weight or a bound of it, NaN if one is not finite.
-  double max_cost() const { return costs_.source().max_cost(x.weight, y.weight); }
+  double max_cost() const { return max_cost_; }
 
   // Standard deviation of the double-centred cost on a sample: against eps, how hard the problem
   // is.
@@ -67,6 +67,9 @@ class Engine {
   };
 
   void sweep(double eps, int64_t part, int64_t begin, int64_t end, T* F, T* s, T* c);
+  // Whether rounding of the size of eps would show.
+  bool wants_unit_sweep(double eps, const T* g) const;
+  void unit_sweep(double eps, const T* g, T* F, T* s, PartSums<double>* c);
   void update_columns(double eps, const T* g, const T* F, const double* c, T* gt, T* q);
   double least_column_sum(T tilt, const T* F) const;
   void guarded_columns(double eps, int64_t begin, int64_t end, const T* g, const T* F, T* gt, T* q);
@@ -77,6 +80,7 @@ class Engine {
   const int64_t n_ = x.count, m_ = y.count;
   CostBlocks<T> costs_{RowParts(n_, m_, split_), kFlushRows,
                        RowSource<T>(n_, m_, group_.C, group_.points, problem_, group_.symmetric)};
+  const double max_cost_ = costs_.source().max_cost(x.weight, y.weight);
   BlockVector<T> G_ = BlockVector<T>(padded<T>(m_), T(kLog2Zero));
   std::vector<T> s_ = std::vector<T>(n_);
   std::vector<Workspace> workspaces_ =

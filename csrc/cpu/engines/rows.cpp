@@ -9,13 +9,13 @@ namespace otloss::cpu {
 namespace {
 
 template <typename T>
-PackedCloud<T> packed(int64_t count, int64_t d, int64_t problem, const T* z, const T* norm) {
-  return PackedCloud<T>(count, d, z + problem * count * d, norm + problem * count);
+Cloud<T> of_problem(int64_t count, int64_t d, int64_t problem, const T* z, const T* norm) {
+  return {count, d, z + problem * count * d, norm + problem * count};
 }
 
 // The largest norm of points of positive weight, NaN if one is not finite.
 template <typename T>
-double largest_norm(const PackedCloud<T>& cloud, const T* weight) {
+double largest_norm(const Cloud<T>& cloud, const T* weight) {
   double result = 0, nonfinite = 0;
   for (int64_t i = 0; i < cloud.m; ++i) {
     if (!(weight[i] > T(0))) continue;
@@ -35,8 +35,8 @@ RowSource<T>::RowSource(int64_t n, int64_t m, const T* C, const PointPair<T>& po
       C_(C ? C + problem * n * m : nullptr),
       kind_(points.kind),
       symmetric_(symmetric),
-      from_(packed(C ? 0 : n, points.d, problem, points.zx, points.hx)),
-      to_(packed(C ? 0 : m, points.d, problem, points.zy, points.hy)) {}
+      from_(of_problem(C ? 0 : n, points.d, problem, points.zx, points.hx)),
+      to_(of_problem(C ? 0 : m, points.d, problem, points.zy, points.hy)) {}
 
 template <typename T>
 const T* RowSource<T>::columns(int64_t begin, int64_t end, std::vector<T>& scratch,

@@ -52,7 +52,8 @@ class RowSource {
   const T* C_;  // (n, m) or null
   CostKind kind_;
   bool symmetric_;
-  PackedCloud<T> from_, to_;  // empty where rows are stored
+  Cloud<T> from_;
+  PackedCloud<T> to_;  // empty where rows are stored
 };
 
 // Rows of a block that several loops read in turn, while it is in the cache.

@@ -74,7 +74,7 @@ class UnrolledProblem {
     for (int64_t j = 0; j < m_; ++j) {
       const double v = static_cast<double>(g(L_ - 1)[j]), share = y_.share(v);
       g_bar_[j] = static_cast<T>(scale * share / damp_g_) * b_[j];
-      b_bar_[j] = scale * (y_.dual(v) + eps * (x_.mass - share));
+      b_bar_[j] = scale * y_.weight_gradient(eps, x_.mass, v);
     }
   }
 

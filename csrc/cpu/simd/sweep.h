@@ -46,6 +46,30 @@ struct ColumnSoftmin {
   T* out;      // (width,) -log2 sum_i exp2(A_i - k C_ij)
 };
 
+// A full iteration for an eps far above the costs, at totals of 1: exponentials less 1, in double.
+//
+// The weights sum to 1 by definition, not by arithmetic, so that rounding is that of the costs and
+// not of eps. With z_ij = k (g_j - C_ij) and e_ij = exp2(z_ij) - 1 the row update is
+// F_i = -log2(1 + sum_j b_j e_ij), and (e_ij - s_i) / (1 + s_i) is P_ij / (a_i b_j) - 1 after it.
+template <typename T>
+struct UnitSweep {
+  int64_t rows;  // n
+  int64_t m;     // columns
+  double k;
+  double tilt;      // see RowSweep
+  const T* C;       // (n, m)
+  const T* a;       // (n,)
+  const T* b;       // (m,)
+  const double* G;  // (m,) k g
+  T* F;             // (n,) in: a guess, out: the exact update
+  T* s;             // (n,) out: row sums of the plan before the update, over a
+  double* c;        // (m,) accumulated: column sums of the plan after it over b, less 1; or null
+  double* e;        // (m,) scratch
+};
+
+template <typename T>
+void unit_sweep_rows(const UnitSweep<T>& sweep);
+
 constexpr int64_t kColumnBlock = 64;
 
 // The softmin of a block of columns with the maximum subtracted, for sums that cannot be trusted.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "core/rounding.h"
 #include "cpu/simd/sweep.h"
 
 namespace otloss::cpu {
@@ -16,7 +17,10 @@ double total(int64_t count, const T* w) {
 
 template <typename T>
 Side<T>::Side(int64_t count, const T* weight, double rho)
-    : Penalty{1 / rho}, count(count), weight(weight), mass(total(count, weight)) {}
+    : Penalty{1 / rho},
+      count(count),
+      weight(weight),
+      mass(snapped_total(total(count, weight), std::numeric_limits<T>::epsilon())) {}
 
 template <typename T>
 SoftMean Side<T>::soft_mean(const T* v, double unit) const {

@@ -30,6 +30,7 @@
 #include "core/lbfgs.h"
 #include "core/math.h"
 #include "core/penalty.h"
+#include "core/rounding.h"
 #include "core/step_control.h"
 #include "cuda/device/block.cuh"
 #include "cuda/device/reduce.cuh"
@@ -273,8 +274,9 @@ class Solver {
     team_.template reduce<Max>(largest);
     // b is scaled to the total of a: weights that were rounded differently must not keep the error
     // up.
-    mass_x_ = mass[0], mass_y_ = balanced_ ? mass[0] : mass[1];
-    const double ratio = mass_y_ / mass[1];
+    const double ratio = balanced_ ? mass[0] / mass[1] : 1.0;
+    mass_x_ = snapped_total(mass[0], roundoff());
+    mass_y_ = balanced_ ? mass_x_ : snapped_total(mass[1], roundoff());
     for_columns([&](int j) { w_[j] = static_cast<T>(static_cast<double>(b_[j]) * ratio); });
     return largest[1] > 0 ? static_cast<double>(std::numeric_limits<T>::quiet_NaN()) : largest[0];
   }
@@ -343,11 +345,12 @@ class Solver {
     return phase_ == Phase::kFixed ? fixed_turn(p, batch) : pair_turn(p, batch, trial);
   }
 
-  // f and g out, value.
+  // f and g out, and the value's part of the loss.
   OTLOSS_NOINLINE void finish(const SolveGroup<T>& p, int64_t batch, bool finite) {
     T* f = p.f + row_offset_;
     T* g = p.g + (b_ - p.b);
-    T* value = team_.rank() == 0 && thread_ == 0 ? p.value + batch : nullptr;
+    double* status = p.status + batch * kStatusFields;
+    double* term = team_.rank() == 0 && thread_ == 0 ? status + kStatusTerm : nullptr;
     if (!finite) {
       const T nan = std::numeric_limits<T>::quiet_NaN();
       for (int i = thread_; i < rows_; i += kThreads) f[i] = nan;
@@ -358,7 +361,7 @@ class Solver {
         for (int i = thread_; i < rows_; i += kThreads) trace[first_row_ + i] = nan;
         for_columns([&](int j) { trace[p.n + j] = nan; });
       }
-      if (value) *value = nan;
+      if (term) *term = static_cast<double>(nan);
       return;
     }
     set_eps(options_.eps);
@@ -376,7 +379,7 @@ class Solver {
     const T* last = options_.n_iters == 0 ? trial_g_ : gt_;
     for_columns([&](int j) { g[j] = symmetric_ ? f[j - first_column_] : last[j]; });
     const double result = value_of(f, g);
-    if (value) *value = static_cast<T>(result);
+    if (term) *term = p.coefficient * result;
   }
 
   // f (rows,) and g (m,): the potentials, F_ = k f.
