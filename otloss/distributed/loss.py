@@ -108,8 +108,8 @@ def _solve(call: Call, i: int, j: int, coefficient: float) -> tuple[Solution, Te
                 same = i == j and options.symmetric is True
             solved = engine.solve(same, options)
             term = coefficient * float(engine.value(options, solved.f, solved.g))
-            converged = solved.error <= options.tol
-            statuses.append([solved.iterations, solved.error, converged, float(largest[k]), term])
+            reached = float(solved.converged)
+            statuses.append([solved.iterations, solved.error, reached, float(largest[k]), term])
             found.append((solved.f, solved.g))
     f, g = (torch.stack(potentials) for potentials in zip(*found, strict=True))
     status = torch.tensor(statuses, dtype=torch.float64)
