@@ -45,6 +45,13 @@ class Solution(NamedTuple):
     g: Tensor  # (B, m)
     status: Tensor  # (B, 5) as in ``otloss.ops``
 
+    def sides(self) -> list[tuple[int, int, Tensor, Tensor, float]]:
+        """One cloud, the other, their potentials, and how often that is a side of the plan."""
+        rows, columns = (self.i, self.j, self.f, self.g), (self.j, self.i, self.g, self.f)
+        if self.i == self.j and torch.equal(self.f, self.g):
+            return [(*rows, 2.0)]
+        return [(*rows, 1.0), (*columns, 1.0)]
+
 
 Solutions = tuple[Solution, ...]
 
@@ -90,8 +97,10 @@ def _solve(call: Call, i: int, j: int, coefficient: float) -> tuple[Solution, Te
     def fill(largest: Tensor) -> None:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not call.named()):
             made.append(call.costs(x.points, y.whole, x.own_weights(), y.weights))
-        sizes = counted(made[0].detach(), x.own_weights(), y.weights).abs().flatten(1)
-        largest[:, call.ranks.rank] = sizes.amax(1) if sizes.numel() else 0
+        C = made[0].detach()
+        if C.numel():
+            C = counted(C, x.own_weights(), y.weights) if call.problem.padded else C
+            largest[:, call.ranks.rank] = torch.maximum(-C.amin((1, 2)), C.amax((1, 2)))
 
     largest = call.ranks.sum(x.whole.new_zeros(len(x.whole), call.ranks.count), fill).amax(-1)
     C = made[0].detach()
@@ -178,9 +187,9 @@ def _points_gradient(call: Call, solutions: Solutions, seeds: Tensor, c: int) ->
     if not cloud.shard.size:
         return torch.zeros_like(cloud.points)
     sides = [
-        (other, s.coefficient, seed, cloud.shard.own(u).contiguous(), v)
+        (other, factor * s.coefficient, seed, cloud.shard.own(u).contiguous(), v)
         for s, seed in zip(solutions, seeds, strict=True)
-        for side, other, u, v in ((s.i, s.j, s.f, s.g), (s.j, s.i, s.g, s.f))
+        for side, other, u, v, factor in s.sides()
         if side == c
     ]
     others, coefficients, own_seeds, f, g = (list(each) for each in zip(*sides, strict=True))
