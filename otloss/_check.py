@@ -227,15 +227,27 @@ def resolution(eps: float, max_cost: float, dtype: torch.dtype) -> None:
         )
 
 
-def not_converged(options: Any, iterations: int, error: float, max_cost: float) -> None:
+def not_converged(
+    options: Any, iterations: int, error: float, max_cost: float, dtype: torch.dtype
+) -> None:
     """Warns, at the line outside otloss that made the call."""
-    warnings.warn(
+    message = (
         f"Sinkhorn stopped after {iterations} iterations at a marginal error of {error:.2e}, above "
-        f"tol={options.tol:g}. Raise max_iters (now {options.max_iters}), eps (now "
-        f"{options.eps:g}; the largest cost is {max_cost:.3g}) or tol.",
-        ConvergenceWarning,
-        stacklevel=_depth_of_caller(),
+        f"tol={options.tol:g}. "
     )
+    if iterations < options.max_iters:  # potentials are of the size of the costs
+        least = options.eps * error / options.tol
+        message += (
+            f"{dtype} resolves no smaller one here, against costs up to {max_cost:.3g}: use "
+            f"{'' if dtype == torch.float64 else 'float64, '}an eps of about {least:.2g} or more "
+            f"(now {options.eps:g}), or a larger tol."
+        )
+    else:
+        message += (
+            f"Raise max_iters (now {options.max_iters}), eps (now {options.eps:g}; the largest "
+            f"cost is {max_cost:.3g}) or tol."
+        )
+    warnings.warn(message, ConvergenceWarning, stacklevel=_depth_of_caller())
 
 
 def _depth_of_caller() -> int:

@@ -131,4 +131,4 @@ class ShardedEngine:
         g = torch.zeros_like(self.b)
         for _ in range(options.n_iters):
             f, g, error = plain_iteration(self, options.eps, g)
-        return Solution(f, g, float(error), options.n_iters)
+        return Solution(f, g, float(error), options.n_iters, float(error) <= options.tol)

@@ -104,9 +104,9 @@ def _solve(call: Call, i: int, j: int, coefficient: float) -> tuple[Solution, Te
             engine = ShardedEngine(x.shard, C[k], a, b, marginals, points)
             solved = engine.solve(symmetric, options)
             values.append(engine.value(options, solved.f, solved.g))
-            converged = solved.error <= options.tol
             term = coefficient * float(values[-1])
-            statuses.append([solved.iterations, solved.error, converged, float(largest[k]), term])
+            reached = float(solved.converged)
+            statuses.append([solved.iterations, solved.error, reached, float(largest[k]), term])
             found.append((solved.f, solved.g))
     f, g = (torch.stack(potentials) for potentials in zip(*found, strict=True))
     status = torch.tensor(statuses, dtype=torch.float64)

@@ -12,11 +12,11 @@ namespace {
 using Vector = std::vector<double>;
 
 // A prepared cloud; directions of length 1 in double, too.
-struct Cloud {
+struct DoubleCloud {
   Vector z, norm;
 
   template <typename T>
-  Cloud(CostKind kind, int64_t count, int64_t d, const T* points, const T* norms)
+  DoubleCloud(CostKind kind, int64_t count, int64_t d, const T* points, const T* norms)
       : z(points, points + count * d), norm(norms, norms + count) {
     const bool unit = traits_of(kind).unit_norm;
     for (int64_t i = 0; i < count; ++i) {
@@ -45,9 +45,10 @@ double value_in_double(const SolveGroup<T>& p, int64_t problem, double eps, bool
   const int64_t n = p.n, m = p.m, d = p.points.d;
   const T *a = p.a + problem * n, *b = p.b + problem * m;
   const auto cloud = [&](int64_t count, const T* z, const T* norm) {
-    return Cloud(p.points.kind, count, d, z + problem * count * d, norm + problem * count);
+    return DoubleCloud(p.points.kind, count, d, z + problem * count * d, norm + problem * count);
   };
-  const Cloud from = cloud(n, p.points.zx, p.points.hx), to = cloud(m, p.points.zy, p.points.hy);
+  const DoubleCloud from = cloud(n, p.points.zx, p.points.hx),
+                    to = cloud(m, p.points.zy, p.points.hy);
   SolveGroup<double> group{};
   group.batch = 1, group.n = n, group.m = m;
   group.symmetric = p.symmetric;
