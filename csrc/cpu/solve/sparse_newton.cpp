@@ -177,8 +177,8 @@ void SparseNewton<T>::list(double eps, const T* F, double least, double share) {
     costs_.for_each_block(index, begin, end, [&](const T* C, int64_t first, int64_t rows) {
       for (int64_t i = first; i < first + rows; ++i) {
         part.reserve(listed + m + kEntriesAtOnce);
-        listed += list_large(large(eps, F, least, C + (i - first) * m, i), marks.data(),
-                             part.column.data() + listed, part.cost.data() + listed);
+        listed += list_large(large(eps, F, least, C + (i - first) * costs_.source().stride(), i),
+                             marks.data(), part.column.data() + listed, part.cost.data() + listed);
         part.end[i - begin] = listed;
       }
     });
