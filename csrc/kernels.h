@@ -67,12 +67,12 @@ struct SolveGroup {
   bool symmetric;  // a cloud against itself: C symmetric, a == b, one potential
   const T* C;      // (B, n, m), or null: costs are made from the points, row by row
   PointPair<T> points;
-  const T* a;      // (B, n)
-  const T* b;      // (B, m)
-  T* f;            // (B, n) in: start (warm_start), out: potential
-  T* g;            // (B, m) likewise
-  T* trace;        // (B, L, n + m) f and g after each iteration, or null
-  double* status;  // (B, kStatusFields)
+  const T* a;          // (B, n)
+  const T* b;          // (B, m)
+  T* f;                // (B, n) in: start (warm_start), out: potential
+  T* g;                // (B, m) likewise
+  T* trace;            // (B, L, n + m) f and g after each iteration, or null
+  double* status;      // (B, kStatusFields)
   double coefficient;  // of this group in the loss
   Penalties penalties = {};
 };

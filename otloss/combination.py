@@ -64,14 +64,18 @@ def combine(
     costs = None if named else build_costs(problem, pairs, options.cost, options.method)
     init: Sequence[Tensor] = [] if memory is None else memory.start(problem, pairs)
     problem, totals = at_unit_totals(problem, options)
-    how = {"potentials": keeps, "combined": totals is None}
     if totals:
         init = totals.start(init, pairs)
     if costs is None or _self_problems_are_symmetric(costs, pairs, options):
         coefficients = combination.coefficients
-        solved = run(problem, costs, pairs, coefficients, options, init, dense=dense, **how)
+        solved = run(
+            problem, costs, pairs, coefficients, options, init,
+            potentials=keeps, dense=dense, combined=totals is None,
+        )  # fmt: skip
     else:
-        solved = _solve_apart(problem, costs, combination, options, init, **how)
+        solved = _solve_apart(
+            problem, costs, combination, options, init, potentials=keeps, combined=totals is None
+        )
     if totals:
         solved = totals.back(solved, combination, batched=problem.batched)
     report(problem, costs or (), options, solved)

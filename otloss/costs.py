@@ -35,6 +35,7 @@ class NamedCost:
 
     name: ClassVar[str]
     number: ClassVar[int]  # of the functor: `CostKind` in csrc/core/costs.h
+    subtracted: ClassVar[float] = 0.0  # what a cost is the difference of: it has that rounding
 
     def between(self, x: Tensor, y: Tensor) -> Tensor:
         """C (B, n, m)."""
@@ -115,7 +116,7 @@ class Euclidean(NamedCost):
 class Cosine(NamedCost):
     """1 - <x, y> / (|x| |y|); 1 with gradient 0 for a point of norm 0."""
 
-    name, number = "cosine", 2
+    name, number, subtracted = "cosine", 2, 1.0
 
     def between(self, x: Tensor, y: Tensor) -> Tensor:
         with full_precision(x):

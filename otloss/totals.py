@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,9 +73,9 @@ class Totals(NamedTuple):
         pairs, coefficients, debiased = combination
         o, ways = self.options, self.ways(pairs)
         scale = torch.stack([way.log_mu.exp() for way in ways])
-        if o.objective == "transport" and o.gradient() == "envelope":
-            scale = scale.detach()  # the plan is held constant, and its total is of it
-        terms, dtype = scale * solved.loss, self.weights[0].dtype
+        held = o.objective == "transport" and o.gradient() == "envelope"
+        terms = _Held.apply(solved.loss, scale) if held else scale * solved.loss
+        dtype = self.weights[0].dtype
         loss = terms.sum(0)
         if o.objective == "regularized" and debiased:
             loss = loss + self._between(ways)
@@ -105,6 +105,23 @@ class Totals(NamedTuple):
     def _shifted(self, v: Tensor, shift: Tensor, cloud: int) -> Tensor:
         moved = (v.double() + shift.unsqueeze(-1)).to(v.dtype)
         return torch.where(self.weights[cloud] > 0, moved, 0.0)
+
+
+class _Held(torch.autograd.Function):
+    """``(terms, scale) -> terms * scale`` where the plan is held constant, and with it its total.
+
+    The scale has no gradient, but that of the terms, the plan, changes with it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, terms: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return terms * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (scale,) = ctx.saved_tensors
+        return grad * scale, None
 
 
 def at_unit_totals(problem: Problem, options: Options) -> tuple[Problem, Totals | None]:

@@ -15,7 +15,7 @@ check       | bound
 refused     | ValueError only for eps < 4 u max C (where costs are not stored: their upper bound); any
             | other exception, a warning beside ConvergenceWarning, NaN or infinity is a failure
 flag        | a ConvergenceWarning exactly where `converged` is False
-converged   | if `converged`, e <= 1.1 tol
+converged   | if `converged`, e <= 1.1 tol, and 8 u max C / eps more where costs are made from points
 error       | |marginal_error - e| <= 0.1 e + 16 u k
 above       | J <= high + r: it is a dual value, converged or not
 value       | if converged, J >= low - delta - r, with delta the smaller of 2 tol m (R + eps) (the dual
@@ -28,6 +28,8 @@ points      | gradient in x and y, norms summed over points: G times the former
 implicit    | the same for transport values: times the conditioning of the linear system
 weights     | as dual potentials, the gradients are within delta + r of OT; <a, da> + <b, db> is the
             | derivative of a value whose weights grow together
+empty bins  | the gradient in a weight of 0 is the softmin of the other potential, within eps tol m
+            | times the largest density of the plan there, and rounding
 padding     | gradient 0 at points of weight 0 whose coordinates are NaN
 unrolled    | L iterations: 16 u L m max C in the value; in gradients relative L times k / m more
 
@@ -490,12 +492,22 @@ class Judge:
                 with torch.no_grad():
                     largest = max(largest, float(case.matrix(x, y).abs().max()))
                 norms = [float(t.double().norm(dim=-1).max()) for t in (x, y)]
-                power = {"sqeuclidean": 2, "euclidean": 1}.get(case.cost, 0)
-                bound = max(bound, sum(norms) ** power if power else 2.0)
-        limit = 4 * unit * max(largest, bound if case.options["method"] != "dense" else 0.0)
+                power = {"sqeuclidean": 2, "euclidean": 1, "cosine": 0}.get(case.cost)
+                bound = max(bound, 0.0 if power is None else sum(norms) ** power)
+        stored = case.options["method"] == "dense" and case.cost != "cosine"
+        limit = 4 * unit * (largest if stored else max(largest, bound))
         right = isinstance(error, ValueError) and "can resolve" in str(error)
-        self.demand("refused", right and case.eps < 1.01 * limit, self.answer.trace[-1500:])
+        right &= case.eps < 1.01 * limit
+        if isinstance(error, ValueError) and "overflow" in str(error):
+            right = any(self.overflows(k) for k in range(len(case.x)))
+        self.demand("refused", right, self.answer.trace[-1500:])
         return "refused"
+
+    def overflows(self, k: int) -> bool:
+        """Negative costs and a weak penalty make plans of any mass."""
+        terms = [make_term(self.case, pair, k) for pair in self.case.pairs(k)]
+        most = 1e-3 * torch.finfo(self.case.x.dtype).max
+        return not all(t.mass * t.largest < most and abs(t.proof.low) < most for t in terms)
 
     # ---------------------------------------------------------------------- problem k of the batch
 
@@ -562,8 +574,10 @@ class Judge:
             e = float(max(rows / max(A.sum(), 1e-300), columns / max(B.sum(), 1e-300)))
             delta = certified.gap_of(p, term.proof.P, f, g)
         self.check("error", abs(answer.error[k] - e), 0.1 * e + term.noise(f, g))
-        if answer.converged[k]:
-            self.check("converged", e, 1.1 * case.options["tol"] + 64 * U64)
+        if answer.converged[k]:  # costs made from points have a rounding of their own
+            made = 8 * term.unit * term.largest / case.eps if case.call == "solve_sample" else 0.0
+            if made < 1:
+                self.check("converged", e, 1.1 * case.options["tol"] + 64 * U64 + made)
         return delta if math.isfinite(delta) else math.inf
 
     def kept(self, v: Tensor, w: Tensor | None, k: int) -> Array:
@@ -585,7 +599,7 @@ class Judge:
                 if term.C.size > 10_000:
                     return
                 W, factor = implicit_gradient(term)
-                if not math.isfinite(factor):
+                if not factor < 1e30:
                     return
                 noise += 1e-12 if term.unit == U64 else 1e-7  # what conjugate gradients leave
             weights.append(term.coefficient * W)
@@ -659,6 +673,8 @@ class Judge:
             if math.isinf(q.rho_x):  # a potential: with the best other one nearly optimal
                 g = certified.damping(q.rho_y, eps) * certified.softmin(q.C.T, grad, q.a, eps)
                 size = float(np.abs(q.a * grad).sum() + np.abs(q.b * g).sum())
+                if w is not None:
+                    self.empty_bins(k, terms, own, grads[name][k], g)
                 if terms[0].noise(grad, g) < 0.1:
                     off = certified.gap_of(q, P, grad, g)
                     self.check("weights", off, allowed + 64 * unit * size)
@@ -675,6 +691,45 @@ class Judge:
             middle = sum(t.coefficient * (t.proof.low + t.proof.high) / 2 for t in terms)
             right = middle - eps * mass
             self.check("together", abs(sum(both) - right), allowed + 64 * unit * eps * mass)
+
+    def empty_bins(self, k: int, terms: list[Term], own: int, grad: Tensor, g: Array) -> None:
+        """The gradient at points of weight 0 that are somewhere: the softmin of the best other
+        potential ``g``, which changes by no more than the density of the plan times its error."""
+        case, eps, unit = self.case, self.case.eps, terms[0].unit
+        clouds, weights = [(case.x, case.y), (case.a, case.b)]
+        if own:
+            clouds, weights = clouds[::-1], weights[::-1]
+        points, empty = clouds[0][k], weights[0][k] == 0
+        if case.call == "solve":
+            C = (case.C[k].mT if own else case.C[k])[empty]
+            C = _kept(C.mT, weights[1], k).mT.double().numpy()
+        else:
+            empty &= points.isfinite().all(-1)
+            other = _kept(clouds[1][k], weights[1], k)
+            with torch.no_grad():
+                pair = (other, points[empty]) if own else (points[empty], other)
+                C = case.matrix(*pair).numpy()
+                C = C.T if own else C
+        if not bool(empty.any()):
+            return
+        q = terms[0].proof.problem.transposed() if own else terms[0].proof.problem
+        f = certified.softmin(C, g, q.b, eps)
+        if not case.balanced:
+            f += eps * (q.b.sum() - 1)
+        slack = case.options["tol"] * terms[0].mass * density(f, g, C, eps)
+        if len(terms) > 1:
+            self_term = terms[1 + own].proof
+            with torch.no_grad():
+                C = case.matrix(points[empty], _kept(points, weights[0], k)).numpy()
+            v = (self_term.f + self_term.g) / 2
+            v_empty = certified.softmin(C, v, q.a, eps)
+            slack += case.options["tol"] * terms[0].mass * density(v_empty, v, C, eps)
+            f += eps * (q.a.sum() - q.b.sum()) * (not case.balanced)
+            f -= v_empty + eps * (q.a.sum() - 1) * (not case.balanced)
+        if slack < 0.1:
+            noise = 4 * eps * terms[0].noise(f, g)
+            off = float(np.abs(grad[empty].numpy() - f).max())
+            self.check("empty bins", off, 4 * eps * slack + noise)
 
     def weight_gradient(self, proof: Proof) -> Array:
         """Of OT(w, w) in w, exact up to a constant where it is balanced."""
@@ -726,6 +781,7 @@ class Judge:
                 scale += 16 * kappa * mass * largest
         if len(pairs) > 1 and not case.balanced and objective == "regularized":
             value += case.eps / 2 * float(pairs[0][3].sum() - pairs[0][4].sum()) ** 2
+        mass = max(mass, *(float(pair[3].sum() * pair[4].sum()) for pair in pairs))
         r = 16 * UNIT[case.x.dtype] * L * scale + 64 * U64 * case.eps * mass
         self.check("iterations", abs(float(self.answer.value[k]) - value), r)
         wanted = [s for s in leaves if s in self.answer.grads]
@@ -744,6 +800,11 @@ def _kept(t: Tensor, w: Tensor | None, k: int) -> Tensor:
 
 def certified_error(term: Term, answer: Answer, judge: Judge, k: int) -> float:
     return answer.error[k] if answer.error is not None else judge.case.options["tol"]
+
+
+def density(f: Array, g: Array, C: Array, eps: float) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.exp((f[:, None] + g - C) / eps).max())
 
 
 def implicit_gradient(term: Term) -> tuple[Array, float]:

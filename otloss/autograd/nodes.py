@@ -174,10 +174,11 @@ def evaluate(
     )
     if s.potentials and o.balanced() and o.n_iters < 0:
         f, g = _centred(s, inputs.weights, f, g)
-    outputs = (
-        (loss if s.batched else loss[0]) if s.combined else status[..., ops.TERM].clone(),
-        status,
-    )
+    if not s.combined:
+        loss = status[..., ops.TERM].clone()
+    elif not s.batched:
+        loss = loss[0]
+    outputs = loss, status
     return (*outputs, *f, *g) if s.potentials else outputs, (*f, *g, *traces, *made)
 
 

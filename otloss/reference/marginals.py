@@ -106,11 +106,8 @@ def softmin(eps: float, C: Tensor, g: Tensor, b: Tensor) -> Tensor:
     z = (g.unsqueeze(-2) - C) / eps
     whole = torch.logsumexp(log_b.unsqueeze(-2) + z, dim=-1)
     z = torch.where(positive.unsqueeze(-2), z, 0.0)
-    mass = total(b)
-    small = (z.abs().amax(-1) < 1) & (mass == 1)
-    excess = (b.unsqueeze(-2) * z.clamp(max=1).expm1()).sum(-1) + (
-        b.sum(-1, True) - b.sum(-1, True).detach()
-    )
+    small, mass = (z.abs().amax(-1) < 1) & (total(b) == 1), b.sum(-1, True)
+    excess = (b.unsqueeze(-2) * z.clamp(max=1).expm1()).sum(-1) + (mass - mass.detach())
     return -eps * torch.where(small, torch.where(small, excess, 0.0).log1p(), whole)
 
 

@@ -58,7 +58,8 @@ class Arguments(NamedTuple):
         return self.costs or cost(self.points, self.weights, self.pairs, self.kind)
 
     def scale(self, grad_loss: Tensor, p: int) -> Tensor:
-        """The gradient (B,) of the value of pair p, from (B,) of the loss or (P, B) of each value."""
+        """The gradient (B,) of the value of pair p, from that of the loss, (B,), or of its terms,
+        (P, B)."""
         return self.coefficients[p] * grad_loss.expand(len(self.coefficients), -1)[p]
 
     def marginals(self) -> list[Marginals]:
@@ -144,8 +145,8 @@ def solve(
         all_f.append(f.clone())
         all_g.append(g.clone())
     made = costs if dense and not problem.costs else []
-    total, size = sum(terms), sum(term.abs() for term in terms)
-    loss = clamped(total, size, costs[0].dtype).to(costs[0].dtype)
+    every, dtype = torch.stack(terms), costs[0].dtype
+    loss = clamped(every.sum(0), every.abs().sum(0), dtype).to(dtype)
     return loss, torch.stack(statuses), all_f, all_g, traces, made
 
 

@@ -85,7 +85,7 @@ OTLOSS_SIMD T prepare_row(int64_t d, const T* x, const T* shift, T scale, T* z) 
 // ------------------------------------------------------------------------------------- costs
 
 // Coordinates from which on half of a symmetric matrix and its reflection is less work than all.
-constexpr int64_t kReflectDims = 128;
+constexpr int64_t kReflectDims = 48;
 
 // Copies the part above the diagonal to the part below.
 template <typename T>

@@ -228,7 +228,8 @@ void unit_sweep_rows(const UnitSweep<T>& p) {
     p.s[i] = static_cast<T>(fast_exp2(static_cast<double>(p.F[i])) * (1 + sum));
     p.F[i] = static_cast<T>(F);
     if (!p.c) continue;
-    // Of the plan of (1 + tilt) F, over b, less 1: (1 + E)(1 + t) - 1 with E = (e - sum) / (1 + sum).
+    // Of the plan of (1 + tilt) F, over b, less 1: (1 + E)(1 + t) - 1 with E = (e - sum) / (1 +
+    // sum).
     const double t = fast_exp2m1(p.tilt * F), a = static_cast<double>(p.a[i]);
     const double factor = a * (1 + t) / (1 + sum);
     add_excess(p.m, a * t - factor * sum, factor, p.e, p.c);

@@ -47,7 +47,8 @@ double value_in_double(const SolveGroup<T>& p, int64_t problem, double eps, bool
   const auto cloud = [&](int64_t count, const T* z, const T* norm) {
     return DoubleCloud(p.points.kind, count, d, z + problem * count * d, norm + problem * count);
   };
-  const DoubleCloud from = cloud(n, p.points.zx, p.points.hx), to = cloud(m, p.points.zy, p.points.hy);
+  const DoubleCloud from = cloud(n, p.points.zx, p.points.hx),
+                    to = cloud(m, p.points.zy, p.points.hy);
   SolveGroup<double> group{};
   group.batch = 1, group.n = n, group.m = m;
   group.symmetric = p.symmetric;
