@@ -64,6 +64,25 @@ double Engine<T>::transport(double eps, const T* F, const T* g) {
   return sum;
 }
 
+template <typename T>
+CostRange Engine<T>::cost_range() {
+  if (group_.points.zx) return {0, max_cost_};
+  std::vector<CostRange> ranges(workspaces_.size(), {max_cost_, -max_cost_});
+  costs_.for_each([&](int64_t part, const T* C, int64_t first, int64_t count) {
+    CostRange& range = ranges[part];
+    for (int64_t i = first; i < first + count; ++i, C += costs_.source().stride())
+      for (int64_t j = 0; j < m_ && x.weight[i] > T(0); ++j)
+        if (y.weight[j] > T(0)) {
+          range.least = std::min(range.least, static_cast<double>(C[j]));
+          range.most = std::max(range.most, static_cast<double>(C[j]));
+        }
+  });
+  CostRange all = ranges[0];
+  for (const CostRange& range : ranges)
+    all = {std::min(all.least, range.least), std::max(all.most, range.most)};
+  return all;
+}
+
 // On at most 256 x 256 points.
 template <typename T>
 double Engine<T>::sigma() {
