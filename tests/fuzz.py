@@ -31,7 +31,10 @@ weights     | as dual potentials, the gradients are within delta + r of OT; <a, 
 empty bins  | the gradient in a weight of 0 is the softmin of the other potential, within eps tol m
             | times the largest density of the plan there, and rounding
 padding     | gradient 0 at points of weight 0 whose coordinates are NaN
-unrolled    | L iterations: 16 u L m max C in the value; in gradients relative L times k / m more
+iterations  | L of them: 16 u L (m max C + <a, |f|> + <b, |g|>), m the larger total, and 16 u eps m_a m_b
+            | where a marginal is soft
+unrolled    | their gradients: 32 u L k m G, L times that if not at fixed potentials, and 1 + 2 max C / eps
+            | times for transport values
 
 Where the oracle's interval is wider than 1e-6 of its value the problem is "unproven": the bounds are
 wider by the interval.
@@ -603,9 +606,8 @@ class Judge:
                     return
                 noise += 1e-12 if term.unit == U64 else 1e-7  # what conjugate gradients leave
             weights.append(term.coefficient * W)
-            # Points are sums that cancel where a cloud is small beside the other.
-            noise *= max(t.steepest for t in terms) / max(term.steepest, 1e-300)
-            bounds.append(abs(term.coefficient) * factor * (apart + noise * term.mass))
+            size = abs(term.coefficient) * factor
+            bounds.append((size * apart, size * noise * term.mass))
             if case.transport and len(terms) == 1:
                 e = 2 * certified_error(term, self.answer, self, k)
                 bound = term.spread * (apart + e * term.mass)
@@ -619,13 +621,13 @@ class Judge:
             self.in_weights(k, terms, value, deltas)
 
     def in_costs(
-        self, k: int, terms: list[Term], W: list[Array], bounds: list[float], name: str
+        self, k: int, terms: list[Term], W: list[Array], bounds: list[tuple[float, float]], name: str
     ) -> None:
         """Gradients in C or in the points against sum W dC."""
         case, grads = self.case, self.answer.grads
         if "C" in grads:
             got = grads["C"][k]
-            self.check(name, float(np.abs(case.kept(got, k).numpy() - W[0]).sum()), bounds[0])
+            self.check(name, float(np.abs(case.kept(got, k).numpy() - W[0]).sum()), sum(bounds[0]))
         own = {"x": (case.x, case.a), "y": (case.y, case.b)}
         leaves = {s: _kept(t[k], w, k).double().requires_grad_() for s, (t, w) in own.items()}
         chosen = [("x", "y"), ("x", "x"), ("y", "y")][: len(terms)]
@@ -635,9 +637,11 @@ class Judge:
         )
         expected = dict(zip("xy", torch.autograd.grad(total, list(leaves.values())), strict=True))
         for side in {"x", "y"} & set(grads):
+            # Rounding is that of sums that cancel where a cloud is small beside the other.
+            steepest = max(t.steepest for t in terms)
             bound = sum(
-                b * t.steepest * (i == side) + b * t.steepest * (j == side)
-                for b, t, (i, j) in zip(bounds, terms, chosen, strict=True)
+                (apart * t.steepest + noise * steepest) * pair.count(side)
+                for (apart, noise), t, pair in zip(bounds, terms, chosen, strict=True)
             )
             got = grads[side][k]
             off = (_kept(got, own[side][1], k) - expected[side]).norm(dim=-1).sum()
@@ -766,8 +770,7 @@ class Judge:
             term = (P * C).sum() if fixed else found.surrogate
             total = total + coefficient * term
             value += coefficient * float(found.value)
-            hard = [float(w.sum()) for w, rho_w in ((a, p), (b, q)) if math.isinf(rho_w)]
-            mass = max([float(P.sum()), *hard])
+            mass = max(float(t.sum()) for t in (P, a, b))  # on the way there as much as is given
             largest = float(C.detach().abs().max()) if case.cost != "cosine" else 2.0
             scale += mass * largest + float((a * f).abs().sum() + (b * g).abs().sum())
             kappa = (float(f.abs().max() + g.abs().max()) + largest) / case.eps
@@ -781,8 +784,9 @@ class Judge:
                 scale += 16 * kappa * mass * largest
         if len(pairs) > 1 and not case.balanced and objective == "regularized":
             value += case.eps / 2 * float(pairs[0][3].sum() - pairs[0][4].sum()) ** 2
-        mass = max(mass, *(float(pair[3].sum() * pair[4].sum()) for pair in pairs))
-        r = 16 * UNIT[case.x.dtype] * L * scale + 64 * U64 * case.eps * mass
+        masses = [float(pair[3].sum() * (1 if case.balanced else pair[4].sum())) for pair in pairs]
+        r = 16 * UNIT[case.x.dtype] * (L * scale + (not case.balanced) * case.eps * max(masses))
+        r += 64 * U64 * case.eps * max(mass, *masses)
         self.check("iterations", abs(float(self.answer.value[k]) - value), r)
         wanted = [s for s in leaves if s in self.answer.grads]
         for side, right in zip(wanted, torch.autograd.grad(total, [leaves[s] for s in wanted])) if wanted else ():
