@@ -1,4 +1,4 @@
-"""Entropic transport solved in float64 with a proof: `low <= OT <= high`. Nothing here is from otloss.
+"""Entropic transport in float64 with a proof, `low <= OT <= high`. Nothing here is from otloss.
 
 Any pair of potentials gives a lower bound of OT, the dual; any plan with the marginals asked for
 gives an upper bound. Whatever the solver below does, the interval holds, but for the rounding of
