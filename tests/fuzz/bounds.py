@@ -67,7 +67,7 @@ def make_term(case: Case, pair: Pair, k: int) -> Term:
     coefficient, x, y, a, b, p, q = pair
     with torch.no_grad():
         C = (
-            case.kept(case.C[k], k).double() if case.call == "solve" else case.matrix(x, y)
+            case.kept(case.costs[k], k).double() if case.call == "solve" else case.matrix(x, y)
         ).numpy()
     problem = certified.Problem(C, a.numpy(), b.numpy(), case.eps, p, q)
     proof = certified.solve(problem)
@@ -361,13 +361,13 @@ class Judge:
     def empty_bins(self, k: int, terms: list[Term], own: int, grad: Tensor, g: Array) -> None:
         """The gradient at points of weight 0 that are somewhere: the softmin of the best other
         potential ``g``, which changes by no more than the density of the plan times its error."""
-        case, eps, unit = self.case, self.case.eps, terms[0].unit
+        case, eps = self.case, self.case.eps
         clouds, weights = [(case.x, case.y), (case.a, case.b)]
         if own:
             clouds, weights = clouds[::-1], weights[::-1]
         points, empty = clouds[0][k], weights[0][k] == 0
         if case.call == "solve":
-            C = (case.C[k].mT if own else case.C[k])[empty]
+            C = (case.costs[k].mT if own else case.costs[k])[empty]
             C = kept(C.mT, weights[1], k).mT.double().numpy()
         else:
             empty &= points.isfinite().all(-1)
@@ -407,7 +407,7 @@ class Judge:
             one = -(p.rho_x + p.eps) * np.expm1(-f / p.rho_x) + p.eps * (p.b.sum() - 1)
         return 2 * one
 
-    # ------------------------------------------------------------------------- a fixed number of them
+    # -------------------------------------------------------------- a fixed number of iterations
 
     def iterations(self, k: int) -> None:
         case = self.case
@@ -416,7 +416,7 @@ class Judge:
         own = {"x": (case.x, case.a), "y": (case.y, case.b)}
         leaves = {s: kept(t[k], w, k).double().requires_grad_() for s, (t, w) in own.items()}
         if case.call == "solve":
-            leaves["C"] = case.kept(case.C[k], k).double().requires_grad_()
+            leaves["C"] = case.kept(case.costs[k], k).double().requires_grad_()
         chosen = [("x", "y"), ("x", "x"), ("y", "y")]
         rho = None if case.balanced else case.rho
         pairs = case.pairs(k)
@@ -449,16 +449,15 @@ class Judge:
         r = 16 * UNIT[case.x.dtype] * (L * scale + (not case.balanced) * case.eps * max(masses))
         r += 64 * U64 * case.eps * max(mass, *masses)
         self.check("iterations", abs(float(self.answer.value[k]) - value), r)
-        wanted = [s for s in leaves if s in self.answer.grads]
-        for side, right in (
-            zip(wanted, torch.autograd.grad(total, [leaves[s] for s in wanted])) if wanted else ()
-        ):
+        for side in set(leaves) & set(self.answer.grads):
+            (right,) = torch.autograd.grad(total, leaves[side], retain_graph=True)
             got = self.answer.grads[side][k]
             if side == "C":
-                self.check("unrolled", float((case.kept(got, k) - right).abs().sum()), 2 * noise)
-                continue
-            off = float((kept(got, own[side][1], k) - right).norm(dim=-1).sum())
-            self.check("unrolled", off, 2 * noise * steepest)
+                off, bound = (case.kept(got, k) - right).abs().sum(), 2 * noise
+            else:
+                off = (kept(got, own[side][1], k) - right).norm(dim=-1).sum()
+                bound = 2 * noise * steepest
+            self.check("unrolled", float(off), bound)
 
 
 def density(f: Array, g: Array, C: Array, eps: float) -> float:

@@ -64,7 +64,7 @@ class Case:
     kind: dict[str, Any] = field(default_factory=dict)
 
     @functools.cached_property
-    def C(self) -> Tensor:
+    def costs(self) -> Tensor:
         """(B, n, m), what ``solve`` is given."""
         cost = self.cost if callable(self.cost) else functools.partial(oracle.cost, name=self.cost)
         both = zip(self.x.nan_to_num(), self.y.nan_to_num(), strict=True)
@@ -288,7 +288,7 @@ def run(case: Case) -> Answer:
 def _call(case: Case, answer: Answer) -> None:
     given = {"x": case.x, "y": case.y, "a": case.a, "b": case.b}
     if case.call == "solve":
-        given = {"C": case.C, "a": case.a, "b": case.b}
+        given = {"C": case.costs, "a": case.a, "b": case.b}
     tensors = {k: None if t is None else t.detach().clone() for k, t in given.items()}
     if not case.batched:
         tensors = {k: None if t is None else t[0] for k, t in tensors.items()}
