@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from otloss import _check, ops, status
 from otloss._options import Options, Unbalanced, check_options
 from otloss.autograd import Settings, Solve, evaluate
-from otloss.costs import COSTS, NAMED, Cost
+from otloss.costs import Cost, subtracted
 from otloss.method import streams
 from otloss.problem import (
     Problem,
@@ -94,9 +94,7 @@ def report(problem: Problem, costs: Sequence[Tensor], options: Options, solved: 
         for C in costs:
             _check.finite("C" if not problem.points else "the cost matrix", C)
         raise ValueError(f"costs overflow {dtype}: scale the data down")
-    if isinstance(options.cost, str) and problem.points:
-        largest = max(largest, NAMED[COSTS[options.cost]].subtracted)
-    _check.resolution(options.eps, largest, dtype)
+    _check.resolution(options.eps, max(largest, subtracted(options.cost)), dtype)
     values = solved.loss.tolist()
     if not all(map(math.isfinite, values if problem.batched else [values])):
         raise ValueError(f"sums of costs up to {largest:.3g} overflow {dtype}: scale the data down")
