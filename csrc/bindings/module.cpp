@@ -3,6 +3,7 @@
 
 #include "bindings/host.h"
 #include "bindings/operations.h"
+#include "cpu/simd/simd.h"
 #include "cuda/solve/describe.h"
 #if defined(OTLOSS_WITH_CUDA)
 #include <torch/csrc/stable/accelerator.h>
@@ -18,7 +19,7 @@ STABLE_TORCH_LIBRARY_IMPL(otloss, CUDA, library) { otloss::register_operations(l
 namespace {
 
 std::string simd_level() {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(OTLOSS_LEVELS)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
     return "x86-64-v4";

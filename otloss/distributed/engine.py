@@ -8,7 +8,9 @@ So all ranks know the same f and g, and the solver, which each of them runs, dec
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from torch import Tensor
 from otloss import ops
 from otloss._options import OBJECTIVES, Options
 from otloss.distributed.ranks import Shard
-from otloss.reference.engine import Clouds, sample, spread
+from otloss.reference.engine import Clouds, range_of, sample, spread
 from otloss.reference.marginals import (
     Marginals,
     SoftMean,
@@ -86,6 +88,18 @@ class ShardedEngine:
             self.rows.own(whole).copy_(self.softmins(eps, g)[0])
 
         return self.rows.ranks.sum(torch.zeros_like(self.a), fill)
+
+    def over_rows(self, zero: Tensor, function: Callable[[slice, Tensor], Tensor]) -> Tensor:
+        ranks, rows = self.rows.ranks, slice(self.rows.first, self.rows.first + self.rows.size)
+
+        def fill(parts: Tensor) -> None:
+            parts[ranks.rank] = function(rows, counted(self.C, self.own_a, self.b))
+
+        return ranks.sum(zero.new_zeros(ranks.count, *zero.shape), fill)
+
+    @functools.cached_property
+    def cost_range(self) -> tuple[float, float]:
+        return range_of(self, self.clouds)
 
     def sigma(self) -> float:
         rows, columns = sample(self.a), sample(self.b)

@@ -19,6 +19,7 @@ from otloss.reference.marginals import (
 # Where the iterations can start: at most this marginal error, and this residual in units of eps.
 # The error alone does not see outliers, whose mass is small but whose potentials are far off.
 NEAR_ERROR, NEAR_RESIDUAL = 0.6, 10.0
+NO_MASS = 1e-20  # of the total: points with less mass in the target marginal take plain iterations
 EXPONENT_LIMIT = 80.0  # of ratios, whose exponential must stay finite in float32
 
 

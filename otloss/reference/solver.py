@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from otloss.reference.engine import Clouds, DenseEngine, Engine
+from otloss.reference.far_mass import FarMass, Found
 from otloss.reference.lbfgs import MEMORY, InnerProduct, StepLength, two_loop_recursion
 from otloss.reference.marginals import (
     BALANCED,
@@ -25,6 +26,7 @@ from otloss.reference.marginals import (
     target_marginal,
 )
 from otloss.reference.semidual import (
+    NO_MASS,
     Point,
     column_ratio,
     evaluate,
@@ -41,7 +43,6 @@ EASY_EPS, FIRST_STAGE, STAGE_RATIO, STAGE_TOL = 0.077, 0.1, 0.25, 0.01
 # The line search: steps along one direction, the factor from one to the next, and the part of the
 # predicted gain that a step must bring.
 TRIES, SHRINK, SUFFICIENT_GAIN = 5, 0.3, 1e-4
-NO_MASS = 1e-20  # of the total: points with less mass in the target marginal take plain iterations
 # The start in closed form is tried first where it takes less time than so many sweeps, and second
 # where it takes less than so many.
 CHEAP_SWEEPS, WORTH_SWEEPS = 1, 10
@@ -183,11 +184,14 @@ def solve_pair(
         if stage_eps != at:
             point, iterations, at = evaluate(engine, stage_eps, point.g), iterations + 1, stage_eps
         stage_tol = tol if last else max(STAGE_TOL, tol)
+        far = FarMass(engine, eps, tol) if last else None
         stop = StopRule(stage_tol)
-        point, iterations = _ascend(engine, stage_eps, stop, limit, point, iterations)
+        point, iterations, doubtful = _ascend(
+            engine, stage_eps, stop, far, limit, point, iterations
+        )
         if not last:
             point = point._replace(g=point.next_g)
-    return Solution(point.f, point.next_g, stop.error, iterations, stop.reached)
+    return Solution(point.f, point.next_g, stop.error, iterations, stop.reached and not doubtful)
 
 
 def stages_of_eps(eps: float, sigma: float) -> list[float]:
@@ -217,16 +221,33 @@ def _begin(engine: Engine, eps: float, max_iters: int, g: Tensor | None) -> tupl
 
 
 def _ascend(
-    engine: Engine, eps: float, stop: StopRule, max_iters: int, point: Point, iterations: int
-) -> tuple[Point, int]:
-    """Raises the semidual at one eps until ``stop`` ends it."""
+    engine: Engine,
+    eps: float,
+    stop: StopRule,
+    far: FarMass | None,
+    max_iters: int,
+    point: Point,
+    iterations: int,
+) -> tuple[Point, int, bool]:
+    """Raises the semidual at one eps until ``stop`` ends it, and ``far`` does not doubt that."""
     memory: list[tuple[Tensor, Tensor]] = []  # steps and changes of the residual
     length, r, kept = StepLength(), residual(engine, point), point
+    begun = iterations - 1
     while True:
         stop.see(point.error, point.noise / (4 * engine.mass[1] * eps), iterations)
         kept = point if stop.keep else kept
-        if stop.ends or iterations >= max_iters:
-            return (kept if stop.returns_kept else point), iterations
+        found = Found()
+        if far:
+            found = far.look(point, stop, iterations - begun, max_iters - iterations)
+        iterations += found.readings
+        if found.shifted:
+            point, memory, length = found.shifted, [], StepLength()
+            r = residual(engine, point)
+            stop.restart()
+            continue
+        ends = stop.stuck or (stop.ends and not found.doubtful)
+        if ends or iterations >= max_iters:
+            return (kept if stop.returns_kept else point), iterations, found.doubtful
         inner = InnerProduct(point.target)
         p = torch.where(
             point.target > NO_MASS * engine.mass[1], two_loop_recursion(r, memory, inner), r

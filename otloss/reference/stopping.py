@@ -34,6 +34,10 @@ class StopRule:
 
     def __init__(self, tol: float) -> None:
         self.tol = tol
+        self.restart()
+
+    def restart(self) -> None:
+        """A point follows that was reached by no iteration."""
         self._least = math.inf  # error of points that were kept
         self._mark, self._marked = math.inf, 0  # the last error that was clearly less; sweeps to it
 
@@ -53,5 +57,5 @@ class StopRule:
         if error <= PROGRESS * self._mark:
             self._mark, self._marked = error, sweeps
         idle = sweeps - self._marked >= PATIENCE
-        stuck = error <= SHARE * rounding or (near and idle)
-        self.ends = stuck or self.reached or math.isnan(error)
+        self.stuck = error <= SHARE * rounding or (near and idle)
+        self.ends = self.stuck or self.reached or math.isnan(error)

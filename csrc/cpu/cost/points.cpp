@@ -148,8 +148,8 @@ OTLOSS_SIMD void apply_products(const ApplyRows<T>& p) {
 }  // namespace
 
 template <typename T>
-PackedCloud<T>::PackedCloud(const Cloud<T>& cloud)
-    : Cloud<T>(cloud),
+PackedCloud<T>::PackedCloud(const CloudRows<T>& cloud)
+    : CloudRows<T>(cloud),
       strips(strips_of<T>(cloud.m) * cloud.d * kStrip<T>),
       h(strips_of<T>(cloud.m) * kStrip<T>) {
   std::copy_n(cloud.norm, cloud.m, h.begin());

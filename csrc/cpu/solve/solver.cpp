@@ -6,6 +6,7 @@
 
 #include "core/math.h"
 #include "cpu/simd/sweep.h"
+#include "cpu/solve/far_mass.h"
 #include "cpu/solve/lbfgs_memory.h"
 #include "cpu/solve/sparse_newton.h"
 
@@ -46,7 +47,9 @@ class PairSolver {
       std::copy(kept_F_.begin(), kept_F_.end(), F_);
     else
       std::copy(point_.gt.begin(), point_.gt.end(), kept_gt_);
-    return outcome_of(control_);
+    Outcome outcome = outcome_of(control_);
+    outcome.converged = outcome.converged && !doubtful_;
+    return outcome;
   }
 
  private:
@@ -141,8 +144,64 @@ class PairSolver {
     point.noise = best.noise;
   }
 
-  // The trial becomes the point.
+  // The trial becomes the point, and after it every shifted one.
   void move() {
+    do take_trial();
+    while (next_ != Next::kStage && control_.at_last_stage() && shifts());
+    if (next_ == Next::kStep) aim();
+  }
+
+  // Looks for small mass that has to go far, see FarMassRule. True: by a shift that moves it, the
+  // trial. Else the solve goes on where the point does not prove that there is none.
+  bool shifts() {
+    const StopRule& stop = control_.stop();
+    const int64_t sweeps = control_.passes() - begun_;
+    doubtful_ = false;
+    const double tol = options_.tol, error = point_.error;
+    if (!far_rule_.looks(stop, error, sweeps)) return false;
+    const double size = far_.size(eps_, F_, point_), range = 2 * engine_.max_cost();
+    if (!FarMassRule::suspicious(far_.cheap_bound(point_, range), error, tol, size)) return false;
+    const double value = far_.scale(size, point_);  // and the range, which take a look at all costs
+    doubtful_ = FarMassRule::suspicious(far_.cheap_bound(point_, far_.range()), error, tol, value);
+    if (!doubtful_) return false;
+    if (far_rule_.examines(stop, sweeps)) {
+      if (stop.reached() && control_.may_pass(0)) {
+        control_.count_passes(1);
+        doubtful_ = !FarMassRule::proves(far_.gap(eps_, F_, point_), tol, value);
+        if (!doubtful_) return false;
+      }
+      if (shift(value, sweeps)) return true;
+    }
+    next_ = control_.go_on();
+    return false;
+  }
+
+  // Whether shifting the groups of the plan makes a better point, the trial.
+  bool shift(double value, int64_t sweeps) {
+    const auto found = far_.shift(eps_, F_, point_, control_.passes_left() - 1);
+    control_.count_passes(found.readings);
+    const double tol = options_.tol;
+    const bool is_shift = FarMassRule::is_shift(found.largest, eps_);
+    if (found.g.empty() || !(is_shift || FarMassRule::is_much(found.gain, tol, value)))
+      return false;
+    for (int64_t j = 0; j < m_; ++j) trial_.g[j] = point_.g[j] + found.g[j];
+    const std::vector<T> F(F_, F_ + n_);
+    evaluate(trial_, F_);
+    const double gain = trial_.value - point_.value;
+    const bool much = FarMassRule::is_much(far_.mass(point_) * gain, tol, value);
+    if (!much && !(is_shift && gain > -point_.noise)) {
+      std::copy(F.begin(), F.end(), F_);
+      return false;
+    }
+    far_rule_.shifted(much, sweeps);
+    control_.restart();
+    memory_.clear();
+    length_ = StepLength();
+    next_ = Next::kShift;
+    return true;
+  }
+
+  void take_trial() {
     std::vector<T> next = residual(trial_);
     if (next_ == Next::kStep) {
       std::vector<T> step(m_), change(m_);
@@ -165,7 +224,6 @@ class PairSolver {
       kept_F_.assign(F_, F_ + n_);
       std::copy(point_.gt.begin(), point_.gt.end(), kept_gt_);
     }
-    if (next_ == Next::kStep) aim();
   }
 
   // Residual gt - g without its mean, which the semidual does not see.
@@ -225,7 +283,10 @@ class PairSolver {
   LbfgsMemory<T> memory_;
   StepLength length_;
   SparseNewton<T> newton_{engine_};
-  int64_t begun_ = 0;  // passes before the stage
+  FarMass<T> far_{engine_};
+  FarMassRule far_rule_;
+  bool doubtful_ = false;  // whether small mass may have to go far
+  int64_t begun_ = 0;      // passes before the stage
 };
 
 }  // namespace
