@@ -785,7 +785,9 @@ class Judge:
         r = 16 * UNIT[case.x.dtype] * L * scale + 64 * U64 * case.eps * mass
         self.check("iterations", abs(float(self.answer.value[k]) - value), r)
         wanted = [s for s in leaves if s in self.answer.grads]
-        for side, right in zip(wanted, torch.autograd.grad(total, [leaves[s] for s in wanted])) if wanted else ():
+        for side, right in (
+            zip(wanted, torch.autograd.grad(total, [leaves[s] for s in wanted])) if wanted else ()
+        ):
             got = self.answer.grads[side][k]
             if side == "C":
                 self.check("unrolled", float((case.kept(got, k) - right).abs().sum()), 2 * noise)
