@@ -246,21 +246,24 @@ def not_converged(
     options: Any, iterations: int, error: float, max_cost: float, dtype: torch.dtype
 ) -> None:
     """Warns, at the line outside otloss that made the call."""
-    message = (
-        f"Sinkhorn stopped after {iterations} iterations at a marginal error of {error:.2e}, above "
-        f"tol={options.tol:g}. "
-    )
-    if iterations < options.max_iters:  # potentials are of the size of the costs
+    message = f"Sinkhorn stopped after {iterations} iterations at a marginal error of {error:.2e}, "
+    if error <= options.tol:  # but the solver doubts the value
+        message += (
+            f"within tol={options.tol:g}, but mass may still have to go far, up to a cost of "
+            f"{max_cost:.3g}, so that the value can be off by much. Raise max_iters (now "
+            f"{options.max_iters}), or lower tol, or see duality_gap of a result."
+        )
+    elif iterations < options.max_iters:  # potentials are of the size of the costs
         least = options.eps * error / options.tol
         message += (
-            f"{dtype} resolves no smaller one here, against costs up to {max_cost:.3g}: use "
-            f"{'' if dtype == torch.float64 else 'float64, '}an eps of about {least:.2g} or more "
-            f"(now {options.eps:g}), or a larger tol."
+            f"above tol={options.tol:g}. {dtype} resolves no smaller one here, against costs up to "
+            f"{max_cost:.3g}: use {'' if dtype == torch.float64 else 'float64, '}an eps of about "
+            f"{least:.2g} or more (now {options.eps:g}), or a larger tol."
         )
     else:
         message += (
-            f"Raise max_iters (now {options.max_iters}), eps (now {options.eps:g}; the largest "
-            f"cost is {max_cost:.3g}) or tol."
+            f"above tol={options.tol:g}. Raise max_iters (now {options.max_iters}), eps (now "
+            f"{options.eps:g}; the largest cost is {max_cost:.3g}) or tol."
         )
     warnings.warn(message, ConvergenceWarning, stacklevel=_depth_of_caller())
 
