@@ -149,7 +149,7 @@ class OTResult:
     def _status_field(self, field: int) -> Tensor:
         if not self._reported and not torch.compiler.is_compiling():
             self._reported = True  # the first reading of what the solve left on its device
-            warn_not_converged(self._options, rows_of(self._status[None]))
+            warn_not_converged(self._options, rows_of(self._status[None]), self._a.dtype)
         return self._status[:, field]
 
     @property
@@ -219,8 +219,8 @@ class OTResult:
 
     @property
     def converged(self) -> Any:
-        """Whether the solver stopped because the marginal error was at most ``tol``: a bool, or
-        (B,).
+        """Whether the marginal error of the plan, the rounding of its potentials included, is at
+        most ``tol``: a bool, or (B,).
 
         On CUDA the first reading of this or ``n_iters`` gives the :class:`ConvergenceWarning`.
         """

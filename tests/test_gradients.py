@@ -197,6 +197,21 @@ def test_minibatch_energy_distance(mode, rng):
     assert relative(default, held) == 0
 
 
+@pytest.mark.parametrize(("dtype", "tol"), zip(DTYPES, (2e-5, 1e-10), strict=True), ids=name)
+@pytest.mark.parametrize("cost", COSTS)
+def test_rows_that_do_not_fill_their_cache_lines(cost, dtype, tol, rng):
+    """Stored rows start on cache lines: what lies between them counts nowhere, in no mode."""
+    modes = [{"backward": "unrolled"}, {"backward": "implicit", "objective": "transport"}, {}]
+    for mode, (n, m, d) in zip(modes, [(193, 250, 20), (250, 193, 3), (200, 193, 64)], strict=True):
+        c = clouds(rng, n, m, d, dtype=dtype)
+        options = {**mode, "cost": cost, "n_iters": 3}
+        eps, found = 0.3 * float(otloss.cost_matrix(c.x, c.y, cost).mean()), []
+        for given, method in ((c, "dense"), (c.double(), "reference")):
+            value = given.require_grad().loss(eps, method=method, **options)
+            found.append((value, *given.grads(value)))
+        close(*found, tol, floor=1e-3 * eps)
+
+
 # -------------------------------------------------------------------------------------- unrolled
 
 

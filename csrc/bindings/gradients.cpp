@@ -42,6 +42,7 @@ EnvelopeGroup<T> Gradients<T>::group(int64_t p, bool matrices) {
   group.grad = grad(p);
   group.coefficient = static_cast<T>(problem_.coefficients[p]);
   if (listed(wanted_.costs, p) || (matrices && of_points)) {
+    STD_TORCH_CHECK(problem_.costs[p].is_contiguous(), "otloss: costs must be contiguous");
     grad_C_[p] = empty(a, {B, n, m});
     group.grad_C = data<T>(grad_C_[p]);
   }

@@ -18,6 +18,7 @@ from otloss.autograd.first_order import (
     batched,
     gradients,
     implementation,
+    is_envelope,
     unbatched,
 )
 from otloss.autograd.second_order import CostGradient, refuse_higher_order, solve_gradient
@@ -137,7 +138,10 @@ class Solve(torch.autograd.Function):
         solution = saved[len(needed) :]
         if points and s.dense:
             P = len(s.coefficients)
-            solution, inputs = solution[:-P], Inputs(list(solution[-P:]), *inputs[1:])
+            solution, made = solution[:-P], list(solution[-P:])
+            if not is_envelope(s, seeds):  # the others read contiguous ones
+                made = [C.contiguous() for C in made]
+            inputs = Inputs(made, *inputs[1:])
         first_weight = given + points
         wanted = Wanted(
             [p for p in range(given) if needed[p]],

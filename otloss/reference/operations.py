@@ -138,16 +138,16 @@ def solve(
             g = start[1] if start else torch.zeros_like(b)
             f, g, error, steps = fixed_iterations(C, a, b, g, eps, n_iters, marginals)
             f, g = (torch.where(max_cost.isfinite()[:, None], v, math.nan) for v in (f, g))
-            sweeps = torch.full_like(error, n_iters)
+            sweeps, converged = torch.full_like(error, n_iters), error <= tol
             traces += [torch.stack(steps, dim=1)] if trace else []
         else:
             clouds = Clouds(NAMED[problem.kind], points[i], points[j], a, b) if points else None
             same = i == j or (clouds is not None and clouds.equal and marginals.x == marginals.y)
-            f, g, error, sweeps = solve_batch(
+            f, g, error, sweeps, converged = solve_batch(
                 C, a, b, marginals, same, eps, tol, max_iters, start, clouds
             )
         terms.append(coefficients[p] * value(eps, C, f, g, a, b, objective, marginals))
-        statuses.append(torch.stack([sweeps, error, error <= tol, max_cost], dim=-1))
+        statuses.append(torch.stack([sweeps, error, converged, max_cost], dim=-1))
         all_f.append(f.clone())
         all_g.append(g.clone())
     made = costs if dense and not problem.costs else []

@@ -47,12 +47,32 @@ double Engine<T>::transport(double eps, const T* F, const T* g) {
   absorb_weights(m_, factor<T>(eps), g, y.weight, G_.data());
   std::vector<double> sums(workspaces_.size());
   costs_.for_each([&](int64_t part, const T* C, int64_t i, int64_t count) {
-    sums[part] += transport_rows(
-        PlanRows<T>{count, m_, factor<T>(eps), T(1), C, x.weight + i, F + i, G_.data(), nullptr});
+    sums[part] +=
+        transport_rows(PlanRows<T>{count, m_, factor<T>(eps), T(1), C, costs_.source().stride(),
+                                   x.weight + i, F + i, G_.data(), nullptr});
   });
   double sum = 0;
   for (const double part : sums) sum += part;
   return sum;
+}
+
+template <typename T>
+CostRange Engine<T>::cost_range() {
+  if (group_.points.zx) return {0, max_cost_};
+  std::vector<CostRange> ranges(workspaces_.size(), {max_cost_, -max_cost_});
+  costs_.for_each([&](int64_t part, const T* C, int64_t first, int64_t count) {
+    CostRange& range = ranges[part];
+    for (int64_t i = first; i < first + count; ++i, C += costs_.source().stride())
+      for (int64_t j = 0; j < m_ && x.weight[i] > T(0); ++j)
+        if (y.weight[j] > T(0)) {
+          range.least = std::min(range.least, static_cast<double>(C[j]));
+          range.most = std::max(range.most, static_cast<double>(C[j]));
+        }
+  });
+  CostRange all = ranges[0];
+  for (const CostRange& range : ranges)
+    all = {std::min(all.least, range.least), std::max(all.most, range.most)};
+  return all;
 }
 
 // On at most 256 x 256 points.
@@ -102,14 +122,15 @@ void Engine<T>::sweep(bool unit, double eps, int64_t part, int64_t begin, int64_
   T* e = workspaces_[part].e.data();
   const T k = factor<T>(eps), tilt = x.tilt(eps);
   costs_.for_each_block(part, begin, end, [&](const T* C, int64_t i, int64_t count) {
+    const int64_t stride = costs_.source().stride();
     if (unit)
-      return unit_sweep_rows(UnitSweep<T>{count, m_, k, static_cast<double>(tilt), C, x.weight + i,
-                                          y.weight, G_.data(), F + i, s + i, c, e});
+      return unit_sweep_rows(UnitSweep<T>{count, m_, k, static_cast<double>(tilt), C, stride,
+                                          x.weight + i, y.weight, G_.data(), F + i, s + i, c, e});
     // The last row that may be read to its padded width ends within the memory.
     const int64_t beyond = costs_.source().available(i) - padded<T>(m_);
-    const int64_t readable = beyond < 0 ? 0 : std::min(count, beyond / m_ + 1);
-    sweep_rows(
-        RowSweep<T>{count, m_, k, C, x.weight + i, G_.data(), F + i, s + i, c, e, readable, tilt});
+    const int64_t readable = beyond < 0 ? 0 : std::min(count, beyond / stride + 1);
+    sweep_rows(RowSweep<T>{count, m_, k, C, stride, x.weight + i, G_.data(), F + i, s + i, c, e,
+                           readable, tilt});
   });
 }
 

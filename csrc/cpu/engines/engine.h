@@ -20,6 +20,10 @@ struct SemidualPoint : PointScalars {
   SemidualPoint(int64_t m, const T* b) : g(m), gt(m), q(m), target(b, b + m) {}
 };
 
+struct CostRange {
+  double least, most;
+};
+
 // F is in units of 1 / k, k = log2(e) / eps, and F before damping: f = x.damping F / k. g and gt
 // are in units of cost. Dampings are 1 unless a marginal is soft.
 template <typename T>
@@ -43,6 +47,9 @@ class Engine {
 
   // max |C_ij| over points of positive weight or a bound of it, NaN if one is not finite.
   double max_cost() const { return max_cost_; }
+
+  // Of the costs of points of positive weight; from points, 0 and a bound.
+  CostRange cost_range();
 
   // Standard deviation of the double-centred cost on a sample: against eps, how hard the problem
   // is.
@@ -79,7 +86,8 @@ class Engine {
   const bool split_;
   const int64_t n_ = x.count, m_ = y.count;
   CostBlocks<T> costs_{RowParts(n_, m_, split_), kFlushRows,
-                       RowSource<T>(n_, m_, group_.C, group_.points, problem_, group_.symmetric)};
+                       RowSource<T>(n_, m_, group_.C, group_.C ? group_.stride : padded<T>(m_),
+                                    group_.points, problem_, group_.symmetric)};
   const double max_cost_ = costs_.source().max_cost(x.weight, y.weight);
   BlockVector<T> G_ = BlockVector<T>(padded<T>(m_), T(kLog2Zero));
   std::vector<T> s_ = std::vector<T>(n_);
