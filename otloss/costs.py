@@ -21,6 +21,7 @@ __all__ = [
     "cost_between",
     "cost_gradient",
     "full_precision",
+    "subtracted",
     "without_padding",
 ]
 
@@ -142,6 +143,10 @@ class Cosine(NamedCost):
 
 NAMED: Final[tuple[NamedCost, ...]] = (SqEuclidean(), Euclidean(), Cosine())  # by number
 COSTS: Final[dict[str, int]] = {cost.name: cost.number for cost in NAMED}
+
+
+def subtracted(cost: Cost) -> float:
+    return NAMED[COSTS[cost]].subtracted if isinstance(cost, str) else 0.0
 
 
 def cost_between(x: Tensor, y: Tensor, kind: int) -> Tensor:

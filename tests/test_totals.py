@@ -31,6 +31,7 @@ def as_single_takes_them(c: Clouds) -> Clouds:
     return Clouds(c.x.detach().double(), c.y.detach().double(), a, b).require_grad()
 
 
+@pytest.mark.filterwarnings("ignore::otloss.ConvergenceWarning")  # float32 ends at its rounding
 @some_of("method, eps, rho, totals", METHODS, EPS, RHO, TOTALS, whole=2)
 def test_float32_keeps_its_digits(method, eps, rho, totals, rng):
     """OT, S and the gradients of S in x and a against float64, and that against the oracle where

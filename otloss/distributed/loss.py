@@ -20,7 +20,7 @@ from otloss import _check, ops
 from otloss._options import Options
 from otloss.autograd import refuse_higher_order
 from otloss.combination import Combination
-from otloss.costs import COSTS
+from otloss.costs import COSTS, subtracted
 from otloss.distributed.call import Call, agree
 from otloss.distributed.engine import ShardedEngine
 from otloss.distributed.ranks import Ranks
@@ -139,6 +139,7 @@ def _check_costs(call: Call, C: Tensor, largest: float) -> None:
     if not math.isfinite(largest):
         call.ranks.agree(check)
         raise ValueError(f"costs overflow {C.dtype}: scale the data down")
+    largest = max(largest, subtracted(call.options.cost))
     _check.resolution(call.options.eps, largest, C.dtype)
 
 
