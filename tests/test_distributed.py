@@ -341,8 +341,9 @@ def test_where_a_rank_dies_the_others_get_an_error(tmp_path, rng, death):
 
 
 def train(ranks: int, out: Path, *options: str) -> subprocess.Popen[bytes]:
-    """OT-GAN on digits, by torchrun, with the steps of the solver that all ranks take."""
+    """OT-GAN on digits, by torchrun if over ranks, with the solver's steps that these take."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    launch = launch if ranks > 1 else []
     small = ["--data", "digits", "--width", "0.0625", "--latent", "5", "--batch", "50"]
     script = [str(ROOT / "examples" / "train_otgan.py"), *small, "--flip", "--eps", "0.05"]
     command = [sys.executable, *launch, *script, "--steps", "100000", "--out", str(out), *options]
@@ -362,6 +363,7 @@ def assert_same_training(one: Path, two: Path) -> None:
     assert torch.equal(found["rng"], expected["rng"])
 
 
+@pytest.mark.slow
 def test_otgan_over_two_processes_is_that_of_one(tmp_path):
     runs = [train(ranks, tmp_path / str(ranks), "--stop-at", "10") for ranks in (1, 2)]
     for run in runs:
