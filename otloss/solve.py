@@ -84,9 +84,13 @@ def report(problem: Problem, costs: Sequence[Tensor], options: Options, solved: 
     Where data is not read, the status is kept for :func:`otloss.last_status` only.
     """
     status.record(solved.status)
+    dtype, least = problem.weights[0].dtype, subtracted(options.cost)
+    if _check.unread(solved.status):
+        costs_up_to = solved.status[..., ops.MAX_COST].amax().clamp(min=least)
+        _check.resolution(options.eps, costs_up_to, dtype)
     if not _check.readable(solved.status):
         return
-    rows, dtype = status.rows_of(solved.status), problem.weights[0].dtype
+    rows = status.rows_of(solved.status)
     largest = status.max_cost(rows)
     if not math.isfinite(largest):
         for name, x in zip(problem.names, problem.points, strict=False):
@@ -94,7 +98,7 @@ def report(problem: Problem, costs: Sequence[Tensor], options: Options, solved: 
         for C in costs:
             _check.finite("C" if not problem.points else "the cost matrix", C)
         raise ValueError(f"costs overflow {dtype}: scale the data down")
-    _check.resolution(options.eps, max(largest, subtracted(options.cost)), dtype)
+    _check.resolution(options.eps, max(largest, least), dtype)
     values = solved.loss.tolist()
     if not all(map(math.isfinite, values if problem.batched else [values])):
         raise ValueError(f"sums of costs up to {largest:.3g} overflow {dtype}: scale the data down")

@@ -69,6 +69,8 @@ CASES: list[Case] = [
     {"minibatches": True},
     {"minibatches": True, "cost": Learned(3), "eps": 0.5},
     {"eps": 0.02},
+    {"weighted": True, "apart": 30.0},
+    {"weighted": True, "apart": 30.0, "unbalanced": (1e4, None)},
     {"n": 3, "m": 50},
     {"empty": True, "dtype": torch.float32, "cost": "euclidean"},
 ]
@@ -84,6 +86,8 @@ def clouds(case: Case) -> list[Tensor]:
         return torch.rand(*batch, *shape, generator=make, dtype=torch.float64) + 0.1
 
     made = [draw(n, d), 1.5 * draw(m, d)]
+    for z in made:  # every other point far from the rest
+        z[..., ::2, 0] += case.get("apart", 0.0)
     if case.get("minibatches"):
         made += [draw(n, d) ** 2, 1.5 * draw(m, d)]
     if case.get("weighted"):

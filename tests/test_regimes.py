@@ -138,12 +138,12 @@ def long_memory() -> Machine:
 slow = pytest.mark.slow
 
 
-def some(names: str, *values: Any) -> Any:
-    """parametrize: cases in which all combinations of any two factors occur, slow but on a CPU."""
+def some(names: str, *values: Any, size: int = 2) -> Any:
+    """parametrize: cases in which all combinations of `size` factors occur, slow but on a CPU."""
     fixtures = ["regime"] if names.startswith("regime") else []
     cases = [
         pytest.param(*case, marks=() if str(case[0]).startswith("cpu") else slow)
-        for case in covering(2, *values)
+        for case in covering(size, *values)
     ]
     return pytest.mark.parametrize(names, cases, indirect=fixtures, ids=name)
 
@@ -534,7 +534,7 @@ def test_gradients(machine, regime, mode, objective, penalty, cost, dtype):
 
 @some("regime, mode, objective, penalty, eps, seeded",
       REGIMES[:2], MODES, [0, 1], [HARD, (1.0, 0.1), (math.inf, 3.0)], [0.2, 0.01],
-      [True, False])  # fmt: skip
+      [True, False], size=4)  # fmt: skip
 def test_gradients_are_those_of_the_reference(
     machine, regime, mode, objective, penalty, eps, seeded
 ):

@@ -20,14 +20,13 @@ namespace {
 
 std::string simd_level() {
 #if defined(OTLOSS_LEVELS)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
-    return "x86-64-v4";
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "x86-64-v3";
-  return "x86-64";
-#else
-  return "baseline of the build";
+  switch (otloss::cpu::simd_level()) {
+    case otloss::cpu::SimdLevel::kAvx512: return "x86-64-v4";
+    case otloss::cpu::SimdLevel::kAvx2: return "x86-64-v3";
+    case otloss::cpu::SimdLevel::kBaseline: return "x86-64";
+  }
 #endif
+  return "baseline of the build";
 }
 
 }  // namespace

@@ -85,6 +85,8 @@ void solve(StableIValue* stack, uint64_t, uint64_t) {
   problem.check();
   STD_TORCH_CHECK(!problem.costs.empty() || !problem.clouds.points.empty(),
                   "otloss: there must be costs or points");
+  for (const Tensor& C : problem.costs)
+    STD_TORCH_CHECK(C.is_contiguous(), "otloss: costs must be contiguous");
   STD_TORCH_CHECK(options.max_iters > 0, "otloss: max_iters must be > 0");
   STD_TORCH_CHECK(!trace || (options.n_iters > 0 && options.n_iters < kMostTraced),
                   "otloss: a trace is of a number of iterations");

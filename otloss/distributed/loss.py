@@ -198,10 +198,7 @@ def _points_gradient(call: Call, solutions: Solutions, seeds: Tensor, c: int) ->
     w = [cloud.own_weights(), *(other.weights for other in call.clouds)]
     pairs = [side for other in others for side in (0, 1 + other)]
     kind = COSTS[str(call.options.cost)]
-    costs = ops.cost(x, w, pairs, kind)
-    problem = ops.problems(
-        w, pairs, coefficients, call.options.eps, costs=costs, points=x, kind=kind
-    )
+    problem = ops.problems(w, pairs, coefficients, call.options.eps, points=x, kind=kind)
     seed = torch.stack(own_seeds)
     _, (found,), *_ = ops.envelope_backward(seed, *problem, f, g, [], [0], False)
     return found

@@ -64,6 +64,20 @@ def share(f: Tensor, rho: float) -> Tensor:
     return torch.ones_like(f) if math.isinf(rho) else (-f / rho).exp()
 
 
+def semidual(
+    eps: float, C: Tensor, g: Tensor, a: Tensor, b: Tensor, marginals: Marginals
+) -> Tensor:
+    """The dual at g and the best f, moved by the best translation where a side is soft; (B,)."""
+    rho_x, rho_y, _ = marginals
+    on_f = damping(rho_x, eps)
+    f = on_f * softmin(eps, C, g, b)
+    if not (math.isinf(rho_x) and math.isinf(rho_y)):
+        excess = (total(a) / total(b)).log() - soft_mean(f, a, rho_x) / rho_x
+        t = (excess + soft_mean(g, b, rho_y) / rho_y) / (1 / rho_y + on_f / rho_x)
+        f, g = f + on_f * t, g - t
+    return value(eps, C, f, g, a, b, 0, marginals)
+
+
 def soft_mean(f: Tensor, w: Tensor, rho: float) -> Tensor:
     """-rho log(<w, exp(-f / rho)> / <w, 1>), (B, 1); the mean for a constraint."""
     mass = total(w).to(w.dtype)

@@ -150,10 +150,12 @@ void costs_of_problem(const std::vector<CostGroup<T>>& groups, int64_t p, CostKi
     const int64_t n = group.n, m = group.m, d = group.d;
     const CloudRows<T> from{n, d, group.zx + p * n * d, group.hx + p * n};
     const int64_t begin = half(group) ? block.first / kStrip<T> * kStrip<T> : 0;
+    T* C = group.C + (p * n + block.first) * group.stride;
     cost_rows(kind, CostRows<T>{block.first, block.rows, begin, m, group.symmetric, &from,
-                                &packed[to[block.matrix]],
-                                group.C + (p * n + block.first) * group.stride + begin,
-                                group.stride, half(group)});
+                                &packed[to[block.matrix]], C + begin, group.stride, half(group)});
+    // Between rows stand zeros: a sweep reads on. The memory may end with the last row.
+    for (int64_t i = block.first; i + 1 < n && i < block.first + block.rows; ++i, C += group.stride)
+      std::fill(C + m, C + group.stride, T(0));
   });
   for (const CostGroup<T>& group : groups)
     if (half(group)) reflect(group.n, group.C + p * group.n * group.stride, group.stride);

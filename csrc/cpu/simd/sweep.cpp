@@ -45,8 +45,8 @@ OTLOSS_INLINE T tail_exponentials(const Blocks<T>& blocks, int64_t m, T F, T k, 
 
 // e_j = exp2(F + G_j - k C_j), returns the sum.
 template <typename T>
-OTLOSS_SIMD T exponentials(const Blocks<T>& blocks, int64_t m, T F, T k, const T* C, const T* G,
-                           T* e) {
+OTLOSS_INLINE T exponentials(const Blocks<T>& blocks, int64_t m, T F, T k, const T* C, const T* G,
+                             T* e) {
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < blocks.whole; ++j) {
@@ -59,7 +59,7 @@ OTLOSS_SIMD T exponentials(const Blocks<T>& blocks, int64_t m, T F, T k, const T
 
 // log2 sum_j exp2(G_j - k C_j), with the maximum subtracted. `e` is scratch.
 template <typename T>
-OTLOSS_SIMD T row_lse(const Blocks<T>& blocks, int64_t m, T k, const T* C, const T* G, T* e) {
+OTLOSS_INLINE T row_lse(const Blocks<T>& blocks, int64_t m, T k, const T* C, const T* G, T* e) {
   T largest = std::numeric_limits<T>::lowest();
 #pragma omp simd reduction(max : largest)
   for (int64_t j = 0; j < m; ++j) {
@@ -161,10 +161,8 @@ OTLOSS_SIMD T max_abs_row(int64_t m, const T* C, const T* b) {
   return largest + nonfinite;
 }
 
-}  // namespace
-
 template <typename T>
-OTLOSS_SIMD void sweep_rows(const RowSweep<T>& p) {
+OTLOSS_INLINE void sweep_rows_body(const RowSweep<T>& p) {
   const Blocks<T> blocks(p.m);
   const int64_t width = padded<T>(p.m);
   for (int64_t i = 0; i < p.rows; i += kRows) {
@@ -194,6 +192,20 @@ OTLOSS_SIMD void sweep_rows(const RowSweep<T>& p) {
     std::copy(F, F + rows, p.F + i);
     if (p.c) add_rows(width, w, p.e, p.c);
   }
+}
+
+struct SweepRows {
+  template <int kBytes, typename T>
+  static OTLOSS_INLINE void run(const RowSweep<T>& p) {
+    sweep_rows_body(p);
+  }
+};
+
+}  // namespace
+
+template <typename T>
+void sweep_rows(const RowSweep<T>& p) {
+  run_at_level<SweepRows>(p);
 }
 
 // e_j = exp2(G_j - k C_j) - 1; returns sum_j b_j e_j.
