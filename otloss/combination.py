@@ -13,7 +13,7 @@ from otloss import _check
 from otloss._options import Options
 from otloss.costs import full_precision
 from otloss.method import streams
-from otloss.problem import Problem, build_costs, check_clouds
+from otloss.problem import Problem, build_costs, check_clouds, seen_costs
 from otloss.reference.operations import as_pairs
 from otloss.result import Solved
 from otloss.solve import report, run
@@ -71,6 +71,9 @@ def combine(
     dense = not streams(problem.points, problem.weights, pairs, options)
     named = isinstance(options.cost, str)
     costs = None if named else build_costs(problem, pairs, options.cost, options.method)
+    if not named and problem.has_empty_bins():
+        with torch.no_grad():
+            problem.seen = seen_costs(problem, pairs, options.cost, options.method)
     init: Sequence[Tensor] = [] if memory is None else memory.start(problem, pairs)
     keeps = memory is not None
     if costs is None or _self_problems_are_symmetric(costs, pairs, options):
@@ -84,8 +87,11 @@ def combine(
         memory.keep(solved)
     loss = solved.loss
     if mass_term and options.objective == "regularized" and not options.balanced():
-        # `where` gives points of weight 0 a zero gradient.
-        a, b = (torch.where(w > 0, w, 0.0).sum(-1) for w in problem.weights)
+        # `where` gives padding a zero gradient.
+        a, b = (
+            torch.where(there, w, 0.0).sum(-1)
+            for w, there in zip(problem.weights, problem.present(), strict=True)
+        )
         term = mass_term * options.eps * (a - b).square()
         loss = loss + (term if problem.batched else term[0])
     return loss
@@ -140,7 +146,7 @@ def _solve_apart(
                 of_pair = options._replace(rho_x=options.rho_y, rho_y=options.rho_x)
         parts.append(
             run(
-                replace(problem, weights=tuple(weights)),
+                replace(problem, weights=tuple(weights), seen=problem.seen[p : p + 1]),
                 [costs[p]],
                 [1, 2] if i == j else [0, 1],
                 [combination.coefficients[p]],
@@ -154,4 +160,5 @@ def _solve_apart(
         torch.cat([part.status for part in parts]),
         tuple(f for part in parts for f in part.f),
         tuple(g for part in parts for g in part.g),
+        parts[0].settings,
     )

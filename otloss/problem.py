@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,15 @@ from otloss.autograd import CostMatrices
 from otloss.costs import COSTS, Cost
 from otloss.reference.operations import as_pairs
 
-__all__ = ["Problem", "as_weights", "build_costs", "check_clouds", "cost_matrix", "hide_padding"]
+__all__ = [
+    "Problem",
+    "as_weights",
+    "build_costs",
+    "check_clouds",
+    "cost_matrix",
+    "hide_padding",
+    "seen_costs",
+]
 
 
 @dataclass
@@ -25,6 +33,23 @@ class Problem:
     weights: tuple[Tensor, ...]  # (B, n) each, in the dtype of the computation
     padded: bool  # some weight may be 0
     batched: bool
+    # of each pair C (B, n, m) as it was given, before padding is hidden, for ``has_empty_bins``
+    seen: tuple[Tensor, ...] = ()
+
+    def has_empty_bins(self) -> bool:
+        """Whether a weight of 0 may want a gradient, as far as is known without stalling a device.
+
+        A point of weight 0 is an empty bin if its costs are finite, else padding.
+        """
+        if not self.padded or not torch.is_grad_enabled():
+            return False
+        return any(w.requires_grad and not _all_positive(w) for w in self.weights)
+
+    def present(self) -> list[Tensor]:
+        """Of each cloud what is no padding, (B, n)."""
+        return [
+            (w > 0) | x.isfinite().all(-1) for x, w in zip(self.points, self.weights, strict=True)
+        ]
 
 
 def as_weights(w: Tensor | None, like: Tensor, n: int, dtype: torch.dtype) -> Tensor:
@@ -75,6 +100,44 @@ def build_costs(problem: Problem, pairs: list[int], cost: Cost, method: str) -> 
     )
 
 
+def seen_costs(problem: Problem, pairs: list[int], cost: Cost, method: str) -> tuple[Tensor, ...]:
+    """C (B, n, m) of each pair with the rows and columns of empty bins, NaN for padding."""
+    present = problem.present()
+    if isinstance(cost, str):
+        # Padding that is finite moves the clouds' centre, so that on a CPU float64 is needed.
+        points = tuple(x.double() if x.is_cpu else x for x in problem.points)
+        weights = tuple(
+            there.to(torch.float64 if w.is_cpu else w.dtype)
+            for there, w in zip(present, problem.weights, strict=True)
+        )
+        far = replace(problem, points=points, weights=weights)
+        costs = build_costs(far, pairs, cost, method)
+    else:
+        ready = [
+            _safe_at(w == 0, _replaced(x.to(w.dtype), w, p))
+            for x, w, p in zip(problem.points, problem.weights, present, strict=True)
+        ]
+        costs = tuple(_call_cost(cost, ready[i], ready[j]) for i, j in as_pairs(pairs))
+    return tuple(
+        torch.where(
+            present[i].unsqueeze(-1) & present[j].unsqueeze(-2),
+            C.to(problem.weights[i].dtype),
+            torch.nan,
+        )
+        for C, (i, j) in zip(costs, as_pairs(pairs), strict=True)
+    )
+
+
+def _safe_at(empty: Tensor, x: Tensor) -> Tensor:
+    """The cloud, where a cost function without a derivative at an empty bin does no harm."""
+    if x.requires_grad:
+        x = x.view_as(x)
+        x.register_hook(
+            lambda grad: torch.where(empty.view(*grad.shape[:-1], 1) & grad.isnan(), 0.0, grad)
+        )
+    return x
+
+
 def hide_padding(problem: Problem, C: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """C (B, n, m) with 0 in rows and columns of weight 0, whatever they hold, even NaN."""
     if not problem.padded or (_all_positive(a) and _all_positive(b)):
@@ -94,14 +157,19 @@ def _ready(x: Tensor, w: Tensor, padded: bool) -> Tensor:
     """
     x = x.to(w.dtype)
     if padded and not _all_positive(w):
-        batched = x if x.dim() == 3 else x.unsqueeze(0)
-        index = w.argmax(-1, keepdim=True).unsqueeze(-1)
-        real = batched.take_along_dim(index, dim=1).detach()
-        x = torch.where(w.unsqueeze(-1) > 0, batched, real).view_as(x)
+        x = _replaced(x, w, w > 0)
     if x.requires_grad and _check.readable(x):
         x = x.view_as(x)  # the hook is this call's, not the caller's tensor's
         x.register_hook(_check.finite_gradient)
     return x
+
+
+def _replaced(x: Tensor, w: Tensor, kept: Tensor) -> Tensor:
+    """The cloud with its point of the largest weight in place of those that are not kept (B, n)."""
+    batched = x if x.dim() == 3 else x.unsqueeze(0)
+    index = w.argmax(-1, keepdim=True).unsqueeze(-1)
+    real = batched.take_along_dim(index, dim=1).detach()
+    return torch.where(kept.unsqueeze(-1), batched, real).view_as(x)
 
 
 def _call_cost(cost: Any, x: Tensor, y: Tensor) -> Tensor:

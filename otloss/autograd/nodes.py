@@ -10,17 +10,19 @@ from torch import Tensor
 
 from otloss import _check, ops
 from otloss import method as methods
-from otloss.autograd.first_order import (
+from otloss.autograd import empty_bins
+from otloss.autograd.first_order import gradients
+from otloss.autograd.second_order import CostGradient, refuse_higher_order, solve_gradient
+from otloss.autograd.settings import (
     Inputs,
+    Places,
     Seeds,
     Settings,
     Wanted,
     batched,
-    gradients,
     implementation,
     unbatched,
 )
-from otloss.autograd.second_order import CostGradient, refuse_higher_order, solve_gradient
 from otloss.costs import COSTS
 from otloss.reference.operations import as_pairs
 
@@ -120,7 +122,8 @@ class Solve(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(outputs[1])
         # The inputs themselves, not their contiguous copies: these know where they came from.
-        ctx.save_for_backward(*tensors, *solution)
+        places = settings.places.costs if settings.places else []
+        ctx.save_for_backward(*tensors, *solution, *places)
         return outputs
 
     @staticmethod
@@ -134,6 +137,10 @@ class Solve(torch.autograd.Function):
         if seeds is None:
             return None, None, *result
         solution = saved[len(needed) :]
+        if s.places:
+            seen = list(solution[len(solution) - given :])
+            s = s._replace(places=Places(seen, inputs.points, inputs.init))
+            solution = solution[: len(solution) - given]
         if points and s.dense:
             P = len(s.coefficients)
             solution, inputs = solution[:-P], Inputs(list(solution[-P:]), *inputs[1:])
@@ -238,6 +245,42 @@ def _differentiable(
     s: Settings, seeds: Seeds, inputs: Inputs, solution: Sequence[Tensor], wanted: Wanted
 ) -> tuple[Sequence[Tensor], Sequence[Tensor], list[Tensor | None]]:
     """As ``gradients``, for ``create_graph=True``: gradients that are nodes of a graph."""
+    if s.places:
+        return _beside_empty_bins(s, s.places, seeds, inputs, solution, wanted)
+    return _as_nodes(s, seeds, inputs, solution, wanted)
+
+
+def _beside_empty_bins(
+    s: Settings,
+    places: Places,
+    seeds: Seeds,
+    inputs: Inputs,
+    solution: Sequence[Tensor],
+    wanted: Wanted,
+) -> tuple[Sequence[Tensor], Sequence[Tensor], list[Tensor | None]]:
+    """Of weights at empty bins there is no second derivative: asking for one raises."""
+    P, weights = len(s.coefficients), inputs.weights
+    potentials = solution[:P], solution[P : 2 * P]
+    differentiated = [w.requires_grad for w in weights]
+    empty = empty_bins.masks(s, places, weights, potentials, differentiated)
+    has = empty_bins.some(empty)
+
+    def first_order(t: Tensor, c: int, *, given: bool) -> Tensor:
+        return empty_bins.FirstOrder.apply(t, empty[c], given) if has[c] else t
+
+    held = [first_order(w, c, given=False) for c, w in enumerate(weights)]
+    inputs = inputs._replace(weights=held)
+    of_costs, of_points, of_weights = _as_nodes(s, seeds, inputs, solution, wanted)
+    kept = [
+        None if grad is None else first_order(grad, c, given=True)
+        for c, grad in enumerate(of_weights)
+    ]
+    return of_costs, of_points, kept
+
+
+def _as_nodes(
+    s: Settings, seeds: Seeds, inputs: Inputs, solution: Sequence[Tensor], wanted: Wanted
+) -> tuple[Sequence[Tensor], Sequence[Tensor], list[Tensor | None]]:
     if not inputs.points:
         of_costs, of_weights = solve_gradient(s, seeds, inputs, solution, wanted)
         return of_costs, [], of_weights
