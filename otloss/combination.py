@@ -72,8 +72,7 @@ def combine(
     named = isinstance(options.cost, str)
     costs = None if named else build_costs(problem, pairs, options.cost, options.method)
     if not named and problem.has_empty_bins():
-        with torch.no_grad():
-            problem.seen = seen_costs(problem, pairs, options.cost, options.method)
+        problem.seen = seen_costs(problem, pairs, options.cost, options.method)
     init: Sequence[Tensor] = [] if memory is None else memory.start(problem, pairs)
     keeps = memory is not None
     if costs is None or _self_problems_are_symmetric(costs, pairs, options):

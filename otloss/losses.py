@@ -12,7 +12,7 @@ from otloss._options import LossOptions, Unbalanced, check_options
 from otloss.combination import Combination, combine
 from otloss.costs import COSTS, NAMED, Cost
 from otloss.method import exceeds_budget, in_blocks
-from otloss.problem import Problem, build_costs, check_clouds, seen_costs
+from otloss.problem import Problem, build_costs, check_clouds, seen_costs, with_empty_bins
 from otloss.reference.operations import as_pairs
 
 __all__ = [
@@ -307,13 +307,16 @@ def _costs_of_means(problem: Problem, pairs: list[int], cost: Cost, method: str)
     costs = build_costs(problem, pairs, cost, method)
     if not problem.padded:
         return list(costs)
-    empty = seen_costs(problem, pairs, cost, method) if problem.has_empty_bins() else ()
-    result = []
-    for p, (C, (i, j)) in enumerate(zip(costs, as_pairs(pairs), strict=True)):
-        a, b = problem.weights[i].detach(), problem.weights[j].detach()
-        at_0 = torch.where(empty[p].isfinite(), empty[p], 0.0) if empty else 0.0
-        result.append(torch.where(a.unsqueeze(-1) * b.unsqueeze(-2) > 0, C, at_0))
-    return result
+    sides = [(problem.weights[i].detach(), problem.weights[j].detach()) for i, j in as_pairs(pairs)]
+    if problem.has_empty_bins():
+        seen = seen_costs(problem, pairs, cost, method)
+        return [
+            with_empty_bins(C, S, a, b) for C, S, (a, b) in zip(costs, seen, sides, strict=True)
+        ]
+    return [
+        torch.where(a.unsqueeze(-1) * b.unsqueeze(-2) > 0, C, 0.0)
+        for C, (a, b) in zip(costs, sides, strict=True)
+    ]
 
 
 def _mean_cost(C: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from otloss import _check, _options
-from otloss.autograd import CostMatrices
+from otloss.autograd import CostMatrices, FirstOrder
 from otloss.costs import COSTS, Cost
 from otloss.reference.operations import as_pairs
 
@@ -21,6 +21,7 @@ __all__ = [
     "cost_matrix",
     "hide_padding",
     "seen_costs",
+    "with_empty_bins",
 ]
 
 
@@ -90,7 +91,7 @@ def build_costs(problem: Problem, pairs: list[int], cost: Cost, method: str) -> 
     """C (B, n, m) of each pair; differentiable in the points."""
     points = problem.points
     if isinstance(cost, str):
-        weights = problem.weights if problem.padded else ()
+        weights = tuple(w.detach() for w in problem.weights) if problem.padded else ()
         return CostMatrices.apply(pairs, COSTS[cost], method, len(points), *points, *weights)
     weights = problem.weights
     ready = [_ready(x, w, problem.padded) for x, w in zip(points, weights, strict=True)]
@@ -100,8 +101,12 @@ def build_costs(problem: Problem, pairs: list[int], cost: Cost, method: str) -> 
     )
 
 
+@torch.no_grad()
 def seen_costs(problem: Problem, pairs: list[int], cost: Cost, method: str) -> tuple[Tensor, ...]:
-    """C (B, n, m) of each pair with the rows and columns of empty bins, NaN for padding."""
+    """C (B, n, m) of each pair with the rows and columns of empty bins, NaN for padding.
+
+    They have no derivative: that of a cost function may not be finite there.
+    """
     present = problem.present()
     if isinstance(cost, str):
         # Padding that is finite moves the clouds' centre, so that on a CPU float64 is needed.
@@ -114,7 +119,7 @@ def seen_costs(problem: Problem, pairs: list[int], cost: Cost, method: str) -> t
         costs = build_costs(far, pairs, cost, method)
     else:
         ready = [
-            _safe_at(w == 0, _replaced(x.to(w.dtype), w, p))
+            _replaced(x.to(w.dtype), w, p)
             for x, w, p in zip(problem.points, problem.weights, present, strict=True)
         ]
         costs = tuple(_call_cost(cost, ready[i], ready[j]) for i, j in as_pairs(pairs))
@@ -128,14 +133,15 @@ def seen_costs(problem: Problem, pairs: list[int], cost: Cost, method: str) -> t
     )
 
 
-def _safe_at(empty: Tensor, x: Tensor) -> Tensor:
-    """The cloud, where a cost function without a derivative at an empty bin does no harm."""
-    if x.requires_grad:
-        x = x.view_as(x)
-        x.register_hook(
-            lambda grad: torch.where(empty.view(*grad.shape[:-1], 1) & grad.isnan(), 0.0, grad)
-        )
-    return x
+def with_empty_bins(C: Tensor, seen: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """C (B, n, m) with the costs of empty bins, and 0 for padding.
+
+    What multiplies these costs is 0, but not its derivative in the weights. The derivative of that
+    in the costs, a second one, raises.
+    """
+    x, y = (a > 0).unsqueeze(-1), (b > 0).unsqueeze(-2)
+    empty = ~(x & y) & seen.isfinite()
+    return FirstOrder.apply(torch.where(x & y, C, torch.where(empty, seen, 0.0)), empty, True)
 
 
 def hide_padding(problem: Problem, C: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from otloss._options import Options
 from otloss.autograd import Settings, extended
 from otloss.certificate import Dual, duality_gap
 from otloss.method import in_blocks
-from otloss.problem import Problem, as_weights, build_costs, seen_costs
+from otloss.problem import Problem, as_weights, build_costs, seen_costs, with_empty_bins
 from otloss.status import rows_of, warn_not_converged
 
 __all__ = ["OTResult", "Solved"]
@@ -104,18 +104,15 @@ class OTResult:
             return reference.plan(eps, C, self._f[:, rows], self._g, a, b), C
         # At empty bins the plan is 0, but not its derivative in their weights.
         f, g = self._extended[0][:, rows], self._extended[1]
+        if self._given_cost is None:
+            o, block = self._options, _rows(self._problem, rows)
+            (seen,) = seen_costs(block, [0, 1], o.cost, o.method)
+        else:
+            seen = self._problem.seen[0][:, rows]
         x, y = (a > 0).unsqueeze(-1), (b > 0).unsqueeze(-2)
-        seen = (
-            self._problem.seen[0][:, rows]
-            if self._given_cost is not None
-            else seen_costs(
-                _rows(self._problem, rows), [0, 1], self._options.cost, self._options.method
-            )[0]
-        )
-        there = (x | y) & seen.isfinite()
-        C = torch.where(x & y, C, torch.where(there, seen, 0.0))
+        C = with_empty_bins(C, seen, a, b)
         exponent = (f.unsqueeze(-1) + g.unsqueeze(-2) - C) / eps
-        exponent = torch.where((x & y) | there, exponent, -torch.inf)
+        exponent = torch.where((x & y) | ((x ^ y) & seen.isfinite()), exponent, -torch.inf)
         return a.unsqueeze(-1) * b.unsqueeze(-2) * exponent.exp(), C
 
     @property
@@ -308,7 +305,8 @@ class OTResult:
         With ``unbalanced`` the mean over the mass transported, ``P y / P 1``.
         """
         y = self._need_points("barycentric_map")[1]
-        image = self.apply(y)
+        there = self._out(self._problem.present()[1]).unsqueeze(-1)
+        image = self.apply(torch.where(there, y, 0.0))
         mass = self._a if self._options.balanced() else self._sums()[0]
         mass = self._out(mass).unsqueeze(-1)
         return torch.where(mass > 0, image / torch.where(mass > 0, mass, 1.0), 0.0)

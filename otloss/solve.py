@@ -55,7 +55,7 @@ def run(
     places = None
     if problem.has_empty_bins():
         places = Places(
-            [C.detach() for C in problem.seen],
+            list(problem.seen),
             [batched(x.detach()) for x in points],
             [v.contiguous() for v in init],
         )
@@ -191,7 +191,7 @@ def solve(
     problem = Problem((), (), weights, padded, C.dim() == 3)
     C = C.to(dtype).reshape(-1, n, m)
     if problem.has_empty_bins():
-        problem.seen = (C,)
+        problem.seen = (C.detach(),)
     costs = (hide_padding(problem, C, *weights),)
     return _solve_one(problem, costs, options, init)
 
@@ -241,8 +241,7 @@ def solve_sample(
     named = isinstance(options.cost, str)
     costs = None if named else build_costs(problem, [0, 1], options.cost, options.method)
     if not named and problem.has_empty_bins():
-        with torch.no_grad():
-            problem.seen = seen_costs(problem, [0, 1], options.cost, options.method)
+        problem.seen = seen_costs(problem, [0, 1], options.cost, options.method)
     return _solve_one(problem, costs, options, init, dense=dense)
 
 

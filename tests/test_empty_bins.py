@@ -79,7 +79,7 @@ def test_losses(backend, mode, objective, strength, loss, rng):
     options = {"objective": objective, "unbalanced": strength, "method": backend.method}
 
     def value(a: Tensor, b: Tensor) -> Tensor:
-        return getattr(otloss, loss)(c.x, c.y, 0.5, a=a, b=b, **options, **MODES[mode])
+        return getattr(otloss, loss)(c.x, c.y, 1.0, a=a, b=b, **options, **MODES[mode])
 
     check(value, c)
 
@@ -121,7 +121,7 @@ def test_cost_functions(backend, mode, symmetric, rng):
 
 @some_of("backend, cost", BACKENDS, [*COSTS, cost_of])
 def test_energy_distance(backend, cost, rng):
-    """Twice: it is bilinear in the weights."""
+    """Twice in the weights, in which it is bilinear."""
     if callable(cost) and backend.method == "streamed":
         cost = "euclidean"
     c = with_bins(rng).to(backend.device)
@@ -138,10 +138,9 @@ def test_energy_distance(backend, cost, rng):
 
     check(value, c)
     check(slope, c)
-    x, step = c.x.clone().requires_grad_(), 1e-5 * randn(rng, *c.x.shape)
-    (grad,) = torch.autograd.grad(slope(c.a, c.b, x), x)
-    apart = slope(c.a, c.b, c.x + step) - slope(c.a, c.b, c.x - step)
-    close((grad * step).sum().detach(), apart.detach() / 2, 1e-5, float(apart.detach().abs()) + 1e-4)
+    x = c.x.clone().requires_grad_()
+    with pytest.raises(NotImplementedError, match="empty bins"):
+        torch.autograd.grad(slope(c.a, c.b, x), x)
 
 
 @some_of("backend, how, n_iters", CPU, ["samples", "matrix", "function"], [None, 4])

@@ -7,13 +7,14 @@ weights, into values and potentials (``nodes``). Their gradients are operations 
 plain torch and differentiates that. It costs nothing unless it is asked for.
 """
 
-from otloss.autograd.empty_bins import extended
+from otloss.autograd.empty_bins import FirstOrder, extended
 from otloss.autograd.nodes import CostMatrices, Solve, evaluate
 from otloss.autograd.second_order import refuse_higher_order
 from otloss.autograd.settings import Places, Settings
 
 __all__ = [
     "CostMatrices",
+    "FirstOrder",
     "Places",
     "Settings",
     "Solve",
