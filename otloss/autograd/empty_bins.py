@@ -190,8 +190,10 @@ def fill(
                 s, places, seeds, side, bins, potentials, given
             )
     for p, pair in enumerate(as_pairs(s.pairs)):
+        failed = 0 * _precise(potentials[0][p]).sum(-1, True)  # NaN or 0
         for k, c in enumerate(pair):
-            grads[k][p] = torch.where(empty[c], found[k][p].to(grads[k][p]), grads[k][p])
+            value = (found[k][p] + failed).to(grads[k][p])
+            grads[k][p] = torch.where(empty[c], value, grads[k][p])
     return grads[0], grads[1]
 
 

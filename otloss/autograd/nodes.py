@@ -119,6 +119,10 @@ class Solve(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         outputs, solution = evaluate(settings, sizes, tensors)
         ctx.settings, ctx.sizes = settings, sizes
+        # NaN where a solve failed, else 0: what the kernels make of its potentials may be finite.
+        # Where data is read a failure has raised.
+        loss = outputs[0].detach()
+        ctx.failed = None if _check.readable(loss) else 0 * loss.reshape(-1)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(outputs[1])
         # The inputs themselves, not their contiguous copies: these know where they came from.
@@ -154,6 +158,8 @@ class Solve(torch.autograd.Function):
             found = _differentiable(s, seeds, inputs, solution, wanted)
         else:
             found = gradients(s, seeds, inputs, solution, wanted)
+        if ctx.failed is not None:
+            found = _marked(ctx.failed, inputs.weights, wanted, *found)
         of_costs, of_points, of_weights = found
         for p, grad in zip(wanted.costs, of_costs, strict=True):
             result[p] = grad
@@ -182,6 +188,27 @@ def evaluate(
         f, g = _centred(s, inputs.weights, f, g)
     outputs = loss if s.batched else loss[0], status
     return (*outputs, *f, *g) if s.potentials else outputs, (*f, *g, *traces, *made)
+
+
+def _marked(
+    failed: Tensor,
+    weights: Sequence[Tensor],
+    wanted: Wanted,
+    of_costs: Sequence[Tensor],
+    of_points: Sequence[Tensor],
+    of_weights: Sequence[Tensor | None],
+) -> tuple[Sequence[Tensor], Sequence[Tensor], list[Tensor | None]]:
+    """NaN where a problem failed, but not for padding; ``failed`` (B,) is NaN there, else 0."""
+    costs = [grad + failed[:, None, None] for grad in of_costs]
+    points = [
+        torch.where(weights[c].unsqueeze(-1) > 0, grad + failed[:, None, None], 0.0)
+        for c, grad in zip(wanted.points, of_points, strict=True)
+    ]
+    marked = [
+        None if grad is None else torch.where((w > 0) | (grad != 0), grad + failed[:, None], 0.0)
+        for w, grad in zip(weights, of_weights, strict=True)
+    ]
+    return costs, points, marked
 
 
 def _inputs(tensors: Sequence[Tensor], sizes: list[int]) -> Inputs:
