@@ -47,9 +47,9 @@ PLATFORMS = ("2_28", "2_27", "2_24", "2_17", "2_12", "2_5")  # of glibc, as pip 
 
 # Rows of tests: a name and pytest's arguments, each row a process. On a GPU machine `cuda` is in
 # the name of all that runs on the GPU, and a regime stands at the start or after a dash.
-KERNEL_TESTS = ["tests/test_cuda.py", "tests/test_emulated.py"]
+KERNEL_TESTS = ["tests/test_cuda.py", "tests/test_regimes.py"]
 REGIMES = ("auto", "block", "cluster", "grid", "dense", "streamed")
-AROUND = ("cuda", "emulated", "examples", "benchmarks", "docs")  # not tests of the library
+AROUND = ("cuda", "regimes", "examples", "benchmarks", "docs")  # not tests of the library
 TESTS = {
     **{name: [*KERNEL_TESTS, "-k", f"cuda and ([{name} or -{name})"] for name in REGIMES},
     "others": [
@@ -59,7 +59,7 @@ TESTS = {
     "library": ["tests", *(f"--ignore=tests/test_{name}.py" for name in AROUND), "-k", "cuda"],
 }
 EMULATED_TESTS = {
-    regime: ["tests/test_emulated.py", "-k", f"[{regime} and (order or finite)"]
+    regime: ["tests/test_regimes.py", "-k", f"[{regime} and (order or finite)"]
     for regime in ("block", "streamed")
 }
 # A few small solves and gradients in every regime, tensor cores among them, for tools that slow

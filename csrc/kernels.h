@@ -1,8 +1,8 @@
 // What the kernels compute, as plain argument structs and launchers: no torch here or below.
 //
-// All matrices are row-major and contiguous. A batch of B problems of one shape is a "group"; a
-// call takes several groups (the xy, xx and yy of a divergence, say), whose problems run in
-// parallel.
+// All matrices are row-major, and contiguous but for cost matrices made on a CPU, whose rows start
+// on cache lines. A batch of B problems of one shape is a "group"; a call takes several groups (the
+// xy, xx and yy of a divergence, say), whose problems run in parallel.
 #pragma once
 
 #include <cstdint>
@@ -41,6 +41,7 @@ enum StatusField : int {
   kStatusError,      // marginal error, an upper bound for the potentials returned
   kStatusConverged,  // 1 or 0
   kStatusMaxCost,    // max |C_ij| over points of positive weight
+  kStatusTerm,       // coefficient * value: its part of the loss
   kStatusFields
 };
 
@@ -65,14 +66,15 @@ struct SolveGroup {
   int64_t m;       // columns
   bool symmetric;  // a cloud against itself: C symmetric, a == b, one potential
   const T* C;      // (B, n, m), or null: costs are made from the points, row by row
+  int64_t stride;  // distance of rows of C; m on a GPU
   PointPair<T> points;
-  const T* a;      // (B, n)
-  const T* b;      // (B, m)
-  T* f;            // (B, n) in: start (warm_start), out: potential
-  T* g;            // (B, m) likewise
-  T* trace;        // (B, L, n + m) f and g after each iteration, or null
-  T* value;        // (B,)
-  double* status;  // (B, kStatusFields)
+  const T* a;          // (B, n)
+  const T* b;          // (B, m)
+  T* f;                // (B, n) in: start (warm_start), out: potential
+  T* g;                // (B, m) likewise
+  T* trace;            // (B, L, n + m) f and g after each iteration, or null
+  double* status;      // (B, kStatusFields)
+  double coefficient;  // of this group in the loss
   Penalties penalties = {};
 };
 
@@ -187,33 +189,22 @@ struct CostGroup {
   const T* hx;     // (B, n) their norms, see CloudGroup
   const T* hy;     // (B, m)
   T* C;            // (B, n, m) out; on a GPU in: inner products <zx, zy>, if d > kDirectDims
-};
-
-// out = V z, what the gradient of a cost matrix takes. (On a GPU it is torch's product.)
-template <typename T>
-struct ProductGroup {
-  int64_t batch;    // B
-  int64_t n;        // rows of the product
-  int64_t m;        // inner
-  int64_t d;        // coordinates
-  bool transposed;  // V is (B, m, n)
-  const T* V;       // (B, n, m)
-  const T* z;       // (B, m, d)
-  T* out;           // (B, n, d)
+  int64_t stride;  // distance of rows of C; m on a GPU
 };
 
 // Before the gradient's products: V = W * gradient_weight(C) and its row and column sums.
 template <typename T>
 struct CostWeightGroup {
-  int64_t batch;    // B
-  int64_t n;        // rows
-  int64_t m;        // columns
-  bool symmetrise;  // V + V^T in place of V: both sides are one cloud
-  const T* W;       // (B, n, m) gradient with respect to C
-  const T* C;       // (B, n, m)
-  T* V;             // (B, n, m) out
-  T* row_sum;       // (B, n) out
-  T* col_sum;       // (B, m) out
+  int64_t batch;     // B
+  int64_t n;         // rows
+  int64_t m;         // columns
+  bool symmetrise;   // V + V^T in place of V: both sides are one cloud
+  const T* W;        // (B, n, m) gradient with respect to C
+  const T* C;        // (B, n, m)
+  int64_t C_stride;  // distance of rows of C; m on a GPU
+  T* V;              // (B, n, m) out
+  T* row_sum;        // (B, n) out
+  T* col_sum;        // (B, m) out
 };
 
 // The same from a solution: W = coefficient * grad * plan is not stored.
@@ -227,6 +218,17 @@ struct PlanWeightGroup : CostWeightGroup<T> {
   T coefficient;  // of this pair in the loss
 };
 
+// Of an envelope gradient: weights and potentials of the points, (B, n), else null. Where a solve
+// failed the potentials are NaN, and so is the gradient of its points; the plan made from them
+// would be 0.
+template <typename T>
+struct SolvedSide {
+  const T* weight;
+  const T* v;
+
+  OTLOSS_HOST_DEVICE bool failed(int64_t i) const { return v && weight[i] > T(0) && v[i] != v[i]; }
+};
+
 // After the product: grad += x row_sum - V y, or its tangent part over |x| for cosine.
 template <typename T>
 struct CostGradientGroup {
@@ -238,12 +240,29 @@ struct CostGradientGroup {
   const T* sum;   // (B, n) row (or column) sums of V
   const T* Vy;    // (B, n, d)
   T* grad;        // (B, n, d) accumulated
-  // Of an envelope gradient: weights and potentials, (B, n), else null. Where a solve failed the
-  // potentials are NaN, and so is the gradient of its points; the plan made from them would be 0.
-  const T* weight;
-  const T* v;
+  SolvedSide<T> side;
+};
 
-  OTLOSS_HOST_DEVICE bool failed(int64_t i) const { return v && weight[i] > T(0) && v[i] != v[i]; }
+// Product and gradient in one, of all pairs that a cloud is in. (On a GPU products are torch's.)
+template <typename T>
+struct GradientTerm {
+  int64_t m;        // points of the other cloud
+  bool transposed;  // V is (B, m, n)
+  const T* V;       // (B, n, m)
+  const T* z;       // (B, m, d) the other cloud, prepared
+  const T* sum;     // (B, n) sums of V over the other cloud
+  SolvedSide<T> side;
+};
+
+template <typename T>
+struct CloudGradientGroup {
+  int64_t batch;  // B
+  int64_t n;      // points
+  int64_t d;      // coordinates
+  const T* z;     // (B, n, d) prepared points
+  const T* norm;  // (B, n)
+  T* grad;        // (B, n, d) out
+  std::vector<GradientTerm<T>> terms;
 };
 
 // ------------------------------------------------------------------------------------ launchers
@@ -253,9 +272,7 @@ namespace cpu {
 template <typename T>
 void prepare_clouds(const std::vector<CloudGroup<T>>& clouds, CostKind kind);
 template <typename T>
-void cost_matrices(const CostGroup<T>& group, CostKind kind);
-template <typename T>
-void multiply(const ProductGroup<T>& group);
+void cost_matrices(const std::vector<CostGroup<T>>& groups, CostKind kind);
 template <typename T>
 void cost_weights(const CostWeightGroup<T>& group, CostKind kind);
 template <typename T>
@@ -263,11 +280,12 @@ void plan_weights(const PlanWeightGroup<T>& group, CostKind kind, double eps);
 template <typename T>
 void cost_gradient(const CostGradientGroup<T>& group, CostKind kind);
 template <typename T>
-void solve(const std::vector<SolveGroup<T>>& groups, const SolveOptions& options);
-// loss_k = sum_p coefficients_p values_pk, values (P, B), loss (B,).
+void cloud_gradients(const std::vector<CloudGradientGroup<T>>& clouds, CostKind kind);
 template <typename T>
-void combine_values(const std::vector<double>& coefficients, const T* values, int64_t batch,
-                    T* loss);
+void solve(const std::vector<SolveGroup<T>>& groups, const SolveOptions& options);
+// The loss (B,) of the problems of `count` groups, from their status (count, B, kStatusFields).
+template <typename T>
+void combine_terms(int64_t count, int64_t batch, const double* status, T* loss);
 template <typename T>
 void envelope_backward(const std::vector<EnvelopeGroup<T>>& groups, double eps,
                        Objective objective);
@@ -302,7 +320,7 @@ template <typename T>
 void prepare_clouds(const Context& context, const std::vector<CloudGroup<T>>& clouds,
                     CostKind kind);
 template <typename T>
-void cost_matrices(const Context& context, const CostGroup<T>& group, CostKind kind);
+void cost_matrices(const Context& context, const std::vector<CostGroup<T>>& groups, CostKind kind);
 template <typename T>
 void cost_weights(const Context& context, const CostWeightGroup<T>& group, CostKind kind);
 template <typename T>
@@ -311,8 +329,8 @@ void plan_weights(const Context& context, const PlanWeightGroup<T>& group, CostK
 template <typename T>
 void cost_gradient(const Context& context, const CostGradientGroup<T>& group, CostKind kind);
 template <typename T>
-void combine_values(const Context& context, const std::vector<double>& coefficients,
-                    const T* values, int64_t batch, T* loss);
+void combine_terms(const Context& context, int64_t count, int64_t batch, const double* status,
+                   T* loss);
 template <typename T>
 void solve(const Context& context, const std::vector<SolveGroup<T>>& groups,
            const SolveOptions& options);

@@ -3,6 +3,7 @@
     python examples/train_otgan.py --preset tiny --out runs/otgan            # one CPU core
     python examples/train_otgan.py --preset mnist --device cuda --out runs/otgan-full
     python examples/train_otgan.py --preset cifar10 --device cuda --chunk 500 --out runs/cifar
+    torchrun --nproc_per_node 8 examples/train_otgan.py --preset cifar10 --out runs/cifar
 
 Two half-batches of real and two of generated images give L = 2 D²_MED, twice the minibatch energy
 distance of the paper, with the cosine cost between critic features and the plan held constant.
@@ -23,7 +24,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from common import chunks, generate, players, run
+from common import chunks, generate, players, ranks, run
 from common.data import Batches, to_float
 from common.models import Generator, initialise_from_data, otgan_critic, otgan_generator
 from torch import Tensor, nn
@@ -48,7 +49,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def optimal_matching(args: argparse.Namespace, features: Sequence[Tensor]) -> Tensor:
     """2 D²_MED: transport between each real and each generated half-batch, and within."""
-    return otloss.minibatch_energy_distance(*features, args.eps, cost="cosine")
+    losses = otloss.distributed if ranks.count() > 1 else otloss
+    return losses.minibatch_energy_distance(*features, args.eps, cost="cosine")
 
 
 def random_matching(args: argparse.Namespace, features: Sequence[Tensor]) -> Tensor:
@@ -77,12 +79,16 @@ class Game:
         self.players = players.Players(args, networks, players.adam(args.lr))
 
     def step(self, i: int, real: Tensor) -> Tensor:
-        """One update; the loss is returned as the generator sees it."""
+        """One update; the loss is returned as the generator sees it.
+
+        ``real`` is the whole batch, of which each process of several takes its share.
+        """
         name = "critic" if i % (self.args.n_gen + 1) == 0 else "generator"
         self.players.turn(name, i)
+        real, z = (ranks.share(t, 2) for t in (real, self.generator.draw(len(real))))
         size = self.args.chunk or len(real)
         reals = [self._features(part) for part in real.split(size)]
-        fakes = [self._generated(z) for z in self.generator.draw(len(real)).split(size)]
+        fakes = [self._generated(part) for part in z.split(size)]
         chunked = len(reals) > 1
         if name == "critic":
             parts = [*reals, *fakes]
@@ -139,6 +145,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
+    with ranks.started(args):
+        train(args)
+
+
+def train(args: argparse.Namespace) -> None:
+    if ranks.count() > 1 and args.match != "ot":
+        raise ValueError(f"--match is {args.match}, expected ot: others need the whole batch")
+    if ranks.count() > args.batch // 2:
+        raise ValueError(f"--batch is {args.batch}, expected two images for each process")
     images, device = run.begin_images(args)
     trained = images.limited(args.limit_train).train
     batches = Batches(len(trained), args.batch, args.seed)

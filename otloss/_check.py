@@ -83,13 +83,13 @@ def floating(name: str, value: Any) -> Tensor:
     return value
 
 
-def points(name: str, value: Any) -> Tensor:
-    """A cloud (n, d) or (B, n, d), not empty."""
+def points(name: str, value: Any, part: bool = False) -> Tensor:
+    """A cloud (n, d) or (B, n, d), not empty; or a part of one, which may have no points."""
     no_transforms()
     x = floating(name, value)
     if x.dim() not in (2, 3):
         raise ValueError(f"{name} must have shape (n, d) or (B, n, d), got {describe(x)}")
-    if 0 in x.shape:
+    if 0 in (x.shape[:-2] + x.shape[-1:] if part else x.shape):
         raise ValueError(f"{name} must not be empty, got {describe(x)}")
     return x
 
@@ -145,7 +145,20 @@ def readable(t: Tensor) -> bool:
     return t.is_cpu and not torch.compiler.is_compiling()
 
 
-def weights(name: str, value: Any, shape: tuple[int, ...], like_name: str, like: Tensor) -> None:
+def unread(t: Tensor) -> bool:
+    """Whether compiled code may raise when it runs. On a GPU that would be the context's end."""
+    return t.is_cpu and torch.compiler.is_compiling()
+
+
+def weights(
+    name: str,
+    value: Any,
+    shape: tuple[int, ...],
+    like_name: str,
+    like: Tensor,
+    part: bool = False,
+) -> None:
+    """One weight per point; of a part of a cloud all may be 0."""
     w = floating(name, value)
     if tuple(w.shape) != shape:
         raise ValueError(
@@ -153,27 +166,33 @@ def weights(name: str, value: Any, shape: tuple[int, ...], like_name: str, like:
             f"{describe(w)}"
         )
     same_device(like_name, like, name, w)
-    if not readable(w):
+    negative = f"{name} must be non-negative"
+    if unread(w):
+        torch._assert_async((w.detach() >= 0).all(), negative)
+    if not readable(w) or w.numel() == 0:
         return
     least, largest = (float(v) for v in w.detach().aminmax())
     if math.isnan(least) or least < 0:
-        raise ValueError(f"{name} must be non-negative, but its least value is {least}")
+        raise ValueError(f"{negative}, but its least value is {least}")
     if math.isinf(largest):
         raise ValueError(f"{name} must be finite, but its largest value is {largest}")
-    if not bool((w.detach().sum(-1) > 0).all()):
+    if not part and not bool((w.detach().sum(-1) > 0).all()):
         raise ValueError(f"{name} must have a positive total, but its weights are all 0")
 
 
 def same_mass(a: Tensor, b: Tensor, given: Sequence[Tensor | None]) -> None:
     """Balanced transport needs equal totals, to the rounding of the weights that were ``given``."""
-    if not readable(a):
+    if not a.is_cpu:
         return
     x, y = a.detach().sum(-1).double(), b.detach().sum(-1).double()
     tolerance = max([1e-4, *(2 * torch.finfo(w.dtype).eps for w in given if w is not None)])
-    if not bool(((x - y).abs() <= tolerance * x).all()):
+    equal = ((x - y).abs() <= tolerance * x).all()
+    demand = "a and b must have the same total mass for balanced transport"
+    if unread(a):
+        torch._assert_async(equal, demand)
+    elif not bool(equal):
         raise ValueError(
-            "a and b must have the same total mass for balanced transport, got "
-            f"{_numbers(x)} and {_numbers(y)}; normalise them or give unbalanced="
+            f"{demand}, got {_numbers(x)} and {_numbers(y)}; normalise them or give unbalanced="
         )
 
 
@@ -207,9 +226,13 @@ def finite_gradient(grad: Tensor) -> None:
         )
 
 
-def resolution(eps: float, max_cost: float, dtype: torch.dtype) -> None:
+def resolution(eps: float, max_cost: float | Tensor, dtype: torch.dtype) -> None:
     """Below this eps, (f + g - C) / eps has no correct digit in the dtype."""
     unit = 4 * torch.finfo(dtype).eps
+    if isinstance(max_cost, Tensor):  # compiled code has not read it
+        below = f"eps is below what {dtype} can resolve against the costs"
+        torch._assert_async(~(unit * max_cost > eps), below)
+        return
     if eps < unit * max_cost:
         raise ValueError(
             f"eps={eps:g} is below what {dtype} can resolve against costs up to {max_cost:g} "
@@ -219,15 +242,27 @@ def resolution(eps: float, max_cost: float, dtype: torch.dtype) -> None:
         )
 
 
-def not_converged(options: Any, iterations: int, error: float, max_cost: float) -> None:
+def not_converged(
+    options: Any, iterations: int, error: float, max_cost: float, dtype: torch.dtype
+) -> None:
     """Warns, at the line outside otloss that made the call."""
-    warnings.warn(
+    message = (
         f"Sinkhorn stopped after {iterations} iterations at a marginal error of {error:.2e}, above "
-        f"tol={options.tol:g}. Raise max_iters (now {options.max_iters}), eps (now "
-        f"{options.eps:g}; the largest cost is {max_cost:.3g}) or tol.",
-        ConvergenceWarning,
-        stacklevel=_depth_of_caller(),
+        f"tol={options.tol:g}. "
     )
+    if iterations < options.max_iters:  # potentials are of the size of the costs
+        least = options.eps * error / options.tol
+        message += (
+            f"{dtype} resolves no smaller one here, against costs up to {max_cost:.3g}: use "
+            f"{'' if dtype == torch.float64 else 'float64, '}an eps of about {least:.2g} or more "
+            f"(now {options.eps:g}), or a larger tol."
+        )
+    else:
+        message += (
+            f"Raise max_iters (now {options.max_iters}), eps (now {options.eps:g}; the largest "
+            f"cost is {max_cost:.3g}) or tol."
+        )
+    warnings.warn(message, ConvergenceWarning, stacklevel=_depth_of_caller())
 
 
 def _depth_of_caller() -> int:

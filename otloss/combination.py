@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,21 +12,13 @@ from otloss import _check
 from otloss._options import Options
 from otloss.costs import full_precision
 from otloss.method import streams
-from otloss.problem import Problem, build_costs, check_clouds, seen_costs
+from otloss.problem import Problem, build_costs, check_clouds, see_empty_bins
 from otloss.reference.operations import as_pairs
 from otloss.result import Solved
 from otloss.solve import report, run
+from otloss.totals import Combination, at_unit_totals, mass_term
 
 __all__ = ["Combination", "Memory", "combine"]
-
-
-class Combination(NamedTuple):
-    """A loss: the sum of coefficient * OT over pairs of clouds, flat ``[i0, j0, i1, j1, ...]``."""
-
-    pairs: list[int]
-    coefficients: list[float]
-    # of eps (sum a - sum b)^2, added where the regularized problems are unbalanced
-    mass_term: float = 0.0
 
 
 @dataclass
@@ -67,33 +58,33 @@ def combine(
 ) -> Tensor:
     """The sum over pairs of coefficient * OT(pair): the common form of all losses here."""
     problem = check_clouds(clouds, weights, balanced=options.balanced())
-    pairs, coefficients, mass_term = combination
+    pairs, keeps = combination.pairs, memory is not None
     dense = not streams(problem.points, problem.weights, pairs, options)
     named = isinstance(options.cost, str)
     costs = None if named else build_costs(problem, pairs, options.cost, options.method)
-    if not named and problem.has_empty_bins():
-        problem.seen = seen_costs(problem, pairs, options.cost, options.method)
+    problem = see_empty_bins(problem, pairs, options.cost, options.method)
     init: Sequence[Tensor] = [] if memory is None else memory.start(problem, pairs)
-    keeps = memory is not None
+    problem, totals = at_unit_totals(problem, options)
+    if totals:
+        init = totals.start(init, pairs)
     if costs is None or _self_problems_are_symmetric(costs, pairs, options):
+        coefficients = combination.coefficients
         solved = run(
-            problem, costs, pairs, coefficients, options, init, potentials=keeps, dense=dense
-        )
+            problem, costs, pairs, coefficients, options, init,
+            potentials=keeps, dense=dense, combined=totals is None,
+        )  # fmt: skip
     else:
-        solved = _solve_apart(problem, costs, combination, options, init, potentials=keeps)
+        solved = _solve_apart(
+            problem, costs, combination, options, init, potentials=keeps, combined=totals is None
+        )
+    if totals:
+        solved = totals.back(solved, combination, batched=problem.batched)
     report(problem, costs or (), options, solved)
     if memory is not None:
         memory.keep(solved)
-    loss = solved.loss
-    if mass_term and options.objective == "regularized" and not options.balanced():
-        # `where` gives padding a zero gradient.
-        a, b = (
-            torch.where(there, w, 0.0).sum(-1)
-            for w, there in zip(problem.weights, problem.present(), strict=True)
-        )
-        term = mass_term * options.eps * (a - b).square()
-        loss = loss + (term if problem.batched else term[0])
-    return loss
+    if combination.debiased and not totals:
+        return solved.loss + mass_term(problem, options)
+    return solved.loss
 
 
 def _self_problems_are_symmetric(
@@ -131,31 +122,37 @@ def _solve_apart(
     init: Sequence[Tensor],
     *,
     potentials: bool,
+    combined: bool,
 ) -> Solved:
     """Every pair on its own, a cloud against itself as two clouds: for costs c(x, y) != c(y, x)."""
     parts = []
     for p, (i, j) in enumerate(as_pairs(combination.pairs)):
         # The second is a view, since a traced autograd.Function takes no tensor twice.
         a, b = problem.weights[i], problem.weights[j]
-        of_pair, weights = options, [a, b.view_as(b)]
+        of_pair, weights, present = options, [a, b.view_as(b)], problem.present
         if i == j:
             # Cloud 0 of a solve is held by rho_x, every other by rho_y: the pair are clouds 1, 2.
             weights = [problem.weights[1 - i], *weights]
+            present = tuple(present[c] for c in (1 - i, i, i) if present)
             if i == 0:
                 of_pair = options._replace(rho_x=options.rho_y, rho_y=options.rho_x)
         parts.append(
             run(
-                replace(problem, weights=tuple(weights), seen=problem.seen[p : p + 1]),
+                replace(
+                    problem, weights=tuple(weights), present=present, seen=problem.seen[p : p + 1]
+                ),
                 [costs[p]],
                 [1, 2] if i == j else [0, 1],
                 [combination.coefficients[p]],
                 of_pair,
                 init[2 * p : 2 * p + 2],
                 potentials=potentials,
+                combined=combined,
             )
         )
+    losses = [part.loss for part in parts]
     return Solved(
-        torch.stack([part.loss for part in parts]).sum(0),
+        torch.stack(losses).sum(0) if combined else torch.cat(losses),
         torch.cat([part.status for part in parts]),
         tuple(f for part in parts for f in part.f),
         tuple(g for part in parts for g in part.g),

@@ -12,7 +12,14 @@ from otloss._options import LossOptions, Unbalanced, check_options
 from otloss.combination import Combination, combine
 from otloss.costs import COSTS, NAMED, Cost
 from otloss.method import exceeds_budget, in_blocks
-from otloss.problem import Problem, build_costs, check_clouds, seen_costs, with_empty_bins
+from otloss.problem import (
+    Problem,
+    build_costs,
+    check_clouds,
+    see_empty_bins,
+    seen_costs,
+    with_empty_bins,
+)
 from otloss.reference.operations import as_pairs
 
 __all__ = [
@@ -24,7 +31,7 @@ __all__ = [
 
 
 LOSS = Combination([0, 1], [1.0])
-DEBIASED = Combination([0, 1, 0, 0, 1, 1], [1.0, -0.5, -0.5], mass_term=0.5)
+DEBIASED = Combination([0, 1, 0, 0, 1, 1], [1.0, -0.5, -0.5], debiased=True)
 MINIBATCH = Combination([0, 2, 0, 3, 1, 2, 1, 3, 0, 1, 2, 3], [1.0, 1.0, 1.0, 1.0, -2.0, -2.0])
 # Where minibatch_energy_distance differs from the other losses.
 MINIBATCH_DEFAULTS = LossOptions(cost="cosine", objective="transport", backward="envelope")
@@ -259,6 +266,7 @@ def energy_distance(
     """
     cost, method = _options.check_cost(cost), _options.choice("method", method, _options.METHODS)
     problem = check_clouds({"x": x, "y": y}, {"a": a, "b": b})
+    problem = see_empty_bins(problem, DEBIASED.pairs, cost, method)
     pairs = as_pairs(DEBIASED.pairs)
     if _streams_rows(problem, cost, method):
         terms = [_mean_cost_in_blocks(problem, i, j, str(cost)) for i, j in pairs]
@@ -292,7 +300,8 @@ def _mean_cost_in_blocks(problem: Problem, i: int, j: int, cost: str) -> Tensor:
 
     def of_block(rows: slice) -> tuple[Tensor, ...]:
         a = problem.weights[i][:, rows].contiguous()
-        block = replace(problem, points=(x[..., rows, :], y), weights=(a, b))
+        present = (problem.present[i][:, rows], problem.present[j]) if problem.present else ()
+        block = replace(problem, points=(x[..., rows, :], y), weights=(a, b), present=present)
         (C,) = _costs_of_means(block, [0, 1], cost, "streamed")
         if i == j:  # a cost to itself is exactly 0, which a kernel that sees two clouds cannot know
             own = NAMED[COSTS[cost]].is_zero_to_itself(x)[..., rows].unsqueeze(-1)
@@ -308,8 +317,8 @@ def _costs_of_means(problem: Problem, pairs: list[int], cost: Cost, method: str)
     if not problem.padded:
         return list(costs)
     sides = [(problem.weights[i].detach(), problem.weights[j].detach()) for i, j in as_pairs(pairs)]
-    if problem.has_empty_bins():
-        seen = seen_costs(problem, pairs, cost, method)
+    if problem.present:
+        seen = problem.seen or seen_costs(problem, pairs, cost, method)
         return [
             with_empty_bins(C, S, a, b) for C, S, (a, b) in zip(costs, seen, sides, strict=True)
         ]

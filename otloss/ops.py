@@ -6,7 +6,7 @@ against itself. All tensors carry a batch dimension.
 
     cost               clouds                                 -> C (B, n, m) per pair
     cost_backward      gradients of costs                     -> gradients of the wanted clouds
-    solve              problems                               -> loss (B,), status (P, B, 4), f and
+    solve              problems                               -> loss (B,), status (P, B, 5), f and
                        g per pair, their traces if asked, costs if they were made and stored
     envelope_backward  gradient of the loss, at fixed f and g -> gradients
     unrolled_backward  gradients of the loss, f, g; traces    -> gradients
@@ -57,7 +57,7 @@ __all__ = [
 ]
 
 # Fields of one row of ``status``; csrc/kernels.h lists the same.
-ITERATIONS, ERROR, CONVERGED, MAX_COST = range(4)
+ITERATIONS, ERROR, CONVERGED, MAX_COST, TERM = range(5)
 
 # csrc/bindings reads arguments in the order of these.
 _CLOUDS = "Tensor[] points, Tensor[] weights, int[] pairs, int kind"
@@ -194,14 +194,22 @@ def _(*arguments: Any) -> tuple[Any, ...]:
     problem, (_, _, _, n_iters, trace, dense) = read(arguments)
     sides = [(problem.weights[i], problem.weights[j]) for i, j in as_pairs(problem.pairs)]
     loss = problem.weights[0].new_empty(problem.weights[0].shape[0])
-    status = loss.new_empty(len(sides), *loss.shape, 4, dtype=torch.float64)
+    status = loss.new_empty(len(sides), *loss.shape, 5, dtype=torch.float64)
     f, g = [torch.empty_like(a) for a, _ in sides], [torch.empty_like(b) for _, b in sides]
     traces, made = list[Tensor](), list[Tensor]()
     if trace:
         traces = [loss.new_empty(*loss.shape, n_iters, a.shape[1] + b.shape[1]) for a, b in sides]
     if dense and not problem.costs:
-        made = [loss.new_empty(*loss.shape, a.shape[1], b.shape[1]) for a, b in sides]
+        made = [_empty_rows(loss, a.shape[1], b.shape[1]) for a, b in sides]
     return loss, status, f, g, traces, made
+
+
+def _empty_rows(loss: Tensor, n: int, m: int) -> Tensor:
+    """(B, n, m) as the kernels make it: on a CPU rows start on cache lines."""
+    if not NATIVE or loss.device.type != "cpu":
+        return loss.new_empty(*loss.shape, n, m)
+    line = 64 // loss.element_size()
+    return loss.new_empty(*loss.shape, n, -(-m // line) * line)[..., :m]
 
 
 def _gradients(
@@ -232,5 +240,5 @@ def _(grad_loss: Tensor, _f: Any, _g: Any, *arguments: Any) -> tuple[list[Tensor
 def _(grad_loss: Tensor, _f: Any, _g: Any, *arguments: Any) -> tuple[Any, ...]:
     problem, (_, _, *wanted) = read(arguments)
     problems = len(problem.coefficients)
-    status = grad_loss.new_empty(problems, *grad_loss.shape, 2, dtype=torch.float64)
+    status = grad_loss.new_empty(problems, grad_loss.shape[-1], 2, dtype=torch.float64)
     return *_gradients(problem, *wanted), status

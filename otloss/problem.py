@@ -20,6 +20,7 @@ __all__ = [
     "check_clouds",
     "cost_matrix",
     "hide_padding",
+    "see_empty_bins",
     "seen_costs",
     "with_empty_bins",
 ]
@@ -34,7 +35,9 @@ class Problem:
     weights: tuple[Tensor, ...]  # (B, n) each, in the dtype of the computation
     padded: bool  # some weight may be 0
     batched: bool
-    # of each pair C (B, n, m) as it was given, before padding is hidden, for ``has_empty_bins``
+    # Where weights of 0 may want a gradient, else empty: what is no padding, (B, n) of each cloud,
+    # and C (B, n, m) of each pair with the costs of empty bins, if costs are given.
+    present: tuple[Tensor, ...] = ()
     seen: tuple[Tensor, ...] = ()
 
     def has_empty_bins(self) -> bool:
@@ -46,26 +49,31 @@ class Problem:
             return False
         return any(w.requires_grad and not _all_positive(w) for w in self.weights)
 
-    def present(self) -> list[Tensor]:
-        """Of each cloud what is no padding, (B, n)."""
-        return [
-            (w > 0) | x.isfinite().all(-1) for x, w in zip(self.points, self.weights, strict=True)
-        ]
+    def counted_weights(self) -> list[Tensor]:
+        """The weights; those of padding are 0 and get gradient 0, in sums too."""
+        present = self.present or [w > 0 for w in self.weights]
+        return [torch.where(p, w, 0.0) for p, w in zip(present, self.weights, strict=True)]
 
 
 def as_weights(w: Tensor | None, like: Tensor, n: int, dtype: torch.dtype) -> Tensor:
     """(B, n) weights, uniform if none were given."""
     if w is None:
         batch = like.shape[0] if like.dim() == 3 else 1
-        return torch.full((batch, n), 1.0 / n, dtype=dtype, device=like.device)
-    return w.to(dtype).reshape(-1, n).contiguous()
+        return torch.full((batch, n), 1.0 / max(n, 1), dtype=dtype, device=like.device)
+    w = w if w.dim() == 2 else w.unsqueeze(0)
+    return w.to(dtype).contiguous()
 
 
 def check_clouds(
-    clouds: dict[str, Any], weights: dict[str, Any] | None = None, *, balanced: bool = True
+    clouds: dict[str, Any],
+    weights: dict[str, Any] | None = None,
+    *,
+    balanced: bool = True,
+    parts: bool = False,
 ) -> Problem:
-    """Checks clouds by name against the first, and the weights of the first two."""
-    names, points = tuple(clouds), [_check.points(k, v) for k, v in clouds.items()]
+    """Checks clouds by name against the first, and the weights of the first two; ``parts``: they
+    are parts of clouds, which may have no points, or none that counts."""
+    names, points = tuple(clouds), [_check.points(k, v, parts) for k, v in clouds.items()]
     first = points[0]
     for name, x in zip(names[1:], points[1:], strict=True):
         _check.same_space(names[0], first, name, x)
@@ -74,7 +82,7 @@ def check_clouds(
     if given:
         for (name, w), cloud, x in zip(named.items(), names, points, strict=True):
             if w is not None:
-                _check.weights(name, w, tuple(x.shape[:-1]), cloud, x)
+                _check.weights(name, w, tuple(x.shape[:-1]), cloud, x, parts)
     dtype = _check.compute_dtype(*points, *given)
     ready = [
         as_weights(w, x, x.shape[-2], dtype) for w, x in zip(named.values(), points, strict=True)
@@ -101,15 +109,45 @@ def build_costs(problem: Problem, pairs: list[int], cost: Cost, method: str) -> 
     )
 
 
+def see_empty_bins(
+    problem: Problem, pairs: list[int], cost: Cost, method: str, C: Tensor | None = None
+) -> Problem:
+    """The problem with what is there at weight 0, where that may matter; ``C`` is given or none."""
+    if not problem.has_empty_bins():
+        return problem
+    if C is None:
+        # Four times the square of a norm is no less than a cost to points that are not larger.
+        points = [
+            x.detach().to(w.dtype) for x, w in zip(problem.points, problem.weights, strict=True)
+        ]
+        finite = [(4 * x.square().sum(-1)).isfinite() for x in points]
+        problem = replace(problem, present=_present(problem, finite))
+        if isinstance(cost, str):
+            return problem
+        seen = seen_costs(problem, pairs, cost, method)
+    else:
+        seen = (C.detach(),)
+    finite = [torch.ones_like(w, dtype=torch.bool) for w in problem.weights]
+    for S, (i, j) in zip(seen, as_pairs(pairs), strict=True):
+        each, (a, b) = S.isfinite(), (problem.weights[i], problem.weights[j])
+        finite[i] = finite[i] & (each | (b.unsqueeze(-2) == 0)).all(-1)
+        finite[j] = finite[j] & (each | (a.unsqueeze(-1) == 0)).all(-2)
+    return replace(problem, present=_present(problem, finite), seen=seen)
+
+
+def _present(problem: Problem, finite: list[Tensor]) -> tuple[Tensor, ...]:
+    return tuple((w > 0) | f for w, f in zip(problem.weights, finite, strict=True))
+
+
 @torch.no_grad()
 def seen_costs(problem: Problem, pairs: list[int], cost: Cost, method: str) -> tuple[Tensor, ...]:
     """C (B, n, m) of each pair with the rows and columns of empty bins, NaN for padding.
 
     They have no derivative: that of a cost function may not be finite there.
     """
-    present = problem.present()
+    present = problem.present
     if isinstance(cost, str):
-        # Padding that is finite moves the clouds' centre, so that on a CPU float64 is needed.
+        # Empty bins that are far away move the clouds' centre, so that on a CPU float64 is needed.
         points = tuple(x.double() if x.is_cpu else x for x in problem.points)
         weights = tuple(
             there.to(torch.float64 if w.is_cpu else w.dtype)
@@ -186,7 +224,7 @@ def _call_cost(cost: Any, x: Tensor, y: Tensor) -> Tensor:
             f"cost must return a tensor of shape {expected} for clouds of shapes "
             f"{tuple(x.shape)} and {tuple(y.shape)}, got {_check.describe(C)}"
         )
-    return C.to(x.dtype).reshape(-1, *C.shape[-2:])
+    return (C if C.dim() == 3 else C.unsqueeze(0)).to(x.dtype)
 
 
 def cost_matrix(x: Tensor, y: Tensor, cost: Cost = "sqeuclidean") -> Tensor:

@@ -24,10 +24,10 @@ __all__ = ["OTResult", "Solved"]
 @dataclass
 class Solved:
     loss: Tensor  # () or (B,)
-    status: Tensor  # (P, B, 4)
+    status: Tensor  # (P, B, 5)
     f: tuple[Tensor, ...]  # (B, n) per pair, if they were asked for
     g: tuple[Tensor, ...]  # (B, m) per pair
-    settings: Settings
+    settings: Settings | None = None
 
 
 class OTResult:
@@ -118,10 +118,13 @@ class OTResult:
     @property
     def _extended(self) -> tuple[Tensor, Tensor] | None:
         """The potentials with those of empty bins, if their weights are differentiated."""
-        places = self._settings.places
-        if places is not None and self._kept_extended is None:
-            weights = self._problem.weights
-            self._kept_extended = extended(self._settings, places, weights, self._f, self._g)
+        settings, problem = self._settings, self._problem
+        if settings is None or settings.places is None:
+            return None
+        if self._kept_extended is None:
+            self._kept_extended = extended(
+                settings, settings.places, problem.weights, self._f, self._g
+            )
         return self._kept_extended
 
     @property
@@ -175,7 +178,7 @@ class OTResult:
     def _status_field(self, field: int) -> Tensor:
         if not self._reported and not torch.compiler.is_compiling():
             self._reported = True  # the first reading of what the solve left on its device
-            warn_not_converged(self._options, rows_of(self._status[None]))
+            warn_not_converged(self._options, rows_of(self._status[None]), self._a.dtype)
         return self._status[:, field]
 
     @property
@@ -245,8 +248,8 @@ class OTResult:
 
     @property
     def converged(self) -> Any:
-        """Whether the solver stopped because the marginal error was at most ``tol``: a bool, or
-        (B,).
+        """Whether the marginal error of the plan, the rounding of its potentials included, is at
+        most ``tol``: a bool, or (B,).
 
         On CUDA the first reading of this or ``n_iters`` gives the :class:`ConvergenceWarning`.
         """
@@ -305,7 +308,7 @@ class OTResult:
         With ``unbalanced`` the mean over the mass transported, ``P y / P 1``.
         """
         y = self._need_points("barycentric_map")[1]
-        there = self._out(self._problem.present()[1]).unsqueeze(-1)
+        there = self._out(self._b > 0).unsqueeze(-1) | y.isfinite().all(-1, keepdim=True)
         image = self.apply(torch.where(there, y, 0.0))
         mass = self._a if self._options.balanced() else self._sums()[0]
         mass = self._out(mass).unsqueeze(-1)
@@ -348,7 +351,9 @@ class OTResult:
 def _rows(problem: Problem, rows: slice) -> Problem:
     """The problem of some points of x and all of y."""
     (x, y), (a, b) = problem.points, problem.weights
-    return replace(problem, points=(x[..., rows, :], y), weights=(a[:, rows].contiguous(), b))
+    weights = (a[:, rows].contiguous(), b)
+    present = tuple(p[:, r] for p, r in zip(problem.present, (rows, slice(None)), strict=False))
+    return replace(problem, points=(x[..., rows, :], y), weights=weights, present=present)
 
 
 def _versions(problem: Problem, cost: Tensor | None) -> list[tuple[str, Tensor, int]]:

@@ -14,7 +14,7 @@ from otloss import _check, ops, status
 from otloss._options import Options, Unbalanced, check_options
 from otloss.autograd import Places, Settings, Solve, evaluate
 from otloss.autograd.settings import batched
-from otloss.costs import Cost
+from otloss.costs import Cost, subtracted
 from otloss.method import streams
 from otloss.problem import (
     Problem,
@@ -22,9 +22,10 @@ from otloss.problem import (
     build_costs,
     check_clouds,
     hide_padding,
-    seen_costs,
+    see_empty_bins,
 )
 from otloss.result import OTResult, Solved
+from otloss.totals import Combination, at_unit_totals
 
 __all__ = ["report", "run", "solve", "solve_sample"]
 
@@ -39,9 +40,11 @@ def run(
     *,
     potentials: bool = False,
     dense: bool = True,
+    combined: bool = True,
     system: list[Tensor] | None = None,
 ) -> Solved:
-    """Solves all pairs and returns the weighted sum of their values.
+    """Solves all pairs and returns the weighted sum of their values, or not ``combined`` its terms:
+    as ``loss`` () or (B,), or (P, B) in float64.
 
     ``costs``: given matrices, or None to compute costs from the points; ``dense`` says whether they
     are stored.
@@ -53,15 +56,17 @@ def run(
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     backward = options.gradient()
     places = None
-    if problem.has_empty_bins():
+    if problem.present:
         places = Places(
             list(problem.seen),
             [batched(x.detach()) for x in points],
             [v.contiguous() for v in init],
+            list(problem.present),
         )
     settings = Settings(
         pairs=pairs,
         coefficients=coefficients,
+        combined=combined,
         options=options,
         backward=backward,
         potentials=potentials,
@@ -90,9 +95,13 @@ def report(problem: Problem, costs: Sequence[Tensor], options: Options, solved: 
     Where data is not read, the status is kept for :func:`otloss.last_status` only.
     """
     status.record(solved.status)
+    dtype, least = problem.weights[0].dtype, subtracted(options.cost)
+    if _check.unread(solved.status):
+        costs_up_to = solved.status[..., ops.MAX_COST].amax().clamp(min=least)
+        _check.resolution(options.eps, costs_up_to, dtype)
     if not _check.readable(solved.status):
         return
-    rows, dtype = status.rows_of(solved.status), problem.weights[0].dtype
+    rows = status.rows_of(solved.status)
     largest = status.max_cost(rows)
     if not math.isfinite(largest):
         for name, x in zip(problem.names, problem.points, strict=False):
@@ -100,11 +109,11 @@ def report(problem: Problem, costs: Sequence[Tensor], options: Options, solved: 
         for C in costs:
             _check.finite("C" if not problem.points else "the cost matrix", C)
         raise ValueError(f"costs overflow {dtype}: scale the data down")
-    _check.resolution(options.eps, largest, dtype)
+    _check.resolution(options.eps, max(largest, least), dtype)
     values = solved.loss.tolist()
     if not all(map(math.isfinite, values if problem.batched else [values])):
         raise ValueError(f"sums of costs up to {largest:.3g} overflow {dtype}: scale the data down")
-    status.warn_not_converged(options, rows)
+    status.warn_not_converged(options, rows, dtype)
 
 
 # ---------------------------------------------------------------------------------- public calls
@@ -190,8 +199,7 @@ def solve(
         _check.same_mass(*weights, (a, b))
     problem = Problem((), (), weights, padded, C.dim() == 3)
     C = C.to(dtype).reshape(-1, n, m)
-    if problem.has_empty_bins():
-        problem.seen = (C.detach(),)
+    problem = see_empty_bins(problem, [0, 1], options.cost, options.method, C)
     costs = (hide_padding(problem, C, *weights),)
     return _solve_one(problem, costs, options, init)
 
@@ -240,8 +248,7 @@ def solve_sample(
     dense = not streams(problem.points, problem.weights, [0, 1], options)
     named = isinstance(options.cost, str)
     costs = None if named else build_costs(problem, [0, 1], options.cost, options.method)
-    if not named and problem.has_empty_bins():
-        problem.seen = seen_costs(problem, [0, 1], options.cost, options.method)
+    problem = see_empty_bins(problem, [0, 1], options.cost, options.method)
     return _solve_one(problem, costs, options, init, dense=dense)
 
 
@@ -253,18 +260,25 @@ def _solve_one(
     *,
     dense: bool = True,
 ) -> OTResult:
+    one = Combination([0, 1], [1.0])
     if not torch.is_grad_enabled():  # what the result makes later must not start a graph either
         problem = replace(
             problem,
             points=tuple(x.detach() for x in problem.points),
             weights=tuple(w.detach() for w in problem.weights),
         )
-    start = _initial_potentials(init, problem)
+    start: Sequence[Tensor] = _initial_potentials(init, problem)
+    unit, totals = at_unit_totals(problem, options)
+    if totals:
+        start = totals.start(start, one.pairs)
     # A traced graph cannot change a list from its backward pass.
     system: list[Tensor] | None = None if torch.compiler.is_compiling() else []
     solved = run(
-        problem, costs, [0, 1], [1.0], options, start, potentials=True, dense=dense, system=system
-    )
+        unit, costs, one.pairs, one.coefficients, options, start,
+        potentials=True, dense=dense, combined=totals is None, system=system,
+    )  # fmt: skip
+    if totals:
+        solved = totals.back(solved, one, batched=problem.batched)
     report(problem, costs or (), options, solved)
     return OTResult(problem, costs[0] if costs else None, options, solved, system, dense=dense)
 

@@ -23,7 +23,7 @@ class Status(NamedTuple):
 
 
 class _Last:
-    status: Tensor | None = None  # (P, B, 4) as in otloss.ops
+    status: Tensor | None = None  # (P, B, 5) as in otloss.ops
 
 
 _last = _Last()
@@ -42,7 +42,7 @@ def last_status() -> Status:
 
     On CUDA, and after a compiled call, no :class:`otloss.ConvergenceWarning` is given, since that
     would wait for the device. This function reads the status, and waits, when it is called.
-    ``energy_distance``, which solves nothing, and ``otloss.distributed`` do not change it.
+    ``energy_distance``, which solves nothing, does not change it.
 
     Raises:
         RuntimeError: nothing has been solved yet.
@@ -53,7 +53,7 @@ def last_status() -> Status:
 
 
 def rows_of(status: Tensor) -> list[list[float]]:
-    """The fields of every problem's status, from (P, B, 4). Waits for its device."""
+    """The fields of every problem's status, from (P, B, 5). Waits for its device."""
     return [row for rows in status.tolist() for row in rows]
 
 
@@ -67,11 +67,11 @@ def max_cost(rows: list[list[float]]) -> float:
     return max([_or_infinite(row[ops.MAX_COST]) for row in rows])
 
 
-def warn_not_converged(options: Options, rows: list[list[float]]) -> None:
+def warn_not_converged(options: Options, rows: list[list[float]], dtype: torch.dtype) -> None:
     """Warns if a solve that was to converge did not."""
     if options.n_iters < 0 and not all(row[ops.CONVERGED] for row in rows):
         found = worst(rows)
-        _check.not_converged(options, found.n_iters, found.marginal_error, max_cost(rows))
+        _check.not_converged(options, found.n_iters, found.marginal_error, max_cost(rows), dtype)
 
 
 def _or_infinite(value: float) -> float:

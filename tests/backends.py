@@ -12,8 +12,6 @@ import fcntl
 import functools
 import hashlib
 import importlib.util
-import os
-import re
 import shutil
 import subprocess
 import sysconfig
@@ -47,39 +45,32 @@ MACROS = {
 }
 
 
-def digest(*parts: object) -> str:
-    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+def load(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def read(source: Path) -> dict[Path, str]:
-    """A source and the files of this repository that it includes, with their contents."""
-    contents: dict[Path, str] = {}
-    left = [source]
-    while left:
-        path = left.pop()
-        if path not in contents:
-            contents[path] = path.read_text()
-            names = re.findall(r'^#include "(.*)"', contents[path], re.MULTILINE)
-            places = [[folder / name for folder in (path.parent, *INCLUDED)] for name in names]
-            left += [next(filter(Path.is_file, place), path) for place in places]
-    return dict(sorted(contents.items()))
-
-
-def compiled(folder: Path, source: Path, macros: dict[str, str]) -> Path:
-    """The object of a source, named after all that it is made from."""
+def compiled(build: ModuleType, source: Path, macros: dict[str, str]) -> Path:
+    """The object of a source, from the build's cache if it is there."""
     import pybind11
     from torch.utils.cpp_extension import include_paths
 
-    contents = read(source)
-    text = "".join(contents.values())
     system = [pybind11.get_include(), *include_paths(), sysconfig.get_path("include")]
-    command = ["g++", *FLAGS, *(f"-D{k}={v}" for k, v in macros.items() if k in text)]
-    command += [f"-I{path}" for path in INCLUDED] + [f"-isystem{path}" for path in system]
-    target = folder / f"{digest(command, torch.__version__, *contents.items())}.o"
+    command = ["g++", *FLAGS, *(f"-I{path}" for path in INCLUDED)]
+    command += [f"-isystem{path}" for path in system]
+    command += ["-x", "c++", "-c", str(source)]
+    job = build.Compilation(source, command, torch.__version__)
+    text = "".join(path.read_text() for path in job.files())
+    given = [f"-D{k}={v}" for k, v in macros.items() if k in text]
+    job = job._replace(command=[*command, *given])
+    target: Path = job.object()
     if not target.exists():
         unfinished = target.with_suffix(".part")
-        language = ["-x", "c++", "-c", str(source), "-o", str(unfinished)]
-        subprocess.run([*command, *language], check=True)
+        subprocess.run([*job.command, "-o", str(unfinished)], check=True)
         unfinished.replace(target)
     return target
 
@@ -102,28 +93,25 @@ def _loaded(**macros: str) -> ModuleType | subprocess.CalledProcessError:
 
 def _load(**macros: str) -> ModuleType:
     """Of several workers that need it, one compiles."""
-    cache = os.environ.get("OTLOSS_CACHE") or Path.home() / ".cache/otloss"
-    folder = Path(cache).expanduser() / "emulated"
+    build = load("otloss_setup", ROOT / "setup.py")
+    folder = build.cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     # pybind11 takes two modules of one name for the same one.
-    macros = {**MACROS, **macros, "OTLOSS_MODULE": f"emulated_{digest(macros)}"}
-    with (folder / "lock").open("w") as lock:
+    name = "_".join(["emulated", *(f"{k}_{v}" for k, v in sorted(macros.items()))])
+    macros = {**MACROS, **macros, "OTLOSS_MODULE": name}
+    with (folder / "emulated.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with ThreadPoolExecutor(2) as pool:
-            objects = list(pool.map(lambda source: compiled(folder, source, macros), SOURCES))
-        library = folder / f"{digest(*objects)}.so"
+            objects = list(pool.map(lambda source: compiled(build, source, macros), SOURCES))
+        names = hashlib.sha256(repr(objects).encode()).hexdigest()
+        library = folder / f"{name}-{names[:16]}.o.so"  # *.o*: removed when it is old
         if not library.exists():
             unfinished = library.with_suffix(".part")
             torch_libraries = f"-L{Path(torch.__file__).parent / 'lib'}"
             link = ["g++", "-shared", *map(str, objects), torch_libraries, "-ltorch_cpu"]
             subprocess.run([*link, "-o", str(unfinished)], check=True)
             unfinished.replace(library)
-    spec = importlib.util.spec_from_file_location(macros["OTLOSS_MODULE"], library)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(name, library)
 
 
 @contextmanager

@@ -6,11 +6,12 @@
     pytest tests/test_parity.py -m ""       one file, its slow tests too
 
 Tests are by property: parity (values and gradients against oracle.py, a brute force in float64),
-gradients (finite differences), gradient_modes (unrolled, implicit, second order), properties
-(hypothesis), limits (closed forms), batching, dtypes, results, errors, streamed (no matrices),
-newton, distributed, compile, kernels (the registered operations). They run over the backends of
-backends.py: plain torch, the CPU kernels, the CUDA kernels emulated on the host, a GPU. emulated
-and cuda hold what only a GPU has; examples, benchmarks and docs what is around the library.
+gradients (finite differences, every mode, second order), properties (hypothesis), limits (closed
+forms), batching, dtypes, results, errors, interruption, streamed (no matrices), newton,
+distributed, compile, kernels (the registered operations), regimes (the operations wherever costs
+are kept). They run over the backends of backends.py: plain torch, the CPU kernels, the CUDA kernels
+emulated on the host, a GPU. cuda holds what only a real GPU shows; examples, benchmarks and docs
+what is around the library. docs/testing.md says what is promised and which test watches it.
 
 Every run draws new random inputs; a failure prints the seed that repeats it.
 """

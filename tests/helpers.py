@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from backends import EMULATED
 from torch import Tensor
 
+import otloss
 from otloss import costs, ops
 
 COSTS = tuple(costs.COSTS)
@@ -53,24 +54,48 @@ class Clouds:
     b: Tensor | None
 
     def inputs(self) -> list[Tensor]:
-        return [t for t in (self.x, self.y, self.a, self.b) if t is not None]
+        return [t for t in vars(self).values() if t is not None]
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Uniform ones too, as tensors without a gradient."""
+        uniform = (torch.full_like(t[..., 0], 1 / t.shape[-2]).detach() for t in (self.x, self.y))
+        a, b = (u if w is None else w for u, w in zip(uniform, (self.a, self.b), strict=True))
+        return a, b
 
     def require_grad(self) -> Clouds:
         for t in self.inputs():
             t.requires_grad_()
         return self
 
+    def each(self, function: Callable[[Tensor], Tensor]) -> Clouds:
+        return Clouds(*[None if t is None else function(t) for t in vars(self).values()])
+
     def double(self) -> Clouds:
         """The same numbers for the oracle: new float64 leaves."""
-        copies = [None if t is None else t.detach().cpu().double() for t in vars(self).values()]
-        return Clouds(*[None if t is None else t.clone() for t in copies])
+        return self.each(lambda t: t.detach().cpu().double().clone())
 
-    def to(self, device: str) -> Clouds:
-        return Clouds(*[None if t is None else t.to(device) for t in vars(self).values()])
+    def to(self, where: str | torch.dtype) -> Clouds:
+        return self.each(lambda t: t.to(where))
 
     def item(self, index: int) -> Clouds:
         """One problem of a batch, as new leaves."""
-        return Clouds(*[None if t is None else t.detach()[index] for t in vars(self).values()])
+        return self.each(lambda t: t.detach()[index])
+
+    def swapped(self) -> Clouds:
+        return Clouds(self.y, self.x, self.b, self.a)
+
+    def loss(self, eps: float, *, debiased: bool = True, **options: Any) -> Tensor:
+        function = otloss.sinkhorn_divergence if debiased else otloss.sinkhorn_loss
+        return function(self.x, self.y, eps, a=self.a, b=self.b, **options)
+
+    def energy(self, **options: Any) -> Tensor:
+        return otloss.energy_distance(self.x, self.y, a=self.a, b=self.b, **options)
+
+    def solve(self, eps: float, **options: Any) -> otloss.OTResult:
+        return otloss.solve_sample(self.x, self.y, eps, a=self.a, b=self.b, **options)
+
+    def grads(self, value: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(value.sum(), self.inputs())
 
 
 def clouds(
@@ -93,7 +118,7 @@ def clouds(
         assert b is not None
         x = torch.where(a[..., None] > 0, x, 1e6 * randn(rng, *x.shape))
         y = torch.where(b[..., None] > 0, y, 1e6 * randn(rng, *y.shape))
-    return Clouds(*[None if t is None else t.to(dtype) for t in (x, y, a, b)])
+    return Clouds(x, y, a, b).to(dtype)
 
 
 def make_weights(rng: torch.Generator, shape: tuple[int, ...], kind: str) -> Tensor | None:
@@ -137,19 +162,24 @@ def rho(strength: Strength) -> tuple[float, float]:
     return x, y
 
 
-def unequal(c: Clouds, ratio: float) -> Clouds:
-    """The same with `ratio` times as much weight on y."""
-    n, m = c.x.shape[-2], c.y.shape[-2]
-    a = torch.full_like(c.x[..., 0], 1 / n) if c.a is None else c.a
-    b = torch.full_like(c.y[..., 0], 1 / m) if c.b is None else c.b
-    return Clouds(c.x, c.y, a, ratio * b)
+def unequal(c: Clouds, ratio: float, strength: Strength | None = 0.0) -> Clouds:
+    """With `ratio` times as much weight on y as on x; as it was for no strength."""
+    a, b = c.weights()
+    return c if strength is None else Clouds(c.x, c.y, a, ratio * b)
 
 
-def close(got: Tensor, expected: Tensor, tol: float, scale: float | Tensor | None = None) -> None:
-    """|got - expected| <= tol * scale in the Euclidean norm; scale is |expected| by default."""
+def close(
+    got: Any, expected: Any, tol: float, scale: float | Tensor | None = None, floor: float = 0.0
+) -> None:
+    """|got - expected| <= tol * scale in the Euclidean norm, of each of several tensors; scale is
+    |expected| + floor by default."""
+    if not isinstance(got, Tensor):
+        for one, other in zip(got, expected, strict=True):
+            close(one, other, tol, scale, floor)
+        return
     got, expected = got.detach().cpu().double(), expected.detach().cpu().double()
     assert got.shape == expected.shape, (got.shape, expected.shape)
-    size = float(expected.norm() if scale is None else scale)
+    size = float(expected.norm() + floor if scale is None else scale)
     error = float((got - expected).norm())
     assert error <= tol * size, f"error {error:.3g}, allowed {tol:.3g} * {size:.3g}"
 

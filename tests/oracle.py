@@ -331,7 +331,9 @@ def term(C: Tensor, a: Tensor, b: Tensor, eps: float, objective: str, backward: 
     linear = (s.P * torch.where(s.P > 0, C, 0.0)).sum()
     if objective == "transport":
         return Loss(s.transport, linear)
-    return Loss(s.value, linear + (a * s.f).sum() + (b * s.g).sum())
+    # OT(t a, t b) = t OT(a, b) - eps m t log t: half of that constant goes to either side.
+    potentials = (a * (s.f - eps / 2)).sum() + (b * (s.g - eps / 2)).sum()
+    return Loss(s.value, linear + potentials)
 
 
 def unrolled_term(

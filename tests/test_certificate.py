@@ -10,6 +10,7 @@ import torch
 from backends import BACKENDS
 from helpers import COSTS, DTYPES, STRENGTHS, WEIGHTS, clouds, randn, rho, some_of, unequal
 from torch import Tensor
+from torch.testing import assert_close
 
 import otloss
 from otloss import method as methods
@@ -19,10 +20,7 @@ STOPS = [{"n_iters": 1}, {"n_iters": 4}, {"tol": 0.3}, {"tol": 1e-3}, {"tol": 1e
 
 def exact(c: object, cost: str, eps: float, strength: object) -> Tensor:
     """The value, by brute force in float64."""
-    a, b = (
-        oracle._uniform(c.x) if c.a is None else c.a,
-        oracle._uniform(c.y) if c.b is None else c.b,
-    )
+    a, b = c.weights()
     b = b * (a.sum() / b.sum()) if strength is None else b  # totals agree to rounding only
     return oracle.solution(oracle.cost(c.x, c.y, cost), a, b, eps, rho(strength)).value
 
@@ -35,10 +33,8 @@ def test_the_error_of_the_value_is_within_the_gap(
     backend, cost, weights, strength, dtype, stop, rng
 ):
     c = clouds(rng, 12, 9, 3, weights=weights)
-    c = (c if strength is None else unequal(c, 2.0)).to(backend.device)
-    c = type(c)(*[None if t is None else t.to(dtype) for t in vars(c).values()])
-    options = {"cost": cost, "unbalanced": strength, "method": backend.method, **stop}
-    result = otloss.solve_sample(c.x, c.y, 0.3, a=c.a, b=c.b, **options)
+    c = unequal(c, 2.0, strength).to(backend.device).to(dtype)
+    result = c.solve(0.3, cost=cost, unbalanced=strength, method=backend.method, **stop)
     gap, truth = result.duality_gap, exact(c.double(), cost, 0.3, strength)
     assert gap >= 0
     # the oracle's own rounding; its Newton steps end there
@@ -51,11 +47,11 @@ def test_the_error_of_the_value_is_within_the_gap(
 def direct(C: Tensor, c: object, f: Tensor, g: Tensor, eps: float, strength: object) -> float:
     """Primal minus dual as they stand, of the plan rounded to the target marginals."""
     rho_x, rho_y = rho(strength)
-    P = oracle.plan(C, f, g, c.a, c.b, eps)
+    P, (hard_x, hard_y) = oracle.plan(C, f, g, c.a, c.b, eps), map(math.isinf, (rho_x, rho_y))
     A, B = oracle.asked(c.a, f, rho_x), oracle.asked(c.b, g, rho_y)
-    if math.isinf(rho_x):
+    if hard_x:
         B = B * (A.sum() / B.sum())
-    elif math.isinf(rho_y):
+    elif hard_y:
         A = A * (B.sum() / A.sum())
     else:
         total = (A.sum() * B.sum()).sqrt()
@@ -65,33 +61,16 @@ def direct(C: Tensor, c: object, f: Tensor, g: Tensor, eps: float, strength: obj
     u, v = (A - Q.sum(1)).clamp(min=0), (B - Q.sum(0)).clamp(min=0)
     Q = Q + u[:, None] * v / v.sum()
 
-    def kl(p: Tensor, q: Tensor) -> Tensor:
-        return (torch.where(p > 0, p * (p / q).log(), 0.0) - p + q).sum()
-
-    def primal(Q: Tensor) -> Tensor:
-        entropy = kl(Q, c.a[:, None] * c.b)
-        if math.isinf(rho_x) and math.isinf(rho_y):  # KL without its mass terms
-            entropy = entropy + Q.sum() - c.a.sum() * c.b.sum()
-        value = (Q * C).sum() + eps * entropy
-        value = value + (0 if math.isinf(rho_x) else rho_x * kl(Q.sum(1), c.a))
-        return value + (0 if math.isinf(rho_y) else rho_y * kl(Q.sum(0), c.b))
-
-    def term(w: Tensor, v: Tensor, rho: float) -> Tensor:
-        return (w * (v if math.isinf(rho) else -rho * torch.expm1(-v / rho))).sum()
-
-    hard = math.isinf(rho_x) and math.isinf(rho_y)
-    mass = c.a.sum() if hard else c.a.sum() * c.b.sum()
-    dual = term(c.a, f, rho_x) + term(c.b, g, rho_y) - eps * (P.sum() - mass)
-    best = primal(Q)
-    if math.isfinite(rho_x) and math.isfinite(rho_y):
-        best = torch.minimum(best, primal(P))
-    return float(best - dual)
+    # The mass terms of the two KL, which balanced plans have in common, cancel.
+    plans = [Q] if hard_x or hard_y else [Q, P]
+    best = min(oracle.primal(C, plan, c.a, c.b, eps, (rho_x, rho_y)) for plan in plans)
+    return float(best - oracle.dual(C, f, g, c.a, c.b, eps, (rho_x, rho_y)))
 
 
 @pytest.mark.parametrize("strength", [None, *STRENGTHS])
 def test_it_is_primal_minus_dual(strength, rng):
     c = clouds(rng, 9, 8, 2, weights="random")
-    c = c if strength is None else unequal(c, 0.4)
+    c = unequal(c, 0.4, strength)
     C = oracle.cost(c.x, c.y, "sqeuclidean")
     result = otloss.solve(C, 0.5, a=c.a, b=c.b, unbalanced=strength, n_iters=1)
     expected = direct(C, c, *result.potentials, 0.5, strength)
@@ -105,7 +84,7 @@ def test_batches_blocks_and_given_costs(method, strength, rng, monkeypatch):
     """The same of one problem of a batch, of its cost matrix, and in blocks of a few rows."""
     c = clouds(rng, 20, 9, 2, weights="padded", batch=3)
     options = {"unbalanced": strength, "n_iters": 2}
-    batch = otloss.solve_sample(c.x, c.y, 0.5, a=c.a, b=c.b, method=method, **options)
+    batch = c.solve(0.5, method=method, **options)
     gap = batch.duality_gap
     assert gap.shape == (3,)
     for k in range(3):
@@ -114,14 +93,13 @@ def test_batches_blocks_and_given_costs(method, strength, rng, monkeypatch):
         alone = otloss.solve(C, 0.5, a=one.a, b=one.b, **options).duality_gap
         assert alone == pytest.approx(float(gap[k]), rel=1e-9, abs=1e-14)
     monkeypatch.setattr(methods, "BLOCK_BYTES", 8 * 9 * 3 * 4)
-    torch.testing.assert_close(batch.duality_gap, gap, rtol=1e-9, atol=1e-14)
+    assert_close(batch.duality_gap, gap, rtol=1e-9, atol=1e-14)
 
 
 def test_padding_and_a_plan_that_underflows(rng):
     c = clouds(rng, 6, 5, 2, weights="padded")
     c.x[c.a == 0], c.y[c.b == 0] = math.nan, math.inf
-    result = otloss.solve_sample(c.x, c.y, 0.3, a=c.a, b=c.b, n_iters=3)
-    assert 0 <= result.duality_gap < math.inf
+    assert 0 <= c.solve(0.3, n_iters=3).duality_gap < math.inf
     # exp((f + g - C) / eps) is 0 in places where the feasible plan has mass
     x, y = 5 * randn(rng, 12, 2), 5 * randn(rng, 12, 2) + 30
     far, near = (otloss.solve_sample(x, y, 0.1, **stop) for stop in ({"n_iters": 1}, {"tol": 1e-6}))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch._dynamo.testing
 from helpers import METHODS, clouds, randn
 from torch import Tensor
+from torch.testing import assert_close
 
 import otloss
 
@@ -22,11 +24,8 @@ def assert_compiles(function: Callable[..., Tensor], inputs: list[Tensor], backe
     """The same value and gradients as without."""
     compiled = torch.compile(function, fullgraph=True, backend=backend)
     expected, got = function(*inputs), compiled(*inputs)
-    torch.testing.assert_close(got, expected)
-    grads = torch.autograd.grad(got.sum(), inputs)
-    truth = torch.autograd.grad(expected.sum(), inputs)
-    for grad, true in zip(grads, truth, strict=True):
-        torch.testing.assert_close(grad, true)
+    assert_close(got, expected)
+    assert_close(*(torch.autograd.grad(t.sum(), inputs) for t in (got, expected)))
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -73,7 +72,7 @@ def test_traced_without_gradients(loss, rng):
     """Evaluation: torch.compile treats functions without a gradient in another way."""
     x, y = randn(rng, 6, 3), randn(rng, 5, 3)
     compiled = torch.compile(loss, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(x, y), loss(x, y))
+    assert_close(compiled(x, y), loss(x, y))
 
 
 @pytest.mark.parametrize("with_gradients", [True, False])
@@ -94,10 +93,9 @@ def test_sizes_that_change(dynamic, graphs, with_gradients, rng):
     for n, m in ((6, 5), (9, 4), (7, 11), (3, 12)):
         x, y = randn(rng, n, 3).requires_grad_(with_gradients), randn(rng, m, 3)
         got, expected = compiled(x, y), loss(x, y)
-        torch.testing.assert_close(got, expected)
+        assert_close(got, expected)
         if with_gradients:
-            grads = [torch.autograd.grad(t, x)[0] for t in (got, expected)]
-            torch.testing.assert_close(*grads)
+            assert_close(*(torch.autograd.grad(t, x) for t in (got, expected)))
     assert count == graphs
 
 
@@ -122,9 +120,8 @@ def test_numbers_that_change(anneal, rng):
     x, y = randn(rng, 6, 3).requires_grad_(), randn(rng, 5, 3)
     for t in (1.0, 0.9, 0.7, 0.5, 0.3):
         got, expected = compiled(x, y, t), loss(x, y, t)
-        torch.testing.assert_close(got, expected)
-        grads = [torch.autograd.grad(value, x)[0] for value in (got, expected)]
-        torch.testing.assert_close(*grads)
+        assert_close(got, expected)
+        assert_close(*(torch.autograd.grad(value, x) for value in (got, expected)))
     assert counter.frame_count <= 2
 
 
@@ -137,11 +134,8 @@ def test_inductor(rng):
     def step(x: Tensor, y: Tensor) -> Tensor:
         return otloss.sinkhorn_divergence(network(x), y, 0.5) * 2
 
-    expected = torch.autograd.grad(step(x, y), tuple(network.parameters()))
-    got = torch.autograd.grad(
-        torch.compile(step, fullgraph=True)(x, y), tuple(network.parameters())
-    )
-    torch.testing.assert_close(got, expected)
+    losses = step(x, y), torch.compile(step, fullgraph=True)(x, y)
+    assert_close(*(torch.autograd.grad(loss, tuple(network.parameters())) for loss in losses))
 
 
 def test_errors_are_still_raised(rng):
@@ -151,13 +145,38 @@ def test_errors_are_still_raised(rng):
         loss(randn(rng, 4, 3), randn(rng, 4, 2))
 
 
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        ("a must be non-negative", {"a": torch.tensor([2.0, -1.0, 0.5, 0.5]) / 2}),
+        ("same total mass", {"a": torch.full((4,), 0.5)}),
+        ("is below what torch.float32 can resolve", {"eps": 1e-9}),
+    ],
+    ids=["negative", "totals", "eps"],
+)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_errors_of_data_are_raised_when_it_runs(message, options, backend, rng):
+    """Where eager code raises, traced code does on a CPU: a wrong call never returns a number."""
+
+    def loss(x: Tensor, y: Tensor, options: dict[str, Any]) -> Tensor:
+        return otloss.sinkhorn_loss(x, y, **{"eps": 0.5, "max_iters": 3, "tol": 1.0, **options})
+
+    x, y = randn(rng, 4, 3, dtype=torch.float32), randn(rng, 5, 3, dtype=torch.float32)
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    for run, kind in ((loss, ValueError), (compiled, RuntimeError)):
+        with pytest.raises(kind, match=message):
+            run(x, y, options)
+    good = {**options, "eps": 0.5} if "eps" in options else {"a": torch.full((4,), 0.25)}
+    assert bool(compiled(x, y, good).isfinite())
+
+
 def test_a_warm_start_survives_a_step_of_nan(rng):
     """Traced code does not read its data, and so raises nothing."""
     x, y = randn(rng, 40, 3), randn(rng, 30, 3) + 0.5
     step = torch.compile(otloss.SinkhornDivergence(0.1, warm_start=True), backend="eager")
     values = [step(points, y) for points in (x, x * torch.nan, x, x)]
     assert bool(values[1].isnan())
-    torch.testing.assert_close(torch.stack(values[2:]), values[0].expand(2), rtol=1e-2, atol=0)
+    assert_close(torch.stack(values[2:]), values[0].expand(2), rtol=1e-2, atol=0)
 
 
 def test_a_warm_start_outlives_compiled_inference(rng):
@@ -189,17 +208,11 @@ def test_results_inside_compiled_code(rng):
         return *(torch.as_tensor(v) for v in status), r.value, r.plan, r.barycentric_map()
 
     x, y = randn(rng, 6, 3).requires_grad_(), randn(rng, 5, 3)
-    expected, got = (
-        function(x, y),
-        torch.compile(function, fullgraph=True, backend="aot_eager")(x, y),
-    )
-    for one, other in zip(got, expected, strict=True):
-        torch.testing.assert_close(one, other, check_dtype=False)
-    for one, other in zip(got[4:], expected[4:], strict=True):
-        grads = [
-            torch.autograd.grad(t.square().sum(), x, retain_graph=True)[0] for t in (one, other)
-        ]
-        torch.testing.assert_close(*grads)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    both = function(x, y), compiled(x, y)
+    assert_close(*both, check_dtype=False)
+    for pair in zip(*(told[4:] for told in both), strict=True):
+        assert_close(*(torch.autograd.grad(t.square().sum(), x, retain_graph=True) for t in pair))
 
 
 def test_asymmetric_cost(rng):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import COSTS, DTYPES
 from torch import Tensor
+from torch.testing import assert_close
 
 import otloss
 from otloss import method as methods
@@ -77,7 +78,7 @@ def test_second_derivatives(mode):
 
     for found, expected in zip(curvature("cuda"), curvature("cpu"), strict=True):
         scale = float(expected.abs().max())
-        torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=1e-6)
+        assert_close(found / scale, expected / scale, rtol=0, atol=1e-6)
 
 
 def test_memory_of_unrolled_gradients():
@@ -105,7 +106,7 @@ def test_memory_of_unrolled_gradients():
     theirs, expected = added(loop)
     assert ours < theirs / 50
     scale = float(expected.abs().max())
-    torch.testing.assert_close(grad / scale, expected / scale, rtol=0, atol=1e-3)
+    assert_close(grad / scale, expected / scale, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -118,7 +119,7 @@ def test_sizes(regime, n, m, dtype):
     x, y, a, b = weighted(n, m, dtype=dtype)
     expected = otloss.sinkhorn_loss(x, y, 1.0, a=a, b=b, tol=1e-5)
     value = otloss.sinkhorn_loss(x.cuda(), y.cuda(), 1.0, a=a.cuda(), b=b.cuda(), tol=1e-5)
-    torch.testing.assert_close(value.cpu(), expected, rtol=1e-4, atol=1e-5)
+    assert_close(value.cpu(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
@@ -139,7 +140,7 @@ def test_many_problems(regime):
     x, y, a, b = weighted(20, 24, batch=500)
     expected = otloss.sinkhorn_loss(x, y, 1.0, a=a, b=b, tol=1e-5)
     value = otloss.sinkhorn_loss(x.cuda(), y.cuda(), 1.0, a=a.cuda(), b=b.cuda(), tol=1e-5)
-    torch.testing.assert_close(value.cpu(), expected, rtol=1e-4, atol=1e-5)
+    assert_close(value.cpu(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_uses_the_current_stream(regime):
@@ -152,7 +153,7 @@ def test_uses_the_current_stream(regime):
         moved = x + 1
         value = otloss.sinkhorn_divergence(moved, y + 1, 1.0)
     stream.synchronize()
-    torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+    assert_close(value, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
@@ -210,8 +211,8 @@ def test_autocast(regime, d, dtype):
         results.append((loss.detach(), plan.detach(), grad.float()))
     *halves, (loss, plan, grad) = results
     for other_loss, other_plan, other_grad in halves:
-        torch.testing.assert_close(other_loss, loss, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(other_plan, plan, rtol=1e-4, atol=1e-8)
+        assert_close(other_loss, loss, rtol=1e-5, atol=1e-6)
+        assert_close(other_plan, plan, rtol=1e-4, atol=1e-8)
         error = 2 * torch.finfo(dtype).eps * (float(grad.norm()) + 1e-3)
         assert float((other_grad - grad).norm()) <= error
 
@@ -306,9 +307,9 @@ def test_a_batch_whose_problems_end_at_different_times(regime):
         alone = otloss.solve_sample(
             *(t[k].cuda() for t in (x, y)), 0.2, a=a[k].cuda(), b=b[k].cuda(), **call
         )
-        torch.testing.assert_close(batch.value[k], alone.value, rtol=1e-3, atol=1e-4)
+        assert_close(batch.value[k], alone.value, rtol=1e-3, atol=1e-4)
     expected = otloss.solve_sample(x, y, 0.2, a=a, b=b, **call)
-    torch.testing.assert_close(batch.value.cpu(), expected.value, rtol=1e-3, atol=1e-3)
+    assert_close(batch.value.cpu(), expected.value, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -324,10 +325,10 @@ def test_streamed_solves_and_gradients(cost, d, dtype):
 
     value, grads = gradients(loss, (x, y, a, b), "cuda")
     expected, expected_grads = gradients(loss, (x, y, a, b), "cpu")
-    torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-3 * eps)
+    assert_close(value, expected, rtol=1e-3, atol=1e-3 * eps)
     for grad, true in zip(grads[:2], expected_grads[:2], strict=True):
         scale = float(true.abs().max())
-        torch.testing.assert_close(grad / scale, true / scale, rtol=0, atol=3e-3)
+        assert_close(grad / scale, true / scale, rtol=0, atol=3e-3)
 
 
 @pytest.mark.parametrize("cost", COSTS)
@@ -343,10 +344,10 @@ def test_tensor_cores_are_accurate(cost, n, m, d):
 
     value, grads = gradients(loss, (x.float(), y.float(), a.float(), b.float()), "cuda")
     expected, expected_grads = gradients(loss, (x, y, a, b), "cuda")
-    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
+    assert_close(value.double(), expected, rtol=1e-5, atol=0)
     for grad, true in zip(grads[:2], expected_grads[:2], strict=True):
         scale = float(true.abs().max())
-        torch.testing.assert_close(grad.double() / scale, true / scale, rtol=0, atol=1e-4)
+        assert_close(grad.double() / scale, true / scale, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("cost", COSTS)
@@ -360,7 +361,7 @@ def test_tf32_is_allowed(cost):
 
     exact, found = loss("float32", "streamed"), loss("tf32", "streamed")
     assert bool(found != exact)
-    torch.testing.assert_close(found, exact, rtol=5e-3, atol=0)
+    assert_close(found, exact, rtol=5e-3, atol=0)
     assert bool(loss("float32", "dense") == loss("tf32", "dense"))
 
 
@@ -379,7 +380,7 @@ def test_rows_shared_by_blocks(monkeypatch, d, team, parts):
     assert bool(found == value())
     monkeypatch.setenv("OTLOSS_CUDA_TILES", "fma")
     monkeypatch.setenv("OTLOSS_CUDA_PARTS", "1")
-    torch.testing.assert_close(found, value(), rtol=1e-4, atol=1e-5 * eps)
+    assert_close(found, value(), rtol=1e-4, atol=1e-5 * eps)
 
 
 @pytest.mark.parametrize(
@@ -414,7 +415,7 @@ def test_streamed_results_store_no_matrix(monkeypatch):
         told.append((*values, result.extend(x + 0.1), grad))
     for found, expected in zip(*reversed(told), strict=True):
         scale = float(expected.detach().abs().max())
-        torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=1e-3)
+        assert_close(found / scale, expected / scale, rtol=0, atol=1e-3)
     points = torch.rand(40_000, 3, device="cuda")  # 6.4 GB of costs
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -9,14 +9,11 @@ import pytest
 import torch
 from helpers import COSTS, METHODS, Clouds, close, clouds, name, randn, some_of
 from torch import Tensor
+from torch.testing import assert_close
 
 import otloss
 
 HALVES = (torch.float16, torch.bfloat16)
-
-
-def divergence(c: Clouds, **options: object) -> Tensor:
-    return otloss.sinkhorn_divergence(c.x, c.y, 1.0, a=c.a, b=c.b, **options)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -30,19 +27,15 @@ def test_half_precision_is_float32_inside(dtype, weighted, method, rng):
         c.a, c.b = (
             torch.bincount(d, minlength=n) / 128 for d, n in zip(draws, (9, 7), strict=True)
         )
-    half = Clouds(*[None if t is None else t.to(dtype) for t in vars(c).values()])
-    single = Clouds(*[None if t is None else t.float() for t in vars(half).values()])
-    half.require_grad()
-    single.require_grad()
-    loss, expected = divergence(half, method=method), divergence(single, method=method)
+    half = c.to(dtype).require_grad()
+    single = half.each(lambda t: t.detach().float()).require_grad()
+    loss, expected = half.loss(1.0, method=method), single.loss(1.0, method=method)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
-    got = torch.autograd.grad(loss, half.inputs())
-    truth = torch.autograd.grad(expected, single.inputs())
-    for grad, true in zip(got, truth, strict=True):
-        assert grad.dtype == dtype
-        # one rounding to the dtype; float16 is subnormal below 6e-5
-        close(grad, true, 2 * torch.finfo(dtype).eps, float(true.norm()) + 1e-3)
+    assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    grads = half.grads(loss)
+    assert {grad.dtype for grad in grads} == {dtype}
+    # one rounding to the dtype; float16 is subnormal below 6e-5
+    close(grads, single.grads(expected), 2 * torch.finfo(dtype).eps, floor=1e-3)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=name)
@@ -77,7 +70,7 @@ def test_totals_of_half_precision_weights(dtype, rng):
     result = otloss.solve_sample(x, y, 1.0, a=a, b=b, tol=1e-6)
     assert result.converged
     expected = otloss.solve_sample(x.float(), y.float(), 1.0, tol=1e-6)
-    torch.testing.assert_close(result.value, expected.value, rtol=2e-2, atol=0)
+    assert_close(result.value, expected.value, rtol=2e-2, atol=0)
     with pytest.raises(ValueError, match="same total mass"):
         otloss.solve_sample(x, y, 1.0, a=1.1 * a, b=b)
 
@@ -91,22 +84,19 @@ def test_half_precision_does_not_overflow():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
 def test_precision_is_kept(dtype, rng):
     c = clouds(rng, 6, 5, 3, weights="random", dtype=dtype).require_grad()
-    result = otloss.solve_sample(c.x, c.y, 1.0, a=c.a, b=c.b)
-    losses = [divergence(c), otloss.energy_distance(c.x, c.y, a=c.a, b=c.b), result.value]
-    for t in (*losses, result.plan, *result.potentials, otloss.cost_matrix(c.x, c.y)):
-        assert t.dtype == dtype
-    assert torch.autograd.grad(losses[0], c.x)[0].dtype == dtype
+    result, losses = c.solve(1.0), [c.loss(1.0), c.energy()]
+    tensors = [*losses, result.value, result.plan, *result.potentials, *c.grads(losses[0])]
+    assert {t.dtype for t in (*tensors, otloss.cost_matrix(c.x, c.y))} == {dtype}
 
 
 def test_the_default_dtype_does_not_matter(rng):
-    x, y = randn(rng, 6, 3).float(), randn(rng, 5, 3).float()
-    expected = divergence(Clouds(x, y, None, None))
+    c = clouds(rng, 6, 5, 3, dtype=torch.float32)
+    expected = c.loss(1.0)
     try:
         torch.set_default_dtype(torch.float64)
-        got = divergence(Clouds(x, y, None, None))
+        got = c.loss(1.0)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert got.dtype == torch.float32
     assert torch.equal(got, expected)
 
 
@@ -135,7 +125,7 @@ def test_autocast_changes_nothing(d, cost, method, rng):
         got = everything()
     for one, other in zip(got, expected, strict=True):
         assert one.dtype == torch.float32
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_autocast_around_a_network(rng):
@@ -176,7 +166,7 @@ def test_floats_of_different_precision(function, of_x, of_y, of_weights, autocas
     double = torch.float64 in used and not (autocast and len(used) > 1)
     assert got.dtype == (torch.float64 if double else torch.float32)
     expected = MIXED[function](*wide)
-    torch.testing.assert_close(got.double(), expected, rtol=2e-2, atol=2e-2)
+    assert_close(got.double(), expected, rtol=2e-2, atol=2e-2)
     # a solve in float32 stops elsewhere: within tol of the same potentials
     grads = [
         torch.autograd.grad(v, t, allow_unused=True) for v, t in ((got, given), (expected, wide))
@@ -203,15 +193,14 @@ def test_clouds_far_from_the_origin(cost, d, method, rng):
     """|x|^2 + |y|^2 - 2 <x, y> would lose every digit of float32 at an offset of 1000."""
     # Multiples of 2^-8 below 2^14 are exact in float32, so the input itself loses nothing.
     x, y = ((256 * randn(rng, n, d)).round() / 256 for n in (12, 9))
-    losses, grads = [], []
+    found = []
     for offset in (0.0, 1000.0):
-        u, v = (t + offset for t in (x, y))
-        u, v = u.float().requires_grad_(), v.float()
-        losses.append(otloss.sinkhorn_divergence(u, v, float(d), cost=cost, method=method))
-        grads.append(torch.autograd.grad(losses[-1], u)[0])
-    here, there = losses
+        c = Clouds((x + offset).float(), (y + offset).float(), None, None).require_grad()
+        loss = c.loss(float(d), cost=cost, method=method)
+        found.append((loss, c.grads(loss)))
+    (here, grads), (there, others) = found
     close(there, here, 1e-4, max(here.item(), 0.1))
-    close(grads[1], grads[0], 1e-3)
+    close(others, grads, 1e-3)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6])
@@ -221,7 +210,7 @@ def test_units_of_the_data_do_not_matter(method, scale, rng):
     x, y = randn(rng, 9, 3).float(), randn(rng, 8, 3).float()
     expected = otloss.sinkhorn_divergence(x, y, 0.5, tol=1e-5, method=method)
     got = otloss.sinkhorn_divergence(scale * x, scale * y, 0.5 * scale**2, tol=1e-5, method=method)
-    torch.testing.assert_close(got / scale**2, expected, rtol=1e-3, atol=1e-5)
+    assert_close(got / scale**2, expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("total", [1e-6, 1e-3, 1e3, 1e6])
@@ -229,45 +218,45 @@ def test_units_of_the_data_do_not_matter(method, scale, rng):
 def test_total_mass(method, total, rng):
     """OT is proportional to the mass: weights need not be probabilities."""
     c = clouds(rng, 9, 8, 3, weights="random")
-    expected = otloss.sinkhorn_loss(c.x, c.y, 0.5, a=c.a, b=c.b, tol=1e-9, method=method)
-    exact = oracle.loss(c.x, c.y, 0.5, c.a, c.b, debiased=False).value
-    close(expected, exact, 1e-8)
-    got = otloss.solve_sample(c.x, c.y, 0.5, a=total * c.a, b=total * c.b, tol=1e-9, method=method)
+    options = {"tol": 1e-9, "method": method}
+    expected = c.loss(0.5, debiased=False, **options)
+    close(expected, oracle.loss(c.x, c.y, 0.5, c.a, c.b, debiased=False).value, 1e-8)
+    got = Clouds(c.x, c.y, total * c.a, total * c.b).solve(0.5, **options)
     # KL against a x b counts the mass: at P = total P*, eps KL gains -eps total log(total)
     shift = -0.5 * total * torch.tensor(total).double().log()
-    torch.testing.assert_close(got.value, total * expected + shift, rtol=1e-7, atol=0)
+    assert_close(got.value, total * expected + shift, rtol=1e-7, atol=0)
     assert got.marginal_error <= 2e-9
 
 
-class TestThreads:
-    """Results do not depend on the number of threads beyond rounding, and it is respected."""
+MODES = {
+    "envelope": {"tol": 1e-6},
+    "implicit": {"tol": 1e-6, "objective": "transport"},
+    "unrolled": {"n_iters": 5, "objective": "transport"},
+}
 
-    def results(self, method: str, batch: bool, rng: torch.Generator) -> list[Tensor]:
-        shapes = ((4, 60, 3), (4, 50, 3)) if batch else ((900, 3), (800, 3))
-        x, y = (randn(rng, *shape).requires_grad_() for shape in shapes)
-        loss = otloss.sinkhorn_divergence(x, y, 0.5, tol=1e-6, method=method).sum()
-        return [loss.detach(), *torch.autograd.grad(loss, (x, y))]
 
-    @pytest.mark.parametrize("batch", [False, True])
-    @pytest.mark.parametrize("method", ["dense", "streamed"])
-    def test_same_results(self, method, batch, rng, threads):
-        state = rng.get_state()
-        runs = []
-        for count in (1, 2, 3, 2):
-            torch.set_num_threads(count)
-            rng.set_state(state)
-            runs.append(self.results(method, batch, rng))
-        for run in runs[1:]:
-            for got, expected in zip(run, runs[0], strict=True):
-                torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
-        assert all(torch.equal(p, q) for p, q in zip(runs[1], runs[3], strict=True))
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("batch", [False, True])
+@pytest.mark.parametrize("method", ["dense", "streamed"])
+def test_threads_change_nothing(method, batch, mode, rng, threads):
+    """Results do not depend on their number beyond rounding, nor on chance."""
+    c, runs = clouds(rng, 60, 50, 3, batch=4) if batch else clouds(rng, 701, 803, 3), []
+    c.require_grad()
+    for count in (1, 2, 3, 2):
+        torch.set_num_threads(count)
+        loss = c.loss(0.5, method=method, **MODES[mode])
+        runs.append([loss.detach(), *c.grads(loss)])
+    for run in runs[1:]:
+        assert_close(run, runs[0], rtol=1e-9, atol=1e-12)
+    assert all(map(torch.equal, runs[1], runs[3]))
 
-    @pytest.mark.parametrize("method", ["dense", "streamed"])
-    def test_one_thread_is_one_thread(self, method, rng, threads):
-        """With one thread, the processor time cannot exceed the elapsed time."""
-        torch.set_num_threads(1)
-        x, y = randn(rng, 1500, 3).float(), randn(rng, 1500, 3).float()
-        wall, cpu = time.perf_counter(), time.process_time()
-        otloss.sinkhorn_loss(x, y, 0.1, n_iters=60, method=method)
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        assert cpu <= 1.1 * wall + 0.02
+
+@pytest.mark.parametrize("method", ["dense", "streamed"])
+def test_one_thread_is_one_thread(method, rng, threads):
+    """With one thread, the processor time cannot exceed the elapsed time."""
+    torch.set_num_threads(1)
+    c = clouds(rng, 1500, 1500, 3, dtype=torch.float32)
+    wall, cpu = time.perf_counter(), time.process_time()
+    c.loss(0.1, debiased=False, n_iters=60, method=method)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    assert cpu <= 1.1 * wall + 0.02

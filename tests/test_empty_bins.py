@@ -277,7 +277,7 @@ def test_second_derivatives(method, options, rng, monkeypatch):
     )
     torch.testing.assert_close(twice, expected)
     (twice,) = torch.autograd.grad(of_x.square().sum(), c.a, retain_graph=True)
-    assert twice.isnan().tolist() == (~counted).tolist()
+    assert bool(twice[~counted].isnan().all())
     (twice,) = torch.autograd.grad(of_a.sum(), c.x)
     assert bool(twice[counted].isnan().all())
 

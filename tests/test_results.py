@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import oracle
 import pytest
@@ -13,6 +14,7 @@ from helpers import (
     COSTS,
     METHODS,
     STRENGTHS,
+    Clouds,
     agree,
     clouds,
     make_weights,
@@ -22,62 +24,67 @@ from helpers import (
     unequal,
 )
 from torch import Tensor
+from torch.testing import assert_close
 
 import otloss
 
+TIGHT: dict[str, Any] = {"tol": 1e-10, "max_iters": 20_000}
 
-def solved(rng: torch.Generator, method: str = "dense", **options: object):
-    """(clouds, result) of a weighted problem."""
-    c = clouds(rng, 7, 6, 3, weights="random")
-    options = {"tol": 1e-10, "max_iters": 20_000, **options}
-    return c, otloss.solve_sample(c.x, c.y, 0.5, a=c.a, b=c.b, method=method, **options)
+
+@pytest.fixture
+def c(rng: torch.Generator) -> Clouds:
+    return clouds(rng, 7, 6, 3, weights="random")
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("cost", COSTS)
-def test_everything_about_one_solve(cost, method, rng):
-    c, result = solved(rng, method, cost=cost)
-    C = oracle.cost(c.x, c.y, cost)
-    truth = oracle.solve(C, c.a, c.b, 0.5)
-    f, g = result.potentials
-    assert f.shape == (7,)
-    assert g.shape == (6,)
-    torch.testing.assert_close(result.plan, truth.P, rtol=1e-6, atol=1e-9)
-    formula = c.a[:, None] * c.b * ((f[:, None] + g - C) / 0.5).exp()
-    torch.testing.assert_close(result.plan, formula)
-    torch.testing.assert_close(result.value, truth.value)
-    torch.testing.assert_close(result.value, (c.a * f).sum() + (c.b * g).sum())
-    torch.testing.assert_close(result.value_linear, truth.transport)
-    torch.testing.assert_close(result.marginals[0], result.plan.sum(1))
-    torch.testing.assert_close(result.marginals[1], result.plan.sum(0))
+def test_everything_about_one_solve(cost, method, c, rng):
+    result, C = c.solve(0.5, cost=cost, method=method, **TIGHT), oracle.cost(c.x, c.y, cost)
+    truth, (f, g), P = oracle.solve(C, c.a, c.b, 0.5), result.potentials, result.plan
+    assert (f.shape, g.shape) == ((7,), (6,))
+    assert_close(P, truth.P, rtol=1e-6, atol=1e-9)
+    assert_close(P, c.a[:, None] * c.b * ((f[:, None] + g - C) / 0.5).exp())
+    assert_close(result.value, truth.value)
+    assert_close(result.value, (c.a * f).sum() + (c.b * g).sum())
+    assert_close(result.value_linear, truth.transport)
+    assert_close(result.marginals, (P.sum(1), P.sum(0)))
     assert result.converged is True
     assert isinstance(result.n_iters, int)
     assert result.n_iters > 0
     assert repr(result).startswith("OTResult((7, 6), eps=0.5")
+    assert result.explain() == f"{method} on cpu"
+    v, w, new = randn(rng, 6), randn(rng, 6, 4), randn(rng, 4, 3)
+    told = result.apply(v), result.apply(w), result.apply(c.x, axis=0), result.barycentric_map()
+    assert_close(told, (P @ v, P @ w, P.T @ c.x, P @ c.y / c.a[:, None]))
+    # f on the points themselves, and the formula elsewhere
+    assert_close(result.extend(c.x), f, rtol=1e-7, atol=1e-8)
+    assert_close(result.extend(new), oracle.softmin(oracle.cost(new, c.y, cost), g, c.b, 0.5))
+    transport = c.solve(0.5, cost=cost, method=method, objective="transport", **TIGHT).value
+    assert_close(transport, result.value_linear)
+    assert transport < result.value
 
 
 @some_of("backend, n_iters", BACKENDS, [1, 3, 10])
 def test_marginal_error_is_the_plans(backend, n_iters, rng):
     """L1 distance of the plan's marginals to a and b, the larger of the two, over the mass."""
     c, total = clouds(rng, 9, 8, 2, weights="random").to(backend.device), 3.0
-    a, b, options = total * c.a, total * c.b, {"n_iters": n_iters, "method": backend.method}
-    result = otloss.solve_sample(c.x, c.y, 0.1, a=a, b=b, **options)
-    rows = float((result.plan.sum(1) - a).abs().sum()) / total
-    columns = float((result.plan.sum(0) - b).abs().sum()) / total
-    assert result.marginal_error == pytest.approx(max(rows, columns), rel=1e-9)
+    c.a, c.b = total * c.a, total * c.b
+    result = c.solve(0.1, n_iters=n_iters, method=backend.method)
+    sides = zip((result.plan.sum(1), result.plan.sum(0)), (c.a, c.b), strict=True)
+    error = max(float((got - w).abs().sum()) / total for got, w in sides)
+    assert result.marginal_error == pytest.approx(error, rel=1e-9)
     assert result.marginal_error > 1e-6  # the columns are exact after g, the rows are not
     assert result.n_iters == n_iters
     # the parallel with the definition: L iterations from zero potentials
-    f, g = oracle.iterate(oracle.cost(c.x, c.y, "sqeuclidean"), a, b, 0.1, n_iters)[-1]
-    torch.testing.assert_close(result.potentials[0], f)
-    torch.testing.assert_close(result.potentials[1], g)
+    C = oracle.cost(c.x, c.y, "sqeuclidean")
+    assert_close(result.potentials, oracle.iterate(C, c.a, c.b, 0.1, n_iters)[-1])
 
 
 @pytest.mark.parametrize("tol", [1e-1, 1e-3, 1e-6])
 @pytest.mark.parametrize("method", METHODS)
-def test_tol_is_kept(method, tol, rng):
+def test_tol_is_kept(method, tol, c):
     """`converged` speaks of the plan that is returned."""
-    _, result = solved(rng, method, tol=tol)
+    result = c.solve(0.5, method=method, **{**TIGHT, "tol": tol})
     assert result.converged
     # The last column update is half a step beyond the potentials that were tested.
     assert result.marginal_error <= 1.5 * tol
@@ -86,17 +93,14 @@ def test_tol_is_kept(method, tol, rng):
 @pytest.mark.parametrize("method", METHODS)
 def test_marginal_error_leaves_the_plan_differentiable(method, rng):
     """Whatever is asked first."""
-    c, gradients = clouds(rng, 9, 8, 2), []
-    v = randn(rng, 9, 8)
+    c, gradients, v = clouds(rng, 9, 8, 2).require_grad(), [], randn(rng, 9, 8)
     for first in (False, True):
-        x = c.x.clone().requires_grad_()
-        result = otloss.solve_sample(x, c.y, 0.3, tol=1e-8, method=method)
+        result = c.solve(0.3, tol=1e-8, method=method)
         if first:
             assert isinstance(result.marginal_error, float)
-        (gradient,) = torch.autograd.grad((v * result.plan).sum(), x)
-        gradients.append(gradient)
-    assert float(gradients[0].abs().max()) > 0
-    torch.testing.assert_close(gradients[1], gradients[0])
+        gradients.append(torch.autograd.grad((v * result.plan).sum(), c.x))
+    assert bool(gradients[0][0].any())
+    assert_close(*gradients)
 
 
 @some_of("backend, strength", BACKENDS, STRENGTHS)
@@ -104,21 +108,18 @@ def test_unbalanced_results(backend, strength, rng):
     """What `marginal_error` and the maps mean where the plan need not have the marginals a, b."""
     c = unequal(clouds(rng, 9, 8, 2, weights="random"), 3.0).to(backend.device)
     rho_x, rho_y = rho(strength)
-    options = {"a": c.a, "b": c.b, "unbalanced": strength, "method": backend.method}
     for stop in ({"n_iters": 2}, {"tol": 1e-8}):
-        result = otloss.solve_sample(c.x, c.y, 0.3, **options, **stop)
+        result = c.solve(0.3, unbalanced=strength, method=backend.method, **stop)
         f, g = result.potentials
-        wanted = c.a * (-f / rho_x).exp(), c.b * (-g / rho_y).exp()
-        errors = [
-            float((got - w).abs().sum() / w.sum())
-            for got, w in zip(result.marginals, wanted, strict=True)
-        ]
-        assert result.marginal_error == pytest.approx(max(errors), rel=1e-6, abs=1e-13)
+        targets = oracle.asked(c.a, f, rho_x), oracle.asked(c.b, g, rho_y)
+        sides = zip(result.marginals, targets, strict=True)
+        error = max(float((got - w).abs().sum() / w.sum()) for got, w in sides)
+        assert result.marginal_error == pytest.approx(error, rel=1e-6, abs=1e-13)
     assert result.converged
     assert result.marginal_error <= 1e-8
-    torch.testing.assert_close(result.extend(c.x), f, rtol=1e-6, atol=1e-7)
+    assert_close(result.extend(c.x), f, rtol=1e-6, atol=1e-7)
     image = result.plan @ c.y / result.plan.sum(1, keepdim=True)
-    torch.testing.assert_close(result.barycentric_map(), image)
+    assert_close(result.barycentric_map(), image)
 
 
 def test_outliers_are_not_transported(rng):
@@ -128,148 +129,90 @@ def test_outliers_are_not_transported(rng):
     result = otloss.solve_sample(x, y, 0.1, unbalanced=2.0)
     assert float(result.marginals[1][:4].sum()) < 1e-12
     clean = otloss.solve_sample(x, y[4:], 0.1, b=torch.full((36,), 1 / 40).double(), unbalanced=2.0)
-    torch.testing.assert_close(
-        result.barycentric_map(), clean.barycentric_map(), rtol=1e-2, atol=1e-2
-    )
+    assert_close(result.barycentric_map(), clean.barycentric_map(), rtol=1e-2, atol=1e-2)
 
 
 def test_unbalanced_warm_start(rng):
     c = unequal(clouds(rng, 30, 25, 2, weights="random"), 3.0)
-    options = {"a": c.a, "b": c.b, "unbalanced": 5.0, "tol": 1e-8}
-    cold = otloss.solve_sample(c.x, c.y, 0.1, **options)
-    warm = otloss.solve_sample(c.x, c.y, 0.1, init=cold, **options)
+    options = {"unbalanced": 5.0, "tol": 1e-8}
+    cold = c.solve(0.1, **options)
+    warm = c.solve(0.1, init=cold, **options)
     assert warm.n_iters < cold.n_iters
-    torch.testing.assert_close(warm.value, cold.value)
-    module = otloss.SinkhornDivergence(0.1, unbalanced=5.0, tol=1e-8, warm_start=True)
-    first = module(c.x, c.y, c.a, c.b)
-    torch.testing.assert_close(module(c.x, c.y, c.a, c.b), first, rtol=1e-6, atol=1e-9)
-    plain = otloss.sinkhorn_divergence(c.x, c.y, 0.1, a=c.a, b=c.b, unbalanced=5.0, tol=1e-8)
-    torch.testing.assert_close(first, plain, rtol=0, atol=0)
+    assert_close(warm.value, cold.value)
+    module = otloss.SinkhornDivergence(0.1, warm_start=True, **options)
+    first = module(*c.inputs())
+    assert_close(module(*c.inputs()), first, rtol=1e-6, atol=1e-9)
+    assert_close(first, c.loss(0.1, **options), rtol=0, atol=0)
 
 
-def test_apply_is_the_plan(rng):
-    c, result = solved(rng)
-    v, w = randn(rng, 6), randn(rng, 6, 4)
-    torch.testing.assert_close(result.apply(v), result.plan @ v)
-    torch.testing.assert_close(result.apply(w), result.plan @ w)
-    torch.testing.assert_close(result.apply(c.x, axis=0), result.plan.T @ c.x)
-
-
-def test_barycentric_map(rng):
-    c, result = solved(rng)
+def test_barycentric_map(c):
+    """It is where the gradient of the squared distance points: dOT/dx = 2 a (x - T(x))."""
+    result = c.require_grad().solve(0.5, tol=1e-10)
+    (grad,) = torch.autograd.grad(result.value, c.x)
     image = result.barycentric_map()
-    torch.testing.assert_close(image, (result.plan @ c.y) / c.a[:, None])
-    # It is where the gradient of the squared distance points: dOT/dx = 2 a (x - T(x)).
-    x = c.x.requires_grad_()
-    again = otloss.solve_sample(x, c.y, 0.5, a=c.a, b=c.b, tol=1e-10)
-    (grad,) = torch.autograd.grad(again.value, x)
-    torch.testing.assert_close(
-        grad, 2 * c.a[:, None] * (c.x.detach() - image), rtol=1e-6, atol=1e-9
-    )
+    assert_close(grad, 2 * c.a[:, None] * (c.x - image), rtol=1e-6, atol=1e-9)
 
 
-def test_barycentric_map_of_padding_is_zero(rng):
-    c = clouds(rng, 7, 6, 2, weights="random")
-    a = c.a.clone()
-    a[2] = 0
-    a /= a.sum()
-    image = otloss.solve_sample(c.x, c.y, 0.5, a=a, b=c.b).barycentric_map()
-    assert not bool(image[2].any())
+def test_barycentric_map_of_padding_is_zero(c):
+    c.a[2] = 0
+    c.a /= c.a.sum()
+    image = c.solve(0.5).barycentric_map()
+    assert not image[2].any()
     assert bool(image.isfinite().all())
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("cost", COSTS)
-def test_extend(cost, method, rng):
-    """f on the points themselves, and the formula elsewhere."""
-    c, result = solved(rng, method, cost=cost)
-    f, g = result.potentials
-    torch.testing.assert_close(result.extend(c.x), f, rtol=1e-7, atol=1e-8)
-    new = randn(rng, 4, 3)
-    expected = oracle.softmin(oracle.cost(new, c.y, cost), g, c.b, 0.5)
-    torch.testing.assert_close(result.extend(new), expected)
-
-
-def test_transport_objective_is_value_linear(rng):
-    c, result = solved(rng)
-    linear = otloss.solve_sample(
-        c.x, c.y, 0.5, a=c.a, b=c.b, tol=1e-10, objective="transport"
-    ).value
-    torch.testing.assert_close(linear, result.value_linear)
-    assert linear < result.value
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_warm_start(method, rng):
     """From the solution nothing is left to do; the answer does not depend on the start."""
-    x, y = randn(rng, 40, 3), randn(rng, 30, 3)
-    options = {"tol": 1e-7, "max_iters": 50_000, "method": method}
-    cold = otloss.solve_sample(x, y, 0.1, **options)
+    c, options = clouds(rng, 40, 30, 3), {"tol": 1e-7, "max_iters": 50_000, "method": method}
+    cold = c.solve(0.1, **options)
     for init in (cold, cold.potentials):
-        warm = otloss.solve_sample(x, y, 0.1, init=init, **options)
+        warm = c.solve(0.1, init=init, **options)
         assert warm.n_iters < cold.n_iters
-        torch.testing.assert_close(warm.plan, cold.plan, rtol=1e-3, atol=1e-8)
-    near = otloss.solve_sample(x + 0.001 * randn(rng, 40, 3), y, 0.1, init=cold, **options)
-    assert near.n_iters <= cold.n_iters
-    other = otloss.solve_sample(x, y, 0.1, init=(randn(rng, 40), randn(rng, 30)), **options)
-    agree(other, cold)
+        assert_close(warm.plan, cold.plan, rtol=1e-3, atol=1e-8)
+    agree(c.solve(0.1, init=(randn(rng, 40), randn(rng, 30)), **options), cold)
+    c.x = c.x + 0.001 * randn(rng, 40, 3)
+    assert c.solve(0.1, init=cold, **options).n_iters <= cold.n_iters
 
 
-def test_a_warm_start_is_not_changed(rng):
-    c, result = solved(rng)
-    before = [v.clone() for v in result.potentials]
-    otloss.solve_sample(c.x + 1, c.y, 0.3, a=c.a, b=c.b, init=result)
-    for v, w in zip(result.potentials, before, strict=True):
-        assert torch.equal(v, w)
+def test_nothing_given_is_changed(rng):
+    """Neither a start nor an input."""
+    c = clouds(rng, 7, 6, 3, weights="padded")
+    result = c.solve(0.3)
+    before = c.double(), [v.clone() for v in result.potentials]
+    c.require_grad().loss(0.5).backward()
+    Clouds(c.x + 1, c.y, c.a, c.b).solve(0.3, init=result)
+    assert all(map(torch.equal, c.inputs(), before[0].inputs()))
+    assert all(map(torch.equal, result.potentials, before[1]))
 
 
-def test_inputs_are_not_changed(rng):
-    c = clouds(rng, 7, 6, 3, weights="padded").require_grad()
-    before = c.double()
-    loss = otloss.sinkhorn_divergence(c.x, c.y, 0.5, a=c.a, b=c.b)
-    loss.backward()
-    for t, old in zip(c.inputs(), before.inputs(), strict=True):
-        assert torch.equal(t.detach(), old)
+def test_methods_agree_and_auto_is_one_of_them(c):
+    first, *rest = (c.loss(0.5, tol=1e-9, method=method) for method in ("auto", *METHODS))
+    for loss in rest:
+        assert_close(loss, first, rtol=1e-7, atol=1e-9)
 
 
-def test_methods_agree_and_auto_is_one_of_them(rng):
-    c = clouds(rng, 20, 15, 3, weights="random")
-    losses = [
-        otloss.sinkhorn_divergence(c.x, c.y, 0.5, a=c.a, b=c.b, tol=1e-9, method=method)
-        for method in ("auto", *METHODS)
-    ]
-    for loss in losses[1:]:
-        torch.testing.assert_close(loss, losses[0], rtol=1e-7, atol=1e-9)
-
-
-def test_genevays_convention(rng):
+def test_genevays_convention(c):
     """2 W(a, b) - W(a, a) - W(b, b) is twice the divergence with the transport objective."""
-    c = clouds(rng, 7, 6, 3, weights="random")
-
-    def W(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:  # noqa: N802
-        return otloss.solve_sample(x, y, 0.5, a=a, b=b, tol=1e-10).value_linear
-
-    paper = 2 * W(c.x, c.y, c.a, c.b) - W(c.x, c.x, c.a, c.a) - W(c.y, c.y, c.b, c.b)
-    ours = otloss.sinkhorn_divergence(c.x, c.y, 0.5, a=c.a, b=c.b, objective="transport", tol=1e-10)
-    torch.testing.assert_close(2 * ours, paper, rtol=1e-7, atol=1e-9)
+    pairs = c, Clouds(c.x, c.x, c.a, c.a), Clouds(c.y, c.y, c.b, c.b)
+    across, *own = (pair.solve(0.5, tol=1e-10).value_linear for pair in pairs)
+    ours = c.loss(0.5, objective="transport", tol=1e-10)
+    assert_close(2 * ours, 2 * across - sum(own), rtol=1e-7, atol=1e-9)
 
 
 @some_of(
     "backend, objective, debiased, strength",
     BACKENDS, ["regularized", "transport"], [True, False], [None, *STRENGTHS], whole=3,
 )  # fmt: skip
-def test_fixed_iterations(backend, objective, debiased, strength, rng):
+def test_fixed_iterations(backend, objective, debiased, strength, c):
     """n_iters: exactly that number, in all three problems, also of a cloud against itself."""
-    c = clouds(rng, 7, 6, 3, weights="random")
-    c = (c if strength is None else unequal(c, 0.4)).to(backend.device)
-    function = otloss.sinkhorn_divergence if debiased else otloss.sinkhorn_loss
+    c = unequal(c, 0.4, strength).to(backend.device)
     for count in (1, 2, 7):
-        options = {"n_iters": count, "objective": objective}
-        call = {"unbalanced": strength, "method": backend.method, **options}
-        got = function(c.x, c.y, 0.3, a=c.a, b=c.b, **call)
-        options |= {"debiased": debiased, "rho": None if strength is None else rho(strength)}
-        truth = oracle.loss(c.x, c.y, 0.3, c.a, c.b, **options)
-        torch.testing.assert_close(got, truth.value, rtol=1e-9, atol=1e-11)
+        options = {"n_iters": count, "objective": objective, "debiased": debiased}
+        got = c.loss(0.3, unbalanced=strength, method=backend.method, **options)
+        pair = None if strength is None else rho(strength)
+        truth = oracle.loss(c.x, c.y, 0.3, c.a, c.b, rho=pair, **options)
+        assert_close(got, truth.value, rtol=1e-9, atol=1e-11)
 
 
 # ------------------------------------------------------------------------- changes in place
@@ -288,18 +231,16 @@ ON_DEMAND = {
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("quantity", ON_DEMAND)
-def test_a_change_in_place_after_the_solve_is_noticed(quantity, method, rng):
+def test_a_change_in_place_after_the_solve_is_noticed(quantity, method, c):
     """What is computed later would be of other points than the potentials."""
-    for name in ("x", "y", "a", "b"):
-        c, result = solved(rng, method)
-        with torch.no_grad():
-            getattr(c, name).mul_(1.01)
-        with pytest.raises(RuntimeError, match=rf"^{name} was changed in place after the solve"):
+    for changed in ("x", "y", "a", "b"):
+        result = c.solve(0.5, method=method, **TIGHT)
+        getattr(c, changed).mul_(1.0)
+        with pytest.raises(RuntimeError, match=rf"^{changed} was changed in place after the solve"):
             ON_DEMAND[quantity](result)
         assert result.converged
         assert bool(result.value.isfinite())
-    c, result = solved(rng, method)
-    ON_DEMAND[quantity](result)  # not changed
+    ON_DEMAND[quantity](c.solve(0.5, method=method, **TIGHT))  # not changed
 
 
 def test_an_optimiser_step_on_a_cost_matrix_is_noticed(rng):
@@ -316,7 +257,7 @@ def test_an_optimiser_step_on_a_cost_matrix_is_noticed(rng):
 def test_results_in_inference_mode(rng):
     """Whose tensors do not count their changes."""
     with torch.inference_mode():
-        result = otloss.solve_sample(randn(rng, 5, 2), randn(rng, 4, 2), 0.5)
+        result = clouds(rng, 5, 4, 2).solve(0.5)
         assert result.duality_gap < 1e-2
         assert result.plan.shape == (5, 4)
 
@@ -326,32 +267,31 @@ def test_results_in_inference_mode(rng):
 
 def test_last_status(rng):
     """Of the worst problem of the last call."""
-    x, y = randn(rng, 30, 2), randn(rng, 25, 2)
-    result = otloss.solve_sample(x, y, 0.05)
-    status = otloss.last_status()
+    c = clouds(rng, 30, 25, 2)
+    result, status = c.solve(0.05), otloss.last_status()
     assert status.converged is True
     assert status.n_iters == result.n_iters
     assert 0 <= status.marginal_error <= 1e-3
-    with pytest.warns(otloss.ConvergenceWarning):
-        otloss.sinkhorn_divergence(x, y, 0.01, tol=1e-9, max_iters=2)
-    status = otloss.last_status()
-    assert status.converged is False
-    assert status.n_iters == 2
-    assert status.marginal_error > 1e-9
-    batch = torch.stack([x, x]), torch.stack([y, x[:25] + 1])
-    otloss.sinkhorn_loss(*batch, 0.5, cost=torch.cdist)
+    easy = Clouds(torch.stack([c.x, 0 * c.x]), torch.stack([c.y, 0 * c.y]), None, None)
+    for hard in (c, easy):
+        with pytest.warns(otloss.ConvergenceWarning):
+            hard.loss(0.01, tol=1e-9, max_iters=2)
+        status = otloss.last_status()
+        assert status.converged is False
+        assert status.n_iters == 2
+        assert status.marginal_error > 1e-9
+    easy.loss(0.5, cost=torch.cdist, debiased=False)
     assert otloss.last_status().converged is True
 
 
 @pytest.mark.parametrize("status", ["converged", "n_iters"])
 def test_a_status_that_was_not_read_warns_when_it_is(status, rng, monkeypatch):
     """As on CUDA, where a solve does not wait to see whether it converged."""
-    x, y = randn(rng, 30, 2), randn(rng, 25, 2)
+    c = clouds(rng, 30, 25, 2)
     monkeypatch.setattr(otloss._check, "readable", lambda t: False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        result = otloss.solve_sample(x, y, 0.01, tol=1e-9, max_iters=2)
-        fixed = otloss.solve_sample(x, y, 0.01, tol=1e-9, n_iters=2)
+        result, fixed = c.solve(0.01, tol=1e-9, max_iters=2), c.solve(0.01, tol=1e-9, n_iters=2)
         assert not fixed.converged
         assert not otloss.last_status().converged
     with pytest.warns(otloss.ConvergenceWarning, match="stopped after 2 iter") as caught:
@@ -363,107 +303,90 @@ def test_a_status_that_was_not_read_warns_when_it_is(status, rng, monkeypatch):
         assert result.converged is False
 
 
-class TestModules:
-    def test_same_as_the_functions(self, rng):
-        c = clouds(rng, 7, 6, 3, weights="random")
-        x2, y2 = randn(rng, 5, 3), randn(rng, 4, 3)
-        pairs = [
-            (
-                otloss.SinkhornDivergence(0.5, cost="euclidean")(c.x, c.y, c.a, c.b),
-                otloss.sinkhorn_divergence(c.x, c.y, 0.5, a=c.a, b=c.b, cost="euclidean"),
-            ),
-            (otloss.SinkhornLoss(0.5)(c.x, c.y), otloss.sinkhorn_loss(c.x, c.y, 0.5)),
-            (
-                otloss.MinibatchEnergyDistance(0.5)(c.x, x2, c.y, y2),
-                otloss.minibatch_energy_distance(c.x, x2, c.y, y2, 0.5),
-            ),
-            (
-                otloss.EnergyDistance()(c.x, c.y, c.a, c.b),
-                otloss.energy_distance(c.x, c.y, a=c.a, b=c.b),
-            ),
-        ]
-        for module, function in pairs:
-            torch.testing.assert_close(module, function, rtol=0, atol=0)
-
-    def test_they_print_their_configuration(self):
-        assert repr(otloss.SinkhornDivergence(0.5, cost="cosine")).count("cost='cosine'") == 1
-        assert "eps=0.5" in repr(otloss.SinkhornLoss(0.5))
-        assert "cost='euclidean'" in repr(otloss.EnergyDistance())
-
-    def test_they_copy_and_hold_no_parameters(self, rng):
-        module = otloss.SinkhornDivergence(0.5, tol=1e-4)
-        x, y = randn(rng, 5, 2), randn(rng, 4, 2)
-        assert not list(module.parameters())
-        assert torch.equal(copy.deepcopy(module)(x, y), module(x, y))
-
-    def test_warm_start_changes_the_work_and_not_the_result(self, rng):
-        """The second call of a slow flow starts where the first ended."""
-        x, y = randn(rng, 30, 2), randn(rng, 25, 2)
-        module = otloss.SinkhornDivergence(0.05, tol=1e-8, warm_start=True, max_iters=20_000)
-        module(x, y)
-        short = otloss.SinkhornDivergence(0.05, tol=1e-8, warm_start=True, max_iters=3)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", otloss.ConvergenceWarning)
-            for _ in range(300):  # 3 passes a call get there in the end
-                last = short(x, y)
-        expected = otloss.sinkhorn_divergence(x, y, 0.05, tol=1e-8, max_iters=20_000)
-        torch.testing.assert_close(module(x, y), expected, rtol=1e-6, atol=1e-8)
-        torch.testing.assert_close(last, expected, rtol=1e-3, atol=1e-6)
-        assert module(x[:7], y).isfinite()  # other shapes start anew
-
-    def test_a_warm_start_outlives_inference_mode(self, rng):
-        """A validation step leaves nothing that a training step cannot be differentiated with."""
-        module = otloss.SinkhornDivergence(0.5, warm_start=True)
-        x, y = randn(rng, 6, 2).requires_grad_(), randn(rng, 5, 2)
-        with torch.inference_mode():
-            module(x, y)
-        module(x, y).backward()
-        assert bool(x.grad.isfinite().all())
-
-    def test_a_warm_start_forgets_what_is_not_finite(self, rng, monkeypatch):
-        """On CUDA data is not read, and a step with NaN in it raises nothing."""
-        monkeypatch.setattr(otloss._check, "readable", lambda t: False)
-        x, y = randn(rng, 2, 40, 3), randn(rng, 2, 30, 3)
-        module = otloss.SinkhornDivergence(0.1, warm_start=True, tol=1e-6)
-        expected = module(x, y)
-        bad = x.clone()
-        bad[0] = torch.nan
-        assert module(bad, y).isnan().tolist() == [True, False]
-        torch.testing.assert_close(module(x, y), expected, rtol=1e-4, atol=1e-6)
-
-    def test_warm_start_and_fixed_iterations_exclude_each_other(self):
-        with pytest.raises(ValueError, match="warm_start must be False with n_iters"):
-            otloss.SinkhornDivergence(0.5, warm_start=True, n_iters=3)
+# ------------------------------------------------------------------------------------ modules
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_result_explains_how_it_was_solved(method, rng):
-    assert solved(rng, method)[1].explain() == f"{method} on cpu"
+def test_modules_are_the_functions(c, rng):
+    x2, y2 = randn(rng, 5, 3), randn(rng, 4, 3)
+    four, euclidean = (c.x, x2, c.y, y2), {"cost": "euclidean"}
+    for module, function in (
+        (otloss.SinkhornDivergence(0.5, **euclidean)(*c.inputs()), c.loss(0.5, **euclidean)),
+        (otloss.SinkhornLoss(0.5)(*c.inputs()), c.loss(0.5, debiased=False)),
+        (otloss.MinibatchEnergyDistance(0.5)(*four), otloss.minibatch_energy_distance(*four, 0.5)),
+        (otloss.EnergyDistance()(*c.inputs()), c.energy()),
+    ):
+        assert_close(module, function, rtol=0, atol=0)
+
+
+def test_modules_print_their_configuration():
+    assert repr(otloss.SinkhornDivergence(0.5, cost="cosine")).count("cost='cosine'") == 1
+    assert "eps=0.5" in repr(otloss.SinkhornLoss(0.5))
+    assert "cost='euclidean'" in repr(otloss.EnergyDistance())
+
+
+def test_modules_copy_and_hold_no_parameters(c):
+    module = otloss.SinkhornDivergence(0.5, tol=1e-4)
+    assert not list(module.parameters())
+    assert torch.equal(copy.deepcopy(module)(c.x, c.y), module(c.x, c.y))
+
+
+def test_warm_start_changes_the_work_and_not_the_result(rng):
+    """The second call of a slow flow starts where the first ended."""
+    c, options = clouds(rng, 30, 25, 2), {"tol": 1e-8, "max_iters": 20_000}
+    module = otloss.SinkhornDivergence(0.05, warm_start=True, **options)
+    module(c.x, c.y)
+    short = otloss.SinkhornDivergence(0.05, warm_start=True, **{**options, "max_iters": 3})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", otloss.ConvergenceWarning)
+        for _ in range(300):  # 3 passes a call get there in the end
+            last = short(c.x, c.y)
+    expected = c.loss(0.05, **options)
+    assert_close(module(c.x, c.y), expected, rtol=1e-6, atol=1e-8)
+    assert_close(last, expected, rtol=1e-3, atol=1e-6)
+    assert module(c.x[:7], c.y).isfinite()  # other shapes start anew
+
+
+def test_a_warm_start_outlives_inference_mode(c):
+    """A validation step leaves nothing that a training step cannot be differentiated with."""
+    module, x = otloss.SinkhornDivergence(0.5, warm_start=True), c.x.requires_grad_()
+    with torch.inference_mode():
+        module(x, c.y)
+    module(x, c.y).backward()
+    assert bool(x.grad.isfinite().all())
+
+
+def test_a_warm_start_forgets_what_is_not_finite(rng, monkeypatch):
+    """On CUDA data is not read, and a step with NaN in it raises nothing."""
+    monkeypatch.setattr(otloss._check, "readable", lambda t: False)
+    c = clouds(rng, 40, 30, 3, batch=2)
+    module, bad = otloss.SinkhornDivergence(0.1, warm_start=True, tol=1e-6), c.x.clone()
+    expected, bad[0] = module(c.x, c.y), torch.nan
+    assert module(bad, c.y).isnan().tolist() == [True, False]
+    assert_close(module(c.x, c.y), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_warm_start_and_fixed_iterations_exclude_each_other():
+    with pytest.raises(ValueError, match="warm_start must be False with n_iters"):
+        otloss.SinkhornDivergence(0.5, warm_start=True, n_iters=3)
 
 
 def test_show_config(capsys):
     assert otloss.show_config() is None
     printed = capsys.readouterr().out
     config = otloss.show_config(mode="dicts")
-    for key, value in config.items():
-        assert key in printed
-        assert str(value) in printed
-    assert config["otloss"] == otloss.__version__
-    assert config["torch"] == torch.__version__
+    assert all(key in printed and str(value) in printed for key, value in config.items())
+    assert (config["otloss"], config["torch"]) == (otloss.__version__, torch.__version__)
 
 
 def test_weights_can_be_learned(rng):
     """Weights of a model through a softmax: descent on the loss ends near those of the target."""
-    points = randn(rng, 5, 2)
-    target = make_weights(rng, (5,), "random")
-    logits = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    points, target = randn(rng, 5, 2), make_weights(rng, (5,), "random")
+    logits, losses = torch.zeros(5, dtype=torch.float64, requires_grad=True), list[Tensor]()
     optimiser = torch.optim.Adam([logits], lr=0.1)
-    losses = []
     for _ in range(100):
         optimiser.zero_grad()
-        a = logits.softmax(0)
-        loss = otloss.sinkhorn_divergence(points, points.clone(), 1.0, a=a, b=target, tol=1e-5)
-        loss.backward()
+        c = Clouds(points, points.clone(), logits.softmax(0), target)
+        losses.append(c.loss(1.0, tol=1e-5))
+        losses[-1].backward()
         optimiser.step()
-        losses.append(float(loss.detach()))
     assert losses[-1] <= 0.05 * losses[0]

@@ -25,7 +25,16 @@ import torch
 
 from benchmarks.timing import Timer
 
-NAMES = ("iteration", "costs", "overhead", "accuracy", "passes", "training_step", "memory")
+NAMES = (
+    "iteration",
+    "costs",
+    "floors",
+    "overhead",
+    "accuracy",
+    "passes",
+    "training_step",
+    "memory",
+)
 
 
 @dataclass(frozen=True)

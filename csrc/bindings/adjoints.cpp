@@ -13,11 +13,13 @@ struct Seeds {
       : loss(in.next<Tensor>()), f(in.next<Tensors>()), g(in.next<Tensors>()) {}
 
   void check(const Problem& problem) const {
-    otloss::check(loss, {problem.batch()}, problem.dtype(), "grad_loss");
+    problem.check_grad(loss);
     if (!f.empty()) problem.check_f(f, "grad_f");
     if (!g.empty()) problem.check_g(g, "grad_g");
     STD_TORCH_CHECK(!problem.costs.empty() || !problem.clouds.points.empty(),
                     "otloss: there must be costs or points");
+    for (const Tensor& C : problem.costs)
+      STD_TORCH_CHECK(C.is_contiguous(), "otloss: costs must be contiguous");
   }
 
   template <typename Group>
@@ -103,7 +105,6 @@ void unrolled_backward(StableIValue* stack, uint64_t, uint64_t) {
   }
   const Device device(seeds.loss, {&seeds.f, &seeds.g, &problem.costs, &problem.clouds.points,
                                    &problem.clouds.weights, &init, &traces});
-  clear_interruption();
   dispatch_dtype(seeds.loss, [&](auto zero) {
     unrolled_as<decltype(zero)>(stack, device, problem, seeds, init, traces, wanted);
   });
@@ -122,7 +123,6 @@ void implicit_backward(StableIValue* stack, uint64_t, uint64_t) {
   problem.check_g(g, "g");
   const Device device(seeds.loss, {&seeds.f, &seeds.g, &problem.costs, &problem.clouds.points,
                                    &problem.clouds.weights, &f, &g});
-  clear_interruption();
   dispatch_dtype(seeds.loss, [&](auto zero) {
     implicit_as<decltype(zero)>(stack, device, problem, seeds, f, g, wanted);
   });

@@ -19,7 +19,8 @@ void cost(StableIValue* stack, uint64_t, uint64_t) {
   const Device device(clouds.points[0], {&clouds.points, &clouds.weights});
   dispatch_dtype(clouds.points[0], [&](auto zero) {
     using T = decltype(zero);
-    give_back(stack, cost_matrices<T>(device, prepare<T>(device, clouds), clouds.pairs));
+    give_back(stack,
+              cost_matrices<T>(device, prepare<T>(device, clouds), clouds.pairs, empty_matrices));
   });
 }
 
@@ -43,7 +44,7 @@ void cost_backward(StableIValue* stack, uint64_t, uint64_t) {
   dispatch_dtype(points[0], [&](auto zero) {
     using T = decltype(zero);
     const Prepared prepared = prepare<T>(device, clouds);
-    const PointGradients<T> grads(device, prepared, wanted);
+    PointGradients<T> grads(device, prepared, wanted);
     for (int64_t p = 0; p < clouds.count(); ++p) {
       PlanWeightGroup<T> group{};
       group.W = data<T>(grad_costs[p]);

@@ -41,7 +41,7 @@ void envelope_backward(StableIValue* stack, uint64_t, uint64_t) {
   const Wanted wanted(in);
   problem.check();
   wanted.check(problem);
-  check(grad_loss, {problem.batch()}, problem.dtype(), "grad_loss");
+  problem.check_grad(grad_loss);
   problem.check_f(f, "f");
   problem.check_g(g, "g");
   const Device device(grad_loss,

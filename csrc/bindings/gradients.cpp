@@ -39,9 +39,10 @@ EnvelopeGroup<T> Gradients<T>::group(int64_t p, bool matrices) {
   if (!problem_.costs.empty()) group.C = data<T>(problem_.costs[p]);
   group.a = data<T>(a);
   group.b = data<T>(b);
-  group.grad = data<T>(grad_loss_);
+  group.grad = grad(p);
   group.coefficient = static_cast<T>(problem_.coefficients[p]);
   if (listed(wanted_.costs, p) || (matrices && of_points)) {
+    STD_TORCH_CHECK(problem_.costs[p].is_contiguous(), "otloss: costs must be contiguous");
     grad_C_[p] = empty(a, {B, n, m});
     group.grad_C = data<T>(grad_C_[p]);
   }
@@ -56,11 +57,11 @@ EnvelopeGroup<T> Gradients<T>::group(int64_t p, bool matrices) {
 }
 
 template <typename T>
-PointSums<T> Gradients<T>::side(int64_t c, const T* weight, const T* v) {
+PointSums<T> Gradients<T>::side(int64_t c, SolvedSide<T> solved) {
   if (!points_.wants(c)) return {};
   const Tensor& z = clouds_.z[c];
   const int64_t B = z.size(0), n = z.size(1), d = z.size(2);
-  sides_.push_back({c, empty(z, {B, n}), empty(z, {B, n, d}), weight, v});
+  sides_.push_back({c, empty(z, {B, n}), empty(z, {B, n, d}), solved});
   return {data<T>(sides_.back().sum), data<T>(sides_.back().product)};
 }
 
@@ -76,17 +77,17 @@ void Gradients<T>::add_plan_side(std::vector<PointGradientGroup<T>>& groups, int
                                  int64_t j, const Tensor& f, const Tensor& g) {
   if (!points_.wants(i)) return;
   const Tensor &a = problem_.clouds.weights[i], &b = problem_.clouds.weights[j];
-  const PointSums<T> sums = side(i, data<T>(a), data<T>(f));
+  const PointSums<T> sums = side(i, {data<T>(a), data<T>(f)});
   groups.push_back({a.size(0), a.size(1), b.size(1), i == j,
                     point_pair<T>(clouds_, i, j, problem_.tf32), data<T>(a), data<T>(b), data<T>(f),
-                    data<T>(g), data<T>(grad_loss_), static_cast<T>(problem_.coefficients[p]),
-                    sums.sum, sums.product});
+                    data<T>(g), grad(p), static_cast<T>(problem_.coefficients[p]), sums.sum,
+                    sums.product});
 }
 
 template <typename T>
 void Gradients<T>::add_sums() {
   for (const Side& side : sides_)
-    points_.add_side(side.cloud, data<T>(side.sum), data<T>(side.product), side.weight, side.v);
+    points_.add_side(side.cloud, data<T>(side.sum), data<T>(side.product), side.solved);
 }
 
 template <typename T>
@@ -108,7 +109,7 @@ void Gradients<T>::add_plans(const Tensors& f, const Tensors& g) {
     group.b = data<T>(problem_.b(p));
     group.f = data<T>(f[p]);
     group.g = data<T>(g[p]);
-    group.grad = data<T>(grad_loss_);
+    group.grad = grad(p);
     group.coefficient = static_cast<T>(problem_.coefficients[p]);
     points_.add_pair(problem_.x(p), problem_.y(p), problem_.costs[p], group, problem_.eps);
   }

@@ -40,7 +40,7 @@ class Gradients {
 
   // Writes the gradients of the wanted costs and points, of a and b, and `more`.
   template <typename... More>
-  void give_back(StableIValue* stack, const More&... more) const {
+  void give_back(StableIValue* stack, const More&... more) {
     Tensors costs;
     for (const int64_t p : wanted_.costs) costs.push_back(grad_C_[p]);
     otloss::give_back(stack, costs, points_.result(), grad_a_, grad_b_, more...);
@@ -50,10 +50,15 @@ class Gradients {
   struct Side {
     int64_t cloud;
     Tensor sum, product;
-    const T *weight, *v;  // of the plan at fixed potentials, else null
+    SolvedSide<T> solved;  // of the plan at fixed potentials, else null
   };
 
-  PointSums<T> side(int64_t c, const T* weight = nullptr, const T* v = nullptr);
+  // (B,) of the loss or, where every pair has its own, of pair p.
+  const T* grad(int64_t p) const {
+    const int64_t B = problem_.batch();
+    return data<T>(grad_loss_) + (grad_loss_.dim() > 1 ? p * B : 0);
+  }
+  PointSums<T> side(int64_t c, SolvedSide<T> solved = {});
 
   const Device& device_;
   const Problem& problem_;

@@ -1,16 +1,14 @@
 #include "bindings/host.h"
 
-#include <Python.h>
 #include <dlfcn.h>
+#include <pybind11/pybind11.h>
 #include <torch/csrc/stable/ops.h>
 #if defined(OTLOSS_WITH_CUDA) && !defined(OTLOSS_EMULATED)
 #include <torch/csrc/stable/accelerator.h>
 #endif
 
-#include <atomic>
 #include <chrono>
-#include <csignal>
-#include <thread>
+#include <utility>
 
 #include "cpu/parallel.h"
 
@@ -19,49 +17,85 @@ namespace otloss {
 // ------------------------------------------------------------------------ threads, interruption
 
 namespace {
-std::thread::id main_thread;
-std::atomic<bool> stop_requested{false};
-std::atomic<int64_t> next_check_ns{0};
+
 constexpr int64_t kCheckIntervalNs = 50'000'000;
+thread_local Call* current_call = nullptr;
 
 int64_t now_ns() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
+
+class WorkingFor {
+ public:
+  explicit WorkingFor(Call* call) : outer_(std::exchange(current_call, call)) {}
+  ~WorkingFor() { current_call = outer_; }
+  WorkingFor(const WorkingFor&) = delete;
+  WorkingFor& operator=(const WorkingFor&) = delete;
+
+ private:
+  Call* const outer_;
+};
+
 }  // namespace
 
-void set_main_thread() { main_thread = std::this_thread::get_id(); }
+// torch's Python layer is made by pybind11, which lets an exception of this base say itself what is
+// raised in Python. Everywhere else it is a runtime error.
+class Call::Raised : public pybind11::builtin_exception {
+ public:
+  explicit Raised(const pybind11::error_already_set& error)
+      : builtin_exception("otloss: a signal handler ended the operation"), error_(error) {}
+  void set_error() const override { pybind11::error_already_set(error_).restore(); }
 
-void clear_interruption() {
-  stop_requested = false;
-  next_check_ns = now_ns() + kCheckIntervalNs;
+ private:
+  pybind11::error_already_set error_;
+};
+
+Call::Call() : outer_(current_call), next_check_(now_ns() + kCheckIntervalNs) {
+  current_call = this;
+}
+
+Call::~Call() { current_call = outer_; }
+
+Call* Call::current() { return current_call; }
+
+// Asked in a thread other than Python's main one, Python has nothing to say.
+bool Call::interrupted() {
+  if (stopped_.load(std::memory_order_relaxed)) return true;
+  if (std::this_thread::get_id() != thread_ || now_ns() < next_check_) return false;
+  const PyGILState_STATE state = PyGILState_Ensure();
+  if (PyErr_CheckSignals() != 0) {
+    raised_ = std::make_unique<Raised>(pybind11::error_already_set());
+    stopped_ = true;
+  }
+  PyGILState_Release(state);
+  next_check_ = now_ns() + kCheckIntervalNs;
+  return stopped_;
+}
+
+void Call::raise_interruption() const {
+  if (raised_) throw Raised(*raised_);
 }
 
 namespace cpu {
 
+// Each thread works for the call of the thread that shares its work out.
 void run_parallel(int64_t begin, int64_t end, int64_t grain, RangeFunction function,
                   void* context) {
   if (end - begin <= grain) return function(begin, end, context);
-  TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, function, context));
+  struct Work {
+    RangeFunction function;
+    void* context;
+    Call* call;
+  } work{function, context, current_call};
+  const auto run = [](int64_t first, int64_t last, void* data) {
+    const Work& shared = *static_cast<Work*>(data);
+    const WorkingFor scope(shared.call);
+    shared.function(first, last, shared.context);
+  };
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, run, &work));
 }
 
 int64_t thread_count() { return torch::stable::get_num_threads(); }
 
-// Python runs signal handlers on its main thread only, between bytecodes: a long operation has to
-// ask. The handler's exception is dropped and the signal raised again, so that it reaches Python's
-// own loop as soon as the operation has returned.
-bool interrupted() {
-  if (stop_requested.load(std::memory_order_relaxed)) return true;
-  const int64_t now = now_ns();
-  if (now < next_check_ns.load(std::memory_order_relaxed)) return false;
-  if (std::this_thread::get_id() != main_thread) return false;
-  next_check_ns = now + kCheckIntervalNs;
-  const PyGILState_STATE state = PyGILState_Ensure();
-  if (PyErr_CheckSignals() != 0) {
-    PyErr_Clear();
-    PyErr_SetInterruptEx(SIGINT);
-    stop_requested = true;
-  }
-  PyGILState_Release(state);
-  return stop_requested;
-}
+bool interrupted() { return current_call && current_call->interrupted(); }
 
 }  // namespace cpu
 

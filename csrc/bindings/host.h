@@ -1,18 +1,44 @@
-// Where an operation runs: its device and, on a GPU, the stream and the memory of its kernels.
+// Where an operation runs: its device and, on a GPU, the stream and the memory of its kernels. And
+// what may end it before its time: a signal.
 #pragma once
 
+#include <atomic>
+#include <cstdint>
 #include <memory>
+#include <thread>
 
 #include "bindings/tensors.h"
 #include "kernels.h"
 
 namespace otloss {
 
-// Python runs signal handlers on its main thread: the one that imports the module.
-void set_main_thread();
+// One call of an operation. Python runs signal handlers between bytecodes of its main thread only,
+// so a long operation has to ask for them. An exception that a handler raises is kept, tells the
+// kernels of this call to stop, and leaves the operation in place of its results. What a handler
+// raises in one thread is no business of the calls of other threads.
+class Call {
+ public:
+  Call();
+  ~Call();
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
 
-// To be called where an operation starts that Ctrl-C may end.
-void clear_interruption();
+  // The one that this thread works for, null outside of operations.
+  static Call* current();
+  // Cheap enough to be called for every block of rows, by every thread that works for the call.
+  bool interrupted();
+  // Throws what a handler raised.
+  void raise_interruption() const;
+
+ private:
+  class Raised;
+
+  Call* const outer_;  // of a handler's own operations, the one that it interrupts
+  const std::thread::id thread_ = std::this_thread::get_id();
+  int64_t next_check_;
+  std::atomic<bool> stopped_{false};
+  std::unique_ptr<Raised> raised_;
+};
 
 // The device of an operation's tensors, made the current one while this lives.
 class Device {

@@ -3,6 +3,7 @@
 
 #include "bindings/host.h"
 #include "bindings/operations.h"
+#include "cpu/simd/simd.h"
 #include "cuda/solve/describe.h"
 #if defined(OTLOSS_WITH_CUDA)
 #include <torch/csrc/stable/accelerator.h>
@@ -18,7 +19,7 @@ STABLE_TORCH_LIBRARY_IMPL(otloss, CUDA, library) { otloss::register_operations(l
 namespace {
 
 std::string simd_level() {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(OTLOSS_LEVELS)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
     return "x86-64-v4";
@@ -32,7 +33,6 @@ std::string simd_level() {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  otloss::set_main_thread();
 #if defined(OTLOSS_WITH_CUDA)
   // How a solve on a device would be laid out; d: 0 where costs are stored.
   module.def("describe_plan",

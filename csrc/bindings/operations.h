@@ -5,20 +5,28 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "bindings/host.h"
+
 namespace otloss {
 
 using Operation = void(StableIValue* stack, uint64_t arguments, uint64_t results);
 
 Operation cost, cost_backward, solve, envelope_backward, unrolled_backward, implicit_backward;
 
+template <Operation* operation>
+void call(StableIValue* stack, uint64_t arguments, uint64_t results) {
+  const Call scope;
+  operation(stack, arguments, results);
+}
+
 // The same functions serve every device.
 inline void register_operations(torch::stable::detail::StableLibrary& library) {
-  library.impl("cost", cost);
-  library.impl("cost_backward", cost_backward);
-  library.impl("solve", solve);
-  library.impl("envelope_backward", envelope_backward);
-  library.impl("unrolled_backward", unrolled_backward);
-  library.impl("implicit_backward", implicit_backward);
+  library.impl("cost", call<cost>);
+  library.impl("cost_backward", call<cost_backward>);
+  library.impl("solve", call<solve>);
+  library.impl("envelope_backward", call<envelope_backward>);
+  library.impl("unrolled_backward", call<unrolled_backward>);
+  library.impl("implicit_backward", call<implicit_backward>);
 }
 
 }  // namespace otloss

@@ -1,14 +1,16 @@
 #include "bindings/points.h"
 
+#include <algorithm>
 #include <array>
+#include <utility>
 
 namespace otloss {
 
 // ------------------------------------------------------------------------------------ products
 
+#if defined(OTLOSS_WITH_CUDA)
 namespace {
 
-#if defined(OTLOSS_WITH_CUDA)
 // A strided view of a (B, rows, columns) tensor: a matrix if B is 1, transposed if asked.
 Tensor view(const Tensor& t, bool transpose) {
   const int64_t rows = t.size(1), columns = t.size(2), skip = t.size(0) == 1 ? 1 : 0;
@@ -33,25 +35,9 @@ void torch_product(const Tensor& left, bool transpose_left, const Tensor& right,
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes ownership of the returned reference
 }
-#endif
-
-// V z, or V^T z.
-template <typename T>
-Tensor product([[maybe_unused]] const Device& device, const Tensor& V, bool transposed,
-               const Tensor& z) {
-  const Tensor out = empty(z, {V.size(0), V.size(transposed ? 2 : 1), z.size(2)});
-#if defined(OTLOSS_WITH_CUDA)
-  if (device.is_cuda()) {
-    torch_product(V, transposed, z, false, out);
-    return out;
-  }
-#endif
-  cpu::multiply(ProductGroup<T>{out.size(0), out.size(1), z.size(1), z.size(2), transposed,
-                                data<T>(V), data<T>(z), data<T>(out)});
-  return out;
-}
 
 }  // namespace
+#endif
 
 // --------------------------------------------------------------------------------------- costs
 
@@ -73,22 +59,22 @@ Prepared prepare(const Device& device, const Clouds& given) {
 }
 
 template <typename T>
-Tensors cost_matrices(const Device& device, const Prepared& clouds, const Ints& pairs) {
+Tensors cost_matrices(const Device& device, const Prepared& clouds, const Ints& pairs,
+                      Tensor empty(const Tensor&, int64_t, int64_t, int64_t)) {
   Tensors costs;
+  std::vector<CostGroup<T>> groups;
   for (size_t p = 0; p < pairs.size(); p += 2) {
     const int64_t i = pairs[p], j = pairs[p + 1];
     const Tensor &zx = clouds.z[i], &zy = clouds.z[j];
     const int64_t B = zx.size(0), n = zx.size(1), m = zy.size(1), d = zx.size(2);
-    costs.push_back(empty(zx, {B, n, m}));
+    costs.push_back(empty(zx, B, n, m));
 #if defined(OTLOSS_WITH_CUDA)
     if (device.is_cuda() && d > kDirectDims) torch_product(zx, false, zy, true, costs.back());
 #endif
-    OTLOSS_LAUNCH(
-        device, cost_matrices,
-        CostGroup<T>{B, n, m, d, i == j, data<T>(zx), data<T>(zy), data<T>(clouds.norm[i]),
-                     data<T>(clouds.norm[j]), data<T>(costs.back())},
-        clouds.kind);
+    groups.push_back({B, n, m, d, i == j, data<T>(zx), data<T>(zy), data<T>(clouds.norm[i]),
+                      data<T>(clouds.norm[j]), data<T>(costs.back()), row_stride(costs.back())});
   }
+  if (!groups.empty()) OTLOSS_LAUNCH(device, cost_matrices, groups, clouds.kind);
   return costs;
 }
 
@@ -96,27 +82,48 @@ Tensors cost_matrices(const Device& device, const Prepared& clouds, const Ints& 
 
 template <typename T>
 PointGradients<T>::PointGradients(const Device& device, const Prepared& clouds, const Ints& wanted)
-    : device_(device), clouds_(clouds), wanted_(wanted), grads_(clouds.z.size()) {
-  for (const int64_t c : wanted) {
-    const Tensor& z = clouds.z[c];
-    grads_[c] = zeros(z, {z.size(0), z.size(1), z.size(2)});
-  }
+    : device_(device),
+      clouds_(clouds),
+      wanted_(wanted),
+      grads_(clouds.z.size()),
+      terms_(clouds.z.size()) {}
+
+template <typename T>
+bool PointGradients<T>::wants(int64_t c) const {
+  return std::find(wanted_.begin(), wanted_.end(), c) != wanted_.end();
 }
 
 template <typename T>
-void PointGradients<T>::add_side(int64_t c, const T* sum, const T* product, const T* weight,
-                                 const T* v) const {
+void PointGradients<T>::add_side(int64_t c, const T* sum, const T* product, SolvedSide<T> side) {
   const Tensor& z = clouds_.z[c];
-  OTLOSS_LAUNCH(
-      device_, cost_gradient,
-      CostGradientGroup<T>{z.size(0), z.size(1), z.size(2), data<T>(z), data<T>(clouds_.norm[c]),
-                           sum, product, data<T>(grads_[c]), weight, v},
-      clouds_.kind);
+  const int64_t B = z.size(0), n = z.size(1), d = z.size(2);
+  if (!grads_[c].defined()) grads_[c] = zeros(z, {B, n, d});
+  OTLOSS_LAUNCH(device_, cost_gradient,
+                CostGradientGroup<T>{B, n, d, data<T>(z), data<T>(clouds_.norm[c]), sum, product,
+                                     data<T>(grads_[c]), side},
+                clouds_.kind);
+}
+
+template <typename T>
+void PointGradients<T>::add_product(int64_t c, int64_t other, const Tensor& V, bool transposed,
+                                    const Tensor& sum, SolvedSide<T> side) {
+  if (!wants(c)) return;
+  const Tensor& z = clouds_.z[other];
+#if defined(OTLOSS_WITH_CUDA)
+  if (device_.is_cuda()) {
+    const Tensor product = empty(z, {z.size(0), clouds_.z[c].size(1), z.size(2)});
+    torch_product(V, transposed, z, false, product);
+    add_side(c, data<T>(sum), data<T>(product), side);
+    return;
+  }
+#endif
+  terms_[c].push_back({z.size(1), transposed, data<T>(V), data<T>(z), data<T>(sum), side});
+  kept_.insert(kept_.end(), {V, sum});
 }
 
 template <typename T>
 void PointGradients<T>::add_pair(int64_t i, int64_t j, const Tensor& C, PlanWeightGroup<T> group,
-                                 double eps) const {
+                                 double eps) {
   if (!wants(i) && !wants(j)) return;
   const int64_t B = C.size(0), n = C.size(1), m = C.size(2);
   const Tensor V = empty(C, {B, n, m}), row_sum = empty(C, {B, n}), col_sum = empty(C, {B, m});
@@ -125,6 +132,7 @@ void PointGradients<T>::add_pair(int64_t i, int64_t j, const Tensor& C, PlanWeig
   group.m = m;
   group.symmetrise = i == j;
   group.C = data<T>(C);
+  group.C_stride = row_stride(C);
   group.V = data<T>(V);
   group.row_sum = data<T>(row_sum);
   group.col_sum = data<T>(col_sum);
@@ -133,24 +141,34 @@ void PointGradients<T>::add_pair(int64_t i, int64_t j, const Tensor& C, PlanWeig
                   clouds_.kind);
   else
     OTLOSS_LAUNCH(device_, plan_weights, group, clouds_.kind, eps);
-  if (wants(i))
-    add_side(i, data<T>(row_sum), data<T>(product<T>(device_, V, false, clouds_.z[j])), group.a,
-             group.f);
-  if (i != j && wants(j))
-    add_side(j, data<T>(col_sum), data<T>(product<T>(device_, V, true, clouds_.z[i])), group.b,
-             group.g);
+  add_product(i, j, V, false, row_sum, {group.a, group.f});
+  if (i != j) add_product(j, i, V, true, col_sum, {group.b, group.g});
 }
 
 template <typename T>
-Tensors PointGradients<T>::result() const {
+Tensors PointGradients<T>::result() {
+  std::vector<CloudGradientGroup<T>> products;
+  for (size_t c = 0; c < grads_.size(); ++c) {
+    if (terms_[c].empty()) continue;
+    const Tensor& z = clouds_.z[c];
+    const int64_t B = z.size(0), n = z.size(1), d = z.size(2);
+    grads_[c] = empty(z, {B, n, d});
+    products.push_back(
+        {B, n, d, data<T>(z), data<T>(clouds_.norm[c]), data<T>(grads_[c]), std::move(terms_[c])});
+  }
+  if (!device_.is_cuda() && !products.empty()) cpu::cloud_gradients(products, clouds_.kind);
   Tensors all;
-  for (const int64_t c : wanted_) all.push_back(grads_[c]);
+  for (const int64_t c : wanted_) {
+    const Tensor& z = clouds_.z[c];
+    all.push_back(grads_[c].defined() ? grads_[c] : zeros(z, {z.size(0), z.size(1), z.size(2)}));
+  }
   return all;
 }
 
-#define OTLOSS_INSTANTIATE(T)                                                     \
-  template Prepared prepare<T>(const Device&, const Clouds&);                     \
-  template Tensors cost_matrices<T>(const Device&, const Prepared&, const Ints&); \
+#define OTLOSS_INSTANTIATE(T)                                                              \
+  template Prepared prepare<T>(const Device&, const Clouds&);                              \
+  template Tensors cost_matrices<T>(const Device&, const Prepared&, const Ints&,           \
+                                    Tensor (*)(const Tensor&, int64_t, int64_t, int64_t)); \
   template class PointGradients<T>;
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)

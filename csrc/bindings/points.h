@@ -16,9 +16,10 @@ struct Prepared {
 template <typename T>
 Prepared prepare(const Device& device, const Clouds& clouds);
 
-// C (B, n, m) of each pair.
+// C (B, n, m) of each pair, in memory by `empty` (like, B, n, m).
 template <typename T>
-Tensors cost_matrices(const Device& device, const Prepared& clouds, const Ints& pairs);
+Tensors cost_matrices(const Device& device, const Prepared& clouds, const Ints& pairs,
+                      Tensor empty(const Tensor&, int64_t, int64_t, int64_t));
 
 template <typename T>
 PointPair<T> point_pair(const Prepared& clouds, int64_t i, int64_t j, bool tf32) {
@@ -37,22 +38,29 @@ class PointGradients {
  public:
   PointGradients(const Device& device, const Prepared& clouds, const Ints& wanted);
 
-  bool wants(int64_t c) const { return grads_[c].defined(); }
+  bool wants(int64_t c) const;
 
   // From the sums and the product of one side of a pair, see CostGradientGroup.
-  void add_side(int64_t c, const T* sum, const T* product, const T* weight, const T* v) const;
+  void add_side(int64_t c, const T* sum, const T* product, SolvedSide<T> side);
   // From the cost matrix of the pair (i, j) and either its gradient or, where group.W is null, the
   // plan that group describes; the other fields are filled in here.
-  void add_pair(int64_t i, int64_t j, const Tensor& C, PlanWeightGroup<T> group, double eps) const;
+  void add_pair(int64_t i, int64_t j, const Tensor& C, PlanWeightGroup<T> group, double eps);
 
-  // In the order of `wanted`.
-  Tensors result() const;
+  // In the order of `wanted`; to be called once.
+  Tensors result();
 
  private:
+  // The product of V, or V^T, with cloud `other`, and what comes after it.
+  void add_product(int64_t c, int64_t other, const Tensor& V, bool transposed, const Tensor& sum,
+                   SolvedSide<T> side);
+
   const Device& device_;
   const Prepared& clouds_;
   const Ints& wanted_;
-  Tensors grads_;  // per cloud
+  Tensors grads_;  // per cloud, undefined where there is none yet
+  // On a CPU products are made by `result`, all of a cloud together.
+  std::vector<std::vector<GradientTerm<T>>> terms_;  // per cloud
+  Tensors kept_;                                     // what they read
 };
 
 }  // namespace otloss

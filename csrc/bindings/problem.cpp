@@ -9,21 +9,26 @@ namespace {
 const double* numbers(const Tensor& t, int64_t count, const char* name) {
   STD_TORCH_CHECK(
       t.is_cpu() && t.scalar_type() == ScalarType::Double && t.is_contiguous() &&
-          t.numel() == count,
+          t.numel() == count && t.const_data_ptr() != nullptr,
       "otloss: ", name, " must be a float64 tensor on the CPU with ", std::to_string(count),
       count == 1 ? " entry; one for each problem of a batch is not available" : " entries");
   return static_cast<const double*>(t.const_data_ptr());
 }
 
+double positive(double value, const char* name) {
+  STD_TORCH_CHECK(value > 0, "otloss: ", name, " must be > 0, but is ", std::to_string(value));
+  return value;
+}
+
 }  // namespace
 
-double number(const Tensor& t, const char* name) { return *numbers(t, 1, name); }
+double positive(const Tensor& t, const char* name) { return positive(*numbers(t, 1, name), name); }
 
 Clouds::Clouds(Arguments& in)
     : points(in.next<Tensors>()),
       weights(in.next<Tensors>()),
       pairs(in.next<Ints>()),
-      kind(static_cast<CostKind>(in.next<int64_t>())) {}
+      kind(in.next_enum<CostKind>()) {}
 
 void Clouds::check() const {
   const int64_t number = static_cast<int64_t>(kind);
@@ -47,7 +52,7 @@ Problem::Problem(Arguments& in)
     : costs(in.next<Tensors>()), clouds(in), coefficients(in.next<Doubles>()) {
   eps_ = in.next<Tensor>();
   rho_ = in.next<std::optional<Tensor>>();
-  objective = static_cast<Objective>(in.next<int64_t>());
+  objective = in.next_enum<Objective>();
   tf32 = in.next<bool>();
 }
 
@@ -61,12 +66,20 @@ void Problem::check() {
                   std::to_string(static_cast<int>(objective)));
   if (!costs.empty()) check_count(costs.size(), count(), "costs");
   for (size_t p = 0; p < costs.size(); ++p)
-    otloss::check(costs[p], {batch(), a(p).size(1), b(p).size(1)}, dtype(), "costs");
-  eps = number(eps_, "eps");
+    check_rows(costs[p], {batch(), a(p).size(1), b(p).size(1)}, dtype(), "costs");
+  eps = positive(eps_, "eps");
+  STD_TORCH_CHECK(std::isfinite(eps), "otloss: eps must be finite");
   if (!rho_) return;
   const double* rho = numbers(*rho_, 2, "rho");
-  rho_x = rho[0];
-  rho_y = rho[1];
+  rho_x = positive(rho[0], "rho");
+  rho_y = positive(rho[1], "rho");
+}
+
+void Problem::check_grad(const Tensor& grad_loss) const {
+  if (grad_loss.dim() > 1)
+    otloss::check(grad_loss, {count(), batch()}, dtype(), "grad_loss");
+  else
+    otloss::check(grad_loss, {batch()}, dtype(), "grad_loss");
 }
 
 void Problem::check_f(const Tensors& list, const char* name) const {

@@ -21,18 +21,26 @@ class Arguments {
   T next() {
     return torch::stable::detail::to<T>(*next_++);
   }
+  // A number that fits no enumeration becomes -1, which is in none.
+  template <typename Enum>
+  Enum next_enum() {
+    const int64_t number = next<int64_t>();
+    return static_cast<Enum>(static_cast<int>(number) == number ? number : -1);
+  }
 
  private:
   StableIValue* next_;
 };
 
+// The results, unless a signal handler raised something: then they are not complete.
 template <typename... Results>
 void give_back(StableIValue* stack, const Results&... results) {
+  Call::current()->raise_interruption();
   ((*stack++ = torch::stable::detail::from(results)), ...);
 }
 
-// The value of a number that travels as a tensor, so that a traced graph does not depend on it.
-double number(const Tensor& t, const char* name);
+// A positive number that travels as a tensor, so that a traced graph does not depend on it.
+double positive(const Tensor& t, const char* name);
 
 // Clouds, and the pairs of them that problems are between: flat, (i0, j0, i1, j1, ...).
 struct Clouds {
@@ -62,6 +70,8 @@ struct Problem {
 
   // To be called once all arguments are read: eps and rho are not known before.
   void check();
+  // Raises unless it is a gradient of the loss (B,), or one of the value of each pair (P, B).
+  void check_grad(const Tensor& grad_loss) const;
   // Raises unless there is a tensor for each pair, of the shape of f, or of g.
   void check_f(const Tensors& list, const char* name) const;
   void check_g(const Tensors& list, const char* name) const;

@@ -7,6 +7,8 @@
 namespace otloss {
 namespace {
 
+constexpr int64_t kMostTraced = int64_t{1} << 32;  // beyond any memory
+
 struct Start {
   Tensors f, g;  // per pair: where a warm start is on entry, the potentials on return
 };
@@ -36,9 +38,9 @@ void solve_as(StableIValue* stack, const Device& device, const Problem& problem,
   const Prepared clouds = from_points ? prepare<T>(device, problem.clouds) : Prepared{};
   const bool made = dense && problem.costs.empty();
   const Tensors costs =
-      made ? cost_matrices<T>(device, clouds, problem.clouds.pairs) : problem.costs;
+      made ? cost_matrices<T>(device, clouds, problem.clouds.pairs, empty_rows) : problem.costs;
   const Start start = start_from(init, problem);
-  const Tensor values = empty(like, {P, B}), loss = empty(like, {B});
+  const Tensor loss = empty(like, {B});
   const Tensor status = empty(like, {P, B, kStatusFields}, aoti_torch_dtype_float64());
   Tensors traces;
   std::vector<SolveGroup<T>> groups;
@@ -49,7 +51,7 @@ void solve_as(StableIValue* stack, const Device& device, const Problem& problem,
     group.n = a.size(1);
     group.m = b.size(1);
     group.symmetric = problem.x(p) == problem.y(p);
-    if (!costs.empty()) group.C = data<T>(costs[p]);
+    if (!costs.empty()) group.C = data<T>(costs[p]), group.stride = row_stride(costs[p]);
     if (from_points) group.points = point_pair<T>(clouds, problem.x(p), problem.y(p), problem.tf32);
     group.a = data<T>(a);
     group.b = data<T>(b);
@@ -59,14 +61,13 @@ void solve_as(StableIValue* stack, const Device& device, const Problem& problem,
       traces.push_back(empty(like, {B, options.n_iters, group.n + group.m}));
       group.trace = data<T>(traces.back());
     }
-    group.value = data<T>(values) + p * B;
     group.status = data<double>(status) + p * B * kStatusFields;
+    group.coefficient = problem.coefficients[p];
     group.penalties = problem.penalties(p);
     groups.push_back(group);
   }
-  clear_interruption();
   OTLOSS_LAUNCH(device, solve, groups, options);
-  OTLOSS_LAUNCH(device, combine_values, problem.coefficients, data<T>(values), B, data<T>(loss));
+  OTLOSS_LAUNCH(device, combine_terms, P, B, data<double>(status), data<T>(loss));
   give_back(stack, loss, status, start.f, start.g, traces, made ? costs : Tensors());
 }
 
@@ -84,10 +85,12 @@ void solve(StableIValue* stack, uint64_t, uint64_t) {
   problem.check();
   STD_TORCH_CHECK(!problem.costs.empty() || !problem.clouds.points.empty(),
                   "otloss: there must be costs or points");
-  STD_TORCH_CHECK(!trace || options.n_iters >= 0, "otloss: a trace is of a number of iterations");
+  STD_TORCH_CHECK(options.max_iters > 0, "otloss: max_iters must be > 0");
+  STD_TORCH_CHECK(!trace || (options.n_iters > 0 && options.n_iters < kMostTraced),
+                  "otloss: a trace is of a number of iterations");
   if (!init.empty()) check_count(init.size(), 2 * problem.count(), "init");
   options.eps = problem.eps;
-  options.tol = number(tol, "tol");
+  options.tol = positive(tol, "tol");
   options.objective = problem.objective;
   options.warm_start = !init.empty();
   const Device device(problem.clouds.weights[0],

@@ -22,9 +22,10 @@ struct Penalty {
   }
   OTLOSS_HOST_DEVICE double share(double v) const { return hard() ? 1.0 : std::exp(-v * rate); }
 
-  // dOT/dw of a point of potential v at the solution, unless the problem is balanced.
+  // dOT/dw of a point of potential v at the solution, unless the problem is balanced: the share is
+  // in the dual's term, where it does not cancel the mass.
   OTLOSS_HOST_DEVICE double weight_gradient(double eps, double other_mass, double v) const {
-    return dual(v) + eps * (other_mass - share(v));
+    return (1 + eps * rate) * dual(v) + eps * (other_mass - 1);
   }
 };
 
@@ -118,11 +119,12 @@ struct Translation {
 };
 
 // The regularized value where a side is soft, from the soft means of f and g. The plan's column
-// sums are those that g asks for.
+// sums are those that g asks for; its total is left in the dual's terms, where it does not cancel
+// those of the weights.
 OTLOSS_HOST_DEVICE double soft_value(const Penalty& x, const Penalty& y, double mass_x,
                                      double mass_y, double eps, double mean_f, double mean_g) {
-  return mass_x * x.dual(mean_f) + mass_y * y.dual(mean_g) -
-         eps * mass_y * (y.share(mean_g) - mass_x);
+  return mass_x * x.dual(mean_f) + (1 + eps * y.rate) * mass_y * y.dual(mean_g) +
+         eps * mass_y * (mass_x - 1);
 }
 
 }  // namespace otloss

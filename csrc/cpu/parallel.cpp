@@ -1,6 +1,8 @@
 #include "cpu/parallel.h"
 
 #include <atomic>
+#include <chrono>
+#include <thread>
 #if defined(__SSE2__)
 #include <xmmintrin.h>
 #endif
@@ -29,6 +31,27 @@ class FlushDenormals {
   FlushDenormals& operator=(const FlushDenormals&) = delete;
 };
 
+// Counts threads down when they are done, by an exception too.
+struct Leaving {
+  std::atomic<int64_t>& busy;
+  int64_t threads;
+  ~Leaving() { busy -= threads; }
+};
+
+// Until all threads are done the one that makes the call, the first, has to ask for signals: their
+// problems may take hours when its own have taken none. What it oversleeps is small against what it
+// has waited.
+void listen_while(const std::atomic<int64_t>& busy) {
+  using Clock = std::chrono::steady_clock;
+  for (const Clock::time_point start = Clock::now(); busy > 0 && !interrupted();) {
+    const Clock::duration waited = Clock::now() - start;
+    if (waited < std::chrono::milliseconds(1))
+      std::this_thread::yield();
+    else
+      std::this_thread::sleep_for(waited / 16);
+  }
+}
+
 }  // namespace
 
 void parallel_for(int64_t begin, int64_t end, int64_t grain,
@@ -43,19 +66,26 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain,
 }
 
 void parallel_tasks(int64_t count, FunctionRef<void(int64_t i)> function) {
-  if (count == 1) return function(0);
-  std::atomic<int64_t> next{0};
-  const int64_t workers = count < thread_count() ? count : thread_count();
-  parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t i = next++; i < count; i = next++) function(i);
+  parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) function(i);
   });
 }
 
 void parallel_problems(int64_t count, FunctionRef<void(int64_t i, bool split)> function) {
-  if (count >= thread_count()) return parallel_tasks(count, [&](int64_t i) { function(i, false); });
-  const FlushDenormals flush;
-  for (int64_t i = 0; i < count; ++i) function(i, true);
+  const int64_t threads = thread_count();
+  if (count < threads || threads == 1) {
+    const FlushDenormals flush;
+    for (int64_t i = 0; i < count && !interrupted(); ++i) function(i, count < threads);
+    return;
+  }
+  std::atomic<int64_t> next{0}, busy{threads};
+  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    {
+      const Leaving leaving{busy, end - begin};
+      for (int64_t i = next++; i < count && !interrupted(); i = next++) function(i, false);
+    }
+    if (begin == 0) listen_while(busy);
+  });
 }
 
 }  // namespace otloss::cpu

@@ -22,7 +22,9 @@ void run_parallel(int64_t begin, int64_t end, int64_t grain, RangeFunction funct
 
 int64_t thread_count();
 
-// True once the user has asked to stop (Ctrl-C). Cheap enough to ask before every pass.
+// True once the call that this thread works for is to end without a result, since a signal handler
+// raised something. Cheap enough to ask for every block of rows. Only the thread that makes the
+// call learns of signals.
 bool interrupted();
 
 // A reference to anything that can be called. Functions that take one are compiled once.
@@ -53,12 +55,12 @@ class FunctionRef<Result(Arguments...)> {
 void parallel_for(int64_t begin, int64_t end, int64_t grain,
                   FunctionRef<void(int64_t begin, int64_t end)> function);
 
-// Calls function(i) for each i in [0, count), each thread taking the next one when it is free:
-// for few items of unequal cost.
+// Calls function(i) for each i in [0, count), one thread each where there are so many.
 void parallel_tasks(int64_t count, FunctionRef<void(int64_t i)> function);
 
-// Calls function(i, split) for each of some problems: in parallel, one thread each from start to
-// end; when there are fewer than threads one after the other, each to be split over threads.
+// Calls function(i, split) for each of some problems, until interrupted: in parallel, one thread
+// each from start to end, each thread taking the next one when it is free; when there are fewer
+// than threads one after the other, each to be split over threads.
 void parallel_problems(int64_t count, FunctionRef<void(int64_t i, bool split)> function);
 
 // Calls function(group, problem, split) for all problems of all groups.

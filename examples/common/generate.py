@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from common import classifier, run
+from common import classifier, ranks, run
 from common.data import ImageData, to_float
 from common.figures import save_grid
 from common.metrics import Evaluator, table
@@ -64,17 +64,19 @@ def train(
     ``state`` is what ``step`` changes apart from the generator; ``pictures`` draws more into the
     folder of the finished run. ``False`` if it was stopped before its end.
     """
-    print(
-        f"{args.data}, preset {args.preset}: {args.steps} steps of {args.batch} images on "
-        f"{args.device}, written to {args.out}",
-        flush=True,
-    )
+    writes = ranks.number() == 0
+    if writes:
+        print(
+            f"{args.data}, preset {args.preset}: {args.steps} steps of {args.batch} images on "
+            f"{args.device}, written to {args.out}",
+            flush=True,
+        )
     average = moving_average(generator, args.ema) if args.ema else None
     shown: Generator = average.module if average else generator
     parts = {"generator": generator, **state, **({"average": average} if average else {})}
     training = run.Run(args, parts)
     judged = args.eval_every or (args.stop_at or args.steps) >= args.steps
-    evaluator = _evaluator(args, images) if judged else None
+    evaluator = _evaluator(args, images) if judged and writes else None
     per_epoch = len(images.limited(args.limit_train).train) // args.batch
     shown_at = {per_epoch, *(round(args.steps * i / PICTURES) for i in range(1, PICTURES + 1))}
 
@@ -92,8 +94,8 @@ def train(
             scores = evaluator(shown.generate(shown.draw(args.eval_samples)))
             training.evaluations.append({"step": done, **scores})
 
-    finished = training.train(averaged_step, after)
-    if finished:
+    finished = training.train(averaged_step, after if writes else None)
+    if finished and writes:
         with run.own_randomness(args.seed):
             if pictures:
                 pictures(training.out)
@@ -104,7 +106,7 @@ def train(
 def _evaluator(args: argparse.Namespace, images: ImageData) -> Evaluator:
     """The metrics; the classifier is trained first if it is not there, so that nobody who waited
     for the generator has to wait again."""
-    with run.own_randomness(args.seed):
+    with run.own_randomness(args.seed), ranks.alone():
         model = classifier.obtain(args, images)
     return Evaluator(images, model, args.eval_samples)
 

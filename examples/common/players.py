@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common import run
+from common import ranks, run
 
 Optimiser = Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]
 
@@ -34,6 +34,7 @@ class Players:
         self.optimisers[name].zero_grad()
 
     def move(self, name: str) -> None:
+        ranks.add_up(self.networks[name].parameters())
         self.optimisers[name].step()
 
     def state(self) -> dict[str, run.Stateful]:

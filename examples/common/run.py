@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import otloss
-from common import data
+from common import data, ranks
 from common.figures import save_curves
 from common.progress import Progress
 
@@ -226,9 +226,9 @@ class Run:
         saved = time.monotonic()
         with (
             _stop_on_signal() as stopped,
-            Progress(self.out.name, self.args.steps, self.step) as progress,
+            Progress(self.out.name, self.args.steps, self.step, ranks.log()) as progress,
         ):
-            while self.step < last and not stopped:
+            while self.step < last and not ranks.any_of(bool(stopped)):
                 start, cpu_start = time.monotonic(), time.process_time()
                 self._record(step(self.step), progress)
                 self.seconds += time.monotonic() - start
@@ -242,12 +242,14 @@ class Run:
                     self.save()
                     saved = time.monotonic()
         self.save()
-        if self.step < self.args.steps:
+        if self.step < self.args.steps and ranks.number() == 0:
             print(f"stopped at step {self.step} of {self.args.steps}; --resume continues")
         return self.step == self.args.steps
 
     def save(self) -> None:
         """Write checkpoint and logs, each whole or not at all."""
+        if ranks.number() > 0:
+            return
         checkpoint = {
             "state": {name: item.state_dict() for name, item in self.state.items()},
             "args": _plain(self.args),

@@ -101,36 +101,18 @@ def _costs(s: Settings, places: Places, side: Side, rows: Tensor) -> Tensor:
         C = _precise(C[:, :, rows].mT if side.exchanged else C[:, rows])
     else:
         x, y = (_precise(places.points[c]) for c in (side.rows, side.columns))
-        x = x[:, rows]
-        weights, kind = [x.isfinite().all(-1).to(x), side.b], COSTS[str(s.options.cost)]
-        (C,) = implementation(s.options.method).cost([x, y], weights, [0, 1], kind)
-        C = torch.where(weights[0].unsqueeze(-1) > 0, C, torch.nan)
+        weights = [places.present[side.rows][:, rows].to(x), side.b]
+        operation, kind = implementation(s.options.method), COSTS[str(s.options.cost)]
+        (C,) = operation.cost([x[:, rows], y], weights, [0, 1], kind)
     return torch.where(side.b.unsqueeze(-2) > 0, C, 0.0)
 
 
-def _finite(side: Side, C: Tensor, failed: Tensor) -> tuple[Tensor, ...]:
-    each, counted = C.isfinite(), side.b.unsqueeze(-2) > 0
-    return (each.all(-1) | (failed & (each & counted).any(-1)),)
-
-
-@torch.no_grad()
-def masks(
-    s: Settings,
-    places: Places,
-    weights: Sequence[Tensor],
-    potentials: Sequence[Sequence[Tensor]],
-    wanted: Sequence[bool],
-) -> list[Tensor]:
-    """The empty bins of every cloud, (B, n): points of weight 0 whose costs are finite.
-
-    In a problem that failed some costs of any point may not be.
-    """
-    found = [(w == 0) & want for w, want in zip(weights, wanted, strict=True)]
-    for side in _sides(s, weights, wanted):
-        failed = potentials[side.exchanged][side.pair].isnan().any(-1, True)
-        for there in _over_rows(s, places, side, _finite, failed):
-            found[side.rows] = found[side.rows] & there
-    return found
+def masks(places: Places, weights: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
+    """The empty bins of every cloud, (B, n): points of weight 0 that are no padding."""
+    return [
+        (w == 0) & there & want
+        for w, there, want in zip(weights, places.present, wanted, strict=True)
+    ]
 
 
 def some(empty: Sequence[Tensor]) -> list[bool]:
@@ -175,7 +157,7 @@ def fill(
     places = s.places
     if places is None or (s.backward == "envelope" and s.options.objective == "transport"):
         return given
-    empty = masks(s, places, inputs.weights, potentials, wanted)
+    empty = masks(places, inputs.weights, wanted)
     clouds = some(empty)
     if not any(clouds):
         return given
@@ -202,7 +184,7 @@ def extended(
 ) -> tuple[Tensor, Tensor]:
     """The potentials of a single pair, and at empty bins those of the first mass to come."""
     potentials = [f], [g]
-    empty = masks(s, places, weights, potentials, [True, True])
+    empty = masks(places, weights, [True, True])
     with torch.no_grad():
         found = _extended(s, places, weights, potentials, empty)
     f, g = (
@@ -264,7 +246,9 @@ def _of_side(
     own, other, a, b = side.exchanged, not side.exchanged, side.a, side.b
     f, g, g_bar = (_precise(t) for t in (potentials[own][p], potentials[other][p], given[other][p]))
     transport = s.options.objective == "transport"
-    scale = _precise(s.coefficients[p] * seeds.loss).unsqueeze(-1)
+    scale = s.coefficients[p] * _precise(seeds.loss).expand(len(s.coefficients), -1)[p].unsqueeze(
+        -1
+    )
     mass = a.sum(-1, True) + b.sum(-1, True)
     if balanced:
         shift = ((b * g).sum(-1, True) - (a * f).sum(-1, True)) / mass

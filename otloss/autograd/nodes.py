@@ -21,6 +21,7 @@ from otloss.autograd.settings import (
     Wanted,
     batched,
     implementation,
+    is_envelope,
     unbatched,
 )
 from otloss.costs import COSTS
@@ -103,11 +104,12 @@ def _points_gradient(
 
 class Solve(torch.autograd.Function):
     """``(settings, sizes, *costs, *points, *weights, *init) -> (loss, status)``, or with
-    ``settings.potentials`` ``(loss, status, *f, *g)``.
+    ``settings.potentials`` ``(loss, status, *f, *g)``. Without ``settings.combined`` the terms of
+    the loss, (P, B) in float64, are in its place.
 
     ``costs`` (B, n, m) one per pair, or ``points`` (n, d) or (B, n, d) one per cloud; ``weights``
     (B, n) one per cloud; ``init`` potentials f, g of each pair in turn or nothing; ``sizes`` counts
-    each. ``loss`` (B,) or (), ``status`` (P, B, 4) as in ``otloss.ops``.
+    each. ``loss`` (B,) or (), ``status`` (P, B, 5) as in ``otloss.ops``.
 
     From points and without ``settings.dense`` no cost matrix is stored, and first derivatives make
     none. Second derivatives need them.
@@ -122,7 +124,8 @@ class Solve(torch.autograd.Function):
         # NaN where a solve failed, else 0: what the kernels make of its potentials may be finite.
         # Where data is read a failure has raised.
         loss = outputs[0].detach()
-        ctx.failed = None if _check.readable(loss) else 0 * loss.reshape(-1)
+        failed = 0 * (loss.reshape(-1) if settings.combined else loss.sum(0))
+        ctx.failed = None if _check.readable(loss) else failed.to(tensors[sum(sizes[:2])].dtype)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(outputs[1])
         # The inputs themselves, not their contiguous copies: these know where they came from.
@@ -143,11 +146,15 @@ class Solve(torch.autograd.Function):
         solution = saved[len(needed) :]
         if s.places:
             seen = list(solution[len(solution) - given :])
-            s = s._replace(places=Places(seen, inputs.points, inputs.init))
+            present = s.places.present
+            s = s._replace(places=Places(seen, inputs.points, inputs.init, present))
             solution = solution[: len(solution) - given]
         if points and s.dense:
             P = len(s.coefficients)
-            solution, inputs = solution[:-P], Inputs(list(solution[-P:]), *inputs[1:])
+            solution, made = solution[:-P], list(solution[-P:])
+            if not is_envelope(s, seeds):  # the others read contiguous ones
+                made = [C.contiguous() for C in made]
+            inputs = Inputs(made, *inputs[1:])
         first_weight = given + points
         wanted = Wanted(
             [p for p in range(given) if needed[p]],
@@ -186,7 +193,11 @@ def evaluate(
     )
     if s.potentials and o.balanced() and o.n_iters < 0:
         f, g = _centred(s, inputs.weights, f, g)
-    outputs = loss if s.batched else loss[0], status
+    if not s.combined:
+        loss = status[..., ops.TERM].clone()
+    elif not s.batched:
+        loss = loss[0]
+    outputs = loss, status
     return (*outputs, *f, *g) if s.potentials else outputs, (*f, *g, *traces, *made)
 
 
@@ -240,6 +251,8 @@ def _seeds(
         )
     if grad_loss is None:
         grad_loss = weights[0].new_zeros(weights[0].shape[0])
+    if s.combined:
+        grad_loss = grad_loss.reshape(-1)
     given: list[Tensor] = []
     if through:
         like = [weights[c] for c in (*s.pairs[::2], *s.pairs[1::2])]
@@ -248,7 +261,7 @@ def _seeds(
             for grad, w in zip(grad_potentials, like, strict=True)
         ]
     half = len(given) // 2
-    return Seeds(grad_loss.reshape(-1).contiguous(), given[:half], given[half:])
+    return Seeds(grad_loss.to(weights[0].dtype).contiguous(), given[:half], given[half:])
 
 
 def _centred(
@@ -286,10 +299,8 @@ def _beside_empty_bins(
     wanted: Wanted,
 ) -> tuple[Sequence[Tensor], Sequence[Tensor], list[Tensor | None]]:
     """Of weights at empty bins there is no second derivative: asking for one raises."""
-    P, weights = len(s.coefficients), inputs.weights
-    potentials = solution[:P], solution[P : 2 * P]
-    differentiated = [w.requires_grad for w in weights]
-    empty = empty_bins.masks(s, places, weights, potentials, differentiated)
+    weights = inputs.weights
+    empty = empty_bins.masks(places, weights, [w.requires_grad for w in weights])
     has = empty_bins.some(empty)
 
     def first_order(t: Tensor, c: int, *, given: bool) -> Tensor:

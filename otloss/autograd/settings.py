@@ -39,6 +39,7 @@ class Settings(NamedTuple):
     potentials: bool  # whether f and g are outputs, differentiable
     trace: bool  # keep the potentials of every iteration, for backward="unrolled"
     dense: bool  # store cost matrices made from points
+    combined: bool  # return the loss, not its terms
     batched: bool  # the loss is (B,), not ()
     eps: Tensor  # made once for both passes, like rho, from the options
     rho: Tensor | None
@@ -60,6 +61,7 @@ class Places(NamedTuple):
     costs: list[Tensor]  # (B, n, m) per pair, none of them hidden, or none
     points: list[Tensor]  # (B, n, d) per cloud, or none
     init: list[Tensor]  # f and g of each pair in turn, or none
+    present: list[Tensor]  # of each cloud what is no padding, (B, n)
 
 
 class Inputs(NamedTuple):
@@ -74,7 +76,7 @@ class Inputs(NamedTuple):
 class Seeds(NamedTuple):
     """Gradients of what a solve returned."""
 
-    loss: Tensor  # (B,)
+    loss: Tensor  # (B,), or (P, B) where every pair has its own
     f: list[Tensor]  # per pair, or none
     g: list[Tensor]
 

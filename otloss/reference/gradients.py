@@ -13,6 +13,7 @@ from otloss.reference.marginals import (
     dual,
     plan,
     share,
+    total,
 )
 
 
@@ -23,12 +24,11 @@ def weight_gradients(
 
     Of a balanced problem they are f + t and g - t; the one with <a, f + t> = <b, g - t>.
     """
-    mass_a, mass_b = a.sum(-1, True), b.sum(-1, True)
     if marginals.balanced:
-        shift = ((b * g).sum(-1, True) - (a * f).sum(-1, True)) / (2 * mass_a)
+        shift = ((b * g).sum(-1, True) - (a * f).sum(-1, True)) / (2 * a.sum(-1, True))
         return f + shift, g - shift
-    of_a = dual(f, marginals.x) + eps * (mass_b - share(f, marginals.x))
-    of_b = dual(g, marginals.y) + eps * (mass_a - share(g, marginals.y))
+    of_a = (1 + eps / marginals.x) * dual(f, marginals.x) + (eps * (total(b) - 1)).to(f.dtype)
+    of_b = (1 + eps / marginals.y) * dual(g, marginals.y) + (eps * (total(a) - 1)).to(g.dtype)
     return of_a, of_b
 
 
@@ -55,7 +55,7 @@ def value_terms(
     share_g, of_a, of_b = share(g, marginals.y), dual(f, marginals.x), dual(g, marginals.y)
     if not marginals.balanced:
         of_a = of_a + eps * b.sum(-1, True)
-        of_b = of_b + eps * (a.sum(-1, True) - share_g)
+        of_b = (1 + eps / marginals.y) * of_b + (eps * (total(a) - 1)).to(g.dtype)
     of_f = a * share(f, marginals.x)
     of_g = b * share_g / damping(marginals.y, eps)
     scale = scale[:, None]
@@ -108,13 +108,15 @@ def implicit_gradient(
         f_bar, g_bar = f_bar - gauge * a, g_bar + gauge * b
         a_bar, b_bar = a_bar - gauge * f, b_bar + gauge * g
     r, c = P.sum(-1) / damping(marginals.x, eps), P.sum(-2) / damping(marginals.y, eps)
+    # A little more than rounding takes: clusters that exchange nothing leave the system singular.
+    raised = 1 + 64 * torch.finfo(c.dtype).eps
     padding = torch.diag_embed((b <= 0).to(b))  # so that no row of the system is empty
     if same:
         half = 0.5 * (f_bar + g_bar)
-        alpha = beta = _solve_linear(torch.diag_embed(r) + P + padding, half)
+        alpha = beta = _solve_linear(torch.diag_embed(raised * r) + P + padding, half)
     else:
         row = P / torch.where(a > 0, r, 1.0).unsqueeze(-1)
-        schur = torch.diag_embed(c) - P.mT @ row + padding
+        schur = torch.diag_embed(raised * c) - P.mT @ row + padding
         if marginals.balanced:  # constants are its null space
             schur = schur + b.unsqueeze(-1) * b.unsqueeze(-2)
         beta = _solve_linear(schur, g_bar - (row.mT @ f_bar.unsqueeze(-1)).squeeze(-1))
@@ -130,4 +132,6 @@ def implicit_gradient(
 
 
 def _solve_linear(matrix: Tensor, right: Tensor) -> Tensor:
-    return torch.linalg.solve_ex(matrix, right.unsqueeze(-1)).result.squeeze(-1)
+    """One system at a time: of several at once, by several threads, MKL makes errors or no end."""
+    pairs = zip(matrix, right, strict=True)
+    return torch.stack([torch.linalg.solve_ex(A, of_one).result for A, of_one in pairs])

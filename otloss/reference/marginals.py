@@ -21,8 +21,26 @@ class Marginals(NamedTuple):
 
 BALANCED = Marginals(math.inf, math.inf, True)
 
+ROUNDING = 8  # machine epsilons: of a sum of weights, and of a loss against its terms
 
-BALANCED = Marginals(math.inf, math.inf, True)
+
+def snapped(total: Tensor, to: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """A total of weights of the dtype, exactly ``to`` where it differs by rounding: eps would
+    multiply that. Its derivative stays."""
+    near = (total - to).abs() <= ROUNDING * torch.finfo(dtype).eps * to
+    return total + torch.where(near, to - total, 0.0).detach()
+
+
+def total(w: Tensor) -> Tensor:
+    """The total of weights, (..., 1) in float64; 1 where it is 1 to rounding."""
+    return snapped(w.sum(-1, keepdim=True, dtype=torch.float64), 1.0, w.dtype)
+
+
+def clamped(loss: Tensor, size: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of terms of total size ``size``, 0 where it is negative by rounding. Its derivative
+    stays."""
+    rounding = (loss < 0) & (loss >= -ROUNDING * torch.finfo(dtype).eps * size)
+    return loss + torch.where(rounding, -loss, 0.0).detach()
 
 
 def marginals_of(rho_x: float, rho_y: float, i: int, j: int) -> Marginals:
@@ -46,9 +64,23 @@ def share(f: Tensor, rho: float) -> Tensor:
     return torch.ones_like(f) if math.isinf(rho) else (-f / rho).exp()
 
 
+def semidual(
+    eps: float, C: Tensor, g: Tensor, a: Tensor, b: Tensor, marginals: Marginals
+) -> Tensor:
+    """The dual at g and the best f, moved by the best translation where a side is soft; (B,)."""
+    rho_x, rho_y, _ = marginals
+    on_f = damping(rho_x, eps)
+    f = on_f * softmin(eps, C, g, b)
+    if not (math.isinf(rho_x) and math.isinf(rho_y)):
+        excess = (total(a) / total(b)).log() - soft_mean(f, a, rho_x) / rho_x
+        t = (excess + soft_mean(g, b, rho_y) / rho_y) / (1 / rho_y + on_f / rho_x)
+        f, g = f + on_f * t, g - t
+    return value(eps, C, f, g, a, b, 0, marginals)
+
+
 def soft_mean(f: Tensor, w: Tensor, rho: float) -> Tensor:
     """-rho log(<w, exp(-f / rho)> / <w, 1>), (B, 1); the mean for a constraint."""
-    mass = w.sum(-1, True)
+    mass = total(w).to(w.dtype)
     if math.isinf(rho):
         return (w * f).sum(-1, True) / mass
     least = torch.where(w > 0, f, math.inf).amin(-1, True)
@@ -67,7 +99,7 @@ def mean_and_magnitude(f: Tensor, w: Tensor, rho: float) -> SoftMean:
     """In float64."""
     f, w = f.double(), w.double()
     sizes = (target_marginal(f, w, rho) * f.abs()).sum(-1)
-    return SoftMean(soft_mean(f, w, rho).squeeze(-1), sizes / w.sum(-1))
+    return SoftMean(soft_mean(f, w, rho).squeeze(-1), sizes / total(w).squeeze(-1))
 
 
 def target_marginal(f: Tensor, w: Tensor, rho: float) -> Tensor:
@@ -78,10 +110,19 @@ def target_marginal(f: Tensor, w: Tensor, rho: float) -> Tensor:
 
 
 def softmin(eps: float, C: Tensor, g: Tensor, b: Tensor) -> Tensor:
-    """T(g)_i = -eps log sum_j b_j exp((g_j - C_ij) / eps); differentiable, 0 for b_j = 0."""
+    """T(g)_i = -eps log sum_j b_j exp((g_j - C_ij) / eps); differentiable, 0 for b_j = 0.
+
+    Where the total of b is 1 and exponents are small, rounding is that of C, not of eps: the
+    exponentials are 1 more than what is summed, and the total is 1 by definition.
+    """
     positive = b > 0
     log_b = torch.where(positive, torch.where(positive, b, 1.0).log(), -math.inf)
-    return -eps * torch.logsumexp(log_b.unsqueeze(-2) + (g.unsqueeze(-2) - C) / eps, dim=-1)
+    z = (g.unsqueeze(-2) - C) / eps
+    whole = torch.logsumexp(log_b.unsqueeze(-2) + z, dim=-1)
+    z = torch.where(positive.unsqueeze(-2), z, 0.0)
+    small, mass = (z.abs().amax(-1) < 1) & (total(b) == 1), b.sum(-1, True)
+    excess = (b.unsqueeze(-2) * z.clamp(max=1).expm1()).sum(-1) + (mass - mass.detach())
+    return -eps * torch.where(small, torch.where(small, excess, 0.0).log1p(), whole)
 
 
 def plan(eps: float, C: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -106,13 +147,16 @@ def value(
     objective: int,
     marginals: Marginals,
 ) -> Tensor:
-    """The dual, or <P, C> for the transport objective; (B,).
+    """The dual, or <P, C> for the transport objective; (B,) in float64.
 
-    After an update of g the plan has the column sums b share(g).
+    After an update of g the plan has the column sums b share(g), share = 1 - dual / rho: its total
+    is left in the dual's terms, where it does not cancel that of a and b.
     """
     if objective == TRANSPORT:
-        return (plan(eps, C, f, g, a, b) * counted(C, a, b)).sum((-2, -1))
-    terms = (a * dual(f, marginals.x)).sum(-1) + (b * dual(g, marginals.y)).sum(-1)
+        return (plan(eps, C, f, g, a, b) * counted(C, a, b)).sum((-2, -1), dtype=torch.float64)
+    of_f = (a.double() * dual(f.double(), marginals.x)).sum(-1)
+    of_g = (b.double() * dual(g.double(), marginals.y)).sum(-1)
     if marginals.balanced:
-        return terms
-    return terms - eps * ((b * share(g, marginals.y)).sum(-1) - a.sum(-1) * b.sum(-1))
+        return of_f + of_g
+    rest = (eps * total(b) * (total(a) - 1)).squeeze(-1)
+    return of_f + (1 + eps / marginals.y) * of_g + rest

@@ -14,7 +14,6 @@ using torch::stable::detail::StableLibrary;
 PYBIND11_MODULE(OTLOSS_MODULE, module) {
   using otloss::cuda::Emulation;
   static std::unique_ptr<StableLibrary> library;
-  otloss::set_main_thread();
   // While it lives, this library serves the operations on CPU tensors; the kernels registered
   // before return when it goes.
   module.def("enable", [] {

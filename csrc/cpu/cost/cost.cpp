@@ -4,13 +4,15 @@
 //     costs:     C = cost(|zx|^2, |zy|^2, zx zy^T), a tile at a time
 //     weights:   V = W * gradient_weight(C), its row and column sums; W may be a plan, made a row
 //                at a time
-//     product:   V zy, V^T zx
-//     gradient:  grad += zx * row_sum - V zy  (cosine: its tangent part / |x|)
+//     gradient:  grad += zx * row_sum - V zy, and likewise by V^T zx  (cosine: its tangent part /
+//     |x|)
 //
 // Costs and products are bound by arithmetic where there are many coordinates (tile.cpp), all the
 // rest are bandwidth-bound passes over C or over the points, whose loops vectorise along rows.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "core/costs.h"
@@ -43,19 +45,25 @@ OTLOSS_SIMD void add_row(int64_t d, const T* x, double* sum) {
   for (int64_t k = 0; k < d; ++k) sum[k] += static_cast<double>(x[k]);
 }
 
-// The mean, over all clouds, of the points of positive weight: any centre is right, a near one
-// keeps digits. Accumulated in double.
+// The mean of some points of positive weight of all clouds: any centre is right, a near one keeps
+// digits. Accumulated in double.
 template <typename T>
 std::vector<T> centre(const std::vector<CloudGroup<T>>& clouds, int64_t p) {
+  constexpr int64_t kSample = 16;  // points of each cloud
   const int64_t d = clouds.front().d;
   std::vector<double> sum(d);
   int64_t count = 0;
-  for (const CloudGroup<T>& cloud : clouds)
+  for (const CloudGroup<T>& cloud : clouds) {
+    int64_t skipped = 0;  // points of positive weight since the last that was taken
+    const int64_t step = groups_of(cloud.n, kSample);
     for (int64_t i = 0; i < cloud.n; ++i) {
       if (cloud.weight && !(cloud.weight[p * cloud.n + i] > T(0))) continue;
+      if (skipped-- > 0) continue;
+      skipped = step - 1;
       add_row(d, cloud.x + (p * cloud.n + i) * d, sum.data());
       ++count;
     }
+  }
   std::vector<T> mean(d);
   for (int64_t k = 0; k < d; ++k) mean[k] = static_cast<T>(sum[k] / std::max<int64_t>(1, count));
   return mean;
@@ -77,35 +85,78 @@ OTLOSS_SIMD T prepare_row(int64_t d, const T* x, const T* shift, T scale, T* z) 
 // ------------------------------------------------------------------------------------- costs
 
 // Coordinates from which on half of a symmetric matrix and its reflection is less work than all.
-constexpr int64_t kReflectDims = 128;
+constexpr int64_t kReflectDims = 48;
 
 // Copies the part above the diagonal to the part below.
 template <typename T>
-void reflect(int64_t n, T* C) {
+void reflect(int64_t n, T* C, int64_t stride) {
   constexpr int64_t kTile = 32;
-  for_each_row(strips_of<T>(n), n * kTile, [&](int64_t tile) {
-    const int64_t i0 = tile * kTile;
-    for (int64_t j0 = 0; j0 <= i0; j0 += kTile)
-      for (int64_t i = i0; i < std::min(n, i0 + kTile); ++i)
-        for (int64_t j = j0; j < std::min(i, j0 + kTile); ++j) C[i * n + j] = C[j * n + i];
+  for_each_row(groups_of(n, kTile), n * kTile, [&](int64_t tile) {
+    const int64_t i0 = tile * kTile, end = std::min(n, i0 + kTile);
+    for (int64_t j0 = 0; j0 < i0; j0 += kTile)
+      transpose(kTile, end - i0, C + j0 * stride + i0, stride, C + i0 * stride + j0, stride);
+    for (int64_t i = i0; i < end; ++i)
+      for (int64_t j = i0; j < i; ++j) C[i * stride + j] = C[j * stride + i];
   });
 }
 
-template <typename T>
-void cost_matrix(const CostGroup<T>& group, int64_t p, CostKind kind) {
-  const int64_t n = group.n, m = group.m, d = group.d;
-  const PackedCloud<T> to(m, d, group.zy + p * m * d, group.hy + p * m);
-  const PackedCloud<T> other(group.symmetric ? 0 : n, d, group.zx + p * n * d, group.hx + p * n);
-  const PackedCloud<T>& from = group.symmetric ? to : other;
-  const bool half = group.symmetric && d >= kReflectDims;
-  const int64_t step = d <= kDirectDims ? rows_at_once(d) : product_rows<T>(n, thread_count());
-  T* C = group.C + p * n * m;
-  for_each_row(groups_of(n, step), step * m * d, [&](int64_t block) {
-    const int64_t first = block * step, begin = half ? first / kStrip<T> * kStrip<T> : 0;
-    cost_rows(kind, CostRows<T>{first, std::min(step, n - first), begin, m, group.symmetric, &from,
-                                &to, C + first * m + begin, m});
+// A block of rows of one of several matrices.
+struct RowBlock {
+  size_t matrix;
+  int64_t first, rows;
+};
+
+// Calls function for all `rows` of each matrix. Where all together are enough `work`, counted in
+// multiply-adds, several threads take a block each when they are free.
+void for_each_block(const std::vector<int64_t>& rows, int64_t work,
+                    FunctionRef<void(const RowBlock& block)> function) {
+  constexpr int64_t kWorthThreads = 1 << 22;
+  const int64_t threads = work < kWorthThreads ? 1 : thread_count();
+  std::vector<RowBlock> blocks;
+  for (size_t k = 0; k < rows.size(); ++k) {
+    const int64_t count = groups_of(rows[k], std::min(kProductRows, groups_of(rows[k], threads)));
+    const int64_t size = groups_of(groups_of(rows[k], count), kTileRows) * kTileRows;
+    for (int64_t first = 0; first < rows[k]; first += size)
+      blocks.push_back({k, first, std::min(size, rows[k] - first)});
+  }
+  std::atomic<size_t> next{0};
+  parallel_tasks(threads, [&](int64_t) {
+    for (size_t i = next++; i < blocks.size() && !interrupted(); i = next++) function(blocks[i]);
   });
-  if (half) reflect(n, C);
+}
+
+// Of one problem of each group. A cloud is packed once for all its matrices.
+template <typename T>
+void costs_of_problem(const std::vector<CostGroup<T>>& groups, int64_t p, CostKind kind) {
+  std::vector<PackedCloud<T>> packed;
+  std::vector<size_t> to;     // of each group, in `packed`
+  std::vector<int64_t> rows;  // of each group
+  int64_t work = 0;
+  for (const CostGroup<T>& group : groups) {
+    const T* z = group.zy + p * group.m * group.d;
+    size_t k = 0;
+    while (k < packed.size() && packed[k].z != z) ++k;
+    if (k == packed.size())
+      packed.emplace_back(CloudRows<T>{group.m, group.d, z, group.hy + p * group.m});
+    to.push_back(k);
+    rows.push_back(group.n);
+    work += group.n * group.m * group.d;
+  }
+  const auto half = [](const CostGroup<T>& group) {
+    return group.symmetric && group.d >= kReflectDims;
+  };
+  for_each_block(rows, work, [&](const RowBlock& block) {
+    const CostGroup<T>& group = groups[block.matrix];
+    const int64_t n = group.n, m = group.m, d = group.d;
+    const CloudRows<T> from{n, d, group.zx + p * n * d, group.hx + p * n};
+    const int64_t begin = half(group) ? block.first / kStrip<T> * kStrip<T> : 0;
+    cost_rows(kind, CostRows<T>{block.first, block.rows, begin, m, group.symmetric, &from,
+                                &packed[to[block.matrix]],
+                                group.C + (p * n + block.first) * group.stride + begin,
+                                group.stride, half(group)});
+  });
+  for (const CostGroup<T>& group : groups)
+    if (half(group)) reflect(group.n, group.C + p * group.n * group.stride, group.stride);
 }
 
 // ------------------------------------------------------------------------------------ gradient
@@ -145,12 +196,11 @@ void weigh_rows(const CostWeightGroup<T>& group, int64_t p, CostKind kind, bool 
   T* row_sum = group.row_sum + p * n;
   parts.for_each([&](int64_t part, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t at = (p * n + i) * m;
-      T* V = group.V + at;
+      const T* C = group.C + (p * n + i) * group.C_stride;
+      T* V = group.V + (p * n + i) * m;
       const T* W = row(i, V);
-      dispatch_cost(kind, [&](auto cost) {
-        row_sum[i] = weight_row(cost, m, W, group.C + at, V, columns.part(part));
-      });
+      dispatch_cost(
+          kind, [&](auto cost) { row_sum[i] = weight_row(cost, m, W, C, V, columns.part(part)); });
     }
   });
   T* col_sum = group.col_sum + p * m;
@@ -186,8 +236,9 @@ void prepare_clouds(const std::vector<CloudGroup<T>>& clouds, CostKind kind) {
 }
 
 template <typename T>
-void cost_matrices(const CostGroup<T>& group, CostKind kind) {
-  parallel_problems(group.batch, [&](int64_t p, bool) { cost_matrix(group, p, kind); });
+void cost_matrices(const std::vector<CostGroup<T>>& groups, CostKind kind) {
+  parallel_problems(groups.front().batch,
+                    [&](int64_t p, bool) { costs_of_problem(groups, p, kind); });
 }
 
 template <typename T>
@@ -214,26 +265,29 @@ void plan_weights(const PlanWeightGroup<T>& group, CostKind kind, double eps) {
     const T scale = group.coefficient * group.grad[p] * (symmetric ? T(2) : T(1));
     weigh_rows<T>(group, p, kind, split, group.symmetrise && !symmetric, [&](int64_t i, T* V) {
       const int64_t row = p * n + i;
-      plan_rows(PlanRows<T>{1, m, k, scale, group.C + row * m, group.a + row, &F[i], G.data(), V});
+      plan_rows(PlanRows<T>{1, m, k, scale, group.C + row * group.C_stride, group.C_stride,
+                            group.a + row, &F[i], G.data(), V});
       return V;
     });
   });
 }
 
-template <typename T>
-void multiply(const ProductGroup<T>& group) {
-  const int64_t n = group.n, m = group.m, d = group.d;
-  parallel_problems(group.batch, [&](int64_t p, bool) {
-    BlockVector<T> z(strips_of<T>(d) * m * kStrip<T>);
-    pack(Packing<T>{d, m, group.z + p * m * d, d, true, z.data()});
-    const int64_t step = product_rows<T>(n, thread_count());
-    for_each_row(groups_of(n, step), step * m * d, [&](int64_t block) {
-      const int64_t first = block * step, row = p * n + first;
-      const T* V = group.V + p * n * m + first * (group.transposed ? 1 : m);
-      multiply_rows(RowsProduct<T>{std::min(step, n - first), m, d, V, group.transposed ? n : m,
-                                   group.transposed, z.data(), group.out + row * d});
-    });
-  });
+// (grad +=) z sum - product; for unit vectors d(1 - <x, y> / |x| |y|)/dx = (<xhat, yhat> xhat -
+// yhat) / |x|, which is 0 for a point of zero norm.
+template <bool kAdd, typename T>
+OTLOSS_SIMD void gradient_row(bool unit, int64_t d, const T* z, T norm, T sum, const T* product,
+                              T* grad) {
+  T along = 0;
+  if (unit) {
+#pragma omp simd reduction(+ : along)
+    for (int64_t k = 0; k < d; ++k) along += z[k] * product[k];
+  }
+  const T factor = unit ? along : sum, scale = unit ? T(1) / norm : T(1);
+#pragma omp simd
+  for (int64_t k = 0; k < d; ++k) {
+    const T before = kAdd ? grad[k] : T(0);
+    grad[k] = before + (factor * z[k] - product[k]) * scale;
+  }
 }
 
 template <typename T>
@@ -241,33 +295,82 @@ void cost_gradient(const CostGradientGroup<T>& group, CostKind kind) {
   const int64_t d = group.d;
   const bool unit = traits_of(kind).unit_norm;
   for_each_row(group.batch * group.n, d, [&](int64_t i) {
-    const T *z = group.z + i * d, *Vy = group.Vy + i * d;
     T* grad = group.grad + i * d;
-    if (group.failed(i)) {
-      std::fill_n(grad, d, group.v[i]);
-      return;
-    }
-    if (!unit) {
-      const T sum = group.sum[i];
-      for (int64_t k = 0; k < d; ++k) grad[k] += z[k] * sum - Vy[k];
-      return;
-    }
-    // d(1 - <x, y> / |x| |y|)/dx = (<xhat, yhat> xhat - yhat) / |x|; 0 for a point of zero norm.
-    const T norm = group.norm[i];
-    if (!(norm > T(0))) return;
-    T along = 0;
-    for (int64_t k = 0; k < d; ++k) along += z[k] * Vy[k];
-    for (int64_t k = 0; k < d; ++k) grad[k] += (along * z[k] - Vy[k]) / norm;
+    if (group.side.failed(i))
+      std::fill_n(grad, d, group.side.v[i]);
+    else if (!unit || group.norm[i] > T(0))
+      gradient_row<true>(unit, d, group.z + i * d, group.norm[i], group.sum[i], group.Vy + i * d,
+                         grad);
   });
+}
+
+// Of one problem of each cloud. The products of all pairs are added up where the gradient will be,
+// a block of rows at a time, which is finished while it is in the cache.
+template <typename T>
+void gradients_of_problem(const std::vector<CloudGradientGroup<T>>& clouds, int64_t p, bool unit) {
+  constexpr int64_t kNear = 256;  // rows that are as well read where they are
+  std::vector<std::pair<const T*, BlockBuffer<T>>> packed;  // each cloud once
+  const auto strips_of_cloud = [&](const T* z) -> const T* {
+    for (const auto& [of, strips] : packed)
+      if (of == z) return strips.data();
+    return nullptr;
+  };
+  std::vector<int64_t> rows;
+  int64_t work = 0;
+  for (const CloudGradientGroup<T>& cloud : clouds) {
+    const int64_t d = cloud.d;
+    rows.push_back(cloud.n);
+    for (const GradientTerm<T>& term : cloud.terms) {
+      const T* z = term.z + p * term.m * d;
+      work += cloud.n * term.m * d;
+      if ((term.m <= kNear && d % kBlock<T> == 0) || strips_of_cloud(z)) continue;
+      packed.emplace_back(z, BlockBuffer<T>(strips_of<T>(d) * term.m * kStrip<T>));
+      pack(Packing<T>{d, term.m, z, d, true, packed.back().second.data()});
+    }
+  }
+  for_each_block(rows, work, [&](const RowBlock& block) {
+    const CloudGradientGroup<T>& cloud = clouds[block.matrix];
+    const int64_t n = cloud.n, d = cloud.d, begin = p * n + block.first;
+    T* grad = cloud.grad + begin * d;
+    for (const GradientTerm<T>& term : cloud.terms) {
+      const T* z = term.z + p * term.m * d;
+      const T* strips = strips_of_cloud(z);
+      const int64_t V_row = term.transposed ? 1 : term.m, V_inner = term.transposed ? n : 1;
+      multiply_rows(RowsProduct<T>{
+          block.rows, term.m, d, term.V + p * n * term.m + block.first * V_row, V_row, V_inner,
+          strips ? strips : z, strips != nullptr, grad, &term != cloud.terms.data()});
+    }
+    for (int64_t i = begin; i < begin + block.rows; ++i, grad += d) {
+      T sum = 0;
+      const T* failed = nullptr;
+      for (const GradientTerm<T>& term : cloud.terms) {
+        sum += term.sum[i];
+        if (term.side.failed(i)) failed = term.side.v + i;
+      }
+      if (failed)
+        std::fill_n(grad, d, *failed);
+      else if (unit && !(cloud.norm[i] > T(0)))
+        std::fill_n(grad, d, T(0));
+      else
+        gradient_row<false>(unit, d, cloud.z + i * d, cloud.norm[i], sum, grad, grad);
+    }
+  });
+}
+
+template <typename T>
+void cloud_gradients(const std::vector<CloudGradientGroup<T>>& clouds, CostKind kind) {
+  const bool unit = traits_of(kind).unit_norm;
+  parallel_problems(clouds.front().batch,
+                    [&](int64_t p, bool) { gradients_of_problem(clouds, p, unit); });
 }
 
 #define OTLOSS_INSTANTIATE(T)                                                \
   template void prepare_clouds(const std::vector<CloudGroup<T>>&, CostKind); \
-  template void cost_matrices(const CostGroup<T>&, CostKind);                \
+  template void cost_matrices(const std::vector<CostGroup<T>>&, CostKind);   \
   template void cost_weights(const CostWeightGroup<T>&, CostKind);           \
   template void plan_weights(const PlanWeightGroup<T>&, CostKind, double);   \
-  template void multiply(const ProductGroup<T>&);                            \
-  template void cost_gradient(const CostGradientGroup<T>&, CostKind);
+  template void cost_gradient(const CostGradientGroup<T>&, CostKind);        \
+  template void cloud_gradients(const std::vector<CloudGradientGroup<T>>&, CostKind);
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)
 

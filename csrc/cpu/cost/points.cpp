@@ -14,22 +14,24 @@
 namespace otloss::cpu {
 namespace {
 
-// Distances of which the expanded form has lost half of the digits are computed again directly.
+// C_j from products with the columns of a strip; `self`: the column of the row's own point, or less
+// than 0. Distances of which the expanded form has lost half of the digits are computed again
+// directly.
 template <typename Cost, typename T>
-OTLOSS_INLINE void row_from_products(int64_t valid, int64_t d, T hx, const T* hy, const T* x,
-                                     const T* zy, int64_t self, T* C) {
+OTLOSS_INLINE void row_from_products(int64_t columns, int64_t d, T hx, const T* hy, const T* x,
+                                     const T* zy, int64_t self, const T* products, T* C) {
   int cancelled = 0;
 #pragma omp simd reduction(+ : cancelled)
-  for (int64_t j = 0; j < kStrip<T>; ++j) {
+  for (int64_t j = 0; j < columns; ++j) {
     const T scale = hx + hy[j];
-    const T left = scale - T(2) * C[j] - cancellation_limit<T>() * scale;
+    const T left = scale - T(2) * products[j] - cancellation_limit<T>() * scale;
     cancelled += left <= T(0);
-    C[j] = Cost::from_product(hx, hy[j], C[j]);
+    C[j] = Cost::from_product(hx, hy[j], products[j]);
   }
   if constexpr (!Cost::kUnitNorm) {
-    const bool has_self = self >= 0 && self < valid;
+    const bool has_self = self >= 0 && self < columns;
     if (cancelled <= (has_self ? 1 : 0)) return;
-    for (int64_t j = 0; j < valid; ++j) {
+    for (int64_t j = 0; j < columns; ++j) {
       if (j == self || Cost::squared(C[j]) > cancellation_limit<T>() * (hx + hy[j])) continue;
       const T* y = zy + j * d;
       T exact = 0;
@@ -40,15 +42,23 @@ OTLOSS_INLINE void row_from_products(int64_t valid, int64_t d, T hx, const T* hy
   }
 }
 
-// `count` rows of a strip, from the one of `row` and `column` on. C (count, kStrip) in: inner
-// products, out: costs; the caller sets those of a point against itself.
+// `count` rows of a strip, from the one of `row` and `column` on, of inner products (count,
+// kStrip); the caller sets the costs of a point against itself.
 template <typename Cost, typename T>
 OTLOSS_SIMD void costs_from_products(Cost, const CostRows<T>& p, int64_t row, int64_t column,
-                                     int64_t count, T* C) {
-  const int64_t d = p.to->d, valid = std::min(kStrip<T>, p.end - column);
-  for (int64_t i = row; i < row + count; ++i, C += kStrip<T>)
-    row_from_products<Cost>(valid, d, p.from->norm[i], p.to->h.data() + column, p.from->z + i * d,
-                            p.to->z + column * d, p.symmetric ? i - column : -1, C);
+                                     int64_t count, const T* products) {
+  const int64_t d = p.to->d, columns = p.end - column;
+  for (int64_t i = row; i < row + count; ++i, products += kStrip<T>) {
+    const auto costs = [&](int64_t some) OTLOSS_ALWAYS_INLINE {
+      row_from_products<Cost>(some, d, p.from->norm[i], p.to->h.data() + column, p.from->z + i * d,
+                              p.to->z + column * d, p.symmetric ? i - column : -1, products,
+                              p.at(i, column));
+    };
+    if (columns >= kStrip<T>)  // a constant number takes no loop
+      costs(kStrip<T>);
+    else
+      costs(columns);
+  }
 }
 
 template <typename Cost, typename T>
@@ -62,49 +72,36 @@ OTLOSS_SIMD void weigh(Cost, int64_t count, const T* C, T* W) {
   for (int64_t j = 0; j < count; ++j) W[j] = Cost::gradient_weight(W[j], C[j]);
 }
 
-// Rows from `row` on, up to where kDifferenceRows divides them; returns how many were done.
+// kDifferenceRows rows, or fewer at the end, from `row` on.
 template <typename T>
-int64_t difference_rows(CostKind kind, const CostRows<T>& p, int64_t row) {
-  const int64_t d = p.to->d, skipped = row % kDifferenceRows;
-  const int64_t rows = std::min(kDifferenceRows - skipped, p.first + p.rows - row);
-  const T *x = p.from->row(row - skipped), *y = p.to->strips.data() + p.begin * d;
-  // Whole strips go where they belong, if all rows do.
-  const int64_t whole = rows == kDifferenceRows ? (p.end - p.begin) / kStrip<T> : 0;
-  squared_differences(Differences<T>{d, whole, x, y, p.at(row, p.begin), p.stride});
-  for (int64_t s = whole; p.begin + s * kStrip<T> < p.end; ++s) {
-    const int64_t column = p.begin + s * kStrip<T>;
+void difference_rows(CostKind kind, const CostRows<T>& p, int64_t row) {
+  const int64_t d = p.to->d, rows = std::min(kDifferenceRows, p.first + p.rows - row);
+  const T *x = p.from->z + row * d, *y = p.to->strips.data() + p.begin * d;
+  const int64_t whole = (p.end - p.begin) / kStrip<T>, rest = p.end - p.begin - whole * kStrip<T>;
+  squared_differences(Differences<T>{rows, d, whole, x, y, p.at(row, p.begin), p.stride});
+  if (rest > 0) {
     alignas(64) T squares[kDifferenceRows * kStrip<T>];
-    squared_differences(Differences<T>{d, 1, x, y + s * d * kStrip<T>, squares, kStrip<T>});
+    squared_differences(
+        Differences<T>{rows, d, 1, x, y + whole * d * kStrip<T>, squares, kStrip<T>});
     for (int64_t r = 0; r < rows; ++r)
-      std::copy_n(squares + (skipped + r) * kStrip<T>, std::min(kStrip<T>, p.end - column),
-                  p.at(row + r, column));
+      std::copy_n(squares + r * kStrip<T>, rest, p.at(row + r, p.end - rest));
   }
   dispatch_cost(kind, [&](auto cost) {
     if constexpr (!decltype(cost)::kUnitNorm)
       for (int64_t r = 0; r < rows; ++r)
         costs_from_differences(cost, p.end - p.begin, p.at(row + r, p.begin));
   });
-  return rows;
 }
 
-// A tile from products, by the strip from `column` on; it begins where kTileRows divides the rows.
+// A tile from products, from `row` on by the strip from `column` on.
 template <typename T>
-int64_t product_tile(CostKind kind, const CostRows<T>& p, int64_t row, int64_t column) {
-  const int64_t d = p.to->d, skipped = row % kTileRows;
-  const int64_t rows = std::min(kTileRows - skipped, p.first + p.rows - row);
-  const int64_t width = std::min(kStrip<T>, p.end - column);
-  alignas(64) T sum[kTileRows * kStrip<T>] = {};
-  add_products(TileProduct<T>{d, p.from->row(row - skipped), p.to->strips.data() + column * d, sum,
-                              kStrip<T>});
-  T* products = sum + skipped * kStrip<T>;
-  dispatch_cost(kind,
-                [&](auto cost) { costs_from_products(cost, p, row, column, rows, products); });
-  for (int64_t r = 0; r < rows; ++r, products += kStrip<T>)
-    if (width == kStrip<T>)  // a constant length is copied without a call
-      std::copy_n(products, kStrip<T>, p.at(row + r, column));
-    else
-      std::copy_n(products, width, p.at(row + r, column));
-  return rows;
+void product_tile(CostKind kind, const CostRows<T>& p, int64_t row, int64_t column) {
+  const int64_t d = p.to->d, rows = std::min(kTileRows, p.first + p.rows - row);
+  const int64_t columns = padded<T>(std::min(kStrip<T>, p.end - column));
+  alignas(64) T sum[kTileRows * kStrip<T>];
+  add_products(TileProduct<T>{rows, columns, d, p.from->z + row * d, d, 1,
+                              p.to->strips.data() + column * d, kStrip<T>, sum, kStrip<T>, false});
+  dispatch_cost(kind, [&](auto cost) { costs_from_products(cost, p, row, column, rows, sum); });
 }
 
 // Few coordinates: each coordinate of a row keeps a strip of partial sums, added up at the end.
@@ -144,30 +141,32 @@ OTLOSS_SIMD void apply_products(const ApplyRows<T>& p) {
     for (int64_t j = 0; j < m; ++j) total += p.V[r * p.stride + j];
     p.sum[r] = total;
   }
-  multiply_rows(RowsProduct<T>{p.rows, m, p.to->d, p.V, p.stride, false, p.coordinates, p.product});
+  multiply_rows(
+      RowsProduct<T>{p.rows, m, p.to->d, p.V, p.stride, 1, p.coordinates, true, p.product, false});
 }
 
 }  // namespace
 
 template <typename T>
-PackedCloud<T>::PackedCloud(int64_t m, int64_t d, const T* z, const T* norm)
-    : m(m),
-      d(d),
-      z(z),
-      norm(norm),
-      strips(strips_of<T>(m) * d * kStrip<T>),
-      h(strips_of<T>(m) * kStrip<T>) {
-  std::copy(norm, norm + m, h.begin());
-  pack(Packing<T>{m, d, z, d, false, strips.data()});
+PackedCloud<T>::PackedCloud(const CloudRows<T>& cloud)
+    : CloudRows<T>(cloud),
+      strips(strips_of<T>(cloud.m) * cloud.d * kStrip<T>),
+      h(strips_of<T>(cloud.m) * kStrip<T>) {
+  std::copy_n(cloud.norm, cloud.m, h.begin());
+  pack(Packing<T>{cloud.m, cloud.d, cloud.z, cloud.d, false, strips.data()});
 }
 
 template <typename T>
 void cost_rows(CostKind kind, const CostRows<T>& p) {
   const int64_t end = p.first + p.rows;
   const bool unit = traits_of(kind).unit_norm, difference = !unit && p.to->d <= kDirectDims;
-  for (int64_t row = p.first; difference && row < end;) row += difference_rows(kind, p, row);
+  for (int64_t row = p.first; difference && row < end; row += kDifferenceRows)
+    difference_rows(kind, p, row);
   for (int64_t column = p.begin; !difference && column < p.end; column += kStrip<T>)
-    for (int64_t row = p.first; row < end;) row += product_tile(kind, p, row, column);
+    for (int64_t row = p.first; row < end; row += kTileRows) {
+      if (p.half && row >= column + kStrip<T>) break;
+      product_tile(kind, p, row, column);
+    }
   if (!p.symmetric) return;
   // A point is at distance 0 from itself; a point of zero norm has no direction and costs 1.
   for (int64_t i = std::max(p.first, p.begin); i < std::min(end, p.end); ++i)

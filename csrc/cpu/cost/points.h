@@ -12,28 +12,29 @@ namespace otloss::cpu {
 
 // Rows made at once: few, so that they stay in the cache, or more when the points themselves are
 // large and are better read once for several rows.
-inline int64_t rows_at_once(int64_t d) { return d <= kDirectDims ? 4 : d <= 32 ? 8 : 32; }
+inline int64_t rows_at_once(int64_t d) {
+  return d <= kDirectDims ? kDifferenceRows : d <= 32 ? kTileRows : 3 * kTileRows;
+}
 
 // Up to this dimension the plan is applied with strips of points as lanes.
 constexpr int64_t kLaneDims = 8;
 
-// A prepared cloud (see CloudGroup) as its kernels read it.
+// A prepared cloud (see CloudGroup) as the rows of a cost.
 template <typename T>
-struct PackedCloud {
-  int64_t m;              // points
-  int64_t d;              // coordinates
-  const T* z;             // (m, d) prepared points
-  const T* norm;          // (m,) |z|^2, or |x| for cosine
-  BlockVector<T> strips;  // (strips_of(m), d, kStrip)
+struct CloudRows {
+  int64_t m;      // points
+  int64_t d;      // coordinates
+  const T* z;     // (m, d) prepared points
+  const T* norm;  // (m,) |z|^2, or |x| for cosine
+};
+
+// As its columns.
+template <typename T>
+struct PackedCloud : CloudRows<T> {
+  BlockBuffer<T> strips;  // (strips_of(m), d, kStrip)
   BlockVector<T> h;       // (strips_of(m) * kStrip,) norms, padded with zeros
 
-  PackedCloud(int64_t m, int64_t d, const T* z, const T* norm);
-
-  // A point within its strip: coordinates are kStrip apart.
-  const T* row(int64_t i) const {
-    const int64_t lane = i % kStrip<T>;
-    return strips.data() + (i - lane) * d + lane;
-  }
+  explicit PackedCloud(const CloudRows<T>& cloud);
 };
 
 template <typename T>
@@ -43,10 +44,11 @@ struct CostRows {
   int64_t begin;  // columns [begin, end) of `to`, begin a multiple of kStrip
   int64_t end;
   bool symmetric;  // the clouds are one: the diagonal is 0
-  const PackedCloud<T>* from;
+  const CloudRows<T>* from;
   const PackedCloud<T>* to;
   T* C;  // (rows, stride) out; column 0 is column `begin`
   int64_t stride;
+  bool half = false;  // tiles below the diagonal may be left out
 
   T* at(int64_t row, int64_t column) const { return C + (row - first) * stride + (column - begin); }
 };

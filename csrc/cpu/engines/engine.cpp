@@ -18,6 +18,7 @@ Engine<T>::Engine(const Side<T>& x, const Side<T>& y, const SolveGroup<T>& group
 
 template <typename T>
 void Engine<T>::update_rows(double eps, const T* g, T* F, T* s) {
+  if (wants_unit_sweep(eps, g)) return unit_sweep(eps, g, F, s, nullptr);
   absorb_weights(m_, factor<T>(eps), g, y.weight, G_.data());
   costs_.parts().for_each([&](int64_t part, int64_t begin, int64_t end) {
     sweep(eps, part, begin, end, F, s, nullptr);
@@ -26,8 +27,18 @@ void Engine<T>::update_rows(double eps, const T* g, T* F, T* s) {
 
 template <typename T>
 void Engine<T>::iterate(double eps, const T* g, T* F, T* gt, T* q) {
-  absorb_weights(m_, factor<T>(eps), g, y.weight, G_.data());
   totals_.clear();
+  if (wants_unit_sweep(eps, g)) {
+    unit_sweep(eps, g, F, s_.data(), &totals_);
+    const double* c = totals_.total();
+    for (int64_t j = 0; j < m_; ++j) {
+      const double over = y.weight[j] > T(0) ? c[j] : 0.0, from = static_cast<double>(g[j]);
+      q[j] = static_cast<T>(1 + over);
+      gt[j] = y.weight[j] > T(0) ? static_cast<T>(from - eps * std::log1p(over)) : T(0);
+    }
+    return;
+  }
+  absorb_weights(m_, factor<T>(eps), g, y.weight, G_.data());
   costs_.parts().for_each([&](int64_t part, int64_t begin, int64_t end) {
     Workspace& w = workspaces_[part];
     for (int64_t i = begin; i < end; i += kFlushRows) {
@@ -44,12 +55,32 @@ double Engine<T>::transport(double eps, const T* F, const T* g) {
   absorb_weights(m_, factor<T>(eps), g, y.weight, G_.data());
   std::vector<double> sums(workspaces_.size());
   costs_.for_each([&](int64_t part, const T* C, int64_t i, int64_t count) {
-    sums[part] += transport_rows(
-        PlanRows<T>{count, m_, factor<T>(eps), T(1), C, x.weight + i, F + i, G_.data(), nullptr});
+    sums[part] +=
+        transport_rows(PlanRows<T>{count, m_, factor<T>(eps), T(1), C, costs_.source().stride(),
+                                   x.weight + i, F + i, G_.data(), nullptr});
   });
   double sum = 0;
   for (const double part : sums) sum += part;
   return sum;
+}
+
+template <typename T>
+CostRange Engine<T>::cost_range() {
+  if (group_.points.zx) return {0, max_cost_};
+  std::vector<CostRange> ranges(workspaces_.size(), {max_cost_, -max_cost_});
+  costs_.for_each([&](int64_t part, const T* C, int64_t first, int64_t count) {
+    CostRange& range = ranges[part];
+    for (int64_t i = first; i < first + count; ++i, C += costs_.source().stride())
+      for (int64_t j = 0; j < m_ && x.weight[i] > T(0); ++j)
+        if (y.weight[j] > T(0)) {
+          range.least = std::min(range.least, static_cast<double>(C[j]));
+          range.most = std::max(range.most, static_cast<double>(C[j]));
+        }
+  });
+  CostRange all = ranges[0];
+  for (const CostRange& range : ranges)
+    all = {std::min(all.least, range.least), std::max(all.most, range.most)};
+  return all;
 }
 
 // On at most 256 x 256 points.
@@ -63,16 +94,22 @@ double Engine<T>::sigma() {
   double mean = 0, sum = 0;
   for (size_t i = 0; i < r; ++i) {
     const T* costs = costs_.row(rows[i]);
-    for (size_t j = 0; j < c; ++j) {
-      const double value = C[i * c + j] = static_cast<double>(costs[columns[j]]);
-      row[i] += value / c, column[j] += value / r, mean += value / (r * c);
-    }
+    double* entries = C.data() + i * c;
+    for (size_t j = 0; j < c; ++j) entries[j] = static_cast<double>(costs[columns[j]]);
+    double total = 0;
+#pragma omp simd reduction(+ : total)
+    for (size_t j = 0; j < c; ++j) column[j] += entries[j], total += entries[j];
+    row[i] = total / c, mean += row[i] / r;
   }
-  for (size_t i = 0; i < r; ++i)
+  for (double& of_column : column) of_column = of_column / r - mean;
+  for (size_t i = 0; i < r; ++i) {
+    const double *entries = C.data() + i * c, of_row = row[i];
+#pragma omp simd reduction(+ : sum)
     for (size_t j = 0; j < c; ++j) {
-      const double value = C[i * c + j] - row[i] - column[j] + mean;
+      const double value = entries[j] - of_row - column[j];
       sum += value * value;
     }
+  }
   return std::sqrt(sum / (r * c));
 }
 
@@ -93,9 +130,32 @@ void Engine<T>::sweep(double eps, int64_t part, int64_t begin, int64_t end, T* F
   costs_.for_each_block(part, begin, end, [&](const T* C, int64_t i, int64_t count) {
     // The last row that may be read to its padded width ends within the memory.
     const int64_t beyond = costs_.source().available(i) - padded<T>(m_);
-    const int64_t readable = beyond < 0 ? 0 : std::min(count, beyond / m_ + 1);
-    sweep_rows(RowSweep<T>{count, m_, factor<T>(eps), C, x.weight + i, G_.data(), F + i, s + i, c,
-                           e, readable, x.tilt(eps)});
+    const int64_t stride = costs_.source().stride();
+    const int64_t readable = beyond < 0 ? 0 : std::min(count, beyond / stride + 1);
+    sweep_rows(RowSweep<T>{count, m_, factor<T>(eps), C, stride, x.weight + i, G_.data(), F + i,
+                           s + i, c, e, readable, x.tilt(eps)});
+  });
+}
+
+template <typename T>
+bool Engine<T>::wants_unit_sweep(double eps, const T* g) const {
+  constexpr double kFar = 1;  // eps over the costs
+  if (x.mass != 1 || y.mass != 1 || !(eps > kFar * max_cost_)) return false;
+  for (int64_t j = 0; j < m_; ++j)
+    if (!(std::abs(static_cast<double>(g[j])) < eps)) return false;
+  return true;
+}
+
+template <typename T>
+void Engine<T>::unit_sweep(double eps, const T* g, T* F, T* s, PartSums<double>* c) {
+  const double k = kLog2E / eps;
+  std::vector<double> G(m_);
+  for (int64_t j = 0; j < m_; ++j) G[j] = k * static_cast<double>(g[j]);
+  std::vector<std::vector<double>> e(costs_.parts().count(), std::vector<double>(m_));
+  costs_.for_each([&](int64_t part, const T* C, int64_t i, int64_t count) {
+    unit_sweep_rows(UnitSweep<T>{count, m_, k, x.tilt(eps), C, costs_.source().stride(),
+                                 x.weight + i, y.weight, G.data(), F + i, s + i,
+                                 c ? c->part(part) : nullptr, e[part].data()});
   });
 }
 

@@ -40,6 +40,19 @@ struct BlockAllocator {
 template <typename T>
 using BlockVector = std::vector<T, BlockAllocator<T>>;
 
+// The same, not cleared: where all is written before it is read.
+template <typename T>
+struct UnclearedAllocator : BlockAllocator<T> {
+  template <typename U>
+  struct rebind {
+    using other = UnclearedAllocator<U>;
+  };
+  void construct(T* p) { ::new (static_cast<void*>(p)) T; }
+};
+
+template <typename T>
+using BlockBuffer = std::vector<T, UnclearedAllocator<T>>;
+
 // A row that must not be read past its end is done in whole blocks; what is left over is done as
 // one more block that ends with the row and overlaps the one before, masked so that no column
 // counts twice. (A scalar loop over the rest costs half as much as the whole row at m = 200.)

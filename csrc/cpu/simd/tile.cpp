@@ -1,15 +1,16 @@
-// A tile of products: 8 rows by a strip of 128 bytes stay in registers while the inner index runs.
-// With AVX-512 that is 8 x 2 vectors, 16 multiply-adds for 2 loads and 8 broadcasts; with fewer or
-// shorter registers the tile is done in parts, out of the same strips. One layout for both sides
-// lets a cloud be packed once, whichever side of a product it is on.
+// A tile of products: 12 rows by a strip of 128 bytes stay in registers while the inner index runs.
+// With AVX-512 that is 12 x 2 vectors, 24 multiply-adds for 2 loads and 12 broadcasts; with fewer
+// or shorter registers the tile is done in parts, out of the same strips. Rows are broadcast from
+// where they are: only the other side is packed.
 //
-// Floor: two vector multiply-adds per clock, 8 clocks of AVX-512 per tile and inner index in
-// float32. Written with the compiler's vector types, because it keeps an array of those in
+// Floor: two vector multiply-adds per clock (Zen 4: one), 12 clocks of AVX-512 per tile and inner
+// index in float32. Written with the compiler's vector types, because it keeps an array of those in
 // registers, which it does not do with loops that it vectorises itself.
 #include "cpu/simd/tile.h"
 
 #include <algorithm>
 #include <type_traits>
+#include <utility>
 
 #include "cpu/parallel.h"
 #include "cpu/simd/simd.h"
@@ -43,23 +44,28 @@ struct Part {
   // Calls function(sum, where it belongs) for each vector.
   template <typename F>
   OTLOSS_INLINE void for_each(T* at, int64_t stride, F&& function) {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v)
         function(sum[r][v], vector_at<kBytes>(at + r * stride + v * kLanes));
   }
 
-  // Adds term(x_rk, y_kj) for all k.
+  // Adds term(x_rk, y_kj) for all k. Rows of y come from the L2 cache, in steps that are asked for
+  // beforehand.
   template <typename F>
-  OTLOSS_INLINE void add(int64_t inner, const T* x, const T* y, F&& term) {
-    for (int64_t k = 0; k < inner; ++k, x += kStrip<T>, y += kStrip<T>) {
+  OTLOSS_INLINE void add(int64_t inner, const T* x, int64_t x_row, int64_t x_inner, const T* y,
+                         int64_t y_inner, F&& term) {
+    constexpr int64_t kAhead = 8;
+    for (int64_t k = 0; k < inner; ++k, x += x_inner, y += y_inner) {
       Vector<T, kBytes> column[kVectors];
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) column[v] = vector_at<kBytes>(y + v * kLanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(y + kAhead * y_inner + v * kLanes);
+#pragma GCC unroll 12
       for (int r = 0; r < kRows; ++r) {
-        const Vector<T, kBytes> row = x[r] - Vector<T, kBytes>{};
+        const Vector<T, kBytes> row = x[r * x_row] - Vector<T, kBytes>{};
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) term(sum[r][v], row, column[v]);
       }
@@ -69,47 +75,69 @@ struct Part {
 
 constexpr int kVectors = 2;  // of a part's row
 
+template <int kBytes, int kRows, int kPartVectors, typename T>
+OTLOSS_INLINE void add_part(const TileProduct<T>& t, int64_t r, int64_t j) {
+  Part<kBytes, kRows, kPartVectors, T> part = {};
+  T* at = t.sum + r * t.stride + j;
+  if (t.add)
+    part.for_each(at, t.stride, [](auto& sum, auto& value) OTLOSS_ALWAYS_INLINE { sum = value; });
+  part.add(t.inner, t.x + r * t.x_row, t.x_row, t.x_inner, t.y + j, t.y_inner,
+           [](auto& sum, const auto& x, const auto& y) OTLOSS_ALWAYS_INLINE { sum += x * y; });
+  part.for_each(at, t.stride, [](auto& sum, auto& value) OTLOSS_ALWAYS_INLINE { value = sum; });
+}
+
+// Rows from r on, kRows at a time; returns the first that is left.
+template <int kBytes, int kRows, typename T>
+OTLOSS_INLINE int64_t add_rows(const TileProduct<T>& t, int64_t r) {
+  constexpr int64_t kLanes = kBytes / sizeof(T);
+  for (; r + kRows <= t.rows; r += kRows) {
+    int64_t j = 0;
+    for (; j + kLanes < t.columns; j += kVectors * kLanes)
+      add_part<kBytes, kRows, kVectors>(t, r, j);
+    if (j < t.columns) add_part<kBytes, kRows, 1>(t, r, j);
+  }
+  return r;
+}
+
 template <int kBytes, int kRows, typename T>
 OTLOSS_INLINE void add_tile_body(const TileProduct<T>& t) {
+  int64_t r = add_rows<kBytes, kRows>(t, 0);
+  r = add_rows<kBytes, 4>(t, r);
+  add_rows<kBytes, 1>(t, r);
+}
+
+template <int kBytes, int kRows, typename T>
+OTLOSS_INLINE void difference_rows(const Differences<T>& p, int64_t r) {
   constexpr int64_t kColumns = kVectors * kBytes / sizeof(T);
-  static_assert(kTileRows % kRows == 0 && kStrip<T> % kColumns == 0, "parts make up a tile");
-  for (int64_t r = 0; r < kTileRows; r += kRows)
+  for (int64_t s = 0; s < p.strips; ++s)
     for (int64_t j = 0; j < kStrip<T>; j += kColumns) {
-      T* at = t.sum + r * t.stride + j;
-      Part<kBytes, kRows, kVectors, T> part;
-      part.for_each(at, t.stride, [](auto& sum, auto& value) OTLOSS_ALWAYS_INLINE { sum = value; });
-      part.add(t.inner, t.x + r, t.y + j,
-               [](auto& sum, const auto& x, const auto& y) OTLOSS_ALWAYS_INLINE { sum += x * y; });
-      part.for_each(at, t.stride, [](auto& sum, auto& value) OTLOSS_ALWAYS_INLINE { value = sum; });
+      Part<kBytes, kRows, kVectors, T> part = {};
+      part.add(p.d, p.x + r * p.d, p.d, 1, p.y + s * p.d * kStrip<T> + j, kStrip<T>,
+               [](auto& sum, const auto& x, const auto& y)
+                   OTLOSS_ALWAYS_INLINE { sum += (x - y) * (x - y); });
+      part.for_each(p.squares + r * p.stride + s * kStrip<T> + j, p.stride,
+                    [](auto& sum, auto& value) OTLOSS_ALWAYS_INLINE { value = sum; });
     }
 }
 
 template <int kBytes, typename T>
 OTLOSS_INLINE void differences_body(const Differences<T>& p) {
-  constexpr int64_t kColumns = kVectors * kBytes / sizeof(T);
-  for (int64_t s = 0; s < p.strips; ++s)
-    for (int64_t j = 0; j < kStrip<T>; j += kColumns) {
-      Part<kBytes, kDifferenceRows, kVectors, T> part = {};
-      part.add(p.d, p.x, p.y + s * p.d * kStrip<T> + j,
-               [](auto& sum, const auto& x, const auto& y)
-                   OTLOSS_ALWAYS_INLINE { sum += (x - y) * (x - y); });
-      part.for_each(p.squares + s * kStrip<T> + j, p.stride,
-                    [](auto& sum, auto& value) OTLOSS_ALWAYS_INLINE { value = sum; });
-    }
+  if (p.rows == kDifferenceRows) return difference_rows<kBytes, kDifferenceRows>(p, 0);
+  for (int64_t r = 0; r < p.rows; ++r) difference_rows<kBytes, 1>(p, r);
 }
 
 // One function for each instruction-set level, because the shape of a part depends on it: the
-// registers hold its sums, the vectors of a row of y, and one of x.
+// registers (32 of AVX-512, else 16) hold its sums, the vectors of a row of y, and one of x.
 #define OTLOSS_TILES_AT(level, kBytes, kRows, T)                                    \
   level void add_tile(const TileProduct<T>& t) { add_tile_body<kBytes, kRows>(t); } \
   level void differences(const Differences<T>& p) { differences_body<kBytes>(p); }
 #if defined(OTLOSS_LEVELS)
-#define OTLOSS_TILES(T)                                                \
-  OTLOSS_TILES_AT(__attribute__((target("arch=x86-64-v4"))), 64, 8, T) \
-  OTLOSS_TILES_AT(__attribute__((target("arch=x86-64-v3"))), 32, 4, T) \
-  OTLOSS_TILES_AT(__attribute__((target("default"))), 16, 4, T)
+#define OTLOSS_TILES(T)                                                 \
+  OTLOSS_TILES_AT(__attribute__((target("arch=x86-64-v4"))), 64, 12, T) \
+  OTLOSS_TILES_AT(__attribute__((target("arch=x86-64-v3"))), 32, 6, T)  \
+  OTLOSS_TILES_AT(__attribute__((target("default"))), 16, 6, T)
 #else
-#define OTLOSS_TILES(T) OTLOSS_TILES_AT(, 16, 4, T)
+#define OTLOSS_TILES(T) OTLOSS_TILES_AT(, 16, 6, T)
 #endif
 OTLOSS_TILES(float)
 OTLOSS_TILES(double)
@@ -118,9 +146,9 @@ OTLOSS_TILES(double)
 
 // ------------------------------------------------------------------------------------- packing
 
-// A 4 x 4 block, rows `stride` apart, transposed to rows kStrip apart.
+// A 4 x 4 block, rows `stride` apart, transposed to rows `to_stride` apart.
 template <typename T>
-OTLOSS_INLINE void transpose_block(const T* from, int64_t stride, T* to) {
+OTLOSS_INLINE void transpose_block(const T* from, int64_t stride, T* to, int64_t to_stride) {
   constexpr int kBytes = 4 * sizeof(T);
   using V = Vector<T, kBytes>;
   using Index = Vector<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>, kBytes>;
@@ -131,31 +159,22 @@ OTLOSS_INLINE void transpose_block(const T* from, int64_t stride, T* to) {
   const V high01 = __builtin_shuffle(r0, r1, Index{2, 6, 3, 7});
   const V high23 = __builtin_shuffle(r2, r3, Index{2, 6, 3, 7});
   vector_at<kBytes>(to) = __builtin_shuffle(low01, low23, Index{0, 1, 4, 5});
-  vector_at<kBytes>(to + kStrip<T>) = __builtin_shuffle(low01, low23, Index{2, 3, 6, 7});
-  vector_at<kBytes>(to + 2 * kStrip<T>) = __builtin_shuffle(high01, high23, Index{0, 1, 4, 5});
-  vector_at<kBytes>(to + 3 * kStrip<T>) = __builtin_shuffle(high01, high23, Index{2, 3, 6, 7});
+  vector_at<kBytes>(to + to_stride) = __builtin_shuffle(low01, low23, Index{2, 3, 6, 7});
+  vector_at<kBytes>(to + 2 * to_stride) = __builtin_shuffle(high01, high23, Index{0, 1, 4, 5});
+  vector_at<kBytes>(to + 3 * to_stride) = __builtin_shuffle(high01, high23, Index{2, 3, 6, 7});
 }
 
 // `count` rows, at most a strip.
 template <typename T>
-void pack_strip(int64_t count, int64_t inner, const T* from, int64_t stride, T* strip) {
-  constexpr int64_t kSide = 4;
-  const int64_t blocks = inner / kSide * kSide;
-  int64_t r = 0;
-  for (; r + kSide <= count; r += kSide) {
-    const T* rows = from + r * stride;
-    for (int64_t k = 0; k < blocks; k += kSide)
-      transpose_block(rows + k, stride, strip + k * kStrip<T> + r);
-    for (int64_t k = blocks; k < inner; ++k)
-      for (int64_t s = 0; s < kSide; ++s) strip[k * kStrip<T> + r + s] = rows[s * stride + k];
-  }
-  for (; r < count; ++r)
-    for (int64_t k = 0; k < inner; ++k) strip[k * kStrip<T> + r] = from[r * stride + k];
-}
-
-template <typename T>
 void pack_strip_transposed(int64_t count, int64_t inner, const T* from, int64_t stride, T* strip) {
-  for (int64_t k = 0; k < inner; ++k) std::copy_n(from + k * stride, count, strip + k * kStrip<T>);
+  constexpr int kBytes = 16;  // of every machine's vectors: a call of memmove takes as long again
+  for (int64_t k = 0; k < inner; ++k, from += stride, strip += kStrip<T>)
+    if (count == kStrip<T>)
+#pragma GCC unroll 8
+      for (int64_t j = 0; j < kStrip<T>; j += kBytes / sizeof(T))
+        vector_at<kBytes>(strip + j) = vector_at<kBytes>(from + j);
+    else
+      std::copy_n(from, count, strip);
 }
 
 }  // namespace
@@ -168,6 +187,27 @@ void add_products(const TileProduct<T>& tile) {
 template <typename T>
 void squared_differences(const Differences<T>& args) {
   differences(args);
+}
+
+template <typename T>
+void transpose(int64_t rows, int64_t columns, const T* from, int64_t stride, T* to,
+               int64_t to_stride) {
+  constexpr int64_t kSide = 4, kLine = 64 / sizeof(T), kAhead = 4 * kLine;
+  const int64_t whole = rows / kSide * kSide;
+  for (int64_t begin = 0; begin < columns; begin += kLine) {
+    const int64_t end = std::min(columns, begin + kLine);
+    const int64_t blocks = begin + (end - begin) / kSide * kSide;
+    for (int64_t r = 0; r < whole; r += kSide) {
+      const T* some = from + r * stride;
+      for (int64_t s = 0; s < kSide; ++s) __builtin_prefetch(some + s * stride + begin + kAhead);
+      for (int64_t k = begin; k < blocks; k += kSide)
+        transpose_block(some + k, stride, to + k * to_stride + r, to_stride);
+      for (int64_t k = blocks; k < end; ++k)
+        for (int64_t s = 0; s < kSide; ++s) to[k * to_stride + r + s] = some[s * stride + k];
+    }
+    for (int64_t r = whole; r < rows; ++r)
+      for (int64_t k = begin; k < end; ++k) to[k * to_stride + r] = from[r * stride + k];
+  }
 }
 
 template <typename T>
@@ -184,41 +224,63 @@ void pack(const Packing<T>& p) {
                    if (p.transposed)
                      pack_strip_transposed(count, p.inner, p.from + first, p.stride, strip);
                    else
-                     pack_strip(count, p.inner, p.from + first * p.stride, p.stride, strip);
+                     transpose(count, p.inner, p.from + first * p.stride, p.stride, strip,
+                               kStrip<T>);
                  }
                });
 }
 
-// A block of V, a few strips of rows by a chunk of the inner index, is packed and stays in the L2
-// cache while all columns of z pass by; the sums of the block's rows stay there, too.
+// Sums of the last columns, which may be less than a vector, pass through a tile of their own.
+template <typename T>
+void add_last_columns(TileProduct<T> tile, int64_t columns) {
+  alignas(64) T sum[kTileRows * kStrip<T>];
+  T* const out = std::exchange(tile.sum, sum);
+  const int64_t stride = std::exchange(tile.stride, kStrip<T>);
+  for (int64_t r = 0; r < tile.rows && tile.add; ++r)
+    std::copy_n(out + r * stride, columns, sum + r * kStrip<T>);
+  add_tile(tile);
+  for (int64_t r = 0; r < tile.rows; ++r)
+    std::copy_n(sum + r * kStrip<T>, columns, out + r * stride);
+}
+
+// A block of rows of V by a chunk of the inner index stays in the L2 cache while all columns of z
+// pass by, a strip by a chunk in the L1 or L2 cache while the rows do.
 template <typename T>
 void multiply_rows(const RowsProduct<T>& p) {
   constexpr int64_t kChunk = 512;
-  const int64_t strips = strips_of<T>(p.columns), width = strips * kStrip<T>;
-  const int64_t most = std::min(kProductRows, strips_of<T>(p.rows) * kStrip<T>);
-  BlockVector<T> V(most * std::min(kChunk, p.inner)), sums(most * width);
+  const int64_t z_inner = p.packed ? kStrip<T> : p.columns;
+  const int64_t z_strip = p.packed ? p.inner * kStrip<T> : kStrip<T>;
   for (int64_t i = 0; i < p.rows; i += kProductRows) {
-    const int64_t rows = std::min(kProductRows, p.rows - i);
-    std::fill(sums.begin(), sums.end(), T(0));
-    for (int64_t k = 0; k < p.inner; k += kChunk) {
-      const int64_t chunk = std::min(kChunk, p.inner - k);
-      const T* from = p.V + (p.transposed ? k * p.stride + i : i * p.stride + k);
-      pack(Packing<T>{rows, chunk, from, p.stride, p.transposed, V.data()});
-      for (int64_t s = 0; s < strips; ++s)
-        for (int64_t r = 0; r < rows; r += kTileRows)
-          add_tile(TileProduct<T>{
-              chunk, V.data() + r / kStrip<T> * chunk * kStrip<T> + r % kStrip<T>,
-              p.z + (s * p.inner + k) * kStrip<T>, sums.data() + r * width + s * kStrip<T>, width});
-    }
-    for (int64_t r = 0; r < rows; ++r)
-      std::copy_n(sums.data() + r * width, p.columns, p.out + (i + r) * p.columns);
+    const int64_t end = std::min(p.rows, i + kProductRows);
+    for (int64_t k = 0; k < p.inner; k += kChunk)
+      for (int64_t s = 0; s < strips_of<T>(p.columns); ++s) {
+        const int64_t columns = std::min(kStrip<T>, p.columns - s * kStrip<T>);
+        for (int64_t r = i; r < end; r += kTileRows) {
+          const TileProduct<T> tile{std::min(kTileRows, end - r),
+                                    padded<T>(columns),
+                                    std::min(kChunk, p.inner - k),
+                                    p.V + r * p.V_row + k * p.V_inner,
+                                    p.V_row,
+                                    p.V_inner,
+                                    p.z + s * z_strip + k * z_inner,
+                                    z_inner,
+                                    p.out + r * p.columns + s * kStrip<T>,
+                                    p.columns,
+                                    p.add || k > 0};
+          if (columns == tile.columns)
+            add_tile(tile);
+          else
+            add_last_columns(tile, columns);
+        }
+      }
   }
 }
 
-#define OTLOSS_INSTANTIATE(T)                               \
-  template void add_products(const TileProduct<T>&);        \
-  template void squared_differences(const Differences<T>&); \
-  template void pack(const Packing<T>&);                    \
+#define OTLOSS_INSTANTIATE(T)                                                \
+  template void transpose(int64_t, int64_t, const T*, int64_t, T*, int64_t); \
+  template void add_products(const TileProduct<T>&);                         \
+  template void squared_differences(const Differences<T>&);                  \
+  template void pack(const Packing<T>&);                                     \
   template void multiply_rows(const RowsProduct<T>&);
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)

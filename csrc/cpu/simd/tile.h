@@ -7,13 +7,12 @@
 
 namespace otloss::cpu {
 
-// Rows of a matrix (count, inner) in strips of kStrip that are padded with zeros, and in a strip
-// one inner index of all its rows after the other: (strips_of(count), inner, kStrip). Both sides of
-// a product come in this layout; a tile is kTileRows rows of a strip by all kStrip rows of another.
+// One side of a product is read where it is. The other comes as rows of a matrix (count, inner) in
+// strips of kStrip that are padded with zeros, and in a strip one inner index of all its rows after
+// the other: (strips_of(count), inner, kStrip). A tile is kTileRows rows by a strip.
 template <typename T>
 constexpr int64_t kStrip = 128 / sizeof(T);
-constexpr int64_t kTileRows = 8;
-static_assert(kStrip<double> % kTileRows == 0, "a tile's rows lie in one strip");
+constexpr int64_t kTileRows = 12;
 
 constexpr int64_t groups_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
@@ -35,16 +34,28 @@ struct Packing {
 template <typename T>
 void pack(const Packing<T>& args);
 
+// to (columns, rows) = from (rows, columns) transposed, a cache line of its columns at a time: what
+// is written meanwhile stays in the L1 cache where rows are few.
+template <typename T>
+void transpose(int64_t rows, int64_t columns, const T* from, int64_t stride, T* to,
+               int64_t to_stride);
+
 template <typename T>
 struct TileProduct {
+  int64_t rows;     // at most kTileRows
+  int64_t columns;  // at most kStrip, whole vectors of any length that there is
   int64_t inner;
-  const T* x;      // (inner, kStrip), from the tile's first row on
-  const T* y;      // (inner, kStrip)
-  T* sum;          // (kTileRows, stride) accumulated, kStrip columns of it
-  int64_t stride;  // distance of rows of `sum`
+  const T* x;       // (rows, inner)
+  int64_t x_row;    // distance of its rows
+  int64_t x_inner;  // distance of its inner indices
+  const T* y;       // (inner, columns)
+  int64_t y_inner;  // distance of its inner indices
+  T* sum;           // (rows, columns) out, or accumulated
+  int64_t stride;   // distance of rows of `sum`
+  bool add;         // to what is in `sum`
 };
 
-// sum += x^T y.
+// sum (+)= x y.
 template <typename T>
 void add_products(const TileProduct<T>& tile);
 
@@ -53,41 +64,35 @@ constexpr int64_t kDifferenceRows = 4;
 
 template <typename T>
 struct Differences {
+  int64_t rows;  // at most kDifferenceRows
   int64_t d;
   int64_t strips;
-  const T* x;      // (d, kStrip), from the first row on
+  const T* x;      // (rows, d)
   const T* y;      // (strips, d, kStrip)
-  T* squares;      // (kDifferenceRows, stride) out
+  T* squares;      // (rows, stride) out
   int64_t stride;  // distance of rows of `squares`
 };
 
 template <typename T>
 void squared_differences(const Differences<T>& args);
 
-// Rows of a block of products: so many that the strips of the other side, which every block reads,
-// are used often once they are in the L2 cache.
-constexpr int64_t kProductRows = 96;
-static_assert(kProductRows % kStrip<float> == 0 && kProductRows % kStrip<double> == 0,
-              "blocks are whole strips");
+// Rows of a block of products: so many that what all blocks read of the other side is used often
+// once it is in the L2 cache.
+constexpr int64_t kProductRows = 8 * kTileRows;
 
-// The same where `count` rows are spread over threads.
-template <typename T>
-int64_t product_rows(int64_t count, int64_t threads) {
-  const int64_t share = strips_of<T>(groups_of(count, threads)) * kStrip<T>;
-  return share < kProductRows ? share : kProductRows;
-}
-
-// out = V z, V (rows, inner) or transposed: rows of a matrix that is not packed.
+// out (+)= V z.
 template <typename T>
 struct RowsProduct {
   int64_t rows;
   int64_t inner;
   int64_t columns;
-  const T* V;
-  int64_t stride;   // distance of rows of V
-  bool transposed;  // V is (inner, rows)
-  const T* z;       // the strips of z^T: (strips_of(columns), inner, kStrip)
+  const T* V;       // (rows, inner)
+  int64_t V_row;    // distance of its rows
+  int64_t V_inner;  // distance of its inner indices
+  const T* z;       // (inner, columns) where columns are whole blocks, or the strips of z^T:
+  bool packed;      // (strips_of(columns), inner, kStrip)
   T* out;           // (rows, columns)
+  bool add;         // to what is in `out`
 };
 
 template <typename T>

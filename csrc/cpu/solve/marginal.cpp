@@ -3,20 +3,29 @@
 #include <algorithm>
 #include <limits>
 
+#include "core/rounding.h"
 #include "cpu/simd/sweep.h"
 
 namespace otloss::cpu {
 
+// Compensated (Kahan): the rounding of a long sum would pass for a total that is not 1.
 template <typename T>
 double total(int64_t count, const T* w) {
-  double sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(w[i]);
+  double sum = 0, excess = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double term = static_cast<double>(w[i]) - excess, next = sum + term;
+    excess = (next - sum) - term;
+    sum = next;
+  }
   return sum;
 }
 
 template <typename T>
 Side<T>::Side(int64_t count, const T* weight, double rho)
-    : Penalty{1 / rho}, count(count), weight(weight), mass(total(count, weight)) {}
+    : Penalty{1 / rho},
+      count(count),
+      weight(weight),
+      mass(snapped_total(total(count, weight), std::numeric_limits<T>::epsilon())) {}
 
 template <typename T>
 SoftMean Side<T>::soft_mean(const T* v, double unit) const {

@@ -19,7 +19,7 @@ template <typename T>
 struct Side : Penalty {
   int64_t count;
   const T* weight;  // (count,)
-  double mass = 0;  // total weight
+  double mass = 0;  // total weight, 1 where it is 1 but for rounding
 
   Side(int64_t count, const T* weight, double rho);
 

@@ -2,10 +2,13 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "core/math.h"
+#include "core/rounding.h"
 #include "cpu/simd/vectors.h"
+#include "cpu/solve/last_update.h"
 #include "cpu/solve/solver.h"
 #include "kernels.h"
 
@@ -27,6 +30,17 @@ double value_of(Engine<T>& engine, const SolveOptions& options, bool balanced, c
   return dot(x.count, x.weight, f) + dot(y.count, y.weight, g);
 }
 
+// Whether one potential solves the problem: a cloud against itself, or against an equal one.
+template <typename T>
+bool has_one_potential(const SolveGroup<T>& group, int64_t p) {
+  if (group.symmetric) return true;
+  const int64_t n = group.n, entries = n * group.points.d;
+  const T *x = group.points.zx, *y = group.points.zy, *a = group.a + p * n;
+  return x && n == group.m && group.penalties.rho_x == group.penalties.rho_y &&
+         std::equal(x + p * entries, x + (p + 1) * entries, y + p * entries) &&
+         std::equal(a, a + n, group.b + p * n);
+}
+
 template <typename T>
 void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& options, bool split) {
   const int64_t n = group.n, m = group.m;
@@ -43,9 +57,9 @@ void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& op
   if (!std::isfinite(max_cost)) {
     std::fill(f, f + n, std::numeric_limits<T>::quiet_NaN());
     std::fill(g, g + m, std::numeric_limits<T>::quiet_NaN());
-    group.value[p] = std::numeric_limits<T>::quiet_NaN();
+    status[kStatusTerm] = std::numeric_limits<double>::quiet_NaN();
   } else {
-    const bool one_potential = group.symmetric && options.n_iters < 0;
+    const bool one_potential = options.n_iters < 0 && has_one_potential(group, p);
     // The solvers work on what is damped to give f, the symmetric one on f itself.
     const double damping = one_potential ? 1 : engine.x.damping(options.eps);
     const T to_base2 = static_cast<T>(kLog2E / options.eps / damping);
@@ -65,11 +79,40 @@ void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& op
     const T to_cost = static_cast<T>(damping * options.eps / kLog2E);
     for (int64_t i = 0; i < n; ++i) f[i] = to_cost * F[i];
     if (one_potential) std::copy(f, f + n, g);
-    group.value[p] = static_cast<T>(value_of(engine, options, group.penalties.balanced, f, g));
+    status[kStatusTerm] =
+        group.coefficient * value_of(engine, options, group.penalties.balanced, f, g);
   }
   status[kStatusIterations] = static_cast<double>(outcome.iterations);
   status[kStatusError] = outcome.error;
   status[kStatusConverged] = outcome.converged ? 1.0 : 0.0;
+}
+
+// Entry k of a loss, from the terms of its problems.
+struct Loss {
+  double sum = 0, size = 0;
+
+  void add(double term) { sum += term, size += std::abs(term); }
+};
+
+// Terms that nearly cancel are made again in double, where costs are made from points. Iterations
+// of a given number have the value of what they end at.
+void refine(const std::vector<SolveGroup<float>>& groups, const SolveOptions& options) {
+  constexpr double kCancelled = 1e-3;  // of the terms' size
+  if (!groups[0].points.zx || options.n_iters >= 0) return;
+  if (options.objective != Objective::kRegularized) return;
+  std::vector<int64_t> chosen;
+  for (int64_t k = 0; k < groups[0].batch; ++k) {
+    Loss loss;
+    for (const auto& group : groups) loss.add(group.status[k * kStatusFields + kStatusTerm]);
+    if (std::abs(loss.sum) < kCancelled * loss.size) chosen.push_back(k);
+  }
+  const int64_t count = static_cast<int64_t>(groups.size());
+  parallel_problems(count * static_cast<int64_t>(chosen.size()), [&](int64_t i, bool split) {
+    const SolveGroup<float>& group = groups[i % count];
+    const int64_t k = chosen[i / count];
+    group.status[k * kStatusFields + kStatusTerm] =
+        group.coefficient * value_in_double(group, k, options.eps, split);
+  });
 }
 
 }  // namespace
@@ -79,23 +122,23 @@ void solve(const std::vector<SolveGroup<T>>& groups, const SolveOptions& options
   for_each_problem(groups, [&](const SolveGroup<T>& group, int64_t p, bool split) {
     solve_problem(group, p, options, split);
   });
+  if constexpr (std::is_same_v<T, float>) refine(groups, options);
 }
 
-// The loss from the values of its problems.
 template <typename T>
-void combine_values(const std::vector<double>& coefficients, const T* values, int64_t batch,
-                    T* loss) {
+void combine_terms(int64_t count, int64_t batch, const double* status, T* loss) {
   for (int64_t k = 0; k < batch; ++k) {
-    T sum = 0;
-    for (size_t p = 0; p < coefficients.size(); ++p)
-      sum += static_cast<T>(coefficients[p]) * values[p * batch + k];
-    loss[k] = sum;
+    Loss entry;
+    for (int64_t p = 0; p < count; ++p)
+      entry.add(status[(p * batch + k) * kStatusFields + kStatusTerm]);
+    loss[k] =
+        static_cast<T>(clamped_loss(entry.sum, entry.size, std::numeric_limits<T>::epsilon()));
   }
 }
 
 #define OTLOSS_INSTANTIATE(T)                                                  \
   template void solve(const std::vector<SolveGroup<T>>&, const SolveOptions&); \
-  template void combine_values(const std::vector<double>&, const T*, int64_t, T*);
+  template void combine_terms(int64_t, int64_t, const double*, T*);
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)
 

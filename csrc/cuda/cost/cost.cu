@@ -217,8 +217,8 @@ struct GradientKernel {
     if (i >= group.batch * group.n) return;
     const T *z = group.z + i * d, *Vy = group.Vy + i * d;
     T* grad = group.grad + i * d;
-    if (group.failed(i)) {
-      for (int64_t k = lane; k < d; k += kWarp) grad[k] = group.v[i];
+    if (group.side.failed(i)) {
+      for (int64_t k = lane; k < d; k += kWarp) grad[k] = group.side.v[i];
       return;
     }
     if (!unit_norm) {
@@ -265,14 +265,16 @@ void prepare_clouds(const Context& context, const std::vector<CloudGroup<T>>& cl
 }
 
 template <typename T>
-void cost_matrices(const Context& context, const CostGroup<T>& group, CostKind kind) {
+void cost_matrices(const Context& context, const std::vector<CostGroup<T>>& groups, CostKind kind) {
   dispatch_cost(kind, [&](auto cost) {
     using Kernel = EpilogueKernel<T, decltype(cost)>;
-    Grid grid;
-    grid.x = ceil_div(group.n, kBlockWarps);
-    grid.y = std::min(group.batch, kGridY);
-    grid.z = ceil_div(group.m, Kernel::kColumns);
-    launch(context, Kernel{group}, grid);
+    for (const CostGroup<T>& group : groups) {
+      Grid grid;
+      grid.x = ceil_div(group.n, kBlockWarps);
+      grid.y = std::min(group.batch, kGridY);
+      grid.z = ceil_div(group.m, Kernel::kColumns);
+      launch(context, Kernel{group}, grid);
+    }
   });
 }
 
@@ -314,7 +316,7 @@ void cost_gradient(const Context& context, const CostGradientGroup<T>& group, Co
 
 #define OTLOSS_INSTANTIATE(T)                                                                \
   template void prepare_clouds(const Context&, const std::vector<CloudGroup<T>>&, CostKind); \
-  template void cost_matrices(const Context&, const CostGroup<T>&, CostKind);                \
+  template void cost_matrices(const Context&, const std::vector<CostGroup<T>>&, CostKind);   \
   template void cost_weights(const Context&, const CostWeightGroup<T>&, CostKind);           \
   template void plan_weights(const Context&, const PlanWeightGroup<T>&, CostKind, double);   \
   template void cost_gradient(const Context&, const CostGradientGroup<T>&, CostKind);

@@ -9,9 +9,11 @@
 // kRows rows of one problem. PotentialKernel is one block per problem: three weighted sums, then
 // n + m values.
 #include <algorithm>
+#include <limits>
 
 #include "core/math.h"
 #include "core/penalty.h"
+#include "core/rounding.h"
 #include "cuda/device/block.cuh"
 #include "cuda/device/reduce.cuh"
 
@@ -94,8 +96,11 @@ struct PotentialKernel {
           grad[batch * count + i] = weight[i] > T(0) ? scale * static_cast<T>(value) : T(0);
         }
       };
-      fill(p.n, a, f, p.penalties.rho_x, sums[3], shift, p.grad_a);
-      fill(p.m, b, g, p.penalties.rho_y, sums[2], -shift, p.grad_b);
+      constexpr double kRoundoff = static_cast<double>(std::numeric_limits<T>::epsilon());
+      const double mass_a = snapped_total(sums[2], kRoundoff);
+      const double mass_b = snapped_total(sums[3], kRoundoff);
+      fill(p.n, a, f, p.penalties.rho_x, mass_b, shift, p.grad_a);
+      fill(p.m, b, g, p.penalties.rho_y, mass_a, -shift, p.grad_b);
     }
   }
 };

@@ -23,6 +23,7 @@
 
 #include "core/math.h"
 #include "core/penalty.h"
+#include "core/rounding.h"
 #include "cuda/device/block.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/gradient/point_sums.h"
@@ -388,7 +389,8 @@ class Implicit {
       if (b > 0) sums[3] += b * static_cast<double>(g[j]);
     });
     team_.sum(sums);
-    mass_a_ = sums[0], mass_b_ = sums[1];
+    constexpr double kRoundoff = static_cast<double>(std::numeric_limits<T>::epsilon());
+    mass_a_ = snapped_total(sums[0], kRoundoff), mass_b_ = snapped_total(sums[1], kRoundoff);
     const double shift = p.penalties.balanced ? (sums[3] - sums[2]) / (mass_a_ + mass_b_) : 0.0;
     team_.for_columns([&](int j) {
       const double other = p.symmetric ? static_cast<double>(f[row_of(j)]) : 0.0;
@@ -439,7 +441,7 @@ class Implicit {
       return;
     }
     const auto value = [&](const Penalty& side, double other_mass, double v) {
-      return p.penalties.balanced ? v : side.dual(v) + eps_ * (other_mass - side.share(v));
+      return p.penalties.balanced ? v : side.weight_gradient(eps_, other_mass, v);
     };
     team_.for_rows([&](int i) {
       f_bar_[i] = outside(grad_f, a_[i], i);

@@ -22,25 +22,27 @@ void dispatch_kernel(const SolvePlan& plan, F&& function) {
   function(SolveKernel<T, kFewColumns>{});
 }
 
-// loss_k = sum_p coefficient_p value_pk; a thread per k.
+// The loss from the terms of its problems; a thread per entry.
 template <typename T>
 struct CombineKernel {
   static constexpr int kThreads = 128;
 
+  int64_t count;  // of terms
   int64_t batch;
-  int count;  // of coefficients
-  bool add;   // to what is in loss
-  T coefficients[kMaxGroups];
-  const T* values;  // (count, B)
-  T* loss;          // (B,)
+  const double* status;  // (count, B, kStatusFields)
+  T* loss;               // (B,)
 
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const {
     const int64_t k = block.x() * kThreads + block.thread();
     if (k >= batch) return;
-    T sum = add ? loss[k] : T(0);
-    for (int p = 0; p < count; ++p) sum += coefficients[p] * values[p * batch + k];
-    loss[k] = sum;
+    double sum = 0, size = 0;
+    for (int64_t p = 0; p < count; ++p) {
+      const double term = status[(p * batch + k) * kStatusFields + kStatusTerm];
+      sum += term, size += fabs(term);
+    }
+    loss[k] = static_cast<T>(
+        clamped_loss(sum, size, static_cast<double>(std::numeric_limits<T>::epsilon())));
   }
 };
 
@@ -91,22 +93,15 @@ std::string describe_plan(const Context& context, int64_t problems, int64_t n, i
 }
 
 template <typename T>
-void combine_values(const Context& context, const std::vector<double>& coefficients,
-                    const T* values, int64_t batch, T* loss) {
-  for (size_t first = 0; first < coefficients.size(); first += kMaxGroups) {
-    CombineKernel<T> kernel{batch, 0, first > 0, {}, values + first * batch, loss};
-    for (size_t p = first; p < coefficients.size() && kernel.count < kMaxGroups; ++p)
-      kernel.coefficients[kernel.count++] = static_cast<T>(coefficients[p]);
-    Grid grid;
-    grid.x = ceil_div(batch, CombineKernel<T>::kThreads);
-    launch(context, kernel, grid);
-  }
+void combine_terms(const Context& context, int64_t count, int64_t batch, const double* status,
+                   T* loss) {
+  Grid grid;
+  grid.x = ceil_div(batch, CombineKernel<T>::kThreads);
+  launch(context, CombineKernel<T>{count, batch, status, loss}, grid);
 }
 
-template void combine_values(const Context&, const std::vector<double>&, const float*, int64_t,
-                             float*);
-template void combine_values(const Context&, const std::vector<double>&, const double*, int64_t,
-                             double*);
+template void combine_terms(const Context&, int64_t, int64_t, const double*, float*);
+template void combine_terms(const Context&, int64_t, int64_t, const double*, double*);
 template std::string describe_plan<float>(const Context&, int64_t, int64_t, int64_t, int64_t);
 template std::string describe_plan<double>(const Context&, int64_t, int64_t, int64_t, int64_t);
 template void solve(const Context&, const std::vector<SolveGroup<float>>&, const SolveOptions&);

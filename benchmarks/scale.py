@@ -1,0 +1,95 @@
+"""Worst relative errors in float32 over totals, eps and rho: values and gradients.
+
+python -m benchmarks.scale --save truth.json        # float64 too, kept
+python -m benchmarks.scale --truth truth.json       # another checkout against what was kept
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import otloss
+from benchmarks.suites import text_table
+
+EPS = (1e-2, 1e-1, 1.0, 10.0, 1e3, 1e6, 1e9, 1e12)  # over the mean cost
+RHO = (1e-1, 1.0, 1e3, 1e6, math.inf)  # likewise
+EQUAL = ((1.0, 1.0), (1e-3, 1e-3), (1e6, 1e6))
+UNEQUAL = ((1e-3, 1.0), (1e6, 1e5), (1e3, 1e-3))
+NAMES = ("OT", "S", "gradient of S in x", "in a")
+
+
+def clouds() -> tuple[Tensor, ...]:
+    """60 and 50 points, weights of total 1, all numbers of float32."""
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 3, generator=rng), torch.randn(50, 3, generator=rng) + 0.5
+    a, b = (torch.rand(n, generator=rng) + 0.2 for n in (60, 50))
+    return x, y, a / a.sum(), b / b.sum()
+
+
+def cases() -> Iterator[tuple[float, float, float, float]]:
+    for eps, rho in itertools.product(EPS, RHO):
+        for totals in EQUAL + (() if math.isinf(rho) else UNEQUAL):
+            yield eps, rho, *totals
+
+
+def measure(eps: float, rho: float, m_a: float, m_b: float, dtype: torch.dtype) -> list[Any]:
+    """OT, S and the gradients of S; those in a without a constant where it is free."""
+    x, y, a, b = clouds()
+    unit = float(torch.cdist(x.double(), y.double()).square().mean())
+    x, y, a, b = (t.to(dtype) for t in (x, y, m_a * a, m_b * b))
+    if dtype == torch.float64:  # totals that float32 takes as 1, or as equal, are
+        a, b = (w / w.sum() if m == 1 else w for w, m in ((a, m_a), (b, m_b)))
+        b = b * (a.sum() / b.sum()) if m_a == m_b else b
+    leaves = [t.requires_grad_() for t in (x, a)]
+    strength = None if math.isinf(rho) else rho * unit
+    call = {"a": a, "b": b, "unbalanced": strength, "max_iters": 3000}
+    call["tol"] = 1e-6 if dtype == torch.float32 else 1e-12
+    loss = otloss.sinkhorn_loss(x, y, eps * unit, **call)
+    S = otloss.sinkhorn_divergence(x, y, eps * unit, **call)
+    of_x, of_a = (g.double() for g in torch.autograd.grad(S, leaves))
+    if math.isinf(rho):
+        of_a = of_a - (a * of_a).sum() / a.sum()
+    return [loss.item(), S.item(), of_x.tolist(), of_a.tolist()]
+
+
+def error(found: Any, true: Any) -> float:
+    p, q = (torch.tensor(v, dtype=torch.float64) for v in (found, true))
+    return float((p - q).norm() / q.norm()) if bool(p.isfinite().all()) else math.inf
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--save", type=Path)
+    parser.add_argument("--truth", type=Path)
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    every = list(cases())
+    true = json.loads(given.truth.read_text()) if given.truth else [
+        measure(*case, torch.float64) for case in every
+    ]  # fmt: skip
+    if given.save:
+        given.save.write_text(json.dumps(true))
+    worst: dict[float, list[float]] = {eps: [0.0] * len(NAMES) for eps in EPS}
+    for case, exact in zip(every, true, strict=True):
+        try:
+            found = measure(*case, torch.float32)
+        except ValueError:  # refused
+            found = [math.inf] * len(NAMES)
+        errors = [error(p, q) for p, q in zip(found, exact, strict=True)]
+        worst[case[0]] = [max(pair) for pair in zip(worst[case[0]], errors, strict=True)]
+    rows = [[f"{eps:g}", *(f"{e:.0e}" for e in errors)] for eps, errors in worst.items()]
+    print(text_table(["eps", *NAMES], rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""One problem whose rows are spread over processes, as the solver of ``otloss/reference`` reads it.
+
+A rank passes over the rows of its own points with the kernels of every other solve, which gives
+their potentials f and, for each column, its rows' contribution to the update of g. Both are
+exchanged, n numbers and m per rank in an iteration, and contributions are joined by a log-sum-exp.
+So all ranks know the same f and g, and the solver, which each of them runs, decides alike on all.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from otloss import ops
+from otloss._options import OBJECTIVES, Options
+from otloss.distributed.ranks import Shard
+from otloss.reference.engine import Clouds, range_of, sample, spread
+from otloss.reference.marginals import (
+    Marginals,
+    SoftMean,
+    counted,
+    damping,
+    mean_and_magnitude,
+    plan,
+    value,
+)
+from otloss.reference.solver import Solution, plain_iteration, solve_problem
+
+__all__ = ["ShardedEngine"]
+
+
+class ShardedEngine:
+    """Sweeps over this rank's rows of one problem, joined with those of the others."""
+
+    def __init__(
+        self,
+        shard: Shard,
+        C: Tensor,
+        a: Tensor,
+        b: Tensor,
+        marginals: Marginals,
+        clouds: Clouds | None,
+    ) -> None:
+        self.rows, self.C, self.a, self.marginals, self.clouds = shard, C, a, marginals, clouds
+        self.own_a = shard.own(a).contiguous()
+        mass_x, mass_y, own = (float(w.double().sum()) for w in (a, b, self.own_a))
+        # The kernel scales b to the total of a where both are constraints, here to this rank's.
+        scaled = math.isinf(marginals.x) and math.isinf(marginals.y)
+        self.b = b * (mass_x / mass_y) if scaled else b
+        self.mass = mass_x, mass_x if scaled else mass_y
+        self.log_part = math.log(own / mass_x) if scaled and own > 0 else 0.0
+
+    def softmins(self, eps: float, g: Tensor) -> tuple[Tensor, Tensor]:
+        """T_x(g) of this rank's rows, and what these, damped, make of T_y without the others."""
+        a, shift = self.own_a, eps * self.log_part
+        if not bool((a > 0).any()):
+            return torch.zeros_like(a), torch.full_like(g, math.inf)
+        rho_x, rho_y, _ = self.marginals
+        weights = [a[None], self.b[None]]
+        problem = ops.problems(
+            weights, [0, 1], [1.0], eps, costs=[self.C[None]], rho=(rho_x, rho_y)
+        )
+        start, unread = [torch.zeros_like(weights[0]), g[None]], ops.number(1.0)
+        _, _, (f,), (part,), *_ = ops.solve(*problem, start, unread, 1, 1, False, False)
+        f = torch.where(a > 0, f[0] / damping(rho_x, eps) + shift, 0.0)
+        return f, part[0] / damping(rho_y, eps) - shift
+
+    def iterate(self, eps: float, g: Tensor) -> tuple[Tensor, SoftMean, Tensor]:
+        n, ranks = len(self.a), self.rows.ranks
+
+        def fill(whole: Tensor) -> None:
+            f, part = self.softmins(eps, g)
+            self.rows.own(whole[:n]).copy_(f)
+            whole[n:].view(ranks.count, -1)[ranks.rank] = part
+
+        whole = ranks.sum(g.new_zeros(n + ranks.count * len(g)), fill)
+        f, parts = damping(self.marginals.x, eps) * whole[:n], whole[n:].view(ranks.count, -1)
+        t = -eps * torch.logsumexp(-parts.double() / eps, dim=0)
+        mean = mean_and_magnitude(f, self.a, self.marginals.x)
+        return f, mean, torch.where(self.b > 0, t, 0.0).to(g)
+
+    def update_rows(self, eps: float, g: Tensor) -> Tensor:
+        def fill(whole: Tensor) -> None:
+            self.rows.own(whole).copy_(self.softmins(eps, g)[0])
+
+        return self.rows.ranks.sum(torch.zeros_like(self.a), fill)
+
+    def over_rows(self, zero: Tensor, function: Callable[[slice, Tensor], Tensor]) -> Tensor:
+        ranks, rows = self.rows.ranks, slice(self.rows.first, self.rows.first + self.rows.size)
+
+        def fill(parts: Tensor) -> None:
+            parts[ranks.rank] = function(rows, counted(self.C, self.own_a, self.b))
+
+        return ranks.sum(zero.new_zeros(ranks.count, *zero.shape), fill)
+
+    @functools.cached_property
+    def cost_range(self) -> tuple[float, float]:
+        return range_of(self, self.clouds)
+
+    def sigma(self) -> float:
+        rows, columns = sample(self.a), sample(self.b)
+
+        def fill(C: Tensor) -> None:
+            own = rows - self.rows.first
+            here = (own >= 0) & (own < self.rows.size)
+            C[here] = self.C[own[here]][:, columns]
+
+        return spread(self.rows.ranks.sum(self.C.new_zeros(len(rows), len(columns)), fill))
+
+    def propose(self, sweeps: float, eps: float) -> Tensor | None:
+        """To the last digit as on the first rank."""
+
+        def fill(proposal: Tensor) -> None:
+            g = self.clouds.propose(sweeps, eps) if self.clouds else None
+            if g is not None and self.rows.ranks.rank == 0:
+                proposal[0], proposal[1:] = 1, g
+
+        made, g = self.rows.ranks.sum(self.b.new_zeros(1 + len(self.b)), fill).split(
+            [1, len(self.b)]
+        )
+        return g if bool(made) else None
+
+    def value(self, options: Options, f: Tensor, g: Tensor) -> Tensor:
+        """The objective at f (n,) and g (m,), in float64."""
+        eps = options.eps
+        if options.objective == "regularized":
+            f, g, a, b = (t.double() for t in (f, g, self.a, self.b))
+            return value(
+                eps, self.C, f, g, a, b, OBJECTIVES.index(options.objective), self.marginals
+            )
+
+        def fill(total: Tensor) -> None:
+            P = plan(eps, self.C, self.rows.own(f), g, self.own_a, self.b)
+            total.copy_((P * counted(self.C, self.own_a, self.b)).double().sum())
+
+        return self.rows.ranks.sum(self.b.new_zeros((), dtype=torch.float64), fill)
+
+    def solve(self, symmetric: bool, options: Options) -> Solution:
+        if options.n_iters < 0:
+            return solve_problem(self, symmetric, options.eps, options.tol, options.max_iters)
+        g = torch.zeros_like(self.b)
+        for _ in range(options.n_iters):
+            f, g, error = plain_iteration(self, options.eps, g)
+        return Solution(f, g, float(error), options.n_iters, float(error) <= options.tol)

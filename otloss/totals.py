@@ -1,0 +1,183 @@
+"""Problems at unit totals, and the exact way back to the caller's totals; docs/math.md has both.
+
+With O the value and f1, g1 the potentials of a pair whose weights sum to 1, the caller's are
+OT = mu (O + constant), f = f1 + shift, g = g1 + shift. These numbers are functions of the totals
+alone, in double and differentiable: neither large totals nor a large eps take digits from what the
+kernels compute, and what cancels in a divergence is left out of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from otloss import _check
+from otloss._options import Options
+from otloss.problem import Problem
+from otloss.reference.marginals import Marginals, clamped, marginals_of, snapped
+from otloss.reference.operations import as_pairs
+from otloss.result import Solved
+
+__all__ = ["Combination", "Totals", "at_unit_totals", "mass_term"]
+
+
+class Combination(NamedTuple):
+    """A loss: the sum of coefficient * OT over pairs of clouds, flat ``[i0, j0, i1, j1, ...]``."""
+
+    pairs: list[int]
+    coefficients: list[float]
+    # OT(a, b) - OT(a, a) / 2 - OT(b, b) / 2: with eps (sum a - sum b)^2 / 2 where the regularized
+    # problems are unbalanced
+    debiased: bool = False
+
+
+class Way(NamedTuple):
+    """From a pair at unit totals to the caller's; (B,) each, in float64."""
+
+    log_mu: Tensor  # the plan's total, of one whose total is 1
+    constant: Tensor
+    f: Tensor  # the shift of f
+    g: Tensor
+
+
+class Totals(NamedTuple):
+    """How a problem differs from the one at unit totals."""
+
+    logs: tuple[Tensor, Tensor]  # of the totals of both clouds; (B,) in float64
+    weights: tuple[Tensor, ...]  # at unit totals
+    options: Options
+
+    def ways(self, pairs: list[int]) -> list[Way]:
+        o, found = self.options, []
+        for i, j in as_pairs(pairs):
+            way = _way(self.logs[i], self.logs[j], o.eps, marginals_of(o.rho_x, o.rho_y, i, j))
+            if o.n_iters >= 0:  # g starts as it was given, and all the shift is in f
+                way = way._replace(f=way.f + way.g, g=torch.zeros_like(way.g))
+            found.append(way)
+        return found
+
+    def start(self, init: Sequence[Tensor], pairs: list[int]) -> list[Tensor]:
+        """Potentials to start from, f and g of each pair in turn, at unit totals."""
+        if not init:
+            return []
+        shifts = [-v.detach() for way in self.ways(pairs) for v in (way.f, way.g)]
+        return [self._shifted(*each) for each in zip(init, shifts, pairs, strict=True)]
+
+    def back(self, solved: Solved, combination: Combination, *, batched: bool) -> Solved:
+        """The solution at the caller's totals, from the terms (P, B) of one at unit totals."""
+        pairs, coefficients, debiased = combination
+        o, ways = self.options, self.ways(pairs)
+        scale = torch.stack([way.log_mu.exp() for way in ways])
+        held = o.objective == "transport" and o.gradient() == "envelope"
+        terms = _Held.apply(solved.loss, scale) if held else scale * solved.loss
+        dtype = self.weights[0].dtype
+        loss = terms.sum(0)
+        if o.objective == "regularized" and debiased:
+            loss = loss + self._between(ways)
+        elif o.objective == "regularized":
+            for c, mass, way in zip(coefficients, scale, ways, strict=True):
+                loss = loss + c * mass * way.constant
+        loss = clamped(loss, terms.detach().abs().sum(0), dtype).to(dtype)
+        f, g = (
+            tuple(
+                self._shifted(v, getattr(way, name), c)
+                for v, way, c in zip(getattr(solved, name), ways, pairs[side::2], strict=False)
+            )
+            for side, name in enumerate("fg")
+        )
+        return replace(solved, loss=loss if batched else loss[0], f=f, g=g)
+
+    def _between(self, ways: list[Way]) -> Tensor:
+        """What the totals add to a divergence: all of order eps m_a m_b has cancelled."""
+        o, (ab, *own) = self.options, ways
+        terms = [
+            (o.eps + 2 * rho) * _phi(way.log_mu - ab.log_mu)
+            for way, rho in zip(own, (o.rho_x, o.rho_y), strict=True)
+            if not math.isinf(rho)
+        ]
+        return 0.5 * ab.log_mu.exp() * sum(terms, torch.zeros_like(ab.log_mu))
+
+    def _shifted(self, v: Tensor, shift: Tensor, cloud: int) -> Tensor:
+        moved = (v.double() + shift.unsqueeze(-1)).to(v.dtype)
+        return torch.where(self.weights[cloud] > 0, moved, 0.0)
+
+
+class _Held(torch.autograd.Function):
+    """``(terms, scale) -> terms * scale`` where the plan is held constant, and with it its total.
+
+    The scale has no gradient, but that of the terms, the plan, changes with it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, terms: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return terms * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (scale,) = ctx.saved_tensors
+        return grad * scale, None
+
+
+def at_unit_totals(problem: Problem, options: Options) -> tuple[Problem, Totals | None]:
+    """The problem with its weights over their totals; None where these are 1 and need no gradient.
+
+    Iterations of a given number run at the totals they are given where these change them, or where
+    they are differentiated one by one, in a and b each on its own.
+    """
+    fixed = options.n_iters >= 0 and (not options.balanced() or options.gradient() == "unrolled")
+    if fixed or not problem.padded:
+        return problem, None
+    counted = problem.counted_weights()
+    dtype = counted[0].dtype
+    a, b = (snapped(w.sum(-1, dtype=torch.float64), 1.0, dtype) for w in counted)
+    b = snapped(b, a.detach(), dtype)
+    plain = _check.readable(a) and not (a.requires_grad or b.requires_grad)
+    if plain and bool(((a == 1) & (b == 1)).all()):
+        return problem, None
+    pairs = zip(counted, (a, b), strict=True)
+    weights = tuple((w / total.unsqueeze(-1)).to(dtype) for w, total in pairs)
+    return replace(problem, weights=weights), Totals((a.log(), b.log()), weights, options)
+
+
+def mass_term(problem: Problem, options: Options) -> Tensor | float:
+    """What a divergence adds for totals that its problems were solved at."""
+    if not problem.padded or options.balanced() or options.objective != "regularized":
+        return 0.0
+    a, b = (w.sum(-1) for w in problem.counted_weights())
+    term = 0.5 * options.eps * (a - b).square()
+    return term if problem.batched else term[0]
+
+
+def _way(log_a: Tensor, log_b: Tensor, eps: float, marginals: Marginals) -> Way:
+    """With R = eps + rho_x + rho_y, each part of R in its limit where a side is a constraint."""
+    rho_x, rho_y, balanced = marginals
+    R = eps + rho_x + rho_y
+    if math.isfinite(R):
+        of_x, of_y, of_eps, both = rho_x / R, rho_y / R, eps / R, rho_x * rho_y / R
+    elif rho_x == rho_y:  # and equal totals
+        of_x, of_y, of_eps, both = 0.5, 0.5, 0.0, 0.0
+    else:
+        of_x, of_y, of_eps = float(math.isinf(rho_x)), float(math.isinf(rho_y)), 0.0
+        both = min(rho_x, rho_y)
+    log_mu = (of_eps + of_x) * log_a + (of_eps + of_y) * log_b
+    f = both * (log_a - log_b) - of_x * eps * log_b
+    g = both * (log_b - log_a) - of_y * eps * log_a
+    if balanced:
+        return Way(log_mu, -eps * log_mu, f, g)
+    constant = eps * _phi(of_y * log_a + of_x * log_b)
+    for v, rho in ((f, rho_x), (g, rho_y)):
+        if not math.isinf(rho):
+            constant = constant + rho * _phi(v / rho)
+    return Way(log_mu, constant, f, g)
+
+
+def _phi(u: Tensor) -> Tensor:
+    """e^u - 1 - u."""
+    series = u * u / 2 * (1 + u / 3 * (1 + u / 4 * (1 + u / 5)))
+    return torch.where(u.abs() < 1e-2, series, u.expm1() - u)
