@@ -64,25 +64,6 @@ double Engine<T>::transport(double eps, const T* F, const T* g) {
   return sum;
 }
 
-template <typename T>
-CostRange Engine<T>::cost_range() {
-  if (group_.points.zx) return {0, max_cost_};
-  std::vector<CostRange> ranges(workspaces_.size(), {max_cost_, -max_cost_});
-  costs_.for_each([&](int64_t part, const T* C, int64_t first, int64_t count) {
-    CostRange& range = ranges[part];
-    for (int64_t i = first; i < first + count; ++i, C += costs_.source().stride())
-      for (int64_t j = 0; j < m_ && x.weight[i] > T(0); ++j)
-        if (y.weight[j] > T(0)) {
-          range.least = std::min(range.least, static_cast<double>(C[j]));
-          range.most = std::max(range.most, static_cast<double>(C[j]));
-        }
-  });
-  CostRange all = ranges[0];
-  for (const CostRange& range : ranges)
-    all = {std::min(all.least, range.least), std::max(all.most, range.most)};
-  return all;
-}
-
 // On at most 256 x 256 points.
 template <typename T>
 double Engine<T>::sigma() {
@@ -140,7 +121,7 @@ void Engine<T>::sweep(double eps, int64_t part, int64_t begin, int64_t end, T* F
 template <typename T>
 bool Engine<T>::wants_unit_sweep(double eps, const T* g) const {
   constexpr double kFar = 1;  // eps over the costs
-  if (x.mass != 1 || y.mass != 1 || !(eps > kFar * max_cost_)) return false;
+  if (x.mass != 1 || y.mass != 1 || !(eps > kFar * max_cost())) return false;
   for (int64_t j = 0; j < m_; ++j)
     if (!(std::abs(static_cast<double>(g[j])) < eps)) return false;
   return true;
