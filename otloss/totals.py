@@ -98,7 +98,7 @@ class Totals(NamedTuple):
             )
             for side, name in enumerate("fg")
         )
-        return Solved(loss if batched else loss[0], solved.status, f, g)
+        return replace(solved, loss=loss if batched else loss[0], f=f, g=g)
 
     def _column(self, numbers: list[Number]) -> Tensor:
         """One for each pair, (P, B) or (P, 1)."""
@@ -151,8 +151,7 @@ def at_unit_totals(problem: Problem, options: Options) -> tuple[Problem, Totals 
         return problem, None
     given, dtype = problem.weights, problem.weights[0].dtype
     known = _check.readable(given[0]) and not any(w.requires_grad for w in given)
-    # `where` gives points of weight 0 a zero gradient.
-    counted = given if known else [torch.where(w > 0, w, 0.0) for w in given]
+    counted = given if known else problem.counted_weights()
     a, b = (w.sum(-1, dtype=torch.float64) for w in counted)
     if known:
         near = ROUNDING * torch.finfo(dtype).eps
@@ -173,7 +172,7 @@ def mass_term(problem: Problem, options: Options) -> Tensor | float:
     """What a divergence adds for totals that its problems were solved at."""
     if not problem.padded or options.balanced() or options.objective != "regularized":
         return 0.0
-    a, b = (torch.where(w > 0, w, 0.0).sum(-1) for w in problem.weights)
+    a, b = (w.sum(-1) for w in problem.counted_weights())
     term = 0.5 * options.eps * (a - b).square()
     return term if problem.batched else term[0]
 
