@@ -84,6 +84,29 @@ test: build $(STAMPS)/extra-test $(STAMPS)/extra-examples  ## build, then the te
 test-all: build $(STAMPS)/extra-test $(STAMPS)/extra-examples  ## all tests, CUDA kernels emulated
 	@$(PYTEST) $(T)
 
+# What finds reads and writes out of bounds, undefined behaviour and races: docs/testing.md. The
+# extension under AddressSanitizer is a build of its own; ThreadSanitizer does not bear torch, so the
+# kernels run without it. Clang and a cross compiler are used where there are any.
+SANITIZED := build/sanitize
+ASAN := g++ -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
+UNDER_ASAN = env PYTHONPATH=$$PWD/$(SANITIZED)/lib OMP_NUM_THREADS=2 \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1
+NATIVE := $(PY) tests/native/run.py
+
+.PHONY: sanitize
+sanitize: $(STAMPS)/extra-test  ## sanitizers: the extension, wrong arguments, the kernels alone
+	@CXX="$(ASAN)" OTLOSS_BUILD_CUDA=0 $(PY) setup.py -q build --build-base $(SANITIZED) \
+		--build-lib $(SANITIZED)/lib
+	@$(UNDER_ASAN) $(VENV)/bin/pytest -m "not slow" tests/test_kernels.py tests/test_results.py \
+		tests/test_batching.py tests/test_interruption.py
+	@$(UNDER_ASAN) $(PY) tests/fuzz_ops.py --calls 2000
+	@$(NATIVE) g++ -fsanitize=thread
+	@if command -v clang++ >/dev/null; then $(NATIVE) clang++ && \
+		$(NATIVE) clang++ -fsanitize=memory --threads 1; fi
+	@if { command -v qemu-aarch64 && command -v aarch64-linux-gnu-g++; } >/dev/null; then \
+		$(NATIVE) aarch64-linux-gnu-g++ -static --runner qemu-aarch64; fi
+
 .PHONY: demo
 demo: build $(STAMPS)/extra-examples  ## train a small image generator: samples, curves, metrics
 	@$(PY) examples/train_sinkhorn.py $(DEMO)

@@ -52,14 +52,10 @@ def measure(eps: float, rho: float, m_a: float, m_b: float, dtype: torch.dtype) 
         b = b * (a.sum() / b.sum()) if m_a == m_b else b
     leaves = [t.requires_grad_() for t in (x, a)]
     strength = None if math.isinf(rho) else rho * unit
-    call = {
-        "a": a,
-        "b": b,
-        "unbalanced": strength,
-        "tol": 1e-6 if dtype == torch.float32 else 1e-12,
-    }
-    loss = otloss.sinkhorn_loss(x, y, eps * unit, max_iters=3000, **call)
-    S = otloss.sinkhorn_divergence(x, y, eps * unit, max_iters=3000, **call)
+    call = {"a": a, "b": b, "unbalanced": strength, "max_iters": 3000}
+    call["tol"] = 1e-6 if dtype == torch.float32 else 1e-12
+    loss = otloss.sinkhorn_loss(x, y, eps * unit, **call)
+    S = otloss.sinkhorn_divergence(x, y, eps * unit, **call)
     of_x, of_a = (g.double() for g in torch.autograd.grad(S, leaves))
     if math.isinf(rho):
         of_a = of_a - (a * of_a).sum() / a.sum()

@@ -1,8 +1,8 @@
 // What the kernels compute, as plain argument structs and launchers: no torch here or below.
 //
-// All matrices are row-major and contiguous. A batch of B problems of one shape is a "group"; a
-// call takes several groups (the xy, xx and yy of a divergence, say), whose problems run in
-// parallel.
+// All matrices are row-major, and contiguous but for cost matrices made on a CPU, whose rows start
+// on cache lines. A batch of B problems of one shape is a "group"; a call takes several groups (the
+// xy, xx and yy of a divergence, say), whose problems run in parallel.
 #pragma once
 
 #include <cstdint>
@@ -66,13 +66,14 @@ struct SolveGroup {
   int64_t m;       // columns
   bool symmetric;  // a cloud against itself: C symmetric, a == b, one potential
   const T* C;      // (B, n, m), or null: costs are made from the points, row by row
+  int64_t stride;  // distance of rows of C; m on a GPU
   PointPair<T> points;
-  const T* a;      // (B, n)
-  const T* b;      // (B, m)
-  T* f;            // (B, n) in: start (warm_start), out: potential
-  T* g;            // (B, m) likewise
-  T* trace;        // (B, L, n + m) f and g after each iteration, or null
-  double* status;  // (B, kStatusFields)
+  const T* a;          // (B, n)
+  const T* b;          // (B, m)
+  T* f;                // (B, n) in: start (warm_start), out: potential
+  T* g;                // (B, m) likewise
+  T* trace;            // (B, L, n + m) f and g after each iteration, or null
+  double* status;      // (B, kStatusFields)
   double coefficient;  // of this group in the loss
   Penalties penalties = {};
 };
@@ -188,20 +189,22 @@ struct CostGroup {
   const T* hx;     // (B, n) their norms, see CloudGroup
   const T* hy;     // (B, m)
   T* C;            // (B, n, m) out; on a GPU in: inner products <zx, zy>, if d > kDirectDims
+  int64_t stride;  // distance of rows of C; m on a GPU
 };
 
 // Before the gradient's products: V = W * gradient_weight(C) and its row and column sums.
 template <typename T>
 struct CostWeightGroup {
-  int64_t batch;    // B
-  int64_t n;        // rows
-  int64_t m;        // columns
-  bool symmetrise;  // V + V^T in place of V: both sides are one cloud
-  const T* W;       // (B, n, m) gradient with respect to C
-  const T* C;       // (B, n, m)
-  T* V;             // (B, n, m) out
-  T* row_sum;       // (B, n) out
-  T* col_sum;       // (B, m) out
+  int64_t batch;     // B
+  int64_t n;         // rows
+  int64_t m;         // columns
+  bool symmetrise;   // V + V^T in place of V: both sides are one cloud
+  const T* W;        // (B, n, m) gradient with respect to C
+  const T* C;        // (B, n, m)
+  int64_t C_stride;  // distance of rows of C; m on a GPU
+  T* V;              // (B, n, m) out
+  T* row_sum;        // (B, n) out
+  T* col_sum;        // (B, m) out
 };
 
 // The same from a solution: W = coefficient * grad * plan is not stored.

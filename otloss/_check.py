@@ -145,6 +145,11 @@ def readable(t: Tensor) -> bool:
     return t.is_cpu and not torch.compiler.is_compiling()
 
 
+def unread(t: Tensor) -> bool:
+    """Whether compiled code may raise when it runs. On a GPU that would be the context's end."""
+    return t.is_cpu and torch.compiler.is_compiling()
+
+
 def weights(
     name: str,
     value: Any,
@@ -161,11 +166,14 @@ def weights(
             f"{describe(w)}"
         )
     same_device(like_name, like, name, w)
+    negative = f"{name} must be non-negative"
+    if unread(w):
+        torch._assert_async((w.detach() >= 0).all(), negative)
     if not readable(w) or w.numel() == 0:
         return
     least, largest = (float(v) for v in w.detach().aminmax())
     if math.isnan(least) or least < 0:
-        raise ValueError(f"{name} must be non-negative, but its least value is {least}")
+        raise ValueError(f"{negative}, but its least value is {least}")
     if math.isinf(largest):
         raise ValueError(f"{name} must be finite, but its largest value is {largest}")
     if not part and not bool((w.detach().sum(-1) > 0).all()):
@@ -174,14 +182,17 @@ def weights(
 
 def same_mass(a: Tensor, b: Tensor, given: Sequence[Tensor | None]) -> None:
     """Balanced transport needs equal totals, to the rounding of the weights that were ``given``."""
-    if not readable(a):
+    if not a.is_cpu:
         return
     x, y = a.detach().sum(-1).double(), b.detach().sum(-1).double()
     tolerance = max([1e-4, *(2 * torch.finfo(w.dtype).eps for w in given if w is not None)])
-    if not bool(((x - y).abs() <= tolerance * x).all()):
+    equal = ((x - y).abs() <= tolerance * x).all()
+    demand = "a and b must have the same total mass for balanced transport"
+    if unread(a):
+        torch._assert_async(equal, demand)
+    elif not bool(equal):
         raise ValueError(
-            "a and b must have the same total mass for balanced transport, got "
-            f"{_numbers(x)} and {_numbers(y)}; normalise them or give unbalanced="
+            f"{demand}, got {_numbers(x)} and {_numbers(y)}; normalise them or give unbalanced="
         )
 
 
@@ -215,9 +226,13 @@ def finite_gradient(grad: Tensor) -> None:
         )
 
 
-def resolution(eps: float, max_cost: float, dtype: torch.dtype) -> None:
+def resolution(eps: float, max_cost: float | Tensor, dtype: torch.dtype) -> None:
     """Below this eps, (f + g - C) / eps has no correct digit in the dtype."""
     unit = 4 * torch.finfo(dtype).eps
+    if isinstance(max_cost, Tensor):  # compiled code has not read it
+        below = f"eps is below what {dtype} can resolve against the costs"
+        torch._assert_async(~(unit * max_cost > eps), below)
+        return
     if eps < unit * max_cost:
         raise ValueError(
             f"eps={eps:g} is below what {dtype} can resolve against costs up to {max_cost:g} "
@@ -227,15 +242,30 @@ def resolution(eps: float, max_cost: float, dtype: torch.dtype) -> None:
         )
 
 
-def not_converged(options: Any, iterations: int, error: float, max_cost: float) -> None:
+def not_converged(
+    options: Any, iterations: int, error: float, max_cost: float, dtype: torch.dtype
+) -> None:
     """Warns, at the line outside otloss that made the call."""
-    warnings.warn(
-        f"Sinkhorn stopped after {iterations} iterations at a marginal error of {error:.2e}, above "
-        f"tol={options.tol:g}. Raise max_iters (now {options.max_iters}), eps (now "
-        f"{options.eps:g}; the largest cost is {max_cost:.3g}) or tol.",
-        ConvergenceWarning,
-        stacklevel=_depth_of_caller(),
-    )
+    message = f"Sinkhorn stopped after {iterations} iterations at a marginal error of {error:.2e}, "
+    if error <= options.tol:  # but the solver doubts the value
+        message += (
+            f"within tol={options.tol:g}, but mass may still have to go far, up to a cost of "
+            f"{max_cost:.3g}, so that the value can be off by much. Raise max_iters (now "
+            f"{options.max_iters}), or lower tol, or see duality_gap of a result."
+        )
+    elif iterations < options.max_iters:  # potentials are of the size of the costs
+        least = options.eps * error / options.tol
+        message += (
+            f"above tol={options.tol:g}. {dtype} resolves no smaller one here, against costs up to "
+            f"{max_cost:.3g}: use {'' if dtype == torch.float64 else 'float64, '}an eps of about "
+            f"{least:.2g} or more (now {options.eps:g}), or a larger tol."
+        )
+    else:
+        message += (
+            f"above tol={options.tol:g}. Raise max_iters (now {options.max_iters}), eps (now "
+            f"{options.eps:g}; the largest cost is {max_cost:.3g}) or tol."
+        )
+    warnings.warn(message, ConvergenceWarning, stacklevel=_depth_of_caller())
 
 
 def _depth_of_caller() -> int:

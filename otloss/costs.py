@@ -21,6 +21,7 @@ __all__ = [
     "cost_between",
     "cost_gradient",
     "full_precision",
+    "subtracted",
     "without_padding",
 ]
 
@@ -35,6 +36,7 @@ class NamedCost:
 
     name: ClassVar[str]
     number: ClassVar[int]  # of the functor: `CostKind` in csrc/core/costs.h
+    subtracted: ClassVar[float] = 0.0  # what a cost is the difference of: it has that rounding
 
     def between(self, x: Tensor, y: Tensor) -> Tensor:
         """C (B, n, m)."""
@@ -115,7 +117,7 @@ class Euclidean(NamedCost):
 class Cosine(NamedCost):
     """1 - <x, y> / (|x| |y|); 1 with gradient 0 for a point of norm 0."""
 
-    name, number = "cosine", 2
+    name, number, subtracted = "cosine", 2, 1.0
 
     def between(self, x: Tensor, y: Tensor) -> Tensor:
         with full_precision(x):
@@ -141,6 +143,10 @@ class Cosine(NamedCost):
 
 NAMED: Final[tuple[NamedCost, ...]] = (SqEuclidean(), Euclidean(), Cosine())  # by number
 COSTS: Final[dict[str, int]] = {cost.name: cost.number for cost in NAMED}
+
+
+def subtracted(cost: Cost) -> float:
+    return NAMED[COSTS[cost]].subtracted if isinstance(cost, str) else 0.0
 
 
 def cost_between(x: Tensor, y: Tensor, kind: int) -> Tensor:

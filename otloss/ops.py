@@ -200,8 +200,16 @@ def _(*arguments: Any) -> tuple[Any, ...]:
     if trace:
         traces = [loss.new_empty(*loss.shape, n_iters, a.shape[1] + b.shape[1]) for a, b in sides]
     if dense and not problem.costs:
-        made = [loss.new_empty(*loss.shape, a.shape[1], b.shape[1]) for a, b in sides]
+        made = [_empty_rows(loss, a.shape[1], b.shape[1]) for a, b in sides]
     return loss, status, f, g, traces, made
+
+
+def _empty_rows(loss: Tensor, n: int, m: int) -> Tensor:
+    """(B, n, m) as the kernels make it: on a CPU rows start on cache lines."""
+    if not NATIVE or loss.device.type != "cpu":
+        return loss.new_empty(*loss.shape, n, m)
+    line = 64 // loss.element_size()
+    return loss.new_empty(*loss.shape, n, -(-m // line) * line)[..., :m]
 
 
 def _gradients(

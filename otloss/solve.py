@@ -12,8 +12,9 @@ from torch.autograd import forward_ad
 
 from otloss import _check, ops, status
 from otloss._options import Options, Unbalanced, check_options
-from otloss.autograd import Settings, Solve, evaluate
-from otloss.costs import Cost
+from otloss.autograd import Places, Settings, Solve, evaluate
+from otloss.autograd.settings import batched
+from otloss.costs import Cost, subtracted
 from otloss.method import streams
 from otloss.problem import (
     Problem,
@@ -21,6 +22,7 @@ from otloss.problem import (
     build_costs,
     check_clouds,
     hide_padding,
+    see_empty_bins,
 )
 from otloss.result import OTResult, Solved
 from otloss.totals import Combination, at_unit_totals
@@ -53,6 +55,14 @@ def run(
     tensors = (*costs, *points, *problem.weights, *init)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     backward = options.gradient()
+    places = None
+    if problem.present:
+        places = Places(
+            list(problem.seen),
+            [batched(x.detach()) for x in points],
+            [v.contiguous() for v in init],
+            list(problem.present),
+        )
     settings = Settings(
         pairs=pairs,
         coefficients=coefficients,
@@ -66,6 +76,7 @@ def run(
         eps=ops.number(options.eps),
         rho=ops.penalties(options.rho_x, options.rho_y),
         system=system,
+        places=places,
     )
     sizes = [len(costs), len(points), len(problem.weights), len(init)]
     # Forward-mode derivatives are not available, which only a node says.
@@ -75,7 +86,7 @@ def run(
         outputs, _ = evaluate(settings, sizes, tensors)
     loss, how, *rest = outputs
     half = len(rest) // 2
-    return Solved(loss, how, tuple(rest[:half]), tuple(rest[half:]))
+    return Solved(loss, how, tuple(rest[:half]), tuple(rest[half:]), settings)
 
 
 def report(problem: Problem, costs: Sequence[Tensor], options: Options, solved: Solved) -> None:
@@ -84,9 +95,13 @@ def report(problem: Problem, costs: Sequence[Tensor], options: Options, solved: 
     Where data is not read, the status is kept for :func:`otloss.last_status` only.
     """
     status.record(solved.status)
+    dtype, least = problem.weights[0].dtype, subtracted(options.cost)
+    if _check.unread(solved.status):
+        costs_up_to = solved.status[..., ops.MAX_COST].amax().clamp(min=least)
+        _check.resolution(options.eps, costs_up_to, dtype)
     if not _check.readable(solved.status):
         return
-    rows, dtype = status.rows_of(solved.status), problem.weights[0].dtype
+    rows = status.rows_of(solved.status)
     largest = status.max_cost(rows)
     if not math.isfinite(largest):
         for name, x in zip(problem.names, problem.points, strict=False):
@@ -94,11 +109,11 @@ def report(problem: Problem, costs: Sequence[Tensor], options: Options, solved: 
         for C in costs:
             _check.finite("C" if not problem.points else "the cost matrix", C)
         raise ValueError(f"costs overflow {dtype}: scale the data down")
-    _check.resolution(options.eps, largest, dtype)
+    _check.resolution(options.eps, max(largest, least), dtype)
     values = solved.loss.tolist()
     if not all(map(math.isfinite, values if problem.batched else [values])):
         raise ValueError(f"sums of costs up to {largest:.3g} overflow {dtype}: scale the data down")
-    status.warn_not_converged(options, rows)
+    status.warn_not_converged(options, rows, dtype)
 
 
 # ---------------------------------------------------------------------------------- public calls
@@ -183,7 +198,9 @@ def solve(
     if padded and options.balanced():
         _check.same_mass(*weights, (a, b))
     problem = Problem((), (), weights, padded, C.dim() == 3)
-    costs = (hide_padding(problem, C.to(dtype).reshape(-1, n, m), *weights),)
+    C = C.to(dtype).reshape(-1, n, m)
+    problem = see_empty_bins(problem, [0, 1], options.cost, options.method, C)
+    costs = (hide_padding(problem, C, *weights),)
     return _solve_one(problem, costs, options, init)
 
 
@@ -231,6 +248,7 @@ def solve_sample(
     dense = not streams(problem.points, problem.weights, [0, 1], options)
     named = isinstance(options.cost, str)
     costs = None if named else build_costs(problem, [0, 1], options.cost, options.method)
+    problem = see_empty_bins(problem, [0, 1], options.cost, options.method)
     return _solve_one(problem, costs, options, init, dense=dense)
 
 
@@ -249,7 +267,7 @@ def _solve_one(
             points=tuple(x.detach() for x in problem.points),
             weights=tuple(w.detach() for w in problem.weights),
         )
-    start = _initial_potentials(init, problem)
+    start: Sequence[Tensor] = _initial_potentials(init, problem)
     unit, totals = at_unit_totals(problem, options)
     if totals:
         start = totals.start(start, one.pairs)

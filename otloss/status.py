@@ -67,11 +67,11 @@ def max_cost(rows: list[list[float]]) -> float:
     return max([_or_infinite(row[ops.MAX_COST]) for row in rows])
 
 
-def warn_not_converged(options: Options, rows: list[list[float]]) -> None:
+def warn_not_converged(options: Options, rows: list[list[float]], dtype: torch.dtype) -> None:
     """Warns if a solve that was to converge did not."""
     if options.n_iters < 0 and not all(row[ops.CONVERGED] for row in rows):
         found = worst(rows)
-        _check.not_converged(options, found.n_iters, found.marginal_error, max_cost(rows))
+        _check.not_converged(options, found.n_iters, found.marginal_error, max_cost(rows), dtype)
 
 
 def _or_infinite(value: float) -> float:

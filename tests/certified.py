@@ -1,4 +1,4 @@
-"""Entropic transport solved in float64 with a proof: `low <= OT <= high`. Nothing here is from otloss.
+"""Entropic transport in float64 with a proof, `low <= OT <= high`. Nothing here is from otloss.
 
 Any pair of potentials gives a lower bound of OT, the dual; any plan with the marginals asked for
 gives an upper bound. Whatever the solver below does, the interval holds, but for the rounding of
@@ -12,6 +12,7 @@ potential is the best one, at a sequence of falling eps. Marginals are soft (rho
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,13 +49,13 @@ class Proof:
     f: Array
     g: Array
     P: Array
-    low: float
-    high: float
+    low: np.longdouble
+    high: np.longdouble
     mass: float  # of the plan
 
     @property
     def width(self) -> float:
-        return self.high - self.low
+        return float(self.high - self.low)
 
     def transport(self) -> float:
         return float((self.P * self.problem.C).sum())
@@ -92,21 +93,28 @@ def plan(p: Problem, f: Array, g: Array) -> Array:
         return p.a[:, None] * p.b * np.exp((f[:, None] + g - p.C) / p.eps)
 
 
-def dual(p: Problem, f: Array, g: Array) -> float:
+def dual(p: Problem, f: Array, g: Array) -> np.longdouble:
     """The dual value of any potentials, in long double: no more than OT.
 
     Where both marginals are constraints potentials are taken up to a constant, with the best one.
     """
-    a, b, C, f, g = (t.astype(LONG) for t in (p.a, p.b, p.C, f, g))
-    total_a, total_b = a.sum(), b.sum()
+    C, f, g = (t.astype(LONG) for t in (p.C, f, g))
+    (a, total_a), (b, total_b) = (with_total(w) for w in (p.a, p.b))
     with np.errstate(over="ignore"):
         # sum ab (e - 1), which keeps its digits where eps is far above the costs
         excess = a @ np.expm1((f[:, None] + g - C) / p.eps) @ b
     if p.balanced:
         both = (a * f).sum() + (b * g).sum()
         growth = np.log1p(excess / (total_a * total_b)) + np.log(total_b)
-        return float(both - p.eps * total_a * growth)
-    return float(term(a, f, p.rho_x) + term(b, g, p.rho_y) - p.eps * excess)
+        return both - p.eps * total_a * growth
+    return term(a, f, p.rho_x) + term(b, g, p.rho_y) - p.eps * excess
+
+
+def with_total(w: Array) -> tuple[Array, Array]:
+    """Weights and their total, which is 1 where it differs from that by their rounding."""
+    total = w.astype(LONG).sum()
+    exact = LONG(1) if abs(total - 1) < 8 * 2.0**-52 else total
+    return w.astype(LONG) * (exact / total), exact
 
 
 def kl(p: Array, q: Array) -> float:
@@ -230,8 +238,14 @@ def _direction(p: Problem, P: Array, c: Array, residual: Array, error: float) ->
 
 def solve(p: Problem, stages: float = 0.25) -> Proof:
     """As far as float64 goes; see `Proof.width`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # overflow and singular systems are what the proof shows
+        return _solve(p, stages)
+
+
+def _solve(p: Problem, stages: float) -> Proof:
     if p.C.shape[1] > p.C.shape[0]:
-        found = solve(p.transposed(), stages)
+        found = _solve(p.transposed(), stages)
         return Proof(p, found.g, found.f, found.P.T, found.low, found.high, found.mass)
     total_a, total_b = p.a.sum(), p.b.sum()
     unit = Problem(p.C, p.a / total_a, p.b / total_b, p.eps, p.rho_x, p.rho_y)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -142,6 +143,31 @@ def test_errors_are_still_raised(rng):
     loss = torch.compile(lambda x, y: otloss.sinkhorn_loss(x, y, 0.5), backend="eager")
     with pytest.raises(ValueError, match="same dimension d, got 3 and 2"):
         loss(randn(rng, 4, 3), randn(rng, 4, 2))
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        ("a must be non-negative", {"a": torch.tensor([2.0, -1.0, 0.5, 0.5]) / 2}),
+        ("same total mass", {"a": torch.full((4,), 0.5)}),
+        ("is below what torch.float32 can resolve", {"eps": 1e-9}),
+    ],
+    ids=["negative", "totals", "eps"],
+)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_errors_of_data_are_raised_when_it_runs(message, options, backend, rng):
+    """Where eager code raises, traced code does on a CPU: a wrong call never returns a number."""
+
+    def loss(x: Tensor, y: Tensor, options: dict[str, Any]) -> Tensor:
+        return otloss.sinkhorn_loss(x, y, **{"eps": 0.5, "max_iters": 3, "tol": 1.0, **options})
+
+    x, y = randn(rng, 4, 3, dtype=torch.float32), randn(rng, 5, 3, dtype=torch.float32)
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    for run, kind in ((loss, ValueError), (compiled, RuntimeError)):
+        with pytest.raises(kind, match=message):
+            run(x, y, options)
+    good = {**options, "eps": 0.5} if "eps" in options else {"a": torch.full((4,), 0.25)}
+    assert bool(compiled(x, y, good).isfinite())
 
 
 def test_a_warm_start_survives_a_step_of_nan(rng):

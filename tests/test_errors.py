@@ -273,7 +273,17 @@ def test_eps_that_the_dtype_cannot_resolve(method):
         otloss.sinkhorn_loss(X, Y, 1e-6, method=method, n_iters=1)
     double = otloss.sinkhorn_loss(X.double(), Y.double(), 1e-6, method=method)
     assert double.item() == pytest.approx(3, abs=1e-5)
-    otloss.sinkhorn_loss(X, Y, 1e-5, method=method)
+    with pytest.warns(otloss.ConvergenceWarning, match="float32 resolves no smaller"):
+        otloss.sinkhorn_loss(X, Y, 1e-5, method=method)
+    otloss.sinkhorn_loss(X, Y, 1e-3, method=method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_eps_below_the_rounding_of_cosines(method, rng):
+    """1 - cos has the rounding of 1, however small it is, as between points far from 0."""
+    x, y = (1e3 + randn(rng, n, 3, dtype=torch.float32) for n in (6, 5))
+    with pytest.raises(ValueError, match=r"eps=1e-08 is below what torch.float32 can resolve"):
+        otloss.sinkhorn_loss(x, y, 1e-8, cost="cosine", method=method)
 
 
 @pytest.mark.parametrize("method", ["dense", "reference"])

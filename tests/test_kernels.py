@@ -210,6 +210,36 @@ def test_native_kernels_are_in_use():
     assert config["simd"]
 
 
+LOSSES = """
+import torch, otloss
+print(otloss.ops.build_info()["simd"])
+rng = torch.Generator().manual_seed(0)
+for d in (3, 50):
+    x, y = torch.randn(2, 45, d, generator=rng, dtype=torch.float64)[:, :37].requires_grad_()
+    for dtype, method in ((torch.float32, "dense"), (torch.float64, "dense"),
+                          (torch.float32, "streamed"), (torch.float64, "streamed")):
+        found = []
+        for dtype, method in ((dtype, method), (torch.float64, "reference")):
+            one = otloss.sinkhorn_divergence(x.to(dtype), y.to(dtype), d, n_iters=5, method=method)
+            found.append([one, *torch.autograd.grad(one, (x, y))])
+        tol = 1e-4 if found[0][0].dtype == torch.float32 else 1e-11
+        for got, expected in zip(*found):
+            torch.testing.assert_close(got.double(), expected, rtol=tol, atol=tol)
+"""
+
+
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+def test_instruction_levels(level):
+    """Products and sweeps at every level that the machine has."""
+    environment = {**os.environ, "OTLOSS_SIMD": level}
+    command = [sys.executable, "-c", LOSSES]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    own = ops.build_info()["simd"]
+    allowed = {"baseline": ["baseline of the build"], "avx2": ["x86-64-v3"]}.get(level, [own])
+    assert run.stdout.strip() in (allowed if own == "x86-64-v4" else [own, *allowed])
+
+
 def sample_arguments() -> dict[str, tuple[Any, ...]]:
     """Arguments of every operation, small and valid; after a colon, which of several."""
     generator = torch.Generator().manual_seed(0)

@@ -97,6 +97,45 @@ def test_a_cloud_against_itself(kind, rho, rng):
     assert_close(plain[..., ops.ITERATIONS], native[..., ops.ITERATIONS])
 
 
+def random_images() -> torch.Tensor:
+    """The costs, up to 151, of two clouds of 100 random images."""
+    x, y = torch.rand(2, 100, 784, generator=torch.Generator().manual_seed(0))
+    return otloss.cost_matrix(x, y)
+
+
+def few_costs() -> torch.Tensor:
+    return 20 * torch.rand(12, 12, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("costs", "eps", "tol"),
+    [(random_images, 8e-5, 1e-3), (random_images, 1.5e-4, 1e-3), (few_costs, 4e-3, 1e-7)],
+)
+@pytest.mark.parametrize("method", ["dense", "reference"])
+def test_below_what_float32_resolves(method, costs, eps, tol):
+    """A solve that rounding keeps from its tolerance says so, and does not go on."""
+    C = costs()
+    with pytest.warns(
+        otloss.ConvergenceWarning, match=r"float32 resolves no .*: use float64, an eps"
+    ):
+        result = otloss.solve(C, eps, tol=tol, max_iters=20_000, method=method)
+    assert not result.converged
+    assert result.n_iters < 100
+    f, g = (v.double() for v in result.potentials)
+    P = ((f[:, None] + g - C.double()) / eps).exp() / C.numel()
+    error = max(float((P.sum(k) - 1 / len(C)).abs().sum()) for k in (0, 1))
+    assert tol < error < 2 * otloss.last_status().marginal_error < 0.3
+    assert otloss.solve(C, 1e4 * eps, tol=tol, method=method).converged
+
+
+@pytest.mark.parametrize("method", ["dense", "reference"])
+def test_below_what_float32_resolves_of_one_cloud(method):
+    x = torch.rand(40, 3, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(otloss.ConvergenceWarning, match="float32 resolves no smaller"):
+        otloss.sinkhorn_divergence(x, x, 0.1, tol=1e-8, method=method)
+    assert otloss.last_status().n_iters < 40
+
+
 @pytest.mark.parametrize("cost", NAMED, ids=lambda cost: cost.name)
 def test_bounds_of_costs(cost, rng):
     x, y = randn(rng, 2, 20, 3) + 1, 5 * randn(rng, 2, 30, 3)

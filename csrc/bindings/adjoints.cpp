@@ -18,6 +18,8 @@ struct Seeds {
     if (!g.empty()) problem.check_g(g, "grad_g");
     STD_TORCH_CHECK(!problem.costs.empty() || !problem.clouds.points.empty(),
                     "otloss: there must be costs or points");
+    for (const Tensor& C : problem.costs)
+      STD_TORCH_CHECK(C.is_contiguous(), "otloss: costs must be contiguous");
   }
 
   template <typename Group>

@@ -19,7 +19,8 @@ void cost(StableIValue* stack, uint64_t, uint64_t) {
   const Device device(clouds.points[0], {&clouds.points, &clouds.weights});
   dispatch_dtype(clouds.points[0], [&](auto zero) {
     using T = decltype(zero);
-    give_back(stack, cost_matrices<T>(device, prepare<T>(device, clouds), clouds.pairs));
+    give_back(stack,
+              cost_matrices<T>(device, prepare<T>(device, clouds), clouds.pairs, empty_matrices));
   });
 }
 

@@ -42,6 +42,7 @@ EnvelopeGroup<T> Gradients<T>::group(int64_t p, bool matrices) {
   group.grad = grad(p);
   group.coefficient = static_cast<T>(problem_.coefficients[p]);
   if (listed(wanted_.costs, p) || (matrices && of_points)) {
+    STD_TORCH_CHECK(problem_.costs[p].is_contiguous(), "otloss: costs must be contiguous");
     grad_C_[p] = empty(a, {B, n, m});
     group.grad_C = data<T>(grad_C_[p]);
   }
@@ -79,8 +80,8 @@ void Gradients<T>::add_plan_side(std::vector<PointGradientGroup<T>>& groups, int
   const PointSums<T> sums = side(i, {data<T>(a), data<T>(f)});
   groups.push_back({a.size(0), a.size(1), b.size(1), i == j,
                     point_pair<T>(clouds_, i, j, problem_.tf32), data<T>(a), data<T>(b), data<T>(f),
-                    data<T>(g), grad(p), static_cast<T>(problem_.coefficients[p]),
-                    sums.sum, sums.product});
+                    data<T>(g), grad(p), static_cast<T>(problem_.coefficients[p]), sums.sum,
+                    sums.product});
 }
 
 template <typename T>

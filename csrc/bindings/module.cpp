@@ -3,6 +3,7 @@
 
 #include "bindings/host.h"
 #include "bindings/operations.h"
+#include "cpu/simd/simd.h"
 #include "cuda/solve/describe.h"
 #if defined(OTLOSS_WITH_CUDA)
 #include <torch/csrc/stable/accelerator.h>
@@ -18,15 +19,14 @@ STABLE_TORCH_LIBRARY_IMPL(otloss, CUDA, library) { otloss::register_operations(l
 namespace {
 
 std::string simd_level() {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
-    return "x86-64-v4";
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "x86-64-v3";
-  return "x86-64";
-#else
-  return "baseline of the build";
+#if defined(OTLOSS_LEVELS)
+  switch (otloss::cpu::simd_level()) {
+    case otloss::cpu::SimdLevel::kAvx512: return "x86-64-v4";
+    case otloss::cpu::SimdLevel::kAvx2: return "x86-64-v3";
+    case otloss::cpu::SimdLevel::kBaseline: return "x86-64";
+  }
 #endif
+  return "baseline of the build";
 }
 
 }  // namespace

@@ -59,19 +59,20 @@ Prepared prepare(const Device& device, const Clouds& given) {
 }
 
 template <typename T>
-Tensors cost_matrices(const Device& device, const Prepared& clouds, const Ints& pairs) {
+Tensors cost_matrices(const Device& device, const Prepared& clouds, const Ints& pairs,
+                      Tensor empty(const Tensor&, int64_t, int64_t, int64_t)) {
   Tensors costs;
   std::vector<CostGroup<T>> groups;
   for (size_t p = 0; p < pairs.size(); p += 2) {
     const int64_t i = pairs[p], j = pairs[p + 1];
     const Tensor &zx = clouds.z[i], &zy = clouds.z[j];
     const int64_t B = zx.size(0), n = zx.size(1), m = zy.size(1), d = zx.size(2);
-    costs.push_back(empty(zx, {B, n, m}));
+    costs.push_back(empty(zx, B, n, m));
 #if defined(OTLOSS_WITH_CUDA)
     if (device.is_cuda() && d > kDirectDims) torch_product(zx, false, zy, true, costs.back());
 #endif
     groups.push_back({B, n, m, d, i == j, data<T>(zx), data<T>(zy), data<T>(clouds.norm[i]),
-                      data<T>(clouds.norm[j]), data<T>(costs.back())});
+                      data<T>(clouds.norm[j]), data<T>(costs.back()), row_stride(costs.back())});
   }
   if (!groups.empty()) OTLOSS_LAUNCH(device, cost_matrices, groups, clouds.kind);
   return costs;
@@ -131,6 +132,7 @@ void PointGradients<T>::add_pair(int64_t i, int64_t j, const Tensor& C, PlanWeig
   group.m = m;
   group.symmetrise = i == j;
   group.C = data<T>(C);
+  group.C_stride = row_stride(C);
   group.V = data<T>(V);
   group.row_sum = data<T>(row_sum);
   group.col_sum = data<T>(col_sum);
@@ -163,9 +165,10 @@ Tensors PointGradients<T>::result() {
   return all;
 }
 
-#define OTLOSS_INSTANTIATE(T)                                                     \
-  template Prepared prepare<T>(const Device&, const Clouds&);                     \
-  template Tensors cost_matrices<T>(const Device&, const Prepared&, const Ints&); \
+#define OTLOSS_INSTANTIATE(T)                                                              \
+  template Prepared prepare<T>(const Device&, const Clouds&);                              \
+  template Tensors cost_matrices<T>(const Device&, const Prepared&, const Ints&,           \
+                                    Tensor (*)(const Tensor&, int64_t, int64_t, int64_t)); \
   template class PointGradients<T>;
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)

@@ -16,9 +16,10 @@ struct Prepared {
 template <typename T>
 Prepared prepare(const Device& device, const Clouds& clouds);
 
-// C (B, n, m) of each pair.
+// C (B, n, m) of each pair, in memory by `empty` (like, B, n, m).
 template <typename T>
-Tensors cost_matrices(const Device& device, const Prepared& clouds, const Ints& pairs);
+Tensors cost_matrices(const Device& device, const Prepared& clouds, const Ints& pairs,
+                      Tensor empty(const Tensor&, int64_t, int64_t, int64_t));
 
 template <typename T>
 PointPair<T> point_pair(const Prepared& clouds, int64_t i, int64_t j, bool tf32) {

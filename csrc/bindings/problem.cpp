@@ -66,7 +66,7 @@ void Problem::check() {
                   std::to_string(static_cast<int>(objective)));
   if (!costs.empty()) check_count(costs.size(), count(), "costs");
   for (size_t p = 0; p < costs.size(); ++p)
-    otloss::check(costs[p], {batch(), a(p).size(1), b(p).size(1)}, dtype(), "costs");
+    check_rows(costs[p], {batch(), a(p).size(1), b(p).size(1)}, dtype(), "costs");
   eps = positive(eps_, "eps");
   STD_TORCH_CHECK(std::isfinite(eps), "otloss: eps must be finite");
   if (!rho_) return;

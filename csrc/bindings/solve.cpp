@@ -38,7 +38,7 @@ void solve_as(StableIValue* stack, const Device& device, const Problem& problem,
   const Prepared clouds = from_points ? prepare<T>(device, problem.clouds) : Prepared{};
   const bool made = dense && problem.costs.empty();
   const Tensors costs =
-      made ? cost_matrices<T>(device, clouds, problem.clouds.pairs) : problem.costs;
+      made ? cost_matrices<T>(device, clouds, problem.clouds.pairs, empty_rows) : problem.costs;
   const Start start = start_from(init, problem);
   const Tensor loss = empty(like, {B});
   const Tensor status = empty(like, {P, B, kStatusFields}, aoti_torch_dtype_float64());
@@ -51,7 +51,7 @@ void solve_as(StableIValue* stack, const Device& device, const Problem& problem,
     group.n = a.size(1);
     group.m = b.size(1);
     group.symmetric = problem.x(p) == problem.y(p);
-    if (!costs.empty()) group.C = data<T>(costs[p]);
+    if (!costs.empty()) group.C = data<T>(costs[p]), group.stride = row_stride(costs[p]);
     if (from_points) group.points = point_pair<T>(clouds, problem.x(p), problem.y(p), problem.tf32);
     group.a = data<T>(a);
     group.b = data<T>(b);
@@ -85,6 +85,8 @@ void solve(StableIValue* stack, uint64_t, uint64_t) {
   problem.check();
   STD_TORCH_CHECK(!problem.costs.empty() || !problem.clouds.points.empty(),
                   "otloss: there must be costs or points");
+  for (const Tensor& C : problem.costs)
+    STD_TORCH_CHECK(C.is_contiguous(), "otloss: costs must be contiguous");
   STD_TORCH_CHECK(options.max_iters > 0, "otloss: max_iters must be > 0");
   STD_TORCH_CHECK(!trace || (options.n_iters > 0 && options.n_iters < kMostTraced),
                   "otloss: a trace is of a number of iterations");

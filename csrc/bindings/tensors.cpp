@@ -40,10 +40,11 @@ constexpr int64_t kLargePage = int64_t{1} << 21;
 
 }  // namespace
 
-void check(const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dtype,
-           const char* name) {
-  bool good = t.dim() == static_cast<int64_t>(shape.size()) && t.is_contiguous() &&
-              t.scalar_type() == dtype;
+namespace {
+
+void check_layout(const Tensor& t, bool layout, std::initializer_list<int64_t> shape,
+                  ScalarType dtype, const char* name) {
+  bool good = layout && t.dim() == static_cast<int64_t>(shape.size()) && t.scalar_type() == dtype;
   int64_t k = 0;
   for (const int64_t size : shape) good = good && t.size(k++) == size;
   STD_TORCH_CHECK(good, "otloss: ", name, " must be contiguous, of shape ",
@@ -52,6 +53,18 @@ void check(const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dty
   // What torch keeps without memory, such as zeros of its own, comes as a null pointer.
   STD_TORCH_CHECK(t.const_data_ptr() != nullptr, "otloss: ", name, " must not be empty, but is ",
                   shape_of(t));
+}
+
+}  // namespace
+
+void check(const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dtype,
+           const char* name) {
+  check_layout(t, t.is_contiguous(), shape, dtype, name);
+}
+
+void check_rows(const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dtype,
+                const char* name) {
+  check_layout(t, t.dim() == 3 && row_stride(t) > 0, shape, dtype, name);
 }
 
 void check_dims(const Tensor& t, int64_t dims, const char* name) {
@@ -70,20 +83,17 @@ void check_indices(const Ints& indices, size_t count, const char* name) {
                     std::to_string(count), "), but one is ", std::to_string(k));
 }
 
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, int32_t dtype) {
-  std::array<int64_t, 3> strides{};
-  int64_t count = 1;
-  for (size_t k = shape.size(); k-- > 0;) {
-    strides.at(k) = count;
-    count *= shape.begin()[k];
-  }
+namespace {
+
+Tensor strided(const Tensor& like, std::initializer_list<int64_t> shape, const int64_t* strides,
+               int64_t count, int32_t dtype) {
   int32_t device_type = 0, device_index = 0;
   if (dtype < 0) TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(),
-                                                  strides.data(), dtype, device_type, device_index,
+                                                  strides, dtype, device_type, device_index,
                                                   &handle));
   Tensor t(handle);
 #if defined(OTLOSS_EMULATED)
@@ -92,6 +102,41 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, int32_t d
   if (t.is_cpu()) prefer_large_pages(t.mutable_data_ptr(), count * t.element_size());
 #endif
   return t;
+}
+
+}  // namespace
+
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, int32_t dtype) {
+  std::array<int64_t, 3> strides{};
+  int64_t count = 1;
+  for (size_t k = shape.size(); k-- > 0;) {
+    strides.at(k) = count;
+    count *= shape.begin()[k];
+  }
+  return strided(like, shape, strides.data(), count, dtype);
+}
+
+Tensor empty_matrices(const Tensor& like, int64_t B, int64_t n, int64_t m) {
+  return empty(like, {B, n, m});
+}
+
+Tensor empty_rows(const Tensor& like, int64_t B, int64_t n, int64_t m) {
+#if !defined(OTLOSS_EMULATED)
+  if (like.is_cpu()) {
+    const int64_t line = 64 / like.element_size(), stride = (m + line - 1) / line * line;
+    const std::array<int64_t, 3> strides{n * stride, stride, 1};
+    return strided(like, {B, n, m}, strides.data(), (B * n - 1) * stride + m, -1);
+  }
+#endif
+  return empty_matrices(like, B, n, m);
+}
+
+int64_t row_stride(const Tensor& C) {
+  const int64_t n = C.size(1), m = C.size(2);
+  if (C.is_contiguous()) return m;
+  const int64_t stride = C.stride(1);
+  const bool rows = C.is_cpu() && C.stride(2) == 1 && stride >= m;
+  return rows && (C.size(0) == 1 || C.stride(0) == n * stride) ? stride : 0;
 }
 
 Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape) {

@@ -22,6 +22,9 @@ using Doubles = std::vector<double>;
 // memory.
 void check(const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dtype,
            const char* name);
+// The same, or such rows as empty_rows makes.
+void check_rows(const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dtype,
+                const char* name);
 void check_dims(const Tensor& t, int64_t dims, const char* name);
 // The entries of a list, or of one that may be empty.
 void check_count(size_t count, size_t expected, const char* name);
@@ -31,6 +34,12 @@ void check_indices(const Ints& indices, size_t count, const char* name);
 // In the emulated build filled with NaN: what is read before it is written shows.
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, int32_t dtype = -1);
 Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape);
+
+// (B, n, m) uninitialised: contiguous, or on a CPU with rows that start on cache lines.
+Tensor empty_matrices(const Tensor& like, int64_t B, int64_t n, int64_t m);
+Tensor empty_rows(const Tensor& like, int64_t B, int64_t n, int64_t m);
+// The distance of rows of such matrices, or of contiguous ones; 0 where they are neither.
+int64_t row_stride(const Tensor& C);
 
 template <typename T>
 constexpr ScalarType dtype_of() {

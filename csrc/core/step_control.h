@@ -89,35 +89,152 @@ OTLOSS_HOST_DEVICE bool has_mass(double target, double mass) {
   return target > kNothing * mass;
 }
 
-// ---------------------------------------------------------------------------------- decisions
-
 // The scalars of an evaluated point.
 struct PointScalars {
   double value = 0;  // what the iterations ascend
   double noise = 0;  // rounding error of `value`
-  double error = 0;  // L1 marginal error over the total mass
+  double error = 0;  // L1 marginal error over the total mass, but for the rounding of potentials
 };
+
+// ------------------------------------------------------------------------------ where to stop
+
+// When iterations end. A sweep measures the marginal error before it rounds the potentials, which
+// may be far less than that of the plan they give. So what they are rounded by counts as well, and
+// where it hides all progress the iterations end although they are not within the tolerance.
+class StopRule {
+ public:
+  StopRule() = default;
+  OTLOSS_HOST_DEVICE explicit StopRule(double tol) : tol_(tol) {}
+
+  // A point, after so many passes. scale: the mean sizes of f and of g times the machine epsilon,
+  // over eps: the error of a plan whose potentials are each off by their rounding.
+  OTLOSS_HOST_DEVICE void see(double error, double scale, int64_t passes) {
+    constexpr double kProgress = 0.8;
+    keeps_ = error <= kNear * scale && error < least_;
+    if (keeps_) least_ = error;
+    if (error <= kProgress * mark_) mark_ = error, marked_ = passes;
+    error_ = error, scale_ = scale, idle_ = passes - marked_;
+  }
+
+  // Of the plan of the potentials as they are stored.
+  OTLOSS_HOST_DEVICE double error() const { return with_rounding(error_); }
+  OTLOSS_HOST_DEVICE bool reached() const { return error() <= tol_; }
+  // Whether iterations end; at a NaN, too.
+  OTLOSS_HOST_DEVICE bool ends() const { return !(error() > tol_) || stuck(); }
+
+  // Where rounding may be what ends the iterations, the best point so far is kept, and returned if
+  // none is within the tolerance.
+  OTLOSS_HOST_DEVICE bool keeps() const { return keeps_; }
+  OTLOSS_HOST_DEVICE bool returns_kept() const { return !reached() && least_ < error_; }
+  // Whether rounding hides all progress.
+  OTLOSS_HOST_DEVICE bool stuck() const {
+    return error_ <= kShare * scale_ || (error_ <= kNear * scale_ && idle_ >= kPatience);
+  }
+  // Of the point that is returned.
+  OTLOSS_HOST_DEVICE double final_error() const {
+    return returns_kept() ? with_rounding(least_) : error();
+  }
+
+ private:
+  // The plan's error is typically this part of the scale where sweeps measure less.
+  static constexpr double kShare = 0.3;
+  // Within kNear of the scale, kPatience passes that bring no progress are the last.
+  static constexpr double kNear = 10;
+  static constexpr int64_t kPatience = 8;
+
+  OTLOSS_HOST_DEVICE double with_rounding(double error) const { return error + kShare * scale_; }
+
+  double tol_ = 0, error_ = std::numeric_limits<double>::quiet_NaN(), scale_ = 0;
+  // The least error of points that were kept; the last error that was clearly less than before.
+  double least_ = std::numeric_limits<double>::infinity(), mark_ = least_;
+  int64_t marked_ = 0, idle_ = 0;  // passes until then and since
+  bool keeps_ = false;
+};
+
+// ------------------------------------------------------------------ small mass that goes far
+
+// The marginal error does not see small mass that has to go far: clusters far apart whose masses
+// differ by less than the tolerance. A bound of the error of the value does. Where it is suspicious
+// a point within the tolerance has not converged before the duality gap proves it, and the groups
+// that the plan falls into are shifted against each other by the best constants. Errors of values
+// are relative to `value`, and not asked to be smaller than the tolerance warrants.
+class FarMassRule {
+ public:
+  OTLOSS_HOST_DEVICE static bool suspicious(double bound, double error, double tol, double value) {
+    constexpr double kSuspicious = 10;
+    return bound > kSuspicious * (error > tol ? error : tol) * value;
+  }
+  OTLOSS_HOST_DEVICE static bool proves(double gap, double tol, double value) {
+    constexpr double kProof = 20;
+    return gap <= kProof * tol * value;
+  }
+  OTLOSS_HOST_DEVICE static bool is_much(double gain, double tol, double value) {
+    constexpr double kMuch = 0.1;
+    return gain > kMuch * tol * value;
+  }
+  // Whether a shift by at most `largest` is one: rounding aside, the value may stay where it is.
+  OTLOSS_HOST_DEVICE static bool is_shift(double largest, double eps) { return largest > eps / 2; }
+
+  // Whether to look at a point: it ends the iterations, or these stall.
+  OTLOSS_HOST_DEVICE bool looks(const StopRule& stop, double error, int64_t sweeps) {
+    constexpr double kProgress = 0.5;
+    constexpr int64_t kPatience = 5;
+    if (error <= kProgress * mark_) mark_ = error, marked_ = sweeps;
+    return stop.ends() || sweeps - marked_ >= kPatience;
+  }
+
+  // Whether to examine a point that is suspicious, ever more rarely.
+  OTLOSS_HOST_DEVICE bool examines(const StopRule& stop, int64_t sweeps) {
+    if (sweeps < next_ && !stop.stuck()) return false;
+    next_ = stop.reached() ? sweeps + wait_ : 2 * sweeps;
+    wait_ *= 2;
+    return true;
+  }
+
+  OTLOSS_HOST_DEVICE void shifted(bool much, int64_t sweeps) {
+    constexpr int64_t kSoon = 3;
+    const int64_t later = next_ > 2 * sweeps ? next_ : 2 * sweeps;
+    next_ = much ? sweeps + kSoon : later;
+    mark_ = std::numeric_limits<double>::infinity();
+  }
+
+ private:
+  double mark_ = std::numeric_limits<double>::infinity();  // the last error that was clearly less
+  int64_t marked_ = 0, next_ = 2, wait_ = 3;
+};
+
+// ---------------------------------------------------------------------------------- decisions
 
 // What to evaluate next.
 enum class Next {
   kStep,   // a point along the direction
   kPlain,  // the Sinkhorn iterate gt, which always ascends
   kStage,  // the Sinkhorn iterate at the next stage's eps
+  kShift,  // a point with groups shifted against each other
   kDone,   // nothing
 };
 
 class StepControl {
  public:
   StepControl() = default;
-  OTLOSS_HOST_DEVICE StepControl(double eps, double tol, int64_t max_iters)
-      : stages_{0, eps, eps}, tol_(tol), max_iters_(max_iters) {}
+  // mass: the total of b.
+  OTLOSS_HOST_DEVICE StepControl(double eps, double tol, int64_t max_iters, double mass)
+      : stages_{0, eps, eps},
+        tol_(tol),
+        mass_(mass),
+        max_iters_(max_iters),
+        limit_(max_iters),
+        stop_(tol) {}
 
   OTLOSS_HOST_DEVICE void count_passes(int64_t count) { passes_ += count; }
   OTLOSS_HOST_DEVICE int64_t passes() const { return passes_; }
   // Whether the stage may take so many passes and more.
   OTLOSS_HOST_DEVICE bool may_pass(int64_t count) const { return passes_ + count < limit_; }
   OTLOSS_HOST_DEVICE double eps() const { return stages_.at(stage_); }
+  OTLOSS_HOST_DEVICE int64_t passes_left() const { return limit_ - passes_; }
+  OTLOSS_HOST_DEVICE bool at_last_stage() const { return stage_ >= stages_.count; }
   OTLOSS_HOST_DEVICE const PointScalars& point() const { return point_; }
+  OTLOSS_HOST_DEVICE const StopRule& stop() const { return stop_; }
 
   // The start was evaluated at the problem's eps: whether a second one is worth a pass. The one of
   // the larger value is kept.
@@ -151,32 +268,48 @@ class StepControl {
     return ++attempt_ < kTries && may_pass(1) ? Next::kStep : Next::kPlain;
   }
 
+  // Judges an evaluated point, of which `value` is not read.
+  OTLOSS_HOST_DEVICE void observe(const PointScalars& point) {
+    stop_.see(point.error, point.noise / (4 * mass_ * eps()), passes_);
+  }
+
   // The evaluated point becomes the point. The last pass that is allowed is a plain iteration.
   OTLOSS_HOST_DEVICE Next move_to(const PointScalars& trial) {
-    constexpr double kStageTol = 0.01;  // the marginal error that ends a stage but the last
-    const bool last = stage_ >= stages_.count;
     point_ = trial;
     attempt_ = 0;
-    if (point_.error > (last || tol_ > kStageTol ? tol_ : kStageTol) && may_pass(0))
-      return may_pass(1) ? Next::kStep : Next::kPlain;
-    if (last) return Next::kDone;
+    observe(trial);
+    if (!stop_.ends() && may_pass(0)) return may_pass(1) ? Next::kStep : Next::kPlain;
+    if (at_last_stage()) return Next::kDone;
     enter(stage_ + 1);
     return Next::kStage;
   }
 
+  // After a point that is within the tolerance, but not enough.
+  OTLOSS_HOST_DEVICE Next go_on() const {
+    if (stop_.stuck() || !may_pass(0)) return Next::kDone;
+    return may_pass(1) ? Next::kStep : Next::kPlain;
+  }
+
+  // A point follows that was reached by no iteration.
+  OTLOSS_HOST_DEVICE void restart() { stop_ = StopRule(tol_); }
+
  private:
   // Stages that leave no pass for the last one are skipped.
   OTLOSS_HOST_DEVICE void enter(int stage) {
+    constexpr double kStageTol = 0.01;  // the marginal error that ends a stage but the last
     stage_ = stage < stages_.count && passes_ + 1 < max_iters_ - 1 ? stage : stages_.count;
-    limit_ = max_iters_ - (stage_ < stages_.count ? 1 : 0);
+    const bool last = at_last_stage();
+    limit_ = max_iters_ - (last ? 0 : 1);
+    stop_ = StopRule(last || tol_ > kStageTol ? tol_ : kStageTol);
   }
 
   Stages stages_{};
-  double tol_ = 0;
+  double tol_ = 0, mass_ = 1;
   int64_t max_iters_ = 0, passes_ = 0;
   int64_t limit_ = 0;  // of passes, at the end of the stage
   int stage_ = 0, attempt_ = 0;
   PointScalars point_;
+  StopRule stop_;
   double slope_ = 0, length_ = 0;
 };
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from otloss import _check
 from otloss._options import Options
-from otloss.combination import Combination
 from otloss.costs import COSTS, NAMED, without_padding
 from otloss.distributed.ranks import Ranks, Shard
 from otloss.problem import Problem, build_costs, check_clouds
 from otloss.reference.engine import Clouds
+from otloss.totals import Totals, at_unit_totals
 
 __all__ = ["Call", "Cloud", "agree"]
 
@@ -25,9 +25,11 @@ class Cloud(NamedTuple):
 
     shard: Shard
     points: Tensor  # (B, n_local, d), differentiable
-    weights: Tensor  # (B, n_local), differentiable
     whole: Tensor  # (B, n, d)
-    whole_weights: Tensor  # (B, n)
+    weights: Tensor  # (B, n), of all ranks
+
+    def own_weights(self) -> Tensor:
+        return self.shard.own(self.weights).contiguous()
 
 
 class Call(NamedTuple):
@@ -35,8 +37,9 @@ class Call(NamedTuple):
 
     ranks: Ranks
     options: Options
-    combination: Combination
-    problem: Problem  # of this rank's points
+    problem: Problem  # this rank's points, the weights of all; differentiable in this rank's
+    unit: Problem  # with the weights that are solved with
+    totals: Totals | None  # of the weights, where these are not those that are solved with
     clouds: list[Cloud]
 
     def named(self) -> bool:
@@ -47,7 +50,7 @@ class Call(NamedTuple):
         if not isinstance(self.options.cost, str):
             return None
         cost = NAMED[COSTS[self.options.cost]]
-        return Clouds(cost, x.whole, y.whole, x.whole_weights, y.whole_weights)
+        return Clouds(cost, x.whole, y.whole, x.weights, y.weights)
 
     def costs(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """C (B, n, m) of some points; differentiable for a cost function."""
@@ -80,11 +83,7 @@ def _settings(options: Options, problem: Problem, given: dict[str, Any]) -> dict
 
 
 def agree(
-    ranks: Ranks,
-    clouds: dict[str, Any],
-    given: dict[str, Any],
-    combination: Combination,
-    check: Callable[[], Options],
+    ranks: Ranks, clouds: dict[str, Any], given: dict[str, Any], check: Callable[[], Options]
 ) -> Call:
     def checked() -> tuple[tuple[Options, Problem], tuple[dict[str, str], list[int]]]:
         options = check()
@@ -102,25 +101,43 @@ def agree(
         values = [settings[name] for settings, _ in told]
         if len(set(values)) > 1:
             raise ValueError(f"{name} must be the same on every rank, got {', '.join(values)}")
-    whole, weights = [], list(given.values()) or [None] * len(clouds)
-    for c, name in enumerate(clouds):
-        shard = Shard.of(ranks, [sizes[c] for _, sizes in told])
+    shards = [Shard.of(ranks, list(sizes)) for sizes in zip(*(s for _, s in told), strict=True)]
+    for name, shard in zip(clouds, shards, strict=True):
         if shard.total == 0:
             raise ValueError(f"{name} must not be empty on every rank")
-        whole.append(_gather(shard, problem.points[c], problem.weights[c], weights[c] is not None))
-    for name, cloud in zip(given, whole, strict=False):
-        if not bool((cloud.whole_weights.sum(-1) > 0).all()):
-            raise ValueError(f"{name} must have a positive total, but all weights are 0")
-    if options.balanced():
-        a, b = (cloud.whole_weights for cloud in whole[:2])
-        _check.same_mass(a, b, [w for w in weights if w is not None])
-    return Call(ranks, options, combination, problem, whole)
+    problem = replace(problem, weights=_whole_weights(shards, problem, given))
+    if problem.padded:
+        for name, w in zip(given, problem.weights, strict=True):
+            if not bool((w.sum(-1) > 0).all()):
+                raise ValueError(f"{name} must have a positive total, but all weights are 0")
+        if options.balanced():
+            a, b = problem.weights
+            _check.same_mass(a, b, [w for w in given.values() if w is not None])
+    unit, totals = at_unit_totals(problem, options)
+    whole = [
+        _cloud(shard, x, w.detach())
+        for shard, x, w in zip(shards, problem.points, unit.weights, strict=True)
+    ]
+    return Call(ranks, options, problem, unit, totals, whole)
 
 
-def _gather(shard: Shard, x: Tensor, w: Tensor, given: bool) -> Cloud:
-    x = (x if x.dim() == 3 else x.unsqueeze(0)).to(w.dtype)
-    if not given:
-        w = torch.full_like(w, 1 / shard.total)
-    whole_weights = shard.gather(w.detach(), -1)
-    (whole,) = without_padding([shard.gather(x.detach(), -2)], [whole_weights])
-    return Cloud(shard, x, w, whole, whole_weights)
+def _whole_weights(
+    shards: list[Shard], problem: Problem, given: dict[str, Any]
+) -> tuple[Tensor, ...]:
+    """Those of all ranks, differentiable in this rank's."""
+    whole, named = [], list(given.values()) or [None] * len(shards)
+    for shard, w, of_user in zip(shards, problem.weights, named, strict=True):
+        if of_user is None:
+            whole.append(w.new_full((len(w), shard.total), 1 / shard.total))
+        else:
+            before, _, after = shard.gather(w.detach()).tensor_split(
+                [shard.first, shard.first + shard.size], dim=-1
+            )
+            whole.append(torch.cat([before, w, after], dim=-1))
+    return tuple(whole)
+
+
+def _cloud(shard: Shard, x: Tensor, weights: Tensor) -> Cloud:
+    x = (x if x.dim() == 3 else x.unsqueeze(0)).to(weights.dtype)
+    (whole,) = without_padding([shard.gather(x.detach(), -2)], [weights])
+    return Cloud(shard, x, whole, weights)

@@ -8,7 +8,9 @@ So all ranks know the same f and g, and the solver, which each of them runs, dec
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from torch import Tensor
 from otloss import ops
 from otloss._options import OBJECTIVES, Options
 from otloss.distributed.ranks import Shard
-from otloss.reference.engine import Clouds, sample, spread
+from otloss.reference.engine import Clouds, range_of, sample, spread
 from otloss.reference.marginals import (
     Marginals,
     SoftMean,
@@ -87,6 +89,18 @@ class ShardedEngine:
 
         return self.rows.ranks.sum(torch.zeros_like(self.a), fill)
 
+    def over_rows(self, zero: Tensor, function: Callable[[slice, Tensor], Tensor]) -> Tensor:
+        ranks, rows = self.rows.ranks, slice(self.rows.first, self.rows.first + self.rows.size)
+
+        def fill(parts: Tensor) -> None:
+            parts[ranks.rank] = function(rows, counted(self.C, self.own_a, self.b))
+
+        return ranks.sum(zero.new_zeros(ranks.count, *zero.shape), fill)
+
+    @functools.cached_property
+    def cost_range(self) -> tuple[float, float]:
+        return range_of(self, self.clouds)
+
     def sigma(self) -> float:
         rows, columns = sample(self.a), sample(self.b)
 
@@ -131,4 +145,4 @@ class ShardedEngine:
         g = torch.zeros_like(self.b)
         for _ in range(options.n_iters):
             f, g, error = plain_iteration(self, options.eps, g)
-        return Solution(f, g, float(error), options.n_iters)
+        return Solution(f, g, float(error), options.n_iters, float(error) <= options.tol)

@@ -20,15 +20,16 @@ from otloss import _check, ops
 from otloss._options import Options
 from otloss.autograd import refuse_higher_order
 from otloss.combination import Combination
-from otloss.costs import COSTS
-from otloss.distributed.call import Call, Cloud, agree
+from otloss.costs import COSTS, subtracted
+from otloss.distributed.call import Call, agree
 from otloss.distributed.engine import ShardedEngine
 from otloss.distributed.ranks import Ranks
 from otloss.reference.gradients import weight_gradients
-from otloss.reference.marginals import Marginals, counted, marginals_of
+from otloss.reference.marginals import Marginals, clamped, counted, marginals_of
 from otloss.reference.operations import as_pairs
 from otloss.result import Solved
 from otloss.solve import report
+from otloss.totals import mass_term
 
 __all__ = ["combine"]
 
@@ -42,8 +43,17 @@ class Solution(NamedTuple):
     marginals: Marginals
     f: Tensor  # (B, n)
     g: Tensor  # (B, m)
-    value: Tensor  # (B,)
     status: Tensor  # (B, 5) as in ``otloss.ops``
+
+    def sides(self) -> list[tuple[int, int, Tensor, Tensor, float]]:
+        """One cloud, the other, their potentials, and how often that is a side of the plan."""
+        rows, columns = (self.i, self.j, self.f, self.g), (self.j, self.i, self.g, self.f)
+        if self.i == self.j and torch.equal(self.f, self.g):
+            return [(*rows, 2.0)]
+        return [(*rows, 1.0), (*columns, 1.0)]
+
+
+Solutions = tuple[Solution, ...]
 
 
 def combine(
@@ -56,61 +66,64 @@ def combine(
     """The sum over pairs of coefficient * OT(pair), as in ``otloss.combination``."""
     ranks = Ranks(group)
     with ranks.exchanging():
-        call = agree(ranks, clouds, given, combination, check)
-        terms = zip(as_pairs(combination.pairs), combination.coefficients, strict=True)
-        solved = [_solve(call, i, j, coefficient) for (i, j), coefficient in terms]
-    solutions, costs = zip(*solved, strict=True)
+        call = agree(ranks, clouds, given, check)
+        pairs = zip(as_pairs(combination.pairs), combination.coefficients, strict=True)
+        solved = [_solve(call, i, j, coefficient) for (i, j), coefficient in pairs]
+    solutions = tuple(solution for solution, _ in solved)
+    costs = [C for _, C in solved if C is not None]
+    points = [cloud.points for cloud in call.clouds]
+    terms = _Terms.apply(call, solutions, *points, *call.unit.weights, *costs)
+    status = torch.stack([s.status for s in solutions])
     problem, options = call.problem, call.options
-    total = torch.stack([s.coefficient * s.value for s in solutions]).sum(0)
-    loss = total.to(problem.weights[0]) if problem.batched else total[0].to(problem.weights[0])
-    report(problem, (), options, Solved(loss, torch.stack([s.status for s in solutions]), (), ()))
-    own = [t for cloud in call.clouds for t in (cloud.points, cloud.weights)]
-    made = [] if call.named() else costs
-    loss = _Loss.apply(call, solutions, loss, *own, *made)
-    if combination.debiased and options.objective == "regularized" and not options.balanced():
-        x, y = (_mass(cloud) for cloud in call.clouds)
-        term = 0.5 * options.eps * (x - y).square()
-        loss = loss + (term if problem.batched else term[0])
+    if call.totals:
+        found = Solved(terms, status, (), ())
+        loss = call.totals.back(found, combination, batched=problem.batched).loss
+    else:
+        dtype = problem.weights[0].dtype
+        loss = clamped(terms.sum(0), terms.detach().abs().sum(0), dtype).to(dtype)
+        loss = loss if problem.batched else loss[0]
+    report(problem, (), options, Solved(loss, status, (), ()))
+    if combination.debiased and not call.totals:
+        return loss + mass_term(problem, options)
     return loss
 
 
-def _mass(cloud: Cloud) -> Tensor:
-    """(B,), differentiable in this rank's weights, with gradient 0 where they are 0."""
-    own = torch.where(cloud.weights > 0, cloud.weights, 0.0).sum(-1)
-    return cloud.whole_weights.sum(-1) + (own - own.detach())
-
-
-def _solve(call: Call, i: int, j: int, coefficient: float) -> tuple[Solution, Tensor]:
-    """A pair, and this rank's rows of its costs (B, n_local, m), with the graph of a function."""
+def _solve(call: Call, i: int, j: int, coefficient: float) -> tuple[Solution, Tensor | None]:
+    """A pair, and this rank's rows of its costs (B, n_local, m), with the graph of a cost function;
+    named costs are not kept."""
     x, y, options, made = call.clouds[i], call.clouds[j], call.options, list[Tensor]()
     marginals = marginals_of(options.rho_x, options.rho_y, i, j)
 
     def fill(largest: Tensor) -> None:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not call.named()):
-            made.append(call.costs(x.points, y.whole, x.weights.detach(), y.whole_weights))
-        sizes = counted(made[0].detach(), x.weights.detach(), y.whole_weights).abs().flatten(1)
-        largest[:, call.ranks.rank] = sizes.amax(1) if sizes.numel() else 0
+            made.append(call.costs(x.points, y.whole, x.own_weights(), y.weights))
+        C = made[0].detach()
+        if C.numel():
+            C = counted(C, x.own_weights(), y.weights) if call.problem.padded else C
+            largest[:, call.ranks.rank] = torch.maximum(-C.amin((1, 2)), C.amax((1, 2)))
 
     largest = call.ranks.sum(x.whole.new_zeros(len(x.whole), call.ranks.count), fill).amax(-1)
     C = made[0].detach()
     _check_costs(call, C, float(largest.max()))
-    symmetric = i == j and (call.named() or options.symmetric is True)
     clouds = call.between(x, y)
-    found, values, statuses = [], [], []
+    found, statuses = [], []
     with torch.no_grad():
         for k in range(len(C)):
-            a, b = x.whole_weights[k], y.whole_weights[k]
             points = clouds.item(k) if clouds else None
-            engine = ShardedEngine(x.shard, C[k], a, b, marginals, points)
-            solved = engine.solve(symmetric, options)
-            values.append(engine.value(options, solved.f, solved.g))
-            converged = solved.error <= options.tol
-            term = coefficient * float(values[-1])
-            statuses.append([solved.iterations, solved.error, converged, float(largest[k]), term])
+            engine = ShardedEngine(x.shard, C[k], x.weights[k], y.weights[k], marginals, points)
+            if points:
+                same = points.equal and marginals.x == marginals.y
+            else:
+                same = i == j and options.symmetric is True
+            solved = engine.solve(same, options)
+            term = coefficient * float(engine.value(options, solved.f, solved.g))
+            reached = float(solved.converged)
+            statuses.append([solved.iterations, solved.error, reached, float(largest[k]), term])
             found.append((solved.f, solved.g))
     f, g = (torch.stack(potentials) for potentials in zip(*found, strict=True))
     status = torch.tensor(statuses, dtype=torch.float64)
-    return Solution(i, j, coefficient, marginals, f, g, torch.stack(values), status), made[0]
+    solution = Solution(i, j, coefficient, marginals, f, g, status)
+    return solution, None if call.named() else made[0]
 
 
 def _check_costs(call: Call, C: Tensor, largest: float) -> None:
@@ -126,79 +139,80 @@ def _check_costs(call: Call, C: Tensor, largest: float) -> None:
     if not math.isfinite(largest):
         call.ranks.agree(check)
         raise ValueError(f"costs overflow {C.dtype}: scale the data down")
+    largest = max(largest, subtracted(call.options.cost))
     _check.resolution(call.options.eps, largest, C.dtype)
 
 
 # ------------------------------------------------------------------------------------ its gradient
 
 
-class _Loss(torch.autograd.Function):
-    """``(call, solutions, loss, *(points, weights), *costs) -> loss``, at fixed potentials.
+class _Terms(torch.autograd.Function):
+    """``(call, solutions, *points, *weights, *costs) -> terms``, coefficient * OT of each pair,
+    (P, B) in float64, at fixed potentials.
 
-    ``costs`` are the rows that a cost function has made, of each pair: by them gradients reach
-    this rank's points in the rows, and parameters of the function.
+    ``costs`` are the rows that a cost function has made here, or none. They carry gradients to its
+    parameters, and to this rank's points in the rows.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, call: Call, solutions: list[Solution], loss: Tensor, *tensors: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, call: Call, solutions: Solutions, *tensors: Tensor) -> Tensor:
         ctx.call, ctx.solutions = call, solutions
         ctx.save_for_backward(*tensors)
-        return loss.clone()
+        terms = torch.stack([s.status[:, ops.TERM] for s in solutions])
+        return terms.to(tensors[0].device)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        call, solutions, wanted = ctx.call, ctx.solutions, list(ctx.needs_input_grad[3:])
-        seed, grads = grad.reshape(-1).to(call.clouds[0].whole), list[Tensor | None]()
+        call, solutions, wanted = ctx.call, ctx.solutions, iter(ctx.needs_input_grad[2:])
+        clouds, seeds = call.clouds, grad.to(call.clouds[0].whole)
         of_points = _points_gradient if call.named() else _columns_gradient
-        for c in range(len(call.clouds)):
-            for of_tensor in (of_points, _weights_gradient):
-                grads.append(of_tensor(call, solutions, seed, c) if wanted.pop(0) else None)
-        for s, C in zip(solutions, ctx.saved_tensors[len(grads) :], strict=False):
-            x, y = call.clouds[s.i], call.clouds[s.j]
-            weights = [x.weights.detach(), y.whole_weights]
-            grads.append(_plan_gradient(call, s, seed, C, weights, [x.shard.own(s.f), s.g]))
+        grads: list[Tensor | None] = []
+        for of_tensor in (of_points, _weights_gradient):
+            for c in range(len(clouds)):
+                grads.append(of_tensor(call, solutions, seeds, c) if next(wanted) else None)
+        for s, seed, C in zip(solutions, seeds, ctx.saved_tensors[len(grads) :], strict=False):
+            x, y = clouds[s.i], clouds[s.j]
+            weights, potentials = [x.own_weights(), y.weights], [x.shard.own(s.f), s.g]
+            found = _plan_gradient(call, s, seed, C, weights, potentials) if next(wanted) else None
+            grads.append(found)
         message = "second derivatives of distributed losses are not available"
         present = [g for g in grads if g is not None]
         kept = iter(refuse_higher_order(present, [*ctx.saved_tensors, grad], message))
-        return None, None, None, *(None if g is None else next(kept) for g in grads)
+        return None, None, *(None if g is None else next(kept) for g in grads)
 
 
-def _points_gradient(call: Call, solutions: list[Solution], seed: Tensor, c: int) -> Tensor:
+def _points_gradient(call: Call, solutions: Solutions, seeds: Tensor, c: int) -> Tensor:
     """For named costs, which are symmetric: of every side that the cloud takes in a pair, this
     rank's points as rows."""
     cloud = call.clouds[c]
     if not cloud.shard.size:
         return torch.zeros_like(cloud.points)
-    pairs, coefficients, f, g = list[int](), list[float](), list[Tensor](), list[Tensor]()
-    for s in solutions:
-        for side, other, u, v in ((s.i, s.j, s.f, s.g), (s.j, s.i, s.g, s.f)):
-            if side == c:
-                pairs += [0, 1 + other]
-                coefficients.append(s.coefficient)
-                f.append(cloud.shard.own(u).contiguous())
-                g.append(v)
+    sides = [
+        (other, factor * s.coefficient, seed, cloud.shard.own(u).contiguous(), v)
+        for s, seed in zip(solutions, seeds, strict=True)
+        for side, other, u, v, factor in s.sides()
+        if side == c
+    ]
+    others, coefficients, own_seeds, f, g = (list(each) for each in zip(*sides, strict=True))
     x = [cloud.points.detach().contiguous(), *(other.whole for other in call.clouds)]
-    w = [cloud.weights.detach(), *(other.whole_weights for other in call.clouds)]
+    w = [cloud.own_weights(), *(other.weights for other in call.clouds)]
+    pairs = [side for other in others for side in (0, 1 + other)]
     kind = COSTS[str(call.options.cost)]
-    costs = ops.cost(x, w, pairs, kind)
-    problem = ops.problems(
-        w, pairs, coefficients, call.options.eps, costs=costs, points=x, kind=kind
-    )
+    problem = ops.problems(w, pairs, coefficients, call.options.eps, points=x, kind=kind)
+    seed = torch.stack(own_seeds)
     _, (found,), *_ = ops.envelope_backward(seed, *problem, f, g, [], [0], False)
     return found
 
 
-def _columns_gradient(call: Call, solutions: list[Solution], seed: Tensor, c: int) -> Tensor:
+def _columns_gradient(call: Call, solutions: Solutions, seeds: Tensor, c: int) -> Tensor:
     """For a cost function: of the pairs in which this rank's points are columns."""
     cloud = call.clouds[c]
     total = torch.zeros_like(cloud.points)
-    for s in solutions:
+    for s, seed in zip(solutions, seeds, strict=True):
         if s.j != c:
             continue
         x, y = call.clouds[s.i], cloud.points.detach().requires_grad_()
-        weights = [x.whole_weights, cloud.weights.detach()]
+        weights = [x.weights, cloud.own_weights()]
         with torch.enable_grad():
             C = call.costs(x.whole, y, *weights)
         of_C = _plan_gradient(call, s, seed, C, weights, [s.f, cloud.shard.own(s.g)])
@@ -225,12 +239,16 @@ def _plan_gradient(
     return found
 
 
-def _weights_gradient(call: Call, solutions: list[Solution], seed: Tensor, c: int) -> Tensor:
-    cloud, total = call.clouds[c], torch.zeros_like(call.clouds[c].whole_weights)
-    for s in solutions if call.options.objective == "regularized" else []:
-        a, b = call.clouds[s.i].whole_weights, call.clouds[s.j].whole_weights
+def _weights_gradient(call: Call, solutions: Solutions, seeds: Tensor, c: int) -> Tensor:
+    """Of all ranks' weights: their total depends on this rank's."""
+    w = call.clouds[c].weights
+    total = torch.zeros_like(w)
+    for s, seed in zip(solutions, seeds, strict=True):
+        if call.options.objective == "transport":  # the plan is held constant
+            continue
+        a, b = call.clouds[s.i].weights, call.clouds[s.j].weights
         of_sides = weight_gradients(call.options.eps, s.f, s.g, a, b, s.marginals)
         for side, of_side in zip((s.i, s.j), of_sides, strict=True):
             if side == c:
                 total += s.coefficient * seed.unsqueeze(-1) * of_side
-    return cloud.shard.own(torch.where(cloud.whole_weights > 0, total, 0.0))
+    return torch.where(w > 0, total, 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -41,6 +42,13 @@ class Engine(Protocol):
 
     def update_rows(self, eps: float, g: Tensor) -> Tensor:
         """T_x(g)."""
+
+    def over_rows(self, zero: Tensor, function: Callable[[slice, Tensor], Tensor]) -> Tensor:
+        """``function(rows, C[rows])``, like ``zero``, of every part of the rows, stacked."""
+
+    @property
+    def cost_range(self) -> tuple[float, float]:
+        """The least and the largest cost."""
 
     def sigma(self) -> float:
         """Standard deviation of C_ij - mean_i - mean_j + mean on a sample."""
@@ -95,11 +103,34 @@ class DenseEngine:
     def update_rows(self, eps: float, g: Tensor) -> Tensor:
         return torch.where(self.a > 0, softmin(eps, self.C, g, self.b), 0.0)
 
+    def over_rows(self, zero: Tensor, function: Callable[[slice, Tensor], Tensor]) -> Tensor:
+        return function(slice(None), self.C)[None]
+
+    @functools.cached_property
+    def cost_range(self) -> tuple[float, float]:
+        return range_of(self, self.clouds)
+
     def sigma(self) -> float:
         return spread(self.C[sample(self.a)][:, sample(self.b)])
 
     def propose(self, sweeps: float, eps: float) -> Tensor | None:
         return self.clouds.propose(sweeps, eps) if self.clouds else None
+
+
+def range_of(engine: Engine, clouds: Clouds | None) -> tuple[float, float]:
+    """The costs' least and largest, of points of positive weight; from points, 0 and a bound."""
+    if clouds:
+        return 0.0, float(clouds.cost.bound(clouds.x, clouds.y))
+
+    def part(rows: slice, C: Tensor) -> Tensor:
+        least, most = torch.finfo(C.dtype).max, torch.finfo(C.dtype).min
+        there = (engine.a[rows] > 0).unsqueeze(-1) & (engine.b > 0)
+        if not bool(there.any()):
+            return C.new_tensor([least, most])
+        return torch.stack([C[there].amin(), C[there].amax()])
+
+    parts = engine.over_rows(engine.b.new_zeros(2), part)
+    return float(parts[:, 0].amin()), float(parts[:, 1].amax())
 
 
 def sample(weights: Tensor) -> Tensor:

@@ -132,4 +132,6 @@ def implicit_gradient(
 
 
 def _solve_linear(matrix: Tensor, right: Tensor) -> Tensor:
-    return torch.linalg.solve_ex(matrix, right.unsqueeze(-1)).result.squeeze(-1)
+    """One system at a time: of several at once, by several threads, MKL makes errors or no end."""
+    pairs = zip(matrix, right, strict=True)
+    return torch.stack([torch.linalg.solve_ex(A, of_one).result for A, of_one in pairs])

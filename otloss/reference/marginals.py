@@ -64,6 +64,20 @@ def share(f: Tensor, rho: float) -> Tensor:
     return torch.ones_like(f) if math.isinf(rho) else (-f / rho).exp()
 
 
+def semidual(
+    eps: float, C: Tensor, g: Tensor, a: Tensor, b: Tensor, marginals: Marginals
+) -> Tensor:
+    """The dual at g and the best f, moved by the best translation where a side is soft; (B,)."""
+    rho_x, rho_y, _ = marginals
+    on_f = damping(rho_x, eps)
+    f = on_f * softmin(eps, C, g, b)
+    if not (math.isinf(rho_x) and math.isinf(rho_y)):
+        excess = (total(a) / total(b)).log() - soft_mean(f, a, rho_x) / rho_x
+        t = (excess + soft_mean(g, b, rho_y) / rho_y) / (1 / rho_y + on_f / rho_x)
+        f, g = f + on_f * t, g - t
+    return value(eps, C, f, g, a, b, 0, marginals)
+
+
 def soft_mean(f: Tensor, w: Tensor, rho: float) -> Tensor:
     """-rho log(<w, exp(-f / rho)> / <w, 1>), (B, 1); the mean for a constraint."""
     mass = total(w).to(w.dtype)
@@ -106,11 +120,8 @@ def softmin(eps: float, C: Tensor, g: Tensor, b: Tensor) -> Tensor:
     z = (g.unsqueeze(-2) - C) / eps
     whole = torch.logsumexp(log_b.unsqueeze(-2) + z, dim=-1)
     z = torch.where(positive.unsqueeze(-2), z, 0.0)
-    mass = total(b)
-    small = (z.abs().amax(-1) < 1) & (mass == 1)
-    excess = (b.unsqueeze(-2) * z.clamp(max=1).expm1()).sum(-1) + (
-        b.sum(-1, True) - b.sum(-1, True).detach()
-    )
+    small, mass = (z.abs().amax(-1) < 1) & (total(b) == 1), b.sum(-1, True)
+    excess = (b.unsqueeze(-2) * z.clamp(max=1).expm1()).sum(-1) + (mass - mass.detach())
     return -eps * torch.where(small, torch.where(small, excess, 0.0).log1p(), whole)
 
 

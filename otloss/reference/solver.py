@@ -16,27 +16,33 @@ import torch
 from torch import Tensor
 
 from otloss.reference.engine import Clouds, DenseEngine, Engine
+from otloss.reference.far_mass import FarMass, Found
 from otloss.reference.lbfgs import MEMORY, InnerProduct, StepLength, two_loop_recursion
 from otloss.reference.marginals import (
     BALANCED,
     Marginals,
-    SoftMean,
     damping,
     mean_and_magnitude,
     target_marginal,
 )
+from otloss.reference.semidual import (
+    NO_MASS,
+    Point,
+    column_ratio,
+    evaluate,
+    is_near,
+    least_change,
+    marginal_error,
+    residual,
+)
+from otloss.reference.stopping import StopRule, rounded, rounding
 
-# Where the iterations can start: at most this marginal error, and this residual in units of eps.
-# The error alone does not see outliers, whose mass is small but whose potentials are far off.
-NEAR_ERROR, NEAR_RESIDUAL = 0.6, 10.0
 # Stages: none from this eps on, over sigma; else from FIRST_STAGE * sigma by about STAGE_RATIO,
 # each but the last to STAGE_TOL.
 EASY_EPS, FIRST_STAGE, STAGE_RATIO, STAGE_TOL = 0.077, 0.1, 0.25, 0.01
 # The line search: steps along one direction, the factor from one to the next, and the part of the
 # predicted gain that a step must bring.
 TRIES, SHRINK, SUFFICIENT_GAIN = 5, 0.3, 1e-4
-NO_MASS = 1e-20  # of the total: points with less mass in the target marginal take plain iterations
-EXPONENT_LIMIT = 80.0  # of ratios, whose exponential must stay finite in float32
 # The start in closed form is tried first where it takes less time than so many sweeps, and second
 # where it takes less than so many.
 CHEAP_SWEEPS, WORTH_SWEEPS = 1, 10
@@ -47,17 +53,7 @@ class Solution(NamedTuple):
     g: Tensor  # (m,)
     error: float  # the marginal error
     iterations: int  # sweeps
-
-
-def _ratio(g: Tensor, t: Tensor, eps: float, rho: float) -> Tensor:
-    """The plan's column sums over those of the target marginal b share(g), where T_y(f) = t."""
-    return ((g - t) / eps + g / rho).clamp(max=EXPONENT_LIMIT).exp()
-
-
-def _marginal_error(target: Tensor, ratio: Tensor) -> Tensor:
-    """L1 distance of the plan's marginal to the target, over the latter's mass."""
-    target = target.double()
-    return (target * (ratio.double() - 1).abs()).sum(-1) / target.sum(-1)
+    converged: bool
 
 
 # ------------------------------------------------------------------- a fixed number of iterations
@@ -66,9 +62,11 @@ def _marginal_error(target: Tensor, ratio: Tensor) -> Tensor:
 def plain_iteration(engine: Engine, eps: float, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """An update of f, then of g, and the marginal error before the latter."""
     rho = engine.marginals.y
-    f, _, t = engine.iterate(eps, g)
-    error = _marginal_error(target_marginal(g, engine.b, rho), _ratio(g, t, eps, rho))
-    return f, damping(rho, eps) * t, error
+    f, mean_f, t = engine.iterate(eps, g)
+    mean_g = mean_and_magnitude(g.detach(), engine.b, rho)
+    error = marginal_error(target_marginal(g, engine.b, rho), column_ratio(g, t, eps, rho))
+    off = rounding(mean_f.magnitude + mean_g.magnitude, eps, g.dtype)
+    return f, damping(rho, eps) * t, rounded(error, off)
 
 
 def fixed_iterations(
@@ -106,8 +104,9 @@ def solve_batch(
     max_iters: int,
     init: Sequence[Tensor] = (),
     clouds: Clouds | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """f, g, the errors and the sweeps of problems C (B, n, m), each on its own.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """f, g, the errors, the sweeps and whether they converged, of problems C (B, n, m), each on its
+    own.
 
     ``init``: f and g to start from, or nothing. NaN where costs are not finite.
     """
@@ -119,10 +118,10 @@ def solve_batch(
             solutions.append(solve_problem(engine, symmetric, eps, tol, max_iters, start))
         else:
             f, g = (torch.full_like(w, math.nan) for w in (engine.a, engine.b))
-            solutions.append(Solution(f, g, math.nan, 0))
+            solutions.append(Solution(f, g, math.nan, 0, False))
     f, g = torch.stack([s.f for s in solutions]), torch.stack([s.g for s in solutions])
-    error, sweeps = ([getattr(s, name) for s in solutions] for name in ("error", "iterations"))
-    return f, g, f.new_tensor(error, dtype=torch.float64), f.new_tensor(sweeps)
+    error, sweeps, converged = f.new_tensor([s[2:] for s in solutions], dtype=torch.float64).T
+    return f, g, error, sweeps, converged
 
 
 def solve_problem(
@@ -133,7 +132,7 @@ def solve_problem(
     max_iters: int,
     init: Sequence[Tensor] = (),
 ) -> Solution:
-    """Until the marginal error is at most ``tol``; ``symmetric``: of a cloud against itself."""
+    """Until a ``StopRule`` ends it; ``symmetric``: of a cloud against itself."""
     if symmetric:
         return solve_symmetric(engine, eps, tol, max_iters, init[0] if init else None)
     return solve_pair(engine, eps, tol, max_iters, init[1] if init else None)
@@ -153,75 +152,21 @@ def solve_symmetric(
         mean = float((a.double() * f.double()).sum()) / engine.mass[1]
         f = torch.where(a > 0, factor * (f - factor / (1 + factor) * mean), 0.0)
         iterations = 1
+    stop = StopRule(tol)
     while True:
         t = engine.update_rows(eps, f)
         iterations += 1
-        error = float(_marginal_error(target_marginal(f, a, rho), _ratio(f, t, eps, rho)))
+        error = float(marginal_error(target_marginal(f, a, rho), column_ratio(f, t, eps, rho)))
+        size = float(mean_and_magnitude(f, a, rho).magnitude)
+        stop.see(error, rounding(2 * size, eps, f.dtype), iterations)
         step = factor * t - f
-        if not error > tol or iterations >= max_iters:
+        if stop.ends or iterations >= max_iters:
             f = f + step / (1 + factor)
-            return Solution(f, f, error, iterations)
+            return Solution(f, f, stop.error, iterations, stop.reached)
         f = f + 2 / (2 + factor) * step
 
 
 # ---------------------------------------------------------------------------------- general pairs
-
-
-class Point(NamedTuple):
-    """A point of the semidual and what one sweep tells about it."""
-
-    f: Tensor  # (n,) the best for g
-    g: Tensor  # (m,)
-    next_g: Tensor  # (m,) the plain iteration's
-    target: Tensor  # (m,) the target marginal, of the total of b
-    ratio: Tensor  # (m,) the plan's column sums over the target
-    value: float  # what an accepted step raises
-    noise: float  # its rounding error
-    error: float  # the marginal error
-
-
-def evaluate(engine: Engine, eps: float, g: Tensor) -> Point:
-    """One sweep at g. Where a side is soft the point is moved by the best translation, which only
-    shifts the softmins."""
-    rho_x, rho_y, _ = engine.marginals
-    f, mean_f, t = engine.iterate(eps, g)
-    mean_g = mean_and_magnitude(g, engine.b, rho_y)
-    unit = torch.finfo(g.dtype).eps
-    if math.isinf(rho_x) and math.isinf(rho_y):
-        value, size = (
-            float(engine.mass[0] * u + engine.mass[1] * v)
-            for u, v in zip(mean_f, mean_g, strict=True)
-        )
-        noise = 4 * unit * size
-    else:
-        shift, value, noise = _translation(engine, eps, mean_f, mean_g, unit)
-        on_f = damping(rho_x, eps) * shift
-        f = torch.where(engine.a > 0, f + on_f, 0.0)
-        g = torch.where(engine.b > 0, g - shift, 0.0)
-        t = torch.where(engine.b > 0, t - on_f, 0.0)
-    target, ratio = target_marginal(g, engine.b, rho_y), _ratio(g, t, eps, rho_y)
-    error = float(_marginal_error(target, ratio))
-    return Point(f, g, damping(rho_y, eps) * t, target, ratio, value, noise, error)
-
-
-def _translation(
-    engine: Engine, eps: float, mean_f: SoftMean, mean_g: SoftMean, unit: float
-) -> tuple[float, float, float]:
-    """The best t of (f + damping t, g - t), and the value there with its rounding error.
-
-    Without it a large rho takes some rho / eps iterations to find the plan's total M (Séjourné,
-    Vialard, Peyré 2022). The dual is a constant less (rho_x + rho_y + eps) M, which rounding hides
-    where M is small. So the value is -log M, times what makes it the semidual for an infinite rho.
-    """
-    rate_x, rate_y = 1 / engine.marginals.x, 1 / engine.marginals.y
-    f, g, factor = float(mean_f.mean), float(mean_g.mean), damping(engine.marginals.x, eps)
-    excess = math.log(engine.mass[0] / engine.mass[1]) - rate_x * f + rate_y * g
-    t = excess / (rate_y + factor * rate_x)
-    held, soft = sorted([rate_x, rate_y])
-    mean = (1 + held / soft + eps * held) * (f + factor * t if rate_x < rate_y else g - t)
-    size = unit * float(mean_f.magnitude + mean_g.magnitude)
-    noise = 4 * (size + torch.finfo(torch.float64).eps * abs(mean))
-    return t, engine.mass[1] * mean, engine.mass[1] * noise
 
 
 def solve_pair(
@@ -229,7 +174,7 @@ def solve_pair(
 ) -> Solution:
     """L-BFGS ascent of the semidual from g, by way of larger eps where a start is far away."""
     point, iterations = _begin(engine, eps, max_iters, g)
-    stages = [eps] if _is_near(eps, point) else stages_of_eps(eps, engine.sigma())
+    stages = [eps] if is_near(eps, point) else stages_of_eps(eps, engine.sigma())
     at = eps
     for stage, stage_eps in enumerate(stages):
         last = stage == len(stages) - 1
@@ -239,10 +184,14 @@ def solve_pair(
         if stage_eps != at:
             point, iterations, at = evaluate(engine, stage_eps, point.g), iterations + 1, stage_eps
         stage_tol = tol if last else max(STAGE_TOL, tol)
-        point, iterations = _ascend(engine, stage_eps, stage_tol, limit, point, iterations)
+        far = FarMass(engine, eps, tol) if last else None
+        stop = StopRule(stage_tol)
+        point, iterations, doubtful = _ascend(
+            engine, stage_eps, stop, far, limit, point, iterations
+        )
         if not last:
             point = point._replace(g=point.next_g)
-    return Solution(point.f, point.next_g, point.error, iterations)
+    return Solution(point.f, point.next_g, stop.error, iterations, stop.reached and not doubtful)
 
 
 def stages_of_eps(eps: float, sigma: float) -> list[float]:
@@ -254,11 +203,6 @@ def stages_of_eps(eps: float, sigma: float) -> list[float]:
     return [first * (eps / first) ** (stage / count) for stage in range(count)] + [eps]
 
 
-def _is_near(eps: float, point: Point) -> bool:
-    residual = float((point.next_g - point.g).abs().max())
-    return point.error <= NEAR_ERROR and residual <= NEAR_RESIDUAL * eps
-
-
 def _begin(engine: Engine, eps: float, max_iters: int, g: Tensor | None) -> tuple[Point, int]:
     """Where to begin, evaluated, and the sweeps that took: the given g; or 0 and a proposal, the
     cheaper one first, the other one only if that is far away. The higher value is kept."""
@@ -267,7 +211,7 @@ def _begin(engine: Engine, eps: float, max_iters: int, g: Tensor | None) -> tupl
     zero = torch.zeros_like(engine.b)
     cheap = engine.propose(CHEAP_SWEEPS, eps)
     point = evaluate(engine, eps, zero if cheap is None else cheap)
-    if max_iters <= 2 or _is_near(eps, point):
+    if max_iters <= 2 or is_near(eps, point):
         return point, 1
     other = zero if cheap is not None else engine.propose(WORTH_SWEEPS, eps)
     if other is None:
@@ -277,12 +221,33 @@ def _begin(engine: Engine, eps: float, max_iters: int, g: Tensor | None) -> tupl
 
 
 def _ascend(
-    engine: Engine, eps: float, tol: float, max_iters: int, point: Point, iterations: int
-) -> tuple[Point, int]:
-    """Raises the semidual at one eps until the error is at most ``tol``."""
+    engine: Engine,
+    eps: float,
+    stop: StopRule,
+    far: FarMass | None,
+    max_iters: int,
+    point: Point,
+    iterations: int,
+) -> tuple[Point, int, bool]:
+    """Raises the semidual at one eps until ``stop`` ends it, and ``far`` does not doubt that."""
     memory: list[tuple[Tensor, Tensor]] = []  # steps and changes of the residual
-    length, r = StepLength(), _residual(engine, point)
-    while point.error > tol and iterations < max_iters:
+    length, r, kept = StepLength(), residual(engine, point), point
+    begun = iterations - 1
+    while True:
+        stop.see(point.error, point.noise / (4 * engine.mass[1] * eps), iterations)
+        kept = point if stop.keep else kept
+        found = Found()
+        if far:
+            found = far.look(point, stop, iterations - begun, max_iters - iterations)
+        iterations += found.readings
+        if found.shifted:
+            point, memory, length = found.shifted, [], StepLength()
+            r = residual(engine, point)
+            stop.restart()
+            continue
+        ends = stop.stuck or (stop.ends and not found.doubtful)
+        if ends or iterations >= max_iters:
+            return (kept if stop.returns_kept else point), iterations, found.doubtful
         inner = InnerProduct(point.target)
         p = torch.where(
             point.target > NO_MASS * engine.mass[1], two_loop_recursion(r, memory, inner), r
@@ -297,19 +262,18 @@ def _ascend(
             memory.clear()
             length.plain(inner(r, r))
             trial, sweeps = evaluate(engine, eps, point.next_g), sweeps + 1
-            after = _residual(engine, trial)
+            after = residual(engine, trial)
         else:
-            after = _residual(engine, trial)
+            after = residual(engine, trial)
             step, change = torch.where(engine.b > 0, trial.g - point.g, 0.0), r - after
             changed = inner(change, change)
             length.accepted(inner(step, step), changed, inner(r, r))
-            if changed > _least_change(engine, eps, point) and inner.curved(step, change):
+            if changed > least_change(engine, eps, point) and inner.curved(step, change):
                 memory = [*memory[1 - MEMORY :], (step, change)]
         iterations += sweeps
         point, r = trial, after
         if not math.isinf(engine.marginals.y):  # the inner product has changed
             memory = [pair for pair in memory if InnerProduct(point.target).curved(*pair)]
-    return point, iterations
 
 
 def _line_search(
@@ -325,17 +289,3 @@ def _line_search(
             return trial, tries
         t *= SHRINK
     return None, max(0, min(TRIES, left - 1))
-
-
-def _residual(engine: Engine, point: Point) -> Tensor:
-    """next_g - g without its mean, which the semidual does not see."""
-    r = point.next_g - point.g
-    mean = float((point.target.double() * r.double()).sum()) / engine.mass[1]
-    return torch.where(engine.b > 0, r - mean, 0.0)
-
-
-def _least_change(engine: Engine, eps: float, point: Point) -> float:
-    """A smaller change of the residual, squared, is rounding, not curvature."""
-    mass, unit = engine.mass[1], torch.finfo(point.g.dtype).eps
-    rounding = 4 * (point.noise / mass + 4 * unit * eps)
-    return rounding * rounding * mass

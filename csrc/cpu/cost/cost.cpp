@@ -85,18 +85,18 @@ OTLOSS_SIMD T prepare_row(int64_t d, const T* x, const T* shift, T scale, T* z) 
 // ------------------------------------------------------------------------------------- costs
 
 // Coordinates from which on half of a symmetric matrix and its reflection is less work than all.
-constexpr int64_t kReflectDims = 128;
+constexpr int64_t kReflectDims = 48;
 
 // Copies the part above the diagonal to the part below.
 template <typename T>
-void reflect(int64_t n, T* C) {
+void reflect(int64_t n, T* C, int64_t stride) {
   constexpr int64_t kTile = 32;
   for_each_row(groups_of(n, kTile), n * kTile, [&](int64_t tile) {
     const int64_t i0 = tile * kTile, end = std::min(n, i0 + kTile);
     for (int64_t j0 = 0; j0 < i0; j0 += kTile)
-      transpose(kTile, end - i0, C + j0 * n + i0, n, C + i0 * n + j0, n);
+      transpose(kTile, end - i0, C + j0 * stride + i0, stride, C + i0 * stride + j0, stride);
     for (int64_t i = i0; i < end; ++i)
-      for (int64_t j = i0; j < i; ++j) C[i * n + j] = C[j * n + i];
+      for (int64_t j = i0; j < i; ++j) C[i * stride + j] = C[j * stride + i];
   });
 }
 
@@ -137,7 +137,7 @@ void costs_of_problem(const std::vector<CostGroup<T>>& groups, int64_t p, CostKi
     size_t k = 0;
     while (k < packed.size() && packed[k].z != z) ++k;
     if (k == packed.size())
-      packed.emplace_back(Cloud<T>{group.m, group.d, z, group.hy + p * group.m});
+      packed.emplace_back(CloudRows<T>{group.m, group.d, z, group.hy + p * group.m});
     to.push_back(k);
     rows.push_back(group.n);
     work += group.n * group.m * group.d;
@@ -148,14 +148,17 @@ void costs_of_problem(const std::vector<CostGroup<T>>& groups, int64_t p, CostKi
   for_each_block(rows, work, [&](const RowBlock& block) {
     const CostGroup<T>& group = groups[block.matrix];
     const int64_t n = group.n, m = group.m, d = group.d;
-    const Cloud<T> from{n, d, group.zx + p * n * d, group.hx + p * n};
+    const CloudRows<T> from{n, d, group.zx + p * n * d, group.hx + p * n};
     const int64_t begin = half(group) ? block.first / kStrip<T> * kStrip<T> : 0;
+    T* C = group.C + (p * n + block.first) * group.stride;
     cost_rows(kind, CostRows<T>{block.first, block.rows, begin, m, group.symmetric, &from,
-                                &packed[to[block.matrix]],
-                                group.C + (p * n + block.first) * m + begin, m, half(group)});
+                                &packed[to[block.matrix]], C + begin, group.stride, half(group)});
+    // Between rows stand zeros: a sweep reads on. The memory may end with the last row.
+    for (int64_t i = block.first; i + 1 < n && i < block.first + block.rows; ++i, C += group.stride)
+      std::fill(C + m, C + group.stride, T(0));
   });
   for (const CostGroup<T>& group : groups)
-    if (half(group)) reflect(group.n, group.C + p * group.n * group.m);
+    if (half(group)) reflect(group.n, group.C + p * group.n * group.stride, group.stride);
 }
 
 // ------------------------------------------------------------------------------------ gradient
@@ -195,12 +198,11 @@ void weigh_rows(const CostWeightGroup<T>& group, int64_t p, CostKind kind, bool 
   T* row_sum = group.row_sum + p * n;
   parts.for_each([&](int64_t part, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t at = (p * n + i) * m;
-      T* V = group.V + at;
+      const T* C = group.C + (p * n + i) * group.C_stride;
+      T* V = group.V + (p * n + i) * m;
       const T* W = row(i, V);
-      dispatch_cost(kind, [&](auto cost) {
-        row_sum[i] = weight_row(cost, m, W, group.C + at, V, columns.part(part));
-      });
+      dispatch_cost(
+          kind, [&](auto cost) { row_sum[i] = weight_row(cost, m, W, C, V, columns.part(part)); });
     }
   });
   T* col_sum = group.col_sum + p * m;
@@ -265,7 +267,8 @@ void plan_weights(const PlanWeightGroup<T>& group, CostKind kind, double eps) {
     const T scale = group.coefficient * group.grad[p] * (symmetric ? T(2) : T(1));
     weigh_rows<T>(group, p, kind, split, group.symmetrise && !symmetric, [&](int64_t i, T* V) {
       const int64_t row = p * n + i;
-      plan_rows(PlanRows<T>{1, m, k, scale, group.C + row * m, group.a + row, &F[i], G.data(), V});
+      plan_rows(PlanRows<T>{1, m, k, scale, group.C + row * group.C_stride, group.C_stride,
+                            group.a + row, &F[i], G.data(), V});
       return V;
     });
   });

@@ -14,23 +14,24 @@
 namespace otloss::cpu {
 namespace {
 
-// Distances of which the expanded form has lost half of the digits are computed again directly.
+// C_j from products with the columns of a strip; `self`: the column of the row's own point, or less
+// than 0. Distances of which the expanded form has lost half of the digits are computed again
+// directly.
 template <typename Cost, typename T>
-OTLOSS_INLINE void row_from_products(int64_t valid, int64_t d, T hx, const T* hy, const T* x,
-                                     const T* zy, int64_t self, T* C) {
-  const int64_t width = padded<T>(valid);
+OTLOSS_INLINE void row_from_products(int64_t columns, int64_t d, T hx, const T* hy, const T* x,
+                                     const T* zy, int64_t self, const T* products, T* C) {
   int cancelled = 0;
 #pragma omp simd reduction(+ : cancelled)
-  for (int64_t j = 0; j < width; ++j) {
+  for (int64_t j = 0; j < columns; ++j) {
     const T scale = hx + hy[j];
-    const T left = scale - T(2) * C[j] - cancellation_limit<T>() * scale;
+    const T left = scale - T(2) * products[j] - cancellation_limit<T>() * scale;
     cancelled += left <= T(0);
-    C[j] = Cost::from_product(hx, hy[j], C[j]);
+    C[j] = Cost::from_product(hx, hy[j], products[j]);
   }
   if constexpr (!Cost::kUnitNorm) {
-    const bool has_self = self >= 0 && self < valid;
+    const bool has_self = self >= 0 && self < columns;
     if (cancelled <= (has_self ? 1 : 0)) return;
-    for (int64_t j = 0; j < valid; ++j) {
+    for (int64_t j = 0; j < columns; ++j) {
       if (j == self || Cost::squared(C[j]) > cancellation_limit<T>() * (hx + hy[j])) continue;
       const T* y = zy + j * d;
       T exact = 0;
@@ -41,15 +42,23 @@ OTLOSS_INLINE void row_from_products(int64_t valid, int64_t d, T hx, const T* hy
   }
 }
 
-// `count` rows of a strip, from the one of `row` and `column` on. C (count, kStrip) in: inner
-// products, out: costs; the caller sets those of a point against itself.
+// `count` rows of a strip, from the one of `row` and `column` on, of inner products (count,
+// kStrip); the caller sets the costs of a point against itself.
 template <typename Cost, typename T>
 OTLOSS_SIMD void costs_from_products(Cost, const CostRows<T>& p, int64_t row, int64_t column,
-                                     int64_t count, T* C) {
-  const int64_t d = p.to->d, valid = std::min(kStrip<T>, p.end - column);
-  for (int64_t i = row; i < row + count; ++i, C += kStrip<T>)
-    row_from_products<Cost>(valid, d, p.from->norm[i], p.to->h.data() + column, p.from->z + i * d,
-                            p.to->z + column * d, p.symmetric ? i - column : -1, C);
+                                     int64_t count, const T* products) {
+  const int64_t d = p.to->d, columns = p.end - column;
+  for (int64_t i = row; i < row + count; ++i, products += kStrip<T>) {
+    const auto costs = [&](int64_t some) OTLOSS_ALWAYS_INLINE {
+      row_from_products<Cost>(some, d, p.from->norm[i], p.to->h.data() + column, p.from->z + i * d,
+                              p.to->z + column * d, p.symmetric ? i - column : -1, products,
+                              p.at(i, column));
+    };
+    if (columns >= kStrip<T>)  // a constant number takes no loop
+      costs(kStrip<T>);
+    else
+      costs(columns);
+  }
 }
 
 template <typename Cost, typename T>
@@ -88,17 +97,11 @@ void difference_rows(CostKind kind, const CostRows<T>& p, int64_t row) {
 template <typename T>
 void product_tile(CostKind kind, const CostRows<T>& p, int64_t row, int64_t column) {
   const int64_t d = p.to->d, rows = std::min(kTileRows, p.first + p.rows - row);
-  const int64_t width = std::min(kStrip<T>, p.end - column);
+  const int64_t columns = padded<T>(std::min(kStrip<T>, p.end - column));
   alignas(64) T sum[kTileRows * kStrip<T>];
-  add_products(TileProduct<T>{rows, padded<T>(width), d, p.from->z + row * d, d, 1,
+  add_products(TileProduct<T>{rows, columns, d, p.from->z + row * d, d, 1,
                               p.to->strips.data() + column * d, kStrip<T>, sum, kStrip<T>, false});
   dispatch_cost(kind, [&](auto cost) { costs_from_products(cost, p, row, column, rows, sum); });
-  const T* products = sum;
-  for (int64_t r = 0; r < rows; ++r, products += kStrip<T>)
-    if (width == kStrip<T>)  // a constant length is copied without a call
-      std::copy_n(products, kStrip<T>, p.at(row + r, column));
-    else
-      std::copy_n(products, width, p.at(row + r, column));
 }
 
 // Few coordinates: each coordinate of a row keeps a strip of partial sums, added up at the end.
@@ -145,8 +148,8 @@ OTLOSS_SIMD void apply_products(const ApplyRows<T>& p) {
 }  // namespace
 
 template <typename T>
-PackedCloud<T>::PackedCloud(const Cloud<T>& cloud)
-    : Cloud<T>(cloud),
+PackedCloud<T>::PackedCloud(const CloudRows<T>& cloud)
+    : CloudRows<T>(cloud),
       strips(strips_of<T>(cloud.m) * cloud.d * kStrip<T>),
       h(strips_of<T>(cloud.m) * kStrip<T>) {
   std::copy_n(cloud.norm, cloud.m, h.begin());

@@ -21,7 +21,7 @@ constexpr int64_t kLaneDims = 8;
 
 // A prepared cloud (see CloudGroup) as the rows of a cost.
 template <typename T>
-struct Cloud {
+struct CloudRows {
   int64_t m;      // points
   int64_t d;      // coordinates
   const T* z;     // (m, d) prepared points
@@ -30,11 +30,11 @@ struct Cloud {
 
 // As its columns.
 template <typename T>
-struct PackedCloud : Cloud<T> {
+struct PackedCloud : CloudRows<T> {
   BlockBuffer<T> strips;  // (strips_of(m), d, kStrip)
   BlockVector<T> h;       // (strips_of(m) * kStrip,) norms, padded with zeros
 
-  explicit PackedCloud(const Cloud<T>& cloud);
+  explicit PackedCloud(const CloudRows<T>& cloud);
 };
 
 template <typename T>
@@ -44,7 +44,7 @@ struct CostRows {
   int64_t begin;  // columns [begin, end) of `to`, begin a multiple of kStrip
   int64_t end;
   bool symmetric;  // the clouds are one: the diagonal is 0
-  const Cloud<T>* from;
+  const CloudRows<T>* from;
   const PackedCloud<T>* to;
   T* C;  // (rows, stride) out; column 0 is column `begin`
   int64_t stride;

@@ -20,6 +20,10 @@ struct SemidualPoint : PointScalars {
   SemidualPoint(int64_t m, const T* b) : g(m), gt(m), q(m), target(b, b + m) {}
 };
 
+struct CostRange {
+  double least, most;
+};
+
 // F is in units of 1 / k, k = log2(e) / eps, and F before damping: f = x.damping F / k. g and gt
 // are in units of cost. Dampings are 1 unless a marginal is soft.
 template <typename T>
@@ -44,6 +48,9 @@ class Engine {
   // max |C_ij| over points of positive weight or a bound of it, NaN if one is not finite.
   double max_cost() const { return max_cost_; }
 
+  // Of the costs of points of positive weight; from points, 0 and a bound.
+  CostRange cost_range();
+
   // Standard deviation of the double-centred cost on a sample: against eps, how hard the problem
   // is.
   double sigma();
@@ -66,10 +73,10 @@ class Engine {
     explicit Workspace(int64_t m) : c(padded<T>(m)), e(kSweepScratchRows * padded<T>(m)) {}
   };
 
-  void sweep(double eps, int64_t part, int64_t begin, int64_t end, T* F, T* s, T* c);
-  // Whether rounding of the size of eps would show.
-  bool wants_unit_sweep(double eps, const T* g) const;
-  void unit_sweep(double eps, const T* g, T* F, T* s, PartSums<double>* c);
+  // Sets G. Whether rounding would be that of eps, not of the costs: the sweep is a unit sweep.
+  bool begin_sweep(double eps, const T* g);
+  void sweep(bool unit, double eps, int64_t part, int64_t begin, int64_t end, T* F, T* s, T* c);
+  void update_unit_columns(double eps, const T* g, const double* c, T* gt, T* q) const;
   void update_columns(double eps, const T* g, const T* F, const double* c, T* gt, T* q);
   double least_column_sum(T tilt, const T* F) const;
   void guarded_columns(double eps, int64_t begin, int64_t end, const T* g, const T* F, T* gt, T* q);
@@ -79,7 +86,8 @@ class Engine {
   const bool split_;
   const int64_t n_ = x.count, m_ = y.count;
   CostBlocks<T> costs_{RowParts(n_, m_, split_), kFlushRows,
-                       RowSource<T>(n_, m_, group_.C, group_.points, problem_, group_.symmetric)};
+                       RowSource<T>(n_, m_, group_.C, group_.C ? group_.stride : padded<T>(m_),
+                                    group_.points, problem_, group_.symmetric)};
   const double max_cost_ = costs_.source().max_cost(x.weight, y.weight);
   BlockVector<T> G_ = BlockVector<T>(padded<T>(m_), T(kLog2Zero));
   std::vector<T> s_ = std::vector<T>(n_);

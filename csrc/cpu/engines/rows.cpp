@@ -9,13 +9,13 @@ namespace otloss::cpu {
 namespace {
 
 template <typename T>
-Cloud<T> of_problem(int64_t count, int64_t d, int64_t problem, const T* z, const T* norm) {
+CloudRows<T> of_problem(int64_t count, int64_t d, int64_t problem, const T* z, const T* norm) {
   return {count, d, z + problem * count * d, norm + problem * count};
 }
 
 // The largest norm of points of positive weight, NaN if one is not finite.
 template <typename T>
-double largest_norm(const Cloud<T>& cloud, const T* weight) {
+double largest_norm(const CloudRows<T>& cloud, const T* weight) {
   double result = 0, nonfinite = 0;
   for (int64_t i = 0; i < cloud.m; ++i) {
     if (!(weight[i] > T(0))) continue;
@@ -28,11 +28,12 @@ double largest_norm(const Cloud<T>& cloud, const T* weight) {
 }  // namespace
 
 template <typename T>
-RowSource<T>::RowSource(int64_t n, int64_t m, const T* C, const PointPair<T>& points,
-                        int64_t problem, bool symmetric)
+RowSource<T>::RowSource(int64_t n, int64_t m, const T* C, int64_t stride,
+                        const PointPair<T>& points, int64_t problem, bool symmetric)
     : n_(n),
       m_(m),
-      C_(C ? C + problem * n * m : nullptr),
+      stride_(stride),
+      C_(C ? C + problem * n * stride : nullptr),
       kind_(points.kind),
       symmetric_(symmetric),
       from_(of_problem(C ? 0 : n, points.d, problem, points.zx, points.hx)),
@@ -41,7 +42,7 @@ RowSource<T>::RowSource(int64_t n, int64_t m, const T* C, const PointPair<T>& po
 template <typename T>
 const T* RowSource<T>::columns(int64_t begin, int64_t end, std::vector<T>& scratch,
                                int64_t& stride) const {
-  stride = C_ ? m_ : end - begin;
+  stride = C_ ? stride_ : end - begin;
   if (C_) return C_ + begin;
   scratch.resize(n_ * stride);
   for (int64_t i = 0; i < n_; i += at_once())
@@ -51,7 +52,7 @@ const T* RowSource<T>::columns(int64_t begin, int64_t end, std::vector<T>& scrat
 
 template <typename T>
 double RowSource<T>::max_cost(const T* a, const T* b) const {
-  if (C_) return max_abs(n_, m_, C_, a, b);
+  if (C_) return max_abs(n_, m_, C_, stride_, a, b);
   return cost_bound(kind_, largest_norm(from_, a), largest_norm(to_, b));
 }
 

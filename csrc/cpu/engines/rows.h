@@ -16,22 +16,25 @@ namespace otloss::cpu {
 template <typename T>
 class RowSource {
  public:
-  // Of problem `problem`: stored where there is a C (B, n, m), else made from the points.
-  // symmetric: a cloud against itself.
-  RowSource(int64_t n, int64_t m, const T* C, const PointPair<T>& points, int64_t problem,
-            bool symmetric);
+  // Of problem `problem`: stored where there is a C (B, n, m), else made from the points; rows are
+  // `stride` apart. symmetric: a cloud against itself.
+  RowSource(int64_t n, int64_t m, const T* C, int64_t stride, const PointPair<T>& points,
+            int64_t problem, bool symmetric);
 
   bool stored() const { return C_ != nullptr; }
   // Rows of a block, at most.
   int64_t at_once() const { return C_ ? n_ : rows_at_once(to_.d); }
   // Entries that a block may take.
-  int64_t scratch() const { return C_ ? 0 : at_once() * m_ + padded<T>(1); }
+  int64_t scratch() const { return C_ ? 0 : at_once() * stride_ + padded<T>(1); }
   // Entries that may be read from the start of row `begin` on.
-  int64_t available(int64_t begin) const { return C_ ? (n_ - begin) * m_ : scratch(); }
-  // Rows [begin, begin + count), m apart.
+  int64_t available(int64_t begin) const {
+    return C_ ? (n_ - begin - 1) * stride_ + m_ : scratch();
+  }
+  int64_t stride() const { return stride_; }
+  // Rows [begin, begin + count), stride() apart.
   const T* rows(int64_t begin, int64_t count, T* scratch) const {
-    if (C_) return C_ + begin * m_;
-    make(begin, count, 0, m_, scratch, m_);
+    if (C_) return C_ + begin * stride_;
+    make(begin, count, 0, m_, scratch, stride_);
     return scratch;
   }
   // Columns [begin, end) of all rows; `stride` is set to the distance of rows.
@@ -48,11 +51,11 @@ class RowSource {
   }
 
  private:
-  int64_t n_, m_;
+  int64_t n_, m_, stride_;
   const T* C_;  // (n, m) or null
   CostKind kind_;
   bool symmetric_;
-  Cloud<T> from_;
+  CloudRows<T> from_;
   PackedCloud<T> to_;  // empty where rows are stored
 };
 

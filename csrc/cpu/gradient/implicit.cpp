@@ -221,7 +221,7 @@ class ImplicitProblem {
     costs_.for_each([&](int64_t part, const T* C, int64_t i, int64_t rows) {
       T* P = kept_P_ ? kept_P_ + i * m_ : made_P_.data() + part * costs_.at_once() * m_;
       if (!plan_is_kept_)
-        plan_rows(PlanRows<T>{rows, m_, k, T(1), C, a_ + i, F_.data() + i, G_.data(), P});
+        plan_rows(PlanRows<T>{rows, m_, k, T(1), C, m_, a_ + i, F_.data() + i, G_.data(), P});
       function(part, P, C, i, rows);
     });
   }
@@ -326,8 +326,9 @@ class ImplicitProblem {
   SystemSide y_{Side<T>(m_, b_, group_.penalties.rho_y), group_.g + problem_ * m_};
   T* const kept_P_ = group_.P ? group_.P + problem_ * n_ * m_ : nullptr;  // (n, m) or null
   bool plan_is_kept_ = false;
-  CostBlocks<T> costs_{RowParts(n_, m_, split_), kBlockRows,
-                       RowSource<T>(n_, m_, group_.C, group_.made.points, problem_, symmetric_)};
+  CostBlocks<T> costs_{
+      RowParts(n_, m_, split_), kBlockRows,
+      RowSource<T>(n_, m_, group_.C, m_, group_.made.points, problem_, symmetric_)};
   BlockVector<T> made_P_ = BlockVector<T>(  // (parts, at_once, m) or nothing
       kept_P_ ? 0 : costs_.parts().count() * costs_.at_once() * m_);
   PartSums<double> columns_{costs_.parts(), m_};                    // (m,)

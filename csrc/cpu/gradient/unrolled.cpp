@@ -89,7 +89,7 @@ class UnrolledProblem {
     BlockVector<T> made(C_bar_ ? 0 : parts_.count() * block);
     costs_.for_each([&](int64_t part, const T* C, int64_t i, int64_t rows) {
       T* P = C_bar_ ? C_bar_ + i * m_ : made.data() + part * block;
-      plan_rows(PlanRows<T>{rows, m_, k_, T(1), C, a_ + i, F_.data() + i, G_.data(), P});
+      plan_rows(PlanRows<T>{rows, m_, k_, T(1), C, m_, a_ + i, F_.data() + i, G_.data(), P});
       plan_sums(PlanSums<T>{rows, m_, P, C, row.data() + i, column.part(part)});
       if (C_bar_)
         weigh_plan(
@@ -189,9 +189,9 @@ class UnrolledProblem {
       }
       add(terms_);
     };
-    point_sums<T>(RowSource<T>(n, m, nullptr, points, problem_, symmetric), RowParts(n, m, split_),
-                  kTermRows, of_problem(exchange ? made_.y : made_.x, problem_, n, points.d),
-                  gradient);
+    point_sums<T>(RowSource<T>(n, m, nullptr, m, points, problem_, symmetric),
+                  RowParts(n, m, split_), kTermRows,
+                  of_problem(exchange ? made_.y : made_.x, problem_, n, points.d), gradient);
   }
 
   // F, E and z; whether z is out of range.
@@ -246,7 +246,7 @@ class UnrolledProblem {
   T* const C_bar_ = group_.grad_C ? group_.grad_C + problem_ * n_ * m_ : nullptr;  // (n, m)
   const RowParts parts_{n_, m_, split_};
   CostBlocks<T> costs_{parts_, kBlockRows,
-                       RowSource<T>(n_, m_, group_.C, made_.points, problem_, made_.symmetric)};
+                       RowSource<T>(n_, m_, group_.C, m_, made_.points, problem_, made_.symmetric)};
   std::vector<Term<T>> terms_;  // of each iteration that was gone back, where costs are made
   PartSums<T> v_{parts_, m_};   // (m,)
   Values e_ = Values(parts_.count() * kAdjointRows * (m_ + kBlock<T>));

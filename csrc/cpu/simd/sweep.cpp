@@ -45,8 +45,8 @@ OTLOSS_INLINE T tail_exponentials(const Blocks<T>& blocks, int64_t m, T F, T k, 
 
 // e_j = exp2(F + G_j - k C_j), returns the sum.
 template <typename T>
-OTLOSS_SIMD T exponentials(const Blocks<T>& blocks, int64_t m, T F, T k, const T* C, const T* G,
-                           T* e) {
+OTLOSS_INLINE T exponentials(const Blocks<T>& blocks, int64_t m, T F, T k, const T* C, const T* G,
+                             T* e) {
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < blocks.whole; ++j) {
@@ -59,7 +59,7 @@ OTLOSS_SIMD T exponentials(const Blocks<T>& blocks, int64_t m, T F, T k, const T
 
 // log2 sum_j exp2(G_j - k C_j), with the maximum subtracted. `e` is scratch.
 template <typename T>
-OTLOSS_SIMD T row_lse(const Blocks<T>& blocks, int64_t m, T k, const T* C, const T* G, T* e) {
+OTLOSS_INLINE T row_lse(const Blocks<T>& blocks, int64_t m, T k, const T* C, const T* G, T* e) {
   T largest = std::numeric_limits<T>::lowest();
 #pragma omp simd reduction(max : largest)
   for (int64_t j = 0; j < m; ++j) {
@@ -79,14 +79,14 @@ OTLOSS_INLINE void add_rows(int64_t width, const T* w, const T* e, T* c) {
   for (int64_t j = 0; j < width; ++j) c[j] += (w0 * e0[j] + w1 * e1[j]) + (w2 * e2[j] + w3 * e3[j]);
 }
 
-// The same for kRows rows at once, m apart in C and `width` apart in e, up to the padded width: G
-// is loaded once and the latencies overlap.
+// The same for kRows rows at once, `stride` apart in C and `width` apart in e, up to the padded
+// width: G is loaded once and the latencies overlap.
 template <typename T>
-OTLOSS_INLINE void exponentials_of_rows(int64_t m, int64_t width, const T* F, T k, const T* C,
+OTLOSS_INLINE void exponentials_of_rows(int64_t stride, int64_t width, const T* F, T k, const T* C,
                                         const T* G, T* e, T* sum) {
   static_assert(kRows == 4, "four rows are unrolled");
   const T F0 = F[0], F1 = F[1], F2 = F[2], F3 = F[3];
-  const T *C0 = C, *C1 = C + m, *C2 = C + 2 * m, *C3 = C + 3 * m;
+  const T *C0 = C, *C1 = C + stride, *C2 = C + 2 * stride, *C3 = C + 3 * stride;
   T *e0 = e, *e1 = e + width, *e2 = e + 2 * width, *e3 = e + 3 * width;
   T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3)
@@ -113,7 +113,7 @@ OTLOSS_INLINE T checked_sum(const RowSweep<T>& p, const Blocks<T>& blocks, int64
     std::fill(e, e + p.m, T(0));
     return T(1);
   }
-  const T* C = p.C + i * p.m;
+  const T* C = p.C + i * p.stride;
   const T exact = -row_lse(blocks, p.m, p.k, C, p.G, e);
   p.s[i] = fast_exp2(p.F[i] - exact);
   p.F[i] = exact;
@@ -161,21 +161,19 @@ OTLOSS_SIMD T max_abs_row(int64_t m, const T* C, const T* b) {
   return largest + nonfinite;
 }
 
-}  // namespace
-
 template <typename T>
-OTLOSS_SIMD void sweep_rows(const RowSweep<T>& p) {
+OTLOSS_INLINE void sweep_rows_body(const RowSweep<T>& p) {
   const Blocks<T> blocks(p.m);
   const int64_t width = padded<T>(p.m);
   for (int64_t i = 0; i < p.rows; i += kRows) {
     const int64_t rows = i + kRows <= p.rows ? kRows : p.rows - i;
-    const T* C = p.C + i * p.m;
+    const T* C = p.C + i * p.stride;
     T sum[kRows] = {1, 1, 1, 1}, a[kRows] = {}, F[kRows] = {};
     if (i + kRows <= p.readable)
-      exponentials_of_rows(p.m, width, p.F + i, p.k, C, p.G, p.e, sum);
+      exponentials_of_rows(p.stride, width, p.F + i, p.k, C, p.G, p.e, sum);
     else
       for (int64_t r = 0; r < rows; ++r)
-        sum[r] = exponentials(blocks, p.m, p.F[i + r], p.k, C + r * p.m, p.G, p.e + r * width);
+        sum[r] = exponentials(blocks, p.m, p.F[i + r], p.k, C + r * p.stride, p.G, p.e + r * width);
     bool good = rows == kRows;
     for (int64_t r = 0; r < rows; ++r) {
       p.s[i + r] = sum[r], a[r] = p.a[i + r];
@@ -196,22 +194,36 @@ OTLOSS_SIMD void sweep_rows(const RowSweep<T>& p) {
   }
 }
 
+struct SweepRows {
+  template <int kBytes, typename T>
+  static OTLOSS_INLINE void run(const RowSweep<T>& p) {
+    sweep_rows_body(p);
+  }
+};
+
+}  // namespace
+
+template <typename T>
+void sweep_rows(const RowSweep<T>& p) {
+  run_at_level<SweepRows>(p);
+}
+
 // e_j = exp2(G_j - k C_j) - 1; returns sum_j b_j e_j.
 template <typename T>
-OTLOSS_SIMD double excess_of_row(int64_t m, double k, const T* C, const T* b, const double* G,
-                                 double* e) {
-  double sum = 0;
+OTLOSS_SIMD T excess_of_row(int64_t m, T k, const T* C, const T* b, const T* G, T* e) {
+  T sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < m; ++j) {
-    const double value = fast_exp2m1(G[j] - k * static_cast<double>(C[j]));
-    e[j] = b[j] > T(0) ? value : 0.0;  // padding may hold anything
-    sum += static_cast<double>(b[j]) * e[j];
+    const T value = fast_exp2m1(G[j] - k * C[j]);
+    e[j] = b[j] > T(0) ? value : T(0);  // padding may hold anything
+    sum += b[j] * e[j];
   }
   return sum;
 }
 
 // c_j += shift + factor e_j.
-OTLOSS_SIMD void add_excess(int64_t m, double shift, double factor, const double* e, double* c) {
+template <typename T>
+OTLOSS_SIMD void add_excess(int64_t m, T shift, T factor, const T* e, T* c) {
 #pragma omp simd
   for (int64_t j = 0; j < m; ++j) c[j] += shift + factor * e[j];
 }
@@ -223,15 +235,16 @@ void unit_sweep_rows(const UnitSweep<T>& p) {
       p.F[i] = 0, p.s[i] = 1;
       continue;
     }
-    const double sum = excess_of_row(p.m, p.k, p.C + i * p.m, p.b, p.G, p.e);
+    const double sum =
+        static_cast<double>(excess_of_row(p.m, p.k, p.C + i * p.stride, p.b, p.G, p.e));
     const double F = -kLog2E * std::log1p(sum);
     p.s[i] = static_cast<T>(fast_exp2(static_cast<double>(p.F[i])) * (1 + sum));
     p.F[i] = static_cast<T>(F);
     if (!p.c) continue;
-    // Of the plan of (1 + tilt) F, over b, less 1: (1 + E)(1 + t) - 1 with E = (e - sum) / (1 + sum).
+    // Of the plan of (1 + tilt) F, over b, less 1: (1 + E)(1 + t) - 1, E = (e - sum) / (1 + sum).
     const double t = fast_exp2m1(p.tilt * F), a = static_cast<double>(p.a[i]);
     const double factor = a * (1 + t) / (1 + sum);
-    add_excess(p.m, a * t - factor * sum, factor, p.e, p.c);
+    add_excess(p.m, static_cast<T>(a * t - factor * sum), static_cast<T>(factor), p.e, p.c);
   }
 }
 
@@ -270,7 +283,7 @@ void plan_rows(const PlanRows<T>& p) {
     else if (std::isnan(p.F[i]))  // of a solve that failed
       for (int64_t j = 0; j < p.m; ++j) P[j] = p.G[j] > static_cast<T>(kLog2Zero) ? p.F[i] : T(0);
     else
-      plan_row(p.m, p.scale * p.a[i], p.F[i], p.k, p.C + i * p.m, p.G, P);
+      plan_row(p.m, p.scale * p.a[i], p.F[i], p.k, p.C + i * p.stride, p.G, P);
   }
 }
 
@@ -279,18 +292,18 @@ double transport_rows(const PlanRows<T>& p) {
   double total = 0;
   for (int64_t i = 0; i < p.rows; ++i) {
     if (!(p.a[i] > T(0))) continue;
-    const T row = transport_row(p.m, p.F[i], p.k, p.C + i * p.m, p.G);
+    const T row = transport_row(p.m, p.F[i], p.k, p.C + i * p.stride, p.G);
     total += static_cast<double>(p.a[i]) * static_cast<double>(row);
   }
   return total;
 }
 
 template <typename T>
-double max_abs(int64_t n, int64_t m, const T* C, const T* a, const T* b) {
+double max_abs(int64_t n, int64_t m, const T* C, int64_t stride, const T* a, const T* b) {
   double largest = 0;
   for (int64_t i = 0; i < n; ++i) {
     if (!(a[i] > T(0))) continue;
-    const double row = static_cast<double>(max_abs_row(m, C + i * m, b));
+    const double row = static_cast<double>(max_abs_row(m, C + i * stride, b));
     largest = largest >= row ? largest : row;
     if (std::isnan(row)) return row;
   }
@@ -362,15 +375,15 @@ OTLOSS_SIMD void plan_product(const PlanProduct<T>& p) {
   }
 }
 
-#define OTLOSS_INSTANTIATE(T)                                              \
-  template void sweep_rows(const RowSweep<T>&);                            \
-  template void unit_sweep_rows(const UnitSweep<T>&);                      \
-  template void column_softmin(const ColumnSoftmin<T>&);                   \
-  template void plan_rows(const PlanRows<T>&);                             \
-  template double transport_rows(const PlanRows<T>&);                      \
-  template double max_abs(int64_t, int64_t, const T*, const T*, const T*); \
-  template void plan_sums(const PlanSums<T>&);                             \
-  template void weigh_plan(const WeighPlan<T>&);                           \
+#define OTLOSS_INSTANTIATE(T)                                                       \
+  template void sweep_rows(const RowSweep<T>&);                                     \
+  template void unit_sweep_rows(const UnitSweep<T>&);                               \
+  template void column_softmin(const ColumnSoftmin<T>&);                            \
+  template void plan_rows(const PlanRows<T>&);                                      \
+  template double transport_rows(const PlanRows<T>&);                               \
+  template double max_abs(int64_t, int64_t, const T*, int64_t, const T*, const T*); \
+  template void plan_sums(const PlanSums<T>&);                                      \
+  template void weigh_plan(const WeighPlan<T>&);                                    \
   template void plan_product(const PlanProduct<T>&);
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)

@@ -126,23 +126,26 @@ OTLOSS_INLINE void differences_body(const Differences<T>& p) {
   for (int64_t r = 0; r < p.rows; ++r) difference_rows<kBytes, 1>(p, r);
 }
 
-// One function for each instruction-set level, because the shape of a part depends on it: the
-// registers (32 of AVX-512, else 16) hold its sums, the vectors of a row of y, and one of x.
-#define OTLOSS_TILES_AT(level, kBytes, kRows, T)                                    \
-  level void add_tile(const TileProduct<T>& t) { add_tile_body<kBytes, kRows>(t); } \
-  level void differences(const Differences<T>& p) { differences_body<kBytes>(p); }
-#if defined(OTLOSS_LEVELS)
-#define OTLOSS_TILES(T)                                                 \
-  OTLOSS_TILES_AT(__attribute__((target("arch=x86-64-v4"))), 64, 12, T) \
-  OTLOSS_TILES_AT(__attribute__((target("arch=x86-64-v3"))), 32, 6, T)  \
-  OTLOSS_TILES_AT(__attribute__((target("default"))), 16, 6, T)
-#else
-#define OTLOSS_TILES(T) OTLOSS_TILES_AT(, 16, 6, T)
-#endif
-OTLOSS_TILES(float)
-OTLOSS_TILES(double)
-#undef OTLOSS_TILES
-#undef OTLOSS_TILES_AT
+// The registers (32 of AVX-512, else 16) hold a part's sums, the vectors of a row of y, and one of
+// x.
+struct AddTile {
+  template <int kBytes, typename T>
+  static OTLOSS_INLINE void run(const TileProduct<T>& t) {
+    add_tile_body<kBytes, kBytes == 64 ? 12 : 6>(t);
+  }
+};
+
+struct AddDifferences {
+  template <int kBytes, typename T>
+  static OTLOSS_INLINE void run(const Differences<T>& p) {
+    differences_body<kBytes>(p);
+  }
+};
+
+template <typename T>
+void add_tile(const TileProduct<T>& tile) {
+  run_at_level<AddTile>(tile);
+}
 
 // ------------------------------------------------------------------------------------- packing
 
@@ -186,7 +189,7 @@ void add_products(const TileProduct<T>& tile) {
 
 template <typename T>
 void squared_differences(const Differences<T>& args) {
-  differences(args);
+  run_at_level<AddDifferences>(args);
 }
 
 template <typename T>

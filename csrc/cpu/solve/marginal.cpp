@@ -8,10 +8,15 @@
 
 namespace otloss::cpu {
 
+// Compensated (Kahan): the rounding of a long sum would pass for a total that is not 1.
 template <typename T>
 double total(int64_t count, const T* w) {
-  double sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(w[i]);
+  double sum = 0, excess = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double term = static_cast<double>(w[i]) - excess, next = sum + term;
+    excess = (next - sum) - term;
+    sum = next;
+  }
   return sum;
 }
 

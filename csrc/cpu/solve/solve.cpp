@@ -131,8 +131,8 @@ void combine_terms(int64_t count, int64_t batch, const double* status, T* loss) 
     Loss entry;
     for (int64_t p = 0; p < count; ++p)
       entry.add(status[(p * batch + k) * kStatusFields + kStatusTerm]);
-    loss[k] = static_cast<T>(
-        clamped_loss(entry.sum, entry.size, std::numeric_limits<T>::epsilon()));
+    loss[k] =
+        static_cast<T>(clamped_loss(entry.sum, entry.size, std::numeric_limits<T>::epsilon()));
   }
 }
 

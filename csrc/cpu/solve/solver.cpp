@@ -6,6 +6,7 @@
 
 #include "core/math.h"
 #include "cpu/simd/sweep.h"
+#include "cpu/solve/far_mass.h"
 #include "cpu/solve/lbfgs_memory.h"
 #include "cpu/solve/sparse_newton.h"
 
@@ -15,11 +16,15 @@ namespace {
 template <typename T>
 constexpr double kRoundoff = static_cast<double>(std::numeric_limits<T>::epsilon());
 
+Outcome outcome_of(const StepControl& control) {
+  return {control.passes(), control.stop().final_error(), control.stop().reached()};
+}
+
 template <typename T>
 class PairSolver {
  public:
   PairSolver(Engine<T>& engine, const SolveOptions& options, T* F, T* g)
-      : engine_(engine), options_(options), F_(F) {
+      : engine_(engine), options_(options), F_(F), kept_gt_(g) {
     std::copy(g, g + m_, trial_.g.begin());
   }
 
@@ -35,10 +40,16 @@ class PairSolver {
     }
   }
 
-  // F is the row update of the point's g; gt, the column update of F, is one half step further.
-  Outcome finish(T* g) const {
-    std::copy(point_.gt.begin(), point_.gt.end(), g);
-    return {control_.passes(), point_.error, point_.error <= options_.tol};
+  // Both potentials of the best point. F is the row update of its g; gt, the column update of F, is
+  // one half step further.
+  Outcome finish() {
+    if (control_.stop().returns_kept())
+      std::copy(kept_F_.begin(), kept_F_.end(), F_);
+    else
+      std::copy(point_.gt.begin(), point_.gt.end(), kept_gt_);
+    Outcome outcome = outcome_of(control_);
+    outcome.converged = outcome.converged && !doubtful_;
+    return outcome;
   }
 
  private:
@@ -133,8 +144,64 @@ class PairSolver {
     point.noise = best.noise;
   }
 
-  // The trial becomes the point.
+  // The trial becomes the point, and after it every shifted one.
   void move() {
+    do take_trial();
+    while (next_ != Next::kStage && control_.at_last_stage() && shifts());
+    if (next_ == Next::kStep) aim();
+  }
+
+  // Looks for small mass that has to go far, see FarMassRule. True: by a shift that moves it, the
+  // trial. Else the solve goes on where the point does not prove that there is none.
+  bool shifts() {
+    const StopRule& stop = control_.stop();
+    const int64_t sweeps = control_.passes() - begun_;
+    doubtful_ = false;
+    const double tol = options_.tol, error = point_.error;
+    if (!far_rule_.looks(stop, error, sweeps)) return false;
+    const double size = far_.size(eps_, F_, point_), range = 2 * engine_.max_cost();
+    if (!FarMassRule::suspicious(far_.cheap_bound(point_, range), error, tol, size)) return false;
+    const double value = far_.scale(size, point_);  // and the range, which take a look at all costs
+    doubtful_ = FarMassRule::suspicious(far_.cheap_bound(point_, far_.range()), error, tol, value);
+    if (!doubtful_) return false;
+    if (far_rule_.examines(stop, sweeps)) {
+      if (stop.reached() && control_.may_pass(0)) {
+        control_.count_passes(1);
+        doubtful_ = !FarMassRule::proves(far_.gap(eps_, F_, point_), tol, value);
+        if (!doubtful_) return false;
+      }
+      if (shift(value, sweeps)) return true;
+    }
+    next_ = control_.go_on();
+    return false;
+  }
+
+  // Whether shifting the groups of the plan makes a better point, the trial.
+  bool shift(double value, int64_t sweeps) {
+    const auto found = far_.shift(eps_, F_, point_, control_.passes_left() - 1);
+    control_.count_passes(found.readings);
+    const double tol = options_.tol;
+    const bool is_shift = FarMassRule::is_shift(found.largest, eps_);
+    if (found.g.empty() || !(is_shift || FarMassRule::is_much(found.gain, tol, value)))
+      return false;
+    for (int64_t j = 0; j < m_; ++j) trial_.g[j] = point_.g[j] + found.g[j];
+    const std::vector<T> F(F_, F_ + n_);
+    evaluate(trial_, F_);
+    const double gain = trial_.value - point_.value;
+    const bool much = FarMassRule::is_much(far_.mass(point_) * gain, tol, value);
+    if (!much && !(is_shift && gain > -point_.noise)) {
+      std::copy(F.begin(), F.end(), F_);
+      return false;
+    }
+    far_rule_.shifted(much, sweeps);
+    control_.restart();
+    memory_.clear();
+    length_ = StepLength();
+    next_ = Next::kShift;
+    return true;
+  }
+
+  void take_trial() {
     std::vector<T> next = residual(trial_);
     if (next_ == Next::kStep) {
       std::vector<T> step(m_), change(m_);
@@ -153,7 +220,10 @@ class PairSolver {
     std::swap(point_, trial_);
     memory_.weigh(point_.target.data(), y_.hard());
     next_ = control_.move_to(point_);
-    if (next_ == Next::kStep) aim();
+    if (control_.stop().keeps()) {
+      kept_F_.assign(F_, F_ + n_);
+      std::copy(point_.gt.begin(), point_.gt.end(), kept_gt_);
+    }
   }
 
   // Residual gt - g without its mean, which the semidual does not see.
@@ -200,18 +270,23 @@ class PairSolver {
 
   Engine<T>& engine_;
   const SolveOptions& options_;
-  T* const F_;  // (n,) of the point that was evaluated last
+  T* const F_;             // (n,) of the point that was evaluated last
+  T* const kept_gt_;       // (m,) of the best point, where rounding may end the solve,
+  std::vector<T> kept_F_;  // (n,) and its F
   const Side<T>&x_ = engine_.x, &y_ = engine_.y;
   const int64_t n_ = x_.count, m_ = y_.count;
   double eps_ = options_.eps;  // of the stage
-  StepControl control_{options_.eps, options_.tol, options_.max_iters};
+  StepControl control_{options_.eps, options_.tol, options_.max_iters, y_.mass};
   Next next_ = Next::kStage;  // what the trial is
   SemidualPoint<T> point_{m_, y_.weight}, trial_{m_, y_.weight};
   std::vector<T> r_ = std::vector<T>(m_), p_ = r_, excess_ = r_;  // residual; direction; 1 - q
   LbfgsMemory<T> memory_;
   StepLength length_;
   SparseNewton<T> newton_{engine_};
-  int64_t begun_ = 0;  // passes before the stage
+  FarMass<T> far_{engine_};
+  FarMassRule far_rule_;
+  bool doubtful_ = false;  // whether small mass may have to go far
+  int64_t begun_ = 0;      // passes before the stage
 };
 
 }  // namespace
@@ -220,7 +295,7 @@ template <typename T>
 Outcome solve_pair(Engine<T>& engine, const SolveOptions& options, T* F, T* g) {
   PairSolver<T> solver(engine, options, F, g);
   solver.run();
-  return solver.finish(g);
+  return solver.finish();
 }
 
 template <typename T>
@@ -233,12 +308,12 @@ Outcome solve_symmetric(Engine<T>& engine, const SolveOptions& options, T* F) {
   const T relaxation = static_cast<T>(rule.relaxation), last = static_cast<T>(rule.last);
   const T undamped = static_cast<T>(eps / kLog2E);
   std::vector<T> f(n), s(n), softmin(n), target(x.weight, x.weight + n);
-  Outcome outcome;
+  StepControl control(eps, options.tol, options.max_iters, x.mass);
   if (options.warm_start) {
     for (int64_t i = 0; i < n; ++i) f[i] = F[i] / to_base2;
   } else {
     engine.update_rows(eps, f.data(), F, s.data());
-    ++outcome.iterations;
+    control.count_passes(1);
     const double centre = rule.centre * dot(n, x.weight, F) / x.mass;
     for (int64_t i = 0; i < n; ++i)
       f[i] = x.weight[i] > 0 ? to_cost * static_cast<T>(F[i] - centre) : T(0);
@@ -246,19 +321,19 @@ Outcome solve_symmetric(Engine<T>& engine, const SolveOptions& options, T* F) {
   while (true) {
     for (int64_t i = 0; i < n; ++i) F[i] = to_base2 * f[i];
     engine.update_rows(eps, f.data(), F, s.data());
-    ++outcome.iterations;
+    control.count_passes(1);
+    const SoftMean mean = x.soft_mean(f.data(), 1);
     if (!x.hard()) {
       for (int64_t i = 0; i < n; ++i) softmin[i] = undamped * F[i];
-      x.set_target(eps, 0, f.data(), softmin.data(), x.soft_mean(f.data(), 1).mean, s.data(),
-                   target.data());
+      x.set_target(eps, 0, f.data(), softmin.data(), mean.mean, s.data(), target.data());
     }
-    outcome.error = marginal_error(n, target.data(), s.data()) / x.mass;
-    outcome.converged = outcome.error <= options.tol;
-    if (outcome.converged || outcome.iterations >= options.max_iters || interrupted()) break;
+    control.observe({0, 8 * kRoundoff<T> * x.mass * mean.magnitude,
+                     marginal_error(n, target.data(), s.data()) / x.mass});
+    if (control.stop().ends() || !control.may_pass(0) || interrupted()) break;
     for (int64_t i = 0; i < n; ++i) f[i] += relaxation * (to_cost * F[i] - f[i]);
   }
   for (int64_t i = 0; i < n; ++i) F[i] = to_base2 * (f[i] + last * (to_cost * F[i] - f[i]));
-  return outcome;
+  return outcome_of(control);
 }
 
 template <typename T>
@@ -269,7 +344,7 @@ Outcome solve_fixed(Engine<T>& engine, const SolveOptions& options, T* F, T* g, 
   const T to_cost = static_cast<T>(eps / kLog2E * x.damping(eps));
   const T damping = static_cast<T>(y.damping(eps));
   std::vector<T> gt(m), q(m), target(y.weight, y.weight + m);
-  Outcome outcome;
+  StepControl control(eps, options.tol, options.n_iters, y.mass);
   for (int64_t it = 0; it < options.n_iters && !interrupted(); ++it) {
     engine.iterate(eps, g, F, gt.data(), q.data());
     if (it + 1 == options.n_iters && !y.hard())
@@ -280,11 +355,14 @@ Outcome solve_fixed(Engine<T>& engine, const SolveOptions& options, T* F, T* g, 
       std::copy(g, g + m, trace + n);
       trace += n + m;
     }
-    ++outcome.iterations;
+    control.count_passes(1);
   }
-  outcome.error = marginal_error(m, target.data(), q.data()) / y.mass;
-  outcome.converged = outcome.error <= options.tol;
-  return outcome;
+  if (control.passes() > 0) {
+    const double size = x.soft_mean(F, to_cost).magnitude + y.soft_mean(g, 1).magnitude;
+    control.observe(
+        {0, 4 * kRoundoff<T> * y.mass * size, marginal_error(m, target.data(), q.data()) / y.mass});
+  }
+  return outcome_of(control);
 }
 
 #define OTLOSS_INSTANTIATE(T)                                            \

@@ -49,9 +49,8 @@ bool SparseNewton<T>::prepare(double eps, const T* F, const SemidualPoint<T>& po
   last_error_ = point.error;
   if (!wanted_ || !slow_ || point.error > kNear) return false;
   if (!found_ && sweeps < next_search_) return false;
-  set_marginals(eps, F, point);
+  plan_.set(eps, x_, y_, F, point);
   coupling_ = x_.damping(eps) * y_.damping(eps);
-  absorb_weights(y_.count, factor<T>(eps), point.g.data(), y_.weight, G_.data());
   if (found_) {
     take_values(eps, F);
     if (missing_ <= kMissingGrowth * missing_at_first_ + kMissingSlack) return true;
@@ -68,7 +67,7 @@ bool SparseNewton<T>::prepare(double eps, const T* F, const SemidualPoint<T>& po
 template <typename T>
 void SparseNewton<T>::step(double error, std::vector<T>& p) {
   const double damping = kDamping * error, before = mean(p);
-  const Vector& c = column_;
+  const Vector& c = plan_.column;
   for (size_t j = 0; j < c.size(); ++j) {
     right_[j] = c[j] * (static_cast<double>(p[j]) - before);
     inverse_[j] = c[j] > 0 ? 1 / (diagonal_[j] + damping * c[j]) : 0.0;
@@ -82,30 +81,6 @@ void SparseNewton<T>::step(double error, std::vector<T>& p) {
   const double after = mean(solution_);
   for (size_t j = 0; j < c.size(); ++j)
     if (c[j] > 0) p[j] = static_cast<T>(solution_[j] - after);
-}
-
-// Row sums are those of exact rows, then damped; both sides are given the same total. Points that
-// hold next to nothing of the plan, which soft marginals make of outliers, count as nothing.
-template <typename T>
-void SparseNewton<T>::set_marginals(double eps, const T* F, const SemidualPoint<T>& point) {
-  const int64_t n = x_.count, m = y_.count;
-  Vector &r = row_, &c = column_;
-  const T tilt = x_.tilt(eps);
-  double of_rows = 0, of_columns = 0;
-  for (int64_t i = 0; i < n; ++i)
-    of_rows += r[i] =
-        static_cast<double>(x_.weight[i]) * static_cast<double>(fast_exp2(tilt * F[i]));
-  for (int64_t j = 0; j < m; ++j)
-    of_columns += c[j] = static_cast<double>(point.target[j]) * static_cast<double>(point.q[j]);
-  for (int64_t i = 0; i < n; ++i) {
-    r[i] *= of_columns / of_rows;
-    if (!has_mass(r[i], of_columns)) r[i] = 0;
-    R_[i] = log2_weight(static_cast<T>(r[i] / of_columns));
-  }
-  for (int64_t j = 0; j < m; ++j) {
-    if (!has_mass(c[j], of_columns)) c[j] = 0;
-    S_[j] = c[j] > 0 ? log2_weight(static_cast<T>(c[j] / of_columns)) : static_cast<T>(-kLog2Zero);
-  }
 }
 
 // Looks for the entries of the plan that hold most of it: those of more than 2^-10 of their row's
@@ -122,7 +97,7 @@ bool SparseNewton<T>::find(double eps, const T* F, int64_t sweeps) {
   for (double least = kLeast; least <= kMost; least += kStep) {
     LargeCount all{0, 0};
     for (const int64_t i : rows) {
-      const LargeCount one = count_large(large(eps, F, least, costs_.row(i), i));
+      const LargeCount one = count_large(plan_.large(eps, F, least, costs_.row(i), i));
       all.entries += one.entries, all.held += one.held;
     }
     if (all.held < kLeastHeld * sampled) return false;
@@ -149,12 +124,6 @@ double SparseNewton<T>::most_large(int64_t sweeps) const {
 }
 
 template <typename T>
-LargeEntries<T> SparseNewton<T>::large(double eps, const T* F, double least, const T* C,
-                                       int64_t i) const {
-  return {y_.count, factor<T>(eps), static_cast<T>(least), F[i], R_[i], C, G_.data(), S_.data()};
-}
-
-template <typename T>
 void SparseNewton<T>::SparseRows::reserve(int64_t entries) {
   if (entries <= static_cast<int64_t>(column.size())) return;
   const auto size = std::max<size_t>(entries, column.size() + column.size() / 2);
@@ -177,8 +146,9 @@ void SparseNewton<T>::list(double eps, const T* F, double least, double share) {
     costs_.for_each_block(index, begin, end, [&](const T* C, int64_t first, int64_t rows) {
       for (int64_t i = first; i < first + rows; ++i) {
         part.reserve(listed + m + kEntriesAtOnce);
-        listed += list_large(large(eps, F, least, C + (i - first) * m, i), marks.data(),
-                             part.column.data() + listed, part.cost.data() + listed);
+        listed +=
+            list_large(plan_.large(eps, F, least, C + (i - first) * costs_.source().stride(), i),
+                       marks.data(), part.column.data() + listed, part.cost.data() + listed);
         part.end[i - begin] = listed;
       }
     });
@@ -192,16 +162,17 @@ void SparseNewton<T>::take_values(double eps, const T* F) {
   constexpr double kLeastDiagonal = 1e-3;
   costs_.parts().for_each([&](int64_t index, int64_t begin, int64_t end) {
     SparseRows& part = parts_[index];
-    entry_values(EntryValues<T>{end - begin, factor<T>(eps), F + begin, G_.data(), part.end.data(),
-                                part.column.data(), part.cost.data(), part.value.data()});
+    entry_values(EntryValues<T>{end - begin, factor<T>(eps), F + begin, plan_.G.data(),
+                                part.end.data(), part.column.data(), part.cost.data(),
+                                part.value.data()});
   });
-  const Vector& c = column_;
+  const Vector& c = plan_.column;
   diagonal_ = c;
   double kept = 0, all = 0;
   for (const SparseRows& part : parts_) {
     int64_t e = 0;
     for (size_t i = 0; i < part.end.size(); ++i) {
-      const double r = row_[part.begin + i];
+      const double r = plan_.row[part.begin + i];
       double sum = 0;
       for (; e < part.end[i]; ++e) {
         const double value = static_cast<double>(part.value[e]);
@@ -222,8 +193,8 @@ template <typename Value>
 double SparseNewton<T>::mean(const std::vector<Value>& v) const {
   double sum = 0, total = 0;
   for (size_t j = 0; j < v.size(); ++j) {
-    sum += column_[j] * static_cast<double>(v[j]);
-    total += column_[j];
+    sum += plan_.column[j] * static_cast<double>(v[j]);
+    total += plan_.column[j];
   }
   return sum / total;
 }
@@ -238,7 +209,7 @@ void SparseNewton<T>::product(const Vector& v, Vector& out) {
     int64_t begin = 0;
     for (size_t i = 0; i < part.end.size(); ++i) {
       const int64_t end = part.end[i];
-      const double along = row_[part.begin + i] *
+      const double along = plan_.row[part.begin + i] *
                            gather(part.value.data(), part.column.data(), v.data(), begin, end);
       for (int64_t e = begin; e < end; ++e)
         sum[part.column[e]] += static_cast<double>(part.value[e]) * along;

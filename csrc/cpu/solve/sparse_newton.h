@@ -21,8 +21,8 @@
 #include <vector>
 
 #include "cpu/engines/engine.h"
-#include "cpu/simd/large_entries.h"
 #include "cpu/solve/conjugate_gradients.h"
+#include "cpu/solve/plan_marginals.h"
 
 namespace otloss::cpu {
 
@@ -58,10 +58,8 @@ class SparseNewton {
     void reserve(int64_t entries);
   };
 
-  void set_marginals(double eps, const T* F, const SemidualPoint<T>& point);
   bool find(double eps, const T* F, int64_t sweeps);
   double most_large(int64_t sweeps) const;
-  LargeEntries<T> large(double eps, const T* F, double least, const T* C, int64_t i) const;
   void list(double eps, const T* F, double least, double share);
   void take_values(double eps, const T* F);
   template <typename Value>
@@ -76,12 +74,9 @@ class SparseNewton {
   double last_error_ = kUnknown;
   double coupling_ = 1;  // of rows and columns: less than 1 where marginals are soft
   double missing_ = 0, missing_at_first_ = 0;
-  BlockVector<T> G_ = BlockVector<T>(y_.count);                // (m,) k g + log2 b of the point
-  Vector row_ = Vector(x_.count), column_ = Vector(y_.count);  // sums of the plan
-  std::vector<T> R_ = std::vector<T>(x_.count);                // log2 of them over the total,
-  std::vector<T> S_ = std::vector<T>(y_.count);                // ±kLog2Zero for 0
-  Vector diagonal_;                                            // (m,)
-  Vector right_ = column_, inverse_ = column_, solution_ = column_;  // (m,) scratch
+  PlanMarginals<T> plan_{x_.count, y_.count};                               // of the point
+  Vector diagonal_;                                                         // (m,)
+  Vector right_ = Vector(y_.count), inverse_ = right_, solution_ = right_;  // (m,) scratch
   PartSums<double> sums_{costs_.parts(), y_.count};
   std::vector<SparseRows> parts_;
 };

@@ -27,7 +27,7 @@ template <typename T>
 struct CombineKernel {
   static constexpr int kThreads = 128;
 
-  int64_t count;         // of terms
+  int64_t count;  // of terms
   int64_t batch;
   const double* status;  // (count, B, kStatusFields)
   T* loss;               // (B,)

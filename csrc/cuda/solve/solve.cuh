@@ -189,8 +189,7 @@ class Solver {
     place(p, batch);
     const double max_cost = load_rows(p);
     double* status = p.status + batch * kStatusFields;
-    control_ = StepControl(options_.eps, options_.tol, options_.max_iters);
-    error_ = static_cast<double>(std::numeric_limits<T>::quiet_NaN());
+    control_ = StepControl(options_.eps, options_.tol, options_.max_iters, mass_y_);
     const bool finite = max_cost <= std::numeric_limits<double>::max();
     if (finite) {
       start(p);
@@ -201,8 +200,8 @@ class Solver {
     finish(p, batch, finite);
     if (team_.rank() == 0 && thread_ == 0) {
       status[kStatusIterations] = static_cast<double>(control_.passes());
-      status[kStatusError] = error_;
-      status[kStatusConverged] = error_ <= options_.tol ? 1.0 : 0.0;
+      status[kStatusError] = control_.stop().final_error();
+      status[kStatusConverged] = control_.stop().reached() ? 1.0 : 0.0;
       status[kStatusMaxCost] = max_cost;
     }
   }
@@ -337,12 +336,11 @@ class Solver {
     control_.count_passes(1);
     if (phase_ == Phase::kSymmetricFirst) return begin_symmetric();
     if (symmetric_) {
-      error_ = symmetric_error();
+      control_.observe(symmetric_scalars());
       return symmetric_turn();
     }
     const Scalars trial = update_columns();
-    error_ = trial.error;
-    return phase_ == Phase::kFixed ? fixed_turn(p, batch) : pair_turn(p, batch, trial);
+    return phase_ == Phase::kFixed ? fixed_turn(p, batch, trial) : pair_turn(p, batch, trial);
   }
 
   // f and g out, and the value's part of the loss.
@@ -768,8 +766,8 @@ class Solver {
 
   // ------------------------------------------------------------------------------- after the pass
 
-  // The marginal error of a cloud against itself, whose f stands in g_.
-  OTLOSS_DEVICE double symmetric_error() {
+  // Of a cloud against itself, whose f stands in g_.
+  OTLOSS_DEVICE PointScalars symmetric_scalars() {
     SoftMean mean{0, 0};
     if (soft_) {
       SoftMean same;
@@ -777,16 +775,17 @@ class Solver {
       soft_means(g_ + first_column_, 1, g_, &same, &mean);
     }
     const TargetMarginal<T> target(side_x_, eps_, 0, mean.mean);
-    double sums[1] = {0};
+    double sums[2] = {0, 0};  // marginal error, size of f
     for_rows([&](int i, T& f) {
       if (!(a_[i] > T(0))) return;
       const T w = soft_ ? target.of(a_[i], f) : a_[i];
       const T q = soft_ ? target.ratio(s_[i], f, to_cost_ * F_[i]) : s_[i];
       const double off = static_cast<double>(q) - 1;
       sums[0] += static_cast<double>(w) * (off < 0 ? -off : off);
+      sums[1] += static_cast<double>(w) * static_cast<double>(f < T(0) ? -f : f);
     });
     team_.template reduce<Sum>(sums);
-    return sums[0] / mass_x_;
+    return {0, 8 * roundoff() * sums[1], sums[0] / mass_x_};
   }
 
   // The least potentials of points that count: of f, in its units, and of g. Also a barrier.
@@ -975,7 +974,8 @@ class Solver {
 
   // ------------------------------------------------------------------------------------ the solver
 
-  OTLOSS_DEVICE bool fixed_turn(const SolveGroup<T>& p, int64_t batch) {
+  OTLOSS_DEVICE bool fixed_turn(const SolveGroup<T>& p, int64_t batch, const Scalars& trial) {
+    control_.observe(trial);
     if (p.trace != nullptr) {
       T* trace = p.trace + (batch * options_.n_iters + control_.passes() - 1) * (p.n + p.m);
       const T to_cost = to_cost_ * static_cast<T>(damping_);
@@ -1003,7 +1003,7 @@ class Solver {
   }
 
   OTLOSS_DEVICE bool symmetric_turn() {
-    if (error_ <= options_.tol || control_.passes() >= options_.max_iters) return false;
+    if (control_.stop().ends() || control_.passes() >= options_.max_iters) return false;
     const T step = static_cast<T>(SymmetricRule(damping_).relaxation);
     const T to_cost = to_cost_ * static_cast<T>(damping_);
     for_rows([&](int i, T& f) { f += step * (to_cost * F_[i] - f); });
@@ -1045,6 +1045,8 @@ class Solver {
     }
     move(trial);
     next_ = control_.move_to(trial);
+    if (control_.stop().keeps()) keep(p);
+    if (next_ == Next::kDone && control_.stop().returns_kept()) return_kept(p);
     if (next_ == Next::kStep) {
       control_.aim(step_.slope, step_.first);
       for_columns([&](int j) {
@@ -1070,6 +1072,17 @@ class Solver {
     if (next_ == Next::kStage) return start_stage();
     forget();
     return true;
+  }
+
+  // The outputs keep the point; it becomes the one that is returned.
+  OTLOSS_NOINLINE void keep(const SolveGroup<T>& p) {
+    for (int i = thread_; i < rows_; i += kThreads) p.f[row_offset_ + i] = F_[i];
+    for_columns([&](int j) { p.g[b_ - p.b + j] = gt_[j]; });
+  }
+
+  OTLOSS_NOINLINE void return_kept(const SolveGroup<T>& p) {
+    for (int i = thread_; i < rows_; i += kThreads) F_[i] = p.f[row_offset_ + i];
+    for_columns([&](int j) { gt_[j] = p.g[b_ - p.b + j]; });
   }
 
   OTLOSS_DEVICE void forget() {
@@ -1105,7 +1118,6 @@ class Solver {
   OTLOSS_NOINLINE bool is_better_start(Scalars* trial, const T* kept_F) {
     if (trial->value > kept_.value) return true;
     *trial = kept_;
-    error_ = trial->error;
     exchange_starts();
     for (int i = thread_; i < rows_; i += kThreads) F_[i] = kept_F[i];
     return false;
@@ -1360,8 +1372,7 @@ class Solver {
 
   StepControl control_;
   Phase phase_;
-  Next next_;  // what the point under evaluation is
-  double error_;
+  Next next_;                 // what the point under evaluation is
   Scalars kept_{0, 0, 0, 0};  // a start put aside
 };
 

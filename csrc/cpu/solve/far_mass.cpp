@@ -1,0 +1,229 @@
+#include "cpu/solve/far_mass.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "core/math.h"
+#include "cpu/simd/sweep.h"
+#include "cpu/solve/group_shifts.h"
+
+namespace otloss::cpu {
+namespace {
+
+using Vector = std::vector<double>;
+
+// x log(x / y), 0 for x = 0.
+double x_log_ratio(double x, double y) { return x > 0 ? x * std::log(x / y) : 0.0; }
+
+// Sets of columns that are joined.
+class Sets {
+ public:
+  explicit Sets(int64_t count) : parent_(count) { std::iota(parent_.begin(), parent_.end(), 0); }
+
+  int32_t root(int32_t j) {
+    while (parent_[j] != j) j = parent_[j] = parent_[parent_[j]];
+    return j;
+  }
+  void join(int32_t i, int32_t j) { parent_[root(i)] = root(j); }
+  void join(Sets& other) {
+    for (int32_t j = 0; j < static_cast<int32_t>(parent_.size()); ++j) join(j, other.root(j));
+  }
+
+ private:
+  std::vector<int32_t> parent_;
+};
+
+}  // namespace
+
+template <typename T>
+double FarMass<T>::size(double eps, const T* F, const SemidualPoint<T>& point) const {
+  if (x_.hard() && y_.hard()) return std::abs(point.value);
+  const double unit = x_.damping(eps) * eps / kLog2E;
+  return std::abs(soft_value(x_, y_, x_.mass, y_.mass, eps, x_.soft_mean(F, unit).mean,
+                             y_.soft_mean(point.g.data(), 1).mean));
+}
+
+// What the plan lacks and has too much could go as far as any pair of points is apart.
+template <typename T>
+double FarMass<T>::cheap_bound(const SemidualPoint<T>& point, double range) const {
+  double lacking = 0, along = 0;
+  for (int64_t j = 0; j < y_.count; ++j) {
+    const double d = static_cast<double>(point.target[j]) * (1 - static_cast<double>(point.q[j]));
+    lacking += std::max(d, 0.0), along += d * static_cast<double>(point.g[j]);
+  }
+  return mass(point) * std::min(lacking * range - along, own_gap(point));
+}
+
+// Where the columns need not have a given sum the plan is feasible as it is.
+template <typename T>
+double FarMass<T>::own_gap(const SemidualPoint<T>& point) const {
+  if (y_.hard()) return std::numeric_limits<double>::infinity();
+  double sum = 0;
+  for (int64_t j = 0; j < y_.count; ++j) {
+    const double d = static_cast<double>(point.q[j]) - 1;
+    sum += static_cast<double>(point.target[j]) * ((1 + d) * std::log1p(d) - d);
+  }
+  return sum / y_.rate;
+}
+
+// The feasible plan is P with columns that have too much scaled down, and a plan of rank 1,
+// u v^T / s, for what rows and columns lack then. Its divergence from P is bounded by that of the
+// two parts (KL is jointly convex), which takes no logarithm of an entry.
+template <typename T>
+double FarMass<T>::gap(double eps, const T* F, const SemidualPoint<T>& point) {
+  const int64_t m = y_.count;
+  plan_ = PlanMarginals<T>(x_.count, y_.count);
+  plan_.set(eps, x_, y_, F, point);
+  const double kappa = mass(point), to_cost = x_.damping(eps) * eps / kLog2E;
+  Vector excess(m), v;
+  std::vector<int64_t> lacking;
+  double s = 0, total = 0, kept = 0, on_v = 0;
+  for (int64_t j = 0; j < m; ++j) {
+    const double w = static_cast<double>(point.target[j]), c = w * static_cast<double>(point.q[j]);
+    if (!(w > 0)) continue;
+    total += c;
+    kept += x_log_ratio(std::min(w, c), c);
+    excess[j] = c > w ? 1 - w / c : 0;
+    if (!(w > c)) continue;
+    lacking.push_back(j), v.push_back(w - c), s += w - c;
+    on_v += eps * x_log_ratio(w - c, static_cast<double>(y_.weight[j])) -
+            (w - c) * static_cast<double>(point.g[j]);
+  }
+  if (!(s > 0)) return 0;
+  kept -= x_log_ratio(total - s, total);
+  CostBlocks<T>& costs = engine_.costs();
+  Vector parts(costs.parts().count());
+  costs.for_each([&](int64_t part, const T* C, int64_t first, int64_t rows) {
+    std::vector<T> P(m);
+    for (int64_t i = first; i < first + rows; ++i, C += costs.source().stride()) {
+      if (!(plan_.row[i] > 0)) continue;
+      const T one = T(1);
+      plan_rows(
+          PlanRows<T>{1, m, factor<T>(eps), T(1), C, m, &one, F + i, plan_.G.data(), P.data()});
+      double u = 0, far = 0;
+      for (int64_t j = 0; j < m; ++j) u += static_cast<double>(P[j]) * excess[j];
+      for (size_t l = 0; l < lacking.size(); ++l) far += static_cast<double>(C[lacking[l]]) * v[l];
+      u *= plan_.row[i];
+      parts[part] += u * (far / s - to_cost * static_cast<double>(F[i])) +
+                     eps * x_log_ratio(u, static_cast<double>(x_.weight[i]));
+    }
+  });
+  double sum = eps * kept + on_v - eps * x_log_ratio(s, total) - eps * s * std::log(s);
+  for (const double part : parts) sum += part;
+  sum += eps * s * std::log(kappa);
+  return kappa * std::min(sum, own_gap(point));
+}
+
+template <typename T>
+typename FarMass<T>::Shift FarMass<T>::shift(double eps, const T* F, const SemidualPoint<T>& point,
+                                             int64_t most_readings) {
+  constexpr int64_t kGroups = 64;
+  constexpr double kLeast = -10, kFewer = 4;  // log2 of the entries that join; times, where too few
+  const int64_t m = y_.count;
+  Shift result;
+  plan_ = PlanMarginals<T>(x_.count, y_.count);
+  plan_.set(eps, x_, y_, F, point);
+  int64_t k = kGroups + 1;
+  for (double least = kLeast; k > kGroups; least *= kFewer) {
+    if (result.readings + 2 > most_readings) return result;
+    ++result.readings;
+    k = find_groups(eps, F, least);
+  }
+  if (k < 2) return result;
+  GroupProblem groups{k, {}, Vector(k), Vector(k), x_, y_, eps};
+  Vector lacking(k);
+  for (int64_t j = 0; j < m; ++j) {
+    if (group_[j] < 0) continue;
+    groups.B[group_[j]] += static_cast<double>(point.target[j]);
+    lacking[group_[j]] += static_cast<double>(point.target[j]) - plan_.column[j];
+  }
+  ++result.readings;
+  groups.M = between_groups(eps, F, k, groups.A);
+  const Vector t = best_shifts(groups);
+  for (int64_t K = 0; K < k; ++K) {
+    if (!std::isfinite(t[K])) return result;
+    result.largest = std::max(result.largest, std::abs(t[K]));
+    result.gain += lacking[K] * t[K];
+  }
+  result.gain *= mass(point);
+  result.g.resize(m);
+  for (int64_t j = 0; j < m; ++j) result.g[j] = group_[j] < 0 ? T(0) : static_cast<T>(t[group_[j]]);
+  return result;
+}
+
+// Groups are the connected components of the entries of more than 2^least of their row's or
+// column's sum. Returns how many there are.
+template <typename T>
+int64_t FarMass<T>::find_groups(double eps, const T* F, double least) {
+  const int64_t m = y_.count;
+  CostBlocks<T>& costs = engine_.costs();
+  std::vector<Sets> parts(costs.parts().count(), Sets(m));
+  costs.for_each([&](int64_t part, const T* C, int64_t first, int64_t rows) {
+    std::vector<uint8_t> marks(m + kEntriesAtOnce);
+    std::vector<int32_t> column(m + kEntriesAtOnce);
+    std::vector<T> cost(m + kEntriesAtOnce);
+    for (int64_t i = first; i < first + rows; ++i, C += costs.source().stride()) {
+      const int64_t listed =
+          list_large(plan_.large(eps, F, least, C, i), marks.data(), column.data(), cost.data());
+      for (int64_t e = 1; e < listed; ++e) parts[part].join(column[e], column[0]);
+    }
+  });
+  for (size_t part = 1; part < parts.size(); ++part) parts[0].join(parts[part]);
+  std::vector<int32_t> number(m, -1);  // of a root
+  int32_t k = 0;
+  group_.assign(m, -1);
+  for (int32_t j = 0; j < m; ++j) {
+    if (!(plan_.column[j] > 0)) continue;
+    int32_t& of_root = number[parts[0].root(j)];
+    if (of_root < 0) of_root = k++;
+    group_[j] = of_root;
+  }
+  return k;
+}
+
+// M (k, k) and A (k,) of GroupProblem. A row belongs to the group that it sends most to.
+template <typename T>
+std::vector<double> FarMass<T>::between_groups(double eps, const T* F, int64_t k, Vector& A) {
+  using Lse = OnlineLse<double>;
+  const int64_t m = y_.count;
+  const T per_cost = factor<T>(eps);
+  CostBlocks<T>& costs = engine_.costs();
+  std::vector<std::vector<Lse>> parts(costs.parts().count(), std::vector<Lse>(k * k));
+  std::vector<Vector> held(costs.parts().count(), Vector(k));
+  costs.for_each([&](int64_t part, const T* C, int64_t first, int64_t rows) {
+    std::vector<T> largest(k), sum(k);
+    for (int64_t i = first; i < first + rows; ++i, C += costs.source().stride()) {
+      if (!(plan_.row[i] > 0)) continue;
+      const auto entry = [&](int64_t j) { return F[i] + plan_.G[j] - per_cost * C[j]; };
+      std::fill(largest.begin(), largest.end(), std::numeric_limits<T>::lowest());
+      std::fill(sum.begin(), sum.end(), T(0));
+      for (int64_t j = 0; j < m; ++j)
+        if (group_[j] >= 0) largest[group_[j]] = std::max(largest[group_[j]], entry(j));
+      for (int64_t j = 0; j < m; ++j)
+        if (group_[j] >= 0) sum[group_[j]] += fast_exp2(entry(j) - largest[group_[j]]);
+      for (int64_t K = 0; K < k; ++K) largest[K] += fast_log2(sum[K]);
+      const int64_t home = std::max_element(largest.begin(), largest.end()) - largest.begin();
+      const double own = std::log2(plan_.row[i]);
+      for (int64_t K = 0; K < k; ++K)
+        parts[part][home * k + K].add(own + static_cast<double>(largest[K]));
+      held[part][home] += plan_.row[i];
+    }
+  });
+  Vector M(k * k);
+  for (size_t part = 0; part < parts.size(); ++part)
+    for (int64_t I = 0; I < k; ++I) {
+      A[I] += held[part][I];
+      for (int64_t K = 0; K < k && part > 0; ++K) parts[0][I * k + K].merge(parts[part][I * k + K]);
+    }
+  for (int64_t I = 0; I < k; ++I)
+    for (int64_t K = 0; K < k && A[I] > 0; ++K)
+      M[I * k + K] = eps / kLog2E * (std::log2(A[I]) - parts[0][I * k + K].value());
+  return M;
+}
+
+template class FarMass<float>;
+template class FarMass<double>;
+
+}  // namespace otloss::cpu

@@ -1,0 +1,64 @@
+// Small mass that has to go far, which the marginal error does not see: how far off the value can
+// be, and a step that moves such mass (docs/solver.md). Balanced or not.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "cpu/engines/engine.h"
+#include "cpu/solve/plan_marginals.h"
+
+namespace otloss::cpu {
+
+template <typename T>
+class FarMass {
+ public:
+  explicit FarMass(Engine<T>& engine) : engine_(engine) {}
+
+  // The size of the value that is sought. F: the exact row update of the point's g, here and below.
+  double size(double eps, const T* F, const SemidualPoint<T>& point) const;
+  // By what its error is measured: where costs may be negative, the value counted from the least of
+  // them, if that is more, so that it is not near 0 by accident.
+  double scale(double size, const SemidualPoint<T>& point) {
+    return x_.hard() && y_.hard() ? std::max(size, point.value - y_.mass * costs().least) : size;
+  }
+
+  // A bound of the error of the value, without a reading of the costs; `range` of the costs.
+  double cheap_bound(const SemidualPoint<T>& point, double range) const;
+  double range() { return costs().most - costs().least; }
+
+  // A far better bound, by one reading: the duality gap of a feasible plan.
+  double gap(double eps, const T* F, const SemidualPoint<T>& point);
+
+  // The best shifts of groups of columns against each other.
+  struct Shift {
+    std::vector<T> g;    // (m,) to be added; empty where there is one group, or no reading left
+    double largest = 0;  // |g|
+    double gain = 0;     // of the value, at most
+    int64_t readings = 0;
+  };
+  Shift shift(double eps, const T* F, const SemidualPoint<T>& point, int64_t most_readings);
+
+  // The plan's total over that of b, in units of which target marginals are.
+  double mass(const SemidualPoint<T>& point) const {
+    return y_.share(y_.soft_mean(point.g.data(), 1).mean);
+  }
+
+ private:
+  const CostRange& costs() {
+    if (!(range_.least <= range_.most)) range_ = engine_.cost_range();
+    return range_;
+  }
+  double own_gap(const SemidualPoint<T>& point) const;
+  int64_t find_groups(double eps, const T* F, double least);
+  std::vector<double> between_groups(double eps, const T* F, int64_t k, std::vector<double>& A);
+
+  Engine<T>& engine_;
+  const Side<T>&x_ = engine_.x, &y_ = engine_.y;
+  CostRange range_{1, 0};        // not known yet
+  PlanMarginals<T> plan_{0, 0};  // made when it is needed, which is rare
+  std::vector<int32_t> group_;   // (m,) of a column, -1 without mass
+};
+
+}  // namespace otloss::cpu

@@ -1,0 +1,109 @@
+"""The best shifts of groups of columns against each other: csrc/cpu/solve/group_shifts.h.
+
+Where the plan falls apart into groups that exchange next to nothing, the semidual is nearly flat
+along potentials that are constant on each group, until one is shifted so far that mass moves to
+another. Lumped together, the groups are the points of a small transport problem, whose potentials
+are the shifts.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from otloss.reference.marginals import damping, dual, share
+
+STEPS, TRIES, SHRINK = 30, 30, 0.3
+TOLERANCE = 0.05  # of the log residual, and of a step over the temperature
+SUFFICIENT_GAIN, ROUNDING, RIDGE = 1e-4, 1e-14, 1e-13
+RATIO = 0.25  # of one temperature to the one before
+
+
+class Groups(NamedTuple):
+    M: Tensor  # (k', k) -eps log of the part of A that the plan sends to each group of columns
+    A: Tensor  # (k',) what groups of rows hold, positive
+    B: Tensor  # (k,) what groups of columns want, positive
+    eps: float
+    rho_x: float
+    rho_y: float
+
+    @property
+    def hard(self) -> bool:
+        return math.isinf(self.rho_x) and math.isinf(self.rho_y)
+
+
+class Point(NamedTuple):
+    """The groups' dual problem at shifts t and a temperature h in the place of eps."""
+
+    t: Tensor  # (k,)
+    value: float
+    Q: Tensor  # (k', k) the plan
+    r: Tensor  # (k',) its row sums
+    c: Tensor  # (k,) its column sums
+    w: Tensor  # (k,) those that are wanted
+
+
+def best_shifts(groups: Groups) -> Tensor:
+    """(k,) what to add to the potentials of each group of columns.
+
+    By Newton's method at a temperature that falls from the largest M to eps.
+    """
+    M = groups.M
+    h = max(groups.eps, float((M.amax(1) - M.amin(1)).max()))
+    t = _ascend(groups, h, torch.zeros_like(groups.B))
+    while h > groups.eps:
+        h = max(groups.eps, RATIO * h)
+        t = _ascend(groups, h, t)
+    return _centred(groups.B, t) if groups.hard else t
+
+
+def _at(groups: Groups, h: float, t: Tensor) -> Point:
+    """A soft side's potential is damped, which its part of the dual contains."""
+    rho_x = groups.rho_x + h
+    z = (t - groups.M) / h
+    f = -h * torch.logsumexp(z, 1)
+    r, w = groups.A * share(f, rho_x), groups.B * share(t, groups.rho_y)
+    Q = r[:, None] * z.softmax(1)
+    value = (groups.A * dual(f, rho_x)).sum() + (groups.B * dual(t, groups.rho_y)).sum()
+    return Point(t, float(value), Q, r, Q.sum(0), w)
+
+
+def _ascend(groups: Groups, h: float, t: Tensor) -> Tensor:
+    at = _at(groups, h, t)
+    for _ in range(STEPS):
+        log_residual = (at.w / at.c.clamp(min=1e-300)).log()
+        p = _newton_step(groups, h, at, log_residual)
+        if log_residual.abs().max() <= TOLERANCE and p.abs().max() <= TOLERANCE * h:
+            break
+        if not (at.w - at.c) @ p > 0:
+            p = h * log_residual
+        slope, length = float((at.w - at.c) @ p), 1.0
+        for _ in range(TRIES):
+            trial = _at(groups, h, at.t + length * p)
+            rounding = ROUNDING * (abs(at.value) + h)
+            if trial.value >= at.value + SUFFICIENT_GAIN * length * slope - rounding:
+                break
+            length *= SHRINK
+        else:
+            break
+        at = trial
+    return at.t
+
+
+def _newton_step(groups: Groups, h: float, at: Point, log_residual: Tensor) -> Tensor:
+    """(diag(c + h w / rho_y) - damping_x Q^T diag(1/r) Q) p = h c log(w / c), scaled by c^(1/2)."""
+    root = at.c.clamp(min=1e-200).sqrt()
+    H = (at.c + h / groups.rho_y * at.w).diag()
+    H = H - damping(groups.rho_x, h) * at.Q.mT @ (at.Q / at.r[:, None])
+    H = H / root / root[:, None] + RIDGE * torch.eye(len(root)).to(H)
+    if groups.hard:  # constants, which it does not see
+        H = H + root * root[:, None] / at.c.sum()
+        log_residual = _centred(at.c, log_residual)
+    return h * torch.linalg.solve(H, at.c / root * log_residual) / root
+
+
+def _centred(w: Tensor, v: Tensor) -> Tensor:
+    return v - (w @ v) / w.sum()

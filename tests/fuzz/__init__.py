@@ -1,0 +1,6 @@
+"""Random problems against the oracle: see __main__.py."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the oracle
