@@ -121,7 +121,7 @@ def test_batches_and_padding(mode, objective, rng):
     """Problems of a batch do not see each other, nor what stands in points of weight 0."""
     options = {"objective": objective, **solver_of(mode, n_iters=4)}
     sizes, n, m = ((6, 5), (4, 7), (7, 3)), 8, 9
-    x, y = torch.full((3, n, 2), math.nan).double(), torch.full((3, m, 2), 1e30).double()
+    x, y = torch.full((3, n, 2), math.nan).double(), torch.full((3, m, 2), math.inf).double()
     batch, alone = Clouds(x, y, torch.zeros(3, n).double(), torch.zeros(3, m).double()), []
     for k, (p, q) in enumerate(sizes):
         one = clouds(rng, p, q, 2, weights="random")

@@ -79,6 +79,10 @@ class Case:
         return math.isinf(self.rho[0]) and math.isinf(self.rho[1])
 
     @property
+    def symmetric(self) -> bool:
+        return self.cost not in (_sheared, _bilinear)
+
+    @property
     def transport(self) -> bool:
         return self.options["objective"] == "transport"
 
