@@ -99,7 +99,7 @@ def costs() -> str:
 
 def floors() -> str:
     result, how = load("floors")
-    rows = []
+    how, rows = how.removesuffix(", float32"), []
     for row in result["rows"]:
         parts = (row["both"], row["forward"], row["both"] - row["forward"])
         times = [milliseconds(row[part]) for part in ("both", "floor")]
@@ -107,7 +107,7 @@ def floors() -> str:
     header = ["", "loss and gradient", "five products", "over these", "loss", "gradient"]
     return (
         "Milliseconds for the divergence of a minibatch and its gradient in one cloud, for five\n"
-        f"products by torch, and the first over the second, in all and in parts ({how.replace(', float32', '')}):\n\n"
+        f"products by torch, and the first over the second, in all and in parts ({how}):\n\n"
         f"{table(header, rows)}\n"
     )
 
