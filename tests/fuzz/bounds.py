@@ -367,7 +367,10 @@ class Judge:
             else:
                 scale, target = q.rho_x + eps, certified.wanted(q.a, f, q.rho_x)
                 off = float((q.a * np.abs(grad + scale * np.expm1(-f / q.rho_x))).sum())
-                parts = [q.a.sum(), target.sum(), *(t.mass for t in terms)]
+                returned = (
+                    q.a.sum() - (q.a * grad).sum() / scale
+                )  # the total asked for by the gradient
+                parts = [q.a.sum(), target.sum(), abs(returned), *(t.mass for t in terms)]
                 bound = scale * (
                     math.sqrt(3 * max(parts) * allowed / q.rho_x) + 64 * unit * sum(parts)
                 )
