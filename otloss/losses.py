@@ -75,11 +75,12 @@ def sinkhorn_divergence(
         eps: regularisation, in units of cost, absolute. A few percent of the mean cost: sharp, near
             exact optimal transport. The mean cost or more: blurred, near :func:`energy_distance`.
         a, b: weights (n,) and (m,), or (B, n) and (B, m), of equal total unless ``unbalanced``;
-            default uniform. A point of weight 0 is padding: it changes nothing and receives
-            gradient 0.
+            default uniform. A point of weight 0 changes nothing, and its coordinates receive
+            gradient 0. Its weight has a one-sided derivative where they are finite (an empty bin),
+            and gradient 0 where they are NaN or infinite (padding).
         cost: ``"sqeuclidean"`` |x - y|^2 (no 1/2), ``"euclidean"`` |x - y|, ``"cosine"``
             1 - <x, y> / (|x| |y|), or a differentiable function ``(x, y) -> C``, which gets a
-            point of positive weight in place of padding.
+            point of positive weight in place of one of weight 0.
         objective: ``"regularized"``: OT_eps as above, the divergence of Feydy et al.;
             ``"transport"``: each term is <P_eps, C>, without the entropy. Genevay et al.'s
             W̄ = 2W(a,b) - W(a,a) - W(b,b) is twice this divergence with ``"transport"``.

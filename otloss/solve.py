@@ -148,8 +148,9 @@ def solve(
     Args:
         C: cost matrix (n, m), or (B, n, m) for a batch of independent problems.
         eps: regularisation, in units of ``C``, absolute.
-        a, b: weights (n,) and (m,), or (B, n) and (B, m); default uniform. A point of weight 0 is
-            padding: it changes nothing and receives gradient 0.
+        a, b: weights (n,) and (m,), or (B, n) and (B, m); default uniform. A row of weight 0
+            changes nothing and receives gradient 0. Its weight has a one-sided derivative if its
+            costs are finite, an empty bin, and else is padding, with gradient 0.
         objective: ``"regularized"``: :math:`OT_\varepsilon`; ``"transport"``:
             :math:`\langle P_\varepsilon, C\rangle`.
         unbalanced: penalty rho on the KL divergence of the plan's marginals from a and b, in units

@@ -83,7 +83,8 @@ def test_first_and_second_order(method, debiased, mode, objective, cost, strengt
 
 @some_of("backend, cost, objective, strength", BACKENDS, COSTS, OBJECTIVES, [None, *STRENGTHS])
 def test_modes_agree_at_convergence(backend, cost, objective, strength, rng):
-    leaves, eps = leaves_of(rng, 12, 9, 3, backend.device), 0.3 if cost == "cosine" else 1.0
+    leaves = leaves_of(rng, 12, 9, 3, backend.device)
+    eps = {"sqeuclidean": 4.0, "euclidean": 1.0, "cosine": 0.3}[cost]  # iterations get there
     options = {"cost": cost, "objective": objective, "unbalanced": strength}
 
     def gradient(mode: str) -> tuple[Tensor, ...]:
@@ -227,7 +228,7 @@ def test_unrolled_at_every_block_shape(n, m, rng):
     assert relative(*found) < 1e-10
 
 
-@pytest.mark.parametrize(("dtype", "tol"), zip(DTYPES, (2e-4, 1e-9), strict=True), ids=name)
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float32, 2e-4), (torch.float64, 1e-9)], ids=name)
 def test_unrolled_from_a_cold_start_at_small_eps(dtype, tol, rng):
     """exp((g' - g) / eps) overflows in the first iteration."""
     c, eps = clouds(rng, 30, 26, 3, weights="random"), 0.05

@@ -99,7 +99,7 @@ class ShardedEngine:
 
     @functools.cached_property
     def cost_range(self) -> tuple[float, float]:
-        return range_of(self, self.clouds)
+        return range_of(self)
 
     def sigma(self) -> float:
         rows, columns = sample(self.a), sample(self.b)

@@ -48,7 +48,7 @@ class Engine(Protocol):
 
     @property
     def cost_range(self) -> tuple[float, float]:
-        """The least and the largest cost."""
+        """An interval with all costs, and 0."""
 
     def sigma(self) -> float:
         """Standard deviation of C_ij - mean_i - mean_j + mean on a sample."""
@@ -108,7 +108,7 @@ class DenseEngine:
 
     @functools.cached_property
     def cost_range(self) -> tuple[float, float]:
-        return range_of(self, self.clouds)
+        return range_of(self)
 
     def sigma(self) -> float:
         return spread(self.C[sample(self.a)][:, sample(self.b)])
@@ -117,17 +117,12 @@ class DenseEngine:
         return self.clouds.propose(sweeps, eps) if self.clouds else None
 
 
-def range_of(engine: Engine, clouds: Clouds | None) -> tuple[float, float]:
-    """The costs' least and largest, of points of positive weight; from points, 0 and a bound."""
-    if clouds:
-        return 0.0, float(clouds.cost.bound(clouds.x, clouds.y))
+def range_of(engine: Engine) -> tuple[float, float]:
+    """An interval with all costs of points of positive weight, and 0."""
 
-    def part(rows: slice, C: Tensor) -> Tensor:
-        least, most = torch.finfo(C.dtype).max, torch.finfo(C.dtype).min
-        there = (engine.a[rows] > 0).unsqueeze(-1) & (engine.b > 0)
-        if not bool(there.any()):
-            return C.new_tensor([least, most])
-        return torch.stack([C[there].amin(), C[there].amax()])
+    def part(_: slice, C: Tensor) -> Tensor:
+        ends = torch.cat([C.flatten(), C.new_zeros(1)])
+        return torch.stack([ends.amin(), ends.amax()])
 
     parts = engine.over_rows(engine.b.new_zeros(2), part)
     return float(parts[:, 0].amin()), float(parts[:, 1].amax())

@@ -56,25 +56,6 @@ double Engine<T>::transport(double eps, const T* F, const T* g) {
   return sum;
 }
 
-template <typename T>
-CostRange Engine<T>::cost_range() {
-  if (group_.points.zx) return {0, max_cost_};
-  std::vector<CostRange> ranges(workspaces_.size(), {max_cost_, -max_cost_});
-  costs_.for_each([&](int64_t part, const T* C, int64_t first, int64_t count) {
-    CostRange& range = ranges[part];
-    for (int64_t i = first; i < first + count; ++i, C += costs_.source().stride())
-      for (int64_t j = 0; j < m_ && x.weight[i] > T(0); ++j)
-        if (y.weight[j] > T(0)) {
-          range.least = std::min(range.least, static_cast<double>(C[j]));
-          range.most = std::max(range.most, static_cast<double>(C[j]));
-        }
-  });
-  CostRange all = ranges[0];
-  for (const CostRange& range : ranges)
-    all = {std::min(all.least, range.least), std::max(all.most, range.most)};
-  return all;
-}
-
 // On at most 256 x 256 points.
 template <typename T>
 double Engine<T>::sigma() {
@@ -136,7 +117,7 @@ void Engine<T>::sweep(bool unit, double eps, int64_t part, int64_t begin, int64_
 
 template <typename T>
 bool Engine<T>::begin_sweep(double eps, const T* g) {
-  bool unit = x.mass == 1 && y.mass == 1 && eps > max_cost_;
+  bool unit = x.mass == 1 && y.mass == 1 && eps > max_cost();
   for (int64_t j = 0; unit && j < m_; ++j) unit = std::abs(static_cast<double>(g[j])) < eps;
   const T k = factor<T>(eps);
   if (unit)

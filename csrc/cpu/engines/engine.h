@@ -20,10 +20,6 @@ struct SemidualPoint : PointScalars {
   SemidualPoint(int64_t m, const T* b) : g(m), gt(m), q(m), target(b, b + m) {}
 };
 
-struct CostRange {
-  double least, most;
-};
-
 // F is in units of 1 / k, k = log2(e) / eps, and F before damping: f = x.damping F / k. g and gt
 // are in units of cost. Dampings are 1 unless a marginal is soft.
 template <typename T>
@@ -46,10 +42,8 @@ class Engine {
   double transport(double eps, const T* F, const T* g);
 
   // max |C_ij| over points of positive weight or a bound of it, NaN if one is not finite.
-  double max_cost() const { return max_cost_; }
-
-  // Of the costs of points of positive weight; from points, 0 and a bound.
-  CostRange cost_range();
+  double max_cost() const { return cost_range_.max_abs(); }
+  const CostRange& cost_range() const { return cost_range_; }
 
   // Standard deviation of the double-centred cost on a sample: against eps, how hard the problem
   // is.
@@ -88,7 +82,7 @@ class Engine {
   CostBlocks<T> costs_{RowParts(n_, m_, split_), kFlushRows,
                        RowSource<T>(n_, m_, group_.C, group_.C ? group_.stride : padded<T>(m_),
                                     group_.points, problem_, group_.symmetric)};
-  const double max_cost_ = costs_.source().max_cost(x.weight, y.weight);
+  const CostRange cost_range_ = costs_.source().cost_range(x.weight, y.weight);
   BlockVector<T> G_ = BlockVector<T>(padded<T>(m_), T(kLog2Zero));
   std::vector<T> s_ = std::vector<T>(n_);
   std::vector<Workspace> workspaces_ =

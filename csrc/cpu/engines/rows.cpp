@@ -51,9 +51,10 @@ const T* RowSource<T>::columns(int64_t begin, int64_t end, std::vector<T>& scrat
 }
 
 template <typename T>
-double RowSource<T>::max_cost(const T* a, const T* b) const {
-  if (C_) return max_abs(n_, m_, C_, stride_, a, b);
-  return cost_bound(kind_, largest_norm(from_, a), largest_norm(to_, b));
+CostRange RowSource<T>::cost_range(const T* a, const T* b) const {
+  if (C_) return cpu::cost_range(n_, m_, C_, stride_, a, b);
+  const double bound = cost_bound(kind_, largest_norm(from_, a), largest_norm(to_, b));
+  return {0 * bound, bound};
 }
 
 template <typename T>

@@ -7,6 +7,7 @@
 #include "cpu/cost/points.h"
 #include "cpu/parallel.h"
 #include "cpu/simd/blocks.h"
+#include "cpu/simd/sweep.h"
 #include "kernels.h"
 
 namespace otloss::cpu {
@@ -39,9 +40,8 @@ class RowSource {
   }
   // Columns [begin, end) of all rows; `stride` is set to the distance of rows.
   const T* columns(int64_t begin, int64_t end, std::vector<T>& scratch, int64_t& stride) const;
-  // max |C_ij| over points of positive weight, or from points a bound of it; NaN if one is not
-  // finite.
-  double max_cost(const T* a, const T* b) const;
+  // Of points of positive weight; from points with a bound of the costs.
+  CostRange cost_range(const T* a, const T* b) const;
 
   // Of streamed rows: the points of the columns, and costs whose rows are `stride` apart.
   const PackedCloud<T>& to() const { return to_; }

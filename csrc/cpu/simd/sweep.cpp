@@ -146,19 +146,25 @@ OTLOSS_SIMD T transport_row(int64_t m, T F, T k, const T* C, const T* G) {
   return sum;
 }
 
-// max |C_j| over columns of positive weight; NaN if one is not finite.
+// Of columns of positive weight: the least and the largest cost, or 0, and NaN if one is not
+// finite.
 template <typename T>
-OTLOSS_SIMD T max_abs_row(int64_t m, const T* C, const T* b) {
-  T largest = 0, nonfinite = 0;
-#pragma omp simd reduction(max : largest) reduction(+ : nonfinite)
+struct RowRange {
+  T least, most, nonfinite;
+};
+
+template <typename T>
+OTLOSS_SIMD RowRange<T> range_of_row(int64_t m, const T* C, const T* b) {
+  T least = 0, most = 0, nonfinite = 0;
+#pragma omp simd reduction(min : least) reduction(max : most) reduction(+ : nonfinite)
   for (int64_t j = 0; j < m; ++j) {
     const T entry = C[j];  // read whatever the weight, so that the loop has no branch
     const T c = b[j] > T(0) ? entry : T(0);
-    const T magnitude = std::abs(c);
-    largest = magnitude > largest ? magnitude : largest;
+    least = c < least ? c : least;
+    most = c > most ? c : most;
     nonfinite += c * T(0);  // 0, or NaN for inf and NaN
   }
-  return largest + nonfinite;
+  return {least, most, nonfinite};
 }
 
 template <typename T>
@@ -299,15 +305,17 @@ double transport_rows(const PlanRows<T>& p) {
 }
 
 template <typename T>
-double max_abs(int64_t n, int64_t m, const T* C, int64_t stride, const T* a, const T* b) {
-  double largest = 0;
+CostRange cost_range(int64_t n, int64_t m, const T* C, int64_t stride, const T* a, const T* b) {
+  CostRange range{0, 0};
   for (int64_t i = 0; i < n; ++i) {
     if (!(a[i] > T(0))) continue;
-    const double row = static_cast<double>(max_abs_row(m, C + i * stride, b));
-    largest = largest >= row ? largest : row;
-    if (std::isnan(row)) return row;
+    const RowRange<T> row = range_of_row(m, C + i * stride, b);
+    range.least = std::min(range.least, static_cast<double>(row.least));
+    range.most = std::max(range.most, static_cast<double>(row.most));
+    const double nonfinite = static_cast<double>(row.nonfinite);
+    if (std::isnan(nonfinite)) return {nonfinite, nonfinite};
   }
-  return largest;
+  return range;
 }
 
 // ----------------------------------------------------------------------------- plans in memory
@@ -375,15 +383,15 @@ OTLOSS_SIMD void plan_product(const PlanProduct<T>& p) {
   }
 }
 
-#define OTLOSS_INSTANTIATE(T)                                                       \
-  template void sweep_rows(const RowSweep<T>&);                                     \
-  template void unit_sweep_rows(const UnitSweep<T>&);                               \
-  template void column_softmin(const ColumnSoftmin<T>&);                            \
-  template void plan_rows(const PlanRows<T>&);                                      \
-  template double transport_rows(const PlanRows<T>&);                               \
-  template double max_abs(int64_t, int64_t, const T*, int64_t, const T*, const T*); \
-  template void plan_sums(const PlanSums<T>&);                                      \
-  template void weigh_plan(const WeighPlan<T>&);                                    \
+#define OTLOSS_INSTANTIATE(T)                                                             \
+  template void sweep_rows(const RowSweep<T>&);                                           \
+  template void unit_sweep_rows(const UnitSweep<T>&);                                     \
+  template void column_softmin(const ColumnSoftmin<T>&);                                  \
+  template void plan_rows(const PlanRows<T>&);                                            \
+  template double transport_rows(const PlanRows<T>&);                                     \
+  template CostRange cost_range(int64_t, int64_t, const T*, int64_t, const T*, const T*); \
+  template void plan_sums(const PlanSums<T>&);                                            \
+  template void weigh_plan(const WeighPlan<T>&);                                          \
   template void plan_product(const PlanProduct<T>&);
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)

@@ -99,10 +99,16 @@ void plan_rows(const PlanRows<T>& plan);
 template <typename T>
 double transport_rows(const PlanRows<T>& plan);
 
-// max |C_ij|, C (n, m) with rows `stride` apart, where a_i b_j > 0; NaN if any of those is not
-// finite.
+// An interval with all costs, and 0; NaN where one is not finite.
+struct CostRange {
+  double least, most;
+
+  double max_abs() const { return most >= -least ? most : -least; }
+};
+
+// Of the C_ij, C (n, m) with rows `stride` apart, where a_i b_j > 0.
 template <typename T>
-double max_abs(int64_t n, int64_t m, const T* C, int64_t stride, const T* a, const T* b);
+CostRange cost_range(int64_t n, int64_t m, const T* C, int64_t stride, const T* a, const T* b);
 
 // ------------------------------------------------------------------------------ plans in memory
 

@@ -39,7 +39,8 @@ class Sets {
 
 template <typename T>
 double FarMass<T>::size(double eps, const T* F, const SemidualPoint<T>& point) const {
-  if (x_.hard() && y_.hard()) return std::abs(point.value);
+  if (x_.hard() && y_.hard())
+    return std::max(std::abs(point.value), point.value - y_.mass * engine_.cost_range().least);
   const double unit = x_.damping(eps) * eps / kLog2E;
   return std::abs(soft_value(x_, y_, x_.mass, y_.mass, eps, x_.soft_mean(F, unit).mean,
                              y_.soft_mean(point.g.data(), 1).mean));
@@ -47,7 +48,8 @@ double FarMass<T>::size(double eps, const T* F, const SemidualPoint<T>& point) c
 
 // What the plan lacks and has too much could go as far as any pair of points is apart.
 template <typename T>
-double FarMass<T>::cheap_bound(const SemidualPoint<T>& point, double range) const {
+double FarMass<T>::cheap_bound(const SemidualPoint<T>& point) const {
+  const double range = engine_.cost_range().most - engine_.cost_range().least;
   double lacking = 0, along = 0;
   for (int64_t j = 0; j < y_.count; ++j) {
     const double d = static_cast<double>(point.target[j]) * (1 - static_cast<double>(point.q[j]));

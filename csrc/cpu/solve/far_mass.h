@@ -2,7 +2,6 @@
 // be, and a step that moves such mass (docs/solver.md). Balanced or not.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -16,17 +15,13 @@ class FarMass {
  public:
   explicit FarMass(Engine<T>& engine) : engine_(engine) {}
 
-  // The size of the value that is sought. F: the exact row update of the point's g, here and below.
+  // The size of the value that is sought; where costs may be negative counted from the least of
+  // them, if that is more, so that it is not near 0 by accident. F: the exact row update of the
+  // point's g, here and below.
   double size(double eps, const T* F, const SemidualPoint<T>& point) const;
-  // By what its error is measured: where costs may be negative, the value counted from the least of
-  // them, if that is more, so that it is not near 0 by accident.
-  double scale(double size, const SemidualPoint<T>& point) {
-    return x_.hard() && y_.hard() ? std::max(size, point.value - y_.mass * costs().least) : size;
-  }
 
-  // A bound of the error of the value, without a reading of the costs; `range` of the costs.
-  double cheap_bound(const SemidualPoint<T>& point, double range) const;
-  double range() { return costs().most - costs().least; }
+  // A bound of the error of the value, without a reading of the costs.
+  double cheap_bound(const SemidualPoint<T>& point) const;
 
   // A far better bound, by one reading: the duality gap of a feasible plan.
   double gap(double eps, const T* F, const SemidualPoint<T>& point);
@@ -46,17 +41,12 @@ class FarMass {
   }
 
  private:
-  const CostRange& costs() {
-    if (!(range_.least <= range_.most)) range_ = engine_.cost_range();
-    return range_;
-  }
   double own_gap(const SemidualPoint<T>& point) const;
   int64_t find_groups(double eps, const T* F, double least);
   std::vector<double> between_groups(double eps, const T* F, int64_t k, std::vector<double>& A);
 
   Engine<T>& engine_;
   const Side<T>&x_ = engine_.x, &y_ = engine_.y;
-  CostRange range_{1, 0};        // not known yet
   PlanMarginals<T> plan_{0, 0};  // made when it is needed, which is rare
   std::vector<int32_t> group_;   // (m,) of a column, -1 without mass
 };

@@ -159,10 +159,8 @@ class PairSolver {
     doubtful_ = false;
     const double tol = options_.tol, error = point_.error;
     if (!far_rule_.looks(stop, error, sweeps)) return false;
-    const double size = far_.size(eps_, F_, point_), range = 2 * engine_.max_cost();
-    if (!FarMassRule::suspicious(far_.cheap_bound(point_, range), error, tol, size)) return false;
-    const double value = far_.scale(size, point_);  // and the range, which take a look at all costs
-    doubtful_ = FarMassRule::suspicious(far_.cheap_bound(point_, far_.range()), error, tol, value);
+    const double value = far_.size(eps_, F_, point_);
+    doubtful_ = FarMassRule::suspicious(far_.cheap_bound(point_), error, tol, value);
     if (!doubtful_) return false;
     if (far_rule_.examines(stop, sweeps)) {
       if (stop.reached() && control_.may_pass(0)) {
