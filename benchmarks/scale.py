@@ -1,15 +1,15 @@
-"""Worst relative errors in float32 over totals, eps and rho: values and gradients.
+"""Worst relative errors in float32, by eps over the mean cost: ``python -m benchmarks.scale``.
 
-python -m benchmarks.scale --save truth.json        # float64 too, kept
-python -m benchmarks.scale --truth truth.json       # another checkout against what was kept
+Values and gradients against float64, over totals and penalties. Printed as a table of
+``docs/math.md`` and kept in ``benchmarks/results/scale.json``.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import math
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 import otloss
-from benchmarks.suites import text_table
+from benchmarks.alone import markdown, run
 
 EPS = (1e-2, 1e-1, 1.0, 10.0, 1e3, 1e6, 1e9, 1e12)  # over the mean cost
 RHO = (1e-1, 1.0, 1e3, 1e6, math.inf)  # likewise
 EQUAL = ((1.0, 1.0), (1e-3, 1e-3), (1e6, 1e6))
 UNEQUAL = ((1e-3, 1.0), (1e6, 1e5), (1e3, 1e-3))
+Row = dict[str, float]
 NAMES = ("OT", "S", "gradient of S in x", "in a")
 
 
@@ -67,29 +68,33 @@ def error(found: Any, true: Any) -> float:
     return float((p - q).norm() / q.norm()) if bool(p.isfinite().all()) else math.inf
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--save", type=Path)
-    parser.add_argument("--truth", type=Path)
-    given = parser.parse_args()
-    warnings.simplefilter("ignore")
-    every = list(cases())
-    true = json.loads(given.truth.read_text()) if given.truth else [
-        measure(*case, torch.float64) for case in every
-    ]  # fmt: skip
-    if given.save:
-        given.save.write_text(json.dumps(true))
-    worst: dict[float, list[float]] = {eps: [0.0] * len(NAMES) for eps in EPS}
-    for case, exact in zip(every, true, strict=True):
-        try:
-            found = measure(*case, torch.float32)
-        except ValueError:  # refused
-            found = [math.inf] * len(NAMES)
-        errors = [error(p, q) for p, q in zip(found, exact, strict=True)]
-        worst[case[0]] = [max(pair) for pair in zip(worst[case[0]], errors, strict=True)]
-    rows = [[f"{eps:g}", *(f"{e:.0e}" for e in errors)] for eps, errors in worst.items()]
-    print(text_table(["eps", *NAMES], rows))
+def solutions() -> list[list[Any]]:
+    """In float64: from the file of $OTLOSS_SCALE_TRUTH, written if it does not exist, so that
+    another checkout is measured against this one's."""
+    path = os.environ.get("OTLOSS_SCALE_TRUTH")
+    if path and Path(path).exists():
+        return list(json.loads(Path(path).read_text()))
+    true = [measure(*case, torch.float64) for case in cases()]
+    if path:
+        Path(path).write_text(json.dumps(true))
+    return true
+
+
+def worst_errors() -> list[Row]:
+    rows: dict[float, Row] = {eps: {"eps": eps} | dict.fromkeys(NAMES, 0.0) for eps in EPS}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", otloss.ConvergenceWarning)
+        for case, true in zip(cases(), solutions(), strict=True):
+            found, row = measure(*case, torch.float32), rows[case[0]]
+            for name, p, q in zip(NAMES, found, true, strict=True):
+                row[name] = max(row[name], error(p, q))
+    return list(rows.values())
+
+
+def table(rows: list[Row]) -> str:
+    lines = [[f"{row['eps']:g}", *(f"{row[name]:.0e}" for name in NAMES)] for row in rows]
+    return markdown(["eps", *NAMES], lines)
 
 
 if __name__ == "__main__":
-    main()
+    run("scale", __doc__, worst_errors, table)

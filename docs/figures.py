@@ -97,6 +97,21 @@ def costs() -> str:
     )
 
 
+def floors() -> str:
+    result, how = load("floors")
+    how, rows = how.removesuffix(", float32"), []
+    for row in result["rows"]:
+        parts = (row["both"], row["forward"], row["both"] - row["forward"])
+        times = [milliseconds(row[part]) for part in ("both", "floor")]
+        rows.append([row["case"], *times, *(number(part / row["floor"]) for part in parts)])
+    header = ["", "loss and gradient", "five products", "over these", "loss", "gradient"]
+    return (
+        "Milliseconds for the divergence of a minibatch and its gradient in one cloud, for five\n"
+        f"products by torch, and the first over the second, in all and in parts ({how}):\n\n"
+        f"{table(header, rows)}\n"
+    )
+
+
 def overhead() -> str:
     result, how = load("overhead")
     rows = [
@@ -280,6 +295,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     for function in (
         iteration,
         costs,
+        floors,
         overhead,
         accuracy,
         accuracy_all,

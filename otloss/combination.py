@@ -12,7 +12,7 @@ from otloss import _check
 from otloss._options import Options
 from otloss.costs import full_precision
 from otloss.method import streams
-from otloss.problem import Problem, build_costs, check_clouds
+from otloss.problem import Problem, build_costs, check_clouds, see_empty_bins
 from otloss.reference.operations import as_pairs
 from otloss.result import Solved
 from otloss.solve import report, run
@@ -62,6 +62,7 @@ def combine(
     dense = not streams(problem.points, problem.weights, pairs, options)
     named = isinstance(options.cost, str)
     costs = None if named else build_costs(problem, pairs, options.cost, options.method)
+    problem = see_empty_bins(problem, pairs, options.cost, options.method)
     init: Sequence[Tensor] = [] if memory is None else memory.start(problem, pairs)
     problem, totals = at_unit_totals(problem, options)
     if totals:
@@ -128,15 +129,18 @@ def _solve_apart(
     for p, (i, j) in enumerate(as_pairs(combination.pairs)):
         # The second is a view, since a traced autograd.Function takes no tensor twice.
         a, b = problem.weights[i], problem.weights[j]
-        of_pair, weights = options, [a, b.view_as(b)]
+        of_pair, weights, present = options, [a, b.view_as(b)], problem.present
         if i == j:
             # Cloud 0 of a solve is held by rho_x, every other by rho_y: the pair are clouds 1, 2.
             weights = [problem.weights[1 - i], *weights]
+            present = tuple(present[c] for c in (1 - i, i, i) if present)
             if i == 0:
                 of_pair = options._replace(rho_x=options.rho_y, rho_y=options.rho_x)
         parts.append(
             run(
-                replace(problem, weights=tuple(weights)),
+                replace(
+                    problem, weights=tuple(weights), present=present, seen=problem.seen[p : p + 1]
+                ),
                 [costs[p]],
                 [1, 2] if i == j else [0, 1],
                 [combination.coefficients[p]],
@@ -152,4 +156,5 @@ def _solve_apart(
         torch.cat([part.status for part in parts]),
         tuple(f for part in parts for f in part.f),
         tuple(g for part in parts for g in part.g),
+        parts[0].settings,
     )

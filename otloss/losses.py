@@ -12,7 +12,14 @@ from otloss._options import LossOptions, Unbalanced, check_options
 from otloss.combination import Combination, combine
 from otloss.costs import COSTS, NAMED, Cost
 from otloss.method import exceeds_budget, in_blocks
-from otloss.problem import Problem, build_costs, check_clouds
+from otloss.problem import (
+    Problem,
+    build_costs,
+    check_clouds,
+    see_empty_bins,
+    seen_costs,
+    with_empty_bins,
+)
 from otloss.reference.operations import as_pairs
 
 __all__ = [
@@ -68,11 +75,12 @@ def sinkhorn_divergence(
         eps: regularisation, in units of cost, absolute. A few percent of the mean cost: sharp, near
             exact optimal transport. The mean cost or more: blurred, near :func:`energy_distance`.
         a, b: weights (n,) and (m,), or (B, n) and (B, m), of equal total unless ``unbalanced``;
-            default uniform. A point of weight 0 is padding: it changes nothing and receives
-            gradient 0.
+            default uniform. A point of weight 0 changes nothing, and its coordinates receive
+            gradient 0. Its weight has a one-sided derivative where they are finite (an empty bin),
+            and gradient 0 where they are NaN or infinite (padding).
         cost: ``"sqeuclidean"`` |x - y|^2 (no 1/2), ``"euclidean"`` |x - y|, ``"cosine"``
             1 - <x, y> / (|x| |y|), or a differentiable function ``(x, y) -> C``, which gets a
-            point of positive weight in place of padding.
+            point of positive weight in place of one of weight 0.
         objective: ``"regularized"``: OT_eps as above, the divergence of Feydy et al.;
             ``"transport"``: each term is <P_eps, C>, without the entropy. Genevay et al.'s
             W̄ = 2W(a,b) - W(a,a) - W(b,b) is twice this divergence with ``"transport"``.
@@ -259,14 +267,15 @@ def energy_distance(
     """
     cost, method = _options.check_cost(cost), _options.choice("method", method, _options.METHODS)
     problem = check_clouds({"x": x, "y": y}, {"a": a, "b": b})
+    problem = see_empty_bins(problem, DEBIASED.pairs, cost, method)
     pairs = as_pairs(DEBIASED.pairs)
     if _streams_rows(problem, cost, method):
         terms = [_mean_cost_in_blocks(problem, i, j, str(cost)) for i, j in pairs]
     else:
-        costs = build_costs(problem, DEBIASED.pairs, cost, method)
-        weights = [(problem.weights[i], problem.weights[j]) for i, j in pairs]
+        costs = _costs_of_means(problem, DEBIASED.pairs, cost, method)
         terms = [
-            _mean_cost(C, a, b, problem.padded) for C, (a, b) in zip(costs, weights, strict=True)
+            _mean_cost(C, problem.weights[i], problem.weights[j])
+            for C, (i, j) in zip(costs, pairs, strict=True)
         ]
     loss = terms[0] - 0.5 * terms[1] - 0.5 * terms[2]
     if _check.readable(loss) and not bool(loss.detach().isfinite().all()):
@@ -292,18 +301,34 @@ def _mean_cost_in_blocks(problem: Problem, i: int, j: int, cost: str) -> Tensor:
 
     def of_block(rows: slice) -> tuple[Tensor, ...]:
         a = problem.weights[i][:, rows].contiguous()
-        block = replace(problem, points=(x[..., rows, :], y), weights=(a, b))
-        (C,) = build_costs(block, [0, 1], cost, "streamed")
+        present = (problem.present[i][:, rows], problem.present[j]) if problem.present else ()
+        block = replace(problem, points=(x[..., rows, :], y), weights=(a, b), present=present)
+        (C,) = _costs_of_means(block, [0, 1], cost, "streamed")
         if i == j:  # a cost to itself is exactly 0, which a kernel that sees two clouds cannot know
             own = NAMED[COSTS[cost]].is_zero_to_itself(x)[..., rows].unsqueeze(-1)
             C = torch.where(own & (count[rows].unsqueeze(-1) == count), 0.0, C)
-        return (_mean_cost(C, a, b, problem.padded),)
+        return (_mean_cost(C, a, b),)
 
     return torch.stack([part for (part,) in in_blocks(of_block, x.shape[-2], b)]).sum(0)
 
 
-def _mean_cost(C: Tensor, a: Tensor, b: Tensor, padded: bool) -> Tensor:
-    if padded:  # so that 0 * inf, from padding, is 0
-        C = torch.where((a.unsqueeze(-1) * b.unsqueeze(-2)).detach() > 0, C, 0.0)
+def _costs_of_means(problem: Problem, pairs: list[int], cost: Cost, method: str) -> list[Tensor]:
+    """C of each pair, 0 for padding: finite, so that 0 * C is 0."""
+    costs = build_costs(problem, pairs, cost, method)
+    if not problem.padded:
+        return list(costs)
+    sides = [(problem.weights[i].detach(), problem.weights[j].detach()) for i, j in as_pairs(pairs)]
+    if problem.present:
+        seen = problem.seen or seen_costs(problem, pairs, cost, method)
+        return [
+            with_empty_bins(C, S, a, b) for C, S, (a, b) in zip(costs, seen, sides, strict=True)
+        ]
+    return [
+        torch.where(a.unsqueeze(-1) * b.unsqueeze(-2) > 0, C, 0.0)
+        for C, (a, b) in zip(costs, sides, strict=True)
+    ]
+
+
+def _mean_cost(C: Tensor, a: Tensor, b: Tensor) -> Tensor:
     # Sums instead of a matrix product, which autocast would run in half precision.
     return (a * (C * b.unsqueeze(-2)).sum(-1)).sum(-1)

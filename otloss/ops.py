@@ -17,7 +17,9 @@ Problems come as cost matrices, as points, or both: where there are no matrices,
 the points on the way. Gradients are those of the pairs in ``want_costs`` and of the clouds in
 ``want_points``, in that order, and with ``want_weights`` of both sides' weights of every pair.
 
-The loss is the sum over the pairs of a coefficient times OT of the pair. ``rho`` holds rho_x and
+The loss is the sum over the pairs of a coefficient times OT of the pair, its terms: fields of
+``status``, in float64. The gradient of the loss (B,) may be one for each term, (P, B). Totals of
+weights that are 1 but for rounding are taken as 1. ``rho`` holds rho_x and
 rho_y: cloud 0 is held to its weights by rho_x, every other by rho_y; infinite is a constraint, and
 without ``rho`` all are.
 Numbers of the solver are float64 tensors on the CPU, so that a traced graph does not depend on

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from otloss import _check, _options
-from otloss.autograd import CostMatrices
+from otloss.autograd import CostMatrices, FirstOrder
 from otloss.costs import COSTS, Cost
 from otloss.reference.operations import as_pairs
 
-__all__ = ["Problem", "as_weights", "build_costs", "check_clouds", "cost_matrix", "hide_padding"]
+__all__ = [
+    "Problem",
+    "as_weights",
+    "build_costs",
+    "check_clouds",
+    "cost_matrix",
+    "hide_padding",
+    "see_empty_bins",
+    "seen_costs",
+    "with_empty_bins",
+]
 
 
 @dataclass
@@ -25,6 +35,24 @@ class Problem:
     weights: tuple[Tensor, ...]  # (B, n) each, in the dtype of the computation
     padded: bool  # some weight may be 0
     batched: bool
+    # Where weights of 0 may want a gradient, else empty: what is no padding, (B, n) of each cloud,
+    # and C (B, n, m) of each pair with the costs of empty bins, if costs are given.
+    present: tuple[Tensor, ...] = ()
+    seen: tuple[Tensor, ...] = ()
+
+    def has_empty_bins(self) -> bool:
+        """Whether a weight of 0 may want a gradient, as far as is known without stalling a device.
+
+        A point of weight 0 is an empty bin if its costs are finite, else padding.
+        """
+        if not self.padded or not torch.is_grad_enabled():
+            return False
+        return any(w.requires_grad and not _all_positive(w) for w in self.weights)
+
+    def counted_weights(self) -> list[Tensor]:
+        """The weights; those of padding are 0 and get gradient 0, in sums too."""
+        present = self.present or [w > 0 for w in self.weights]
+        return [torch.where(p, w, 0.0) for p, w in zip(present, self.weights, strict=True)]
 
 
 def as_weights(w: Tensor | None, like: Tensor, n: int, dtype: torch.dtype) -> Tensor:
@@ -71,7 +99,7 @@ def build_costs(problem: Problem, pairs: list[int], cost: Cost, method: str) -> 
     """C (B, n, m) of each pair; differentiable in the points."""
     points = problem.points
     if isinstance(cost, str):
-        weights = problem.weights if problem.padded else ()
+        weights = tuple(w.detach() for w in problem.weights) if problem.padded else ()
         return CostMatrices.apply(pairs, COSTS[cost], method, len(points), *points, *weights)
     weights = problem.weights
     ready = [_ready(x, w, problem.padded) for x, w in zip(points, weights, strict=True)]
@@ -79,6 +107,79 @@ def build_costs(problem: Problem, pairs: list[int], cost: Cost, method: str) -> 
         hide_padding(problem, _call_cost(cost, ready[i], ready[j]), weights[i], weights[j])
         for i, j in as_pairs(pairs)
     )
+
+
+def see_empty_bins(
+    problem: Problem, pairs: list[int], cost: Cost, method: str, C: Tensor | None = None
+) -> Problem:
+    """The problem with what is there at weight 0, where that may matter; ``C`` is given or none."""
+    if not problem.has_empty_bins():
+        return problem
+    if C is None:
+        # Four times the square of a norm is no less than a cost to points that are not larger.
+        points = [
+            x.detach().to(w.dtype) for x, w in zip(problem.points, problem.weights, strict=True)
+        ]
+        finite = [(4 * x.square().sum(-1)).isfinite() for x in points]
+        problem = replace(problem, present=_present(problem, finite))
+        if isinstance(cost, str):
+            return problem
+        seen = seen_costs(problem, pairs, cost, method)
+    else:
+        seen = (C.detach(),)
+    finite = [torch.ones_like(w, dtype=torch.bool) for w in problem.weights]
+    for S, (i, j) in zip(seen, as_pairs(pairs), strict=True):
+        each, (a, b) = S.isfinite(), (problem.weights[i], problem.weights[j])
+        finite[i] = finite[i] & (each | (b.unsqueeze(-2) == 0)).all(-1)
+        finite[j] = finite[j] & (each | (a.unsqueeze(-1) == 0)).all(-2)
+    return replace(problem, present=_present(problem, finite), seen=seen)
+
+
+def _present(problem: Problem, finite: list[Tensor]) -> tuple[Tensor, ...]:
+    return tuple((w > 0) | f for w, f in zip(problem.weights, finite, strict=True))
+
+
+@torch.no_grad()
+def seen_costs(problem: Problem, pairs: list[int], cost: Cost, method: str) -> tuple[Tensor, ...]:
+    """C (B, n, m) of each pair with the rows and columns of empty bins, NaN for padding.
+
+    They have no derivative: that of a cost function may not be finite there.
+    """
+    present = problem.present
+    if isinstance(cost, str):
+        # Empty bins that are far away move the clouds' centre, so that on a CPU float64 is needed.
+        points = tuple(x.double() if x.is_cpu else x for x in problem.points)
+        weights = tuple(
+            there.to(torch.float64 if w.is_cpu else w.dtype)
+            for there, w in zip(present, problem.weights, strict=True)
+        )
+        far = replace(problem, points=points, weights=weights)
+        costs = build_costs(far, pairs, cost, method)
+    else:
+        ready = [
+            _replaced(x.to(w.dtype), w, p)
+            for x, w, p in zip(problem.points, problem.weights, present, strict=True)
+        ]
+        costs = tuple(_call_cost(cost, ready[i], ready[j]) for i, j in as_pairs(pairs))
+    return tuple(
+        torch.where(
+            present[i].unsqueeze(-1) & present[j].unsqueeze(-2),
+            C.to(problem.weights[i].dtype),
+            torch.nan,
+        )
+        for C, (i, j) in zip(costs, as_pairs(pairs), strict=True)
+    )
+
+
+def with_empty_bins(C: Tensor, seen: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """C (B, n, m) with the costs of empty bins, and 0 for padding.
+
+    What multiplies these costs is 0, but not its derivative in the weights. The derivative of that
+    in the costs, a second one, raises.
+    """
+    x, y = (a > 0).unsqueeze(-1), (b > 0).unsqueeze(-2)
+    empty = ~(x & y) & seen.isfinite()
+    return FirstOrder.apply(torch.where(x & y, C, torch.where(empty, seen, 0.0)), empty, True)
 
 
 def hide_padding(problem: Problem, C: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -100,14 +201,19 @@ def _ready(x: Tensor, w: Tensor, padded: bool) -> Tensor:
     """
     x = x.to(w.dtype)
     if padded and not _all_positive(w):
-        batched = x if x.dim() == 3 else x.unsqueeze(0)
-        index = w.argmax(-1, keepdim=True).unsqueeze(-1)
-        real = batched.take_along_dim(index, dim=1).detach()
-        x = torch.where(w.unsqueeze(-1) > 0, batched, real).view_as(x)
+        x = _replaced(x, w, w > 0)
     if x.requires_grad and _check.readable(x):
         x = x.view_as(x)  # the hook is this call's, not the caller's tensor's
         x.register_hook(_check.finite_gradient)
     return x
+
+
+def _replaced(x: Tensor, w: Tensor, kept: Tensor) -> Tensor:
+    """The cloud with its point of the largest weight in place of those that are not kept (B, n)."""
+    batched = x if x.dim() == 3 else x.unsqueeze(0)
+    index = w.argmax(-1, keepdim=True).unsqueeze(-1)
+    real = batched.take_along_dim(index, dim=1).detach()
+    return torch.where(kept.unsqueeze(-1), batched, real).view_as(x)
 
 
 def _call_cost(cost: Any, x: Tensor, y: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from otloss import _check, ops, reference
 from otloss._options import Options
+from otloss.autograd import Settings, extended
 from otloss.certificate import Dual, duality_gap
 from otloss.method import in_blocks
-from otloss.problem import Problem, as_weights, build_costs
+from otloss.problem import Problem, as_weights, build_costs, seen_costs, with_empty_bins
 from otloss.status import rows_of, warn_not_converged
 
 __all__ = ["OTResult", "Solved"]
@@ -26,6 +27,7 @@ class Solved:
     status: Tensor  # (P, B, 5)
     f: tuple[Tensor, ...]  # (B, n) per pair, if they were asked for
     g: tuple[Tensor, ...]  # (B, m) per pair
+    settings: Settings | None = None
 
 
 class OTResult:
@@ -56,6 +58,8 @@ class OTResult:
         self._problem, self._given_cost, self._options = problem, cost, options
         self._kept_cost: Tensor | None = cost
         self._kept_plan: Tensor | None = None
+        self._settings = solved.settings
+        self._kept_extended: tuple[Tensor, Tensor] | None = None
         self._dense = dense
         self._status, self._system = solved.status[0], system
         self._reported = _check.readable(self._status)
@@ -90,9 +94,38 @@ class OTResult:
     @property
     def _plan(self) -> Tensor:
         if self._kept_plan is None:
-            eps, C = self._options.eps, self._cost
-            self._kept_plan = reference.plan(eps, C, self._f, self._g, self._a, self._b)
+            self._kept_plan, self._kept_cost = self._plan_rows(slice(None), self._cost)
         return self._kept_plan
+
+    def _plan_rows(self, rows: slice, C: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of the plan and of its cost."""
+        eps, a, b = self._options.eps, self._a[:, rows], self._b
+        if self._extended is None:
+            return reference.plan(eps, C, self._f[:, rows], self._g, a, b), C
+        # At empty bins the plan is 0, but not its derivative in their weights.
+        f, g = self._extended[0][:, rows], self._extended[1]
+        if self._given_cost is None:
+            o, block = self._options, _rows(self._problem, rows)
+            (seen,) = seen_costs(block, [0, 1], o.cost, o.method)
+        else:
+            seen = self._problem.seen[0][:, rows]
+        x, y = (a > 0).unsqueeze(-1), (b > 0).unsqueeze(-2)
+        C = with_empty_bins(C, seen, a, b)
+        exponent = (f.unsqueeze(-1) + g.unsqueeze(-2) - C) / eps
+        exponent = torch.where((x & y) | ((x ^ y) & seen.isfinite()), exponent, -torch.inf)
+        return a.unsqueeze(-1) * b.unsqueeze(-2) * exponent.exp(), C
+
+    @property
+    def _extended(self) -> tuple[Tensor, Tensor] | None:
+        """The potentials with those of empty bins, if their weights are differentiated."""
+        settings, problem = self._settings, self._problem
+        if settings is None or settings.places is None:
+            return None
+        if self._kept_extended is None:
+            self._kept_extended = extended(
+                settings, settings.places, problem.weights, self._f, self._g
+            )
+        return self._kept_extended
 
     @property
     def plan(self) -> Tensor:
@@ -105,19 +138,15 @@ class OTResult:
         self._check_unchanged()
         if self._dense or self._kept_plan is not None:
             return [function(slice(None), self._plan, self._cost)]
+        _ = self._extended  # once, not in every block
 
         def of_block(rows: slice) -> tuple[Tensor, ...]:
-            C = self._cost_rows(self._problem, rows)
-            P = reference.plan(
-                self._options.eps, C, self._f[:, rows], self._g, self._a[:, rows], self._b
-            )
-            return function(rows, P, C)
+            return function(rows, *self._plan_rows(rows, self._cost_rows(self._problem, rows)))
 
         return in_blocks(of_block, self._a.shape[1], self._b)
 
     def _cost_rows(self, problem: Problem, rows: slice) -> Tensor:
-        (x, y), (a, b) = problem.points, problem.weights
-        block = replace(problem, points=(x[..., rows, :], y), weights=(a[:, rows].contiguous(), b))
+        block = _rows(problem, rows)
         return build_costs(block, [0, 1], self._options.cost, self._options.method)[0]
 
     @property
@@ -125,7 +154,7 @@ class OTResult:
         """``<P, C>``, the transport cost without the entropy; () or (B,)."""
 
         def block(_: slice, P: Tensor, C: Tensor) -> tuple[Tensor, ...]:
-            return ((P * torch.where(P.detach() > 0, C, 0.0)).sum((-2, -1)),)
+            return ((P * C).sum((-2, -1)),)
 
         return self._out(_total(part for (part,) in self._over_rows(block)))
 
@@ -279,7 +308,8 @@ class OTResult:
         With ``unbalanced`` the mean over the mass transported, ``P y / P 1``.
         """
         y = self._need_points("barycentric_map")[1]
-        image = self.apply(y)
+        there = self._out(self._b > 0).unsqueeze(-1) | y.isfinite().all(-1, keepdim=True)
+        image = self.apply(torch.where(there, y, 0.0))
         mass = self._a if self._options.balanced() else self._sums()[0]
         mass = self._out(mass).unsqueeze(-1)
         return torch.where(mass > 0, image / torch.where(mass > 0, mass, 1.0), 0.0)
@@ -316,6 +346,14 @@ class OTResult:
         batch = tuple(self._a.shape[:-1]) if self._problem.batched else ()
         shape = (*batch, self._a.shape[-1], self._b.shape[-1])
         return f"OTResult({shape}, eps={self._options.eps:g}, cost={self._options.cost!r})"
+
+
+def _rows(problem: Problem, rows: slice) -> Problem:
+    """The problem of some points of x and all of y."""
+    (x, y), (a, b) = problem.points, problem.weights
+    weights = (a[:, rows].contiguous(), b)
+    present = tuple(p[:, r] for p, r in zip(problem.present, (rows, slice(None)), strict=False))
+    return replace(problem, points=(x[..., rows, :], y), weights=weights, present=present)
 
 
 def _versions(problem: Problem, cost: Tensor | None) -> list[tuple[str, Tensor, int]]:

@@ -12,7 +12,8 @@ from torch.autograd import forward_ad
 
 from otloss import _check, ops, status
 from otloss._options import Options, Unbalanced, check_options
-from otloss.autograd import Settings, Solve, evaluate
+from otloss.autograd import Places, Settings, Solve, evaluate
+from otloss.autograd.settings import batched
 from otloss.costs import Cost, subtracted
 from otloss.method import streams
 from otloss.problem import (
@@ -21,6 +22,7 @@ from otloss.problem import (
     build_costs,
     check_clouds,
     hide_padding,
+    see_empty_bins,
 )
 from otloss.result import OTResult, Solved
 from otloss.totals import Combination, at_unit_totals
@@ -53,6 +55,14 @@ def run(
     tensors = (*costs, *points, *problem.weights, *init)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     backward = options.gradient()
+    places = None
+    if problem.present:
+        places = Places(
+            list(problem.seen),
+            [batched(x.detach()) for x in points],
+            [v.contiguous() for v in init],
+            list(problem.present),
+        )
     settings = Settings(
         pairs=pairs,
         coefficients=coefficients,
@@ -66,6 +76,7 @@ def run(
         eps=ops.number(options.eps),
         rho=ops.penalties(options.rho_x, options.rho_y),
         system=system,
+        places=places,
     )
     sizes = [len(costs), len(points), len(problem.weights), len(init)]
     # Forward-mode derivatives are not available, which only a node says.
@@ -75,7 +86,7 @@ def run(
         outputs, _ = evaluate(settings, sizes, tensors)
     loss, how, *rest = outputs
     half = len(rest) // 2
-    return Solved(loss, how, tuple(rest[:half]), tuple(rest[half:]))
+    return Solved(loss, how, tuple(rest[:half]), tuple(rest[half:]), settings)
 
 
 def report(problem: Problem, costs: Sequence[Tensor], options: Options, solved: Solved) -> None:
@@ -137,8 +148,9 @@ def solve(
     Args:
         C: cost matrix (n, m), or (B, n, m) for a batch of independent problems.
         eps: regularisation, in units of ``C``, absolute.
-        a, b: weights (n,) and (m,), or (B, n) and (B, m); default uniform. A point of weight 0 is
-            padding: it changes nothing and receives gradient 0.
+        a, b: weights (n,) and (m,), or (B, n) and (B, m); default uniform. A row of weight 0
+            changes nothing and receives gradient 0. Its weight has a one-sided derivative if its
+            costs are finite, an empty bin, and else is padding, with gradient 0.
         objective: ``"regularized"``: :math:`OT_\varepsilon`; ``"transport"``:
             :math:`\langle P_\varepsilon, C\rangle`.
         unbalanced: penalty rho on the KL divergence of the plan's marginals from a and b, in units
@@ -187,7 +199,9 @@ def solve(
     if padded and options.balanced():
         _check.same_mass(*weights, (a, b))
     problem = Problem((), (), weights, padded, C.dim() == 3)
-    costs = (hide_padding(problem, C.to(dtype).reshape(-1, n, m), *weights),)
+    C = C.to(dtype).reshape(-1, n, m)
+    problem = see_empty_bins(problem, [0, 1], options.cost, options.method, C)
+    costs = (hide_padding(problem, C, *weights),)
     return _solve_one(problem, costs, options, init)
 
 
@@ -235,6 +249,7 @@ def solve_sample(
     dense = not streams(problem.points, problem.weights, [0, 1], options)
     named = isinstance(options.cost, str)
     costs = None if named else build_costs(problem, [0, 1], options.cost, options.method)
+    problem = see_empty_bins(problem, [0, 1], options.cost, options.method)
     return _solve_one(problem, costs, options, init, dense=dense)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from otloss import _check
 from otloss._options import Options
 from otloss.problem import Problem
-from otloss.reference.marginals import Marginals, clamped, marginals_of, snapped
+from otloss.reference.marginals import ROUNDING, Marginals, clamped, marginals_of, snapped
 from otloss.reference.operations import as_pairs
 from otloss.result import Solved
 
@@ -36,19 +36,25 @@ class Combination(NamedTuple):
     debiased: bool = False
 
 
-class Way(NamedTuple):
-    """From a pair at unit totals to the caller's; (B,) each, in float64."""
+_SMALL, _LARGEST = 1e-2, 709.0  # where a series is exact, where an exponential is finite
 
-    log_mu: Tensor  # the plan's total, of one whose total is 1
-    constant: Tensor
-    f: Tensor  # the shift of f
-    g: Tensor
+# (B,) in float64, or a number where the totals of a single problem are known.
+Number = Any
+
+
+class Way(NamedTuple):
+    """From a pair at unit totals to the caller's."""
+
+    log_mu: Number  # the plan's total, of one whose total is 1
+    constant: Number
+    f: Number  # the shift of f
+    g: Number
 
 
 class Totals(NamedTuple):
     """How a problem differs from the one at unit totals."""
 
-    logs: tuple[Tensor, Tensor]  # of the totals of both clouds; (B,) in float64
+    logs: tuple[Number, Number]  # of the totals of both clouds
     weights: tuple[Tensor, ...]  # at unit totals
     options: Options
 
@@ -57,7 +63,7 @@ class Totals(NamedTuple):
         for i, j in as_pairs(pairs):
             way = _way(self.logs[i], self.logs[j], o.eps, marginals_of(o.rho_x, o.rho_y, i, j))
             if o.n_iters >= 0:  # g starts as it was given, and all the shift is in f
-                way = way._replace(f=way.f + way.g, g=torch.zeros_like(way.g))
+                way = way._replace(f=way.f + way.g, g=0.0 * way.g)
             found.append(way)
         return found
 
@@ -65,14 +71,16 @@ class Totals(NamedTuple):
         """Potentials to start from, f and g of each pair in turn, at unit totals."""
         if not init:
             return []
-        shifts = [-v.detach() for way in self.ways(pairs) for v in (way.f, way.g)]
-        return [self._shifted(*each) for each in zip(init, shifts, pairs, strict=True)]
+        shifts = [-v for way in self.ways(pairs) for v in (way.f, way.g)]
+        moved = [self._shifted(*each) for each in zip(init, shifts, pairs, strict=True)]
+        return [v.detach() for v in moved]
 
     def back(self, solved: Solved, combination: Combination, *, batched: bool) -> Solved:
         """The solution at the caller's totals, from the terms (P, B) of one at unit totals."""
         pairs, coefficients, debiased = combination
         o, ways = self.options, self.ways(pairs)
-        scale = torch.stack([way.log_mu.exp() for way in ways])
+        masses = [_exp(way.log_mu) for way in ways]
+        scale = self._column(masses)
         held = o.objective == "transport" and o.gradient() == "envelope"
         terms = _Held.apply(solved.loss, scale) if held else scale * solved.loss
         dtype = self.weights[0].dtype
@@ -80,7 +88,7 @@ class Totals(NamedTuple):
         if o.objective == "regularized" and debiased:
             loss = loss + self._between(ways)
         elif o.objective == "regularized":
-            for c, mass, way in zip(coefficients, scale, ways, strict=True):
+            for c, mass, way in zip(coefficients, masses, ways, strict=True):
                 loss = loss + c * mass * way.constant
         loss = clamped(loss, terms.detach().abs().sum(0), dtype).to(dtype)
         f, g = (
@@ -90,9 +98,16 @@ class Totals(NamedTuple):
             )
             for side, name in enumerate("fg")
         )
-        return Solved(loss if batched else loss[0], solved.status, f, g)
+        return replace(solved, loss=loss if batched else loss[0], f=f, g=g)
 
-    def _between(self, ways: list[Way]) -> Tensor:
+    def _column(self, numbers: list[Number]) -> Tensor:
+        """One for each pair, (P, B) or (P, 1)."""
+        if isinstance(numbers[0], Tensor):
+            return torch.stack(numbers)
+        like = self.weights[0]
+        return torch.tensor(numbers, dtype=torch.float64, device=like.device).unsqueeze(-1)
+
+    def _between(self, ways: list[Way]) -> Number:
         """What the totals add to a divergence: all of order eps m_a m_b has cancelled."""
         o, (ab, *own) = self.options, ways
         terms = [
@@ -100,10 +115,11 @@ class Totals(NamedTuple):
             for way, rho in zip(own, (o.rho_x, o.rho_y), strict=True)
             if not math.isinf(rho)
         ]
-        return 0.5 * ab.log_mu.exp() * sum(terms, torch.zeros_like(ab.log_mu))
+        return 0.5 * _exp(ab.log_mu) * sum(terms)
 
-    def _shifted(self, v: Tensor, shift: Tensor, cloud: int) -> Tensor:
-        moved = (v.double() + shift.unsqueeze(-1)).to(v.dtype)
+    def _shifted(self, v: Tensor, shift: Number, cloud: int) -> Tensor:
+        by = shift.unsqueeze(-1) if isinstance(shift, Tensor) else shift
+        moved = (v.double() + by).to(v.dtype)
         return torch.where(self.weights[cloud] > 0, moved, 0.0)
 
 
@@ -133,29 +149,35 @@ def at_unit_totals(problem: Problem, options: Options) -> tuple[Problem, Totals 
     fixed = options.n_iters >= 0 and (not options.balanced() or options.gradient() == "unrolled")
     if fixed or not problem.padded:
         return problem, None
-    # `where` gives points of weight 0 a zero gradient.
-    counted = [torch.where(w > 0, w, 0.0) for w in problem.weights]
-    dtype = counted[0].dtype
-    a, b = (snapped(w.sum(-1, dtype=torch.float64), 1.0, dtype) for w in counted)
+    given, dtype = problem.weights, problem.weights[0].dtype
+    known = _check.readable(given[0]) and not any(w.requires_grad for w in given)
+    counted = given if known else problem.counted_weights()
+    a, b = (w.sum(-1, dtype=torch.float64) for w in counted)
+    if known:
+        near = ROUNDING * torch.finfo(dtype).eps
+        if all(abs(total - 1) <= near for total in (*a.tolist(), *b.tolist())):
+            return problem, None
+    a, b = snapped(a, 1.0, dtype), snapped(b, 1.0, dtype)
     b = snapped(b, a.detach(), dtype)
-    plain = _check.readable(a) and not (a.requires_grad or b.requires_grad)
-    if plain and bool(((a == 1) & (b == 1)).all()):
-        return problem, None
-    pairs = zip(counted, (a, b), strict=True)
-    weights = tuple((w / total.unsqueeze(-1)).to(dtype) for w, total in pairs)
-    return replace(problem, weights=weights), Totals((a.log(), b.log()), weights, options)
+    weights = tuple(
+        (w / total.unsqueeze(-1)).to(dtype) for w, total in zip(counted, (a, b), strict=True)
+    )
+    # Numbers, where they are all that is needed: some sixty small operations less.
+    single = known and len(a) == 1
+    logs = (math.log(a.item()), math.log(b.item())) if single else (a.log(), b.log())
+    return replace(problem, weights=weights), Totals(logs, weights, options)
 
 
 def mass_term(problem: Problem, options: Options) -> Tensor | float:
     """What a divergence adds for totals that its problems were solved at."""
     if not problem.padded or options.balanced() or options.objective != "regularized":
         return 0.0
-    a, b = (torch.where(w > 0, w, 0.0).sum(-1) for w in problem.weights)
+    a, b = (w.sum(-1) for w in problem.counted_weights())
     term = 0.5 * options.eps * (a - b).square()
     return term if problem.batched else term[0]
 
 
-def _way(log_a: Tensor, log_b: Tensor, eps: float, marginals: Marginals) -> Way:
+def _way(log_a: Number, log_b: Number, eps: float, marginals: Marginals) -> Way:
     """With R = eps + rho_x + rho_y, each part of R in its limit where a side is a constraint."""
     rho_x, rho_y, balanced = marginals
     R = eps + rho_x + rho_y
@@ -178,7 +200,13 @@ def _way(log_a: Tensor, log_b: Tensor, eps: float, marginals: Marginals) -> Way:
     return Way(log_mu, constant, f, g)
 
 
-def _phi(u: Tensor) -> Tensor:
+def _exp(u: Any) -> Any:
+    return u.exp() if isinstance(u, Tensor) else math.exp(min(u, _LARGEST))
+
+
+def _phi(u: Any) -> Any:
     """e^u - 1 - u."""
     series = u * u / 2 * (1 + u / 3 * (1 + u / 4 * (1 + u / 5)))
-    return torch.where(u.abs() < 1e-2, series, u.expm1() - u)
+    if isinstance(u, Tensor):
+        return torch.where(u.abs() < _SMALL, series, u.expm1() - u)
+    return series if abs(u) < _SMALL else math.expm1(min(u, _LARGEST)) - u

@@ -49,13 +49,13 @@ class Proof:
     f: Array
     g: Array
     P: Array
-    low: float
-    high: float
+    low: np.longdouble
+    high: np.longdouble
     mass: float  # of the plan
 
     @property
     def width(self) -> float:
-        return self.high - self.low
+        return float(self.high - self.low)
 
     def transport(self) -> float:
         return float((self.P * self.problem.C).sum())
@@ -93,24 +93,24 @@ def plan(p: Problem, f: Array, g: Array) -> Array:
         return p.a[:, None] * p.b * np.exp((f[:, None] + g - p.C) / p.eps)
 
 
-def dual(p: Problem, f: Array, g: Array) -> float:
+def dual(p: Problem, f: Array, g: Array) -> np.longdouble:
     """The dual value of any potentials, in long double: no more than OT.
 
     Where both marginals are constraints potentials are taken up to a constant, with the best one.
     """
     C, f, g = (t.astype(LONG) for t in (p.C, f, g))
-    (a, total_a), (b, total_b) = (_with_total(w) for w in (p.a, p.b))
+    (a, total_a), (b, total_b) = (with_total(w) for w in (p.a, p.b))
     with np.errstate(over="ignore"):
         # sum ab (e - 1), which keeps its digits where eps is far above the costs
         excess = a @ np.expm1((f[:, None] + g - C) / p.eps) @ b
     if p.balanced:
         both = (a * f).sum() + (b * g).sum()
         growth = np.log1p(excess / (total_a * total_b)) + np.log(total_b)
-        return float(both - p.eps * total_a * growth)
-    return float(term(a, f, p.rho_x) + term(b, g, p.rho_y) - p.eps * excess)
+        return both - p.eps * total_a * growth
+    return term(a, f, p.rho_x) + term(b, g, p.rho_y) - p.eps * excess
 
 
-def _with_total(w: Array) -> tuple[Array, Array]:
+def with_total(w: Array) -> tuple[Array, Array]:
     """Weights and their total, which is 1 where it differs from that by their rounding."""
     total = w.astype(LONG).sum()
     exact = LONG(1) if abs(total - 1) < 8 * 2.0**-52 else total

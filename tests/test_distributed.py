@@ -223,7 +223,11 @@ def work(rank: int, ranks: int, folder: str) -> None:
         results.append((loss.detach(), gradients(loss, case, leaves)))
     torch.set_default_dtype(torch.float64)
     refusals = [refused(case if rank == ranks - 1 else {}) for case, _ in REFUSED]
-    refusals += [failing_cost(rank == 1), interrupted(rank), refused({}, dist.new_group([0]))]
+    refusals += [
+        failing_cost(rank == 1),
+        interrupted(rank),
+        refused({}, dist.new_group(range(1, ranks))),
+    ]
     torch.save((results, refusals), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -281,9 +285,9 @@ def test_every_rank_fails_where_one_does(results):
 
 
 def test_ranks_outside_the_group_are_refused(results: list[Any]) -> None:
-    inside, *outside = (refusals[-1] for _, refusals in results)
-    assert inside == ""
-    assert all("group must contain this process" in message for message in outside)
+    outside, *inside = (refusals[-1] for _, refusals in results)
+    assert "group must contain this process" in outside
+    assert not any(inside)
 
 
 # What the ranks' processes are forked from: it has imported these.
@@ -337,8 +341,9 @@ def test_where_a_rank_dies_the_others_get_an_error(tmp_path, rng, death):
 
 
 def train(ranks: int, out: Path, *options: str) -> subprocess.Popen[bytes]:
-    """OT-GAN on digits, by torchrun, with the steps of the solver that all ranks take."""
+    """OT-GAN on digits, by torchrun if over ranks, with the solver's steps that these take."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    launch = launch if ranks > 1 else []
     small = ["--data", "digits", "--width", "0.0625", "--latent", "5", "--batch", "50"]
     script = [str(ROOT / "examples" / "train_otgan.py"), *small, "--flip", "--eps", "0.05"]
     command = [sys.executable, *launch, *script, "--steps", "100000", "--out", str(out), *options]
@@ -358,6 +363,7 @@ def assert_same_training(one: Path, two: Path) -> None:
     assert torch.equal(found["rng"], expected["rng"])
 
 
+@pytest.mark.slow
 def test_otgan_over_two_processes_is_that_of_one(tmp_path):
     runs = [train(ranks, tmp_path / str(ranks), "--stop-at", "10") for ranks in (1, 2)]
     for run in runs:

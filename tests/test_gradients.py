@@ -83,7 +83,8 @@ def test_first_and_second_order(method, debiased, mode, objective, cost, strengt
 
 @some_of("backend, cost, objective, strength", BACKENDS, COSTS, OBJECTIVES, [None, *STRENGTHS])
 def test_modes_agree_at_convergence(backend, cost, objective, strength, rng):
-    leaves, eps = leaves_of(rng, 12, 9, 3, backend.device), 0.3 if cost == "cosine" else 1.0
+    leaves = leaves_of(rng, 12, 9, 3, backend.device)
+    eps = {"sqeuclidean": 4.0, "euclidean": 1.0, "cosine": 0.3}[cost]  # iterations get there
     options = {"cost": cost, "objective": objective, "unbalanced": strength}
 
     def gradient(mode: str) -> tuple[Tensor, ...]:
@@ -121,7 +122,7 @@ def test_batches_and_padding(mode, objective, rng):
     """Problems of a batch do not see each other, nor what stands in points of weight 0."""
     options = {"objective": objective, **solver_of(mode, n_iters=4)}
     sizes, n, m = ((6, 5), (4, 7), (7, 3)), 8, 9
-    x, y = torch.full((3, n, 2), math.nan).double(), torch.full((3, m, 2), 1e30).double()
+    x, y = torch.full((3, n, 2), math.nan).double(), torch.full((3, m, 2), math.inf).double()
     batch, alone = Clouds(x, y, torch.zeros(3, n).double(), torch.zeros(3, m).double()), []
     for k, (p, q) in enumerate(sizes):
         one = clouds(rng, p, q, 2, weights="random")
@@ -227,7 +228,7 @@ def test_unrolled_at_every_block_shape(n, m, rng):
     assert relative(*found) < 1e-10
 
 
-@pytest.mark.parametrize(("dtype", "tol"), zip(DTYPES, (2e-4, 1e-9), strict=True), ids=name)
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float32, 2e-4), (torch.float64, 1e-9)], ids=name)
 def test_unrolled_from_a_cold_start_at_small_eps(dtype, tol, rng):
     """exp((g' - g) / eps) overflows in the first iteration."""
     c, eps = clouds(rng, 30, 26, 3, weights="random"), 0.05

@@ -15,7 +15,19 @@ from pathlib import Path
 import pytest
 import torch
 from backends import BACKENDS
-from helpers import COSTS, STRENGTHS, close, clouds, pick, randn, scaled, slow_but, some_of, unequal
+from helpers import (
+    COSTS,
+    STRENGTHS,
+    close,
+    clouds,
+    pick,
+    rand,
+    randn,
+    scaled,
+    slow_but,
+    some_of,
+    unequal,
+)
 from torch.testing import assert_close
 
 import otloss
@@ -77,7 +89,10 @@ def test_the_gaussian_start_saves_passes(method, rng):
 @pytest.mark.parametrize("batch", [None, 2])
 def test_what_results_tell_is_that_of_the_stored_matrix(rng, batch, cost, strength, monkeypatch):
     """In blocks of a few rows, the last of which is smaller; gradients too."""
-    c = clouds(rng, 31, 26, 3, weights="padded", batch=batch).require_grad()
+    c = clouds(rng, 31, 26, 3, weights="padded", batch=batch)
+    for x, w in ((c.x, c.a), (c.y, c.b)):  # empty bins and padding
+        x[w == 0] = torch.where(rand(rng, int((w == 0).sum()), 1) < 0.5, 0.5, math.nan).to(x)
+    c.require_grad()
     monkeypatch.setattr(methods, "BLOCK_BYTES", 8 * 26 * (batch or 1) * 7)
     lead = () if batch is None else (batch,)
     shapes = ((12, 3), (26,), (31, 4))
@@ -179,7 +194,7 @@ def test_energy_distance_in_blocks(d, cost, batch, padded, rng, monkeypatch):
     """Value, gradients and second derivatives as from stored matrices."""
     c = clouds(rng, 30, 20, d, weights="padded" if padded else "random", batch=batch)
     if padded:
-        c.x[c.a == 0] = math.nan
+        c.x[c.a == 0], c.y[c.b == 0] = math.nan, math.inf
     c.require_grad()
     monkeypatch.setattr(methods, "BLOCK_BYTES", 8 * 20 * 7)
     found = []

@@ -7,8 +7,18 @@ weights, into values and potentials (``nodes``). Their gradients are operations 
 plain torch and differentiates that. It costs nothing unless it is asked for.
 """
 
-from otloss.autograd.first_order import Settings
+from otloss.autograd.empty_bins import FirstOrder, extended
 from otloss.autograd.nodes import CostMatrices, Solve, evaluate
 from otloss.autograd.second_order import refuse_higher_order
+from otloss.autograd.settings import Places, Settings
 
-__all__ = ["CostMatrices", "Settings", "Solve", "evaluate", "refuse_higher_order"]
+__all__ = [
+    "CostMatrices",
+    "FirstOrder",
+    "Places",
+    "Settings",
+    "Solve",
+    "evaluate",
+    "extended",
+    "refuse_higher_order",
+]

@@ -4,105 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from types import ModuleType
-from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from otloss import _check, ops
-from otloss._options import OBJECTIVES, Options
-from otloss.costs import COSTS
-from otloss.reference import operations
-from otloss.reference.operations import Arguments, as_pairs
+from otloss import _check
+from otloss.autograd import empty_bins
+from otloss.autograd.settings import Inputs, Seeds, Settings, Wanted, implementation, is_envelope
+from otloss.reference.operations import as_pairs
 
-__all__ = [
-    "Inputs",
-    "Seeds",
-    "Settings",
-    "Wanted",
-    "batched",
-    "gradients",
-    "implementation",
-    "unbatched",
-]
-
-
-HALF: Final = (torch.float16, torch.bfloat16)
-
-
-class Settings(NamedTuple):
-    """What a solve is told besides tensors, as plain values that the tracer understands."""
-
-    pairs: list[int]  # flat: [i0, j0, i1, j1, ...]
-    coefficients: list[float]  # the loss is the sum of coefficient * value over the pairs
-    options: Options
-    backward: str  # the mode, decided where options leave it open
-    potentials: bool  # whether f and g are outputs, differentiable
-    trace: bool  # keep the potentials of every iteration, for backward="unrolled"
-    dense: bool  # store cost matrices made from points
-    combined: bool  # return the loss, not its terms
-    batched: bool  # the loss is (B,), not ()
-    eps: Tensor  # made once for both passes, like rho, from the options
-    rho: Tensor | None
-    system: list[Tensor] | None = None  # receives the status of the implicit gradient's system
-
-    def arguments(self, inputs: Inputs) -> Arguments:
-        """What the operations take of a set of problems."""
-        o, (costs, points, weights, _) = self.options, inputs
-        kind = COSTS[str(o.cost)] if points else 0
-        modes = OBJECTIVES.index(o.objective), o.precision == "tf32"
-        clouds = points, weights, self.pairs, kind
-        return Arguments(costs, *clouds, self.coefficients, self.eps, self.rho, *modes)
-
-
-class Inputs(NamedTuple):
-    """Tensors that a solve starts from, as the operations take them."""
-
-    costs: list[Tensor]  # (B, n, m) per pair, or none
-    points: list[Tensor]  # (B, n, d) per cloud, or none
-    weights: list[Tensor]  # (B, n) per cloud
-    init: list[Tensor]  # f and g of each pair in turn, or none
-
-
-class Seeds(NamedTuple):
-    """Gradients of what a solve returned."""
-
-    loss: Tensor  # (B,), or (P, B) where every pair has its own
-    f: list[Tensor]  # per pair, or none
-    g: list[Tensor]
-
-
-class Wanted(NamedTuple):
-    costs: list[int]  # pairs
-    points: list[int]  # clouds
-    weights: list[bool]  # of each cloud
-
-
-def implementation(method: str) -> ModuleType:
-    """Where the operations are."""
-    return operations if method == "reference" else ops
-
-
-def batched(x: Tensor) -> Tensor:
-    """(B, n, d), contiguous, in the dtype that is computed in."""
-    if x.dim() == 2:
-        x = x.unsqueeze(0)
-    if x.dtype in HALF:
-        x = x.float()
-    return x.contiguous()
-
-
-def unbatched(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient of ``x`` from that of ``batched(x)``."""
-    grad = grad.view_as(x)
-    return grad if grad.dtype == x.dtype else grad.to(x.dtype)
-
-
-def is_envelope(s: Settings, seeds: Seeds) -> bool:
-    """Whether the gradient is that at fixed potentials. The implicit one of the value itself is."""
-    of_value = s.options.objective == "regularized" and not seeds.f
-    return s.backward == "envelope" or (s.backward == "implicit" and of_value)
+__all__ = ["gradients", "sum_over_pairs"]
 
 
 def gradients(
@@ -122,7 +33,10 @@ def gradients(
     else:
         *found, status = operation.implicit_backward(*seeds, *problem, f, g, *want)
         _report_system(s, status, inputs.weights[0].dtype)
-    costs, points, grad_a, grad_b = found
+    costs, points, *of_sides = found
+    if any(wanted.weights):
+        of_sides = empty_bins.fill(s, seeds, inputs, (f, g), of_sides, wanted.weights)
+    grad_a, grad_b = of_sides
     return costs, points, sum_over_pairs(s.pairs, grad_a, grad_b, wanted.weights)
 
 

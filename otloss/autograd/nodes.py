@@ -10,18 +10,20 @@ from torch import Tensor
 
 from otloss import _check, ops
 from otloss import method as methods
-from otloss.autograd.first_order import (
+from otloss.autograd import empty_bins
+from otloss.autograd.first_order import gradients
+from otloss.autograd.second_order import CostGradient, refuse_higher_order, solve_gradient
+from otloss.autograd.settings import (
     Inputs,
+    Places,
     Seeds,
     Settings,
     Wanted,
     batched,
-    gradients,
     implementation,
     is_envelope,
     unbatched,
 )
-from otloss.autograd.second_order import CostGradient, refuse_higher_order, solve_gradient
 from otloss.costs import COSTS
 from otloss.reference.operations import as_pairs
 
@@ -119,10 +121,16 @@ class Solve(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         outputs, solution = evaluate(settings, sizes, tensors)
         ctx.settings, ctx.sizes = settings, sizes
+        # NaN where a solve failed, else 0: what the kernels make of its potentials may be finite.
+        # Where data is read a failure has raised.
+        loss = outputs[0].detach()
+        failed = 0 * (loss.reshape(-1) if settings.combined else loss.sum(0))
+        ctx.failed = None if _check.readable(loss) else failed.to(tensors[sum(sizes[:2])].dtype)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(outputs[1])
         # The inputs themselves, not their contiguous copies: these know where they came from.
-        ctx.save_for_backward(*tensors, *solution)
+        places = settings.places.costs if settings.places else []
+        ctx.save_for_backward(*tensors, *solution, *places)
         return outputs
 
     @staticmethod
@@ -136,6 +144,11 @@ class Solve(torch.autograd.Function):
         if seeds is None:
             return None, None, *result
         solution = saved[len(needed) :]
+        if s.places:
+            seen = list(solution[len(solution) - given :])
+            present = s.places.present
+            s = s._replace(places=Places(seen, inputs.points, inputs.init, present))
+            solution = solution[: len(solution) - given]
         if points and s.dense:
             P = len(s.coefficients)
             solution, made = solution[:-P], list(solution[-P:])
@@ -152,6 +165,8 @@ class Solve(torch.autograd.Function):
             found = _differentiable(s, seeds, inputs, solution, wanted)
         else:
             found = gradients(s, seeds, inputs, solution, wanted)
+        if ctx.failed is not None:
+            found = _marked(ctx.failed, inputs.weights, wanted, *found)
         of_costs, of_points, of_weights = found
         for p, grad in zip(wanted.costs, of_costs, strict=True):
             result[p] = grad
@@ -184,6 +199,27 @@ def evaluate(
         loss = loss[0]
     outputs = loss, status
     return (*outputs, *f, *g) if s.potentials else outputs, (*f, *g, *traces, *made)
+
+
+def _marked(
+    failed: Tensor,
+    weights: Sequence[Tensor],
+    wanted: Wanted,
+    of_costs: Sequence[Tensor],
+    of_points: Sequence[Tensor],
+    of_weights: Sequence[Tensor | None],
+) -> tuple[Sequence[Tensor], Sequence[Tensor], list[Tensor | None]]:
+    """NaN where a problem failed, but not for padding; ``failed`` (B,) is NaN there, else 0."""
+    costs = [grad + failed[:, None, None] for grad in of_costs]
+    points = [
+        torch.where(weights[c].unsqueeze(-1) > 0, grad + failed[:, None, None], 0.0)
+        for c, grad in zip(wanted.points, of_points, strict=True)
+    ]
+    marked = [
+        None if grad is None else torch.where((w > 0) | (grad != 0), grad + failed[:, None], 0.0)
+        for w, grad in zip(weights, of_weights, strict=True)
+    ]
+    return costs, points, marked
 
 
 def _inputs(tensors: Sequence[Tensor], sizes: list[int]) -> Inputs:
@@ -249,6 +285,40 @@ def _differentiable(
     s: Settings, seeds: Seeds, inputs: Inputs, solution: Sequence[Tensor], wanted: Wanted
 ) -> tuple[Sequence[Tensor], Sequence[Tensor], list[Tensor | None]]:
     """As ``gradients``, for ``create_graph=True``: gradients that are nodes of a graph."""
+    if s.places:
+        return _beside_empty_bins(s, s.places, seeds, inputs, solution, wanted)
+    return _as_nodes(s, seeds, inputs, solution, wanted)
+
+
+def _beside_empty_bins(
+    s: Settings,
+    places: Places,
+    seeds: Seeds,
+    inputs: Inputs,
+    solution: Sequence[Tensor],
+    wanted: Wanted,
+) -> tuple[Sequence[Tensor], Sequence[Tensor], list[Tensor | None]]:
+    """Of weights at empty bins there is no second derivative: asking for one raises."""
+    weights = inputs.weights
+    empty = empty_bins.masks(places, weights, [w.requires_grad for w in weights])
+    has = empty_bins.some(empty)
+
+    def first_order(t: Tensor, c: int, *, given: bool) -> Tensor:
+        return empty_bins.FirstOrder.apply(t, empty[c], given) if has[c] else t
+
+    held = [first_order(w, c, given=False) for c, w in enumerate(weights)]
+    inputs = inputs._replace(weights=held)
+    of_costs, of_points, of_weights = _as_nodes(s, seeds, inputs, solution, wanted)
+    kept = [
+        None if grad is None else first_order(grad, c, given=True)
+        for c, grad in enumerate(of_weights)
+    ]
+    return of_costs, of_points, kept
+
+
+def _as_nodes(
+    s: Settings, seeds: Seeds, inputs: Inputs, solution: Sequence[Tensor], wanted: Wanted
+) -> tuple[Sequence[Tensor], Sequence[Tensor], list[Tensor | None]]:
     if not inputs.points:
         of_costs, of_weights = solve_gradient(s, seeds, inputs, solution, wanted)
         return of_costs, [], of_weights

@@ -14,15 +14,14 @@ from torch import Tensor
 
 from otloss import reference
 from otloss._options import OBJECTIVES
-from otloss.autograd.first_order import (
+from otloss.autograd.first_order import gradients, sum_over_pairs
+from otloss.autograd.settings import (
     Inputs,
     Seeds,
     Settings,
     Wanted,
-    gradients,
     implementation,
     is_envelope,
-    sum_over_pairs,
 )
 from otloss.reference import operations
 from otloss.reference.operations import as_pairs
@@ -201,6 +200,10 @@ class SolveGradient(torch.autograd.Function):
             outputs = [costs[p] for p in wanted.costs]
             outputs += [grad for grad in weights if grad is not None]
         result = _vector_jacobian(outputs, leaves, grads, saved)
+        first = sum(sizes[:4])
+        for k in range(first, first + sizes[4]):  # weights, where those of 0 are in the totals
+            grad = result[k]
+            result[k] = None if grad is None else torch.where(saved[k] > 0, grad, 0.0)
         return None, None, None, *result, *[None] * (len(saved) - variable)
 
 
@@ -266,7 +269,8 @@ class Potentials(torch.autograd.Function):
         clouds = len(saved) - 3 * P
         s = ctx.settings
         # By the optimality conditions, and with no part of the value in it.
-        s = s._replace(backward="implicit", options=s.options._replace(objective="regularized"))
+        options = s.options._replace(objective="regularized")
+        s = s._replace(backward="implicit", options=options, places=None)
         costs, weights, solution = split(saved, [P, clouds, 2 * P])
         given = [grad.contiguous() for grad in grads]
         seeds = Seeds(saved[0].new_zeros(saved[0].shape[0]), given[:P], given[P:])

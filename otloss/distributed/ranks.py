@@ -45,9 +45,9 @@ class Ranks:
         def note(number: int, frame: Any) -> None:
             self._noted.append(lambda: handlers[number](number, frame))
 
-        for number in handlers:
-            signal.signal(number, note)
         try:
+            for number in handlers:
+                signal.signal(number, note)
             yield
         finally:
             for number, handler in handlers.items():

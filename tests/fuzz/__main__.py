@@ -8,9 +8,9 @@ Every seed is one problem: clouds, weights, cost, eps, options and a call, drawn
 accepted. OT is the optimal value, which the oracle knows to lie in [low, high]; J the value that
 is returned, e the marginal error of the potentials returned, in float64; m the plan's mass, R =
 max C - min C, G the largest gradient of the cost between two points, u the machine epsilon of the
-dtype. Rounding is r = 64 u (|J| + m max C), 2 for max C with the cosine cost, and relative to the
-plan w = u (64 + 16 k), k = (max|f| + max|g| + max C) / eps. delta is how far a dual value may be
-below OT.
+dtype. Rounding is r = 64 u (|J| + m (max C + rho)), 2 for max C with the cosine cost, and
+relative to the plan w = u (64 + 16 k), k = (max|f| + max|g| + max C) / eps. delta is how far a
+dual value may be below OT.
 
 check       | bound
 refused     | a ValueError only for eps < 4 u max C (1 for the cosine cost, an upper bound where

@@ -79,6 +79,10 @@ class Case:
         return math.isinf(self.rho[0]) and math.isinf(self.rho[1])
 
     @property
+    def symmetric(self) -> bool:
+        return self.cost not in (_sheared, _bilinear)
+
+    @property
     def transport(self) -> bool:
         return self.options["objective"] == "transport"
 
@@ -221,7 +225,7 @@ def draw(seed: int) -> Case:
     given = {"a": case.a, "b": case.b, "x": x, "y": y, "C": x}
     case.leaves = tuple(k for k in names if given[k] is not None and rng.random() < 0.8)
     if call in CALLS[2:] and case.options["n_iters"] is None and rng.random() < 0.1:
-        case.init = 10 ** rng.uniform(-2, 3)
+        case.init = min(10 ** rng.uniform(-2, 3), 30 * min(case.rho) / case.eps)
     case.kind = {
         "call": case.call, "n": n, "m": m, "d": d, "B": B, "dtype": str(dtype)[6:],
         "method": method, "cost": cost if isinstance(cost, str) else cost.__name__[1:],

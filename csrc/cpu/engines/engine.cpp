@@ -18,36 +18,28 @@ Engine<T>::Engine(const Side<T>& x, const Side<T>& y, const SolveGroup<T>& group
 
 template <typename T>
 void Engine<T>::update_rows(double eps, const T* g, T* F, T* s) {
-  if (wants_unit_sweep(eps, g)) return unit_sweep(eps, g, F, s, nullptr);
-  absorb_weights(m_, factor<T>(eps), g, y.weight, G_.data());
+  const bool unit = begin_sweep(eps, g);
   costs_.parts().for_each([&](int64_t part, int64_t begin, int64_t end) {
-    sweep(eps, part, begin, end, F, s, nullptr);
+    sweep(unit, eps, part, begin, end, F, s, nullptr);
   });
 }
 
 template <typename T>
 void Engine<T>::iterate(double eps, const T* g, T* F, T* gt, T* q) {
+  const bool unit = begin_sweep(eps, g);
   totals_.clear();
-  if (wants_unit_sweep(eps, g)) {
-    unit_sweep(eps, g, F, s_.data(), &totals_);
-    const double* c = totals_.total();
-    for (int64_t j = 0; j < m_; ++j) {
-      const double over = y.weight[j] > T(0) ? c[j] : 0.0, from = static_cast<double>(g[j]);
-      q[j] = static_cast<T>(1 + over);
-      gt[j] = y.weight[j] > T(0) ? static_cast<T>(from - eps * std::log1p(over)) : T(0);
-    }
-    return;
-  }
-  absorb_weights(m_, factor<T>(eps), g, y.weight, G_.data());
   costs_.parts().for_each([&](int64_t part, int64_t begin, int64_t end) {
     Workspace& w = workspaces_[part];
     for (int64_t i = begin; i < end; i += kFlushRows) {
       std::fill(w.c.begin(), w.c.end(), T(0));
-      sweep(eps, part, i, std::min(end, i + kFlushRows), F, s_.data(), w.c.data());
+      sweep(unit, eps, part, i, std::min(end, i + kFlushRows), F, s_.data(), w.c.data());
       add_sums(m_, w.c.data(), totals_.part(part));
     }
   });
-  update_columns(eps, g, F, totals_.total(), gt, q);
+  if (unit)
+    update_unit_columns(eps, g, totals_.total(), gt, q);
+  else
+    update_columns(eps, g, F, totals_.total(), gt, q);
 }
 
 template <typename T>
@@ -106,38 +98,43 @@ bool Engine<T>::propose(double sweeps, double eps, T* g) const {
 }
 
 template <typename T>
-void Engine<T>::sweep(double eps, int64_t part, int64_t begin, int64_t end, T* F, T* s, T* c) {
+void Engine<T>::sweep(bool unit, double eps, int64_t part, int64_t begin, int64_t end, T* F, T* s,
+                      T* c) {
   T* e = workspaces_[part].e.data();
+  const T k = factor<T>(eps), tilt = x.tilt(eps);
   costs_.for_each_block(part, begin, end, [&](const T* C, int64_t i, int64_t count) {
+    const int64_t stride = costs_.source().stride();
+    if (unit)
+      return unit_sweep_rows(UnitSweep<T>{count, m_, k, static_cast<double>(tilt), C, stride,
+                                          x.weight + i, y.weight, G_.data(), F + i, s + i, c, e});
     // The last row that may be read to its padded width ends within the memory.
     const int64_t beyond = costs_.source().available(i) - padded<T>(m_);
-    const int64_t stride = costs_.source().stride();
     const int64_t readable = beyond < 0 ? 0 : std::min(count, beyond / stride + 1);
-    sweep_rows(RowSweep<T>{count, m_, factor<T>(eps), C, stride, x.weight + i, G_.data(), F + i,
-                           s + i, c, e, readable, x.tilt(eps)});
+    sweep_rows(RowSweep<T>{count, m_, k, C, stride, x.weight + i, G_.data(), F + i, s + i, c, e,
+                           readable, tilt});
   });
 }
 
 template <typename T>
-bool Engine<T>::wants_unit_sweep(double eps, const T* g) const {
-  constexpr double kFar = 1;  // eps over the costs
-  if (x.mass != 1 || y.mass != 1 || !(eps > kFar * max_cost())) return false;
-  for (int64_t j = 0; j < m_; ++j)
-    if (!(std::abs(static_cast<double>(g[j])) < eps)) return false;
-  return true;
+bool Engine<T>::begin_sweep(double eps, const T* g) {
+  bool unit = x.mass == 1 && y.mass == 1 && eps > max_cost();
+  for (int64_t j = 0; unit && j < m_; ++j) unit = std::abs(static_cast<double>(g[j])) < eps;
+  const T k = factor<T>(eps);
+  if (unit)
+    for (int64_t j = 0; j < m_; ++j) G_[j] = k * g[j];
+  else
+    absorb_weights(m_, k, g, y.weight, G_.data());
+  return unit;
 }
 
+// gt_j = g_j - eps log(1 + c_j), the column sums over b less 1.
 template <typename T>
-void Engine<T>::unit_sweep(double eps, const T* g, T* F, T* s, PartSums<double>* c) {
-  const double k = kLog2E / eps;
-  std::vector<double> G(m_);
-  for (int64_t j = 0; j < m_; ++j) G[j] = k * static_cast<double>(g[j]);
-  std::vector<std::vector<double>> e(costs_.parts().count(), std::vector<double>(m_));
-  costs_.for_each([&](int64_t part, const T* C, int64_t i, int64_t count) {
-    unit_sweep_rows(UnitSweep<T>{count, m_, k, x.tilt(eps), C, costs_.source().stride(),
-                                 x.weight + i, y.weight, G.data(), F + i, s + i,
-                                 c ? c->part(part) : nullptr, e[part].data()});
-  });
+void Engine<T>::update_unit_columns(double eps, const T* g, const double* c, T* gt, T* q) const {
+  for (int64_t j = 0; j < m_; ++j) {
+    const double over = y.weight[j] > T(0) ? c[j] : 0.0, from = static_cast<double>(g[j]);
+    q[j] = static_cast<T>(1 + over);
+    gt[j] = y.weight[j] > T(0) ? static_cast<T>(from - eps * std::log1p(over)) : T(0);
+  }
 }
 
 // gt_j = g_j - eps log q_j with q_j = c_j / b_j, in whole blocks, then again with the maximum

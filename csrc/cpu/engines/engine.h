@@ -67,10 +67,10 @@ class Engine {
     explicit Workspace(int64_t m) : c(padded<T>(m)), e(kSweepScratchRows * padded<T>(m)) {}
   };
 
-  void sweep(double eps, int64_t part, int64_t begin, int64_t end, T* F, T* s, T* c);
-  // Whether rounding of the size of eps would show.
-  bool wants_unit_sweep(double eps, const T* g) const;
-  void unit_sweep(double eps, const T* g, T* F, T* s, PartSums<double>* c);
+  // Sets G. Whether rounding would be that of eps, not of the costs: the sweep is a unit sweep.
+  bool begin_sweep(double eps, const T* g);
+  void sweep(bool unit, double eps, int64_t part, int64_t begin, int64_t end, T* F, T* s, T* c);
+  void update_unit_columns(double eps, const T* g, const double* c, T* gt, T* q) const;
   void update_columns(double eps, const T* g, const T* F, const double* c, T* gt, T* q);
   double least_column_sum(T tilt, const T* F) const;
   void guarded_columns(double eps, int64_t begin, int64_t end, const T* g, const T* F, T* gt, T* q);

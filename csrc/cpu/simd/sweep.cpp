@@ -216,20 +216,20 @@ void sweep_rows(const RowSweep<T>& p) {
 
 // e_j = exp2(G_j - k C_j) - 1; returns sum_j b_j e_j.
 template <typename T>
-OTLOSS_SIMD double excess_of_row(int64_t m, double k, const T* C, const T* b, const double* G,
-                                 double* e) {
-  double sum = 0;
+OTLOSS_SIMD T excess_of_row(int64_t m, T k, const T* C, const T* b, const T* G, T* e) {
+  T sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < m; ++j) {
-    const double value = fast_exp2m1(G[j] - k * static_cast<double>(C[j]));
-    e[j] = b[j] > T(0) ? value : 0.0;  // padding may hold anything
-    sum += static_cast<double>(b[j]) * e[j];
+    const T value = fast_exp2m1(G[j] - k * C[j]);
+    e[j] = b[j] > T(0) ? value : T(0);  // padding may hold anything
+    sum += b[j] * e[j];
   }
   return sum;
 }
 
 // c_j += shift + factor e_j.
-OTLOSS_SIMD void add_excess(int64_t m, double shift, double factor, const double* e, double* c) {
+template <typename T>
+OTLOSS_SIMD void add_excess(int64_t m, T shift, T factor, const T* e, T* c) {
 #pragma omp simd
   for (int64_t j = 0; j < m; ++j) c[j] += shift + factor * e[j];
 }
@@ -241,16 +241,16 @@ void unit_sweep_rows(const UnitSweep<T>& p) {
       p.F[i] = 0, p.s[i] = 1;
       continue;
     }
-    const double sum = excess_of_row(p.m, p.k, p.C + i * p.stride, p.b, p.G, p.e);
+    const double sum =
+        static_cast<double>(excess_of_row(p.m, p.k, p.C + i * p.stride, p.b, p.G, p.e));
     const double F = -kLog2E * std::log1p(sum);
     p.s[i] = static_cast<T>(fast_exp2(static_cast<double>(p.F[i])) * (1 + sum));
     p.F[i] = static_cast<T>(F);
     if (!p.c) continue;
-    // Of the plan of (1 + tilt) F, over b, less 1: (1 + E)(1 + t) - 1 with E = (e - sum) / (1 +
-    // sum).
+    // Of the plan of (1 + tilt) F, over b, less 1: (1 + E)(1 + t) - 1, E = (e - sum) / (1 + sum).
     const double t = fast_exp2m1(p.tilt * F), a = static_cast<double>(p.a[i]);
     const double factor = a * (1 + t) / (1 + sum);
-    add_excess(p.m, a * t - factor * sum, factor, p.e, p.c);
+    add_excess(p.m, static_cast<T>(a * t - factor * sum), static_cast<T>(factor), p.e, p.c);
   }
 }
 

@@ -47,7 +47,7 @@ struct ColumnSoftmin {
   T* out;      // (width,) -log2 sum_i exp2(A_i - k C_ij)
 };
 
-// A full iteration for an eps far above the costs, at totals of 1: exponentials less 1, in double.
+// A full iteration for an eps above the costs, at totals of 1: by exponentials less 1.
 //
 // The weights sum to 1 by definition, not by arithmetic, so that rounding is that of the costs and
 // not of eps. With z_ij = k (g_j - C_ij) and e_ij = exp2(z_ij) - 1 the row update is
@@ -56,17 +56,17 @@ template <typename T>
 struct UnitSweep {
   int64_t rows;  // n
   int64_t m;     // columns
-  double k;
-  double tilt;      // see RowSweep
-  const T* C;       // (n, m)
-  int64_t stride;   // distance of rows of C
-  const T* a;       // (n,)
-  const T* b;       // (m,)
-  const double* G;  // (m,) k g
-  T* F;             // (n,) in: a guess, out: the exact update
-  T* s;             // (n,) out: row sums of the plan before the update, over a
-  double* c;        // (m,) accumulated: column sums of the plan after it over b, less 1; or null
-  double* e;        // (m,) scratch
+  T k;
+  double tilt;     // see RowSweep
+  const T* C;      // (n, m)
+  int64_t stride;  // distance of rows of C
+  const T* a;      // (n,)
+  const T* b;      // (m,)
+  const T* G;      // (m,) k g
+  T* F;            // (n,) in: a guess, out: the exact update
+  T* s;            // (n,) out: row sums of the plan before the update, over a
+  T* c;            // (m,) accumulated: column sums of the plan after it over b, less 1; or null
+  T* e;            // (m,) scratch
 };
 
 template <typename T>
