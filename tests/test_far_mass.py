@@ -129,3 +129,19 @@ def test_a_doubtful_solve_has_not_converged(rng):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         solve(c)
+
+
+@pytest.mark.parametrize("k", [6, 90])
+def test_rows_split_between_threads(k, rng, threads):
+    """And more groups than are shifted at once."""
+    centres = 100 * randn(rng, k, 2)
+    x, y = (centres.repeat(780 // k, 1) + 0.1 * randn(rng, 780 // k * k, 2) for _ in range(2))
+    b = torch.ones(len(y)).double()
+    b[::k] *= 1.1
+    c = Clouds(x, y, torch.ones(len(x)).double() / len(x), b / b.sum())
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results.append(solve(c))
+    assert all(r.converged and r.duality_gap <= 20 * TOL * float(r.value) for r in results)
+    torch.testing.assert_close(results[0].value, results[1].value, rtol=1e-3, atol=0)
