@@ -121,8 +121,8 @@ def see_empty_bins(
             x.detach().to(w.dtype) for x, w in zip(problem.points, problem.weights, strict=True)
         ]
         finite = [(4 * x.square().sum(-1)).isfinite() for x in points]
-        problem = replace(problem, present=_present(problem, finite))
-        if isinstance(cost, str):
+        problem = _with_present(problem, finite)
+        if isinstance(cost, str) or not problem.present:
             return problem
         seen = seen_costs(problem, pairs, cost, method)
     else:
@@ -132,11 +132,15 @@ def see_empty_bins(
         each, (a, b) = S.isfinite(), (problem.weights[i], problem.weights[j])
         finite[i] = finite[i] & (each | (b.unsqueeze(-2) == 0)).all(-1)
         finite[j] = finite[j] & (each | (a.unsqueeze(-1) == 0)).all(-2)
-    return replace(problem, present=_present(problem, finite), seen=seen)
+    return _with_present(replace(problem, seen=seen), finite)
 
 
-def _present(problem: Problem, finite: list[Tensor]) -> tuple[Tensor, ...]:
-    return tuple((w > 0) | f for w, f in zip(problem.weights, finite, strict=True))
+def _with_present(problem: Problem, finite: list[Tensor]) -> Problem:
+    """As it was if all that has weight 0 is padding."""
+    sides = list(zip(problem.weights, finite, strict=True))
+    if all(_check.readable(w) and not bool(((w == 0) & f).any()) for w, f in sides):
+        return replace(problem, present=())
+    return replace(problem, present=tuple((w > 0) | f for w, f in sides))
 
 
 @torch.no_grad()
