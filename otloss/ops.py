@@ -113,7 +113,7 @@ def build_info() -> dict[str, str]:
 
 
 def describe_plan(like: Tensor, problems: int, n: int, m: int, d: int = 0) -> str:
-    """How so many solves of ``n`` x ``m`` on the GPU of ``like`` are laid out.
+    """How a number of solves of ``n`` x ``m`` is laid out on the GPU of ``like``.
 
     ``d``: coordinates of the points that costs are made from, 0 where they are stored.
     """

@@ -372,7 +372,7 @@ def test_the_loss_is_that_of_the_potentials(machine, regime, kind, objective, pe
     assert_close(found.loss, sum(values), rtol=1e-9, atol=1e-9)
 
 
-@some("regime", LAUNCHED)
+@some("regime", REGIMES)
 def test_what_is_not_finite(machine, regime):
     p = problem(SINGLE, pairs=(0, 1))
     p.points[0][1, 4, 1] = math.nan

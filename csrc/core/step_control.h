@@ -106,7 +106,7 @@ class StopRule {
   StopRule() = default;
   OTLOSS_HOST_DEVICE explicit StopRule(double tol) : tol_(tol) {}
 
-  // A point, after so many passes. scale: the mean sizes of f and of g times the machine epsilon,
+  // A point, after `passes` passes. scale: the mean sizes of f and of g times the machine epsilon,
   // over eps: the error of a plan whose potentials are each off by their rounding.
   OTLOSS_HOST_DEVICE void see(double error, double scale, int64_t passes) {
     constexpr double kProgress = 0.8;
@@ -228,7 +228,7 @@ class StepControl {
 
   OTLOSS_HOST_DEVICE void count_passes(int64_t count) { passes_ += count; }
   OTLOSS_HOST_DEVICE int64_t passes() const { return passes_; }
-  // Whether the stage may take so many passes and more.
+  // Whether the stage may take `count` passes and more.
   OTLOSS_HOST_DEVICE bool may_pass(int64_t count) const { return passes_ + count < limit_; }
   OTLOSS_HOST_DEVICE double eps() const { return stages_.at(stage_); }
   OTLOSS_HOST_DEVICE int64_t passes_left() const { return limit_ - passes_; }

@@ -105,7 +105,12 @@ def agree(
     for name, shard in zip(clouds, shards, strict=True):
         if shard.total == 0:
             raise ValueError(f"{name} must not be empty on every rank")
-    problem = replace(problem, weights=_whole_weights(shards, problem, given))
+    whole_weights = _whole_weights(shards, problem, given)
+    present = tuple(
+        _present(shard, x.detach(), w.detach())
+        for shard, x, w in zip(shards, problem.points, whole_weights, strict=True)
+    )
+    problem = replace(problem, weights=whole_weights, present=present)
     if problem.padded:
         for name, w in zip(given, problem.weights, strict=True):
             if not bool((w.sum(-1) > 0).all()):
@@ -135,6 +140,15 @@ def _whole_weights(
             )
             whole.append(torch.cat([before, w, after], dim=-1))
     return tuple(whole)
+
+
+def _present(shard: Shard, x: Tensor, w: Tensor) -> Tensor:
+    """(B, n): what is no padding. Of points of weight 0, which give no other points a gradient,
+    those of this rank alone."""
+    there = w > 0
+    finite = (4 * x.to(w.dtype).square().sum(-1)).isfinite()
+    shard.own(there).logical_or_(finite)
+    return there
 
 
 def _cloud(shard: Shard, x: Tensor, weights: Tensor) -> Cloud:

@@ -25,7 +25,14 @@ from otloss.distributed.call import Call, agree
 from otloss.distributed.engine import ShardedEngine
 from otloss.distributed.ranks import Ranks
 from otloss.reference.gradients import weight_gradients
-from otloss.reference.marginals import Marginals, clamped, counted, marginals_of
+from otloss.reference.marginals import (
+    Marginals,
+    clamped,
+    counted,
+    damping,
+    marginals_of,
+    softmin,
+)
 from otloss.reference.operations import as_pairs
 from otloss.result import Solved
 from otloss.solve import report
@@ -240,15 +247,39 @@ def _plan_gradient(
 
 
 def _weights_gradient(call: Call, solutions: Solutions, seeds: Tensor, c: int) -> Tensor:
-    """Of all ranks' weights: their total depends on this rank's."""
+    """Of all ranks' weights, since their total depends on this rank's."""
     w = call.clouds[c].weights
     total = torch.zeros_like(w)
     for s, seed in zip(solutions, seeds, strict=True):
         if call.options.objective == "transport":  # the plan is held constant
             continue
         a, b = call.clouds[s.i].weights, call.clouds[s.j].weights
-        of_sides = weight_gradients(call.options.eps, s.f, s.g, a, b, s.marginals)
+        f = _with_empty_bins(call, s, exchanged=False) if s.i == c else s.f
+        g = _with_empty_bins(call, s, exchanged=True) if s.j == c else s.g
+        of_sides = weight_gradients(call.options.eps, f, g, a, b, s.marginals)
         for side, of_side in zip((s.i, s.j), of_sides, strict=True):
             if side == c:
                 total += s.coefficient * seed.unsqueeze(-1) * of_side
-    return torch.where(w > 0, total, 0.0)
+    return torch.where(call.problem.present[c], total, 0.0)
+
+
+@torch.no_grad()
+def _with_empty_bins(call: Call, s: Solution, *, exchanged: bool) -> Tensor:
+    """The potential of the rows, or of the columns if ``exchanged``, and at this rank's points of
+    weight 0 that of the first mass to come; see ``otloss.autograd.empty_bins``."""
+    own, other, v, u = (s.j, s.i, s.g, s.f) if exchanged else (s.i, s.j, s.f, s.g)
+    x, y, rho = call.clouds[own], call.clouds[other], s.marginals[int(exchanged)]
+    empty = x.shard.own(call.problem.present[own] & (x.weights == 0))
+    if not bool(empty.any()):
+        return v
+    points, counts = torch.where(empty.unsqueeze(-1), x.points, 0.0), empty.to(x.weights)
+    if exchanged:
+        C = call.costs(y.whole, points, y.weights, counts).mT
+    else:
+        C = call.costs(points, y.whole, counts, y.weights)
+    C, u, b = C.double(), u.double(), y.weights.double()
+    there = damping(rho, call.options.eps) * softmin(call.options.eps, C, u, b)
+    filled = v.clone()
+    own_part = x.shard.own(filled)
+    own_part.copy_(torch.where(empty & there.isfinite(), there.to(v), own_part))
+    return filled

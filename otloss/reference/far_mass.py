@@ -58,7 +58,7 @@ class FarMass:
             readings = 1
             if self._gap(point) <= PROOF * self.tol * self._scale(point):
                 return Found(readings=readings)
-        found = self._shift(point, sweeps, left - readings)
+        found = self._shift(point, stop, sweeps, left - readings)
         return found._replace(readings=readings + found.readings)
 
     def _sums(self, point: Point) -> tuple[Tensor, Tensor]:
@@ -115,7 +115,7 @@ class FarMass:
         gap = self.engine.over_rows(a.new_zeros(()), part).sum() - v @ g
         return min(float(gap + self.eps * (kept + added)), self._own_gap(point))
 
-    def _shift(self, point: Point, sweeps: int, left: int) -> Found:
+    def _shift(self, point: Point, stop: StopRule, sweeps: int, left: int) -> Found:
         w, c = self._sums(point)
         group, readings = self._groups(point, c, left - 3)
         k = int(group.max()) + 1
@@ -124,14 +124,16 @@ class FarMass:
         massive = group >= 0
         B, lacking = (w.new_zeros(k).index_add(0, group[massive], v[massive]) for v in (w, w - c))
         t = best_shifts(self._between(point, group, k)._replace(B=B))
-        readings, largest, much = readings + 1, float(t.abs().max()), self._much(point)
-        if not (largest > self.eps / 2 or float(lacking @ t) > much):
+        readings, much = readings + 1, self._much(point)
+        # Where rounding hides all progress only a gain is one.
+        is_shift = float(t.abs().max()) > self.eps / 2 and not stop.stuck
+        if not (is_shift or float(lacking @ t) > much):
             return Found(True, readings)
         added = torch.where(massive, t[group], 0.0).to(point.g)
         shifted = evaluate(self.engine, self.eps, point.g + added)
         gain = shifted.value - point.value
         gains_much = gain * float(w.sum()) / self.engine.mass[1] > much
-        if not (gains_much or (largest > self.eps / 2 and gain > -point.noise)):
+        if not (gains_much or (is_shift and gain > -point.noise)):
             return Found(True, readings + 1)
         later = max(self._next, 2 * sweeps)
         self._next, self._mark = sweeps + SOON if gains_much else later, math.inf

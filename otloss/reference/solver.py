@@ -43,8 +43,8 @@ EASY_EPS, FIRST_STAGE, STAGE_RATIO, STAGE_TOL = 0.077, 0.1, 0.25, 0.01
 # The line search: steps along one direction, the factor from one to the next, and the part of the
 # predicted gain that a step must bring.
 TRIES, SHRINK, SUFFICIENT_GAIN = 5, 0.3, 1e-4
-# The start in closed form is tried first where it takes less time than so many sweeps, and second
-# where it takes less than so many.
+# The start in closed form is tried first where it takes less time than CHEAP_SWEEPS, and second
+# where it takes less than WORTH_SWEEPS.
 CHEAP_SWEEPS, WORTH_SWEEPS = 1, 10
 
 

@@ -54,9 +54,12 @@ void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& op
   status[kStatusMaxCost] = max_cost;
 
   Outcome outcome;
+  const int64_t traced = group.trace ? options.n_iters * (n + m) : 0;
+  T* trace = group.trace ? group.trace + p * traced : nullptr;
   if (!std::isfinite(max_cost)) {
     std::fill(f, f + n, std::numeric_limits<T>::quiet_NaN());
     std::fill(g, g + m, std::numeric_limits<T>::quiet_NaN());
+    std::fill(trace, trace + traced, std::numeric_limits<T>::quiet_NaN());
     status[kStatusTerm] = std::numeric_limits<double>::quiet_NaN();
   } else {
     const bool one_potential = options.n_iters < 0 && has_one_potential(group, p);
@@ -69,7 +72,6 @@ void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& op
     else
       std::fill(g, g + m, T(0));
     if (options.n_iters >= 0) {
-      T* trace = group.trace ? group.trace + p * options.n_iters * (n + m) : nullptr;
       outcome = solve_fixed(engine, options, F.data(), g, trace);
     } else if (one_potential) {
       outcome = solve_symmetric(engine, options, F.data());

@@ -179,7 +179,8 @@ class PairSolver {
     const auto found = far_.shift(eps_, F_, point_, control_.passes_left() - 1);
     control_.count_passes(found.readings);
     const double tol = options_.tol;
-    const bool is_shift = FarMassRule::is_shift(found.largest, eps_);
+    // Where rounding hides all progress only a gain is one.
+    const bool is_shift = FarMassRule::is_shift(found.largest, eps_) && !control_.stop().stuck();
     if (found.g.empty() || !(is_shift || FarMassRule::is_much(found.gain, tol, value)))
       return false;
     for (int64_t j = 0; j < m_; ++j) trial_.g[j] = point_.g[j] + found.g[j];
