@@ -13,6 +13,9 @@ are kept). They run over the backends of backends.py: plain torch, the CPU kerne
 emulated on the host, a GPU. cuda holds what only a real GPU shows; examples, benchmarks and docs
 what is around the library. docs/testing.md says what is promised and which test watches it.
 
+fuzz/ tries random problems over all that is accepted against an oracle that proves itself
+(certified.py): `python -m tests.fuzz`, a minute of it among the slow tests.
+
 Every run draws new random inputs; a failure prints the seed that repeats it.
 """
 

@@ -37,8 +37,8 @@ weights     | as dual potentials the gradients are within delta + r of OT, 8 del
             | divergence; where the marginal is soft (rho + eps) sqrt(3 m (delta + r) / rho) in
             | L1(a)
 together    | <a, da> + <b, db> is the derivative of the value as both weights grow, delta + r off
-empty bins  | the gradient in a weight of 0 is the softmin of the other potential, 4 eps tol m
-            | times the largest density of the plan there off, and 4 eps w
+empty bins  | the gradient in a weight of 0 is the softmin of the other potential, 4 eps e m times
+            | the largest density of the plan there off (tol for e of a loss), and 4 eps w
 padding     | gradient 0 at points of weight 0
 iterations  | L of them: 16 u L (m max C + <a, |f|> + <b, |g|>), m the larger total, and 16 u eps
             | m_a m_b where a marginal is soft

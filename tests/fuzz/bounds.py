@@ -405,14 +405,19 @@ class Judge:
         f = certified.softmin(C, g, q.b, eps)
         if not case.balanced:
             f += eps * (q.b.sum() - 1)
-        slack = case.options["tol"] * terms[0].mass * density(f, g, C, eps)
+        e = case.options["tol"]
+        if self.answer.error is not None:
+            e = max(e, self.answer.error[k])
+        elif not self.answer.converged[k]:
+            return
+        slack = e * terms[0].mass * density(f, g, C, eps)
         if len(terms) > 1:
             self_term = terms[1 + own].proof
             with torch.no_grad():
                 C = case.matrix(points[empty], kept(points, weights[0], k)).numpy()
             v = (self_term.f + self_term.g) / 2
             v_empty = certified.softmin(C, v, q.a, eps)
-            slack += case.options["tol"] * terms[0].mass * density(v_empty, v, C, eps)
+            slack += e * terms[0].mass * density(v_empty, v, C, eps)
             f += eps * (q.a.sum() - q.b.sum()) * (not case.balanced)
             f -= v_empty + eps * (q.a.sum() - 1) * (not case.balanced)
         if slack < 0.1:
