@@ -9,7 +9,6 @@
 #include "cpu/simd/tile.h"
 
 #include <algorithm>
-#include <type_traits>
 #include <utility>
 
 #include "cpu/parallel.h"
@@ -18,21 +17,25 @@
 namespace otloss::cpu {
 namespace {
 
-// kBytes of T, wherever a T may lie.
 template <typename T, int kBytes>
 struct VectorOf {
-  using type __attribute__((vector_size(kBytes), aligned(sizeof(T)), may_alias)) = T;
+  using type __attribute__((vector_size(kBytes))) = T;
 };
 template <typename T, int kBytes>
 using Vector = typename VectorOf<T, kBytes>::type;
 
+// kBytes of T, wherever a T may lie. (Clang forgets an alignment that is part of a dependent type.)
+template <typename T, int kBytes>
+struct __attribute__((packed, may_alias)) InMemory {
+  Vector<T, kBytes> vector;
+};
 template <int kBytes, typename T>
-OTLOSS_INLINE const Vector<T, kBytes>& vector_at(const T* p) {
-  return *reinterpret_cast<const Vector<T, kBytes>*>(p);
+OTLOSS_INLINE const InMemory<T, kBytes>& in_memory(const T* p) {
+  return *reinterpret_cast<const InMemory<T, kBytes>*>(p);
 }
 template <int kBytes, typename T>
-OTLOSS_INLINE Vector<T, kBytes>& vector_at(T* p) {
-  return *reinterpret_cast<Vector<T, kBytes>*>(p);
+OTLOSS_INLINE InMemory<T, kBytes>& in_memory(T* p) {
+  return *reinterpret_cast<InMemory<T, kBytes>*>(p);
 }
 
 // Sums of kRows rows by kVectors vectors.
@@ -47,8 +50,7 @@ struct Part {
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v)
-        function(sum[r][v], vector_at<kBytes>(at + r * stride + v * kLanes));
+      for (int v = 0; v < kVectors; ++v) function(sum[r][v], at + r * stride + v * kLanes);
   }
 
   // Adds term(x_rk, y_kj) for all k. Rows of y come from the L2 cache, in steps that are asked for
@@ -60,7 +62,7 @@ struct Part {
     for (int64_t k = 0; k < inner; ++k, x += x_inner, y += y_inner) {
       Vector<T, kBytes> column[kVectors];
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) column[v] = vector_at<kBytes>(y + v * kLanes);
+      for (int v = 0; v < kVectors; ++v) column[v] = in_memory<kBytes>(y + v * kLanes).vector;
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) __builtin_prefetch(y + kAhead * y_inner + v * kLanes);
 #pragma GCC unroll 12
@@ -80,10 +82,14 @@ OTLOSS_INLINE void add_part(const TileProduct<T>& t, int64_t r, int64_t j) {
   Part<kBytes, kRows, kPartVectors, T> part = {};
   T* at = t.sum + r * t.stride + j;
   if (t.add)
-    part.for_each(at, t.stride, [](auto& sum, auto& value) OTLOSS_ALWAYS_INLINE { sum = value; });
+    part.for_each(at, t.stride, [](auto& sum, const T* from) OTLOSS_ALWAYS_INLINE {
+      sum = in_memory<kBytes>(from).vector;
+    });
   part.add(t.inner, t.x + r * t.x_row, t.x_row, t.x_inner, t.y + j, t.y_inner,
            [](auto& sum, const auto& x, const auto& y) OTLOSS_ALWAYS_INLINE { sum += x * y; });
-  part.for_each(at, t.stride, [](auto& sum, auto& value) OTLOSS_ALWAYS_INLINE { value = sum; });
+  part.for_each(at, t.stride, [](const auto& sum, T* to) OTLOSS_ALWAYS_INLINE {
+    in_memory<kBytes>(to).vector = sum;
+  });
 }
 
 // Rows from r on, kRows at a time; returns the first that is left.
@@ -116,7 +122,8 @@ OTLOSS_INLINE void difference_rows(const Differences<T>& p, int64_t r) {
                [](auto& sum, const auto& x, const auto& y)
                    OTLOSS_ALWAYS_INLINE { sum += (x - y) * (x - y); });
       part.for_each(p.squares + r * p.stride + s * kStrip<T> + j, p.stride,
-                    [](auto& sum, auto& value) OTLOSS_ALWAYS_INLINE { value = sum; });
+                    [](const auto& sum, T* to)
+                        OTLOSS_ALWAYS_INLINE { in_memory<kBytes>(to).vector = sum; });
     }
 }
 
@@ -154,17 +161,19 @@ template <typename T>
 OTLOSS_INLINE void transpose_block(const T* from, int64_t stride, T* to, int64_t to_stride) {
   constexpr int kBytes = 4 * sizeof(T);
   using V = Vector<T, kBytes>;
-  using Index = Vector<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>, kBytes>;
-  const V r0 = vector_at<kBytes>(from), r1 = vector_at<kBytes>(from + stride);
-  const V r2 = vector_at<kBytes>(from + 2 * stride), r3 = vector_at<kBytes>(from + 3 * stride);
-  const V low01 = __builtin_shuffle(r0, r1, Index{0, 4, 1, 5});
-  const V low23 = __builtin_shuffle(r2, r3, Index{0, 4, 1, 5});
-  const V high01 = __builtin_shuffle(r0, r1, Index{2, 6, 3, 7});
-  const V high23 = __builtin_shuffle(r2, r3, Index{2, 6, 3, 7});
-  vector_at<kBytes>(to) = __builtin_shuffle(low01, low23, Index{0, 1, 4, 5});
-  vector_at<kBytes>(to + to_stride) = __builtin_shuffle(low01, low23, Index{2, 3, 6, 7});
-  vector_at<kBytes>(to + 2 * to_stride) = __builtin_shuffle(high01, high23, Index{0, 1, 4, 5});
-  vector_at<kBytes>(to + 3 * to_stride) = __builtin_shuffle(high01, high23, Index{2, 3, 6, 7});
+  const V r0 = in_memory<kBytes>(from).vector, r1 = in_memory<kBytes>(from + stride).vector;
+  const V r2 = in_memory<kBytes>(from + 2 * stride).vector,
+          r3 = in_memory<kBytes>(from + 3 * stride).vector;
+  const V low01 = __builtin_shufflevector(r0, r1, 0, 4, 1, 5);
+  const V low23 = __builtin_shufflevector(r2, r3, 0, 4, 1, 5);
+  const V high01 = __builtin_shufflevector(r0, r1, 2, 6, 3, 7);
+  const V high23 = __builtin_shufflevector(r2, r3, 2, 6, 3, 7);
+  in_memory<kBytes>(to).vector = __builtin_shufflevector(low01, low23, 0, 1, 4, 5);
+  in_memory<kBytes>(to + to_stride).vector = __builtin_shufflevector(low01, low23, 2, 3, 6, 7);
+  in_memory<kBytes>(to + 2 * to_stride).vector =
+      __builtin_shufflevector(high01, high23, 0, 1, 4, 5);
+  in_memory<kBytes>(to + 3 * to_stride).vector =
+      __builtin_shufflevector(high01, high23, 2, 3, 6, 7);
 }
 
 // `count` rows, at most a strip.
@@ -175,7 +184,7 @@ void pack_strip_transposed(int64_t count, int64_t inner, const T* from, int64_t 
     if (count == kStrip<T>)
 #pragma GCC unroll 8
       for (int64_t j = 0; j < kStrip<T>; j += kBytes / sizeof(T))
-        vector_at<kBytes>(strip + j) = vector_at<kBytes>(from + j);
+        in_memory<kBytes>(strip + j).vector = in_memory<kBytes>(from + j).vector;
     else
       std::copy_n(from, count, strip);
 }
