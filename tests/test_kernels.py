@@ -231,13 +231,13 @@ for d in (3, 50):
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
 def test_instruction_levels(level):
     """Products and sweeps at every level that the machine has."""
-    environment = {**os.environ, "OTLOSS_SIMD": level}
     command = [sys.executable, "-c", LOSSES]
+    environment = {**os.environ, "OTLOSS_SIMD": level}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+    names = {"baseline": "x86-64", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
     own = ops.build_info()["simd"]
-    levels = {"baseline": "x86-64", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
-    assert run.stdout.strip() == (min(own, levels[level]) if own in levels.values() else own)
+    assert run.stdout.strip() == (min(own, names[level]) if own in names.values() else own)
 
 
 def sample_arguments() -> dict[str, tuple[Any, ...]]:
