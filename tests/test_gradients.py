@@ -198,7 +198,9 @@ def test_minibatch_energy_distance(mode, rng):
     assert relative(default, held) == 0
 
 
-@pytest.mark.parametrize(("dtype", "tol"), [(torch.float32, 2e-5), (torch.float64, 1e-10)], ids=name)
+@pytest.mark.parametrize(
+    ("dtype", "tol"), [(torch.float32, 2e-5), (torch.float64, 1e-10)], ids=name
+)
 @pytest.mark.parametrize("cost", COSTS)
 def test_rows_that_do_not_fill_their_cache_lines(cost, dtype, tol, rng):
     """Stored rows start on cache lines: what lies between them counts nowhere, in no mode."""
