@@ -52,8 +52,8 @@ def sinkhorn_divergence(
             device by ``torch.cuda.set_device``.
         a_local, b_local: this rank's weights (n_local,) and (m_local,), or (B, n_local) and
             (B, m_local), given on all ranks or on none; default uniform over all points. Their
-            totals over the ranks are equal unless ``unbalanced``. Weights of 0 receive gradient
-            0, those of empty bins too.
+            totals over the ranks are equal unless ``unbalanced``. A weight of 0 receives the
+            derivative for more mass, or 0 if its point is NaN or infinite.
         cost: a name or a function, as in :func:`otloss.sinkhorn_divergence`. A function gets some
             rows of one cloud and the whole other one, so entry i, j must depend on points i and j
             only. Its parameters receive gradients whose sum over the ranks is the whole one.
