@@ -121,11 +121,11 @@ class Solve(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         outputs, solution = evaluate(settings, sizes, tensors)
         ctx.settings, ctx.sizes = settings, sizes
-        # NaN where a solve failed, else 0: what the kernels make of its potentials may be finite.
         # Where data is read a failure has raised.
-        loss = outputs[0].detach()
-        failed = 0 * (loss.reshape(-1) if settings.combined else loss.sum(0))
-        ctx.failed = None if _check.readable(loss) else failed.to(tensors[sum(sizes[:2])].dtype)
+        dtype = tensors[sum(sizes[:2])].dtype
+        ctx.failed = (
+            None if _check.readable(outputs[0]) else _failed(settings, outputs[0]).to(dtype)
+        )
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(outputs[1])
         # The inputs themselves, not their contiguous copies: these know where they came from.
@@ -199,6 +199,13 @@ def evaluate(
         loss = loss[0]
     outputs = loss, status
     return (*outputs, *f, *g) if s.potentials else outputs, (*f, *g, *traces, *made)
+
+
+def _failed(s: Settings, loss: Tensor) -> Tensor:
+    """NaN where a solve failed, else 0, (B,): what the kernels make of its potentials may be
+    finite."""
+    loss = loss.detach()
+    return 0 * (loss.reshape(-1) if s.combined else loss.sum(0))
 
 
 def _marked(
