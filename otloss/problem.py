@@ -49,6 +49,22 @@ class Problem:
             return False
         return any(w.requires_grad and not _all_positive(w) for w in self.weights)
 
+    def of_rows(self, rows: slice) -> Problem:
+        """The problem of some points of the first cloud and all of the second."""
+        (x, y), (a, b) = self.points, self.weights
+        weights = (a[:, rows].contiguous(), b)
+        present = tuple(p[:, r] for p, r in zip(self.present, (rows, slice(None)), strict=False))
+        return replace(self, points=(x[..., rows, :], y), weights=weights, present=present)
+
+    def versions(self, cost: Tensor | None) -> list[tuple[str, Tensor, int]]:
+        """The caller's tensors, under their names, and how often they have been changed in
+        place."""
+        named = [*zip(self.names, self.points, strict=True)]
+        named += zip(("a", "b"), self.weights, strict=True)
+        named += [] if cost is None else [("C", cost)]
+        tracked = not torch.compiler.is_compiling()
+        return [(k, t, t._version) for k, t in named if tracked and not t.is_inference()]
+
     def counted_weights(self) -> list[Tensor]:
         """The weights; those of padding are 0 and get gradient 0, in sums too."""
         present = self.present or [w > 0 for w in self.weights]

@@ -63,7 +63,7 @@ class OTResult:
         self._dense = dense
         self._status, self._system = solved.status[0], system
         self._reported = _check.readable(self._status)
-        self._versions = _versions(problem, cost)
+        self._versions = problem.versions(cost)
         self._a, self._b = problem.weights[0], problem.weights[1]
         self._f, self._g = solved.f[0], solved.g[0]
         self.value = solved.loss
@@ -105,7 +105,7 @@ class OTResult:
         # At empty bins the plan is 0, but not its derivative in their weights.
         f, g = self._extended[0][:, rows], self._extended[1]
         if self._given_cost is None:
-            o, block = self._options, _rows(self._problem, rows)
+            o, block = self._options, self._problem.of_rows(rows)
             (seen,) = seen_costs(block, [0, 1], o.cost, o.method)
         else:
             seen = self._problem.seen[0][:, rows]
@@ -146,17 +146,14 @@ class OTResult:
         return in_blocks(of_block, self._a.shape[1], self._b)
 
     def _cost_rows(self, problem: Problem, rows: slice) -> Tensor:
-        block = _rows(problem, rows)
-        return build_costs(block, [0, 1], self._options.cost, self._options.method)[0]
+        o = self._options
+        return build_costs(problem.of_rows(rows), [0, 1], o.cost, o.method)[0]
 
     @property
     def value_linear(self) -> Tensor:
         """``<P, C>``, the transport cost without the entropy; () or (B,)."""
-
-        def block(_: slice, P: Tensor, C: Tensor) -> tuple[Tensor, ...]:
-            return ((P * C).sum((-2, -1)),)
-
-        return self._out(_total(part for (part,) in self._over_rows(block)))
+        parts = self._over_rows(lambda _, P, C: ((P * C).sum((-2, -1)),))
+        return self._out(_total(part for (part,) in parts))
 
     def _sums(self) -> tuple[Tensor, Tensor]:
         """Row and column sums of the plan, (B, n) and (B, m)."""
@@ -268,8 +265,7 @@ class OTResult:
     def explain(self) -> str:
         """How the problem was solved: the method and, on a GPU, the launch layout that the cost
         model chose (docs/performance-notes.md)."""
-        where = self._a.device
-        how = self._options.method
+        where, how = self._a.device, self._options.method
         if how != "reference":
             how = "dense" if self._dense else "streamed"
         if where.type != "cuda" or how == "reference" or not ops.CUDA_KERNELS:
@@ -346,23 +342,6 @@ class OTResult:
         batch = tuple(self._a.shape[:-1]) if self._problem.batched else ()
         shape = (*batch, self._a.shape[-1], self._b.shape[-1])
         return f"OTResult({shape}, eps={self._options.eps:g}, cost={self._options.cost!r})"
-
-
-def _rows(problem: Problem, rows: slice) -> Problem:
-    """The problem of some points of x and all of y."""
-    (x, y), (a, b) = problem.points, problem.weights
-    weights = (a[:, rows].contiguous(), b)
-    present = tuple(p[:, r] for p, r in zip(problem.present, (rows, slice(None)), strict=False))
-    return replace(problem, points=(x[..., rows, :], y), weights=weights, present=present)
-
-
-def _versions(problem: Problem, cost: Tensor | None) -> list[tuple[str, Tensor, int]]:
-    """The caller's tensors, under their names, and how often they have been changed in place."""
-    named = [*zip(problem.names, problem.points, strict=True)]
-    named += zip(("a", "b"), problem.weights, strict=True)
-    named += [] if cost is None else [("C", cost)]
-    tracked = not torch.compiler.is_compiling()
-    return [(k, t, t._version) for k, t in named if tracked and not t.is_inference()]
 
 
 def _total(parts: Iterable[Tensor]) -> Tensor:

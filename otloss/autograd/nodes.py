@@ -11,6 +11,7 @@ from torch import Tensor
 from otloss import _check, ops
 from otloss import method as methods
 from otloss.autograd import empty_bins
+from otloss.autograd.failed import failed, marked
 from otloss.autograd.first_order import gradients
 from otloss.autograd.second_order import CostGradient, refuse_higher_order, solve_gradient
 from otloss.autograd.settings import (
@@ -121,11 +122,7 @@ class Solve(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         outputs, solution = evaluate(settings, sizes, tensors)
         ctx.settings, ctx.sizes = settings, sizes
-        # Where data is read a failure has raised.
-        dtype = tensors[sum(sizes[:2])].dtype
-        ctx.failed = (
-            None if _check.readable(outputs[0]) else _failed(settings, outputs[0]).to(dtype)
-        )
+        ctx.failed = failed(settings, outputs[0], tensors[sum(sizes[:2])].dtype)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(outputs[1])
         # The inputs themselves, not their contiguous copies: these know where they came from.
@@ -145,10 +142,9 @@ class Solve(torch.autograd.Function):
             return None, None, *result
         solution = saved[len(needed) :]
         if s.places:
-            seen = list(solution[len(solution) - given :])
-            present = s.places.present
-            s = s._replace(places=Places(seen, inputs.points, inputs.init, present))
-            solution = solution[: len(solution) - given]
+            kept = len(solution) - given
+            solution, seen = solution[:kept], list(solution[kept:])
+            s = s._replace(places=Places(seen, inputs.points, inputs.init, s.places.present))
         if points and s.dense:
             P = len(s.coefficients)
             solution, made = solution[:-P], list(solution[-P:])
@@ -166,7 +162,7 @@ class Solve(torch.autograd.Function):
         else:
             found = gradients(s, seeds, inputs, solution, wanted)
         if ctx.failed is not None:
-            found = _marked(ctx.failed, inputs.weights, wanted, *found)
+            found = marked(ctx.failed, inputs.weights, wanted, *found)
         of_costs, of_points, of_weights = found
         for p, grad in zip(wanted.costs, of_costs, strict=True):
             result[p] = grad
@@ -199,34 +195,6 @@ def evaluate(
         loss = loss[0]
     outputs = loss, status
     return (*outputs, *f, *g) if s.potentials else outputs, (*f, *g, *traces, *made)
-
-
-def _failed(s: Settings, loss: Tensor) -> Tensor:
-    """NaN where a solve failed, else 0, (B,): what the kernels make of its potentials may be
-    finite."""
-    loss = loss.detach()
-    return 0 * (loss.reshape(-1) if s.combined else loss.sum(0))
-
-
-def _marked(
-    failed: Tensor,
-    weights: Sequence[Tensor],
-    wanted: Wanted,
-    of_costs: Sequence[Tensor],
-    of_points: Sequence[Tensor],
-    of_weights: Sequence[Tensor | None],
-) -> tuple[Sequence[Tensor], Sequence[Tensor], list[Tensor | None]]:
-    """NaN where a problem failed, but not for padding; ``failed`` (B,) is NaN there, else 0."""
-    costs = [grad + failed[:, None, None] for grad in of_costs]
-    points = [
-        torch.where(weights[c].unsqueeze(-1) > 0, grad + failed[:, None, None], 0.0)
-        for c, grad in zip(wanted.points, of_points, strict=True)
-    ]
-    marked = [
-        None if grad is None else torch.where((w > 0) | (grad != 0), grad + failed[:, None], 0.0)
-        for w, grad in zip(weights, of_weights, strict=True)
-    ]
-    return costs, points, marked
 
 
 def _inputs(tensors: Sequence[Tensor], sizes: list[int]) -> Inputs:
