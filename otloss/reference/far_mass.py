@@ -117,7 +117,7 @@ class FarMass:
 
     def _shift(self, point: Point, stop: StopRule, sweeps: int, left: int) -> Found:
         w, c = self._sums(point)
-        group, readings = self._groups(point, c, left - 3)
+        group, readings = self._groups(point, c, left - 2)
         k = int(group.max()) + 1
         if k < 2 or left < readings + 2:
             return Found(True, readings)
