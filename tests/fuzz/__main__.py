@@ -40,8 +40,9 @@ together    | <a, da> + <b, db> is the derivative of the value as both weights g
 empty bins  | the gradient in a weight of 0 is the softmin of the other potential, 4 eps e m times
             | the largest density of the plan there off (tol for e of a loss), and 4 eps w
 padding     | gradient 0 at points of weight 0
-iterations  | L of them: 16 u L (m max C + <a, |f|> + <b, |g|>), m the larger total, and 16 u eps
-            | m_a m_b where a marginal is soft
+iterations  | L of them: 16 u L (m max C + <a, |f|> + <b, |g|>), m the largest total of the weights,
+            | the plan and the marginals that it is held to; where a marginal is soft also 16 u
+            | eps m_a m_b, and L times 16 u (rho + |f|) of each point of that marginal
 unrolled    | their gradients: 2 w L m G, L times that if not at fixed potentials, and 1 + 2 max C
             | / eps times that for transport values
 

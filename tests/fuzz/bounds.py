@@ -459,9 +459,13 @@ class Judge:
             term = (P * C).sum() if fixed else found.surrogate
             total = total + coefficient * term
             value += coefficient * float(found.value)
-            mass = max(float(t.sum()) for t in (P, a, b))  # on the way there as much as is given
+            # What soft marginals ask for: rounding of a potential v is one of rho share(v) in them.
+            asked = [(w * (-v / r).exp(), v, r) for w, v, r in ((a, f, p), (b, g, q))]
+            # On the way there the plan's mass is as much as is given or asked for.
+            mass = max(float(t.sum()) for t in (P, a, b, *(t for t, *_ in asked)))
+            soft = [(t * (r + v.abs())).sum() for t, v, r in asked if math.isfinite(r)]
             largest = float(C.detach().abs().max()) if case.cost != "cosine" else 2.0
-            scale += mass * largest + float((a * f).abs().sum() + (b * g).abs().sum())
+            scale += mass * largest + float((a * f).abs().sum() + (b * g).abs().sum() + sum(soft))
             kappa = (float(f.abs().max() + g.abs().max()) + largest) / case.eps
             stretch = 1.0 if fixed else L
             if objective == "transport" and not fixed:
