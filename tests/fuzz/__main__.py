@@ -8,9 +8,9 @@ Every seed is one problem: clouds, weights, cost, eps, options and a call, drawn
 accepted. OT is the optimal value, which the oracle knows to lie in [low, high]; J the value that
 is returned, e the marginal error of the potentials returned, in float64; m the plan's mass, R =
 max C - min C, G the largest gradient of the cost between two points, u the machine epsilon of the
-dtype. Rounding is r = 64 u (|J| + m (max C + rho)), 2 for max C with the cosine cost, and
-relative to the plan w = u (64 + 16 k), k = (max|f| + max|g| + max C) / eps. delta is how far a
-dual value may be below OT.
+dtype. Rounding is r = 128 u (|J| + m (max C + rho)), 2 for max C with the cosine cost, and
+relative to the plan w = u (128 + 16 k), k = (max|f| + max|g| + max C) / min(eps, rho). delta is
+how far a dual value may be below OT.
 
 check       | bound
 refused     | a ValueError only for eps < 4 u max C (1 for the cosine cost, an upper bound where
@@ -19,13 +19,14 @@ warnings    | none beside ConvergenceWarning
 finite      | no NaN, no infinity
 flag        | a ConvergenceWarning exactly where `converged` is False
 converged   | if `converged`, e <= 1.1 tol, and 8 u max C / eps more where costs are made from
-            | points, u (max|f| + max|g|) / eps more where a marginal is soft: unequal totals move
-            | f and g
+            | points, u (max|f| + max|g|) / eps more where a marginal is soft, since unequal totals
+            | move f and g, and where a side has fewer than 10 points
 error       | |marginal_error - e| <= 0.1 e + w
 above       | J <= high + r: it is a dual value, converged or not
 value       | if converged, J >= low - delta - r, with delta the smaller of 2 tol m (R + eps) (the
             | dual is concave, potentials differ by R) and, balanced, 20 tol |J| (docs/solver.md)
-gap         | |J - OT| <= duality_gap, but for rounding in float64
+gap         | |J - OT| <= duality_gap, but for rounding in float64, of costs that a function makes
+            | for r
 transport   | R (|P - P*| + e m) + w m max C + r, where |P - P*| <= sqrt(3 m delta / eps) in L1
             | (Pinsker), delta that of the potentials returned, or else the one of "value"
 plan        | the gradient in C: that L1 distance + w m

@@ -17,6 +17,7 @@ from .problems import UNIT, Answer, Case, Pair, kept
 U64 = 2.0**-52
 UNDERFLOW = 1e-30  # of the weights: less is not transported in float32
 PROVEN = 1e-6  # the width of the oracle's interval over its value
+FEW = 10  # points
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Term:
     @property
     def rounding(self) -> float:
         eps = self.proof.problem.eps
-        return 64 * self.unit * (abs(self.proof.low) + self.work) + U64 * eps * self.mass
+        return 128 * self.unit * (abs(self.proof.low) + self.work) + U64 * eps * self.mass
 
     @property
     def work(self) -> float:
@@ -67,9 +68,10 @@ class Term:
         )
 
     def noise(self, f: Array, g: Array) -> float:
-        """Relative rounding of the entries of a plan."""
+        """Relative rounding of the entries of a plan and of the marginals it is held to."""
         size = float(np.abs(f).max() + np.abs(g).max()) + self.largest
-        return self.unit * (64 + 16 * size / self.proof.problem.eps)
+        p = self.proof.problem
+        return self.unit * (128 + 16 * size / min(p.eps, p.rho_x, p.rho_y))
 
 
 def make_term(case: Case, pair: Pair, k: int) -> Term:
@@ -125,7 +127,8 @@ class Judge:
         self.proven = True
 
     def check(self, name: str, deviation: float, bound: float) -> None:
-        ratio = float(deviation / max(bound, 1e-300)) if deviation > 0 else 0.0
+        least = torch.finfo(self.case.x.dtype).tiny  # no number is finer
+        ratio = float(deviation / max(bound, least)) if deviation > 0 else 0.0
         ratio = math.inf if math.isnan(deviation) or math.isnan(bound) else ratio
         if ratio > 1:
             self.notes.append(f"{name}: {deviation:.3g}, allowed {bound:.3g}")
@@ -223,7 +226,7 @@ class Judge:
             low, high = (v + eps / 2 * apart**2 for v in (low, high))
         r = sum(t.rounding for t in terms)
         if len(terms) > 1:  # eps times masses cancels on paper
-            r = 64 * terms[0].unit * (abs(low) + sum(t.work for t in terms))
+            r = 128 * terms[0].unit * (abs(low) + sum(t.work for t in terms))
             r += U64 * eps * terms[0].mass + 64 * 2.0**-63 * sum(abs(t.proof.low) for t in terms)
         up = sum(t.promise(tol) for t in terms if t.coefficient < 0) / 2
         down = sum(t.promise(tol) for t in terms if t.coefficient > 0)
@@ -236,7 +239,10 @@ class Judge:
             p = replace(proof.problem, a=pair.a.numpy(), b=pair.b.numpy())
             exactly = certified.prove(p, proof.f, proof.g)
             masses = terms[0].mass + float(p.a.sum() * p.b.sum())
-            gap = self.answer.gap[k] + r * U64 / terms[0].unit + 16 * U64 * eps * masses
+            own = (
+                r if callable(self.case.cost) else r * U64 / terms[0].unit
+            )  # costs of a function
+            gap = self.answer.gap[k] + own + 16 * U64 * eps * masses
             self.check("gap", max(value - exactly.high, exactly.low - value), gap)
 
     def potentials(self, k: int, term: Term) -> float:
@@ -253,9 +259,10 @@ class Judge:
             self.check("error", abs(answer.error[k] - e), 0.1 * e + term.noise(f, g))
         if answer.converged[k]:
             # Costs made from points have a rounding of their own, and so have potentials that
-            # unequal totals move.
+            # unequal totals move. That of few points does not average as the solver expects.
             made = 8 * term.largest if case.call == "solve_sample" else 0.0
-            moved = 0.0 if case.balanced else float(np.abs(f).max() + np.abs(g).max())
+            averages = case.balanced and min(len(f), len(g)) >= FEW
+            moved = 0.0 if averages else float(np.abs(f).max() + np.abs(g).max())
             rounding = term.unit * (made + moved) / case.eps
             if rounding < 1:
                 self.check("converged", e, 1.1 * case.options["tol"] + 64 * U64 + rounding)

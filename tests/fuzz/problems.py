@@ -219,6 +219,8 @@ def draw(seed: int) -> Case:
         rho = [mean * 10 ** rng.uniform(-3, 4) for _ in range(2)]
         if rng.random() < 0.4:
             rho[rng.integers(2)] = math.inf
+        if cost is _bilinear:  # weaker penalties on negative costs give numbers beyond any float
+            rho = [max(r, 0.1 * mean) for r in rho]
         case.rho = (rho[0], rho[0]) if rng.random() < 0.4 and max(rho) < math.inf else tuple(rho)
     case.options = _draw_options(rng, case, method, dtype)
     names = ("C", "a", "b") if call == "solve" else ("x", "y", "a", "b")
