@@ -239,9 +239,7 @@ class Judge:
             p = replace(proof.problem, a=pair.a.numpy(), b=pair.b.numpy())
             exactly = certified.prove(p, proof.f, proof.g)
             masses = terms[0].mass + float(p.a.sum() * p.b.sum())
-            own = (
-                r if callable(self.case.cost) else r * U64 / terms[0].unit
-            )  # costs of a function
+            own = r if callable(self.case.cost) else r * U64 / terms[0].unit  # costs of a function
             gap = self.answer.gap[k] + own + 16 * U64 * eps * masses
             self.check("gap", max(value - exactly.high, exactly.low - value), gap)
 
