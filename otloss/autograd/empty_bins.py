@@ -174,7 +174,10 @@ def fill(
     for p, pair in enumerate(as_pairs(s.pairs)):
         failed = 0 * _precise(potentials[0][p]).sum(-1, True)  # NaN or 0
         for k, c in enumerate(pair):
-            value = (found[k][p] + failed).to(grads[k][p])
+            # A derivative beyond the dtype is its largest number: an infinite one times the weight
+            # of 0 would be NaN, in the sums that reach other weights.
+            most = torch.finfo(grads[k][p].dtype).max
+            value = (found[k][p] + failed).clamp(-most, most).to(grads[k][p])
             grads[k][p] = torch.where(empty[c], value, grads[k][p])
     return grads[0], grads[1]
 
