@@ -113,7 +113,8 @@ class OTResult:
         C = with_empty_bins(C, seen, a, b)
         exponent = (f.unsqueeze(-1) + g.unsqueeze(-2) - C) / eps
         exponent = torch.where((x & y) | ((x ^ y) & seen.isfinite()), exponent, -torch.inf)
-        return a.unsqueeze(-1) * b.unsqueeze(-2) * exponent.exp(), C
+        density = exponent.exp().clamp(max=torch.finfo(C.dtype).max)  # 0 times infinity is NaN
+        return a.unsqueeze(-1) * b.unsqueeze(-2) * density, C
 
     @property
     def _extended(self) -> tuple[Tensor, Tensor] | None:
