@@ -249,9 +249,7 @@ def _of_side(
     own, other, a, b = side.exchanged, not side.exchanged, side.a, side.b
     f, g, g_bar = (_precise(t) for t in (potentials[own][p], potentials[other][p], given[other][p]))
     transport = s.options.objective == "transport"
-    scale = s.coefficients[p] * _precise(seeds.loss).expand(len(s.coefficients), -1)[p].unsqueeze(
-        -1
-    )
+    scale = s.coefficients[p] * _precise(seeds.of_value(p)).unsqueeze(-1)
     mass = a.sum(-1, True) + b.sum(-1, True)
     if balanced:
         shift = ((b * g).sum(-1, True) - (a * f).sum(-1, True)) / mass

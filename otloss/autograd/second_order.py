@@ -226,7 +226,7 @@ def _unrolled_in_torch(
         marginals = reference.marginals_of(o.rho_x, o.rho_y, i, j)
         f, g = reference.fixed_iterations(C, a, b, start, eps, o.n_iters, marginals)[:2]
         value = reference.value(eps, C, f, g, a, b, objective, marginals)
-        total = (s.coefficients[p] * seeds.loss.expand(len(costs), -1)[p] * value).sum()
+        total = (s.coefficients[p] * seeds.of_value(p) * value).sum()
         if seeds.f:
             total = total + (seeds.f[p] * f).sum() + (seeds.g[p] * g).sum()
         for result, grad in zip(

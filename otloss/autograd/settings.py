@@ -80,6 +80,10 @@ class Seeds(NamedTuple):
     f: list[Tensor]  # per pair, or none
     g: list[Tensor]
 
+    def of_value(self, p: int) -> Tensor:
+        """(B,) of coefficient * value of pair p."""
+        return self.loss if self.loss.dim() == 1 else self.loss[p]
+
 
 class Wanted(NamedTuple):
     costs: list[int]  # pairs
