@@ -41,6 +41,7 @@ import torch
 from torch import Tensor, inf
 
 from otloss import reference
+from otloss._check import depth_of_caller
 from otloss.reference.operations import OPERATIONS, Arguments, as_pairs, read
 
 __all__ = [
@@ -97,7 +98,7 @@ def _load_native() -> Any:
         f"otloss in {os.path.dirname(__file__)} has no compiled kernels: every operation runs in "
         "plain torch, slowly. In a checkout, which Python started there imports before what is "
         "installed, `make build` compiles them; else install without OTLOSS_BUILD_NATIVE=0.",
-        stacklevel=3,
+        stacklevel=depth_of_caller(),
     )
     return None
 

@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from otloss import _check, ops, status
-from otloss._options import Options, Unbalanced, check_options
+from otloss._options import (
+    Backward,
+    Method,
+    Objective,
+    Options,
+    Precision,
+    Unbalanced,
+    check_options,
+)
 from otloss.autograd import Places, Settings, Solve, evaluate
 from otloss.autograd.settings import batched
 from otloss.costs import Cost, subtracted
@@ -125,13 +133,13 @@ def solve(
     *,
     a: Tensor | None = None,
     b: Tensor | None = None,
-    objective: str = "regularized",
+    objective: Objective = "regularized",
     unbalanced: Unbalanced = None,
     tol: float = 1e-3,
     max_iters: int = 1000,
     n_iters: int | None = None,
-    backward: str = "auto",
-    method: str = "auto",
+    backward: Backward = "auto",
+    method: Method = "auto",
     init: OTResult | tuple[Tensor, Tensor] | None = None,
 ) -> OTResult:
     r"""Entropic optimal transport on a given cost matrix.
@@ -213,14 +221,14 @@ def solve_sample(
     a: Tensor | None = None,
     b: Tensor | None = None,
     cost: Cost = "sqeuclidean",
-    objective: str = "regularized",
+    objective: Objective = "regularized",
     unbalanced: Unbalanced = None,
     tol: float = 1e-3,
     max_iters: int = 1000,
     n_iters: int | None = None,
-    backward: str = "auto",
-    method: str = "auto",
-    precision: str = "float32",
+    backward: Backward = "auto",
+    method: Method = "auto",
+    precision: Precision = "float32",
     init: OTResult | tuple[Tensor, Tensor] | None = None,
 ) -> OTResult:
     """Entropic optimal transport between two clouds.
