@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = [
     "ConvergenceWarning",
@@ -141,14 +142,19 @@ def matrix(value: Any) -> Tensor:
     return C
 
 
+def traced(t: Tensor) -> bool:
+    """Whether there is no data to look at: in compiled code, and of fake tensors."""
+    return torch.compiler.is_compiling() or isinstance(t, FakeTensor)
+
+
 def readable(t: Tensor) -> bool:
     """Whether looking at the data costs no synchronisation and breaks no graph."""
-    return t.is_cpu and not torch.compiler.is_compiling()
+    return t.is_cpu and not traced(t)
 
 
 def unread(t: Tensor) -> bool:
     """Whether compiled code may raise when it runs. On a GPU that would be the context's end."""
-    return t.is_cpu and torch.compiler.is_compiling()
+    return t.is_cpu and traced(t)
 
 
 def weights(
