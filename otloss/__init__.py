@@ -17,6 +17,7 @@ from otloss.modules import (
 )
 from otloss.problem import cost_matrix
 from otloss.result import OTResult
+from otloss.simple import mmd, sliced_wasserstein, wasserstein_1d
 from otloss.solve import solve, solve_sample
 from otloss.status import last_status
 
@@ -34,9 +35,12 @@ __all__ = [
     "energy_distance",
     "last_status",
     "minibatch_energy_distance",
+    "mmd",
     "show_config",
     "sinkhorn_divergence",
     "sinkhorn_loss",
+    "sliced_wasserstein",
     "solve",
     "solve_sample",
+    "wasserstein_1d",
 ]

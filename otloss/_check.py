@@ -215,9 +215,9 @@ def finite(name: str, value: Tensor) -> None:
         )
 
 
-def finite_gradient(grad: Tensor) -> None:
+def finite_gradient(grad: Tensor | None) -> None:
     """Warns where a cost function has no finite derivative."""
-    if readable(grad) and not bool(grad.isfinite().all()):
+    if grad is not None and readable(grad) and not bool(grad.isfinite().all()):
         warnings.warn(
             f"the gradient of cost= is NaN or infinite at {int((~grad.isfinite()).sum())} of "
             f"{grad.numel()} coordinates. A square root at 0, as of |x - x|, has no finite "

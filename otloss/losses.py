@@ -266,7 +266,11 @@ def energy_distance(
         Székely and Rizzo, *Energy statistics* (2013); Feydy et al. (2019).
     """
     cost, method = _options.check_cost(cost), _options.choice("method", method, _options.METHODS)
-    problem = check_clouds({"x": x, "y": y}, {"a": a, "b": b})
+    return energy(check_clouds({"x": x, "y": y}, {"a": a, "b": b}), cost, method)
+
+
+def energy(problem: Problem, cost: Cost, method: str) -> Tensor:
+    """The energy distance of checked clouds, whose totals may differ."""
     problem = see_empty_bins(problem, DEBIASED.pairs, cost, method)
     pairs = as_pairs(DEBIASED.pairs)
     if _streams_rows(problem, cost, method):
@@ -279,8 +283,8 @@ def energy_distance(
         ]
     loss = terms[0] - 0.5 * terms[1] - 0.5 * terms[2]
     if _check.readable(loss) and not bool(loss.detach().isfinite().all()):
-        _check.finite("x", x)
-        _check.finite("y", y)
+        for name, x in zip(problem.names, problem.points, strict=True):
+            _check.finite(name, x)
     return loss if problem.batched else loss[0]
 
 
