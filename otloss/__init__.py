@@ -2,6 +2,7 @@
 
 from otloss import distributed
 from otloss._check import ConvergenceWarning
+from otloss.batching import pad, pad_batch_vector
 from otloss.config import show_config
 from otloss.losses import (
     energy_distance,
@@ -36,6 +37,8 @@ __all__ = [
     "last_status",
     "minibatch_energy_distance",
     "mmd",
+    "pad",
+    "pad_batch_vector",
     "show_config",
     "sinkhorn_divergence",
     "sinkhorn_loss",

@@ -158,9 +158,10 @@ def weights(
     like: Tensor,
     part: bool = False,
 ) -> None:
-    """One weight per point; of a part of a cloud all may be 0."""
+    """One weight per point, in a batch one row for all problems or for each; of a part of a cloud
+    all may be 0."""
     w = floating(name, value)
-    if tuple(w.shape) != shape:
+    if tuple(w.shape) not in (shape, (1, *shape[1:]) if len(shape) == 2 else shape):
         raise ValueError(
             f"{name} must have shape {shape}, one weight per point of {like_name}, got "
             f"{describe(w)}"

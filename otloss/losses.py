@@ -69,9 +69,10 @@ def sinkhorn_divergence(
     non-negative for any totals.
 
     Args:
-        x, y: clouds (n, d) and (m, d), or batches (B, n, d) and (B, m, d). float16 and bfloat16
-            are computed in float32, float64 stays float64. Floats of different precision are
-            promoted, weights included; under autocast a mixture is computed in float32.
+        x, y: clouds (n, d) and (m, d), or batches (B, n, d) and (B, m, d), in which (1, n, d) is
+            one cloud for all. float16 and bfloat16 are computed in float32, float64 stays float64.
+            Floats of different precision are promoted, weights included; under autocast a mixture
+            is computed in float32.
         eps: regularisation, in units of cost, absolute. A few percent of the mean cost: sharp, near
             exact optimal transport. The mean cost or more: blurred, near :func:`energy_distance`.
         a, b: weights (n,) and (m,), or (B, n) and (B, m), of equal total unless ``unbalanced``;
