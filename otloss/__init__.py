@@ -18,6 +18,7 @@ from otloss.modules import (
 )
 from otloss.problem import cost_matrix
 from otloss.result import OTResult
+from otloss.scale import suggest_eps
 from otloss.simple import mmd, sliced_wasserstein, wasserstein_1d
 from otloss.solve import solve, solve_sample
 from otloss.status import last_status
@@ -45,5 +46,6 @@ __all__ = [
     "sliced_wasserstein",
     "solve",
     "solve_sample",
+    "suggest_eps",
     "wasserstein_1d",
 ]
