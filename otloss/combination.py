@@ -82,7 +82,7 @@ def combine(
     report(problem, costs or (), options, solved)
     if memory is not None:
         memory.keep(solved)
-    if combination.debiased and not totals:
+    if combination.debiased and not totals and not options.balanced():
         return solved.loss + mass_term(problem, options)
     return solved.loss
 

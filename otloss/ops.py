@@ -53,6 +53,7 @@ __all__ = [
     "describe_plan",
     "envelope_backward",
     "implicit_backward",
+    "makes_plain_tensors",
     "number",
     "problems",
     "solve",
@@ -127,9 +128,13 @@ def number(value: float) -> Tensor:
     if torch.compiler.is_compiling():
         # A product stays symbolic in the graph, so that another value needs no other graph.
         return torch.ones((), dtype=torch.float64, device="cpu") * value
-    if torch._C._len_torch_dispatch_stack():  # such a mode, as of fake tensors, makes its own kind
-        return _number.__wrapped__(value)
-    return _number(value)
+    return (_number if makes_plain_tensors() else _number.__wrapped__)(value)
+
+
+def makes_plain_tensors() -> bool:
+    """Whether what is made now can serve later calls: a graph that is traced has tensors of its
+    own, and so has a dispatch mode, as of fake tensors."""
+    return not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack())
 
 
 @functools.lru_cache(maxsize=64)
