@@ -34,7 +34,7 @@ from otloss.problem import (
     see_empty_bins,
 )
 from otloss.result import OTResult, Solved
-from otloss.totals import Combination, at_unit_totals
+from otloss.totals import Combination, at_given_totals, at_unit_totals
 
 __all__ = ["report", "run", "solve", "solve_sample"]
 
@@ -292,8 +292,7 @@ def _solve_one(
         unit, costs, one.pairs, one.coefficients, options, start,
         potentials=True, dense=dense, combined=totals is None, system=system,
     )  # fmt: skip
-    if totals:
-        solved = totals.back(solved, one, batched=problem.batched)
+    solved = at_given_totals(solved, problem, totals, one, options)
     report(problem, costs or (), options, solved)
     return OTResult(problem, costs[0] if costs else None, options, solved, system, dense=dense)
 

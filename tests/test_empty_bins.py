@@ -251,7 +251,9 @@ def test_padding_of_a_cost_matrix(method, content, rng):
 # ------------------------------------------------------------------------------ second derivatives
 
 
-@pytest.mark.parametrize("options", [{}, {"objective": "transport"}, {"n_iters": 3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [EXACT, {"objective": "transport", **EXACT}, {"n_iters": 3}], ids=str
+)
 @pytest.mark.parametrize("method", CPU)
 def test_second_derivatives(method, options, rng, monkeypatch):
     """Not in weights of empty bins; where data is not read NaN says so."""
