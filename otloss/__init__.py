@@ -16,6 +16,7 @@ from otloss.modules import (
     SinkhornLoss,
 )
 from otloss.problem import cost_matrix
+from otloss.progress import progress
 from otloss.result import OTResult
 from otloss.solve import solve, solve_sample
 from otloss.status import last_status
@@ -34,6 +35,7 @@ __all__ = [
     "energy_distance",
     "last_status",
     "minibatch_energy_distance",
+    "progress",
     "show_config",
     "sinkhorn_divergence",
     "sinkhorn_loss",

@@ -35,6 +35,7 @@ import importlib
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ __all__ = [
     "implicit_backward",
     "number",
     "problems",
+    "set_progress",
     "solve",
     "unrolled_backward",
 ]
@@ -119,6 +121,13 @@ def describe_plan(like: Tensor, problems: int, n: int, m: int, d: int = 0) -> st
     """
     double = like.dtype == torch.float64
     return str(_native.describe_plan(like.device.index, double, problems, n, m, d))
+
+
+def set_progress(function: Callable[[int, float], None] | None) -> None:
+    """``function(sweeps, error)`` is called while solves on a CPU take long, with 0 sweeps when an
+    operation ends that called it."""
+    if NATIVE:
+        _native.set_progress(function)
 
 
 def number(value: float) -> Tensor:
