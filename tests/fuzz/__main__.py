@@ -20,7 +20,7 @@ finite      | no NaN, no infinity
 flag        | a ConvergenceWarning exactly where `converged` is False
 converged   | if `converged`, e <= 1.1 tol, and 8 u max C / eps more where costs are made from
             | points, u (max|f| + max|g|) / eps more where a marginal is soft, since unequal totals
-            | move f and g, and where a side has fewer than 10 points
+            | move f and g
 error       | |marginal_error - e| <= 0.1 e + w
 above       | J <= high + r: it is a dual value, converged or not
 value       | if converged, J >= low - delta - r, with delta the smaller of 2 tol m (R + eps) (the
