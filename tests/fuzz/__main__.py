@@ -27,6 +27,7 @@ value       | if converged, J >= low - delta - r, with delta the smaller of 2 to
             | dual is concave, potentials differ by R) and, balanced, 20 tol |J| (docs/solver.md)
 gap         | |J - OT| <= duality_gap, but for rounding in float64, of costs that a function makes
             | for r
+sign        | a converged divergence is not negative, where e^(-C / eps) is positive definite
 transport   | R (|P - P*| + e m) + w m max C + r, where |P - P*| <= sqrt(3 m delta / eps) in L1
             | (Pinsker), delta that of the potentials returned, or else the one of "value"
 plan        | the gradient in C: that L1 distance + w m

@@ -233,6 +233,8 @@ class Judge:
             self.check("above", value - high, up + r)
         if converged:
             self.check("value", low - value, down + r)
+            if len(terms) > 1 and self.case.symmetric:
+                self.check("sign", -value, 0.0)
         if self.answer.gap is not None:
             pair, proof = self.case.pairs(k, exactly=True)[0], terms[0].proof
             p = replace(proof.problem, a=pair.a.numpy(), b=pair.b.numpy())
