@@ -276,7 +276,8 @@ class PairSolver {
   const Side<T>&x_ = engine_.x, &y_ = engine_.y;
   const int64_t n_ = x_.count, m_ = y_.count;
   double eps_ = options_.eps;  // of the stage
-  StepControl control_{options_.eps, options_.tol, options_.max_iters, y_.mass};
+  StepControl control_{options_.eps, options_.tol, options_.max_iters, y_.mass,
+                       std::min(x_.points, y_.points)};
   Next next_ = Next::kStage;  // what the trial is
   SemidualPoint<T> point_{m_, y_.weight}, trial_{m_, y_.weight};
   std::vector<T> r_ = std::vector<T>(m_), p_ = r_, excess_ = r_;  // residual; direction; 1 - q
@@ -308,7 +309,7 @@ Outcome solve_symmetric(Engine<T>& engine, const SolveOptions& options, T* F) {
   const T relaxation = static_cast<T>(rule.relaxation), last = static_cast<T>(rule.last);
   const T undamped = static_cast<T>(eps / kLog2E);
   std::vector<T> f(n), s(n), softmin(n), target(x.weight, x.weight + n);
-  StepControl control(eps, options.tol, options.max_iters, x.mass);
+  StepControl control(eps, options.tol, options.max_iters, x.mass, x.points);
   if (options.warm_start) {
     for (int64_t i = 0; i < n; ++i) f[i] = F[i] / to_base2;
   } else {
@@ -345,7 +346,7 @@ Outcome solve_fixed(Engine<T>& engine, const SolveOptions& options, T* F, T* g, 
   const T to_cost = static_cast<T>(eps / kLog2E * x.damping(eps));
   const T damping = static_cast<T>(y.damping(eps));
   std::vector<T> gt(m), q(m), target(y.weight, y.weight + m);
-  StepControl control(eps, options.tol, options.n_iters, y.mass);
+  StepControl control(eps, options.tol, options.n_iters, y.mass, std::min(x.points, y.points));
   for (int64_t it = 0; it < options.n_iters && !interrupted(); ++it) {
     engine.iterate(eps, g, F, gt.data(), q.data());
     if (it + 1 == options.n_iters && !y.hard())
