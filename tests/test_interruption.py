@@ -3,6 +3,8 @@ handlers that return change nothing; calls of other threads are left alone."""
 
 from __future__ import annotations
 
+import faulthandler
+import os
 import signal
 import subprocess
 import sys
@@ -212,3 +214,38 @@ def test_any_thread_may_import():
         thread.join()
         import torch, otloss"""
     assert program(text + ENDLESS.format(method="dense"), signal.SIGTERM) == (7, "")
+
+
+def test_python_may_end_during_a_solve_of_a_daemon_thread():
+    text = """
+        import threading, time, torch, otloss
+        x = torch.randn(600, 2)
+        options = {"n_iters": 100_000_000, "backward": "envelope"}
+        def solve():
+            otloss.sinkhorn_loss(x, x, 0.1, **options)
+        threading.Thread(target=solve, daemon=True).start()
+        time.sleep(1)"""
+    command = [sys.executable, "-c", textwrap.dedent(text)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_listens_in_its_own_main_thread():
+    """Here that of the pool, which forks."""
+
+    def forked() -> int:
+        child = os.fork()
+        if child:
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        faulthandler.dump_traceback_later(60, exit=True)
+        torch.set_num_threads(1)  # torch has no others in a forked process
+        try:
+            with ended():
+                endless("dense")
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(forked).result() == 0

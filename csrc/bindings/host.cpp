@@ -20,6 +20,7 @@ namespace {
 
 constexpr int64_t kCheckIntervalNs = 50'000'000;
 thread_local Call* current_call = nullptr;
+unsigned long main_thread = 0;
 
 int64_t now_ns() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
 
@@ -56,10 +57,15 @@ Call::~Call() { current_call = outer_; }
 
 Call* Call::current() { return current_call; }
 
-// Asked in a thread other than Python's main one, Python has nothing to say.
+void note_main_thread() {
+  const auto thread = pybind11::module_::import("threading").attr("main_thread")();
+  main_thread = thread.attr("ident").cast<unsigned long>();
+}
+
+// Asked in another thread Python has nothing to say, and may have ended, which ends the thread.
 bool Call::interrupted() {
   if (stopped_.load(std::memory_order_relaxed)) return true;
-  if (std::this_thread::get_id() != thread_ || now_ns() < next_check_) return false;
+  if (PyThread_get_thread_ident() != main_thread || now_ns() < next_check_) return false;
   const PyGILState_STATE state = PyGILState_Ensure();
   if (PyErr_CheckSignals() != 0) {
     raised_ = std::make_unique<Raised>(pybind11::error_already_set());

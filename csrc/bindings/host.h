@@ -5,7 +5,6 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <thread>
 
 #include "bindings/tensors.h"
 #include "kernels.h"
@@ -34,11 +33,13 @@ class Call {
   class Raised;
 
   Call* const outer_;  // of a handler's own operations, the one that it interrupts
-  const std::thread::id thread_ = std::this_thread::get_id();
   int64_t next_check_;
   std::atomic<bool> stopped_{false};
   std::unique_ptr<Raised> raised_;
 };
+
+// Called once, and in every child process, whose main thread may be another.
+void note_main_thread();
 
 // The device of an operation's tensors, made the current one while this lives.
 class Device {
