@@ -2,6 +2,7 @@
 
 from otloss import distributed
 from otloss._check import ConvergenceWarning
+from otloss.batching import pad, pad_batch_vector
 from otloss.config import show_config
 from otloss.losses import (
     energy_distance,
@@ -16,7 +17,10 @@ from otloss.modules import (
     SinkhornLoss,
 )
 from otloss.problem import cost_matrix
+from otloss.progress import progress
 from otloss.result import OTResult
+from otloss.scale import suggest_eps
+from otloss.simple import mmd, sliced_wasserstein, wasserstein_1d
 from otloss.solve import solve, solve_sample
 from otloss.status import last_status
 
@@ -34,9 +38,16 @@ __all__ = [
     "energy_distance",
     "last_status",
     "minibatch_energy_distance",
+    "mmd",
+    "pad",
+    "pad_batch_vector",
+    "progress",
     "show_config",
     "sinkhorn_divergence",
     "sinkhorn_loss",
+    "sliced_wasserstein",
     "solve",
     "solve_sample",
+    "suggest_eps",
+    "wasserstein_1d",
 ]

@@ -165,9 +165,10 @@ def weights(
     like: Tensor,
     part: bool = False,
 ) -> None:
-    """One weight per point; of a part of a cloud all may be 0."""
+    """One weight per point, in a batch one row for all problems or for each; of a part of a cloud
+    all may be 0."""
     w = floating(name, value)
-    if tuple(w.shape) != shape:
+    if tuple(w.shape) not in (shape, (1, *shape[1:]) if len(shape) == 2 else shape):
         raise ValueError(
             f"{name} must have shape {shape}, one weight per point of {like_name}, got "
             f"{describe(w)}"
@@ -222,9 +223,9 @@ def finite(name: str, value: Tensor) -> None:
         )
 
 
-def finite_gradient(grad: Tensor) -> None:
+def finite_gradient(grad: Tensor | None) -> None:
     """Warns where a cost function has no finite derivative."""
-    if readable(grad) and not bool(grad.isfinite().all()):
+    if grad is not None and readable(grad) and not bool(grad.isfinite().all()):
         warnings.warn(
             f"the gradient of cost= is NaN or infinite at {int((~grad.isfinite()).sum())} of "
             f"{grad.numel()} coordinates. A square root at 0, as of |x - x|, has no finite "

@@ -26,6 +26,7 @@ from otloss.costs import Cost, subtracted
 from otloss.method import streams
 from otloss.problem import (
     Problem,
+    as_one_batch,
     as_weights,
     build_costs,
     check_clouds,
@@ -33,7 +34,7 @@ from otloss.problem import (
     see_empty_bins,
 )
 from otloss.result import OTResult, Solved
-from otloss.totals import Combination, at_unit_totals
+from otloss.totals import Combination, at_given_totals, at_unit_totals
 
 __all__ = ["report", "run", "solve", "solve_sample"]
 
@@ -154,7 +155,8 @@ def solve(
     :math:`a\, e^{-f / \rho_x}` and :math:`b\, e^{-g / \rho_y}`.
 
     Args:
-        C: cost matrix (n, m), or (B, n, m) for a batch of independent problems.
+        C: cost matrix (n, m), or (B, n, m) for a batch of independent problems. One matrix serves
+            many weights, (n, m) with a (B, n) and b (B, m), or (1, n, m).
         eps: regularisation, in units of ``C``, absolute.
         a, b: weights (n,) and (m,), or (B, n) and (B, m); default uniform. A row of weight 0
             changes nothing and receives gradient 0. Its weight has a one-sided derivative if its
@@ -198,10 +200,14 @@ def solve(
     )  # fmt: skip
     C = _check.matrix(C)
     n, m = C.shape[-2:]
+    given = [w for w in (a, b) if isinstance(w, Tensor)]
+    if C.dim() == 2 and given and all(w.dim() == 2 for w in given):
+        C = C.unsqueeze(0)
+    (C,) = as_one_batch([C], given)
     for name, w, size in (("a", a, n), ("b", b, m)):
         if w is not None:
             _check.weights(name, w, (*C.shape[:-2], size), "C", C)
-    dtype = _check.compute_dtype(C, *(w for w in (a, b) if w is not None))
+    dtype = _check.compute_dtype(C, *given)
     weights = (as_weights(a, C, n, dtype), as_weights(b, C, m, dtype))
     padded = a is not None or b is not None
     if padded and options.balanced():
@@ -286,8 +292,7 @@ def _solve_one(
         unit, costs, one.pairs, one.coefficients, options, start,
         potentials=True, dense=dense, combined=totals is None, system=system,
     )  # fmt: skip
-    if totals:
-        solved = totals.back(solved, one, batched=problem.batched)
+    solved = at_given_totals(solved, problem, totals, one, options)
     report(problem, costs or (), options, solved)
     return OTResult(problem, costs[0] if costs else None, options, solved, system, dense=dense)
 
