@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -249,3 +250,34 @@ def test_a_forked_process_listens_in_its_own_main_thread():
 
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(forked).result() == 0
+
+
+def test_a_notebook_cell_is_interrupted():
+    """Its kernel is sent the signal, raises KeyboardInterrupt in the cell, and goes on."""
+    pytest.importorskip("ipykernel")
+    manager = pytest.importorskip("jupyter_client.manager")
+    kernel, client = manager.start_new_kernel(cwd=str(Path(__file__).parents[1]))
+
+    def reply(code: str, seconds: float | None = None) -> dict[str, Any]:
+        call = client.execute(textwrap.dedent(code))
+        if seconds is not None:
+            time.sleep(seconds)
+            kernel.interrupt_kernel()
+        while True:
+            message = client.get_shell_msg(timeout=60)
+            if message["parent_header"].get("msg_id") == call:
+                return message["content"]
+
+    try:
+        assert reply("""
+            import torch, otloss
+            x = torch.linspace(0, 1, 300)[:, None]
+            before = otloss.sinkhorn_loss(x, x**2, 0.1)
+        """)["status"] == "ok"  # fmt: skip
+        endless = "otloss.sinkhorn_loss(x, x**2, 0.1, n_iters=100_000_000, backward='envelope')"
+        assert reply(endless, seconds=1)["ename"] == "KeyboardInterrupt"
+        after = "assert torch.equal(otloss.sinkhorn_loss(x, x**2, 0.1), before)"
+        assert reply(after)["status"] == "ok"
+    finally:
+        client.stop_channels()
+        kernel.shutdown_kernel(now=True)
