@@ -216,7 +216,7 @@ def _seeds(
     grad_potentials: Sequence[Tensor | None],
 ) -> Seeds | None:
     """Gradients of the loss and, if there are any, of every f and every g; None for nothing."""
-    through = bool(grad_potentials) and any(grad is not None for grad in grad_potentials)
+    through = any(grad is not None for grad in grad_potentials)
     if grad_loss is None and not through:
         return None
     if through and s.backward == "envelope":
