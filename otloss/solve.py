@@ -33,7 +33,9 @@ from otloss.problem import (
     hide_padding,
     see_empty_bins,
 )
+from otloss.reference.operations import as_pairs
 from otloss.result import OTResult, Solved
+from otloss.target import SelfProblem
 from otloss.totals import Combination, at_given_totals, at_unit_totals
 
 __all__ = ["report", "run", "solve", "solve_sample"]
@@ -51,6 +53,7 @@ def run(
     dense: bool = True,
     combined: bool = True,
     system: list[Tensor] | None = None,
+    target: SelfProblem | None = None,
 ) -> Solved:
     """Solves all pairs and returns the weighted sum of their values, or not ``combined`` its terms:
     as ``loss`` () or (B,), or (P, B) in float64.
@@ -58,6 +61,7 @@ def run(
     ``costs``: given matrices, or None to compute costs from the points; ``dense`` says whether they
     are stored.
     ``potentials``: whether f and g are returned too, differentiable.
+    ``target``: the last pair, a cloud against itself whose solution is kept for later calls.
     ``system``: receives the status of the linear system when an implicit gradient is taken.
     """
     costs, points = ((), problem.points) if costs is None else (costs, ())
@@ -72,6 +76,15 @@ def run(
             [v.contiguous() for v in init],
             list(problem.present),
         )
+    live = []
+    if needs_grad:
+        clouds = zip(problem.weights, points or problem.weights, strict=True)
+        moves = [w.requires_grad or x.requires_grad for w, x in clouds]
+        live = [
+            p
+            for p, (i, j) in enumerate(as_pairs(pairs))
+            if moves[i] or moves[j] or (costs and costs[p].requires_grad)
+        ]
     settings = Settings(
         pairs=pairs,
         coefficients=coefficients,
@@ -84,6 +97,8 @@ def run(
         batched=problem.batched,
         eps=ops.number(options.eps),
         rho=ops.penalties(options.rho_x, options.rho_y),
+        live=live,
+        target=target,
         system=system,
         places=places,
     )

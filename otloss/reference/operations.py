@@ -123,7 +123,7 @@ def cost_backward(
 def solve(
     *arguments: Any,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    problem, (init, tol, max_iters, n_iters, trace, dense) = read(arguments)
+    problem, (init, tol, max_iters, n_iters, trace, dense, *_) = read(arguments)
     costs, weights, coefficients = problem.matrices(), problem.weights, problem.coefficients
     eps, tol, objective = problem.eps.item(), tol.item(), problem.objective
     points = without_padding(problem.points, weights) if problem.points else []

@@ -16,18 +16,38 @@ namespace otloss::cpu {
 namespace {
 
 template <typename T>
+double regularized_value(const Side<T>& x, const Side<T>& y, double eps, bool balanced, const T* f,
+                         const T* g) {
+  if (!balanced)
+    return soft_value(x, y, x.mass, y.mass, eps, x.soft_mean(f, 1).mean, y.soft_mean(g, 1).mean);
+  return dot(x.count, x.weight, f) + dot(y.count, y.weight, g);
+}
+
+template <typename T>
 double value_of(Engine<T>& engine, const SolveOptions& options, bool balanced, const T* f,
                 const T* g) {
   const Side<T>&x = engine.x, &y = engine.y;
-  if (options.objective == Objective::kTransport) {
-    std::vector<T> F(f, f + x.count);
-    for (T& value : F) value *= factor<T>(options.eps);
-    return engine.transport(options.eps, F.data(), g);
-  }
-  if (!balanced)
-    return soft_value(x, y, x.mass, y.mass, options.eps, x.soft_mean(f, 1).mean,
-                      y.soft_mean(g, 1).mean);
-  return dot(x.count, x.weight, f) + dot(y.count, y.weight, g);
+  if (options.objective == Objective::kRegularized)
+    return regularized_value(x, y, options.eps, balanced, f, g);
+  std::vector<T> F(f, f + x.count);
+  for (T& value : F) value *= factor<T>(options.eps);
+  return engine.transport(options.eps, F.data(), g);
+}
+
+// What an earlier call found, and its value.
+template <typename T>
+void take_known(const SolveGroup<T>& group, int64_t p, double eps) {
+  const int64_t n = group.n;
+  const double* known = group.known + p * (n + kStatusTerm);
+  const T* a = group.a + p * n;
+  T *f = group.f + p * n, *g = group.g + p * n;
+  for (int64_t i = 0; i < n; ++i) f[i] = g[i] = static_cast<T>(known[i]);
+  double* status = group.status + p * kStatusFields;
+  std::copy_n(known + n, static_cast<int64_t>(kStatusTerm), status);
+  const std::vector<T> b = column_weights(group.penalties, n, a, n, a);
+  const Side<T> x(n, a, group.penalties.rho_x), y(n, b.data(), group.penalties.rho_y);
+  status[kStatusTerm] =
+      group.coefficient * regularized_value(x, y, eps, group.penalties.balanced, f, g);
 }
 
 // Whether one potential solves the problem: a cloud against itself, or against an equal one.
@@ -43,6 +63,7 @@ bool has_one_potential(const SolveGroup<T>& group, int64_t p) {
 
 template <typename T>
 void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& options, bool split) {
+  if (group.known) return take_known(group, p, options.eps);
   const int64_t n = group.n, m = group.m;
   const T* a = group.a + p * n;
   T *f = group.f + p * n, *g = group.g + p * m;
