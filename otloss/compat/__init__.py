@@ -4,6 +4,6 @@ Values are those of the original where it is right, and gradients are exact. doc
 lists the calls, the conventions behind them, and where an original is wrong.
 """
 
-from otloss.compat import geomloss
+from otloss.compat import geomloss, pot
 
-__all__ = ["geomloss"]
+__all__ = ["geomloss", "pot"]
