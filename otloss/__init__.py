@@ -17,6 +17,7 @@ from otloss.modules import (
     SinkhornLoss,
 )
 from otloss.problem import cost_matrix
+from otloss.progress import progress
 from otloss.result import OTResult
 from otloss.scale import suggest_eps
 from otloss.simple import mmd, sliced_wasserstein, wasserstein_1d
@@ -41,6 +42,7 @@ __all__ = [
     "mmd",
     "pad",
     "pad_batch_vector",
+    "progress",
     "show_config",
     "sinkhorn_divergence",
     "sinkhorn_loss",

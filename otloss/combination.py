@@ -16,7 +16,7 @@ from otloss.problem import Problem, build_costs, check_clouds, see_empty_bins
 from otloss.reference.operations import as_pairs
 from otloss.result import Solved
 from otloss.solve import report, run
-from otloss.totals import Combination, at_unit_totals, mass_term
+from otloss.totals import Combination, at_given_totals, at_unit_totals
 
 __all__ = ["Combination", "Memory", "combine"]
 
@@ -77,13 +77,10 @@ def combine(
         solved = _solve_apart(
             problem, costs, combination, options, init, potentials=keeps, combined=totals is None
         )
-    if totals:
-        solved = totals.back(solved, combination, batched=problem.batched)
+    solved = at_given_totals(solved, problem, totals, combination, options)
     report(problem, costs or (), options, solved)
     if memory is not None:
         memory.keep(solved)
-    if combination.debiased and not totals:
-        return solved.loss + mass_term(problem, options)
     return solved.loss
 
 

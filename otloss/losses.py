@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from otloss import _check, _options
-from otloss._options import LossOptions, Unbalanced, check_options
+from otloss._options import (
+    Backward,
+    LossOptions,
+    Method,
+    Objective,
+    Precision,
+    Unbalanced,
+    check_options,
+)
 from otloss.combination import Combination, combine
 from otloss.costs import COSTS, NAMED, Cost
 from otloss.method import exceeds_budget, in_blocks
@@ -45,14 +53,14 @@ def sinkhorn_divergence(
     a: Tensor | None = None,
     b: Tensor | None = None,
     cost: Cost = "sqeuclidean",
-    objective: str = "regularized",
+    objective: Objective = "regularized",
     unbalanced: Unbalanced = None,
     tol: float = 1e-3,
     max_iters: int = 1000,
     n_iters: int | None = None,
-    backward: str = "auto",
-    method: str = "auto",
-    precision: str = "float32",
+    backward: Backward = "auto",
+    method: Method = "auto",
+    precision: Precision = "float32",
     symmetric: bool | None = None,
 ) -> Tensor:
     r"""The Sinkhorn divergence: entropic optimal transport without its bias.
@@ -145,14 +153,14 @@ def sinkhorn_loss(
     a: Tensor | None = None,
     b: Tensor | None = None,
     cost: Cost = "sqeuclidean",
-    objective: str = "regularized",
+    objective: Objective = "regularized",
     unbalanced: Unbalanced = None,
     tol: float = 1e-3,
     max_iters: int = 1000,
     n_iters: int | None = None,
-    backward: str = "auto",
-    method: str = "auto",
-    precision: str = "float32",
+    backward: Backward = "auto",
+    method: Method = "auto",
+    precision: Precision = "float32",
 ) -> Tensor:
     r"""Entropic optimal transport, without debiasing.
 
@@ -187,13 +195,13 @@ def minibatch_energy_distance(
     eps: float,
     *,
     cost: Cost = "cosine",
-    objective: str = "transport",
+    objective: Objective = "transport",
     tol: float = 1e-3,
     max_iters: int = 1000,
     n_iters: int | None = None,
-    backward: str = "envelope",
-    method: str = "auto",
-    precision: str = "float32",
+    backward: Backward = "envelope",
+    method: Method = "auto",
+    precision: Precision = "float32",
 ) -> Tensor:
     r"""The minibatch energy distance of OT-GAN, from two minibatches of each distribution.
 
@@ -240,7 +248,7 @@ def energy_distance(
     a: Tensor | None = None,
     b: Tensor | None = None,
     cost: Cost = "euclidean",
-    method: str = "auto",
+    method: Method = "auto",
 ) -> Tensor:
     r"""The limit of the Sinkhorn divergence for large eps: an MMD with kernel -cost.
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from otloss import _check, _options
+from otloss import _check, _options, ops
 from otloss.autograd import CostMatrices, FirstOrder
 from otloss.costs import COSTS, Cost
 from otloss.reference.operations import as_pairs
@@ -25,6 +26,8 @@ __all__ = [
     "seen_costs",
     "with_empty_bins",
 ]
+
+LARGEST_KEPT: Final = 1 << 12  # entries of uniform weights that are kept from call to call
 
 
 @dataclass
@@ -76,10 +79,22 @@ def as_weights(w: Tensor | None, like: Tensor, n: int, dtype: torch.dtype) -> Te
     """(B, n) weights, uniform if none were given."""
     if w is None:
         batch = like.shape[0] if like.dim() == 3 else 1
-        return torch.full((batch, n), 1.0 / max(n, 1), dtype=dtype, device=like.device)
+        kept = like.is_cpu and batch * n <= LARGEST_KEPT and ops.makes_plain_tensors()
+        return (_kept_uniform if kept else _uniform)(batch, n, dtype, like.device)
     w = w if w.dim() == 2 else w.unsqueeze(0)
     w = w.expand(like.shape[0], n) if like.dim() == 3 else w
     return w.to(dtype).contiguous()
+
+
+def _uniform(batch: int, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((batch, n), 1.0 / max(n, 1), dtype=dtype, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_uniform(batch: int, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Kept, because making one takes a few percent of a small call. Nobody writes to it."""
+    with torch.inference_mode(False):
+        return _uniform(batch, n, dtype, device)
 
 
 def check_clouds(

@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from otloss import _check, ops, status
-from otloss._options import Options, Unbalanced, check_options
+from otloss._options import (
+    Backward,
+    Method,
+    Objective,
+    Options,
+    Precision,
+    Unbalanced,
+    check_options,
+)
 from otloss.autograd import Places, Settings, Solve, evaluate
 from otloss.autograd.settings import batched
 from otloss.costs import Cost, subtracted
@@ -26,7 +34,7 @@ from otloss.problem import (
     see_empty_bins,
 )
 from otloss.result import OTResult, Solved
-from otloss.totals import Combination, at_unit_totals
+from otloss.totals import Combination, at_given_totals, at_unit_totals
 
 __all__ = ["report", "run", "solve", "solve_sample"]
 
@@ -126,13 +134,13 @@ def solve(
     *,
     a: Tensor | None = None,
     b: Tensor | None = None,
-    objective: str = "regularized",
+    objective: Objective = "regularized",
     unbalanced: Unbalanced = None,
     tol: float = 1e-3,
     max_iters: int = 1000,
     n_iters: int | None = None,
-    backward: str = "auto",
-    method: str = "auto",
+    backward: Backward = "auto",
+    method: Method = "auto",
     init: OTResult | tuple[Tensor, Tensor] | None = None,
 ) -> OTResult:
     r"""Entropic optimal transport on a given cost matrix.
@@ -219,14 +227,14 @@ def solve_sample(
     a: Tensor | None = None,
     b: Tensor | None = None,
     cost: Cost = "sqeuclidean",
-    objective: str = "regularized",
+    objective: Objective = "regularized",
     unbalanced: Unbalanced = None,
     tol: float = 1e-3,
     max_iters: int = 1000,
     n_iters: int | None = None,
-    backward: str = "auto",
-    method: str = "auto",
-    precision: str = "float32",
+    backward: Backward = "auto",
+    method: Method = "auto",
+    precision: Precision = "float32",
     init: OTResult | tuple[Tensor, Tensor] | None = None,
 ) -> OTResult:
     """Entropic optimal transport between two clouds.
@@ -284,8 +292,7 @@ def _solve_one(
         unit, costs, one.pairs, one.coefficients, options, start,
         potentials=True, dense=dense, combined=totals is None, system=system,
     )  # fmt: skip
-    if totals:
-        solved = totals.back(solved, one, batched=problem.batched)
+    solved = at_given_totals(solved, problem, totals, one, options)
     report(problem, costs or (), options, solved)
     return OTResult(problem, costs[0] if costs else None, options, solved, system, dense=dense)
 

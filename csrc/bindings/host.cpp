@@ -20,6 +20,7 @@ namespace {
 
 constexpr int64_t kCheckIntervalNs = 50'000'000;
 thread_local Call* current_call = nullptr;
+PyObject* progress = nullptr;  // guarded by Python's lock
 
 int64_t now_ns() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
 
@@ -52,7 +53,18 @@ Call::Call() : outer_(current_call), next_check_(now_ns() + kCheckIntervalNs) {
   current_call = this;
 }
 
-Call::~Call() { current_call = outer_; }
+Call::~Call() {
+  current_call = outer_;
+  if (!shown_) return;
+  sweeps_ = 0, error_ = 0;
+  const PyGILState_STATE state = PyGILState_Ensure();
+  try {
+    show_progress();
+  } catch (pybind11::error_already_set& error) {
+    error.discard_as_unraisable("otloss.progress");
+  }
+  PyGILState_Release(state);
+}
 
 Call* Call::current() { return current_call; }
 
@@ -61,8 +73,11 @@ bool Call::interrupted() {
   if (stopped_.load(std::memory_order_relaxed)) return true;
   if (std::this_thread::get_id() != thread_ || now_ns() < next_check_) return false;
   const PyGILState_STATE state = PyGILState_Ensure();
-  if (PyErr_CheckSignals() != 0) {
-    raised_ = std::make_unique<Raised>(pybind11::error_already_set());
+  try {
+    if (PyErr_CheckSignals() != 0) throw pybind11::error_already_set();
+    if (sweeps_ > 0) show_progress();
+  } catch (const pybind11::error_already_set& error) {
+    raised_ = std::make_unique<Raised>(error);
     stopped_ = true;
   }
   PyGILState_Release(state);
@@ -70,8 +85,26 @@ bool Call::interrupted() {
   return stopped_;
 }
 
+void Call::report(int64_t sweeps, double error) {
+  sweeps_ = sweeps;
+  error_ = error;
+}
+
+void Call::show_progress() {
+  if (!progress) return;
+  const pybind11::handle callback = progress;
+  callback(sweeps_.load(), error_.load());
+  shown_ = true;
+}
+
 void Call::raise_interruption() const {
   if (raised_) throw Raised(*raised_);
+}
+
+void set_progress(const pybind11::object& callback) {
+  PyObject* const before = progress;
+  progress = callback.is_none() ? nullptr : callback.inc_ref().ptr();
+  Py_XDECREF(before);
 }
 
 namespace cpu {
@@ -96,6 +129,10 @@ void run_parallel(int64_t begin, int64_t end, int64_t grain, RangeFunction funct
 int64_t thread_count() { return torch::stable::get_num_threads(); }
 
 bool interrupted() { return current_call && current_call->interrupted(); }
+
+void report(int64_t sweeps, double error) {
+  if (current_call) current_call->report(sweeps, error);
+}
 
 }  // namespace cpu
 

@@ -42,6 +42,7 @@ PYBIND11_MODULE(_C, module) {
                                 : otloss::cuda::describe_plan<float>(context, problems, n, m, d);
              });
 #endif
+  module.def("set_progress", &otloss::set_progress);
   module.def("build_info", [] {
     pybind11::dict info;
     info["compiler"] = std::string("C++ ") + __VERSION__;

@@ -59,6 +59,7 @@ class Arguments(NamedTuple):
     rho: Tensor | None  # (2,) likewise: rho_x, rho_y; infinite both if there is none
     objective: int
     tf32: bool
+    multiscale: bool
 
     def matrices(self) -> list[Tensor]:
         return self.costs or cost(self.points, self.weights, self.pairs, self.kind)

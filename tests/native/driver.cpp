@@ -22,6 +22,7 @@ thread_local bool parallel = false;
 
 int64_t thread_count() { return threads; }
 bool interrupted() { return false; }
+void report(int64_t, double) {}
 
 // A thread for each part but the first, which is the caller's. No parts of parts.
 void run_parallel(int64_t begin, int64_t end, int64_t grain, RangeFunction function,

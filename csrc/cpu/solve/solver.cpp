@@ -120,6 +120,7 @@ class PairSolver {
       translate(point, F);
     }
     point.error = marginal_error(m_, point.target.data(), point.q.data()) / y_.mass;
+    report(control_.passes(), point.error);
   }
 
   // Where a side is soft: the best translation (F + t, g - t) of an evaluated point, taken at once,
@@ -326,8 +327,9 @@ Outcome solve_symmetric(Engine<T>& engine, const SolveOptions& options, T* F) {
       for (int64_t i = 0; i < n; ++i) softmin[i] = undamped * F[i];
       x.set_target(eps, 0, f.data(), softmin.data(), mean.mean, s.data(), target.data());
     }
-    control.observe({0, 8 * kRoundoff<T> * x.mass * mean.magnitude,
-                     marginal_error(n, target.data(), s.data()) / x.mass});
+    const double error = marginal_error(n, target.data(), s.data()) / x.mass;
+    control.observe({0, 8 * kRoundoff<T> * x.mass * mean.magnitude, error});
+    report(control.passes(), error);
     if (control.stop().ends() || !control.may_pass(0) || interrupted()) break;
     for (int64_t i = 0; i < n; ++i) f[i] += relaxation * (to_cost * F[i] - f[i]);
   }
