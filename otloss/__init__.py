@@ -1,6 +1,6 @@
 """otloss: differentiable optimal-transport losses for PyTorch, with fused C++ and CUDA kernels."""
 
-from otloss import distributed
+from otloss import compat, distributed
 from otloss._check import ConvergenceWarning
 from otloss.batching import pad, pad_batch_vector
 from otloss.config import show_config
@@ -33,6 +33,7 @@ __all__ = [
     "OTResult",
     "SinkhornDivergence",
     "SinkhornLoss",
+    "compat",
     "cost_matrix",
     "distributed",
     "energy_distance",

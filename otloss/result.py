@@ -15,6 +15,7 @@ from otloss._options import Options
 from otloss.autograd import Settings, extended
 from otloss.certificate import Dual, duality_gap
 from otloss.method import in_blocks
+from otloss.pairs import PlanPairs
 from otloss.problem import Problem, as_weights, build_costs, seen_costs, with_empty_bins
 from otloss.status import rows_of, warn_not_converged
 
@@ -30,7 +31,7 @@ class Solved:
     settings: Settings | None = None
 
 
-class OTResult:
+class OTResult(PlanPairs):
     """The solution of one OT problem: value, potentials, plan, convergence.
 
     With a batch every quantity has a leading dimension ``B``; numbers of a single problem are

@@ -53,7 +53,8 @@ def suggest_eps(
     """
     cost, sharpness = check_cost(cost), number("sharpness", sharpness)
     points = check_clouds({"x": x, "y": y}).points
-    mean = cost_matrix(*(_sample(p, generator) for p in points), cost).mean().item()
+    x, y = (_sample(cloud, generator) for cloud in points)
+    mean = cost_matrix(x, y, cost).mean().item()
     if not 0 < mean < float("inf"):
         raise ValueError(f"the mean cost between x and y must be positive and finite, got {mean:g}")
     return sharpness * mean

@@ -138,7 +138,7 @@ def mmd(
         Gretton et al., *A kernel two-sample test* (2012); Székely and Rizzo, *Energy statistics*
         (2013).
     """
-    cost = _distance_of(_options.choice("kernel", kernel, KERNELS), bandwidth)
+    cost = distance_of(_options.choice("kernel", kernel, KERNELS), bandwidth)
     balanced = kernel == "energy"
     problem = check_clouds({"x": x, "y": y}, {"a": a, "b": b}, balanced=balanced)
     value = 2 * energy(problem, cost, "auto")
@@ -150,7 +150,7 @@ def mmd(
     return value + (apart if problem.batched else apart[0])
 
 
-def _distance_of(kernel: str, bandwidth: Any) -> Any:
+def distance_of(kernel: str, bandwidth: Any) -> Any:
     """The cost 1 - kernel, or minus the kernel."""
     if kernel == "energy":
         if bandwidth is not None:
