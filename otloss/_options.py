@@ -17,6 +17,7 @@ __all__ = ["LossOptions", "Options", "check_cost", "check_options", "choice", "n
 OBJECTIVES: Final = ("regularized", "transport")  # their numbers are those of csrc/kernels.h
 BACKWARDS: Final = ("auto", "envelope", "implicit", "unrolled")
 METHODS: Final = ("auto", "dense", "streamed", "reference")
+SOLVE_METHODS: Final = (*METHODS, "multiscale")
 PRECISIONS: Final = ("float32", "tf32")
 
 Unbalanced = float | tuple[float | None, float | None] | None
@@ -92,7 +93,7 @@ def check_options(
         max_iters=count("max_iters", max_iters),
         n_iters=-1 if n_iters is None else count("n_iters", n_iters),
         backward=choice("backward", backward, BACKWARDS),
-        method=choice("method", method, METHODS),
+        method=choice("method", method, SOLVE_METHODS),
         precision=choice("precision", precision, PRECISIONS),
         symmetric=_symmetric(symmetric, cost),
     )
