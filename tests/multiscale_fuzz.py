@@ -2,7 +2,7 @@
 
     python -m tests.multiscale_fuzz --out results.jsonl --count 300     resumes where the file ends
     python -m tests.multiscale_fuzz --seed 1234 --count 1               one problem again, in full
-    python -m tests.multiscale_fuzz --large 10 --out large.jsonl        n = 20 000 against "streamed"
+    python -m tests.multiscale_fuzz --large 10 --out large.jsonl       n = 20 000 against "streamed"
     python -m tests.multiscale_fuzz --report results.jsonl              the table
 
 Every seed is one problem of 2000 to 4000 points: clusters, outliers, lines, planes, surfaces, far
