@@ -313,8 +313,8 @@ def large() -> str:
     return (
         "A divergence and its gradient in one cloud, each in a process of its own\n"
         f"({how.replace('one thread', 'one thread unless said')}). The exponent is that of n from\n"
-        "the size before. Errors of 10 000 points are against the converged gradient, of more points\n"
-        "on 256 rows of the gradient, computed from all pairs in float64.\n\n"
+        "the size before. Errors of 10 000 points are against the converged gradient, of more\n"
+        "points on 256 rows of the gradient, computed from all pairs in float64.\n\n"
         f"{table(header, lines)}\n"
     )
 
