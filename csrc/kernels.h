@@ -187,7 +187,6 @@ struct PlanSumsGroup {
   const T* grad;     // (B,) of the loss
   T coefficient;     // of this group in the loss
   MadeCost<T> made;  // multiscale
-  Penalties penalties = {};
 };
 
 // ------------------------------------------------------------------------------------- the plan
@@ -206,7 +205,6 @@ struct PlanProductGroup {
   const T* g;  // (B, m)
   const T* v;  // (B, m, columns)
   T* out;      // (B, n, columns)
-  Penalties penalties = {};
 };
 
 // -------------------------------------------------------------------------------- cost matrices

@@ -14,6 +14,7 @@ from otloss.costs import COSTS, Cost
 
 __all__ = [
     "Backward",
+    "EnergyMethod",
     "LossOptions",
     "Method",
     "Objective",
@@ -28,11 +29,13 @@ __all__ = [
 Name = TypeVar("Name", bound=str)
 Objective = Literal["regularized", "transport"]
 Backward = Literal["auto", "envelope", "implicit", "unrolled"]
-Method = Literal["auto", "dense", "streamed", "reference"]
+Method = Literal["auto", "dense", "streamed", "reference", "multiscale"]
+EnergyMethod = Literal["auto", "dense", "streamed", "reference"]
 Precision = Literal["float32", "tf32"]
 OBJECTIVES: Final = get_args(Objective)  # their numbers are those of csrc/kernels.h
 BACKWARDS: Final = get_args(Backward)
 METHODS: Final = get_args(Method)
+ENERGY_METHODS: Final = get_args(EnergyMethod)
 PRECISIONS: Final = get_args(Precision)
 
 Unbalanced = float | tuple[float | None, float | None] | None

@@ -205,10 +205,8 @@ def _mass_term(problem: Problem, combination: Combination, o: Options) -> Tensor
         return None
     if not any(w.requires_grad for w in problem.weights):
         return None
-    masses = [w.sum(-1, dtype=torch.float64) for w in problem.counted_weights()]
-    return sum(
-        -0.5 * o.eps * share * (m - m.detach()) for share, m in zip(shares, masses, strict=True)
-    )
+    masses = torch.stack([w.sum(-1, dtype=torch.float64) for w in problem.counted_weights()], -1)
+    return -0.5 * o.eps * (masses - masses.detach()) @ masses.new_tensor(shares)
 
 
 def _way(log_a: Number, log_b: Number, eps: float, marginals: Marginals) -> Way:

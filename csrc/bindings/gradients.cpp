@@ -99,8 +99,7 @@ PlanSumsGroup<T> Gradients<T>::plan_sides(int64_t p, const Tensor& f, const Tens
           data<T>(g),
           grad(p),
           static_cast<T>(problem_.coefficients[p]),
-          {point_pair<T>(clouds_, i, j, false, true), i == j, x, y},
-          problem_.penalties(p)};
+          {point_pair<T>(clouds_, i, j, false, true), i == j, x, y}};
 }
 
 template <typename T>

@@ -59,8 +59,8 @@ void solve_as(StableIValue* stack, const Device& device, const Problem& problem,
     else if (!costs.empty())
       group.C = data<T>(costs[p]), group.stride = row_stride(costs[p]);
     if (from_points)
-      group.points = point_pair<T>(clouds, problem.x(p), problem.y(p), problem.tf32,
-                                   problem.multiscale);
+      group.points =
+          point_pair<T>(clouds, problem.x(p), problem.y(p), problem.tf32, problem.multiscale);
     group.a = data<T>(a);
     group.b = data<T>(b);
     group.f = data<T>(start.f[p]);

@@ -8,6 +8,7 @@ plain torch and differentiates that. It costs nothing unless it is asked for.
 """
 
 from otloss.autograd.empty_bins import FirstOrder, extended
+from otloss.autograd.first_order import plan_product
 from otloss.autograd.nodes import CostMatrices, Solve, evaluate
 from otloss.autograd.second_order import refuse_higher_order
 from otloss.autograd.settings import Places, Settings
@@ -20,5 +21,6 @@ __all__ = [
     "Solve",
     "evaluate",
     "extended",
+    "plan_product",
     "refuse_higher_order",
 ]

@@ -8,12 +8,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from otloss import _check
+from otloss import _check, ops
 from otloss.autograd import empty_bins
-from otloss.autograd.settings import Inputs, Seeds, Settings, Wanted, implementation, is_envelope
+from otloss.autograd.settings import (
+    Inputs,
+    Seeds,
+    Settings,
+    Wanted,
+    batched,
+    implementation,
+    is_envelope,
+)
 from otloss.reference.operations import as_pairs
 
-__all__ = ["gradients", "sum_over_pairs"]
+__all__ = ["gradients", "plan_product", "sum_over_pairs"]
 
 
 def gradients(
@@ -31,13 +39,31 @@ def gradients(
     elif is_envelope(s, seeds):
         found = operation.envelope_backward(seeds.loss, *problem, f, g, *want)
     else:
-        *found, status = operation.implicit_backward(*seeds, *problem, f, g, *want)
+        every_pair = problem._replace(multiscale=False)
+        *found, status = operation.implicit_backward(*seeds, *every_pair, f, g, *want)
         _report_system(s, status, inputs.weights[0].dtype)
     costs, points, *of_sides = found
     if any(wanted.weights):
         of_sides = empty_bins.fill(s, seeds, inputs, (f, g), of_sides, wanted.weights)
     grad_a, grad_b = of_sides
     return costs, points, sum_over_pairs(s.pairs, grad_a, grad_b, wanted.weights)
+
+
+def plan_product(
+    s: Settings,
+    points: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    potentials: tuple[Tensor, Tensor],
+    v: Tensor,
+    axis: int,
+) -> Tensor:
+    """P v, or with ``axis=0`` P^T v, (B, n, c), of the one pair of a multiscale solve."""
+    f, g = (t.contiguous() for t in potentials)
+    inputs = Inputs([], [batched(x) for x in points], [w.contiguous() for w in weights], [])
+    problem = s.arguments(inputs)
+    if axis == 0:
+        problem, f, g = problem._replace(pairs=s.pairs[::-1]), g, f
+    return ops.plan_product(*problem, [f], [g], [v.contiguous()])[0]
 
 
 def sum_over_pairs(
