@@ -235,7 +235,8 @@ def _of_side(side: _Side, empty: Tensor, seeds: Seeds, potentials: Both, given: 
         h = g_bar - gauge * g + eps * (quotient(seed, b) + gauge)
         if not transport:
             h = h - scale * weight_gradients(eps, f, g, a, b, side.marginals)[1]
-        h = torch.where(b > 0, h * damping(rho, eps) / share(g, rho), 0.0)
+        # A point so far that the plan takes nothing of it has no part in the system.
+        h = torch.where(b > 0, quotient(h * damping(rho, eps), share(g, rho)), 0.0)
     there, cost, beta = side.sums(g, h)
     if transport:
         at_fixed = cost
