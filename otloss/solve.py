@@ -67,7 +67,6 @@ def run(
     costs, points = ((), problem.points) if costs is None else (costs, ())
     tensors = (*costs, *points, *problem.weights, *init)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    backward = options.gradient()
     places = None
     if problem.present:
         places = Places(
@@ -90,9 +89,8 @@ def run(
         coefficients=coefficients,
         combined=combined,
         options=options,
-        backward=backward,
         potentials=potentials,
-        trace=needs_grad and backward == "unrolled",
+        trace=needs_grad and options.follows_iterations(),
         dense=dense,
         batched=problem.batched,
         eps=ops.number(options.eps),
