@@ -15,6 +15,7 @@ from otloss._options import Options
 from otloss.autograd import Settings, extended
 from otloss.certificate import Dual, duality_gap
 from otloss.method import in_blocks
+from otloss.pairs import PlanPairs
 from otloss.problem import Problem, as_weights, build_costs, seen_costs, with_empty_bins
 from otloss.status import rows_of, warn_not_converged
 
@@ -30,7 +31,7 @@ class Solved:
     settings: Settings | None = None
 
 
-class OTResult:
+class OTResult(PlanPairs):
     """The solution of one OT problem: value, potentials, plan, convergence.
 
     With a batch every quantity has a leading dimension ``B``; numbers of a single problem are
@@ -71,6 +72,15 @@ class OTResult:
 
     def _out(self, t: Tensor) -> Tensor:
         return t if self._problem.batched else t[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        unchanged = [(k, t, t._version == version) for k, t, version in self._versions]
+        return self.__dict__ | {"_versions": unchanged}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies of tensors count their changes anew."""
+        self.__dict__.update(state)
+        self._versions = [(k, t, t._version if same else -1) for k, t, same in self._versions]
 
     def _check_unchanged(self) -> None:
         for name, tensor, version in self._versions:
@@ -171,10 +181,10 @@ class OTResult:
         """(B,) of a batch, else a Python number or, in a traced graph, a 0-d tensor."""
         if self._problem.batched:
             return t
-        return t[0] if torch.compiler.is_compiling() else t[0].item()
+        return t[0] if _check.traced(t) else t[0].item()
 
     def _status_field(self, field: int) -> Tensor:
-        if not self._reported and not torch.compiler.is_compiling():
+        if not self._reported and not _check.traced(self._status):
             self._reported = True  # the first reading of what the solve left on its device
             warn_not_converged(self._options, rows_of(self._status[None]), self._a.dtype)
         return self._status[:, field]

@@ -370,6 +370,13 @@ def test_resume_refuses_another_run(tmp_path):
         train_sinkhorn.main([*common, "--resume", "--lr", "0.5"])
 
 
+@pytest.mark.parametrize("folder", ["file", "file/run", "/proc"])
+def test_an_out_that_cannot_be_written_is_refused_at_once(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"--out is .*, expected a folder to write in"):
+        train_sinkhorn.main([*TINY, "--out", str(tmp_path / folder)])
+
+
 def test_interrupt_saves_a_whole_step(tmp_path):
     args = classifier.parse(["--data", "digits", "--steps", "100", "--out", str(tmp_path)])
     model = torch.nn.Linear(1, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Final, NamedTuple
 
@@ -13,6 +14,7 @@ from otloss._options import OBJECTIVES, Options
 from otloss.costs import COSTS
 from otloss.reference import operations
 from otloss.reference.operations import Arguments
+from otloss.target import SelfProblem
 
 __all__ = [
     "Inputs",
@@ -43,8 +45,16 @@ class Settings(NamedTuple):
     batched: bool  # the loss is (B,), not ()
     eps: Tensor  # made once for both passes, like rho, from the options
     rho: Tensor | None
+    live: Sequence[int] = ()  # the pairs that a gradient flows through
+    target: SelfProblem | None = None  # the last pair, where its solution is kept
     system: list[Tensor] | None = None  # receives the status of the implicit gradient's system
     places: Places | None = None  # where weights can be those of empty bins, and are differentiated
+
+    def of_live(self) -> Settings:
+        """The same of the pairs that a gradient flows through."""
+        pairs = [c for p in self.live for c in self.pairs[2 * p : 2 * p + 2]]
+        coefficients = [self.coefficients[p] for p in self.live]
+        return self._replace(pairs=pairs, coefficients=coefficients)
 
     def arguments(self, inputs: Inputs) -> Arguments:
         """What the operations take of a set of problems."""
@@ -72,6 +82,11 @@ class Inputs(NamedTuple):
     weights: list[Tensor]  # (B, n) per cloud
     init: list[Tensor]  # f and g of each pair in turn, or none
 
+    def of_pairs(self, pairs: Sequence[int]) -> Inputs:
+        costs = [self.costs[p] for p in pairs] if self.costs else []
+        init = [v for p in pairs for v in self.init[2 * p : 2 * p + 2]]
+        return self._replace(costs=costs, init=init)
+
 
 class Seeds(NamedTuple):
     """Gradients of what a solve returned."""
@@ -79,6 +94,11 @@ class Seeds(NamedTuple):
     loss: Tensor  # (B,), or (P, B) where every pair has its own
     f: list[Tensor]  # per pair, or none
     g: list[Tensor]
+
+    def of_pairs(self, pairs: Sequence[int]) -> Seeds:
+        loss = self.loss if self.loss.dim() == 1 else self.loss[list(pairs)]
+        f, g = ([each[p] for p in pairs] if each else [] for each in (self.f, self.g))
+        return Seeds(loss, f, g)
 
     def of_value(self, p: int) -> Tensor:
         """(B,) of coefficient * value of pair p."""

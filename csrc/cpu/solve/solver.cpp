@@ -125,6 +125,7 @@ class PairSolver {
     point.noise += engine_.rounding() * eps_ * y_.mass;
     point.error =
         marginal_error(m_, point.target.data(), point.q.data()) / y_.mass + engine_.left_out();
+    report(control_.passes(), point.error);
   }
 
   // Where a side is soft: the best translation (F + t, g - t) of an evaluated point, taken at once,
@@ -280,7 +281,8 @@ class PairSolver {
   const Side<T>&x_ = engine_.x, &y_ = engine_.y;
   const int64_t n_ = x_.count, m_ = y_.count;
   double eps_ = options_.eps;  // of the stage
-  StepControl control_{options_.eps, options_.tol, options_.max_iters, y_.mass};
+  StepControl control_{options_.eps, options_.tol, options_.max_iters, y_.mass,
+                       std::min(x_.points, y_.points)};
   Next next_ = Next::kStage;  // what the trial is
   SemidualPoint<T> point_{m_, y_.weight}, trial_{m_, y_.weight};
   std::vector<T> r_ = std::vector<T>(m_), p_ = r_, excess_ = r_;  // residual; direction; 1 - q
@@ -312,7 +314,7 @@ Outcome solve_symmetric(E& engine, const SolveOptions& options, T* F) {
   const T relaxation = static_cast<T>(rule.relaxation), last = static_cast<T>(rule.last);
   const T undamped = static_cast<T>(eps / kLog2E);
   std::vector<T> f(n), s(n), softmin(n), target(x.weight, x.weight + n);
-  StepControl control(eps, options.tol, options.max_iters, x.mass);
+  StepControl control(eps, options.tol, options.max_iters, x.mass, x.points);
   if (options.warm_start) {
     for (int64_t i = 0; i < n; ++i) f[i] = F[i] / to_base2;
   } else {
@@ -331,8 +333,9 @@ Outcome solve_symmetric(E& engine, const SolveOptions& options, T* F) {
       for (int64_t i = 0; i < n; ++i) softmin[i] = undamped * F[i];
       x.set_target(eps, 0, f.data(), softmin.data(), mean.mean, s.data(), target.data());
     }
-    control.observe({0, 8 * kRoundoff<T> * x.mass * mean.magnitude,
-                     marginal_error(n, target.data(), s.data()) / x.mass + engine.left_out()});
+    const double error = marginal_error(n, target.data(), s.data()) / x.mass + engine.left_out();
+    control.observe({0, 8 * kRoundoff<T> * x.mass * mean.magnitude, error});
+    report(control.passes(), error);
     if (control.stop().ends() || !control.may_pass(0) || interrupted()) break;
     for (int64_t i = 0; i < n; ++i) f[i] += relaxation * (to_cost * F[i] - f[i]);
   }
@@ -340,18 +343,22 @@ Outcome solve_symmetric(E& engine, const SolveOptions& options, T* F) {
   return outcome_of(control);
 }
 
+template <typename T>
+double regularized_value(const Side<T>& x, const Side<T>& y, double eps, bool balanced, const T* f,
+                         const T* g) {
+  if (!balanced)
+    return soft_value(x, y, x.mass, y.mass, eps, x.soft_mean(f, 1).mean, y.soft_mean(g, 1).mean);
+  return dot(x.count, x.weight, f) + dot(y.count, y.weight, g);
+}
+
 template <typename E, typename T>
 double value_of(E& engine, const SolveOptions& options, bool balanced, const T* f, const T* g) {
   const Side<T>&x = engine.x, &y = engine.y;
-  if (options.objective == Objective::kTransport) {
-    std::vector<T> F(f, f + x.count);
-    for (T& value : F) value *= factor<T>(options.eps);
-    return engine.transport(options.eps, F.data(), g);
-  }
-  if (!balanced)
-    return soft_value(x, y, x.mass, y.mass, options.eps, x.soft_mean(f, 1).mean,
-                      y.soft_mean(g, 1).mean);
-  return dot(x.count, x.weight, f) + dot(y.count, y.weight, g);
+  if (options.objective == Objective::kRegularized)
+    return regularized_value(x, y, options.eps, balanced, f, g);
+  std::vector<T> F(f, f + x.count);
+  for (T& value : F) value *= factor<T>(options.eps);
+  return engine.transport(options.eps, F.data(), g);
 }
 
 template <typename T>
@@ -362,7 +369,7 @@ Outcome solve_fixed(Engine<T>& engine, const SolveOptions& options, T* F, T* g, 
   const T to_cost = static_cast<T>(eps / kLog2E * x.damping(eps));
   const T damping = static_cast<T>(y.damping(eps));
   std::vector<T> gt(m), q(m), target(y.weight, y.weight + m);
-  StepControl control(eps, options.tol, options.n_iters, y.mass);
+  StepControl control(eps, options.tol, options.n_iters, y.mass, std::min(x.points, y.points));
   for (int64_t it = 0; it < options.n_iters && !interrupted(); ++it) {
     engine.iterate(eps, g, F, gt.data(), q.data());
     if (it + 1 == options.n_iters && !y.hard())
@@ -383,13 +390,17 @@ Outcome solve_fixed(Engine<T>& engine, const SolveOptions& options, T* F, T* g, 
   return outcome_of(control);
 }
 
-#define OTLOSS_INSTANTIATE(E, T)                                        \
-  template Outcome solve_pair(E&, const SolveOptions&, T*, T*);         \
-  template Outcome solve_symmetric(E&, const SolveOptions&, T*);         \
+#define OTLOSS_INSTANTIATE(E, T)                                 \
+  template Outcome solve_pair(E&, const SolveOptions&, T*, T*);  \
+  template Outcome solve_symmetric(E&, const SolveOptions&, T*); \
   template double value_of(E&, const SolveOptions&, bool, const T*, const T*);
 OTLOSS_INSTANTIATE(Engine<float>, float)
 OTLOSS_INSTANTIATE(Engine<double>, double)
 OTLOSS_INSTANTIATE(multiscale::Engine, double)
+template double regularized_value(const Side<float>&, const Side<float>&, double, bool,
+                                  const float*, const float*);
+template double regularized_value(const Side<double>&, const Side<double>&, double, bool,
+                                  const double*, const double*);
 template Outcome solve_fixed(Engine<float>&, const SolveOptions&, float*, float*, float*);
 template Outcome solve_fixed(Engine<double>&, const SolveOptions&, double*, double*, double*);
 

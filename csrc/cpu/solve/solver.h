@@ -29,7 +29,10 @@ Outcome solve_pair(E& engine, const SolveOptions& options, T* F, T* g);
 template <typename E, typename T = typename E::Value>
 Outcome solve_symmetric(E& engine, const SolveOptions& options, T* F);
 
-// The value at potentials f and g.
+// The value at potentials f and g, and where it is the regularized one.
+template <typename T>
+double regularized_value(const Side<T>& x, const Side<T>& y, double eps, bool balanced, const T* f,
+                         const T* g);
 template <typename E, typename T = typename E::Value>
 double value_of(E& engine, const SolveOptions& options, bool balanced, const T* f, const T* g);
 
