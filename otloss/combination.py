@@ -11,13 +11,13 @@ from torch import Tensor
 from otloss import _check, ops
 from otloss._options import Options
 from otloss.costs import full_precision
-from otloss.method import streams
+from otloss.method import choose
 from otloss.problem import Problem, build_costs, check_clouds, see_empty_bins
 from otloss.reference.operations import as_pairs
 from otloss.result import Solved
 from otloss.solve import report, run
 from otloss.target import Target
-from otloss.totals import Combination, at_unit_totals, mass_term
+from otloss.totals import Combination, at_given_totals, at_unit_totals
 
 __all__ = ["Combination", "Memory", "combine"]
 
@@ -64,7 +64,7 @@ def combine(
     """
     problem = check_clouds(clouds, weights, balanced=options.balanced())
     pairs, keeps = combination.pairs, memory is not None
-    dense = not streams(problem.points, problem.weights, pairs, options)
+    options, dense = choose(problem.points, problem.weights, pairs, options)
     named = isinstance(options.cost, str)
     costs = None if named else build_costs(problem, pairs, options.cost, options.method)
     problem = see_empty_bins(problem, pairs, options.cost, options.method)
@@ -88,13 +88,10 @@ def combine(
         solved = _solve_apart(
             problem, costs, combination, options, init, potentials=keeps, combined=totals is None
         )
-    if totals:
-        solved = totals.back(solved, combination, batched=problem.batched)
+    solved = at_given_totals(solved, problem, totals, combination, options)
     report(problem, costs or (), options, solved)
     if memory is not None:
         memory.keep(solved)
-    if combination.debiased and not totals and not options.balanced():
-        return solved.loss + mass_term(problem, options)
     return solved.loss
 
 

@@ -58,7 +58,9 @@ void solve_as(StableIValue* stack, const Device& device, const Problem& problem,
       group.known = data<double>(*target);
     else if (!costs.empty())
       group.C = data<T>(costs[p]), group.stride = row_stride(costs[p]);
-    if (from_points) group.points = point_pair<T>(clouds, problem.x(p), problem.y(p), problem.tf32);
+    if (from_points)
+      group.points =
+          point_pair<T>(clouds, problem.x(p), problem.y(p), problem.tf32, problem.multiscale);
     group.a = data<T>(a);
     group.b = data<T>(b);
     group.f = data<T>(start.f[p]);
@@ -95,6 +97,8 @@ void solve(StableIValue* stack, uint64_t, uint64_t) {
   for (const Tensor& C : problem.costs)
     STD_TORCH_CHECK(C.is_contiguous(), "otloss: costs must be contiguous");
   STD_TORCH_CHECK(options.max_iters > 0, "otloss: max_iters must be > 0");
+  STD_TORCH_CHECK(!problem.multiscale || (options.n_iters < 0 && !dense),
+                  "otloss: multiscale has no fixed number of iterations and stores no costs");
   STD_TORCH_CHECK(!trace || (options.n_iters > 0 && options.n_iters < kMostTraced),
                   "otloss: a trace is of a number of iterations");
   if (!init.empty()) check_count(init.size(), 2 * problem.count(), "init");
@@ -109,6 +113,8 @@ void solve(StableIValue* stack, uint64_t, uint64_t) {
   }
   options.eps = problem.eps;
   options.tol = positive(tol, "tol");
+  STD_TORCH_CHECK(!problem.multiscale || options.tol >= kMultiscaleTol,
+                  "otloss: multiscale has tolerances from ", std::to_string(kMultiscaleTol));
   options.objective = problem.objective;
   options.warm_start = !init.empty();
   const Device device(problem.clouds.weights[0],
