@@ -270,8 +270,8 @@ def _(grad_loss: Tensor, _f: Any, _g: Any, *arguments: Any) -> tuple[list[Tensor
 @torch.library.register_fake("otloss::implicit_backward", lib=_library)
 def _(grad_loss: Tensor, _f: Any, _g: Any, *arguments: Any) -> tuple[Any, ...]:
     problem, (_, _, *wanted) = read(arguments)
-    problems = len(problem.coefficients)
-    status = grad_loss.new_empty(problems, grad_loss.shape[-1], 2, dtype=torch.float64)
+    shape = len(problem.coefficients), problem.weights[0].shape[0], 2
+    status = grad_loss.new_empty(shape, dtype=torch.float64)
     return *_gradients(problem, *wanted), status
 
 
