@@ -8,15 +8,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from otloss import _check
+from otloss import _check, ops
 from otloss._options import Options
 from otloss.costs import full_precision
-from otloss.method import streams
+from otloss.method import choose
 from otloss.problem import Problem, build_costs, check_clouds, see_empty_bins
 from otloss.reference.operations import as_pairs
 from otloss.result import Solved
 from otloss.solve import report, run
-from otloss.totals import Combination, at_unit_totals, mass_term
+from otloss.target import Target
+from otloss.totals import Combination, at_given_totals, at_unit_totals
 
 __all__ = ["Combination", "Memory", "combine"]
 
@@ -55,14 +56,24 @@ def combine(
     combination: Combination,
     options: Options,
     memory: Memory | None = None,
+    target: Target | None = None,
 ) -> Tensor:
-    """The sum over pairs of coefficient * OT(pair): the common form of all losses here."""
+    """The sum over pairs of coefficient * OT(pair): the common form of all losses here.
+
+    ``target``: of a divergence, keeps the self problem of y from call to call.
+    """
     problem = check_clouds(clouds, weights, balanced=options.balanced())
     pairs, keeps = combination.pairs, memory is not None
-    dense = not streams(problem.points, problem.weights, pairs, options)
+    options, dense = choose(problem.points, problem.weights, pairs, options)
     named = isinstance(options.cost, str)
     costs = None if named else build_costs(problem, pairs, options.cost, options.method)
     problem = see_empty_bins(problem, pairs, options.cost, options.method)
+    of_target = None
+    if target is not None and _stays(clouds["y"], weights, options):
+        of_target = target.self_problem(
+            clouds["y"], (weights["a"], weights["b"]),
+            options, dense, problem.weights[0].dtype, torch.get_num_threads(),
+        )  # fmt: skip
     init: Sequence[Tensor] = [] if memory is None else memory.start(problem, pairs)
     problem, totals = at_unit_totals(problem, options)
     if totals:
@@ -71,20 +82,33 @@ def combine(
         coefficients = combination.coefficients
         solved = run(
             problem, costs, pairs, coefficients, options, init,
-            potentials=keeps, dense=dense, combined=totals is None,
+            potentials=keeps, dense=dense, combined=totals is None, target=of_target,
         )  # fmt: skip
     else:
         solved = _solve_apart(
             problem, costs, combination, options, init, potentials=keeps, combined=totals is None
         )
-    if totals:
-        solved = totals.back(solved, combination, batched=problem.batched)
+    solved = at_given_totals(solved, problem, totals, combination, options)
     report(problem, costs or (), options, solved)
     if memory is not None:
         memory.keep(solved)
-    if combination.debiased and not totals:
-        return solved.loss + mass_term(problem, options)
     return solved.loss
+
+
+def _stays(y: Tensor, weights: dict[str, Tensor | None], options: Options) -> bool:
+    """Whether the self problem of y may serve later calls: nothing is differentiated in it, changes
+    of its tensors are counted, and the kernels take its solution from an earlier call."""
+    if not (ops.NATIVE and y.is_cpu and ops.makes_plain_tensors()):
+        return False
+    tensors, b = [t for t in (y, *weights.values()) if t is not None], weights["b"]
+    held = not (y.requires_grad or (b is not None and b.requires_grad))
+    served = (
+        isinstance(options.cost, str)
+        and options.method != "reference"
+        and options.objective == "regularized"
+        and options.n_iters < 0
+    )
+    return held and served and not any(t.is_inference() for t in tensors)
 
 
 def _self_problems_are_symmetric(

@@ -11,21 +11,32 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from otloss import _check, ops, status
-from otloss._options import Options, Unbalanced, check_options
+from otloss._options import (
+    Backward,
+    Method,
+    Objective,
+    Options,
+    Precision,
+    Unbalanced,
+    check_options,
+)
 from otloss.autograd import Places, Settings, Solve, evaluate
 from otloss.autograd.settings import batched
 from otloss.costs import Cost, subtracted
-from otloss.method import streams
+from otloss.method import choose
 from otloss.problem import (
     Problem,
+    as_one_batch,
     as_weights,
     build_costs,
     check_clouds,
     hide_padding,
     see_empty_bins,
 )
+from otloss.reference.operations import as_pairs
 from otloss.result import OTResult, Solved
-from otloss.totals import Combination, at_unit_totals
+from otloss.target import SelfProblem
+from otloss.totals import Combination, at_given_totals, at_unit_totals
 
 __all__ = ["report", "run", "solve", "solve_sample"]
 
@@ -42,6 +53,7 @@ def run(
     dense: bool = True,
     combined: bool = True,
     system: list[Tensor] | None = None,
+    target: SelfProblem | None = None,
 ) -> Solved:
     """Solves all pairs and returns the weighted sum of their values, or not ``combined`` its terms:
     as ``loss`` () or (B,), or (P, B) in float64.
@@ -49,12 +61,11 @@ def run(
     ``costs``: given matrices, or None to compute costs from the points; ``dense`` says whether they
     are stored.
     ``potentials``: whether f and g are returned too, differentiable.
+    ``target``: the last pair, a cloud against itself whose solution is kept for later calls.
     ``system``: receives the status of the linear system when an implicit gradient is taken.
     """
     costs, points = ((), problem.points) if costs is None else (costs, ())
-    tensors = (*costs, *points, *problem.weights, *init)
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    backward = options.gradient()
+    live = _live_pairs(costs, points, problem.weights, pairs) if torch.is_grad_enabled() else []
     places = None
     if problem.present:
         places = Places(
@@ -68,25 +79,54 @@ def run(
         coefficients=coefficients,
         combined=combined,
         options=options,
-        backward=backward,
         potentials=potentials,
-        trace=needs_grad and backward == "unrolled",
+        trace=bool(live) and options.follows_iterations(),
         dense=dense,
         batched=problem.batched,
+        single=_are_single(problem, points, options),
         eps=ops.number(options.eps),
         rho=ops.penalties(options.rho_x, options.rho_y),
+        live=live,
+        target=target,
         system=system,
         places=places,
     )
+    tensors = (*costs, *points, *problem.weights, *init)
     sizes = [len(costs), len(points), len(problem.weights), len(init)]
     # Forward-mode derivatives are not available, which only a node says.
-    if needs_grad or forward_ad._current_level >= 0:
+    if live or forward_ad._current_level >= 0:
         outputs = Solve.apply(settings, sizes, *tensors)
     else:
         outputs, _ = evaluate(settings, sizes, tensors)
     loss, how, *rest = outputs
     half = len(rest) // 2
     return Solved(loss, how, tuple(rest[:half]), tuple(rest[half:]), settings)
+
+
+def _live_pairs(
+    costs: Sequence[Tensor], points: Sequence[Tensor], weights: Sequence[Tensor], pairs: list[int]
+) -> list[int]:
+    """Those that a gradient flows through."""
+    moves = [w.requires_grad for w in weights]
+    for c, x in enumerate(points):
+        moves[c] = moves[c] or x.requires_grad
+    moving = [moves[i] or moves[j] for i, j in as_pairs(pairs)]
+    for p, C in enumerate(costs):
+        moving[p] = moving[p] or C.requires_grad
+    return [p for p, moves_here in enumerate(moving) if moves_here]
+
+
+def _are_single(problem: Problem, points: Sequence[Tensor], options: Options) -> bool:
+    """Whether the kernels take the clouds as they are, without a batch dimension."""
+    return (
+        ops.NATIVE
+        and bool(points)
+        and not (problem.padded or problem.batched or torch.compiler.is_compiling())
+        and options.method != "reference"
+        and all(
+            x.is_cpu and x.is_contiguous() and x.dtype == problem.weights[0].dtype for x in points
+        )
+    )
 
 
 def report(problem: Problem, costs: Sequence[Tensor], options: Options, solved: Solved) -> None:
@@ -125,13 +165,13 @@ def solve(
     *,
     a: Tensor | None = None,
     b: Tensor | None = None,
-    objective: str = "regularized",
+    objective: Objective = "regularized",
     unbalanced: Unbalanced = None,
     tol: float = 1e-3,
     max_iters: int = 1000,
     n_iters: int | None = None,
-    backward: str = "auto",
-    method: str = "auto",
+    backward: Backward = "auto",
+    method: Method = "auto",
     init: OTResult | tuple[Tensor, Tensor] | None = None,
 ) -> OTResult:
     r"""Entropic optimal transport on a given cost matrix.
@@ -146,7 +186,8 @@ def solve(
     :math:`a\, e^{-f / \rho_x}` and :math:`b\, e^{-g / \rho_y}`.
 
     Args:
-        C: cost matrix (n, m), or (B, n, m) for a batch of independent problems.
+        C: cost matrix (n, m), or (B, n, m) for a batch of independent problems. One matrix serves
+            many weights, (n, m) with a (B, n) and b (B, m), or (1, n, m).
         eps: regularisation, in units of ``C``, absolute.
         a, b: weights (n,) and (m,), or (B, n) and (B, m); default uniform. A row of weight 0
             changes nothing and receives gradient 0. Its weight has a one-sided derivative if its
@@ -188,12 +229,20 @@ def solve(
         eps, objective=objective, unbalanced=unbalanced, tol=tol, max_iters=max_iters,
         n_iters=n_iters, backward=backward, method=method,
     )  # fmt: skip
+    if options.method == "multiscale":
+        raise NotImplementedError(
+            'method="multiscale" needs the points: use solve_sample(x, y, ...), not solve(C)'
+        )
     C = _check.matrix(C)
     n, m = C.shape[-2:]
+    given = [w for w in (a, b) if isinstance(w, Tensor)]
+    if C.dim() == 2 and given and all(w.dim() == 2 for w in given):
+        C = C.unsqueeze(0)
+    (C,) = as_one_batch([C], given)
     for name, w, size in (("a", a, n), ("b", b, m)):
         if w is not None:
             _check.weights(name, w, (*C.shape[:-2], size), "C", C)
-    dtype = _check.compute_dtype(C, *(w for w in (a, b) if w is not None))
+    dtype = _check.compute_dtype(C, *given)
     weights = (as_weights(a, C, n, dtype), as_weights(b, C, m, dtype))
     padded = a is not None or b is not None
     if padded and options.balanced():
@@ -213,14 +262,14 @@ def solve_sample(
     a: Tensor | None = None,
     b: Tensor | None = None,
     cost: Cost = "sqeuclidean",
-    objective: str = "regularized",
+    objective: Objective = "regularized",
     unbalanced: Unbalanced = None,
     tol: float = 1e-3,
     max_iters: int = 1000,
     n_iters: int | None = None,
-    backward: str = "auto",
-    method: str = "auto",
-    precision: str = "float32",
+    backward: Backward = "auto",
+    method: Method = "auto",
+    precision: Precision = "float32",
     init: OTResult | tuple[Tensor, Tensor] | None = None,
 ) -> OTResult:
     """Entropic optimal transport between two clouds.
@@ -246,7 +295,7 @@ def solve_sample(
         n_iters=n_iters, backward=backward, method=method, precision=precision,
     )  # fmt: skip
     problem = check_clouds({"x": x, "y": y}, {"a": a, "b": b}, balanced=options.balanced())
-    dense = not streams(problem.points, problem.weights, [0, 1], options)
+    options, dense = choose(problem.points, problem.weights, [0, 1], options)
     named = isinstance(options.cost, str)
     costs = None if named else build_costs(problem, [0, 1], options.cost, options.method)
     problem = see_empty_bins(problem, [0, 1], options.cost, options.method)
@@ -278,8 +327,7 @@ def _solve_one(
         unit, costs, one.pairs, one.coefficients, options, start,
         potentials=True, dense=dense, combined=totals is None, system=system,
     )  # fmt: skip
-    if totals:
-        solved = totals.back(solved, one, batched=problem.batched)
+    solved = at_given_totals(solved, problem, totals, one, options)
     report(problem, costs or (), options, solved)
     return OTResult(problem, costs[0] if costs else None, options, solved, system, dense=dense)
 

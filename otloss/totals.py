@@ -19,11 +19,11 @@ from torch import Tensor
 from otloss import _check
 from otloss._options import Options
 from otloss.problem import Problem
-from otloss.reference.marginals import ROUNDING, Marginals, clamped, marginals_of, snapped
+from otloss.reference.marginals import ROUNDING, Marginals, clamped, marginals_of, snapped, total
 from otloss.reference.operations import as_pairs
 from otloss.result import Solved
 
-__all__ = ["Combination", "Totals", "at_unit_totals", "mass_term"]
+__all__ = ["Combination", "Totals", "at_given_totals", "at_unit_totals"]
 
 
 class Combination(NamedTuple):
@@ -81,8 +81,7 @@ class Totals(NamedTuple):
         o, ways = self.options, self.ways(pairs)
         masses = [_exp(way.log_mu) for way in ways]
         scale = self._column(masses)
-        held = o.objective == "transport" and o.gradient() == "envelope"
-        terms = _Held.apply(solved.loss, scale) if held else scale * solved.loss
+        terms = _Held.apply(solved.loss, scale) if o.holds_plan() else scale * solved.loss
         dtype = self.weights[0].dtype
         loss = terms.sum(0)
         if o.objective == "regularized" and debiased:
@@ -141,40 +140,72 @@ class _Held(torch.autograd.Function):
 
 
 def at_unit_totals(problem: Problem, options: Options) -> tuple[Problem, Totals | None]:
-    """The problem with its weights over their totals; None where these are 1 and need no gradient.
+    """The problem with its weights over their totals; None where these are 1.
 
     Iterations of a given number run at the totals they are given where these change them, or where
     they are differentiated one by one, in a and b each on its own.
     """
-    fixed = options.n_iters >= 0 and (not options.balanced() or options.gradient() == "unrolled")
+    fixed = options.n_iters >= 0 and (not options.balanced() or options.follows_iterations())
     if fixed or not problem.padded:
         return problem, None
-    given, dtype = problem.weights, problem.weights[0].dtype
-    known = _check.readable(given[0]) and not any(w.requires_grad for w in given)
-    counted = given if known else problem.counted_weights()
-    a, b = (w.sum(-1, dtype=torch.float64) for w in counted)
+    dtype, known = problem.weights[0].dtype, _check.readable(problem.weights[0])
     if known:
         near = ROUNDING * torch.finfo(dtype).eps
-        if all(abs(total - 1) <= near for total in (*a.tolist(), *b.tolist())):
+        sums = [w.detach().sum(-1, dtype=torch.float64).tolist() for w in problem.weights]
+        if all(abs(one - 1) <= near for of_cloud in sums for one in of_cloud):
             return problem, None
-    a, b = snapped(a, 1.0, dtype), snapped(b, 1.0, dtype)
+    counted = problem.counted_weights()
+    a, b = (total(w).squeeze(-1) for w in counted)
     b = snapped(b, a.detach(), dtype)
     weights = tuple(
-        (w / total.unsqueeze(-1)).to(dtype) for w, total in zip(counted, (a, b), strict=True)
+        (w / mass.unsqueeze(-1)).to(dtype) for w, mass in zip(counted, (a, b), strict=True)
     )
     # Numbers, where they are all that is needed: some sixty small operations less.
-    single = known and len(a) == 1
+    single = known and len(a) == 1 and not (a.requires_grad or b.requires_grad)
     logs = (math.log(a.item()), math.log(b.item())) if single else (a.log(), b.log())
     return replace(problem, weights=weights), Totals(logs, weights, options)
 
 
-def mass_term(problem: Problem, options: Options) -> Tensor | float:
-    """What a divergence adds for totals that its problems were solved at."""
-    if not problem.padded or options.balanced() or options.objective != "regularized":
-        return 0.0
-    a, b = (w.sum(-1) for w in problem.counted_weights())
-    term = 0.5 * options.eps * (a - b).square()
-    return term if problem.batched else term[0]
+def at_given_totals(
+    solved: Solved,
+    problem: Problem,
+    totals: Totals | None,
+    combination: Combination,
+    options: Options,
+) -> Solved:
+    """The solution of ``problem`` from that of the one that ``at_unit_totals`` made of it."""
+    if totals:
+        return totals.back(solved, combination, batched=problem.batched)
+    term = _mass_term(problem, combination, options)
+    if term is None:
+        return solved
+    term = term.to(solved.loss.dtype)
+    return replace(solved, loss=solved.loss + (term if problem.batched else term[0]))
+
+
+def _mass_term(problem: Problem, combination: Combination, o: Options) -> Tensor | None:
+    """What the totals add to a loss whose problems were solved at them, (B,) in float64.
+
+    A divergence has a term of its own. A balanced problem at totals of 1 lacks the gradient of
+    -eps m log m, the part of OT(m a, m b) that is not linear in m.
+    """
+    if o.objective != "regularized" or not problem.padded:
+        return None
+    if not o.balanced():
+        if not combination.debiased:
+            return None
+        a, b = (total(w).squeeze(-1) for w in problem.counted_weights())
+        return 0.5 * o.eps * (a - b).square()
+    sides = zip(combination.pairs, (c for c in combination.coefficients for _ in "ab"), strict=True)
+    shares = [0.0] * len(problem.weights)
+    for cloud, coefficient in sides:
+        shares[cloud] += coefficient
+    if not any(shares) or o.follows_iterations():
+        return None
+    if not any(w.requires_grad for w in problem.weights):
+        return None
+    masses = torch.stack([w.sum(-1, dtype=torch.float64) for w in problem.counted_weights()], -1)
+    return -0.5 * o.eps * (masses - masses.detach()) @ masses.new_tensor(shares)
 
 
 def _way(log_a: Number, log_b: Number, eps: float, marginals: Marginals) -> Way:

@@ -28,7 +28,11 @@ Clouds::Clouds(Arguments& in)
     : points(in.next<Tensors>()),
       weights(in.next<Tensors>()),
       pairs(in.next<Ints>()),
-      kind(in.next_enum<CostKind>()) {}
+      kind(in.next_enum<CostKind>()) {
+  single = !points.empty();
+  for (const Tensor& x : points) single = single && x.dim() == 2;
+  for (Tensor& x : points) x = single ? batch_of_one(x) : x;
+}
 
 void Clouds::check() const {
   const int64_t number = static_cast<int64_t>(kind);
@@ -54,6 +58,7 @@ Problem::Problem(Arguments& in)
   rho_ = in.next<std::optional<Tensor>>();
   objective = in.next_enum<Objective>();
   tf32 = in.next<bool>();
+  multiscale = in.next<bool>();
 }
 
 void Problem::check() {
@@ -69,6 +74,13 @@ void Problem::check() {
     check_rows(costs[p], {batch(), a(p).size(1), b(p).size(1)}, dtype(), "costs");
   eps = positive(eps_, "eps");
   STD_TORCH_CHECK(std::isfinite(eps), "otloss: eps must be finite");
+  if (multiscale) {
+    STD_TORCH_CHECK(costs.empty() && !clouds.points.empty(), "otloss: multiscale is of points");
+    STD_TORCH_CHECK(has_multiscale(clouds.kind), "otloss: multiscale has no such cost");
+    STD_TORCH_CHECK(clouds.points[0].is_cpu(), "otloss: multiscale is on a CPU");
+    STD_TORCH_CHECK(clouds.points[0].size(2) <= kMultiscaleDims, "otloss: multiscale has up to ",
+                    std::to_string(kMultiscaleDims), " coordinates");
+  }
   if (!rho_) return;
   const double* rho = numbers(*rho_, 2, "rho");
   rho_x = positive(rho[0], "rho");
@@ -76,7 +88,9 @@ void Problem::check() {
 }
 
 void Problem::check_grad(const Tensor& grad_loss) const {
-  if (grad_loss.dim() > 1)
+  if (clouds.single && grad_loss.dim() == 0)
+    otloss::check(grad_loss, {}, dtype(), "grad_loss");
+  else if (grad_loss.dim() > 1)
     otloss::check(grad_loss, {count(), batch()}, dtype(), "grad_loss");
   else
     otloss::check(grad_loss, {batch()}, dtype(), "grad_loss");

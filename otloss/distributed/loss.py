@@ -36,7 +36,7 @@ from otloss.reference.marginals import (
 from otloss.reference.operations import as_pairs
 from otloss.result import Solved
 from otloss.solve import report
-from otloss.totals import mass_term
+from otloss.totals import at_given_totals
 
 __all__ = ["combine"]
 
@@ -82,17 +82,16 @@ def combine(
     terms = _Terms.apply(call, solutions, *points, *call.unit.weights, *costs)
     status = torch.stack([s.status for s in solutions])
     problem, options = call.problem, call.options
-    if call.totals:
-        found = Solved(terms, status, (), ())
-        loss = call.totals.back(found, combination, batched=problem.batched).loss
-    else:
+    found = terms
+    if not call.totals:
         dtype = problem.weights[0].dtype
-        loss = clamped(terms.sum(0), terms.detach().abs().sum(0), dtype).to(dtype)
-        loss = loss if problem.batched else loss[0]
-    report(problem, (), options, Solved(loss, status, (), ()))
-    if combination.debiased and not call.totals:
-        return loss + mass_term(problem, options)
-    return loss
+        found = clamped(terms.sum(0), terms.detach().abs().sum(0), dtype).to(dtype)
+        found = found if problem.batched else found[0]
+    whole = at_given_totals(
+        Solved(found, status, (), ()), problem, call.totals, combination, options
+    )
+    report(problem, (), options, whole)
+    return whole.loss
 
 
 def _solve(call: Call, i: int, j: int, coefficient: float) -> tuple[Solution, Tensor | None]:

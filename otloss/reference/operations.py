@@ -60,6 +60,7 @@ class Arguments(NamedTuple):
     rho: Tensor | None  # (2,) likewise: rho_x, rho_y; infinite both if there is none
     objective: int
     tf32: bool
+    multiscale: bool
 
     def matrices(self) -> list[Tensor]:
         return self.costs or cost(self.points, self.weights, self.pairs, self.kind)
@@ -122,7 +123,7 @@ def cost_backward(
 def solve(
     *arguments: Any,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    problem, (init, tol, max_iters, n_iters, trace, dense) = read(arguments)
+    problem, (init, tol, max_iters, n_iters, trace, dense, *_) = read(arguments)
     costs, weights, coefficients = problem.matrices(), problem.weights, problem.coefficients
     eps, tol, objective = problem.eps.item(), tol.item(), problem.objective
     points = without_padding(problem.points, weights) if problem.points else []
