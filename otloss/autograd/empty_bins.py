@@ -44,7 +44,7 @@ class Side(NamedTuple):
     """One side of a pair, its points as rows and those of the other side as columns."""
 
     pair: int
-    exchanged: bool  # the rows are those of the second cloud
+    exchanged: int  # 1: the rows are those of the second cloud
     rows: int  # cloud
     columns: int
     a: Tensor  # (B, n) weights of the rows
@@ -56,7 +56,7 @@ def _sides(s: Settings, weights: Sequence[Tensor], wanted: Sequence[bool]) -> It
     """Both sides of every pair, but for those whose weights are not wanted."""
     for p, (i, j) in enumerate(as_pairs(s.pairs)):
         x, y, balanced = marginals_of(s.options.rho_x, s.options.rho_y, i, j)
-        for side in ((p, False, i, j), (p, True, j, i)):
+        for side in ((p, 0, i, j), (p, 1, j, i)):
             if not wanted[side[2]]:
                 continue
             a, b = (_precise(weights[c]) for c in side[2:])
@@ -210,7 +210,7 @@ def _extended(
         return [solution[2][0], solution[3][0]]
     found = [v[0] for v in potentials]
     for side in _sides(s, weights, some(empty)):
-        other = _precise(potentials[not side.exchanged][0])
+        other = _precise(potentials[1 - side.exchanged][0])
         (found[side.rows],) = _over_rows(s, places, side, _potential, s.options.eps, other)
     return found
 
@@ -246,7 +246,7 @@ def _of_side(
     so does the constant that the gradients are defined up to.
     """
     p, eps, (_, rho_other, balanced) = side.pair, s.options.eps, side.marginals
-    own, other, a, b = side.exchanged, not side.exchanged, side.a, side.b
+    own, other, a, b = side.exchanged, 1 - side.exchanged, side.a, side.b
     f, g, g_bar = (_precise(t) for t in (potentials[own][p], potentials[other][p], given[other][p]))
     transport = s.options.objective == "transport"
     scale = s.coefficients[p] * _precise(seeds.of_value(p)).unsqueeze(-1)
