@@ -271,7 +271,8 @@ def _(grad_loss: Tensor, _f: Any, _g: Any, *arguments: Any) -> tuple[list[Tensor
 def _(grad_loss: Tensor, _f: Any, _g: Any, *arguments: Any) -> tuple[Any, ...]:
     problem, (_, _, *wanted) = read(arguments)
     problems = len(problem.coefficients)
-    status = grad_loss.new_empty(problems, grad_loss.shape[-1], 2, dtype=torch.float64)
+    batch = problem.weights[0].shape[0]
+    status = grad_loss.new_empty(problems, batch, 2, dtype=torch.float64)
     return *_gradients(problem, *wanted), status
 
 
