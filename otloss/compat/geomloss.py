@@ -18,7 +18,12 @@ from otloss.solve import solve_sample
 __all__ = ["SamplesLoss"]
 
 LOSSES = ("sinkhorn", "gaussian", "laplacian", "energy")
-METHODS = {"auto": "auto", "tensorized": "dense", "online": "streamed", "multiscale": "auto"}
+METHODS: dict[str, Any] = {
+    "auto": "auto",
+    "tensorized": "dense",
+    "online": "streamed",
+    "multiscale": "auto",
+}
 # Of p: the cost there, as a multiple of which cost here.
 COSTS = {1: (1.0, "euclidean"), 2: (0.5, "sqeuclidean")}
 

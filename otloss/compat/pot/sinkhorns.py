@@ -206,7 +206,7 @@ def _sinkhorn(
     warn: bool,
     warmstart: Any,
     kwargs: Mapping[str, Any],
-    objective: str,
+    objective: Any,
 ) -> tuple[Solved, Callable[[], dict[str, Any]]]:
     """The result and its log; a batch for several histograms b (m, k)."""
     if not isinstance(method, str) or method.lower() not in METHODS:
@@ -237,7 +237,7 @@ def _empirical(
     warn: bool,
     warmstart: Any,
     kwargs: Mapping[str, Any],
-    objective: str,
+    objective: Any,
 ) -> tuple[Solved, Callable[[], dict[str, Any]]]:
     _refuse_unknown(kwargs)
     a, b = _weights(a), _weights(b)
