@@ -84,6 +84,18 @@ class Options(NamedTuple):
             return self.backward
         return "unrolled" if self.n_iters >= 0 else "implicit"
 
+    def follows_iterations(self) -> bool:
+        """Whether the gradient is that of the iterations that ran, not of the solution."""
+        return self.gradient() == "unrolled"
+
+    def holds_plan(self) -> bool:
+        """Whether the gradient is that of a plan that is held constant."""
+        return self.objective == "transport" and self.gradient() == "envelope"
+
+    def solves_system(self) -> bool:
+        """Whether the gradient of the value takes a linear system."""
+        return self.objective == "transport" and self.gradient() == "implicit"
+
 
 def check_options(
     eps: Any,

@@ -120,13 +120,11 @@ def _streams(
     if options.method != "auto" or not possible:
         return options.method == "streamed"
     sizes = [(weights[i].shape[1], weights[j].shape[1]) for i, j in as_pairs(pairs)]
-    backward = options.gradient()
-    regularized = options.objective == "regularized"
     chosen = choose_method(
         points,
         sizes,
         weights[0].element_size(),
-        many_passes_back=backward == "unrolled" or (backward == "implicit" and not regularized),
+        many_passes_back=options.follows_iterations() or options.solves_system(),
     )
     return chosen == "streamed"
 

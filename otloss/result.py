@@ -60,7 +60,7 @@ class OTResult(PlanPairs):
         self._kept_cost: Tensor | None = cost
         self._kept_plan: Tensor | None = None
         self._settings = solved.settings
-        self._kept_extended: tuple[Tensor, Tensor] | None = None
+        self._kept_extended: list[Tensor] | None = None
         self._dense = dense
         self._status, self._system = solved.status[0], system
         self._reported = _check.readable(self._status)
@@ -127,7 +127,7 @@ class OTResult(PlanPairs):
         return a.unsqueeze(-1) * b.unsqueeze(-2) * density, C
 
     @property
-    def _extended(self) -> tuple[Tensor, Tensor] | None:
+    def _extended(self) -> list[Tensor] | None:
         """The potentials with those of empty bins, if their weights are differentiated."""
         settings, problem = self._settings, self._problem
         if settings is None or settings.places is None:

@@ -17,6 +17,7 @@ from otloss.reference.operations import Arguments
 from otloss.target import SelfProblem
 
 __all__ = [
+    "Gradients",
     "Inputs",
     "Places",
     "Seeds",
@@ -24,7 +25,7 @@ __all__ = [
     "Wanted",
     "batched",
     "implementation",
-    "is_envelope",
+    "mode",
     "unbatched",
 ]
 
@@ -37,12 +38,12 @@ class Settings(NamedTuple):
     pairs: list[int]  # flat: [i0, j0, i1, j1, ...]
     coefficients: list[float]  # the loss is the sum of coefficient * value over the pairs
     options: Options
-    backward: str  # the mode, decided where options leave it open
     potentials: bool  # whether f and g are outputs, differentiable
-    trace: bool  # keep the potentials of every iteration, for backward="unrolled"
+    trace: bool  # keep the potentials of every iteration
     dense: bool  # store cost matrices made from points
     combined: bool  # return the loss, not its terms
     batched: bool  # the loss is (B,), not ()
+    single: bool  # operations get single clouds (n, d) as they are: no view takes time
     eps: Tensor  # made once for both passes, like rho, from the options
     rho: Tensor | None
     live: Sequence[int] = ()  # the pairs that a gradient flows through
@@ -53,8 +54,7 @@ class Settings(NamedTuple):
     def of_live(self) -> Settings:
         """The same of the pairs that a gradient flows through."""
         pairs = [c for p in self.live for c in self.pairs[2 * p : 2 * p + 2]]
-        coefficients = [self.coefficients[p] for p in self.live]
-        return self._replace(pairs=pairs, coefficients=coefficients)
+        return Settings(pairs, [self.coefficients[p] for p in self.live], *self[2:])
 
     def arguments(self, inputs: Inputs) -> Arguments:
         """What the operations take of a set of problems."""
@@ -86,7 +86,7 @@ class Inputs(NamedTuple):
     def of_pairs(self, pairs: Sequence[int]) -> Inputs:
         costs = [self.costs[p] for p in pairs] if self.costs else []
         init = [v for p in pairs for v in self.init[2 * p : 2 * p + 2]]
-        return self._replace(costs=costs, init=init)
+        return Inputs(costs, self.points, self.weights, init)
 
 
 class Seeds(NamedTuple):
@@ -97,9 +97,8 @@ class Seeds(NamedTuple):
     g: list[Tensor]
 
     def of_pairs(self, pairs: Sequence[int]) -> Seeds:
-        loss = self.loss if self.loss.dim() == 1 else self.loss[list(pairs)]
-        f, g = ([each[p] for p in pairs] if each else [] for each in (self.f, self.g))
-        return Seeds(loss, f, g)
+        loss = self.loss if self.loss.dim() < 2 else self.loss[list(pairs)]
+        return Seeds(loss, *([each[p] for p in pairs if each] for each in (self.f, self.g)))
 
     def of_value(self, p: int) -> Tensor:
         """(B,) of coefficient * value of pair p."""
@@ -110,6 +109,14 @@ class Wanted(NamedTuple):
     costs: list[int]  # pairs
     points: list[int]  # clouds
     weights: list[bool]  # of each cloud
+
+
+class Gradients(NamedTuple):
+    """What is wanted, in that order; of weights None where they are not."""
+
+    costs: Sequence[Tensor]
+    points: Sequence[Tensor]
+    weights: list[Tensor | None]
 
 
 def implementation(method: str) -> ModuleType:
@@ -128,11 +135,12 @@ def batched(x: Tensor) -> Tensor:
 
 def unbatched(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of ``x`` from that of ``batched(x)``."""
-    grad = grad.view_as(x)
+    grad = grad if grad.dim() == x.dim() else grad.view_as(x)
     return grad if grad.dtype == x.dtype else grad.to(x.dtype)
 
 
-def is_envelope(s: Settings, seeds: Seeds) -> bool:
-    """Whether the gradient is that at fixed potentials. The implicit one of the value itself is."""
+def mode(s: Settings, seeds: Seeds) -> str:
+    """Which gradient it is: the implicit one of the value alone is that at fixed potentials."""
     of_value = s.options.objective == "regularized" and not seeds.f
-    return s.backward == "envelope" or (s.backward == "implicit" and of_value)
+    chosen = s.options.gradient()
+    return "envelope" if chosen == "implicit" and of_value else chosen
