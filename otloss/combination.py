@@ -11,7 +11,7 @@ from torch import Tensor
 from otloss import _check, ops
 from otloss._options import Options
 from otloss.costs import full_precision
-from otloss.method import streams
+from otloss.method import choose
 from otloss.problem import Problem, build_costs, check_clouds, see_empty_bins
 from otloss.reference.operations import as_pairs
 from otloss.result import Solved
@@ -64,7 +64,7 @@ def combine(
     """
     problem = check_clouds(clouds, weights, balanced=options.balanced())
     pairs, keeps = combination.pairs, memory is not None
-    dense = not streams(problem.points, problem.weights, pairs, options)
+    options, dense = choose(problem.points, problem.weights, pairs, options)
     named = isinstance(options.cost, str)
     costs = None if named else build_costs(problem, pairs, options.cost, options.method)
     problem = see_empty_bins(problem, pairs, options.cost, options.method)

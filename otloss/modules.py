@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from otloss import _options, losses
-from otloss._options import LossOptions, Method, check_options
+from otloss._options import EnergyMethod, LossOptions, check_options
 from otloss.combination import Combination, Memory, combine
 from otloss.costs import Cost
 from otloss.target import Target
@@ -119,10 +119,10 @@ class MinibatchEnergyDistance(_Loss):
 class EnergyDistance(nn.Module):
     """:func:`otloss.energy_distance` as a module: ``EnergyDistance(cost=...)(x, y)``."""
 
-    def __init__(self, cost: Cost = "euclidean", method: Method = "auto") -> None:
+    def __init__(self, cost: Cost = "euclidean", method: EnergyMethod = "auto") -> None:
         super().__init__()
         self.cost = _options.check_cost(cost)
-        self.method = _options.choice("method", method, _options.METHODS)
+        self.method = _options.choice("method", method, _options.ENERGY_METHODS)
 
     def forward(
         self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None

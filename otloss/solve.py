@@ -23,7 +23,7 @@ from otloss._options import (
 from otloss.autograd import Places, Settings, Solve, evaluate
 from otloss.autograd.settings import batched
 from otloss.costs import Cost, subtracted
-from otloss.method import streams
+from otloss.method import choose
 from otloss.problem import (
     Problem,
     as_one_batch,
@@ -67,7 +67,6 @@ def run(
     costs, points = ((), problem.points) if costs is None else (costs, ())
     tensors = (*costs, *points, *problem.weights, *init)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    backward = options.gradient()
     places = None
     if problem.present:
         places = Places(
@@ -90,9 +89,8 @@ def run(
         coefficients=coefficients,
         combined=combined,
         options=options,
-        backward=backward,
         potentials=potentials,
-        trace=needs_grad and backward == "unrolled",
+        trace=needs_grad and options.follows_iterations(),
         dense=dense,
         batched=problem.batched,
         eps=ops.number(options.eps),
@@ -213,6 +211,10 @@ def solve(
         eps, objective=objective, unbalanced=unbalanced, tol=tol, max_iters=max_iters,
         n_iters=n_iters, backward=backward, method=method,
     )  # fmt: skip
+    if options.method == "multiscale":
+        raise NotImplementedError(
+            'method="multiscale" needs the points: use solve_sample(x, y, ...), not solve(C)'
+        )
     C = _check.matrix(C)
     n, m = C.shape[-2:]
     given = [w for w in (a, b) if isinstance(w, Tensor)]
@@ -275,7 +277,7 @@ def solve_sample(
         n_iters=n_iters, backward=backward, method=method, precision=precision,
     )  # fmt: skip
     problem = check_clouds({"x": x, "y": y}, {"a": a, "b": b}, balanced=options.balanced())
-    dense = not streams(problem.points, problem.weights, [0, 1], options)
+    options, dense = choose(problem.points, problem.weights, [0, 1], options)
     named = isinstance(options.cost, str)
     costs = None if named else build_costs(problem, [0, 1], options.cost, options.method)
     problem = see_empty_bins(problem, [0, 1], options.cost, options.method)

@@ -17,6 +17,7 @@ from otloss.reference.operations import Arguments
 from otloss.target import SelfProblem
 
 __all__ = [
+    "Gradients",
     "Inputs",
     "Places",
     "Seeds",
@@ -24,7 +25,7 @@ __all__ = [
     "Wanted",
     "batched",
     "implementation",
-    "is_envelope",
+    "mode",
     "unbatched",
 ]
 
@@ -37,9 +38,8 @@ class Settings(NamedTuple):
     pairs: list[int]  # flat: [i0, j0, i1, j1, ...]
     coefficients: list[float]  # the loss is the sum of coefficient * value over the pairs
     options: Options
-    backward: str  # the mode, decided where options leave it open
     potentials: bool  # whether f and g are outputs, differentiable
-    trace: bool  # keep the potentials of every iteration, for backward="unrolled"
+    trace: bool  # keep the potentials of every iteration
     dense: bool  # store cost matrices made from points
     combined: bool  # return the loss, not its terms
     batched: bool  # the loss is (B,), not ()
@@ -60,7 +60,8 @@ class Settings(NamedTuple):
         """What the operations take of a set of problems."""
         o, (costs, points, weights, _) = self.options, inputs
         kind = COSTS[str(o.cost)] if points else 0
-        modes = OBJECTIVES.index(o.objective), o.precision == "tf32", o.method == "multiscale"
+        multiscale = bool(points) and o.method == "multiscale"
+        modes = OBJECTIVES.index(o.objective), o.precision == "tf32", multiscale
         clouds = points, weights, self.pairs, kind
         return Arguments(costs, *clouds, self.coefficients, self.eps, self.rho, *modes)
 
@@ -111,6 +112,14 @@ class Wanted(NamedTuple):
     weights: list[bool]  # of each cloud
 
 
+class Gradients(NamedTuple):
+    """What is wanted, in that order; of weights None where they are not."""
+
+    costs: Sequence[Tensor]
+    points: Sequence[Tensor]
+    weights: list[Tensor | None]
+
+
 def implementation(method: str) -> ModuleType:
     """Where the operations are."""
     return operations if method == "reference" else ops
@@ -131,7 +140,8 @@ def unbatched(grad: Tensor, x: Tensor) -> Tensor:
     return grad if grad.dtype == x.dtype else grad.to(x.dtype)
 
 
-def is_envelope(s: Settings, seeds: Seeds) -> bool:
-    """Whether the gradient is that at fixed potentials. The implicit one of the value itself is."""
+def mode(s: Settings, seeds: Seeds) -> str:
+    """Which gradient it is: the implicit one of the value alone is that at fixed potentials."""
     of_value = s.options.objective == "regularized" and not seeds.f
-    return s.backward == "envelope" or (s.backward == "implicit" and of_value)
+    chosen = s.options.gradient()
+    return "envelope" if chosen == "implicit" and of_value else chosen

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from otloss import _check, losses
-from otloss._options import choice, number
+from otloss._options import EnergyMethod, choice, number
 from otloss.costs import Cost
 from otloss.problem import cost_matrix
 from otloss.simple import distance_of, mmd
@@ -18,7 +18,12 @@ from otloss.solve import solve_sample
 __all__ = ["SamplesLoss"]
 
 LOSSES = ("sinkhorn", "gaussian", "laplacian", "energy")
-METHODS = {"auto": "auto", "tensorized": "dense", "online": "streamed", "multiscale": "auto"}
+METHODS: dict[str, EnergyMethod] = {
+    "auto": "auto",
+    "tensorized": "dense",
+    "online": "streamed",
+    "multiscale": "auto",
+}
 # Of p: the cost there, as a multiple of which cost here.
 COSTS = {1: (1.0, "euclidean"), 2: (0.5, "sqeuclidean")}
 

@@ -397,11 +397,12 @@ Outcome solve_fixed(Engine<T>& engine, const SolveOptions& options, T* F, T* g, 
 OTLOSS_INSTANTIATE(Engine<float>, float)
 OTLOSS_INSTANTIATE(Engine<double>, double)
 OTLOSS_INSTANTIATE(multiscale::Engine, double)
-template double regularized_value(const Side<float>&, const Side<float>&, double, bool,
-                                  const float*, const float*);
-template double regularized_value(const Side<double>&, const Side<double>&, double, bool,
-                                  const double*, const double*);
-template Outcome solve_fixed(Engine<float>&, const SolveOptions&, float*, float*, float*);
-template Outcome solve_fixed(Engine<double>&, const SolveOptions&, double*, double*, double*);
+#undef OTLOSS_INSTANTIATE
+#define OTLOSS_INSTANTIATE(T)                                                               \
+  template Outcome solve_fixed(Engine<T>&, const SolveOptions&, T*, T*, T*);                \
+  template double regularized_value(const Side<T>&, const Side<T>&, double, bool, const T*, \
+                                    const T*);
+OTLOSS_INSTANTIATE(float)
+OTLOSS_INSTANTIATE(double)
 
 }  // namespace otloss::cpu

@@ -29,7 +29,7 @@ Outcome solve_pair(E& engine, const SolveOptions& options, T* F, T* g);
 template <typename E, typename T = typename E::Value>
 Outcome solve_symmetric(E& engine, const SolveOptions& options, T* F);
 
-// The value at potentials f and g, and where it is the regularized one.
+// The value at potentials f and g: of the dual where the objective is regularized.
 template <typename T>
 double regularized_value(const Side<T>& x, const Side<T>& y, double eps, bool balanced, const T* f,
                          const T* g);
