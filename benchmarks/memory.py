@@ -99,7 +99,7 @@ def peak(
 
 
 @contextmanager
-def _cpu_limit(seconds: float) -> Iterator[None]:
+def cpu_limit(seconds: float) -> Iterator[None]:
     """The process ends by SIGXCPU when the block takes more CPU seconds."""
     import resource
 
@@ -139,7 +139,7 @@ def _measure(arguments: argparse.Namespace) -> Peak:
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     before, wall, cpu = peak_now(), time.perf_counter(), time.process_time()
-    with _cpu_limit(arguments.limit):
+    with cpu_limit(arguments.limit):
         result = calls[label]()
     after = peak_now()
     seconds = time.perf_counter() - wall, time.process_time() - cpu

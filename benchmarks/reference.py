@@ -191,7 +191,7 @@ def _dense_divergence(
     return Solution(value.item(), gradient, error)
 
 
-def _transform(
+def transform(
     x: Tensor, y: Tensor, g: Tensor, b: Tensor, cost: str, eps: float
 ) -> tuple[Tensor, Tensor]:
     """T_x(g) on the points x, and the gradient in x of <P 1, C> for rows of mass 1, by blocks."""
@@ -228,9 +228,9 @@ def _streamed_divergence(
     rng = torch.Generator().manual_seed(0)
     rows = torch.randperm(len(x), generator=rng)[:SAMPLE]
     columns = torch.randperm(len(y), generator=rng)[:SAMPLE]
-    exact_f, cross = _transform(x[rows], y, g, b, cost, eps)
-    exact_g, _ = _transform(y[columns], x, f, a, cost, eps)
-    exact_f_x, own = _transform(x[rows], x, f_x, a, cost, eps)
+    exact_f, cross = transform(x[rows], y, g, b, cost, eps)
+    exact_g, _ = transform(y[columns], x, f, a, cost, eps)
+    exact_f_x, own = transform(x[rows], x, f_x, a, cost, eps)
     changes = (exact_f - f[rows], exact_g - g[columns], exact_f_x - f_x[rows])
     error = max(torch.expm1(change / eps).abs().mean().item() for change in changes)
     return Solution(value, a[rows, None] * (cross - own), error, rows)

@@ -174,6 +174,25 @@ def _shapes(n: int, rng: torch.Generator) -> Clouds:
     return _sphere(n, rng), _torus(n, rng)
 
 
+def _shapes_unit(n: int, rng: torch.Generator) -> Clouds:
+    """The unit sphere and a torus inside it."""
+    s, t = 2 * math.pi * torch.rand(2, n, generator=rng)
+    radius = 0.7 + 0.3 * torch.cos(t)
+    torus = torch.stack([radius * torch.cos(s), radius * torch.sin(s), 0.3 * torch.sin(t)], 1)
+    return normalize(torch.randn(n, 3, generator=rng), dim=1), torus
+
+
+def _mixtures(n: int, rng: torch.Generator) -> Clouds:
+    """Two mixtures of eight Gaussians in the unit square."""
+
+    def mixture() -> Tensor:
+        centres, spreads = torch.rand(8, 2, generator=rng), torch.rand(8, 1, generator=rng)
+        of = torch.randint(8, (n,), generator=rng)
+        return centres[of] + (0.03 + 0.1 * spreads[of]) * torch.randn(n, 2, generator=rng)
+
+    return mixture(), mixture()
+
+
 def _solids(n: int, rng: torch.Generator) -> Clouds:
     """A ball and a cube of one spread, apart: the gradient is mostly that of the distance."""
     directions = normalize(torch.randn(n, 3, generator=rng), dim=1)
@@ -279,6 +298,20 @@ WORKLOADS: dict[str, Workload] = {
         "sqeuclidean",
         (5e-3, 2e-4),
         (2000, 10_000, 100_000),
+    ),
+    "shapes_unit": Workload(
+        "unit sphere vs torus, d=3",
+        _shapes_unit,
+        "sqeuclidean",
+        (5e-3, 2e-4),
+        (10_000, 30_000, 100_000, 1_000_000),
+    ),
+    "mixtures_2d": Workload(
+        "mixtures of Gaussians, d=2",
+        _mixtures,
+        "sqeuclidean",
+        (5e-3, 2e-4),
+        (10_000, 30_000, 100_000, 1_000_000),
     ),
     "solids_3d": Workload("ball vs cube, d=3", _solids, "sqeuclidean", (5e-3, 2e-4), (2000,)),
     "gaussians_64d": Workload(

@@ -57,6 +57,9 @@ struct PointPair {
   const T* hy;  // (B, m)
   // Inner products may be made from 11 bits of each coordinate, where that is faster.
   bool tf32 = false;
+  // Pairs of points that hold nothing of the plan are left out, found by bounds on nodes of a tree
+  // (csrc/cpu/multiscale). Up to kMultiscaleDims coordinates, on a CPU.
+  bool multiscale = false;
 };
 
 template <typename T>
@@ -76,7 +79,15 @@ struct SolveGroup {
   double* status;      // (B, kStatusFields)
   double coefficient;  // of this group in the loss
   Penalties penalties = {};
+  // (B, n + kStatusTerm) f and the status but for the term, from an earlier call, or null. Of a
+  // symmetric group that has no C, on a CPU.
+  const double* known = nullptr;
 };
+
+// The most coordinates, and the least tolerance that single-precision sums over the plan allow, of a
+// multiscale solve; with the costs `has_multiscale` (core/costs.h) allows.
+constexpr int64_t kMultiscaleDims = 8;
+constexpr double kMultiscaleTol = 1e-6;
 
 // ------------------------------------------------------------------------------- solve_backward
 
@@ -161,6 +172,39 @@ struct PointGradientGroup {
   T coefficient;  // of this group in the loss
   T* sum;         // (B, n) out
   T* product;     // (B, n, d) out
+};
+
+// The same of both sides, from one multiscale pass over the plan.
+template <typename T>
+struct PlanSumsGroup {
+  int64_t batch;     // B
+  int64_t n;         // rows
+  int64_t m;         // columns
+  const T* a;        // (B, n)
+  const T* b;        // (B, m)
+  const T* f;        // (B, n)
+  const T* g;        // (B, m)
+  const T* grad;     // (B,) of the loss
+  T coefficient;     // of this group in the loss
+  MadeCost<T> made;  // multiscale
+};
+
+// ------------------------------------------------------------------------------------- the plan
+
+// P v at fixed potentials, by a multiscale pass.
+template <typename T>
+struct PlanProductGroup {
+  int64_t batch;    // B
+  int64_t n;        // rows
+  int64_t m;        // columns
+  int64_t columns;  // of v
+  PointPair<T> points;
+  const T* a;  // (B, n)
+  const T* b;  // (B, m)
+  const T* f;  // (B, n)
+  const T* g;  // (B, m)
+  const T* v;  // (B, m, columns)
+  T* out;      // (B, n, columns)
 };
 
 // -------------------------------------------------------------------------------- cost matrices
@@ -297,6 +341,10 @@ void implicit_backward(const std::vector<ImplicitGroup<T>>& groups, double eps,
                        Objective objective);
 template <typename T>
 void point_gradient_sums(const std::vector<PointGradientGroup<T>>& groups, double eps);
+template <typename T>
+void plan_sums(const std::vector<PlanSumsGroup<T>>& groups, double eps);
+template <typename T>
+void plan_products(const std::vector<PlanProductGroup<T>>& groups, double eps);
 
 }  // namespace cpu
 

@@ -1,7 +1,8 @@
 """otloss: differentiable optimal-transport losses for PyTorch, with fused C++ and CUDA kernels."""
 
-from otloss import distributed
+from otloss import compat, distributed
 from otloss._check import ConvergenceWarning
+from otloss.batching import pad, pad_batch_vector
 from otloss.config import show_config
 from otloss.losses import (
     energy_distance,
@@ -16,7 +17,10 @@ from otloss.modules import (
     SinkhornLoss,
 )
 from otloss.problem import cost_matrix
+from otloss.progress import progress
 from otloss.result import OTResult
+from otloss.scale import suggest_eps
+from otloss.simple import mmd, sliced_wasserstein, wasserstein_1d
 from otloss.solve import solve, solve_sample
 from otloss.status import last_status
 
@@ -29,14 +33,22 @@ __all__ = [
     "OTResult",
     "SinkhornDivergence",
     "SinkhornLoss",
+    "compat",
     "cost_matrix",
     "distributed",
     "energy_distance",
     "last_status",
     "minibatch_energy_distance",
+    "mmd",
+    "pad",
+    "pad_batch_vector",
+    "progress",
     "show_config",
     "sinkhorn_divergence",
     "sinkhorn_loss",
+    "sliced_wasserstein",
     "solve",
     "solve_sample",
+    "suggest_eps",
+    "wasserstein_1d",
 ]

@@ -9,10 +9,12 @@ import math
 import sys
 import warnings
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = [
     "ConvergenceWarning",
@@ -140,14 +142,19 @@ def matrix(value: Any) -> Tensor:
     return C
 
 
+def traced(t: Tensor) -> bool:
+    """Whether there is no data to look at: in compiled code, and of fake tensors."""
+    return torch.compiler.is_compiling() or isinstance(t, FakeTensor)
+
+
 def readable(t: Tensor) -> bool:
     """Whether looking at the data costs no synchronisation and breaks no graph."""
-    return t.is_cpu and not torch.compiler.is_compiling()
+    return t.is_cpu and not traced(t)
 
 
 def unread(t: Tensor) -> bool:
     """Whether compiled code may raise when it runs. On a GPU that would be the context's end."""
-    return t.is_cpu and torch.compiler.is_compiling()
+    return t.is_cpu and traced(t)
 
 
 def weights(
@@ -158,9 +165,10 @@ def weights(
     like: Tensor,
     part: bool = False,
 ) -> None:
-    """One weight per point; of a part of a cloud all may be 0."""
+    """One weight per point, in a batch one row for all problems or for each; of a part of a cloud
+    all may be 0."""
     w = floating(name, value)
-    if tuple(w.shape) != shape:
+    if tuple(w.shape) not in (shape, (1, *shape[1:]) if len(shape) == 2 else shape):
         raise ValueError(
             f"{name} must have shape {shape}, one weight per point of {like_name}, got "
             f"{describe(w)}"
@@ -215,14 +223,14 @@ def finite(name: str, value: Tensor) -> None:
         )
 
 
-def finite_gradient(grad: Tensor) -> None:
+def finite_gradient(grad: Tensor | None) -> None:
     """Warns where a cost function has no finite derivative."""
-    if readable(grad) and not bool(grad.isfinite().all()):
+    if grad is not None and readable(grad) and not bool(grad.isfinite().all()):
         warnings.warn(
             f"the gradient of cost= is NaN or infinite at {int((~grad.isfinite()).sum())} of "
             f"{grad.numel()} coordinates. A square root at 0, as of |x - x|, has no finite "
             'derivative: use cost="euclidean" or torch.cdist, or add a small constant inside',
-            stacklevel=_depth_of_caller(),
+            stacklevel=depth_of_caller(),
         )
 
 
@@ -265,12 +273,17 @@ def not_converged(
             f"above tol={options.tol:g}. Raise max_iters (now {options.max_iters}), eps (now "
             f"{options.eps:g}; the largest cost is {max_cost:.3g}) or tol."
         )
-    warnings.warn(message, ConvergenceWarning, stacklevel=_depth_of_caller())
+    warnings.warn(message, ConvergenceWarning, stacklevel=depth_of_caller())
 
 
-def _depth_of_caller() -> int:
+def depth_of_caller() -> int:
     """The ``stacklevel`` that points a warning at the first frame outside otloss and torch."""
     depth, frame = 1, sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("otloss", "torch"):
-        depth, frame = depth + 1, frame.f_back
+    while frame.f_back and _package(frame) in ("otloss", "torch", "importlib"):
+        frame = frame.f_back
+        depth += _package(frame) != "importlib"  # warnings counts no frames of an import
     return depth
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]

@@ -7,17 +7,36 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any, Final, NamedTuple, TypedDict
+from typing import Any, Final, Literal, NamedTuple, TypedDict, TypeVar, get_args
 
 from otloss._check import describe
 from otloss.costs import COSTS, Cost
 
-__all__ = ["LossOptions", "Options", "check_cost", "check_options", "choice", "number"]
+__all__ = [
+    "Backward",
+    "EnergyMethod",
+    "LossOptions",
+    "Method",
+    "Objective",
+    "Options",
+    "Precision",
+    "check_cost",
+    "check_options",
+    "choice",
+    "number",
+]
 
-OBJECTIVES: Final = ("regularized", "transport")  # their numbers are those of csrc/kernels.h
-BACKWARDS: Final = ("auto", "envelope", "implicit", "unrolled")
-METHODS: Final = ("auto", "dense", "streamed", "reference")
-PRECISIONS: Final = ("float32", "tf32")
+Name = TypeVar("Name", bound=str)
+Objective = Literal["regularized", "transport"]
+Backward = Literal["auto", "envelope", "implicit", "unrolled"]
+Method = Literal["auto", "dense", "streamed", "reference", "multiscale"]
+EnergyMethod = Literal["auto", "dense", "streamed", "reference"]
+Precision = Literal["float32", "tf32"]
+OBJECTIVES: Final = get_args(Objective)  # their numbers are those of csrc/kernels.h
+BACKWARDS: Final = get_args(Backward)
+METHODS: Final = get_args(Method)
+ENERGY_METHODS: Final = get_args(EnergyMethod)
+PRECISIONS: Final = get_args(Precision)
 
 Unbalanced = float | tuple[float | None, float | None] | None
 
@@ -26,14 +45,14 @@ class LossOptions(TypedDict, total=False):
     """The keyword arguments that losses share, for type checkers."""
 
     cost: Cost
-    objective: str
+    objective: Objective
     unbalanced: Unbalanced
     tol: float
     max_iters: int
     n_iters: int | None
-    backward: str
-    method: str
-    precision: str
+    backward: Backward
+    method: Method
+    precision: Precision
     symmetric: bool | None
 
 
@@ -141,7 +160,7 @@ def count(name: str, value: Any) -> int:
     return result
 
 
-def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+def choice(name: str, value: Any, allowed: tuple[Name, ...]) -> Name:
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from otloss import _check, _options
-from otloss._options import LossOptions, Unbalanced, check_options
+from otloss._options import (
+    Backward,
+    EnergyMethod,
+    LossOptions,
+    Method,
+    Objective,
+    Precision,
+    Unbalanced,
+    check_options,
+)
 from otloss.combination import Combination, combine
 from otloss.costs import COSTS, NAMED, Cost
 from otloss.method import exceeds_budget, in_blocks
@@ -45,14 +54,14 @@ def sinkhorn_divergence(
     a: Tensor | None = None,
     b: Tensor | None = None,
     cost: Cost = "sqeuclidean",
-    objective: str = "regularized",
+    objective: Objective = "regularized",
     unbalanced: Unbalanced = None,
     tol: float = 1e-3,
     max_iters: int = 1000,
     n_iters: int | None = None,
-    backward: str = "auto",
-    method: str = "auto",
-    precision: str = "float32",
+    backward: Backward = "auto",
+    method: Method = "auto",
+    precision: Precision = "float32",
     symmetric: bool | None = None,
 ) -> Tensor:
     r"""The Sinkhorn divergence: entropic optimal transport without its bias.
@@ -69,9 +78,10 @@ def sinkhorn_divergence(
     non-negative for any totals.
 
     Args:
-        x, y: clouds (n, d) and (m, d), or batches (B, n, d) and (B, m, d). float16 and bfloat16
-            are computed in float32, float64 stays float64. Floats of different precision are
-            promoted, weights included; under autocast a mixture is computed in float32.
+        x, y: clouds (n, d) and (m, d), or batches (B, n, d) and (B, m, d), in which (1, n, d) is
+            one cloud for all. float16 and bfloat16 are computed in float32, float64 stays float64.
+            Floats of different precision are promoted, weights included; under autocast a mixture
+            is computed in float32.
         eps: regularisation, in units of cost, absolute. A few percent of the mean cost: sharp, near
             exact optimal transport. The mean cost or more: blurred, near :func:`energy_distance`.
         a, b: weights (n,) and (m,), or (B, n) and (B, m), of equal total unless ``unbalanced``;
@@ -104,9 +114,11 @@ def sinkhorn_divergence(
             - ``"auto"`` (default): unrolled with ``n_iters``, else implicit; for the regularized
               objective implicit equals envelope.
         method: ``"dense"`` stores the cost matrices. ``"streamed"`` computes costs from the points
-            in every sweep, memory O((n + m) d), named costs only. ``"reference"`` is plain torch.
-            ``"auto"`` streams if the matrices exceed the memory budget
-            ``otloss.method.dense_budget`` or would be slower.
+            in every sweep, memory O((n + m) d), named costs only. ``"multiscale"`` computes those
+            that hold something of the plan: large clouds in up to 8 dimensions on a CPU, squared
+            or cosine cost. ``"reference"`` is plain torch. ``"auto"`` streams if the matrices
+            exceed the memory budget ``otloss.method.dense_budget`` or would be slower, and takes
+            "multiscale" where a sample of the points says that it pays; docs/large-point-clouds.
         precision: ``"tf32"`` allows inner products from 11 bits of each coordinate. It applies to
             streamed solves and envelope gradients on CUDA, float32 or half inputs, in more than 16
             dimensions, and changes nothing elsewhere. Default ``"float32"``: full accuracy.
@@ -144,14 +156,14 @@ def sinkhorn_loss(
     a: Tensor | None = None,
     b: Tensor | None = None,
     cost: Cost = "sqeuclidean",
-    objective: str = "regularized",
+    objective: Objective = "regularized",
     unbalanced: Unbalanced = None,
     tol: float = 1e-3,
     max_iters: int = 1000,
     n_iters: int | None = None,
-    backward: str = "auto",
-    method: str = "auto",
-    precision: str = "float32",
+    backward: Backward = "auto",
+    method: Method = "auto",
+    precision: Precision = "float32",
 ) -> Tensor:
     r"""Entropic optimal transport, without debiasing.
 
@@ -186,13 +198,13 @@ def minibatch_energy_distance(
     eps: float,
     *,
     cost: Cost = "cosine",
-    objective: str = "transport",
+    objective: Objective = "transport",
     tol: float = 1e-3,
     max_iters: int = 1000,
     n_iters: int | None = None,
-    backward: str = "envelope",
-    method: str = "auto",
-    precision: str = "float32",
+    backward: Backward = "envelope",
+    method: Method = "auto",
+    precision: Precision = "float32",
 ) -> Tensor:
     r"""The minibatch energy distance of OT-GAN, from two minibatches of each distribution.
 
@@ -239,7 +251,7 @@ def energy_distance(
     a: Tensor | None = None,
     b: Tensor | None = None,
     cost: Cost = "euclidean",
-    method: str = "auto",
+    method: EnergyMethod = "auto",
 ) -> Tensor:
     r"""The limit of the Sinkhorn divergence for large eps: an MMD with kernel -cost.
 
@@ -265,8 +277,15 @@ def energy_distance(
     References:
         Székely and Rizzo, *Energy statistics* (2013); Feydy et al. (2019).
     """
-    cost, method = _options.check_cost(cost), _options.choice("method", method, _options.METHODS)
-    problem = check_clouds({"x": x, "y": y}, {"a": a, "b": b})
+    cost, method = (
+        _options.check_cost(cost),
+        _options.choice("method", method, _options.ENERGY_METHODS),
+    )
+    return energy(check_clouds({"x": x, "y": y}, {"a": a, "b": b}), cost, method)
+
+
+def energy(problem: Problem, cost: Cost, method: str) -> Tensor:
+    """The energy distance of checked clouds, whose totals may differ."""
     problem = see_empty_bins(problem, DEBIASED.pairs, cost, method)
     pairs = as_pairs(DEBIASED.pairs)
     if _streams_rows(problem, cost, method):
@@ -279,8 +298,8 @@ def energy_distance(
         ]
     loss = terms[0] - 0.5 * terms[1] - 0.5 * terms[2]
     if _check.readable(loss) and not bool(loss.detach().isfinite().all()):
-        _check.finite("x", x)
-        _check.finite("y", y)
+        for name, x in zip(problem.names, problem.points, strict=True):
+            _check.finite(name, x)
     return loss if problem.batched else loss[0]
 
 

@@ -12,6 +12,7 @@ against itself. All tensors carry a batch dimension.
     unrolled_backward  gradients of the loss, f, g; traces    -> gradients
     implicit_backward  gradients of the loss, f, g            -> gradients, status (P, B, 2):
                        iterations and relative residual of the linear system
+    plan_product       f, g and v (B, m, c) per pair          -> P v (B, n, c), of multiscale
 
 Problems come as cost matrices, as points, or both: where there are no matrices, costs are made from
 the points on the way. Gradients are those of the pairs in ``want_costs`` and of the clouds in
@@ -24,6 +25,11 @@ rho_y: cloud 0 is held to its weights by rho_x, every other by rho_y; infinite i
 without ``rho`` all are.
 Numbers of the solver are float64 tensors on the CPU, so that a traced graph does not depend on
 their values. ``tf32`` allows inner products of points with 11 bits, where costs are not stored.
+``multiscale`` leaves out pairs of points that hold nothing of the plan: from points, on a CPU, by
+the native library alone.
+
+``target``, of float64 on a CPU, is the solution of the last pair, a cloud against itself, from an
+earlier call: (B, n + 4), its potential and its status but for the term. Its cost is not made.
 
 Without the native library (a pure-Python install) ``otloss.reference`` serves them.
 """
@@ -35,12 +41,14 @@ import importlib
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, inf
 
 from otloss import reference
+from otloss._check import depth_of_caller
 from otloss.reference.operations import OPERATIONS, Arguments, as_pairs, read
 
 __all__ = [
@@ -52,8 +60,11 @@ __all__ = [
     "describe_plan",
     "envelope_backward",
     "implicit_backward",
+    "makes_plain_tensors",
     "number",
+    "plan_product",
     "problems",
+    "set_progress",
     "solve",
     "unrolled_backward",
 ]
@@ -64,19 +75,21 @@ ITERATIONS, ERROR, CONVERGED, MAX_COST, TERM = range(5)
 # csrc/bindings reads arguments in the order of these.
 _CLOUDS = "Tensor[] points, Tensor[] weights, int[] pairs, int kind"
 _PROBLEM = f"Tensor[] costs, {_CLOUDS}, float[] coefficients, Tensor eps, Tensor? rho, "
-_PROBLEM += "int objective, bool tf32"
+_PROBLEM += "int objective, bool tf32, bool multiscale"
 _SEEDS = "Tensor grad_loss, Tensor[] grad_f, Tensor[] grad_g"
 _WANTED = "int[] want_costs, int[] want_points, bool want_weights"
 _GRADIENTS = "Tensor[] grad_costs, Tensor[] grad_points, Tensor[] grad_a, Tensor[] grad_b"
 _SCHEMAS = f"""
 cost({_CLOUDS}) -> Tensor[]
 cost_backward(Tensor[] grad_costs, Tensor[] costs, {_CLOUDS}, int[] want_points) -> Tensor[]
-solve({_PROBLEM}, Tensor[] init, Tensor tol, int max_iters, int n_iters, bool trace, bool dense) \
+solve({_PROBLEM}, Tensor[] init, Tensor tol, int max_iters, int n_iters, bool trace, bool dense, \
+Tensor? target=None) \
 -> (Tensor loss, Tensor status, Tensor[] f, Tensor[] g, Tensor[] traces, Tensor[] made)
 envelope_backward(Tensor grad_loss, {_PROBLEM}, Tensor[] f, Tensor[] g, {_WANTED}) -> ({_GRADIENTS})
 unrolled_backward({_SEEDS}, {_PROBLEM}, Tensor[] init, Tensor[] traces, {_WANTED}) -> ({_GRADIENTS})
 implicit_backward({_SEEDS}, {_PROBLEM}, Tensor[] f, Tensor[] g, {_WANTED}) \
 -> ({_GRADIENTS}, Tensor status)
+plan_product({_PROBLEM}, Tensor[] f, Tensor[] g, Tensor[] v) -> Tensor[]
 """
 _library = torch.library.Library("otloss", "DEF")
 for _schema in _SCHEMAS.strip().splitlines():
@@ -97,7 +110,7 @@ def _load_native() -> Any:
         f"otloss in {os.path.dirname(__file__)} has no compiled kernels: every operation runs in "
         "plain torch, slowly. In a checkout, which Python started there imports before what is "
         "installed, `make build` compiles them; else install without OTLOSS_BUILD_NATIVE=0.",
-        stacklevel=3,
+        stacklevel=depth_of_caller(),
     )
     return None
 
@@ -121,14 +134,25 @@ def describe_plan(like: Tensor, problems: int, n: int, m: int, d: int = 0) -> st
     return str(_native.describe_plan(like.device.index, double, problems, n, m, d))
 
 
+def set_progress(function: Callable[[int, float], None] | None) -> None:
+    """``function(sweeps, error)`` is called while solves on a CPU take long, with 0 sweeps when an
+    operation ends that called it."""
+    if NATIVE:
+        _native.set_progress(function)
+
+
 def number(value: float) -> Tensor:
     """A number of the solver as operations take it: () float64 on the CPU."""
     if torch.compiler.is_compiling():
         # A product stays symbolic in the graph, so that another value needs no other graph.
         return torch.ones((), dtype=torch.float64, device="cpu") * value
-    if torch._C._len_torch_dispatch_stack():  # such a mode, as of fake tensors, makes its own kind
-        return _number.__wrapped__(value)
-    return _number(value)
+    return (_number if makes_plain_tensors() else _number.__wrapped__)(value)
+
+
+def makes_plain_tensors() -> bool:
+    """Whether what is made now can serve later calls: a graph that is traced has tensors of its
+    own, and so has a dispatch mode, as of fake tensors."""
+    return not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack())
 
 
 @functools.lru_cache(maxsize=64)
@@ -159,11 +183,12 @@ def problems(
     rho: tuple[float, float] = (inf, inf),
     objective: int = 0,
     tf32: bool = False,
+    multiscale: bool = False,
 ) -> Arguments:
     """What operations on a set of problems take."""
     clouds = (points or [], weights, pairs, kind)
     numbers = number(eps), penalties(*rho)
-    return Arguments(costs or [], *clouds, coefficients, *numbers, objective, tf32)
+    return Arguments(costs or [], *clouds, coefficients, *numbers, objective, tf32, multiscale)
 
 
 cost = torch.ops.otloss.cost.default
@@ -172,6 +197,7 @@ solve = torch.ops.otloss.solve.default
 envelope_backward = torch.ops.otloss.envelope_backward.default
 unrolled_backward = torch.ops.otloss.unrolled_backward.default
 implicit_backward = torch.ops.otloss.implicit_backward.default
+plan_product = torch.ops.otloss.plan_product.default
 
 
 # ------------------------------------------------------------------------ shapes, for tracing
@@ -193,7 +219,7 @@ def _(*arguments: Any) -> list[Tensor]:
 
 @torch.library.register_fake("otloss::solve", lib=_library)
 def _(*arguments: Any) -> tuple[Any, ...]:
-    problem, (_, _, _, n_iters, trace, dense) = read(arguments)
+    problem, (_, _, _, n_iters, trace, dense, *_) = read(arguments)
     sides = [(problem.weights[i], problem.weights[j]) for i, j in as_pairs(problem.pairs)]
     loss = problem.weights[0].new_empty(problem.weights[0].shape[0])
     status = loss.new_empty(len(sides), *loss.shape, 5, dtype=torch.float64)
@@ -244,3 +270,12 @@ def _(grad_loss: Tensor, _f: Any, _g: Any, *arguments: Any) -> tuple[Any, ...]:
     problems = len(problem.coefficients)
     status = grad_loss.new_empty(problems, grad_loss.shape[-1], 2, dtype=torch.float64)
     return *_gradients(problem, *wanted), status
+
+
+@torch.library.register_fake("otloss::plan_product", lib=_library)
+def _(*arguments: Any) -> list[Tensor]:
+    problem, (_, _, v) = read(arguments)
+    sizes = [
+        (problem.weights[i].shape, x.shape[2]) for i, x in zip(problem.pairs[::2], v, strict=True)
+    ]
+    return [v[0].new_empty(*shape, columns) for shape, columns in sizes]

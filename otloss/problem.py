@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from otloss import _check, _options
+from otloss import _check, _options, ops
 from otloss.autograd import CostMatrices, FirstOrder
 from otloss.costs import COSTS, Cost
 from otloss.reference.operations import as_pairs
 
 __all__ = [
     "Problem",
+    "as_one_batch",
     "as_weights",
     "build_costs",
     "check_clouds",
@@ -24,6 +26,8 @@ __all__ = [
     "seen_costs",
     "with_empty_bins",
 ]
+
+LARGEST_KEPT: Final = 1 << 12  # entries of uniform weights that are kept from call to call
 
 
 @dataclass
@@ -75,9 +79,22 @@ def as_weights(w: Tensor | None, like: Tensor, n: int, dtype: torch.dtype) -> Te
     """(B, n) weights, uniform if none were given."""
     if w is None:
         batch = like.shape[0] if like.dim() == 3 else 1
-        return torch.full((batch, n), 1.0 / max(n, 1), dtype=dtype, device=like.device)
+        kept = like.is_cpu and batch * n <= LARGEST_KEPT and ops.makes_plain_tensors()
+        return (_kept_uniform if kept else _uniform)(batch, n, dtype, like.device)
     w = w if w.dim() == 2 else w.unsqueeze(0)
+    w = w.expand(like.shape[0], n) if like.dim() == 3 else w
     return w.to(dtype).contiguous()
+
+
+def _uniform(batch: int, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((batch, n), 1.0 / max(n, 1), dtype=dtype, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_uniform(batch: int, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Kept, because making one takes a few percent of a small call. Nobody writes to it."""
+    with torch.inference_mode(False):
+        return _uniform(batch, n, dtype, device)
 
 
 def check_clouds(
@@ -90,11 +107,12 @@ def check_clouds(
     """Checks clouds by name against the first, and the weights of the first two; ``parts``: they
     are parts of clouds, which may have no points, or none that counts."""
     names, points = tuple(clouds), [_check.points(k, v, parts) for k, v in clouds.items()]
+    named = weights or dict.fromkeys(names)
+    given = [w for w in named.values() if w is not None]
+    points = as_one_batch(points, given)
     first = points[0]
     for name, x in zip(names[1:], points[1:], strict=True):
         _check.same_space(names[0], first, name, x)
-    named = weights or dict.fromkeys(names)
-    given = [w for w in named.values() if w is not None]
     if given:
         for (name, w), cloud, x in zip(named.items(), names, points, strict=True):
             if w is not None:
@@ -108,7 +126,17 @@ def check_clouds(
     # Half precision is left as it is: operations convert it, and their gradients go back to it.
     double = dtype == torch.float64
     points = [x if (x.dtype == torch.float64) == double else x.to(dtype) for x in points]
-    return Problem(names, tuple(points), tuple(ready), bool(given), first.dim() == 3)
+    return Problem(names, tuple(points), tuple(ready), len(given) > 0, first.dim() == 3)
+
+
+def as_one_batch(points: list[Tensor], weights: list[Any]) -> list[Tensor]:
+    """Clouds or matrices that are a batch of one, once for each problem of the others."""
+    batches = [len(x) for x in points if x.dim() == 3]
+    if not batches:
+        return points
+    rows = [len(w) for w in weights if isinstance(w, Tensor) and w.dim() == 2]
+    B = max(batches) if max(batches) > 1 else max([1, *rows])
+    return [x.expand(B, -1, -1) if x.dim() == 3 and len(x) == 1 < B else x for x in points]
 
 
 def build_costs(problem: Problem, pairs: list[int], cost: Cost, method: str) -> tuple[Tensor, ...]:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from otloss import _check, ops, reference
 from otloss._options import Options
-from otloss.autograd import Settings, extended
+from otloss.autograd import Settings, extended, plan_product
 from otloss.certificate import Dual, duality_gap
 from otloss.method import in_blocks
+from otloss.pairs import PlanPairs
 from otloss.problem import Problem, as_weights, build_costs, seen_costs, with_empty_bins
 from otloss.status import rows_of, warn_not_converged
 
@@ -30,7 +31,7 @@ class Solved:
     settings: Settings | None = None
 
 
-class OTResult:
+class OTResult(PlanPairs):
     """The solution of one OT problem: value, potentials, plan, convergence.
 
     With a batch every quantity has a leading dimension ``B``; numbers of a single problem are
@@ -71,6 +72,15 @@ class OTResult:
 
     def _out(self, t: Tensor) -> Tensor:
         return t if self._problem.batched else t[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        unchanged = [(k, t, t._version == version) for k, t, version in self._versions]
+        return self.__dict__ | {"_versions": unchanged}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies of tensors count their changes anew."""
+        self.__dict__.update(state)
+        self._versions = [(k, t, t._version if same else -1) for k, t, same in self._versions]
 
     def _check_unchanged(self) -> None:
         for name, tensor, version in self._versions:
@@ -156,8 +166,27 @@ class OTResult:
         parts = self._over_rows(lambda _, P, C: ((P * C).sum((-2, -1)),))
         return self._out(_total(part for (part,) in parts))
 
+    def _prunes(self, *others: Tensor) -> bool:
+        """Whether products with the plan are those of the multiscale engine, which have no
+        gradient."""
+        if self._options.method != "multiscale" or self._kept_plan is not None:
+            return False
+        given = (*self._problem.points, self._f, self._g, self._a, self._b, *others)
+        return not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
+
+    def _product(self, v: Tensor, axis: int) -> Tensor:
+        """P v or P^T v by the multiscale engine."""
+        self._check_unchanged()
+        assert self._settings is not None
+        problem, potentials = self._problem, (self._f, self._g)
+        return plan_product(self._settings, problem.points, problem.weights, potentials, v, axis)
+
     def _sums(self) -> tuple[Tensor, Tensor]:
         """Row and column sums of the plan, (B, n) and (B, m)."""
+        if self._prunes():
+            ones = (torch.ones_like(w).unsqueeze(-1) for w in (self._b, self._a))
+            rows, columns = (self._product(v, axis) for v, axis in zip(ones, (1, 0), strict=True))
+            return rows.squeeze(-1), columns.squeeze(-1)
         parts = self._over_rows(lambda _, P, __: (P.sum(-1), P.sum(-2)))
         return torch.cat([rows for rows, _ in parts], -1), _total(columns for _, columns in parts)
 
@@ -171,10 +200,10 @@ class OTResult:
         """(B,) of a batch, else a Python number or, in a traced graph, a 0-d tensor."""
         if self._problem.batched:
             return t
-        return t[0] if torch.compiler.is_compiling() else t[0].item()
+        return t[0] if _check.traced(t) else t[0].item()
 
     def _status_field(self, field: int) -> Tensor:
-        if not self._reported and not torch.compiler.is_compiling():
+        if not self._reported and not _check.traced(self._status):
             self._reported = True  # the first reading of what the solve left on its device
             warn_not_converged(self._options, rows_of(self._status[None]), self._a.dtype)
         return self._status[:, field]
@@ -193,6 +222,8 @@ class OTResult:
         Targets are a and b, or with ``unbalanced`` ``a exp(-f / rho_x)`` and ``b exp(-g / rho_y)``.
         Computed from the potentials returned.
         """
+        if self._options.method == "multiscale":  # with a bound of what it leaves out
+            return self._number(self._status_field(ops.ERROR))
         rows, columns = self._sums()  # a plan that is kept is kept with its graph
         with torch.no_grad():
             a = self._a * reference.share(self._f, self._options.rho_x)
@@ -267,7 +298,7 @@ class OTResult:
         """How the problem was solved: the method and, on a GPU, the launch layout that the cost
         model chose (docs/performance-notes.md)."""
         where, how = self._a.device, self._options.method
-        if how != "reference":
+        if how not in ("reference", "multiscale"):
             how = "dense" if self._dense else "streamed"
         if where.type != "cuda" or how == "reference" or not ops.CUDA_KERNELS:
             return f"{how} on {where}"
@@ -289,6 +320,9 @@ class OTResult:
             raise ValueError(f"v must have {count} rows for axis={axis}, got {_check.describe(v)}")
         right = (v if batched else v.unsqueeze(0)).to(self._a.dtype)
         right = right.unsqueeze(-1) if vector else right
+        if self._prunes(right):
+            out = self._out(self._product(right, axis))
+            return out.squeeze(-1) if vector else out
 
         def block(rows: slice, P: Tensor, _: Tensor) -> tuple[Tensor, ...]:
             with reference.full_precision(P):

@@ -11,20 +11,31 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from otloss import _check, ops, status
-from otloss._options import Options, Unbalanced, check_options
+from otloss._options import (
+    Backward,
+    Method,
+    Objective,
+    Options,
+    Precision,
+    Unbalanced,
+    check_options,
+)
 from otloss.autograd import Places, Settings, Solve, evaluate
 from otloss.autograd.settings import batched
 from otloss.costs import Cost, subtracted
-from otloss.method import streams
+from otloss.method import choose
 from otloss.problem import (
     Problem,
+    as_one_batch,
     as_weights,
     build_costs,
     check_clouds,
     hide_padding,
     see_empty_bins,
 )
+from otloss.reference.operations import as_pairs
 from otloss.result import OTResult, Solved
+from otloss.target import SelfProblem
 from otloss.totals import Combination, at_given_totals, at_unit_totals
 
 __all__ = ["report", "run", "solve", "solve_sample"]
@@ -42,6 +53,7 @@ def run(
     dense: bool = True,
     combined: bool = True,
     system: list[Tensor] | None = None,
+    target: SelfProblem | None = None,
 ) -> Solved:
     """Solves all pairs and returns the weighted sum of their values, or not ``combined`` its terms:
     as ``loss`` () or (B,), or (P, B) in float64.
@@ -49,6 +61,7 @@ def run(
     ``costs``: given matrices, or None to compute costs from the points; ``dense`` says whether they
     are stored.
     ``potentials``: whether f and g are returned too, differentiable.
+    ``target``: the last pair, a cloud against itself whose solution is kept for later calls.
     ``system``: receives the status of the linear system when an implicit gradient is taken.
     """
     costs, points = ((), problem.points) if costs is None else (costs, ())
@@ -62,6 +75,15 @@ def run(
             [v.contiguous() for v in init],
             list(problem.present),
         )
+    live = []
+    if needs_grad:
+        clouds = zip(problem.weights, points or problem.weights, strict=True)
+        moves = [w.requires_grad or x.requires_grad for w, x in clouds]
+        live = [
+            p
+            for p, (i, j) in enumerate(as_pairs(pairs))
+            if moves[i] or moves[j] or (costs and costs[p].requires_grad)
+        ]
     settings = Settings(
         pairs=pairs,
         coefficients=coefficients,
@@ -73,6 +95,8 @@ def run(
         batched=problem.batched,
         eps=ops.number(options.eps),
         rho=ops.penalties(options.rho_x, options.rho_y),
+        live=live,
+        target=target,
         system=system,
         places=places,
     )
@@ -123,13 +147,13 @@ def solve(
     *,
     a: Tensor | None = None,
     b: Tensor | None = None,
-    objective: str = "regularized",
+    objective: Objective = "regularized",
     unbalanced: Unbalanced = None,
     tol: float = 1e-3,
     max_iters: int = 1000,
     n_iters: int | None = None,
-    backward: str = "auto",
-    method: str = "auto",
+    backward: Backward = "auto",
+    method: Method = "auto",
     init: OTResult | tuple[Tensor, Tensor] | None = None,
 ) -> OTResult:
     r"""Entropic optimal transport on a given cost matrix.
@@ -144,7 +168,8 @@ def solve(
     :math:`a\, e^{-f / \rho_x}` and :math:`b\, e^{-g / \rho_y}`.
 
     Args:
-        C: cost matrix (n, m), or (B, n, m) for a batch of independent problems.
+        C: cost matrix (n, m), or (B, n, m) for a batch of independent problems. One matrix serves
+            many weights, (n, m) with a (B, n) and b (B, m), or (1, n, m).
         eps: regularisation, in units of ``C``, absolute.
         a, b: weights (n,) and (m,), or (B, n) and (B, m); default uniform. A row of weight 0
             changes nothing and receives gradient 0. Its weight has a one-sided derivative if its
@@ -186,12 +211,20 @@ def solve(
         eps, objective=objective, unbalanced=unbalanced, tol=tol, max_iters=max_iters,
         n_iters=n_iters, backward=backward, method=method,
     )  # fmt: skip
+    if options.method == "multiscale":
+        raise NotImplementedError(
+            'method="multiscale" needs the points: use solve_sample(x, y, ...), not solve(C)'
+        )
     C = _check.matrix(C)
     n, m = C.shape[-2:]
+    given = [w for w in (a, b) if isinstance(w, Tensor)]
+    if C.dim() == 2 and given and all(w.dim() == 2 for w in given):
+        C = C.unsqueeze(0)
+    (C,) = as_one_batch([C], given)
     for name, w, size in (("a", a, n), ("b", b, m)):
         if w is not None:
             _check.weights(name, w, (*C.shape[:-2], size), "C", C)
-    dtype = _check.compute_dtype(C, *(w for w in (a, b) if w is not None))
+    dtype = _check.compute_dtype(C, *given)
     weights = (as_weights(a, C, n, dtype), as_weights(b, C, m, dtype))
     padded = a is not None or b is not None
     if padded and options.balanced():
@@ -211,14 +244,14 @@ def solve_sample(
     a: Tensor | None = None,
     b: Tensor | None = None,
     cost: Cost = "sqeuclidean",
-    objective: str = "regularized",
+    objective: Objective = "regularized",
     unbalanced: Unbalanced = None,
     tol: float = 1e-3,
     max_iters: int = 1000,
     n_iters: int | None = None,
-    backward: str = "auto",
-    method: str = "auto",
-    precision: str = "float32",
+    backward: Backward = "auto",
+    method: Method = "auto",
+    precision: Precision = "float32",
     init: OTResult | tuple[Tensor, Tensor] | None = None,
 ) -> OTResult:
     """Entropic optimal transport between two clouds.
@@ -244,7 +277,7 @@ def solve_sample(
         n_iters=n_iters, backward=backward, method=method, precision=precision,
     )  # fmt: skip
     problem = check_clouds({"x": x, "y": y}, {"a": a, "b": b}, balanced=options.balanced())
-    dense = not streams(problem.points, problem.weights, [0, 1], options)
+    options, dense = choose(problem.points, problem.weights, [0, 1], options)
     named = isinstance(options.cost, str)
     costs = None if named else build_costs(problem, [0, 1], options.cost, options.method)
     problem = see_empty_bins(problem, [0, 1], options.cost, options.method)

@@ -10,6 +10,7 @@ import torch
 import torch._dynamo.testing
 from helpers import METHODS, clouds, randn
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 import otloss
@@ -225,3 +226,13 @@ def test_asymmetric_cost(rng):
     assert_compiles(
         loss, [randn(rng, 6, 3).requires_grad_(), randn(rng, 5, 3).requires_grad_()], "aot_eager"
     )
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_fake_tensors(loss):
+    """Shapes of a step, as a planner of memory asks for, without data."""
+    with FakeTensorMode():
+        x, y = torch.empty(6, 3, requires_grad=True), torch.empty(5, 3, requires_grad=True)
+        grads = torch.autograd.grad(loss(x, y), [x, y])
+        assert [grad.shape for grad in grads] == [x.shape, y.shape]
+        assert otloss.solve_sample(x, y, 0.5).n_iters.shape == ()

@@ -370,6 +370,13 @@ def test_resume_refuses_another_run(tmp_path):
         train_sinkhorn.main([*common, "--resume", "--lr", "0.5"])
 
 
+@pytest.mark.parametrize("folder", ["file", "file/run", "/proc"])
+def test_an_out_that_cannot_be_written_is_refused_at_once(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"--out is .*, expected a folder to write in"):
+        train_sinkhorn.main([*TINY, "--out", str(tmp_path / folder)])
+
+
 def test_interrupt_saves_a_whole_step(tmp_path):
     args = classifier.parse(["--data", "digits", "--steps", "100", "--out", str(tmp_path)])
     model = torch.nn.Linear(1, 1)
@@ -763,6 +770,21 @@ def test_gradient_flow_reaches_its_target():
     assert clouds.keys() >= {0, last}
     assert torch.equal(clouds[0], start)
     assert torch.cdist(clouds[last], target).min(1).values.mean() < 0.1
+
+
+def test_shapes_are_registered(tmp_path, capsys):
+    register = importlib.import_module("register_shapes")
+    options = ["--points", "500", "--blur", "0.1", "--steps", "8", "--out", str(tmp_path / "new")]
+    register.main(options)
+    assert "step 8/8: blur 0.100" in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "new" / "steps.csv").open()))
+    assert float(rows[-1]["divergence"]) < 0.02 * float(rows[0]["divergence"])
+    assert np.load(tmp_path / "new" / "registered.npy").shape == (500, 3)
+    assert (tmp_path / "new" / "steps.png").stat().st_size > 5000
+    np.save(tmp_path / "flat.npy", np.ones(5))
+    for wrong, said in (("missing.npy", "neither a file nor one of"), ("flat.npy", "must hold")):
+        with pytest.raises(SystemExit, match=said):
+            register.main(["--source", str(tmp_path / wrong)])
 
 
 # --- the demo --------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ wherever ours were asked for by name.
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,3 +77,12 @@ def test_nothing_installs_otloss_by_name(tracked: set[str]) -> None:
         if installs_by_name(line)
     }
     assert not lines
+
+
+def test_without_kernels_a_warning_points_at_the_import(tmp_path: Path) -> None:
+    ignored = shutil.ignore_patterns("_C*", "__pycache__")
+    shutil.copytree(ROOT / "otloss", tmp_path / "otloss", ignore=ignored)
+    (tmp_path / "user.py").write_text("# a line\nimport otloss\n")
+    command = [sys.executable, "-c", "import user"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert f"{tmp_path / 'user.py'}:2: UserWarning: otloss in {tmp_path / 'otloss'}" in done.stderr

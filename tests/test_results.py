@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from typing import Any
 
@@ -252,6 +253,16 @@ def test_an_optimiser_step_on_a_cost_matrix_is_noticed(rng):
     assert torch.equal(result.plan, before)  # it has been made already
     with pytest.raises(RuntimeError, match=r"^C was changed in place"):
         result.value_linear  # noqa: B018
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda r: pickle.loads(pickle.dumps(r))])
+def test_a_copied_result_knows_what_was_changed(copied, rng):
+    x, y = randn(rng, 5, 3).add_(0), randn(rng, 4, 3)  # x has been changed before the solve
+    result = otloss.solve_sample(x, y, 0.5)
+    assert_close(copied(result).plan, otloss.solve_sample(x, y, 0.5).plan)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match=r"^x was changed in place after the solve"):
+        copied(result).plan  # noqa: B018
 
 
 def test_results_in_inference_mode(rng):

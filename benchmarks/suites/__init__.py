@@ -34,6 +34,7 @@ NAMES = (
     "passes",
     "training_step",
     "memory",
+    "large",
 )
 
 

@@ -19,7 +19,13 @@ void envelope_as(StableIValue* stack, const Device& device, const Problem& probl
     OTLOSS_LAUNCH(device, envelope_backward, groups, problem.eps, problem.objective);
   }
   if (!wanted.points.empty() && !problem.costs.empty()) gradients.add_plans(f, g);
-  if (!wanted.points.empty() && problem.costs.empty()) {
+  if (!wanted.points.empty() && problem.multiscale) {
+    std::vector<PlanSumsGroup<T>> groups;
+    for (int64_t p = 0; p < problem.count(); ++p)
+      groups.push_back(gradients.plan_sides(p, f[p], g[p]));
+    cpu::plan_sums(groups, problem.eps);
+    gradients.add_sums();
+  } else if (!wanted.points.empty() && problem.costs.empty()) {
     std::vector<PointGradientGroup<T>> groups;
     for (int64_t p = 0; p < problem.count(); ++p) {
       gradients.add_plan_side(groups, p, problem.x(p), problem.y(p), f[p], g[p]);

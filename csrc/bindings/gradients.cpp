@@ -69,7 +69,7 @@ template <typename T>
 MadeCost<T> Gradients<T>::made(int64_t p) {
   const int64_t i = problem_.x(p), j = problem_.y(p);
   const PointSums<T> x = side(i), y = i == j ? PointSums<T>{} : side(j);
-  return {point_pair<T>(clouds_, i, j, false), i == j, x, y};
+  return {point_pair<T>(clouds_, i, j, false, false), i == j, x, y};
 }
 
 template <typename T>
@@ -79,9 +79,27 @@ void Gradients<T>::add_plan_side(std::vector<PointGradientGroup<T>>& groups, int
   const Tensor &a = problem_.clouds.weights[i], &b = problem_.clouds.weights[j];
   const PointSums<T> sums = side(i, {data<T>(a), data<T>(f)});
   groups.push_back({a.size(0), a.size(1), b.size(1), i == j,
-                    point_pair<T>(clouds_, i, j, problem_.tf32), data<T>(a), data<T>(b), data<T>(f),
+                    point_pair<T>(clouds_, i, j, problem_.tf32, false), data<T>(a), data<T>(b), data<T>(f),
                     data<T>(g), grad(p), static_cast<T>(problem_.coefficients[p]), sums.sum,
                     sums.product});
+}
+
+template <typename T>
+PlanSumsGroup<T> Gradients<T>::plan_sides(int64_t p, const Tensor& f, const Tensor& g) {
+  const int64_t i = problem_.x(p), j = problem_.y(p);
+  const Tensor &a = problem_.a(p), &b = problem_.b(p);
+  const PointSums<T> x = side(i, {data<T>(a), data<T>(f)});
+  const PointSums<T> y = i == j ? PointSums<T>{} : side(j, {data<T>(b), data<T>(g)});
+  return {a.size(0),
+          a.size(1),
+          b.size(1),
+          data<T>(a),
+          data<T>(b),
+          data<T>(f),
+          data<T>(g),
+          grad(p),
+          static_cast<T>(problem_.coefficients[p]),
+          {point_pair<T>(clouds_, i, j, false, true), i == j, x, y}};
 }
 
 template <typename T>

@@ -32,7 +32,9 @@ class Gradients {
   // One side of pair p as rows, at fixed potentials; the columns are cloud j.
   void add_plan_side(std::vector<PointGradientGroup<T>>& groups, int64_t p, int64_t i, int64_t j,
                      const Tensor& f, const Tensor& g);
-  // The points' gradients, once the kernels have run: from the sums of `made` and `add_plan_side`,
+  // Both sides of pair p, by multiscale.
+  PlanSumsGroup<T> plan_sides(int64_t p, const Tensor& f, const Tensor& g);
+  // The points' gradients, once the kernels have run: from the sums of these and of `made`,
   // from the matrices' gradients, or from the plan at fixed potentials.
   void add_sums();
   void add_matrices();

@@ -20,6 +20,8 @@ namespace {
 
 constexpr int64_t kCheckIntervalNs = 50'000'000;
 thread_local Call* current_call = nullptr;
+unsigned long main_thread = 0;              // of Python
+std::atomic<PyObject*> progress = nullptr;  // what it points to is guarded by Python's lock
 
 int64_t now_ns() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
 
@@ -52,17 +54,38 @@ Call::Call() : outer_(current_call), next_check_(now_ns() + kCheckIntervalNs) {
   current_call = this;
 }
 
-Call::~Call() { current_call = outer_; }
+Call::~Call() {
+  current_call = outer_;
+  if (!shown_) return;
+  sweeps_ = 0, error_ = 0;
+  const PyGILState_STATE state = PyGILState_Ensure();
+  try {
+    show_progress();
+  } catch (pybind11::error_already_set& error) {
+    error.discard_as_unraisable("otloss.progress");
+  }
+  PyGILState_Release(state);
+}
 
 Call* Call::current() { return current_call; }
 
-// Asked in a thread other than Python's main one, Python has nothing to say.
+void note_main_thread() {
+  const auto thread = pybind11::module_::import("threading").attr("main_thread")();
+  main_thread = thread.attr("ident").cast<unsigned long>();
+}
+
+// Only the main thread is asked for signals: in another one Python has nothing to say, and may have
+// ended, which would end the thread in the middle of the operation.
 bool Call::interrupted() {
   if (stopped_.load(std::memory_order_relaxed)) return true;
   if (std::this_thread::get_id() != thread_ || now_ns() < next_check_) return false;
+  if (!progress && PyThread_get_thread_ident() != main_thread) return false;
   const PyGILState_STATE state = PyGILState_Ensure();
-  if (PyErr_CheckSignals() != 0) {
-    raised_ = std::make_unique<Raised>(pybind11::error_already_set());
+  try {
+    if (PyErr_CheckSignals() != 0) throw pybind11::error_already_set();
+    if (sweeps_ > 0) show_progress();
+  } catch (const pybind11::error_already_set& error) {
+    raised_ = std::make_unique<Raised>(error);
     stopped_ = true;
   }
   PyGILState_Release(state);
@@ -70,8 +93,26 @@ bool Call::interrupted() {
   return stopped_;
 }
 
+void Call::report(int64_t sweeps, double error) {
+  sweeps_ = sweeps;
+  error_ = error;
+}
+
+void Call::show_progress() {
+  const pybind11::handle callback = progress.load();
+  if (!callback) return;
+  callback(sweeps_.load(), error_.load());
+  shown_ = true;
+}
+
 void Call::raise_interruption() const {
   if (raised_) throw Raised(*raised_);
+}
+
+void set_progress(const pybind11::object& callback) {
+  PyObject* const before = progress;
+  progress = callback.is_none() ? nullptr : callback.inc_ref().ptr();
+  Py_XDECREF(before);
 }
 
 namespace cpu {
@@ -96,6 +137,10 @@ void run_parallel(int64_t begin, int64_t end, int64_t grain, RangeFunction funct
 int64_t thread_count() { return torch::stable::get_num_threads(); }
 
 bool interrupted() { return current_call && current_call->interrupted(); }
+
+void report(int64_t sweeps, double error) {
+  if (current_call) current_call->report(sweeps, error);
+}
 
 }  // namespace cpu
 

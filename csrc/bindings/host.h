@@ -1,5 +1,5 @@
 // Where an operation runs: its device and, on a GPU, the stream and the memory of its kernels. And
-// what may end it before its time: a signal.
+// what may end it before its time, a signal, and what sees how far it is.
 #pragma once
 
 #include <atomic>
@@ -10,7 +10,15 @@
 #include "bindings/tensors.h"
 #include "kernels.h"
 
+namespace pybind11 {
+class object;
+}
+
 namespace otloss {
+
+// What is called with (sweeps, error) as long solves go on, with (0, 0.0) when an operation that
+// has called it ends; None: nothing.
+void set_progress(const pybind11::object& callback);
 
 // One call of an operation. Python runs signal handlers between bytecodes of its main thread only,
 // so a long operation has to ask for them. An exception that a handler raises is kept, tells the
@@ -27,18 +35,28 @@ class Call {
   static Call* current();
   // Cheap enough to be called for every block of rows, by every thread that works for the call.
   bool interrupted();
+  // How far a solve is, from any thread that works for the call.
+  void report(int64_t sweeps, double error);
   // Throws what a handler raised.
   void raise_interruption() const;
 
  private:
   class Raised;
 
+  void show_progress();
+
   Call* const outer_;  // of a handler's own operations, the one that it interrupts
   const std::thread::id thread_ = std::this_thread::get_id();
   int64_t next_check_;
   std::atomic<bool> stopped_{false};
+  std::atomic<int64_t> sweeps_{0};
+  std::atomic<double> error_{0};
+  bool shown_ = false;
   std::unique_ptr<Raised> raised_;
 };
+
+// Called once, and in every child process, whose main thread may be another.
+void note_main_thread();
 
 // The device of an operation's tensors, made the current one while this lives.
 class Device {

@@ -5,6 +5,7 @@
 #include "bindings/envelope.cpp"
 #include "bindings/gradients.cpp"
 #include "bindings/host.cpp"
+#include "bindings/plan.cpp"
 #include "bindings/points.cpp"
 #include "bindings/problem.cpp"
 #include "bindings/solve.cpp"

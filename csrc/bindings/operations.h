@@ -11,7 +11,8 @@ namespace otloss {
 
 using Operation = void(StableIValue* stack, uint64_t arguments, uint64_t results);
 
-Operation cost, cost_backward, solve, envelope_backward, unrolled_backward, implicit_backward;
+Operation cost, cost_backward, solve, envelope_backward, unrolled_backward, implicit_backward,
+    plan_product;
 
 template <Operation* operation>
 void call(StableIValue* stack, uint64_t arguments, uint64_t results) {
@@ -27,6 +28,7 @@ inline void register_operations(torch::stable::detail::StableLibrary& library) {
   library.impl("envelope_backward", call<envelope_backward>);
   library.impl("unrolled_backward", call<unrolled_backward>);
   library.impl("implicit_backward", call<implicit_backward>);
+  library.impl("plan_product", call<plan_product>);
 }
 
 }  // namespace otloss

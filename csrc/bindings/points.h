@@ -22,14 +22,15 @@ Tensors cost_matrices(const Device& device, const Prepared& clouds, const Ints& 
                       Tensor empty(const Tensor&, int64_t, int64_t, int64_t));
 
 template <typename T>
-PointPair<T> point_pair(const Prepared& clouds, int64_t i, int64_t j, bool tf32) {
+PointPair<T> point_pair(const Prepared& clouds, int64_t i, int64_t j, bool tf32, bool multiscale) {
   return {clouds.kind,
           clouds.z[i].size(2),
           data<T>(clouds.z[i]),
           data<T>(clouds.z[j]),
           data<T>(clouds.norm[i]),
           data<T>(clouds.norm[j]),
-          tf32};
+          tf32,
+          multiscale};
 }
 
 // Gradients of the clouds listed in `wanted`, summed over what is added.

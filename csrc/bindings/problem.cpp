@@ -54,6 +54,7 @@ Problem::Problem(Arguments& in)
   rho_ = in.next<std::optional<Tensor>>();
   objective = in.next_enum<Objective>();
   tf32 = in.next<bool>();
+  multiscale = in.next<bool>();
 }
 
 void Problem::check() {
@@ -69,6 +70,13 @@ void Problem::check() {
     check_rows(costs[p], {batch(), a(p).size(1), b(p).size(1)}, dtype(), "costs");
   eps = positive(eps_, "eps");
   STD_TORCH_CHECK(std::isfinite(eps), "otloss: eps must be finite");
+  if (multiscale) {
+    STD_TORCH_CHECK(costs.empty() && !clouds.points.empty(), "otloss: multiscale is of points");
+    STD_TORCH_CHECK(has_multiscale(clouds.kind), "otloss: multiscale has no such cost");
+    STD_TORCH_CHECK(clouds.points[0].is_cpu(), "otloss: multiscale is on a CPU");
+    STD_TORCH_CHECK(clouds.points[0].size(2) <= kMultiscaleDims, "otloss: multiscale has up to ",
+                    std::to_string(kMultiscaleDims), " coordinates");
+  }
   if (!rho_) return;
   const double* rho = numbers(*rho_, 2, "rho");
   rho_x = positive(rho[0], "rho");

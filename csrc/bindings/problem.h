@@ -64,7 +64,7 @@ struct Problem {
   Doubles coefficients;  // of each problem in the loss
   double eps = 0, rho_x = kConstraint, rho_y = kConstraint;
   Objective objective;
-  bool tf32;
+  bool tf32, multiscale;
 
   explicit Problem(Arguments& arguments);
 

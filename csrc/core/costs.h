@@ -92,6 +92,9 @@ struct Cosine {
   static OTLOSS_HOST_DEVICE double bound(double hx, double hy) { return 2 + 0 * (hx + hy); }
 };
 
+// Whether a cost is a multiple of the squared distance of prepared points: what multiscale solves.
+constexpr bool has_multiscale(CostKind kind) { return kind != CostKind::kEuclidean; }
+
 // All of them: calls macro(functor).
 #define OTLOSS_FOR_EACH_COST(macro) macro(SqEuclidean) macro(Euclidean) macro(Cosine)
 

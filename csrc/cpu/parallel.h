@@ -27,6 +27,9 @@ int64_t thread_count();
 // call learns of signals.
 bool interrupted();
 
+// Tells how far a solve is, to whoever wants to see it: sweeps so far and the last marginal error.
+void report(int64_t sweeps, double error);
+
 // A reference to anything that can be called. Functions that take one are compiled once.
 template <typename Signature>
 class FunctionRef;

@@ -16,6 +16,7 @@ import platform
 import shlex
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -146,13 +147,18 @@ def parse(
 
 
 def begin(args: argparse.Namespace) -> torch.device:
-    """Seed, check what every script shares, and give the device."""
+    """Seed, check what every script shares, make ``args.out``, and give the device."""
     torch.manual_seed(args.seed)
     if args.steps is not None and args.steps < 1:
         raise ValueError(f"--steps is {args.steps}, expected at least 1")
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device is {args.device}, expected cpu: torch sees no GPU")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
+    except OSError as error:
+        raise ValueError(f"--out is {args.out}, expected a folder to write in: {error}") from error
     return device
 
 
@@ -209,7 +215,6 @@ class Run:
         self.rows: list[dict[str, float]] = []
         self.pending: list[dict[str, Tensor]] = []
         self.evaluations: list[dict[str, float]] = []
-        self.out.mkdir(parents=True, exist_ok=True)
         if args.resume:
             self._load()
 

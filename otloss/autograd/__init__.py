@@ -7,6 +7,7 @@ graph of a gradient is being made, it is computed in plain torch (``second_order
 
 from otloss.autograd.cost_matrices import CostMatrices
 from otloss.autograd.empty_bins import FirstOrder, extended
+from otloss.autograd.first_order import plan_product
 from otloss.autograd.nodes import Solve, evaluate
 from otloss.autograd.second_order import refuse_higher_order
 from otloss.autograd.settings import Places, Settings
@@ -19,5 +20,6 @@ __all__ = [
     "Solve",
     "evaluate",
     "extended",
+    "plan_product",
     "refuse_higher_order",
 ]

@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from otloss import _check
+from otloss import _check, ops
 from otloss.autograd.empty_bins import Both, fill
 from otloss.autograd.settings import (
     Gradients,
@@ -17,11 +17,12 @@ from otloss.autograd.settings import (
     Seeds,
     Settings,
     Wanted,
+    batched,
     implementation,
     mode,
 )
 
-__all__ = ["gradients", "of_clouds"]
+__all__ = ["gradients", "of_clouds", "plan_product"]
 
 # The operation of each mode: ``(where, seeds, problem, init, f, g, traces, want)`` to gradients of
 # costs, of points and of both weights of every pair, and of a linear system the status.
@@ -30,7 +31,7 @@ OPERATIONS: Final[dict[str, Callable[..., Any]]] = {
         seeds.loss, *problem, f, g, *want
     ),
     "implicit": lambda where, seeds, problem, init, f, g, traces, want: where.implicit_backward(
-        *seeds, *problem, f, g, *want
+        *seeds, *problem._replace(multiscale=False), f, g, *want
     ),
     "unrolled": lambda where, seeds, problem, init, f, g, traces, want: where.unrolled_backward(
         *seeds, *problem, init, traces, *want
@@ -52,6 +53,23 @@ def gradients(
         _report_system(s, status[0], inputs.weights[0].dtype)
     of_weights = of_clouds(s, seeds, inputs.weights, (f, g), (grad_a, grad_b), wanted.weights)
     return Gradients(costs, points, of_weights)
+
+
+def plan_product(
+    s: Settings,
+    points: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    potentials: tuple[Tensor, Tensor],
+    v: Tensor,
+    axis: int,
+) -> Tensor:
+    """P v, or with ``axis=0`` P^T v, (B, n, c), of the one pair of a multiscale solve."""
+    f, g = (t.contiguous() for t in potentials)
+    inputs = Inputs([], [batched(x) for x in points], [w.contiguous() for w in weights], [])
+    problem = s.arguments(inputs)
+    if axis == 0:
+        problem, f, g = problem._replace(pairs=s.pairs[::-1]), g, f
+    return ops.plan_product(*problem, [f], [g], [v.contiguous()])[0]
 
 
 def of_clouds(

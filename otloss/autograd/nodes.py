@@ -65,16 +65,17 @@ class Solve(torch.autograd.Function):
         seeds = _seeds(s, inputs.weights, grad_loss, grad_potentials)
         if seeds is None:
             return None, None, *result
-        solution = saved[len(needed) + (len(s.places.costs) if s.places else 0) :]
+        live, solution = s.live, saved[len(needed) + (len(s.places.costs) if s.places else 0) :]
+        s, seeds, inputs = s.of_live(), seeds.of_pairs(live), inputs.of_pairs(live)
         if points and s.dense:
-            P = len(s.coefficients)
+            P = len(live)
             solution, made = solution[:-P], list(solution[-P:])
             if mode(s, seeds) != "envelope":  # the others read contiguous ones
                 made = [C.contiguous() for C in made]
             inputs = Inputs(made, *inputs[1:])
         first_weight = given + points
         wanted = Wanted(
-            [p for p in range(given) if needed[p]],
+            [k for k, p in enumerate(live) if given and needed[p]],
             [c for c in range(points) if needed[given + c]],
             list(needed[first_weight : first_weight + weights]),
         )
@@ -83,8 +84,8 @@ class Solve(torch.autograd.Function):
         if ctx.loss is not None:  # where data is read, a failure raises
             found = _failed_are_nan(s, ctx.loss, inputs.weights, wanted, found)
         of_costs, of_points, of_weights = found
-        for p, grad in zip(wanted.costs, of_costs, strict=True):
-            result[p] = grad
+        for k, grad in zip(wanted.costs, of_costs, strict=True):
+            result[live[k]] = grad
         for c, grad in zip(wanted.points, of_points, strict=True):
             result[given + c] = unbatched(grad, saved[given + c])
         result[first_weight : first_weight + weights] = of_weights
@@ -115,8 +116,8 @@ def _failed_are_nan(
 def evaluate(
     s: Settings, sizes: list[int], tensors: Sequence[Tensor]
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """What ``Solve`` returns, without a node, and what its backward pass needs: (*f, *g, *traces,
-    *made)."""
+    """What ``Solve`` returns, without a node, and what its backward pass needs of the pairs that a
+    gradient flows through: (*f, *g, *traces, *made)."""
     inputs, o = _inputs(tensors, sizes), s.options
     loss, status, f, g, traces, made = implementation(o.method).solve(
         *s.arguments(inputs),
@@ -126,7 +127,10 @@ def evaluate(
         o.n_iters,
         s.trace,
         s.dense,
+        s.target.solution if s.target else None,
     )
+    if s.target:
+        s.target.keep(f[-1], status[-1])
     if s.potentials and o.balanced() and o.n_iters < 0:
         f, g = _centred(s, inputs.weights, f, g)
     if not s.combined:
@@ -134,7 +138,8 @@ def evaluate(
     elif not s.batched:
         loss = loss[0]
     outputs = loss, status
-    return (*outputs, *f, *g) if s.potentials else outputs, (*f, *g, *traces, *made)
+    solution = tuple(each[p] for each in (f, g, traces, made) if each for p in s.live)
+    return (*outputs, *f, *g) if s.potentials else outputs, solution
 
 
 def _inputs(tensors: Sequence[Tensor], sizes: list[int]) -> Inputs:
@@ -156,7 +161,7 @@ def _seeds(
     grad_potentials: Sequence[Tensor | None],
 ) -> Seeds | None:
     """Gradients of the loss and, if there are any, of every f and every g; None for nothing."""
-    through = bool(grad_potentials) and any(grad is not None for grad in grad_potentials)
+    through = any(grad is not None for grad in grad_potentials)
     if grad_loss is None and not through:
         return None
     if through and s.options.gradient() == "envelope":
@@ -175,8 +180,10 @@ def _seeds(
             torch.zeros_like(w) if grad is None else grad.contiguous()
             for grad, w in zip(grad_potentials, like, strict=True)
         ]
-    half = len(given) // 2
-    return Seeds(grad_loss.to(weights[0].dtype).contiguous(), given[:half], given[half:])
+    half, dtype = len(given) // 2, weights[0].dtype
+    if grad_loss.dtype != dtype:  # a call that changes nothing takes 1% of a small loss
+        grad_loss = grad_loss.to(dtype)
+    return Seeds(grad_loss.contiguous(), given[:half], given[half:])
 
 
 def _centred(

@@ -14,6 +14,7 @@ from otloss._options import OBJECTIVES, Options
 from otloss.costs import COSTS
 from otloss.reference import operations
 from otloss.reference.operations import Arguments
+from otloss.target import SelfProblem
 
 __all__ = [
     "Gradients",
@@ -44,14 +45,24 @@ class Settings(NamedTuple):
     batched: bool  # the loss is (B,), not ()
     eps: Tensor  # made once for both passes, like rho, from the options
     rho: Tensor | None
+    live: Sequence[int] = ()  # the pairs that a gradient flows through
+    target: SelfProblem | None = None  # the last pair, where its solution is kept
     system: list[Tensor] | None = None  # receives the status of the implicit gradient's system
     places: Places | None = None  # where weights can be those of empty bins, and are differentiated
+
+    def of_live(self) -> Settings:
+        """The same of the pairs that a gradient flows through."""
+        pairs = [c for p in self.live for c in self.pairs[2 * p : 2 * p + 2]]
+        coefficients = [self.coefficients[p] for p in self.live]
+        places = self.places.of_pairs(self.live) if self.places else None
+        return self._replace(pairs=pairs, coefficients=coefficients, places=places)
 
     def arguments(self, inputs: Inputs) -> Arguments:
         """What the operations take of a set of problems."""
         o, (costs, points, weights, _) = self.options, inputs
         kind = COSTS[str(o.cost)] if points else 0
-        modes = OBJECTIVES.index(o.objective), o.precision == "tf32"
+        multiscale = bool(points) and o.method == "multiscale"
+        modes = OBJECTIVES.index(o.objective), o.precision == "tf32", multiscale
         clouds = points, weights, self.pairs, kind
         return Arguments(costs, *clouds, self.coefficients, self.eps, self.rho, *modes)
 
@@ -64,6 +75,9 @@ class Places(NamedTuple):
     init: list[Tensor]  # f and g of each pair in turn, or none
     present: list[Tensor]  # of each cloud what is no padding, (B, n)
 
+    def of_pairs(self, pairs: Sequence[int]) -> Places:
+        return self._replace(**_of_pairs(self, pairs))
+
 
 class Inputs(NamedTuple):
     """Tensors that a solve starts from, as the operations take them."""
@@ -73,6 +87,15 @@ class Inputs(NamedTuple):
     weights: list[Tensor]  # (B, n) per cloud
     init: list[Tensor]  # f and g of each pair in turn, or none
 
+    def of_pairs(self, pairs: Sequence[int]) -> Inputs:
+        return self._replace(**_of_pairs(self, pairs))
+
+
+def _of_pairs(tensors: Places | Inputs, pairs: Sequence[int]) -> dict[str, list[Tensor]]:
+    costs = [tensors.costs[p] for p in pairs] if tensors.costs else []
+    init = [v for p in pairs for v in tensors.init[2 * p : 2 * p + 2]]
+    return {"costs": costs, "init": init}
+
 
 class Seeds(NamedTuple):
     """Gradients of what a solve returned."""
@@ -80,6 +103,11 @@ class Seeds(NamedTuple):
     loss: Tensor  # (B,), or (P, B) where every pair has its own
     f: list[Tensor]  # per pair, or none
     g: list[Tensor]
+
+    def of_pairs(self, pairs: Sequence[int]) -> Seeds:
+        loss = self.loss if self.loss.dim() == 1 else self.loss[list(pairs)]
+        f, g = ([each[p] for p in pairs] if each else [] for each in (self.f, self.g))
+        return Seeds(loss, f, g)
 
     def of_value(self, p: int) -> Tensor:
         """(B,) of coefficient * value of pair p."""

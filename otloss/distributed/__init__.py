@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
-from otloss._options import Unbalanced, check_options
+from otloss._options import Backward, Objective, Unbalanced, check_options
 from otloss.costs import Cost
 from otloss.distributed.loss import combine
 from otloss.losses import DEBIASED, MINIBATCH
@@ -28,12 +28,12 @@ def sinkhorn_divergence(
     a_local: Tensor | None = None,
     b_local: Tensor | None = None,
     cost: Cost = "sqeuclidean",
-    objective: str = "regularized",
+    objective: Objective = "regularized",
     unbalanced: Unbalanced = None,
     tol: float = 1e-3,
     max_iters: int = 1000,
     n_iters: int | None = None,
-    backward: str = "envelope",
+    backward: Backward = "envelope",
     symmetric: bool | None = None,
 ) -> Tensor:
     """:func:`otloss.sinkhorn_divergence` of the clouds of all ranks, concatenated.
@@ -96,11 +96,11 @@ def minibatch_energy_distance(
     group: dist.ProcessGroup | None = None,
     *,
     cost: Cost = "cosine",
-    objective: str = "transport",
+    objective: Objective = "transport",
     tol: float = 1e-3,
     max_iters: int = 1000,
     n_iters: int | None = None,
-    backward: str = "envelope",
+    backward: Backward = "envelope",
 ) -> Tensor:
     """:func:`otloss.minibatch_energy_distance` of the minibatches of all ranks, concatenated.
 

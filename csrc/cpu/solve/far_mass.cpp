@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "core/math.h"
+#include "cpu/multiscale/engine.h"
 #include "cpu/simd/sweep.h"
 #include "cpu/solve/group_shifts.h"
 
@@ -37,8 +38,8 @@ class Sets {
 
 }  // namespace
 
-template <typename T>
-double FarMass<T>::size(double eps, const T* F, const SemidualPoint<T>& point) const {
+template <typename T, typename E>
+double FarMass<T, E>::size(double eps, const T* F, const SemidualPoint<T>& point) const {
   if (x_.hard() && y_.hard())
     return std::max(std::abs(point.value), point.value - y_.mass * engine_.cost_range().least);
   const double unit = x_.damping(eps) * eps / kLog2E;
@@ -47,8 +48,8 @@ double FarMass<T>::size(double eps, const T* F, const SemidualPoint<T>& point) c
 }
 
 // What the plan lacks and has too much could go as far as any pair of points is apart.
-template <typename T>
-double FarMass<T>::cheap_bound(const SemidualPoint<T>& point) const {
+template <typename T, typename E>
+double FarMass<T, E>::cheap_bound(const SemidualPoint<T>& point) const {
   const double range = engine_.cost_range().most - engine_.cost_range().least;
   double lacking = 0, along = 0;
   for (int64_t j = 0; j < y_.count; ++j) {
@@ -59,8 +60,8 @@ double FarMass<T>::cheap_bound(const SemidualPoint<T>& point) const {
 }
 
 // Where the columns need not have a given sum the plan is feasible as it is.
-template <typename T>
-double FarMass<T>::own_gap(const SemidualPoint<T>& point) const {
+template <typename T, typename E>
+double FarMass<T, E>::own_gap(const SemidualPoint<T>& point) const {
   if (y_.hard()) return std::numeric_limits<double>::infinity();
   double sum = 0;
   for (int64_t j = 0; j < y_.count; ++j) {
@@ -73,12 +74,12 @@ double FarMass<T>::own_gap(const SemidualPoint<T>& point) const {
 // The feasible plan is P with columns that have too much scaled down, and a plan of rank 1,
 // u v^T / s, for what rows and columns lack then. Its divergence from P is bounded by that of the
 // two parts (KL is jointly convex), which takes no logarithm of an entry.
-template <typename T>
-double FarMass<T>::gap(double eps, const T* F, const SemidualPoint<T>& point) {
+template <typename T, typename E>
+double FarMass<T, E>::gap(double eps, const T* F, const SemidualPoint<T>& point) {
   const int64_t m = y_.count;
   plan_ = PlanMarginals<T>(x_.count, y_.count);
   plan_.set(eps, x_, y_, F, point);
-  const double kappa = mass(point), to_cost = x_.damping(eps) * eps / kLog2E;
+  const double kappa = mass(point);
   Vector excess(m), v;
   std::vector<int64_t> lacking;
   double s = 0, total = 0, kept = 0, on_v = 0;
@@ -95,6 +96,19 @@ double FarMass<T>::gap(double eps, const T* F, const SemidualPoint<T>& point) {
   }
   if (!(s > 0)) return 0;
   kept -= x_log_ratio(total - s, total);
+  double sum = eps * kept + on_v - eps * x_log_ratio(s, total) - eps * s * std::log(s);
+  sum += moved(eps, F, point.g.data(), excess, lacking, v);
+  sum += eps * s * std::log(kappa);
+  return kappa * std::min(sum, own_gap(point));
+}
+
+template <typename T, typename E>
+double FarMass<T, E>::moved(double eps, const T* F, const T*, const Vector& excess,
+                            const std::vector<int64_t>& lacking, const Vector& v) {
+  const int64_t m = y_.count;
+  const double to_cost = x_.damping(eps) * eps / kLog2E;
+  double s = 0, sum = 0;
+  for (const double mass : v) s += mass;
   CostBlocks<T>& costs = engine_.costs();
   Vector parts(costs.parts().count());
   costs.for_each([&](int64_t part, const T* C, int64_t first, int64_t rows) {
@@ -112,15 +126,51 @@ double FarMass<T>::gap(double eps, const T* F, const SemidualPoint<T>& point) {
                      eps * x_log_ratio(u, static_cast<double>(x_.weight[i]));
     }
   });
-  double sum = eps * kept + on_v - eps * x_log_ratio(s, total) - eps * s * std::log(s);
   for (const double part : parts) sum += part;
-  sum += eps * s * std::log(kappa);
-  return kappa * std::min(sum, own_gap(point));
+  return sum;
 }
 
-template <typename T>
-typename FarMass<T>::Shift FarMass<T>::shift(double eps, const T* F, const SemidualPoint<T>& point,
-                                             int64_t most_readings) {
+// The rows by a pass over the plan, the costs from moments of what columns lack.
+template <>
+double FarMass<double, multiscale::Engine>::moved(double eps, const double* F, const double* g,
+                                                  const Vector& excess,
+                                                  const std::vector<int64_t>& lacking,
+                                                  const Vector& v) {
+  const multiscale::Cloud &X = engine_.X, &Y = engine_.Y;
+  const int64_t d = X.d;
+  const double to_cost = x_.damping(eps) * eps / kLog2E;
+  Vector sent(x_.count), mean(d);
+  engine_.apply(eps, F, g, 1, excess.data(), sent.data());
+  double s = 0, square = 0, sum = 0;
+  for (size_t l = 0; l < lacking.size(); ++l) {
+    s += v[l];
+    for (int64_t c = 0; c < d; ++c) mean[c] += v[l] * Y.X[lacking[l] * d + c];
+  }
+  for (double& value : mean) value /= s;
+  for (size_t l = 0; l < lacking.size(); ++l)
+    for (int64_t c = 0; c < d; ++c)
+      square += v[l] / s * std::pow(Y.X[lacking[l] * d + c] - mean[c], 2);
+  for (int64_t i = 0; i < x_.count; ++i) {
+    if (!(plan_.row[i] > 0)) continue;
+    double far = square;
+    for (int64_t c = 0; c < d; ++c) far += std::pow(X.X[i * d + c] - mean[c], 2);
+    const double u = plan_.row[i] * sent[i];
+    sum += u * (far - to_cost * F[i]) + eps * x_log_ratio(u, x_.weight[i]);
+  }
+  return sum;
+}
+
+// Groups were shifted on the coarsest level.
+template <>
+FarMass<double, multiscale::Engine>::Shift FarMass<double, multiscale::Engine>::shift(
+    double, const double*, const SemidualPoint<double>&, int64_t) {
+  return {};
+}
+
+template <typename T, typename E>
+typename FarMass<T, E>::Shift FarMass<T, E>::shift(double eps, const T* F,
+                                                   const SemidualPoint<T>& point,
+                                                   int64_t most_readings) {
   constexpr int64_t kGroups = 64;
   constexpr double kLeast = -10, kFewer = 4;  // log2 of the entries that join; times, where too few
   const int64_t m = y_.count;
@@ -157,8 +207,8 @@ typename FarMass<T>::Shift FarMass<T>::shift(double eps, const T* F, const Semid
 
 // Groups are the connected components of the entries of more than 2^least of their row's or
 // column's sum. Returns how many there are.
-template <typename T>
-int64_t FarMass<T>::find_groups(double eps, const T* F, double least) {
+template <typename T, typename E>
+int64_t FarMass<T, E>::find_groups(double eps, const T* F, double least) {
   const int64_t m = y_.count;
   CostBlocks<T>& costs = engine_.costs();
   std::vector<Sets> parts(costs.parts().count(), Sets(m));
@@ -186,8 +236,8 @@ int64_t FarMass<T>::find_groups(double eps, const T* F, double least) {
 }
 
 // M (k, k) and A (k,) of GroupProblem. A row belongs to the group that it sends most to.
-template <typename T>
-std::vector<double> FarMass<T>::between_groups(double eps, const T* F, int64_t k, Vector& A) {
+template <typename T, typename E>
+std::vector<double> FarMass<T, E>::between_groups(double eps, const T* F, int64_t k, Vector& A) {
   using Lse = OnlineLse<double>;
   const int64_t m = y_.count;
   const T per_cost = factor<T>(eps);
@@ -225,7 +275,11 @@ std::vector<double> FarMass<T>::between_groups(double eps, const T* F, int64_t k
   return M;
 }
 
-template class FarMass<float>;
-template class FarMass<double>;
+template class FarMass<float, Engine<float>>;
+template class FarMass<double, Engine<double>>;
+using Multiscale = FarMass<double, multiscale::Engine>;
+template double Multiscale::size(double, const double*, const SemidualPoint<double>&) const;
+template double Multiscale::cheap_bound(const SemidualPoint<double>&) const;
+template double Multiscale::gap(double, const double*, const SemidualPoint<double>&);
 
 }  // namespace otloss::cpu

@@ -1,0 +1,27 @@
+"""POT's entropic solvers, for torch tensors: ``import otloss.compat.pot as ot``.
+
+All solve the same problems as :func:`otloss.solve`; they differ in what they return. Their
+potentials are in units of ``reg`` and hold the weights: ``plan = exp(u_i + v_j - M_ij / reg)`` with
+``u = f / reg + log a`` and ``v = g / reg + log b``.
+"""
+
+from otloss.compat.pot.sinkhorns import (
+    empirical_sinkhorn,
+    empirical_sinkhorn2,
+    empirical_sinkhorn_divergence,
+    sinkhorn,
+    sinkhorn2,
+)
+from otloss.compat.pot.solvers import OTResult, solve, solve_batch, solve_sample
+
+__all__ = [
+    "OTResult",
+    "empirical_sinkhorn",
+    "empirical_sinkhorn2",
+    "empirical_sinkhorn_divergence",
+    "sinkhorn",
+    "sinkhorn2",
+    "solve",
+    "solve_batch",
+    "solve_sample",
+]
