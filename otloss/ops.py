@@ -31,7 +31,7 @@ points with 11 bits, where costs are not stored.
 the native library alone.
 
 ``target``, of float64 on a CPU, is the solution of the last pair, a cloud against itself, from an
-earlier call: (B, n + 4), its potential and its status but for the term. Its cost is not made.
+earlier call: (B, n + 5), its potential and its status. Its cost is not made.
 
 Without the native library (a pure-Python install) ``otloss.reference`` serves them.
 """
