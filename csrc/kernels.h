@@ -79,10 +79,13 @@ struct SolveGroup {
   double* status;      // (B, kStatusFields)
   double coefficient;  // of this group in the loss
   Penalties penalties = {};
+  // (B, n + kStatusTerm) f and the status but for the term, from an earlier call, or null. Of a
+  // symmetric group that has no C, on a CPU.
+  const double* known = nullptr;
 };
 
-// The most coordinates, and the least tolerance that single-precision sums over the plan allow, of a
-// multiscale solve; with the costs `has_multiscale` (core/costs.h) allows.
+// The most coordinates, and the least tolerance that single-precision sums over the plan allow, of
+// a multiscale solve; with the costs `has_multiscale` (core/costs.h) allows.
 constexpr int64_t kMultiscaleDims = 8;
 constexpr double kMultiscaleTol = 1e-6;
 
@@ -184,7 +187,6 @@ struct PlanSumsGroup {
   const T* grad;     // (B,) of the loss
   T coefficient;     // of this group in the loss
   MadeCost<T> made;  // multiscale
-  Penalties penalties = {};
 };
 
 // ------------------------------------------------------------------------------------- the plan
@@ -203,7 +205,6 @@ struct PlanProductGroup {
   const T* g;  // (B, m)
   const T* v;  // (B, m, columns)
   T* out;      // (B, n, columns)
-  Penalties penalties = {};
 };
 
 // -------------------------------------------------------------------------------- cost matrices

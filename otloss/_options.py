@@ -14,6 +14,7 @@ from otloss.costs import COSTS, Cost
 
 __all__ = [
     "Backward",
+    "EnergyMethod",
     "LossOptions",
     "Method",
     "Objective",
@@ -28,11 +29,13 @@ __all__ = [
 Name = TypeVar("Name", bound=str)
 Objective = Literal["regularized", "transport"]
 Backward = Literal["auto", "envelope", "implicit", "unrolled"]
-Method = Literal["auto", "dense", "streamed", "reference"]
+Method = Literal["auto", "dense", "streamed", "reference", "multiscale"]
+EnergyMethod = Literal["auto", "dense", "streamed", "reference"]
 Precision = Literal["float32", "tf32"]
 OBJECTIVES: Final = get_args(Objective)  # their numbers are those of csrc/kernels.h
 BACKWARDS: Final = get_args(Backward)
 METHODS: Final = get_args(Method)
+ENERGY_METHODS: Final = get_args(EnergyMethod)
 PRECISIONS: Final = get_args(Precision)
 
 Unbalanced = float | tuple[float | None, float | None] | None
@@ -80,6 +83,18 @@ class Options(NamedTuple):
         if self.backward != "auto":
             return self.backward
         return "unrolled" if self.n_iters >= 0 else "implicit"
+
+    def follows_iterations(self) -> bool:
+        """Whether the gradient is that of the iterations that ran, not of the solution."""
+        return self.gradient() == "unrolled"
+
+    def holds_plan(self) -> bool:
+        """Whether the gradient is that of a plan that is held constant."""
+        return self.objective == "transport" and self.gradient() == "envelope"
+
+    def solves_system(self) -> bool:
+        """Whether the gradient of the value takes a linear system."""
+        return self.objective == "transport" and self.gradient() == "implicit"
 
 
 def check_options(

@@ -8,15 +8,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from otloss import _check
+from otloss import _check, ops
 from otloss._options import Options
 from otloss.costs import full_precision
 from otloss.forbidden import solve_allowed
-from otloss.method import streams
+from otloss.method import choose
 from otloss.problem import Problem, build_costs, check_clouds, see_empty_bins
 from otloss.reference.operations import as_pairs
 from otloss.result import Solved
 from otloss.solve import report, run
+from otloss.target import Target
 from otloss.totals import Combination, at_given_totals, at_unit_totals
 
 __all__ = ["Combination", "Memory", "combine"]
@@ -56,14 +57,24 @@ def combine(
     combination: Combination,
     options: Options,
     memory: Memory | None = None,
+    target: Target | None = None,
 ) -> Tensor:
-    """The sum over pairs of coefficient * OT(pair): the common form of all losses here."""
+    """The sum over pairs of coefficient * OT(pair): the common form of all losses here.
+
+    ``target``: of a divergence, keeps the self problem of y from call to call.
+    """
     problem = check_clouds(clouds, weights, balanced=options.balanced())
     pairs, keeps = combination.pairs, memory is not None
-    dense = not streams(problem.points, problem.weights, pairs, options)
+    options, dense = choose(problem.points, problem.weights, pairs, options)
     named = isinstance(options.cost, str)
     costs = None if named else build_costs(problem, pairs, options.cost, options.method)
     problem = see_empty_bins(problem, pairs, options.cost, options.method)
+    of_target = None
+    if target is not None and _stays(clouds["y"], weights, options):
+        of_target = target.self_problem(
+            clouds["y"], (weights["a"], weights["b"]),
+            options, dense, problem.weights[0].dtype, torch.get_num_threads(),
+        )  # fmt: skip
     init: Sequence[Tensor] = [] if memory is None else memory.start(problem, pairs)
     problem, totals = at_unit_totals(problem, options)
     if totals:
@@ -75,6 +86,7 @@ def combine(
             solved = run(
                 problem, given, pairs, coefficients, options, init,
                 potentials=potentials or keeps, dense=dense, combined=totals is None,
+                target=of_target,
             )  # fmt: skip
         else:
             solved = _solve_apart(
@@ -92,6 +104,23 @@ def combine(
     if memory is not None:
         memory.keep(solved)
     return solved.loss
+
+
+def _stays(y: Tensor, weights: dict[str, Tensor | None], options: Options) -> bool:
+    """Whether the self problem of y may serve later calls: nothing is differentiated in it, changes
+    of its tensors are counted, and the kernels take its solution from an earlier call."""
+    tensors = [t for t in (y, *weights.values()) if t is not None]
+    served = (
+        ops.NATIVE
+        and y.is_cpu
+        and isinstance(options.cost, str)
+        and options.method != "reference"
+        and options.objective == "regularized"
+        and options.n_iters < 0
+    )
+    held = not y.requires_grad and (weights["b"] is None or not weights["b"].requires_grad)
+    counted = not any(t.is_inference() for t in tensors) and ops.makes_plain_tensors()
+    return served and held and counted
 
 
 def _self_problems_are_symmetric(

@@ -10,6 +10,7 @@ from torch import Tensor
 from otloss import _check, _options
 from otloss._options import (
     Backward,
+    EnergyMethod,
     LossOptions,
     Method,
     Objective,
@@ -113,9 +114,11 @@ def sinkhorn_divergence(
             - ``"auto"`` (default): unrolled with ``n_iters``, else implicit; for the regularized
               objective implicit equals envelope.
         method: ``"dense"`` stores the cost matrices. ``"streamed"`` computes costs from the points
-            in every sweep, memory O((n + m) d), named costs only. ``"reference"`` is plain torch.
-            ``"auto"`` streams if the matrices exceed the memory budget
-            ``otloss.method.dense_budget`` or would be slower.
+            in every sweep, memory O((n + m) d), named costs only. ``"multiscale"`` computes those
+            that hold something of the plan: large clouds in up to 8 dimensions on a CPU, squared
+            or cosine cost. ``"reference"`` is plain torch. ``"auto"`` streams if the matrices
+            exceed the memory budget ``otloss.method.dense_budget`` or would be slower, and takes
+            "multiscale" where a sample of the points says that it pays; docs/large-point-clouds.
         precision: ``"tf32"`` allows inner products from 11 bits of each coordinate. It applies to
             streamed solves and envelope gradients on CUDA, float32 or half inputs, in more than 16
             dimensions, and changes nothing elsewhere. Default ``"float32"``: full accuracy.
@@ -248,7 +251,7 @@ def energy_distance(
     a: Tensor | None = None,
     b: Tensor | None = None,
     cost: Cost = "euclidean",
-    method: Method = "auto",
+    method: EnergyMethod = "auto",
 ) -> Tensor:
     r"""The limit of the Sinkhorn divergence for large eps: an MMD with kernel -cost.
 
@@ -274,7 +277,10 @@ def energy_distance(
     References:
         Székely and Rizzo, *Energy statistics* (2013); Feydy et al. (2019).
     """
-    cost, method = _options.check_cost(cost), _options.choice("method", method, _options.METHODS)
+    cost, method = (
+        _options.check_cost(cost),
+        _options.choice("method", method, _options.ENERGY_METHODS),
+    )
     return energy(check_clouds({"x": x, "y": y}, {"a": a, "b": b}), cost, method)
 
 

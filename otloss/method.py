@@ -1,19 +1,22 @@
-"""How a problem is solved when the caller leaves it open: with stored cost matrices or without."""
+"""How a problem is solved when the caller leaves it open: with stored cost matrices, with costs
+made in every sweep, or with those alone that hold something of the plan."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from otloss import ops
+from otloss import _check, ops
 from otloss._options import Options
 from otloss.reference.operations import as_pairs
 
-__all__ = ["budget", "choose_method", "dense_budget", "exceeds_budget", "in_blocks", "streams"]
+__all__ = ["budget", "choose", "choose_method", "dense_budget", "exceeds_budget", "in_blocks"]
 
 # Cost matrices that together take more bytes than this are not stored; on a GPU, where it is left
 # at this default, more than CUDA_SHARE of the memory. Set it through the environment variable or by
@@ -34,8 +37,78 @@ STREAMED_FROM = {"cpu": {4: 1 << 20, 8: 12 << 20}, "cuda": {3: 1 << 25}}
 # (A GPU makes each entry twice in a pass.)
 STREAMED_BACK_FROM = {"cpu": {4: 12 << 20, 8: 32 << 20}, "cuda": {}}
 
+# Of the multiscale engine; csrc/kernels.h has the same.
+MULTISCALE_COSTS = ("sqeuclidean", "cosine")
+MULTISCALE_DIMS, MULTISCALE_TOL = 8, 1e-6
+# Where "auto" asks whether it pays: from this number of pairs on. It does up to this share of the
+# pairs that a sweep has to read, by a sample of points.
+MULTISCALE_FROM, MULTISCALE_SHARE = 2.5e7, 0.3
+SAMPLED, LEAF = 64, 32
 
-def streams(
+
+def choose(
+    points: Sequence[Tensor], weights: Sequence[Tensor], pairs: list[int], options: Options
+) -> tuple[Options, bool]:
+    """The options, with ``method="multiscale"`` also where "auto" takes it, and whether cost
+    matrices are stored."""
+    lacks = _multiscale_lacks(points, options)
+    if options.method == "multiscale" and lacks:
+        needed, given = lacks
+        raise NotImplementedError(f'method="multiscale" needs {needed}, got {given!r}')
+    if options.method == "auto" and not lacks and _multiscale_pays(points, weights, options):
+        options = options._replace(method="multiscale")
+    if options.method == "multiscale":
+        return options, False
+    return options, not _streams(points, weights, pairs, options)
+
+
+def _multiscale_lacks(points: Sequence[Tensor], options: Options) -> tuple[str, Any] | None:
+    """What the multiscale engine would need to solve the problem, and what is given."""
+    d, device = points[0].shape[-1], points[0].device
+    if not ops.NATIVE or device.type != "cpu":
+        return "the native library and points on a CPU", str(device)
+    if options.cost not in MULTISCALE_COSTS:
+        return 'cost="sqeuclidean" or "cosine"', options.cost
+    if d > MULTISCALE_DIMS:
+        return f"at most {MULTISCALE_DIMS} dimensions", d
+    if options.n_iters >= 0:
+        return "a tolerance in place of n_iters", options.n_iters
+    if options.tol < MULTISCALE_TOL:
+        return f"tol of at least {MULTISCALE_TOL:g}", options.tol
+    return None
+
+
+def _multiscale_pays(points: Sequence[Tensor], weights: Sequence[Tensor], options: Options) -> bool:
+    """Whether few pairs of points hold all of the plan, measured on a sample."""
+    sizes = [w.shape[1] for w in weights]
+    wanted = options.balanced() and options.objective == "regularized"
+    if not wanted or min(sizes) * max(sizes) < MULTISCALE_FROM or not _check.readable(points[0]):
+        return False
+    shares = [share_of_near_pairs(x, options) for x in points[:2]]
+    return sum(shares) / len(shares) < MULTISCALE_SHARE
+
+
+@torch.no_grad()
+def share_of_near_pairs(x: Tensor, options: Options) -> float:
+    """The part of the pairs of a cloud's points (of the first problem) that a sweep reads: those of
+    leaves whose boxes are so near that exp(-cost / eps) is not negligible. A leaf is about as large
+    as the ball around a point that holds half of its points."""
+    x = (x if x.dim() == 2 else x[0]).detach().float()
+    if options.cost == "cosine":  # half the squared distance on the unit sphere
+        x = torch.nn.functional.normalize(x, dim=-1) / 2**0.5
+    n = len(x)
+    rng = torch.Generator().manual_seed(0)
+    sample = x[torch.randint(n, (SAMPLED,), generator=rng)]
+    reach = (options.eps * math.log(100 / options.tol)) ** 0.5
+    found = 0.0
+    for point in sample:
+        distance = torch.linalg.vector_norm(x - point, dim=-1)
+        radius = distance.kthvalue(min(n, LEAF // 2)).values
+        found += float((distance < reach + 2 * radius).float().mean())
+    return found / SAMPLED
+
+
+def _streams(
     points: Sequence[Tensor], weights: Sequence[Tensor], pairs: list[int], options: Options
 ) -> bool:
     """Whether to solve without cost matrices."""
@@ -49,13 +122,11 @@ def streams(
     if options.method != "auto" or not possible:
         return options.method == "streamed"
     sizes = [(weights[i].shape[1], weights[j].shape[1]) for i, j in as_pairs(pairs)]
-    backward = options.gradient()
-    regularized = options.objective == "regularized"
     chosen = choose_method(
         points,
         sizes,
         weights[0].element_size(),
-        many_passes_back=backward == "unrolled" or (backward == "implicit" and not regularized),
+        many_passes_back=options.follows_iterations() or options.solves_system(),
     )
     return chosen == "streamed"
 

@@ -6,9 +6,10 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from otloss import _options, losses
-from otloss._options import LossOptions, Method, check_options
+from otloss._options import EnergyMethod, LossOptions, check_options
 from otloss.combination import Combination, Memory, combine
 from otloss.costs import Cost
+from otloss.target import Target
 
 __all__ = ["EnergyDistance", "MinibatchEnergyDistance", "SinkhornDivergence", "SinkhornLoss"]
 
@@ -33,6 +34,7 @@ class _Loss(nn.Module):
         self.options = check_options(eps, **kwargs)
         self.cost = self.options.cost  # a module is registered, with its parameters
         self.memory = Memory() if warm_start else None
+        self.target: Target | None = None
         self._arguments = {"eps": eps, "warm_start": warm_start, **kwargs}
 
     def combine(
@@ -42,7 +44,7 @@ class _Loss(nn.Module):
         combination: Combination,
     ) -> Tensor:
         options = self.options._replace(cost=self.cost)
-        return combine(clouds, weights, combination, options, self.memory)
+        return combine(clouds, weights, combination, options, self.memory, self.target)
 
     def extra_repr(self) -> str:
         shown = (kv for kv in self._arguments.items() if not isinstance(kv[1], nn.Module))
@@ -69,9 +71,21 @@ class SinkhornDivergence(_PairLoss):
             the clouds move slowly between calls, as in a gradient flow, and not with fresh
             minibatches. It changes results only within ``tol``.
         kwargs: the other keyword arguments of the function.
+
+    On a CPU a ``y`` that stays, the very same tensor in the next call, is not solved against itself
+    again, unless it needs a gradient or was changed in place (torch counts changes; those through
+    ``.data`` or a NumPy array it does not see). Without ``warm_start`` results are the same to the
+    last bit. This is for balanced and unbalanced divergences of named costs, ``"regularized"`` and
+    without ``n_iters``.
     """
 
     combination = losses.DEBIASED
+
+    def __init__(
+        self, eps: float, *, warm_start: bool = False, **kwargs: Unpack[LossOptions]
+    ) -> None:
+        super().__init__(eps, warm_start=warm_start, **kwargs)
+        self.target = Target()
 
 
 class SinkhornLoss(_PairLoss):
@@ -105,10 +119,10 @@ class MinibatchEnergyDistance(_Loss):
 class EnergyDistance(nn.Module):
     """:func:`otloss.energy_distance` as a module: ``EnergyDistance(cost=...)(x, y)``."""
 
-    def __init__(self, cost: Cost = "euclidean", method: Method = "auto") -> None:
+    def __init__(self, cost: Cost = "euclidean", method: EnergyMethod = "auto") -> None:
         super().__init__()
         self.cost = _options.check_cost(cost)
-        self.method = _options.choice("method", method, _options.METHODS)
+        self.method = _options.choice("method", method, _options.ENERGY_METHODS)
 
     def forward(
         self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None

@@ -28,6 +28,9 @@ their values. ``tf32`` allows inner products of points with 11 bits, where costs
 ``multiscale`` leaves out pairs of points that hold nothing of the plan: from points, on a CPU, by
 the native library alone.
 
+``target``, of float64 on a CPU, is the solution of the last pair, a cloud against itself, from an
+earlier call: (B, n + 4), its potential and its status but for the term. Its cost is not made.
+
 Without the native library (a pure-Python install) ``otloss.reference`` serves them.
 """
 
@@ -79,7 +82,8 @@ _GRADIENTS = "Tensor[] grad_costs, Tensor[] grad_points, Tensor[] grad_a, Tensor
 _SCHEMAS = f"""
 cost({_CLOUDS}) -> Tensor[]
 cost_backward(Tensor[] grad_costs, Tensor[] costs, {_CLOUDS}, int[] want_points) -> Tensor[]
-solve({_PROBLEM}, Tensor[] init, Tensor tol, int max_iters, int n_iters, bool trace, bool dense) \
+solve({_PROBLEM}, Tensor[] init, Tensor tol, int max_iters, int n_iters, bool trace, bool dense, \
+Tensor? target=None) \
 -> (Tensor loss, Tensor status, Tensor[] f, Tensor[] g, Tensor[] traces, Tensor[] made)
 envelope_backward(Tensor grad_loss, {_PROBLEM}, Tensor[] f, Tensor[] g, {_WANTED}) -> ({_GRADIENTS})
 unrolled_backward({_SEEDS}, {_PROBLEM}, Tensor[] init, Tensor[] traces, {_WANTED}) -> ({_GRADIENTS})
@@ -215,7 +219,7 @@ def _(*arguments: Any) -> list[Tensor]:
 
 @torch.library.register_fake("otloss::solve", lib=_library)
 def _(*arguments: Any) -> tuple[Any, ...]:
-    problem, (_, _, _, n_iters, trace, dense) = read(arguments)
+    problem, (_, _, _, n_iters, trace, dense, *_) = read(arguments)
     sides = [(problem.weights[i], problem.weights[j]) for i, j in as_pairs(problem.pairs)]
     loss = problem.weights[0].new_empty(problem.weights[0].shape[0])
     status = loss.new_empty(len(sides), *loss.shape, 5, dtype=torch.float64)

@@ -126,7 +126,7 @@ def check_clouds(
     # Half precision is left as it is: operations convert it, and their gradients go back to it.
     double = dtype == torch.float64
     points = [x if (x.dtype == torch.float64) == double else x.to(dtype) for x in points]
-    return Problem(names, tuple(points), tuple(ready), bool(given), first.dim() == 3)
+    return Problem(names, tuple(points), tuple(ready), len(given) > 0, first.dim() == 3)
 
 
 def as_one_batch(points: list[Tensor], weights: list[Any]) -> list[Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from otloss import _check, ops, reference
 from otloss._options import Options
-from otloss.autograd import Settings, extended
+from otloss.autograd import Settings, extended, plan_product
 from otloss.certificate import Dual, duality_gap
 from otloss.method import in_blocks
 from otloss.pairs import PlanPairs
@@ -60,7 +60,7 @@ class OTResult(PlanPairs):
         self._kept_cost: Tensor | None = cost
         self._kept_plan: Tensor | None = None
         self._settings = solved.settings
-        self._kept_extended: tuple[Tensor, Tensor] | None = None
+        self._kept_extended: list[Tensor] | None = None
         self._dense = dense
         self._status, self._system = solved.status[0], system
         self._reported = _check.readable(self._status)
@@ -127,7 +127,7 @@ class OTResult(PlanPairs):
         return a.unsqueeze(-1) * b.unsqueeze(-2) * density, C
 
     @property
-    def _extended(self) -> tuple[Tensor, Tensor] | None:
+    def _extended(self) -> list[Tensor] | None:
         """The potentials with those of empty bins, if their weights are differentiated."""
         settings, problem = self._settings, self._problem
         if settings is None or settings.places is None:
@@ -166,8 +166,27 @@ class OTResult(PlanPairs):
         parts = self._over_rows(lambda _, P, C: ((P * C).sum((-2, -1)),))
         return self._out(_total(part for (part,) in parts))
 
+    def _prunes(self, *others: Tensor) -> bool:
+        """Whether products with the plan are those of the multiscale engine, which have no
+        gradient."""
+        if self._options.method != "multiscale" or self._kept_plan is not None:
+            return False
+        given = (*self._problem.points, self._f, self._g, self._a, self._b, *others)
+        return not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
+
+    def _product(self, v: Tensor, axis: int) -> Tensor:
+        """P v or P^T v by the multiscale engine."""
+        self._check_unchanged()
+        assert self._settings is not None
+        problem, potentials = self._problem, (self._f, self._g)
+        return plan_product(self._settings, problem.points, problem.weights, potentials, v, axis)
+
     def _sums(self) -> tuple[Tensor, Tensor]:
         """Row and column sums of the plan, (B, n) and (B, m)."""
+        if self._prunes():
+            ones = (torch.ones_like(w).unsqueeze(-1) for w in (self._b, self._a))
+            rows, columns = (self._product(v, axis) for v, axis in zip(ones, (1, 0), strict=True))
+            return rows.squeeze(-1), columns.squeeze(-1)
         parts = self._over_rows(lambda _, P, __: (P.sum(-1), P.sum(-2)))
         return torch.cat([rows for rows, _ in parts], -1), _total(columns for _, columns in parts)
 
@@ -203,6 +222,8 @@ class OTResult(PlanPairs):
         Targets are a and b, or with ``unbalanced`` ``a exp(-f / rho_x)`` and ``b exp(-g / rho_y)``.
         Computed from the potentials returned.
         """
+        if self._options.method == "multiscale":  # with a bound of what it leaves out
+            return self._number(self._status_field(ops.ERROR))
         rows, columns = self._sums()  # a plan that is kept is kept with its graph
         with torch.no_grad():
             a = self._a * reference.share(self._f, self._options.rho_x)
@@ -277,7 +298,7 @@ class OTResult(PlanPairs):
         """How the problem was solved: the method and, on a GPU, the launch layout that the cost
         model chose (docs/performance-notes.md)."""
         where, how = self._a.device, self._options.method
-        if how != "reference":
+        if how not in ("reference", "multiscale"):
             how = "dense" if self._dense else "streamed"
         if where.type != "cuda" or how == "reference" or not ops.CUDA_KERNELS:
             return f"{how} on {where}"
@@ -299,6 +320,9 @@ class OTResult(PlanPairs):
             raise ValueError(f"v must have {count} rows for axis={axis}, got {_check.describe(v)}")
         right = (v if batched else v.unsqueeze(0)).to(self._a.dtype)
         right = right.unsqueeze(-1) if vector else right
+        if self._prunes(right):
+            out = self._out(self._product(right, axis))
+            return out.squeeze(-1) if vector else out
 
         def block(rows: slice, P: Tensor, _: Tensor) -> tuple[Tensor, ...]:
             with reference.full_precision(P):

@@ -24,7 +24,7 @@ from otloss.autograd import Places, Settings, Solve, evaluate
 from otloss.autograd.settings import batched
 from otloss.costs import Cost, subtracted
 from otloss.forbidden import solve_allowed
-from otloss.method import streams
+from otloss.method import choose
 from otloss.problem import (
     Problem,
     as_one_batch,
@@ -34,7 +34,9 @@ from otloss.problem import (
     hide_padding,
     see_empty_bins,
 )
+from otloss.reference.operations import as_pairs
 from otloss.result import OTResult, Solved
+from otloss.target import SelfProblem
 from otloss.totals import Combination, at_given_totals, at_unit_totals
 
 __all__ = ["report", "run", "solve", "solve_sample"]
@@ -52,6 +54,7 @@ def run(
     dense: bool = True,
     combined: bool = True,
     system: list[Tensor] | None = None,
+    target: SelfProblem | None = None,
 ) -> Solved:
     """Solves all pairs and returns the weighted sum of their values, or not ``combined`` its terms:
     as ``loss`` () or (B,), or (P, B) in float64.
@@ -59,12 +62,12 @@ def run(
     ``costs``: given matrices, or None to compute costs from the points; ``dense`` says whether they
     are stored.
     ``potentials``: whether f and g are returned too, differentiable.
+    ``target``: the last pair, a cloud against itself whose solution is kept for later calls.
     ``system``: receives the status of the linear system when an implicit gradient is taken.
     """
     costs, points = ((), problem.points) if costs is None else (costs, ())
     tensors = (*costs, *points, *problem.weights, *init)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    backward = options.gradient()
     places = None
     if problem.present:
         places = Places(
@@ -73,18 +76,28 @@ def run(
             [v.contiguous() for v in init],
             list(problem.present),
         )
+    live = []
+    if needs_grad:
+        clouds = zip(problem.weights, points or problem.weights, strict=True)
+        moves = [w.requires_grad or x.requires_grad for w, x in clouds]
+        live = [
+            p
+            for p, (i, j) in enumerate(as_pairs(pairs))
+            if moves[i] or moves[j] or (costs and costs[p].requires_grad)
+        ]
     settings = Settings(
         pairs=pairs,
         coefficients=coefficients,
         combined=combined,
         options=options,
-        backward=backward,
         potentials=potentials,
-        trace=needs_grad and backward == "unrolled",
+        trace=needs_grad and options.follows_iterations(),
         dense=dense,
         batched=problem.batched,
         eps=ops.number(options.eps),
         rho=ops.penalties(options.rho_x, options.rho_y),
+        live=live,
+        target=target,
         system=system,
         places=places,
     )
@@ -201,6 +214,10 @@ def solve(
         eps, objective=objective, unbalanced=unbalanced, tol=tol, max_iters=max_iters,
         n_iters=n_iters, backward=backward, method=method,
     )  # fmt: skip
+    if options.method == "multiscale":
+        raise NotImplementedError(
+            'method="multiscale" needs the points: use solve_sample(x, y, ...), not solve(C)'
+        )
     C = _check.matrix(C)
     n, m = C.shape[-2:]
     given = [w for w in (a, b) if isinstance(w, Tensor)]
@@ -263,7 +280,7 @@ def solve_sample(
         n_iters=n_iters, backward=backward, method=method, precision=precision,
     )  # fmt: skip
     problem = check_clouds({"x": x, "y": y}, {"a": a, "b": b}, balanced=options.balanced())
-    dense = not streams(problem.points, problem.weights, [0, 1], options)
+    options, dense = choose(problem.points, problem.weights, [0, 1], options)
     named = isinstance(options.cost, str)
     costs = None if named else build_costs(problem, [0, 1], options.cost, options.method)
     problem = see_empty_bins(problem, [0, 1], options.cost, options.method)

@@ -81,8 +81,7 @@ class Totals(NamedTuple):
         o, ways = self.options, self.ways(pairs)
         masses = [_exp(way.log_mu) for way in ways]
         scale = self._column(masses)
-        held = o.objective == "transport" and o.gradient() == "envelope"
-        terms = _Held.apply(solved.loss, scale) if held else scale * solved.loss
+        terms = _Held.apply(solved.loss, scale) if o.holds_plan() else scale * solved.loss
         dtype = self.weights[0].dtype
         loss = terms.sum(0)
         if o.objective == "regularized" and debiased:
@@ -146,7 +145,7 @@ def at_unit_totals(problem: Problem, options: Options) -> tuple[Problem, Totals 
     Iterations of a given number run at the totals they are given where these change them, or where
     they are differentiated one by one, in a and b each on its own.
     """
-    fixed = options.n_iters >= 0 and (not options.balanced() or options.gradient() == "unrolled")
+    fixed = options.n_iters >= 0 and (not options.balanced() or options.follows_iterations())
     if fixed or not problem.padded:
         return problem, None
     dtype, known = problem.weights[0].dtype, _check.readable(problem.weights[0])
@@ -201,14 +200,12 @@ def _mass_term(problem: Problem, combination: Combination, o: Options) -> Tensor
     shares = [0.0] * len(problem.weights)
     for cloud, coefficient in sides:
         shares[cloud] += coefficient
-    if not any(shares) or o.gradient() == "unrolled":
+    if not any(shares) or o.follows_iterations():
         return None
     if not any(w.requires_grad for w in problem.weights):
         return None
-    masses = [w.sum(-1, dtype=torch.float64) for w in problem.counted_weights()]
-    return sum(
-        -0.5 * o.eps * share * (m - m.detach()) for share, m in zip(shares, masses, strict=True)
-    )
+    masses = torch.stack([w.sum(-1, dtype=torch.float64) for w in problem.counted_weights()], -1)
+    return -0.5 * o.eps * (masses - masses.detach()) @ masses.new_tensor(shares)
 
 
 def _way(log_a: Number, log_b: Number, eps: float, marginals: Marginals) -> Way:

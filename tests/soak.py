@@ -1,17 +1,22 @@
-"""Calls of every kind, over and over: resident memory must not grow.
+"""Resident memory must not grow: neither over calls of every kind, nor in an hour of training.
 
     PYTHONPATH=. python tests/soak.py --calls 100000
+    PYTHONPATH=. python tests/soak.py --minutes 60
 
-Memory is read once the first tenth of the calls has filled the caches, and at the end.
+Training descends warm-started losses over minibatches whose sizes change. Now and then it
+evaluates, which an alarm interrupts half of the time: what comes next must not show it. Memory is
+read once the first tenth has filled the caches, and at the end.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import random
+import signal
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -69,24 +74,82 @@ def refused(pick: random.Random) -> None:
 KINDS: list[Callable[[random.Random], None]] = [loss, loss, loss, result, refused, second_order]
 
 
+def mixed(pick: random.Random) -> Iterator[str]:
+    while True:
+        pick.choice(KINDS)(pick)
+        yield ""
+
+
+def interrupted(function: Callable[[], Tensor], after: float) -> bool:
+    """Whether an alarm ended it. One that rings as the function returns is heard here, too."""
+
+    def ring(*_: object) -> None:
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, ring)
+    try:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, after)
+            function()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except TimeoutError:
+        return True
+    return False
+
+
+def training(pick: random.Random) -> Iterator[str]:
+    """Steps of a small generator; what is said counts those that were evaluated."""
+    data, probe = torch.randn(2000, 8) * torch.linspace(0.2, 2, 8), torch.randn(100, 8)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 32), torch.nn.Tanh(), torch.nn.Linear(32, 8))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    losses = [
+        otloss.SinkhornDivergence(1.0, warm_start=True, method=method, objective=objective)
+        for method in ("dense", "streamed")
+        for objective in ("regularized", "transport")
+    ]
+    evaluations = ended = 0
+    while True:
+        n, m = pick.choice([(256, 256), (256, 256), (pick.randint(1, 300), pick.randint(1, 300))])
+        criterion = pick.choice(losses)
+        optimizer.zero_grad()
+        value = criterion(model(torch.randn(n, 4)), data[torch.randint(len(data), (m,))])
+        value.backward()
+        optimizer.step()
+        if not value.isfinite():
+            raise AssertionError(f"the loss is {float(value)}")
+        if pick.random() < 0.05:
+            with pick.choice([torch.no_grad, torch.inference_mode])():
+                before = otloss.sinkhorn_divergence(probe, data[:200], 0.5)
+                made = model(torch.randn(1000, 4))
+                limit = pick.choice([30.0, 10 ** pick.uniform(-4, -1)])
+                ended += interrupted(functools.partial(criterion, made, data[:1000]), limit)
+                evaluations += 1
+                if not torch.equal(before, otloss.sinkhorn_divergence(probe, data[:200], 0.5)):
+                    raise AssertionError("an evaluation changed the next one")
+        yield f", {evaluations} evaluations, {ended} of them interrupted, last loss {value:.3f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--calls", type=int, default=100_000)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="to stop after")
+    parser.add_argument("--calls", type=int, default=100_000, help="of every kind")
+    parser.add_argument("--minutes", type=float, help="of training instead")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
-    pick, start, settled, call = random.Random(given.seed), time.monotonic(), 0.0, 0
     torch.manual_seed(given.seed)
-    for call in range(1, given.calls + 1):
-        pick.choice(KINDS)(pick)
-        late = time.monotonic() - start
-        if not settled and (call >= given.calls // 10 or late > given.seconds / 10):
-            settled = resident()
-        if late > given.seconds:
-            break
+    start, settled, call, told = time.monotonic(), 0.0, 0, ""
+    steps = (training if given.minutes else mixed)(random.Random(given.seed))
+    done = 0.0
+    while done < 1:
+        told = next(steps)
+        call += 1
+        late = (time.monotonic() - start) / 60
+        done = late / given.minutes if given.minutes else call / given.calls
+        settled = settled or (resident() if done >= 0.1 else 0.0)
     growth = resident() - settled
-    print(f"{call} calls: resident memory grew by {growth:.1f} MB from {settled:.0f} MB")
+    kind = f"steps of training in {late:.0f} minutes{told}" if given.minutes else "calls"
+    print(f"{call} {kind}: resident memory grew by {growth:.1f} MB from {settled:.0f} MB")
     raise SystemExit(growth > MOST_GROWTH)
 
 

@@ -84,6 +84,15 @@ def test_losses(backend, mode, objective, strength, loss, rng):
     check(value, c)
 
 
+@pytest.mark.parametrize("method", CPU)
+def test_beside_a_point_that_is_too_far(method, rng):
+    """Soft marginals leave its mass where it is: the plan takes nothing of it."""
+    c = with_bins(rng)
+    c.x[1] = 100
+    options = {"objective": "transport", "unbalanced": 0.5, "method": method, **MODES["implicit"]}
+    check(lambda a, b: otloss.sinkhorn_divergence(c.x, c.y, 0.5, a=a, b=b, **options), c)
+
+
 def test_known_number():
     """Mass that comes to an empty bin: the value rises, as differences say."""
     rng = torch.Generator().manual_seed(0)

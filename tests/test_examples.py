@@ -772,6 +772,21 @@ def test_gradient_flow_reaches_its_target():
     assert torch.cdist(clouds[last], target).min(1).values.mean() < 0.1
 
 
+def test_shapes_are_registered(tmp_path, capsys):
+    register = importlib.import_module("register_shapes")
+    options = ["--points", "500", "--blur", "0.1", "--steps", "8", "--out", str(tmp_path / "new")]
+    register.main(options)
+    assert "step 8/8: blur 0.100" in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "new" / "steps.csv").open()))
+    assert float(rows[-1]["divergence"]) < 0.02 * float(rows[0]["divergence"])
+    assert np.load(tmp_path / "new" / "registered.npy").shape == (500, 3)
+    assert (tmp_path / "new" / "steps.png").stat().st_size > 5000
+    np.save(tmp_path / "flat.npy", np.ones(5))
+    for wrong, said in (("missing.npy", "neither a file nor one of"), ("flat.npy", "must hold")):
+        with pytest.raises(SystemExit, match=said):
+            register.main(["--source", str(tmp_path / wrong)])
+
+
 # --- the demo --------------------------------------------------------------------------------
 
 

@@ -3,6 +3,8 @@ handlers that return change nothing; calls of other threads are left alone."""
 
 from __future__ import annotations
 
+import faulthandler
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -212,3 +215,69 @@ def test_any_thread_may_import():
         thread.join()
         import torch, otloss"""
     assert program(text + ENDLESS.format(method="dense"), signal.SIGTERM) == (7, "")
+
+
+def test_python_may_end_during_a_solve_of_a_daemon_thread():
+    text = """
+        import threading, time, torch, otloss
+        x = torch.randn(600, 2)
+        options = {"n_iters": 100_000_000, "backward": "envelope"}
+        def solve():
+            otloss.sinkhorn_loss(x, x, 0.1, **options)
+        threading.Thread(target=solve, daemon=True).start()
+        time.sleep(1)"""
+    command = [sys.executable, "-c", textwrap.dedent(text)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_listens_in_its_own_main_thread():
+    """Here that of the pool, which forks."""
+
+    def forked() -> int:
+        child = os.fork()
+        if child:
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        faulthandler.dump_traceback_later(60, exit=True)
+        torch.set_num_threads(1)  # torch has no others in a forked process
+        try:
+            with ended():
+                endless("dense")
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(forked).result() == 0
+
+
+def test_a_notebook_cell_is_interrupted():
+    """Its kernel is sent the signal, raises KeyboardInterrupt in the cell, and goes on."""
+    pytest.importorskip("ipykernel")
+    manager = pytest.importorskip("jupyter_client.manager")
+    kernel, client = manager.start_new_kernel(cwd=str(Path(__file__).parents[1]))
+
+    def reply(code: str, seconds: float | None = None) -> dict[str, Any]:
+        call = client.execute(textwrap.dedent(code))
+        if seconds is not None:
+            time.sleep(seconds)
+            kernel.interrupt_kernel()
+        while True:
+            message = client.get_shell_msg(timeout=60)
+            if message["parent_header"].get("msg_id") == call:
+                return message["content"]
+
+    try:
+        assert reply("""
+            import torch, otloss
+            x = torch.linspace(0, 1, 300)[:, None]
+            before = otloss.sinkhorn_loss(x, x**2, 0.1)
+        """)["status"] == "ok"  # fmt: skip
+        endless = "otloss.sinkhorn_loss(x, x**2, 0.1, n_iters=100_000_000, backward='envelope')"
+        assert reply(endless, seconds=1)["ename"] == "KeyboardInterrupt"
+        after = "assert torch.equal(otloss.sinkhorn_loss(x, x**2, 0.1), before)"
+        assert reply(after)["status"] == "ok"
+    finally:
+        client.stop_channels()
+        kernel.shutdown_kernel(now=True)

@@ -222,6 +222,20 @@ def test_zero_vectors_under_cosine(backend, rng):
     assert_close(loss, truth, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("unbalanced", [None, 1.0])
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_divergence_of_nearly_equal_clouds_is_not_negative(method, cost, unbalanced, rng):
+    """The value of a pair may be further below its optimum than the whole divergence is above 0."""
+    for scale in (1e-6, 1e-3):
+        c = clouds(rng, 6, 6, 3, weights="random", batch=10 if method == "reference" else 100)
+        near = Clouds(c.x, (c.x + scale * randn(rng, *c.x.shape)).flip(1), c.a, c.a.flip(1))
+        for dtype in DTYPES:
+            options = {"cost": cost, "unbalanced": unbalanced, "method": method}
+            loss = near.to(dtype).loss(0.1, **options)
+            assert bool((loss >= 0).all())
+
+
 @pytest.mark.parametrize("cost", COSTS)
 @pytest.mark.parametrize("d", [2, 40])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)

@@ -128,6 +128,28 @@ def test_below_what_float32_resolves(method, costs, eps, tol):
     assert otloss.solve(C, 1e4 * eps, tol=tol, method=method).converged
 
 
+@pytest.mark.parametrize("eps", [3e-5, 1e-4, 2e-4])
+@pytest.mark.parametrize("method", ["dense", "reference"])
+def test_rounding_of_few_points(method, eps, rng):
+    """It does not average out; an error near the tolerance is told from one within it."""
+    count, tol, converged = 60 if method == "reference" else 600, 1e-3, 0
+    for n, m in ((1, 1), (1, 4), (3, 2), (5, 9)):
+        C = torch.rand(count, n, m, generator=rng)
+        a, b = (torch.rand(count, k, generator=rng) ** 4 + 1e-6 for k in (n, m))
+        a, b = (w / w.sum(-1, True) for w in (a, b))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", otloss.ConvergenceWarning)
+            result = otloss.solve(C, eps, a=a, b=b, tol=tol, max_iters=50, method=method)
+        f, g, a, b = (t.double() for t in (*result.potentials, a, b))
+        b = b * (a.sum(-1, True) / b.sum(-1, True))
+        P = a[..., None] * b[:, None] * ((f[..., None] + g[:, None] - C.double()) / eps).exp()
+        off = [(P.sum(2) - a).abs().sum(-1), (P.sum(1) - b).abs().sum(-1)]
+        error = torch.maximum(*off) / a.sum(-1)
+        converged += int(result.converged.sum())
+        assert bool((error[result.converged] < 1.1 * tol).all())
+    assert converged > 0
+
+
 @pytest.mark.parametrize("method", ["dense", "reference"])
 def test_below_what_float32_resolves_of_one_cloud(method):
     x = torch.rand(40, 3, generator=torch.Generator().manual_seed(0))

@@ -20,7 +20,8 @@ namespace {
 
 constexpr int64_t kCheckIntervalNs = 50'000'000;
 thread_local Call* current_call = nullptr;
-PyObject* progress = nullptr;  // guarded by Python's lock
+unsigned long main_thread = 0;              // of Python
+std::atomic<PyObject*> progress = nullptr;  // what it points to is guarded by Python's lock
 
 int64_t now_ns() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
 
@@ -68,10 +69,17 @@ Call::~Call() {
 
 Call* Call::current() { return current_call; }
 
-// Asked in a thread other than Python's main one, Python has nothing to say.
+void note_main_thread() {
+  const auto thread = pybind11::module_::import("threading").attr("main_thread")();
+  main_thread = thread.attr("ident").cast<unsigned long>();
+}
+
+// Only the main thread is asked for signals: in another one Python has nothing to say, and may have
+// ended, which would end the thread in the middle of the operation.
 bool Call::interrupted() {
   if (stopped_.load(std::memory_order_relaxed)) return true;
   if (std::this_thread::get_id() != thread_ || now_ns() < next_check_) return false;
+  if (!progress && PyThread_get_thread_ident() != main_thread) return false;
   const PyGILState_STATE state = PyGILState_Ensure();
   try {
     if (PyErr_CheckSignals() != 0) throw pybind11::error_already_set();
@@ -91,8 +99,8 @@ void Call::report(int64_t sweeps, double error) {
 }
 
 void Call::show_progress() {
-  if (!progress) return;
-  const pybind11::handle callback = progress;
+  const pybind11::handle callback = progress.load();
+  if (!callback) return;
   callback(sweeps_.load(), error_.load());
   shown_ = true;
 }

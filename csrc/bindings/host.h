@@ -55,6 +55,9 @@ class Call {
   std::unique_ptr<Raised> raised_;
 };
 
+// Called once, and in every child process, whose main thread may be another.
+void note_main_thread();
+
 // The device of an operation's tensors, made the current one while this lives.
 class Device {
  public:

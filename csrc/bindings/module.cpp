@@ -32,6 +32,9 @@ std::string simd_level() {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
+  otloss::note_main_thread();
+  pybind11::module_::import("os").attr("register_at_fork")(
+      pybind11::arg("after_in_child") = pybind11::cpp_function(otloss::note_main_thread));
 #if defined(OTLOSS_WITH_CUDA)
   // How a solve on a device would be laid out; d: 0 where costs are stored.
   module.def("describe_plan",

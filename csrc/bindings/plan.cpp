@@ -18,7 +18,7 @@ void plan_product_as(StableIValue* stack, const Device& device, const Problem& p
     groups.push_back({B, n, m, columns,
                       point_pair<T>(clouds, problem.x(p), problem.y(p), false, true), data<T>(a),
                       data<T>(b), data<T>(f[p]), data<T>(g[p]), data<T>(v[p]),
-                      data<T>(products.back()), problem.penalties(p)});
+                      data<T>(products.back())});
   }
   cpu::plan_products(groups, problem.eps);
   give_back(stack, products);

@@ -31,14 +31,17 @@ Start start_from(const Tensors& init, const Problem& problem) {
 
 template <typename T>
 void solve_as(StableIValue* stack, const Device& device, const Problem& problem,
-              const Tensors& init, const SolveOptions& options, bool trace, bool dense) {
+              const Tensors& init, const SolveOptions& options, bool trace, bool dense,
+              const std::optional<Tensor>& target) {
   const int64_t P = problem.count(), B = problem.batch();
   const Tensor& like = problem.clouds.weights[0];
   const bool from_points = !problem.clouds.points.empty();
   const Prepared clouds = from_points ? prepare<T>(device, problem.clouds) : Prepared{};
   const bool made = dense && problem.costs.empty();
-  const Tensors costs =
-      made ? cost_matrices<T>(device, clouds, problem.clouds.pairs, empty_rows) : problem.costs;
+  const bool known = target && !device.is_cuda();  // kernels of a GPU solve it again
+  Ints pairs = problem.clouds.pairs;
+  if (known) pairs.resize(2 * P - 2);
+  const Tensors costs = made ? cost_matrices<T>(device, clouds, pairs, empty_rows) : problem.costs;
   const Start start = start_from(init, problem);
   const Tensor loss = empty(like, {B});
   const Tensor status = empty(like, {P, B, kStatusFields}, aoti_torch_dtype_float64());
@@ -51,8 +54,13 @@ void solve_as(StableIValue* stack, const Device& device, const Problem& problem,
     group.n = a.size(1);
     group.m = b.size(1);
     group.symmetric = problem.x(p) == problem.y(p);
-    if (!costs.empty()) group.C = data<T>(costs[p]), group.stride = row_stride(costs[p]);
-    if (from_points) group.points = point_pair<T>(clouds, problem.x(p), problem.y(p), problem.tf32, problem.multiscale);
+    if (known && p + 1 == P)
+      group.known = data<double>(*target);
+    else if (!costs.empty())
+      group.C = data<T>(costs[p]), group.stride = row_stride(costs[p]);
+    if (from_points)
+      group.points =
+          point_pair<T>(clouds, problem.x(p), problem.y(p), problem.tf32, problem.multiscale);
     group.a = data<T>(a);
     group.b = data<T>(b);
     group.f = data<T>(start.f[p]);
@@ -82,6 +90,7 @@ void solve(StableIValue* stack, uint64_t, uint64_t) {
   options.max_iters = in.next<int64_t>();
   options.n_iters = in.next<int64_t>();
   const bool trace = in.next<bool>(), dense = in.next<bool>();
+  const auto target = in.next<std::optional<Tensor>>();
   problem.check();
   STD_TORCH_CHECK(!problem.costs.empty() || !problem.clouds.points.empty(),
                   "otloss: there must be costs or points");
@@ -93,6 +102,15 @@ void solve(StableIValue* stack, uint64_t, uint64_t) {
   STD_TORCH_CHECK(!trace || (options.n_iters > 0 && options.n_iters < kMostTraced),
                   "otloss: a trace is of a number of iterations");
   if (!init.empty()) check_count(init.size(), 2 * problem.count(), "init");
+  if (target) {
+    const int64_t p = problem.count() - 1;
+    STD_TORCH_CHECK(problem.x(p) == problem.y(p) && problem.costs.empty() && target->is_cpu() &&
+                        options.n_iters < 0 && problem.objective == Objective::kRegularized,
+                    "otloss: target is a cloud against itself, from points, for a regularized "
+                    "value, without n_iters");
+    check(*target, {problem.batch(), problem.a(p).size(1) + kStatusTerm}, ScalarType::Double,
+          "target");
+  }
   options.eps = problem.eps;
   options.tol = positive(tol, "tol");
   STD_TORCH_CHECK(!problem.multiscale || options.tol >= kMultiscaleTol,
@@ -102,7 +120,7 @@ void solve(StableIValue* stack, uint64_t, uint64_t) {
   const Device device(problem.clouds.weights[0],
                       {&problem.costs, &problem.clouds.points, &problem.clouds.weights, &init});
   dispatch_dtype(problem.clouds.weights[0], [&](auto zero) {
-    solve_as<decltype(zero)>(stack, device, problem, init, options, trace, dense);
+    solve_as<decltype(zero)>(stack, device, problem, init, options, trace, dense, target);
   });
 }
 

@@ -98,13 +98,28 @@ struct PointScalars {
 
 // ------------------------------------------------------------------------------ where to stop
 
+// The number of points of equal weight whose mean fluctuates as that of weights of this total and
+// sum of squares.
+OTLOSS_HOST_DEVICE double equal_points(double total, double squares) {
+  return total * total / squares;
+}
+
+// The part of a plan's rounding error, were all of its potentials off by their rounding, that is to
+// be counted on: a mean over points, which fluctuates the more the fewer there are. points: of
+// equal weight, of the side that has fewer.
+OTLOSS_HOST_DEVICE double rounding_share(double points) {
+  constexpr double kMean = 0.3, kSpread = 1;
+  return kMean + kSpread / std::sqrt(points);
+}
+
 // When iterations end. A sweep measures the marginal error before it rounds the potentials, which
 // may be far less than that of the plan they give. So what they are rounded by counts as well, and
 // where it hides all progress the iterations end although they are not within the tolerance.
 class StopRule {
  public:
   StopRule() = default;
-  OTLOSS_HOST_DEVICE explicit StopRule(double tol) : tol_(tol) {}
+  // share: see rounding_share.
+  OTLOSS_HOST_DEVICE StopRule(double tol, double share) : tol_(tol), share_(share) {}
 
   // A point, after `passes` passes. scale: the mean sizes of f and of g times the machine epsilon,
   // over eps: the error of a plan whose potentials are each off by their rounding.
@@ -128,7 +143,7 @@ class StopRule {
   OTLOSS_HOST_DEVICE bool returns_kept() const { return !reached() && least_ < error_; }
   // Whether rounding hides all progress.
   OTLOSS_HOST_DEVICE bool stuck() const {
-    return error_ <= kShare * scale_ || (error_ <= kNear * scale_ && idle_ >= kPatience);
+    return error_ <= share_ * scale_ || (error_ <= kNear * scale_ && idle_ >= kPatience);
   }
   // Of the point that is returned.
   OTLOSS_HOST_DEVICE double final_error() const {
@@ -136,15 +151,14 @@ class StopRule {
   }
 
  private:
-  // The plan's error is typically this part of the scale where sweeps measure less.
-  static constexpr double kShare = 0.3;
   // Within kNear of the scale, kPatience passes that bring no progress are the last.
   static constexpr double kNear = 10;
   static constexpr int64_t kPatience = 8;
 
-  OTLOSS_HOST_DEVICE double with_rounding(double error) const { return error + kShare * scale_; }
+  OTLOSS_HOST_DEVICE double with_rounding(double error) const { return error + share_ * scale_; }
 
-  double tol_ = 0, error_ = std::numeric_limits<double>::quiet_NaN(), scale_ = 0;
+  double tol_ = 0, share_ = 0;
+  double error_ = std::numeric_limits<double>::quiet_NaN(), scale_ = 0;
   // The least error of points that were kept; the last error that was clearly less than before.
   double least_ = std::numeric_limits<double>::infinity(), mark_ = least_;
   int64_t marked_ = 0, idle_ = 0;  // passes until then and since
@@ -217,14 +231,16 @@ enum class Next {
 class StepControl {
  public:
   StepControl() = default;
-  // mass: the total of b.
-  OTLOSS_HOST_DEVICE StepControl(double eps, double tol, int64_t max_iters, double mass)
+  // mass: the total of b; points: see rounding_share.
+  OTLOSS_HOST_DEVICE StepControl(double eps, double tol, int64_t max_iters, double mass,
+                                 double points)
       : stages_{0, eps, eps},
         tol_(tol),
         mass_(mass),
+        share_(rounding_share(points)),
         max_iters_(max_iters),
         limit_(max_iters),
-        stop_(tol) {}
+        stop_(tol, share_) {}
 
   OTLOSS_HOST_DEVICE void count_passes(int64_t count) { passes_ += count; }
   OTLOSS_HOST_DEVICE int64_t passes() const { return passes_; }
@@ -291,7 +307,7 @@ class StepControl {
   }
 
   // A point follows that was reached by no iteration.
-  OTLOSS_HOST_DEVICE void restart() { stop_ = StopRule(tol_); }
+  OTLOSS_HOST_DEVICE void restart() { stop_ = StopRule(tol_, share_); }
 
  private:
   // Stages that leave no pass for the last one are skipped.
@@ -300,11 +316,11 @@ class StepControl {
     stage_ = stage < stages_.count && passes_ + 1 < max_iters_ - 1 ? stage : stages_.count;
     const bool last = at_last_stage();
     limit_ = max_iters_ - (last ? 0 : 1);
-    stop_ = StopRule(last || tol_ > kStageTol ? tol_ : kStageTol);
+    stop_ = StopRule(last || tol_ > kStageTol ? tol_ : kStageTol, share_);
   }
 
   Stages stages_{};
-  double tol_ = 0, mass_ = 1;
+  double tol_ = 0, mass_ = 1, share_ = 0;
   int64_t max_iters_ = 0, passes_ = 0;
   int64_t limit_ = 0;  // of passes, at the end of the stage
   int stage_ = 0, attempt_ = 0;

@@ -14,19 +14,19 @@ iteration, and repeats them with weights in place of 0 that are too small to cha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from otloss import _check
-from otloss.autograd.settings import Inputs, Places, Seeds, Settings, implementation, is_envelope
+from otloss.autograd.settings import Inputs, Places, Seeds, Settings, implementation, mode
 from otloss.costs import COSTS
 from otloss.method import in_blocks
 from otloss.reference.gradients import quotient, weight_gradients
-from otloss.reference.marginals import Marginals, damping, marginals_of, share
-from otloss.reference.operations import Arguments, as_pairs
+from otloss.reference.marginals import Marginals, damping, marginals_of, plan, share, softmin
+from otloss.reference.operations import as_pairs
 
 __all__ = ["FirstOrder", "extended", "fill", "masks", "some"]
 
@@ -39,72 +39,8 @@ _SECOND_ORDER: Final = (
 # it, and the kernels' exponentials, which end at 2^-126, still resolve its entries of the plan.
 TINY: Final = 1e-20
 
-
-class Side(NamedTuple):
-    """One side of a pair, its points as rows and those of the other side as columns."""
-
-    pair: int
-    exchanged: bool  # the rows are those of the second cloud
-    rows: int  # cloud
-    columns: int
-    a: Tensor  # (B, n) weights of the rows
-    b: Tensor  # (B, m) of the columns, of the total of a if balanced
-    marginals: Marginals  # of the rows, of the columns
-
-
-def _sides(s: Settings, weights: Sequence[Tensor], wanted: Sequence[bool]) -> Iterator[Side]:
-    """Both sides of every pair, but for those whose weights are not wanted."""
-    for p, (i, j) in enumerate(as_pairs(s.pairs)):
-        x, y, balanced = marginals_of(s.options.rho_x, s.options.rho_y, i, j)
-        for side in ((p, False, i, j), (p, True, j, i)):
-            if not wanted[side[2]]:
-                continue
-            a, b = (_precise(weights[c]) for c in side[2:])
-            if balanced:  # totals may differ by rounding
-                b = b * (a.sum(-1, True) / b.sum(-1, True))
-            yield Side(
-                *side, a, b, Marginals(y, x, balanced) if side[1] else Marginals(x, y, balanced)
-            )
-
-
-def _precise(t: Tensor) -> Tensor:
-    """In float64 on a CPU, where only rows of weight 0 are computed: some may be far away."""
-    return t.detach().double() if t.is_cpu else t.detach()
-
-
-def _over_rows(
-    s: Settings,
-    places: Places,
-    side: Side,
-    function: Callable[..., tuple[Tensor, ...]],
-    *arguments: Any,
-) -> list[Tensor]:
-    """``function(side, C, *arguments)`` of the rows of weight 0, some at a time, each result as
-    (B, n) with 0 in other rows. Where data is not read it is of all rows."""
-    n = side.a.shape[1]
-    rows = torch.arange(n, device=side.a.device)
-    if _check.readable(side.a):
-        rows = rows[(side.a == 0).any(0)]
-    parts = in_blocks(
-        lambda block: function(side, _costs(s, places, side, rows[block]), *arguments),
-        len(rows),
-        side.b,
-    )
-    results = [torch.cat(part, -1) for part in zip(*parts, strict=True)]
-    return [r.new_zeros(r.shape[0], n).index_copy(-1, rows, r) for r in results]
-
-
-def _costs(s: Settings, places: Places, side: Side, rows: Tensor) -> Tensor:
-    """C (B, rows, m) as it stands; in columns of weight 0 it is 0."""
-    if places.costs:
-        C = places.costs[side.pair]
-        C = _precise(C[:, :, rows].mT if side.exchanged else C[:, rows])
-    else:
-        x, y = (_precise(places.points[c]) for c in (side.rows, side.columns))
-        weights = [places.present[side.rows][:, rows].to(x), side.b]
-        operation, kind = implementation(s.options.method), COSTS[str(s.options.cost)]
-        (C,) = operation.cost([x[:, rows], y], weights, [0, 1], kind)
-    return torch.where(side.b.unsqueeze(-2) > 0, C, 0.0)
+# Of f and of g, or of the two weights, each of every pair.
+Both = Sequence[Sequence[Tensor]]
 
 
 def masks(places: Places, weights: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
@@ -144,100 +80,133 @@ class FirstOrder(torch.autograd.Function):
         return grad, None, None
 
 
-@torch.no_grad()
 def fill(
     s: Settings,
+    places: Places,
     seeds: Seeds,
-    inputs: Inputs,
-    potentials: tuple[list[Tensor], list[Tensor]],
-    given: tuple[list[Tensor], list[Tensor]],
-    wanted: list[bool],
-) -> tuple[list[Tensor], list[Tensor]]:
+    weights: Sequence[Tensor],
+    potentials: Both,
+    given: Both,
+    wanted: Sequence[bool],
+) -> Both:
     """``given``, the gradients of both weights of every pair, with those of empty bins."""
-    places = s.places
-    if places is None or (s.backward == "envelope" and s.options.objective == "transport"):
+    empty = masks(places, weights, wanted)
+    has = some(empty)
+    if not any(has):
         return given
-    empty = masks(places, inputs.weights, wanted)
-    clouds = some(empty)
-    if not any(clouds):
-        return given
-    grads = [list(given[0]), list(given[1])]
-    if s.backward == "unrolled":
-        found = _unrolled(s, places, seeds, inputs.weights, empty)
-    else:
-        found = [list(given[0]), list(given[1])]
-        for side in _sides(s, inputs.weights, clouds):
-            bins = empty[side.rows]
-            found[side.exchanged][side.pair] = _of_side(
-                s, places, seeds, side, bins, potentials, given
-            )
-    for p, pair in enumerate(as_pairs(s.pairs)):
-        failed = 0 * _precise(potentials[0][p]).sum(-1, True)  # NaN or 0
-        for k, c in enumerate(pair):
-            # A derivative beyond the dtype is its largest number: an infinite one times the weight
-            # of 0 would be NaN, in the sums that reach other weights.
-            most = torch.finfo(grads[k][p].dtype).max
-            value = (found[k][p] + failed).clamp(-most, most).to(grads[k][p])
-            grads[k][p] = torch.where(empty[c], value, grads[k][p])
-    return grads[0], grads[1]
+    with torch.no_grad():
+        if s.options.follows_iterations():
+            found = _unrolled(s, places, seeds, weights, empty)
+        else:
+            found = [
+                [
+                    _of_side(_Side.of(s, places, weights, p, k), empty[c], seeds, potentials, given)
+                    if has[c]
+                    else given[k][p]
+                    for p, c in enumerate(s.pairs[k::2])
+                ]
+                for k in (0, 1)
+            ]
+    # A derivative beyond the dtype is its largest number: an infinite one times the weight of 0
+    # would be NaN, in the sums that reach other weights.
+    most = torch.finfo(weights[0].dtype).max
+    return [
+        [
+            torch.where(empty[c], there.clamp(-most, most).to(grad), grad) if has[c] else grad
+            for c, there, grad in zip(clouds, *of_side, strict=True)
+        ]
+        for clouds, *of_side in zip((s.pairs[::2], s.pairs[1::2]), found, given, strict=True)
+    ]
 
 
 def extended(
     s: Settings, places: Places, weights: Sequence[Tensor], f: Tensor, g: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The potentials of a single pair, and at empty bins those of the first mass to come."""
-    potentials = [f], [g]
-    empty = masks(places, weights, [True, True])
-    with torch.no_grad():
-        found = _extended(s, places, weights, potentials, empty)
-    f, g = (
-        FirstOrder.apply(torch.where(e, there.to(v), v), e, True) if has else v
-        for v, there, e, has in zip((f, g), found, empty, some(empty), strict=True)
-    )
-    return f, g
-
-
-def _extended(
-    s: Settings,
-    places: Places,
-    weights: Sequence[Tensor],
-    potentials: tuple[list[Tensor], list[Tensor]],
-    empty: list[Tensor],
 ) -> list[Tensor]:
-    """Right at empty bins."""
-    if s.options.n_iters >= 0:
-        _, solution = _repeated(s, places, weights, empty)
-        return [solution[2][0], solution[3][0]]
-    found = [v[0] for v in potentials]
-    for side in _sides(s, weights, some(empty)):
-        other = _precise(potentials[not side.exchanged][0])
-        (found[side.rows],) = _over_rows(s, places, side, _potential, s.options.eps, other)
-    return found
+    """The potentials of a single pair, and at empty bins those of the first mass to come."""
+    empty = masks(places, weights, [True, True])
+    has, potentials = some(empty), [f, g]
+    with torch.no_grad():
+        if s.options.n_iters >= 0:
+            _, (_, _, (f,), (g,), *_) = _repeated(s, places, weights, empty)
+            found = [f, g]
+        else:
+            found = [
+                _Side.of(s, places, weights, 0, k).sums(potentials[1 - k])[0] if has[k] else v
+                for k, v in enumerate(potentials)
+            ]
+    return [
+        FirstOrder.apply(torch.where(e, there.to(v), v), e, True) if any_there else v
+        for v, there, e, any_there in zip(potentials, found, empty, has, strict=True)
+    ]
 
 
-def _potential(side: Side, C: Tensor, eps: float, g: Tensor) -> tuple[Tensor, ...]:
-    return _softmin(side, C, eps, g)[:1]
+def _precise(t: Tensor) -> Tensor:
+    """In float64 on a CPU, where only rows of weight 0 are computed: some may be far away."""
+    return t.detach().double() if t.is_cpu else t.detach()
 
 
-def _softmin(side: Side, C: Tensor, eps: float, g: Tensor) -> tuple[Tensor, Tensor]:
-    """f = damping T(g) and R, of rows of the cost."""
-    rho, positive = side.marginals.x, side.b > 0
-    log_b = torch.where(positive, side.b, 1.0).log()
-    z = torch.where(positive, log_b + g / eps, -torch.inf).unsqueeze(-2) - C / eps
-    total = z.logsumexp(-1)
-    f = -eps * damping(rho, eps) * total
-    return f, (z - total.unsqueeze(-1)).exp() * share(f, rho).unsqueeze(-1)
+class _Side(NamedTuple):
+    """One side of a pair, its points as rows and those of the other side as columns."""
+
+    settings: Settings
+    places: Places
+    pair: int
+    exchanged: int  # 1 if the rows are those of the second cloud, else 0
+    clouds: tuple[int, int]  # of rows, of columns
+    a: Tensor  # (B, n) weights of the rows
+    b: Tensor  # (B, m) of the columns, of the total of a if balanced
+    marginals: Marginals  # of the rows, of the columns
+
+    @staticmethod
+    def of(s: Settings, places: Places, weights: Sequence[Tensor], p: int, k: int) -> _Side:
+        i, j = as_pairs(s.pairs)[p]
+        x, y, balanced = marginals_of(s.options.rho_x, s.options.rho_y, i, j)
+        if k:
+            i, j, x, y = j, i, y, x
+        a, b = _precise(weights[i]), _precise(weights[j])
+        if balanced:  # totals may differ by rounding
+            b = b * (a.sum(-1, True) / b.sum(-1, True))
+        return _Side(s, places, p, k, (i, j), a, b, Marginals(x, y, balanced))
+
+    def sums(self, g: Tensor, h: Tensor | None = None) -> list[Tensor]:
+        """f, and the row sums of R C and of R h, in rows of weight 0; 0 elsewhere. (B, n) each.
+
+        Some rows at a time. Where data is not read it is all of them.
+        """
+        eps, rho, g = self.settings.options.eps, self.marginals.x, _precise(g)
+        h = torch.zeros_like(g) if h is None else h
+        n = self.a.shape[1]
+        rows = torch.arange(n, device=self.a.device)
+        if _check.readable(self.a):
+            rows = rows[(self.a == 0).any(0)]
+
+        def of_block(block: slice) -> tuple[Tensor, ...]:
+            C = self._costs(rows[block])
+            T = softmin(eps, C, g, self.b)
+            f = damping(rho, eps) * T
+            R = plan(eps, C, T, g, torch.ones_like(f), self.b) * share(f, rho).unsqueeze(-1)
+            return f, (R * C).sum(-1), (R * h.unsqueeze(-2)).sum(-1)
+
+        parts = zip(*in_blocks(of_block, len(rows), self.b), strict=True)
+        results = [torch.cat(part, -1) for part in parts]
+        return [r.new_zeros(r.shape[0], n).index_copy(-1, rows, r) for r in results]
+
+    def _costs(self, rows: Tensor) -> Tensor:
+        """C (B, rows, m) as it stands; in columns of weight 0 it is 0."""
+        i, j = self.clouds
+        if self.places.costs:
+            C = self.places.costs[self.pair]
+            C = _precise(C[:, :, rows].mT if self.exchanged else C[:, rows])
+        else:
+            x, y = (_precise(self.places.points[c]) for c in (i, j))
+            weights = [self.places.present[i][:, rows].to(x), self.b]
+            operation = implementation(self.settings.options.method)
+            kind = COSTS[str(self.settings.options.cost)]
+            (C,) = operation.cost([x[:, rows], y], weights, [0, 1], kind)
+        return torch.where(self.b.unsqueeze(-2) > 0, C, 0.0)
 
 
-def _of_side(
-    s: Settings,
-    places: Places,
-    seeds: Seeds,
-    side: Side,
-    empty: Tensor,
-    potentials: tuple[list[Tensor], list[Tensor]],
-    given: tuple[list[Tensor], list[Tensor]],
-) -> Tensor:
+def _of_side(side: _Side, empty: Tensor, seeds: Seeds, potentials: Both, given: Both) -> Tensor:
     """The gradient of the weights of the rows, (B, n), right where they are 0.
 
     That of row i is what a fixed f_i gives, less eps sum_j R_ij beta_j. That of column j has
@@ -245,8 +214,8 @@ def _of_side(
     c_j beta_j = g_bar_j - (P^T alpha)_j. The terms of <P, C> cancel, and if the problem is balanced
     so does the constant that the gradients are defined up to.
     """
-    p, eps, (_, rho_other, balanced) = side.pair, s.options.eps, side.marginals
-    own, other, a, b = side.exchanged, not side.exchanged, side.a, side.b
+    s, p, own, other = side.settings, side.pair, side.exchanged, 1 - side.exchanged
+    eps, (_, rho, balanced), a, b = s.options.eps, side.marginals, side.a, side.b
     f, g, g_bar = (_precise(t) for t in (potentials[own][p], potentials[other][p], given[other][p]))
     transport = s.options.objective == "transport"
     scale = s.coefficients[p] * _precise(seeds.of_value(p)).unsqueeze(-1)
@@ -255,7 +224,7 @@ def _of_side(
         shift = ((b * g).sum(-1, True) - (a * f).sum(-1, True)) / mass
         f, g = f + shift, g - shift
     h, gauge = torch.zeros_like(b), torch.zeros_like(mass)  # eps beta, but for its constant
-    if not is_envelope(s, seeds):
+    if mode(s, seeds) == "implicit":
         seed = torch.zeros_like(b)
         if seeds.f:
             on_f, seed = (
@@ -265,60 +234,49 @@ def _of_side(
             gauge = (on_f.sum(-1, True) - seed.sum(-1, True)) / mass if balanced else gauge
         h = g_bar - gauge * g + eps * (quotient(seed, b) + gauge)
         if not transport:
-            h = h - scale * _at_fixed(eps, side, f, g)[1]
-        h = torch.where(b > 0, h * damping(rho_other, eps) / share(g, rho_other), 0.0)
-
-    there, cost, beta = _over_rows(s, places, side, _sums, eps, g, h)
-    at_fixed = cost if transport else _at_fixed(eps, side, torch.where(empty, there, f), g)[0]
+            h = h - scale * weight_gradients(eps, f, g, a, b, side.marginals)[1]
+        # A point so far that the plan takes nothing of it has no part in the system.
+        h = torch.where(b > 0, quotient(h * damping(rho, eps), share(g, rho)), 0.0)
+    there, cost, beta = side.sums(g, h)
+    if transport:
+        at_fixed = cost
+    else:
+        at_fixed = weight_gradients(eps, torch.where(empty, there, f), g, a, b, side.marginals)[0]
     return scale * at_fixed - gauge * there - beta
 
 
-def _sums(side: Side, C: Tensor, eps: float, g: Tensor, h: Tensor) -> tuple[Tensor, ...]:
-    f, R = _softmin(side, C, eps, g)
-    return f, (R * C).sum(-1), (R * h.unsqueeze(-2)).sum(-1)
-
-
-def _at_fixed(eps: float, side: Side, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """dOT/da of the rows and of the columns."""
-    return weight_gradients(eps, f, g, side.a, side.b, side.marginals)
-
-
 def _repeated(
-    s: Settings, places: Places, weights: Sequence[Tensor], empty: list[Tensor]
-) -> tuple[Arguments, Sequence[Any]]:
+    s: Settings, places: Places, weights: Sequence[Tensor], empty: Sequence[Tensor]
+) -> tuple[Inputs, Sequence[Any]]:
     """The problems with a little mass in empty bins, and what ``solve`` makes of them."""
     operation, o = implementation(s.options.method), s.options
-    points = [_precise(x) for x in places.points]
     filled = [
         torch.where(e, TINY * w.sum(-1, True), w)
         for e, w in zip(empty, map(_precise, weights), strict=True)
     ]
-    costs: list[Tensor] = []
+    points, costs = [_precise(x) for x in places.points], list[Tensor]()
     if places.costs:
         for C, (i, j) in zip(places.costs, as_pairs(s.pairs), strict=True):
-            there = (filled[i].unsqueeze(-1) > 0) & (filled[j].unsqueeze(-2) > 0)
-            both = empty[i].unsqueeze(-1) & empty[j].unsqueeze(-2)
-            costs.append(_precise(torch.where(there & ~(both & ~C.isfinite()), C, 0.0)))
+            counts = (filled[i].unsqueeze(-1) > 0) & (filled[j].unsqueeze(-2) > 0)
+            both = empty[i].unsqueeze(-1) & empty[j].unsqueeze(-2)  # where C may be anything
+            costs.append(_precise(torch.where(counts & ~(both & ~C.isfinite()), C, 0.0)))
     elif s.dense:
         costs = operation.cost(points, filled, s.pairs, COSTS[str(o.cost)])
-    init = [_precise(v) for v in places.init]
-    problem = s.arguments(Inputs(costs, points, filled, init))
-    limits = problem.eps, o.max_iters, o.n_iters  # tol is not read
-    return problem, operation.solve(*problem, init, *limits, True, False)
+    inputs = Inputs(costs, points, filled, [_precise(v) for v in places.init])
+    limits = s.eps, o.max_iters, o.n_iters, True, False  # a tol, which is not read
+    return inputs, operation.solve(*s.arguments(inputs), inputs.init, *limits)
 
 
 def _unrolled(
-    s: Settings, places: Places, seeds: Seeds, weights: Sequence[Tensor], empty: list[Tensor]
-) -> list[list[Tensor]]:
-    """The gradient of both weights of every pair, right at empty bins."""
-    problem, solution = _repeated(s, places, weights, empty)
-    pairs = as_pairs(s.pairs)
+    s: Settings, places: Places, seeds: Seeds, weights: Sequence[Tensor], empty: Sequence[Tensor]
+) -> Both:
+    """The gradients of both weights of every pair, right at empty bins."""
+    inputs, (_, _, _, _, traces, _) = _repeated(s, places, weights, empty)
     at_f, at_g = (
         [torch.where(empty[c], 0.0, _precise(t)) for t, c in zip(grads, side, strict=False)]
-        for grads, side in zip((seeds.f, seeds.g), zip(*pairs, strict=True), strict=True)
+        for grads, side in ((seeds.f, s.pairs[::2]), (seeds.g, s.pairs[1::2]))
     )
-    operation, init = implementation(s.options.method), [_precise(v) for v in places.init]
-    _, _, *found = operation.unrolled_backward(
-        _precise(seeds.loss), at_f, at_g, *problem, init, solution[4], [], [], True
+    _, _, *found = implementation(s.options.method).unrolled_backward(
+        _precise(seeds.loss), at_f, at_g, *s.arguments(inputs), inputs.init, traces, [], [], True
     )
     return found

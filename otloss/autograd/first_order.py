@@ -3,52 +3,92 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from otloss import _check
-from otloss.autograd import empty_bins
-from otloss.autograd.settings import Inputs, Seeds, Settings, Wanted, implementation, is_envelope
-from otloss.reference.operations import as_pairs
+from otloss import _check, ops
+from otloss.autograd.empty_bins import Both, fill
+from otloss.autograd.settings import (
+    Gradients,
+    Inputs,
+    Seeds,
+    Settings,
+    Wanted,
+    batched,
+    implementation,
+    mode,
+)
 
-__all__ = ["gradients", "sum_over_pairs"]
+__all__ = ["gradients", "of_clouds", "plan_product"]
+
+# The operation of each mode: ``(where, seeds, problem, init, f, g, traces, want)`` to gradients of
+# costs, of points and of both weights of every pair, and of a linear system the status.
+OPERATIONS: Final[dict[str, Callable[..., Any]]] = {
+    "envelope": lambda where, seeds, problem, init, f, g, traces, want: where.envelope_backward(
+        seeds.loss, *problem, f, g, *want
+    ),
+    "implicit": lambda where, seeds, problem, init, f, g, traces, want: where.implicit_backward(
+        *seeds, *problem._replace(multiscale=False), f, g, *want
+    ),
+    "unrolled": lambda where, seeds, problem, init, f, g, traces, want: where.unrolled_backward(
+        *seeds, *problem, init, traces, *want
+    ),
+}
 
 
 def gradients(
     s: Settings, seeds: Seeds, inputs: Inputs, solution: Sequence[Tensor], wanted: Wanted
-) -> tuple[Sequence[Tensor], Sequence[Tensor], list[Tensor | None]]:
-    """Of the wanted costs, of the wanted clouds, and of every cloud's weights where wanted.
-
-    ``solution``: [*f, *g, *traces].
-    """
-    P, operation = len(s.coefficients), implementation(s.options.method)
+) -> Gradients:
+    """``solution``: [*f, *g, *traces]."""
+    P, where, problem = len(s.coefficients), implementation(s.options.method), s.arguments(inputs)
     f, g, traces = list(solution[:P]), list(solution[P : 2 * P]), list(solution[2 * P :])
-    problem, want = s.arguments(inputs), (wanted.costs, wanted.points, any(wanted.weights))
-    if s.backward == "unrolled":
-        found = operation.unrolled_backward(*seeds, *problem, inputs.init, traces, *want)
-    elif is_envelope(s, seeds):
-        found = operation.envelope_backward(seeds.loss, *problem, f, g, *want)
-    else:
-        *found, status = operation.implicit_backward(*seeds, *problem, f, g, *want)
-        _report_system(s, status, inputs.weights[0].dtype)
-    costs, points, *of_sides = found
-    if any(wanted.weights):
-        of_sides = empty_bins.fill(s, seeds, inputs, (f, g), of_sides, wanted.weights)
-    grad_a, grad_b = of_sides
-    return costs, points, sum_over_pairs(s.pairs, grad_a, grad_b, wanted.weights)
+    want = wanted.costs, wanted.points, any(wanted.weights)
+    costs, points, grad_a, grad_b, *status = OPERATIONS[mode(s, seeds)](
+        where, seeds, problem, inputs.init, f, g, traces, want
+    )
+    if status:
+        _report_system(s, status[0], inputs.weights[0].dtype)
+    of_weights = of_clouds(s, seeds, inputs.weights, (f, g), (grad_a, grad_b), wanted.weights)
+    return Gradients(costs, points, of_weights)
 
 
-def sum_over_pairs(
-    pairs: list[int], grad_a: list[Tensor], grad_b: list[Tensor], wanted: list[bool]
+def plan_product(
+    s: Settings,
+    points: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    potentials: tuple[Tensor, Tensor],
+    v: Tensor,
+    axis: int,
+) -> Tensor:
+    """P v, or with ``axis=0`` P^T v, (B, n, c), of the one pair of a multiscale solve."""
+    f, g = (t.contiguous() for t in potentials)
+    inputs = Inputs([], [batched(x) for x in points], [w.contiguous() for w in weights], [])
+    problem = s.arguments(inputs)
+    if axis == 0:
+        problem, f, g = problem._replace(pairs=s.pairs[::-1]), g, f
+    return ops.plan_product(*problem, [f], [g], [v.contiguous()])[0]
+
+
+def of_clouds(
+    s: Settings,
+    seeds: Seeds,
+    weights: Sequence[Tensor],
+    potentials: Both,
+    given: Both,
+    wanted: list[bool],
 ) -> list[Tensor | None]:
-    """The gradient of each cloud's weights from those of each pair's two sides."""
+    """The gradient of each cloud's weights from ``given``, those of each pair's two sides, with
+    what empty bins get."""
     total: list[Tensor | None] = [None] * len(wanted)
     if not any(wanted):
         return total
-    for (i, j), of_a, of_b in zip(as_pairs(pairs), grad_a, grad_b, strict=True):
-        for c, grad in ((i, of_a), (j, of_b)):
+    if s.places and not s.options.holds_plan():
+        given = fill(s, s.places, seeds, weights, potentials, given, wanted)
+    for side, clouds in zip(given, (s.pairs[::2], s.pairs[1::2]), strict=True):
+        for c, grad in zip(clouds, side, strict=True):
             if wanted[c]:
                 before = total[c]
                 total[c] = grad if before is None else before + grad

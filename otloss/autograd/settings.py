@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Final, NamedTuple
 
@@ -13,8 +14,10 @@ from otloss._options import OBJECTIVES, Options
 from otloss.costs import COSTS
 from otloss.reference import operations
 from otloss.reference.operations import Arguments
+from otloss.target import SelfProblem
 
 __all__ = [
+    "Gradients",
     "Inputs",
     "Places",
     "Seeds",
@@ -22,7 +25,7 @@ __all__ = [
     "Wanted",
     "batched",
     "implementation",
-    "is_envelope",
+    "mode",
     "unbatched",
 ]
 
@@ -35,22 +38,30 @@ class Settings(NamedTuple):
     pairs: list[int]  # flat: [i0, j0, i1, j1, ...]
     coefficients: list[float]  # the loss is the sum of coefficient * value over the pairs
     options: Options
-    backward: str  # the mode, decided where options leave it open
     potentials: bool  # whether f and g are outputs, differentiable
-    trace: bool  # keep the potentials of every iteration, for backward="unrolled"
+    trace: bool  # keep the potentials of every iteration
     dense: bool  # store cost matrices made from points
     combined: bool  # return the loss, not its terms
     batched: bool  # the loss is (B,), not ()
     eps: Tensor  # made once for both passes, like rho, from the options
     rho: Tensor | None
+    live: Sequence[int] = ()  # the pairs that a gradient flows through
+    target: SelfProblem | None = None  # the last pair, where its solution is kept
     system: list[Tensor] | None = None  # receives the status of the implicit gradient's system
     places: Places | None = None  # where weights can be those of empty bins, and are differentiated
+
+    def of_live(self) -> Settings:
+        """The same of the pairs that a gradient flows through."""
+        pairs = [c for p in self.live for c in self.pairs[2 * p : 2 * p + 2]]
+        coefficients = [self.coefficients[p] for p in self.live]
+        return self._replace(pairs=pairs, coefficients=coefficients)
 
     def arguments(self, inputs: Inputs) -> Arguments:
         """What the operations take of a set of problems."""
         o, (costs, points, weights, _) = self.options, inputs
         kind = COSTS[str(o.cost)] if points else 0
-        modes = OBJECTIVES.index(o.objective), o.precision == "tf32", o.method == "multiscale"
+        multiscale = bool(points) and o.method == "multiscale"
+        modes = OBJECTIVES.index(o.objective), o.precision == "tf32", multiscale
         clouds = points, weights, self.pairs, kind
         return Arguments(costs, *clouds, self.coefficients, self.eps, self.rho, *modes)
 
@@ -72,6 +83,11 @@ class Inputs(NamedTuple):
     weights: list[Tensor]  # (B, n) per cloud
     init: list[Tensor]  # f and g of each pair in turn, or none
 
+    def of_pairs(self, pairs: Sequence[int]) -> Inputs:
+        costs = [self.costs[p] for p in pairs] if self.costs else []
+        init = [v for p in pairs for v in self.init[2 * p : 2 * p + 2]]
+        return self._replace(costs=costs, init=init)
+
 
 class Seeds(NamedTuple):
     """Gradients of what a solve returned."""
@@ -79,6 +95,11 @@ class Seeds(NamedTuple):
     loss: Tensor  # (B,), or (P, B) where every pair has its own
     f: list[Tensor]  # per pair, or none
     g: list[Tensor]
+
+    def of_pairs(self, pairs: Sequence[int]) -> Seeds:
+        loss = self.loss if self.loss.dim() == 1 else self.loss[list(pairs)]
+        f, g = ([each[p] for p in pairs] if each else [] for each in (self.f, self.g))
+        return Seeds(loss, f, g)
 
     def of_value(self, p: int) -> Tensor:
         """(B,) of coefficient * value of pair p."""
@@ -89,6 +110,14 @@ class Wanted(NamedTuple):
     costs: list[int]  # pairs
     points: list[int]  # clouds
     weights: list[bool]  # of each cloud
+
+
+class Gradients(NamedTuple):
+    """What is wanted, in that order; of weights None where they are not."""
+
+    costs: Sequence[Tensor]
+    points: Sequence[Tensor]
+    weights: list[Tensor | None]
 
 
 def implementation(method: str) -> ModuleType:
@@ -111,7 +140,8 @@ def unbatched(grad: Tensor, x: Tensor) -> Tensor:
     return grad if grad.dtype == x.dtype else grad.to(x.dtype)
 
 
-def is_envelope(s: Settings, seeds: Seeds) -> bool:
-    """Whether the gradient is that at fixed potentials. The implicit one of the value itself is."""
+def mode(s: Settings, seeds: Seeds) -> str:
+    """Which gradient it is: the implicit one of the value alone is that at fixed potentials."""
     of_value = s.options.objective == "regularized" and not seeds.f
-    return s.backward == "envelope" or (s.backward == "implicit" and of_value)
+    chosen = s.options.gradient()
+    return "envelope" if chosen == "implicit" and of_value else chosen

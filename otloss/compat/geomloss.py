@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from otloss import _check, losses
-from otloss._options import choice, number
+from otloss._options import EnergyMethod, choice, number
 from otloss.costs import Cost
 from otloss.problem import cost_matrix
 from otloss.simple import distance_of, mmd
@@ -18,7 +18,7 @@ from otloss.solve import solve_sample
 __all__ = ["SamplesLoss"]
 
 LOSSES = ("sinkhorn", "gaussian", "laplacian", "energy")
-METHODS: dict[str, Any] = {
+METHODS: dict[str, EnergyMethod] = {
     "auto": "auto",
     "tensorized": "dense",
     "online": "streamed",

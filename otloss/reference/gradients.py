@@ -110,12 +110,14 @@ def implicit_gradient(
     r, c = P.sum(-1) / damping(marginals.x, eps), P.sum(-2) / damping(marginals.y, eps)
     # A little more than rounding takes: clusters that exchange nothing leave the system singular.
     raised = 1 + 64 * torch.finfo(c.dtype).eps
-    padding = torch.diag_embed((b <= 0).to(b))  # so that no row of the system is empty
+    # No row of the system is empty: neither one of padding, nor of a point so far away that the
+    # plan takes nothing of it.
+    padding = torch.diag_embed((c <= 0).to(c))
     if same:
         half = 0.5 * (f_bar + g_bar)
         alpha = beta = _solve_linear(torch.diag_embed(raised * r) + P + padding, half)
     else:
-        row = P / torch.where(a > 0, r, 1.0).unsqueeze(-1)
+        row = P / torch.where(r > 0, r, 1.0).unsqueeze(-1)
         schur = torch.diag_embed(raised * c) - P.mT @ row + padding
         if marginals.balanced:  # constants are its null space
             schur = schur + b.unsqueeze(-1) * b.unsqueeze(-2)

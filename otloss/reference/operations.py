@@ -44,6 +44,7 @@ OPERATIONS = (
 
 # Terms of a loss that is smaller, over their size, are made again in double.
 CANCELLED = 1e-3
+DIVERGENCE = [0, 1, 0, 0, 1, 1]  # pairs
 
 
 class Arguments(NamedTuple):
@@ -122,7 +123,7 @@ def cost_backward(
 def solve(
     *arguments: Any,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    problem, (init, tol, max_iters, n_iters, trace, dense) = read(arguments)
+    problem, (init, tol, max_iters, n_iters, trace, dense, *_) = read(arguments)
     costs, weights, coefficients = problem.matrices(), problem.weights, problem.coefficients
     eps, tol, objective = problem.eps.item(), tol.item(), problem.objective
     points = without_padding(problem.points, weights) if problem.points else []
@@ -152,14 +153,50 @@ def solve(
         all_f.append(f.clone())
         all_g.append(g.clone())
     made = costs if dense and not problem.costs else []
-    every, dtype = torch.stack(terms), costs[0].dtype
-    if points and n_iters < 0 and objective != TRANSPORT and dtype == torch.float32:
+    status, dtype = torch.stack(statuses), costs[0].dtype
+
+    def refined() -> Tensor:
+        every = torch.stack(terms)
         close = every.sum(0).abs() < CANCELLED * every.abs().sum(0)
-        if bool(close.any()):
-            every = torch.where(close, _in_double(problem, points, all_g), every)
+        in_double = points and n_iters < 0 and objective != TRANSPORT and dtype == torch.float32
+        if not (in_double and bool(close.any())):
+            return every
+        return torch.where(close, _in_double(problem, points, all_g), every)
+
+    every = refined()
+    if n_iters < 0 and objective != TRANSPORT and problem.pairs == DIVERGENCE:
+        again = (clamped(every.sum(0), every.abs().sum(0), dtype) < 0) & status[0, :, 2].bool()
+        if bool(again.any()):
+            _solve_again(problem, costs[0], again, tol, max_iters, status, terms, all_f, all_g)
+            every = refined()
     loss = clamped(every.sum(0), every.abs().sum(0), dtype).to(dtype)
-    status = torch.cat([torch.stack(statuses), every.unsqueeze(-1)], dim=-1)
-    return loss, status, all_f, all_g, traces, made
+    return loss, torch.cat([status, every.unsqueeze(-1)], dim=-1), all_f, all_g, traces, made
+
+
+def _solve_again(
+    problem: Arguments,
+    C: Tensor,
+    again: Tensor,
+    tol: float,
+    max_iters: int,
+    status: Tensor,
+    terms: list[Tensor],
+    f: list[Tensor],
+    g: list[Tensor],
+) -> None:
+    """The pair of a divergence, of the chosen entries, from the potentials of the clouds against
+    themselves: ``solve_negative_again`` of csrc/cpu/solve/solve.cpp."""
+    marginals, eps, (a, b) = problem.marginals()[0], problem.eps.item(), problem.weights
+    b = b * (a.sum(-1, True) / b.sum(-1, True)) if marginals.balanced else b
+    C, a, b = C[again], a[again], b[again]
+    start = [f[1][again], f[2][again]]
+    f[0][again], g[0][again], error, sweeps, converged = solve_batch(
+        C, a, b, marginals, False, eps, tol, max_iters, start
+    )
+    sweeps = sweeps + status[0, again, 0]
+    status[0, again, :3] = torch.stack([sweeps, error, converged], -1)
+    found = value(eps, C, f[0][again], g[0][again], a, b, problem.objective, marginals)
+    terms[0][again] = problem.coefficients[0] * found
 
 
 def _in_double(problem: Arguments, points: list[Tensor], g: list[Tensor]) -> Tensor:

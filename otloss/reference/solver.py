@@ -35,7 +35,7 @@ from otloss.reference.semidual import (
     marginal_error,
     residual,
 )
-from otloss.reference.stopping import StopRule, rounded, rounding
+from otloss.reference.stopping import StopRule, rounding, rounding_share
 
 # Stages: none from this eps on, over sigma; else from FIRST_STAGE * sigma by about STAGE_RATIO,
 # each but the last to STAGE_TOL.
@@ -66,7 +66,7 @@ def plain_iteration(engine: Engine, eps: float, g: Tensor) -> tuple[Tensor, Tens
     mean_g = mean_and_magnitude(g.detach(), engine.b, rho)
     error = marginal_error(target_marginal(g, engine.b, rho), column_ratio(g, t, eps, rho))
     off = rounding(mean_f.magnitude + mean_g.magnitude, eps, g.dtype)
-    return f, damping(rho, eps) * t, rounded(error, off)
+    return f, damping(rho, eps) * t, error + rounding_share(engine.a, engine.b) * off
 
 
 def fixed_iterations(
@@ -152,7 +152,7 @@ def solve_symmetric(
         mean = float((a.double() * f.double()).sum()) / engine.mass[1]
         f = torch.where(a > 0, factor * (f - factor / (1 + factor) * mean), 0.0)
         iterations = 1
-    stop = StopRule(tol)
+    stop = StopRule(tol, float(rounding_share(a, a)))
     while True:
         t = engine.update_rows(eps, f)
         iterations += 1
@@ -175,7 +175,7 @@ def solve_pair(
     """L-BFGS ascent of the semidual from g, by way of larger eps where a start is far away."""
     point, iterations = _begin(engine, eps, max_iters, g)
     stages = [eps] if is_near(eps, point) else stages_of_eps(eps, engine.sigma())
-    at = eps
+    at, share = eps, float(rounding_share(engine.a, engine.b))
     for stage, stage_eps in enumerate(stages):
         last = stage == len(stages) - 1
         limit = max_iters if last else max_iters - 1
@@ -185,7 +185,7 @@ def solve_pair(
             point, iterations, at = evaluate(engine, stage_eps, point.g), iterations + 1, stage_eps
         stage_tol = tol if last else max(STAGE_TOL, tol)
         far = FarMass(engine, eps, tol) if last else None
-        stop = StopRule(stage_tol)
+        stop = StopRule(stage_tol, share)
         point, iterations, doubtful = _ascend(
             engine, stage_eps, stop, far, limit, point, iterations
         )

@@ -10,8 +10,9 @@ from torch import Tensor
 
 Number = TypeVar("Number", float, Tensor)
 
-# The part of `rounding` that the error of a rounded plan typically is where a sweep measures less.
-SHARE = 0.3
+# The part of `rounding` that the error of a rounded plan is where a sweep measures less: a mean
+# over points, and how it fluctuates.
+MEAN, SPREAD = 0.3, 1.0
 # Within NEAR times `rounding`, PATIENCE sweeps that do not bring the least error down to PROGRESS
 # of what it was are the last.
 NEAR, PATIENCE, PROGRESS = 10, 8, 0.8
@@ -23,17 +24,18 @@ def rounding(size: Number, eps: float, dtype: torch.dtype) -> Number:
     return torch.finfo(dtype).eps * size / eps
 
 
-def rounded(error: Number, rounding: Number) -> Number:
-    """The marginal error of the plan of stored potentials, from that which a sweep measures before
-    it rounds them."""
-    return error + SHARE * rounding
+def rounding_share(a: Tensor, b: Tensor) -> Tensor:
+    """The part of ``rounding`` to be counted on, (...,): the more, the fewer points have the weight
+    of a side."""
+    squares = [(w.double() / w.sum(-1, True, dtype=torch.float64)).square().sum(-1) for w in (a, b)]
+    return MEAN + SPREAD * torch.maximum(*squares).sqrt()
 
 
 class StopRule:
     """Ends iterations within the tolerance, or where rounding hides all progress."""
 
-    def __init__(self, tol: float) -> None:
-        self.tol = tol
+    def __init__(self, tol: float, share: float) -> None:
+        self.tol, self.share = tol, share
         self.restart()
 
     def restart(self) -> None:
@@ -43,7 +45,7 @@ class StopRule:
 
     def see(self, error: float, rounding: float, sweeps: int) -> None:
         """A point, after this number of sweeps."""
-        self.error = rounded(error, rounding)
+        self.error = error + self.share * rounding
         self.reached = self.error <= self.tol
         near = error <= NEAR * rounding
         # Where rounding may be what ends the iterations the best point is kept, and returned if
@@ -53,9 +55,9 @@ class StopRule:
             self._least = error
         self.returns_kept = not self.reached and self._least < error
         if self.returns_kept:
-            self.error = rounded(self._least, rounding)
+            self.error = self._least + self.share * rounding
         if error <= PROGRESS * self._mark:
             self._mark, self._marked = error, sweeps
         idle = sweeps - self._marked >= PATIENCE
-        self.stuck = error <= SHARE * rounding or (near and idle)
+        self.stuck = error <= self.share * rounding or (near and idle)
         self.ends = self.stuck or self.reached or math.isnan(error)

@@ -20,13 +20,14 @@ finite      | no NaN, no infinity
 flag        | a ConvergenceWarning exactly where `converged` is False
 converged   | if `converged`, e <= 1.1 tol, and 8 u max C / eps more where costs are made from
             | points, u (max|f| + max|g|) / eps more where a marginal is soft, since unequal totals
-            | move f and g, and where a side has fewer than 10 points
+            | move f and g
 error       | |marginal_error - e| <= 0.1 e + w
 above       | J <= high + r: it is a dual value, converged or not
 value       | if converged, J >= low - delta - r, with delta the smaller of 2 tol m (R + eps) (the
             | dual is concave, potentials differ by R) and, balanced, 20 tol |J| (docs/solver.md)
 gap         | |J - OT| <= duality_gap, but for rounding in float64, of costs that a function makes
             | for r
+sign        | a converged divergence is not negative, where e^(-C / eps) is positive definite
 transport   | R (|P - P*| + e m) + w m max C + r, where |P - P*| <= sqrt(3 m delta / eps) in L1
             | (Pinsker), delta that of the potentials returned, or else the one of "value"
 plan        | the gradient in C: that L1 distance + w m

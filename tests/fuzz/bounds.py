@@ -17,7 +17,6 @@ from .problems import UNIT, Answer, Case, Pair, kept
 U64 = 2.0**-52
 UNDERFLOW = 1e-30  # of the weights: less is not transported in float32
 PROVEN = 1e-6  # the width of the oracle's interval over its value
-FEW = 10  # points
 
 
 @dataclass
@@ -234,6 +233,8 @@ class Judge:
             self.check("above", value - high, up + r)
         if converged:
             self.check("value", low - value, down + r)
+            if len(terms) > 1 and self.case.symmetric:
+                self.check("sign", -value, 0.0)
         if self.answer.gap is not None:
             pair, proof = self.case.pairs(k, exactly=True)[0], terms[0].proof
             p = replace(proof.problem, a=pair.a.numpy(), b=pair.b.numpy())
@@ -257,10 +258,9 @@ class Judge:
             self.check("error", abs(answer.error[k] - e), 0.1 * e + term.noise(f, g))
         if answer.converged[k]:
             # Costs made from points have a rounding of their own, and so have potentials that
-            # unequal totals move. That of few points does not average as the solver expects.
+            # unequal totals move.
             made = 8 * term.largest if case.call == "solve_sample" else 0.0
-            averages = case.balanced and min(len(f), len(g)) >= FEW
-            moved = 0.0 if averages else float(np.abs(f).max() + np.abs(g).max())
+            moved = 0.0 if case.balanced else float(np.abs(f).max() + np.abs(g).max())
             rounding = term.unit * (made + moved) / case.eps
             if rounding < 1:
                 self.check("converged", e, 1.1 * case.options["tol"] + 64 * U64 + rounding)

@@ -1,9 +1,9 @@
 // Every launcher of the CPU kernels on small problems, without torch and Python: for sanitizers
 // that torch does not bear, for other compilers and other machines. See run.py.
 //
-// Usage: driver [threads]. Each line of output is a name, a weighted sum of what was computed and
-// the sum of its absolute values. Outputs are not initialised, so that a sanitizer sees what is
-// read before it is written.
+// Usage: driver [threads [largest]], where no cloud has more points than largest. Each line of
+// output is a name, a weighted sum of what was computed and the sum of its absolute values. Outputs
+// are not initialised, so that a sanitizer sees what is read before it is written.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -116,7 +116,7 @@ class Run {
       : c_(c), name_(std::move(name)), x_(c.batch, c.n, c.d, 0), y_(c.batch, c.m, c.d, 0.3) {
     cpu::prepare_clouds<T>({x_.group(), y_.group()}, c.kind);
     cpu::cost_matrices<T>({{B(), c.n, m(), c.d, c.self, x_.z.data(), other().z.data(),
-                            x_.norm.data(), other().norm.data(), C_.data()}},
+                            x_.norm.data(), other().norm.data(), C_.data(), m()}},
                           c.kind);
     C_.tell(name_ + " costs");
     grad_.randomise(0.5, 1.5);
@@ -161,6 +161,7 @@ class Run {
     group.m = m();
     group.symmetric = c_.self;
     group.C = c_.stored ? C_.data() : nullptr;
+    group.stride = m();
     group.points = points();
     group.a = x_.weight.data();
     group.b = other().weight.data();
@@ -226,6 +227,7 @@ class Run {
     group.m = m();
     group.symmetrise = c_.self;
     group.C = C_.data();
+    group.C_stride = m();
     group.V = V_.data();
     group.row_sum = row_sum_.data();
     group.col_sum = col_sum_.data();
@@ -320,6 +322,7 @@ class Run {
 
 int main(int count, char** arguments) {
   if (count > 1) cpu::threads = std::atoi(arguments[1]);
+  const int64_t largest = count > 2 ? std::atoi(arguments[2]) : 1 << 20;
   const double inf = std::numeric_limits<double>::infinity();
   const int64_t shapes[][4] = {{5, 37, 45, 3}, {1, 1, 1, 1}, {1, 560, 1030, 2}, {2, 33, 18, 150}};
   for (const auto& shape : shapes)
@@ -329,8 +332,8 @@ int main(int count, char** arguments) {
           for (const bool stored : {false, true})
             for (const bool self : {false, true}) {
               const Case c{shape[0],
-                           shape[1],
-                           shape[2],
+                           std::min(shape[1], largest),
+                           std::min(shape[2], largest),
                            shape[3],
                            static_cast<CostKind>(kind),
                            transport ? Objective::kTransport : Objective::kRegularized,

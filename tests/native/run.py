@@ -3,7 +3,8 @@ computes with what the ordinary build of g++ does.
 
     python tests/native/run.py g++ -fsanitize=thread
     python tests/native/run.py clang++ -fsanitize=memory
-    python tests/native/run.py aarch64-linux-gnu-g++ -static --runner qemu-aarch64
+    python tests/native/run.py aarch64-linux-gnu-g++ -static --runner qemu-aarch64 --largest 64
+    python tests/native/run.py g++ --runner "valgrind -q --error-exitcode=9" --largest 40
 
 Compiler warnings are errors. Objects are kept in build/native, one folder per command.
 """
@@ -47,8 +48,8 @@ def built(command: list[str]) -> Path:
     return folder / "driver"
 
 
-def numbers(command: list[str], threads: int) -> list[tuple[str, float, float]]:
-    done = subprocess.run([*command, str(threads)], stdout=subprocess.PIPE, text=True)
+def numbers(command: list[str], *sizes: int) -> list[tuple[str, float, float]]:
+    done = subprocess.run([*command, *map(str, sizes)], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(f"{shlex.join(command)} ended with status {done.returncode}")
     rows = (line.rsplit(maxsplit=2) for line in done.stdout.splitlines())
@@ -59,9 +60,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runner", default="", help="what runs the program, as qemu-aarch64")
     parser.add_argument("--threads", type=int, default=4)
+    parser.add_argument("--largest", type=int, default=2000, help="number of points in a cloud")
     given, compiler = parser.parse_known_args()
-    expected = numbers([str(built(ORDINARY))], 1)
-    got = numbers([*shlex.split(given.runner), str(built(compiler))], given.threads)
+    expected = numbers([str(built(ORDINARY))], 1, given.largest)
+    command = [*shlex.split(given.runner), str(built(compiler))]
+    got = numbers(command, given.threads, given.largest)
     assert [name for name, *_ in got] == [name for name, *_ in expected]
     largest = {"float": 0.0, "double": 0.0}
     for (name, value, _), (_, right, size) in zip(got, expected, strict=True):
@@ -71,7 +74,8 @@ def main() -> None:
         if not error <= ALLOWED[kind]:
             sys.exit(f"{name}: {value}, not {right}")
     differences = ", ".join(f"{kind} {error:.1e}" for kind, error in largest.items())
-    print(f"{shlex.join(compiler)}: {len(got)} numbers agree, largest differences {differences}")
+    tool = shlex.join([*compiler, *shlex.split(given.runner)])
+    print(f"{tool}: {len(got)} numbers agree, largest differences {differences}")
 
 
 if __name__ == "__main__":

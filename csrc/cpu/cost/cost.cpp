@@ -45,24 +45,20 @@ OTLOSS_SIMD void add_row(int64_t d, const T* x, double* sum) {
   for (int64_t k = 0; k < d; ++k) sum[k] += static_cast<double>(x[k]);
 }
 
-// The mean of some points of positive weight of all clouds: any centre is right, a near one keeps
+// The mean of some points of positive weight of one cloud: any centre is right, a near one keeps
 // digits. Accumulated in double.
 template <typename T>
-std::vector<T> centre(const std::vector<CloudGroup<T>>& clouds, int64_t p) {
-  constexpr int64_t kSample = 16;  // points of each cloud
-  const int64_t d = clouds.front().d;
+std::vector<T> centre(const CloudGroup<T>& cloud, int64_t p) {
+  constexpr int64_t kSample = 32;  // points
+  const int64_t d = cloud.d, step = groups_of(cloud.n, kSample);
   std::vector<double> sum(d);
-  int64_t count = 0;
-  for (const CloudGroup<T>& cloud : clouds) {
-    int64_t skipped = 0;  // points of positive weight since the last that was taken
-    const int64_t step = groups_of(cloud.n, kSample);
-    for (int64_t i = 0; i < cloud.n; ++i) {
-      if (cloud.weight && !(cloud.weight[p * cloud.n + i] > T(0))) continue;
-      if (skipped-- > 0) continue;
-      skipped = step - 1;
-      add_row(d, cloud.x + (p * cloud.n + i) * d, sum.data());
-      ++count;
-    }
+  int64_t count = 0, skipped = 0;  // points of positive weight since the last that was taken
+  for (int64_t i = 0; i < cloud.n; ++i) {
+    if (cloud.weight && !(cloud.weight[p * cloud.n + i] > T(0))) continue;
+    if (skipped-- > 0) continue;
+    skipped = step - 1;
+    add_row(d, cloud.x + (p * cloud.n + i) * d, sum.data());
+    ++count;
   }
   std::vector<T> mean(d);
   for (int64_t k = 0; k < d; ++k) mean[k] = static_cast<T>(sum[k] / std::max<int64_t>(1, count));
@@ -218,7 +214,8 @@ void prepare_clouds(const std::vector<CloudGroup<T>>& clouds, CostKind kind) {
   const std::vector<T> zero(d);
   for (int64_t p = 0; p < clouds.front().batch; ++p) {
     const bool unit = traits_of(kind).unit_norm;
-    const std::vector<T> shift = unit ? zero : centre(clouds, p);
+    // That of the last cloud, a target that may stay: what is computed of it alone stays as well.
+    const std::vector<T> shift = unit ? zero : centre(clouds.back(), p);
     for (const CloudGroup<T>& cloud : clouds) {
       for_each_row(cloud.n, d, [&](int64_t i) {
         const int64_t row = p * cloud.n + i;

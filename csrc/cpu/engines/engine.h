@@ -20,11 +20,20 @@ struct SemidualPoint : PointScalars {
   SemidualPoint(int64_t m, const T* b) : g(m), gt(m), q(m), target(b, b + m) {}
 };
 
+template <typename T>
+class SparseNewton;
+template <typename T, typename E>
+class FarMass;
+
 // F is in units of 1 / k, k = log2(e) / eps, and F before damping: f = x.damping F / k. g and gt
 // are in units of cost. Dampings are 1 unless a marginal is soft.
 template <typename T>
 class Engine {
  public:
+  using Value = T;
+  using Newton = SparseNewton<T>;
+  using Far = FarMass<T, Engine>;
+
   const Side<T> x, y;  // the two sides: sizes, weights, penalties
 
   // Of a problem of the group; split: over threads.
@@ -52,6 +61,11 @@ class Engine {
   // Sets g to a start that may be better than 0. False where there is none that takes less time
   // than this number of sweeps.
   bool propose(double sweeps, double eps, T* g) const;
+
+  // What a pass may leave out of the plan, and the error of its sums beyond the rounding of T,
+  // relative to the total mass.
+  static constexpr double left_out() { return 0; }
+  static constexpr double rounding() { return 0; }
 
   // The rows of the cost, for Newton's step.
   CostBlocks<T>& costs() { return costs_; }

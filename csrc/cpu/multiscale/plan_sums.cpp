@@ -1,73 +1,118 @@
-// The plan of a multiscale solve times vectors: gradients of points, barycentres, marginals.
-#include <cmath>
+// The plan of a multiscale solve, at fixed potentials, times coordinates or what is given.
+#include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "core/math.h"
+#include "cpu/multiscale/levels.h"
 #include "cpu/parallel.h"
 #include "kernels.h"
 
 namespace otloss::cpu {
 namespace {
 
+using multiscale::Cloud;
+using multiscale::Clouds;
+
+// Of the plan: what may be left out of it.
+constexpr double kLeftOut = 2.5e-5;
+
+// A problem's two clouds with their leaves, and potentials in order.
+struct Fixed {
+  Clouds clouds;
+  Cloud &x, &y;
+  const std::vector<int32_t>&in_x, &in_y;
+  std::vector<double> F, g;
+
+  template <typename T>
+  Fixed(const PointPair<T>& points, int64_t p, int64_t n, const T* a, const T* f, int64_t m,
+        const T* b, const T* v, bool one, double eps, bool split)
+      : clouds(points, p, n, a + p * n, m, b + p * m, one, split),
+        x(clouds.x),
+        y(one ? clouds.x : clouds.y),
+        in_x(clouds.in_x),
+        in_y(one ? clouds.in_x : clouds.in_y) {
+    const int64_t L = leaf_size(x, y, eps);
+    x.build(L, split);
+    if (!one) y.build(L, split);
+    F.resize(x.size), g.resize(y.size);
+    for (int64_t i = 0; i < x.n; ++i) F[i] = kLog2E / eps * static_cast<double>(f[p * n + in_x[i]]);
+    for (int64_t j = 0; j < y.n; ++j) g[j] = static_cast<double>(v[p * m + in_y[j]]);
+  }
+
+  multiscale::Engine engine(double eps, bool one, bool split) const {
+    constexpr double kHard = std::numeric_limits<double>::infinity();
+    return {x, y, kHard, kHard, eps, {kLeftOut, one, split}};
+  }
+};
+
+// sum and product of one side, V = scale P, from the plan's sums and displacements.
 template <typename T>
-double entry(const PointPair<T>& points, const T* x, const T* y, double f, double g, double eps) {
-  double cost = 0;
-  for (int64_t k = 0; k < points.d; ++k) cost += std::pow(double(x[k]) - double(y[k]), 2);
-  if (points.kind == CostKind::kCosine) cost /= 2;
-  return std::exp((f + g - cost) / eps);
+void put(const PointSums<T>& out, int64_t p, int64_t count, int64_t d, const T* z, double scale,
+         double per_length, const std::vector<int32_t>& in, const std::vector<double>& sum,
+         const std::vector<double>& displacement) {
+  if (!out.sum) return;
+  T *sums = out.sum + p * count, *products = out.product + p * count * d;
+  std::fill(sums, sums + count, T(0)), std::fill(products, products + count * d, T(0));
+  for (size_t i = 0; i < in.size(); ++i) {
+    const int64_t at = in[i];
+    sums[at] = static_cast<T>(scale * sum[i]);
+    for (int64_t c = 0; c < d; ++c) {
+      const double along = displacement[i * d + c] / per_length;
+      products[at * d + c] = static_cast<T>(
+          scale * (along + static_cast<double>(z[(p * count + at) * d + c]) * sum[i]));
+    }
+  }
 }
 
 }  // namespace
 
 template <typename T>
 void plan_sums(const std::vector<PlanSumsGroup<T>>& groups, double eps) {
-  for_each_problem(groups, [&](const PlanSumsGroup<T>& group, int64_t p, bool) {
-    const int64_t n = group.n, m = group.m, d = group.made.points.d;
-    const T *x = group.made.points.zx + p * n * d, *y = group.made.points.zy + p * m * d;
-    std::vector<double> sx(n), sy(m), px(n * d), py(m * d);
-    const double scale = double(group.coefficient) * double(group.grad[p]) *
-                         (group.made.points.kind == CostKind::kCosine ? 1 : 2);
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < m; ++j) {
-        const double V = scale * group.a[p * n + i] * group.b[p * m + j] *
-                         entry(group.made.points, x + i * d, y + j * d, group.f[p * n + i],
-                               group.g[p * m + j], eps);
-        sx[i] += V, sy[j] += V;
-        for (int64_t k = 0; k < d; ++k) px[i * d + k] += V * y[j * d + k], py[j * d + k] += V * x[i * d + k];
-      }
-    const auto put = [&](const PointSums<T>& out, int64_t count, const auto& s, const auto& v) {
-      for (int64_t i = 0; out.sum && i < count; ++i) out.sum[p * count + i] = T(s[i]);
-      for (int64_t i = 0; out.sum && i < count * d; ++i) out.product[p * count * d + i] = T(v[i]);
-    };
-    if (group.made.symmetric)
-      for (int64_t i = 0; i < n; ++i) {
-        sx[i] += sy[i];
-        for (int64_t k = 0; k < d; ++k) px[i * d + k] += py[i * d + k];
-      }
-    put(group.made.x, n, sx, px);
-    put(group.made.y, m, sy, py);
+  multiscale::for_each_problem(groups, [&](const PlanSumsGroup<T>& group, int64_t p, bool split) {
+    const PointPair<T>& points = group.made.points;
+    const bool one = group.made.symmetric;
+    const int64_t d = points.d;
+    const Fixed fixed(points, p, group.n, group.a, group.f, group.m, group.b, group.g, one, eps,
+                      split);
+    multiscale::Engine engine = fixed.engine(eps, one, split);
+    std::vector<double> row(fixed.x.size), of_rows(fixed.x.size * d), column, of_columns;
+    if (!one) column.resize(fixed.y.size), of_columns.resize(fixed.y.size * d);
+    engine.displacements(eps, fixed.F.data(), fixed.g.data(), row.data(), of_rows.data(),
+                         column.data(), of_columns.data());
+    double scale = static_cast<double>(group.coefficient) * static_cast<double>(group.grad[p]);
+    if (points.kind == CostKind::kSqEuclidean) scale *= 2;
+    if (one) scale *= 2;  // both sides are x
+    const double per_length = fixed.clouds.scale;
+    put(group.made.x, p, group.n, d, points.zx, scale, per_length, fixed.in_x, row, of_rows);
+    if (!one)
+      put(group.made.y, p, group.m, d, points.zy, scale, per_length, fixed.in_y, column,
+          of_columns);
   });
 }
 
 template <typename T>
 void plan_products(const std::vector<PlanProductGroup<T>>& groups, double eps) {
-  for_each_problem(groups, [&](const PlanProductGroup<T>& group, int64_t p, bool) {
-    const int64_t n = group.n, m = group.m, d = group.points.d;
-    for (int64_t i = 0; i < n; ++i) {
-      std::vector<double> sum(group.columns);
-      for (int64_t j = 0; j < m; ++j) {
-        const double P = double(group.a[p * n + i]) * double(group.b[p * m + j]) *
-                         entry(group.points, group.points.zx + (p * n + i) * d,
-                               group.points.zy + (p * m + j) * d, group.f[p * n + i],
-                               group.g[p * m + j], eps);
-        for (int64_t c = 0; c < group.columns; ++c) sum[c] += P * group.v[(p * m + j) * group.columns + c];
-      }
-      for (int64_t c = 0; c < group.columns; ++c) group.out[(p * n + i) * group.columns + c] = T(sum[c]);
-    }
+  multiscale::for_each_problem(groups, [&](const PlanProductGroup<T>& group, int64_t p,
+                                           bool split) {
+    const int64_t n = group.n, m = group.m, count = group.columns;
+    const Fixed fixed(group.points, p, n, group.a, group.f, m, group.b, group.g, false, eps, split);
+    multiscale::Engine engine = fixed.engine(eps, false, split);
+    const int64_t rows = fixed.x.size, columns = fixed.y.size;
+    std::vector<double> v(count * columns), out(count * rows);
+    for (int64_t c = 0; c < count; ++c)
+      for (size_t j = 0; j < fixed.in_y.size(); ++j)
+        v[c * columns + j] = static_cast<double>(group.v[(p * m + fixed.in_y[j]) * count + c]);
+    engine.apply(eps, fixed.F.data(), fixed.g.data(), count, v.data(), out.data());
+    T* to = group.out + p * n * count;
+    std::fill(to, to + n * count, T(0));
+    for (size_t i = 0; i < fixed.in_x.size(); ++i)
+      for (int64_t c = 0; c < count; ++c)
+        to[fixed.in_x[i] * count + c] = static_cast<T>(fixed.x.w[i] * out[c * rows + i]);
   });
 }
 
-#define OTLOSS_INSTANTIATE(T)                                          \
+#define OTLOSS_INSTANTIATE(T)                                            \
   template void plan_sums(const std::vector<PlanSumsGroup<T>>&, double); \
   template void plan_products(const std::vector<PlanProductGroup<T>>&, double);
 OTLOSS_INSTANTIATE(float)

@@ -6,6 +6,8 @@
 #include <numeric>
 
 #include "core/math.h"
+#include "cpu/multiscale/engine.h"
+#include "cpu/simd/simd.h"
 #include "cpu/simd/sweep.h"
 #include "cpu/solve/group_shifts.h"
 
@@ -16,6 +18,25 @@ using Vector = std::vector<double>;
 
 // x log(x / y), 0 for x = 0.
 double x_log_ratio(double x, double y) { return x > 0 ? x * std::log(x / y) : 0.0; }
+
+// log2 of the entries of a row in some columns, of which G is.
+template <typename T>
+OTLOSS_SIMD void entries_of_row(int64_t count, T F, T k, const T* G, const int32_t* column,
+                                const T* C, T* entry) {
+#pragma omp simd
+  for (int64_t e = 0; e < count; ++e) entry[e] = F + G[e] - k * C[column[e]];
+}
+
+// log2 of the sum of 2^entry, at any size of the entries.
+template <typename T>
+OTLOSS_SIMD T log2_sum(int64_t count, const T* entry) {
+  T largest = std::numeric_limits<T>::lowest(), sum = 0;
+#pragma omp simd reduction(max : largest)
+  for (int64_t e = 0; e < count; ++e) largest = entry[e] > largest ? entry[e] : largest;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t e = 0; e < count; ++e) sum += fast_exp2(entry[e] - largest);
+  return largest + fast_log2(sum);
+}
 
 // Sets of columns that are joined.
 class Sets {
@@ -37,8 +58,8 @@ class Sets {
 
 }  // namespace
 
-template <typename T>
-double FarMass<T>::size(double eps, const T* F, const SemidualPoint<T>& point) const {
+template <typename T, typename E>
+double FarMass<T, E>::size(double eps, const T* F, const SemidualPoint<T>& point) const {
   if (x_.hard() && y_.hard())
     return std::max(std::abs(point.value), point.value - y_.mass * engine_.cost_range().least);
   const double unit = x_.damping(eps) * eps / kLog2E;
@@ -47,8 +68,8 @@ double FarMass<T>::size(double eps, const T* F, const SemidualPoint<T>& point) c
 }
 
 // What the plan lacks and has too much could go as far as any pair of points is apart.
-template <typename T>
-double FarMass<T>::cheap_bound(const SemidualPoint<T>& point) const {
+template <typename T, typename E>
+double FarMass<T, E>::cheap_bound(const SemidualPoint<T>& point) const {
   const double range = engine_.cost_range().most - engine_.cost_range().least;
   double lacking = 0, along = 0;
   for (int64_t j = 0; j < y_.count; ++j) {
@@ -59,8 +80,8 @@ double FarMass<T>::cheap_bound(const SemidualPoint<T>& point) const {
 }
 
 // Where the columns need not have a given sum the plan is feasible as it is.
-template <typename T>
-double FarMass<T>::own_gap(const SemidualPoint<T>& point) const {
+template <typename T, typename E>
+double FarMass<T, E>::own_gap(const SemidualPoint<T>& point) const {
   if (y_.hard()) return std::numeric_limits<double>::infinity();
   double sum = 0;
   for (int64_t j = 0; j < y_.count; ++j) {
@@ -73,13 +94,14 @@ double FarMass<T>::own_gap(const SemidualPoint<T>& point) const {
 // The feasible plan is P with columns that have too much scaled down, and a plan of rank 1,
 // u v^T / s, for what rows and columns lack then. Its divergence from P is bounded by that of the
 // two parts (KL is jointly convex), which takes no logarithm of an entry.
-template <typename T>
-double FarMass<T>::gap(double eps, const T* F, const SemidualPoint<T>& point) {
+template <typename T, typename E>
+double FarMass<T, E>::gap(double eps, const T* F, const SemidualPoint<T>& point) {
   const int64_t m = y_.count;
   plan_ = PlanMarginals<T>(x_.count, y_.count);
   plan_.set(eps, x_, y_, F, point);
-  const double kappa = mass(point), to_cost = x_.damping(eps) * eps / kLog2E;
-  Vector excess(m), v;
+  const double kappa = mass(point);
+  std::vector<T> excess(m);
+  Vector v;
   std::vector<int64_t> lacking;
   double s = 0, total = 0, kept = 0, on_v = 0;
   for (int64_t j = 0; j < m; ++j) {
@@ -87,7 +109,7 @@ double FarMass<T>::gap(double eps, const T* F, const SemidualPoint<T>& point) {
     if (!(w > 0)) continue;
     total += c;
     kept += x_log_ratio(std::min(w, c), c);
-    excess[j] = c > w ? 1 - w / c : 0;
+    excess[j] = static_cast<T>(c > w ? 1 - w / c : 0);
     if (!(w > c)) continue;
     lacking.push_back(j), v.push_back(w - c), s += w - c;
     on_v += eps * x_log_ratio(w - c, static_cast<double>(y_.weight[j])) -
@@ -95,6 +117,19 @@ double FarMass<T>::gap(double eps, const T* F, const SemidualPoint<T>& point) {
   }
   if (!(s > 0)) return 0;
   kept -= x_log_ratio(total - s, total);
+  double sum = eps * kept + on_v - eps * x_log_ratio(s, total) - eps * s * std::log(s);
+  sum += moved(eps, F, point.g.data(), excess, lacking, v);
+  sum += eps * s * std::log(kappa);
+  return kappa * std::min(sum, own_gap(point));
+}
+
+template <typename T, typename E>
+double FarMass<T, E>::moved(double eps, const T* F, const T*, const std::vector<T>& excess,
+                            const std::vector<int64_t>& lacking, const Vector& v) {
+  const int64_t m = y_.count;
+  const double to_cost = x_.damping(eps) * eps / kLog2E;
+  double s = 0, sum = 0;
+  for (const double mass : v) s += mass;
   CostBlocks<T>& costs = engine_.costs();
   Vector parts(costs.parts().count());
   costs.for_each([&](int64_t part, const T* C, int64_t first, int64_t rows) {
@@ -104,23 +139,58 @@ double FarMass<T>::gap(double eps, const T* F, const SemidualPoint<T>& point) {
       const T one = T(1);
       plan_rows(
           PlanRows<T>{1, m, factor<T>(eps), T(1), C, m, &one, F + i, plan_.G.data(), P.data()});
-      double u = 0, far = 0;
-      for (int64_t j = 0; j < m; ++j) u += static_cast<double>(P[j]) * excess[j];
+      double far = 0;
       for (size_t l = 0; l < lacking.size(); ++l) far += static_cast<double>(C[lacking[l]]) * v[l];
-      u *= plan_.row[i];
+      const double u = plan_.row[i] * dot(m, P.data(), excess.data());
       parts[part] += u * (far / s - to_cost * static_cast<double>(F[i])) +
                      eps * x_log_ratio(u, static_cast<double>(x_.weight[i]));
     }
   });
-  double sum = eps * kept + on_v - eps * x_log_ratio(s, total) - eps * s * std::log(s);
   for (const double part : parts) sum += part;
-  sum += eps * s * std::log(kappa);
-  return kappa * std::min(sum, own_gap(point));
+  return sum;
 }
 
-template <typename T>
-typename FarMass<T>::Shift FarMass<T>::shift(double eps, const T* F, const SemidualPoint<T>& point,
-                                             int64_t most_readings) {
+// The rows by a pass over the plan, the costs from moments of what columns lack.
+template <>
+double FarMass<double, multiscale::Engine>::moved(double eps, const double* F, const double* g,
+                                                  const Vector& excess,
+                                                  const std::vector<int64_t>& lacking,
+                                                  const Vector& v) {
+  const multiscale::Cloud &X = engine_.X, &Y = engine_.Y;
+  const int64_t d = X.d;
+  const double to_cost = x_.damping(eps) * eps / kLog2E;
+  Vector sent(x_.count), mean(d);
+  engine_.apply(eps, F, g, 1, excess.data(), sent.data());
+  double s = 0, square = 0, sum = 0;
+  for (size_t l = 0; l < lacking.size(); ++l) {
+    s += v[l];
+    for (int64_t c = 0; c < d; ++c) mean[c] += v[l] * Y.X[lacking[l] * d + c];
+  }
+  for (double& value : mean) value /= s;
+  for (size_t l = 0; l < lacking.size(); ++l)
+    for (int64_t c = 0; c < d; ++c)
+      square += v[l] / s * std::pow(Y.X[lacking[l] * d + c] - mean[c], 2);
+  for (int64_t i = 0; i < x_.count; ++i) {
+    if (!(plan_.row[i] > 0)) continue;
+    double far = square;
+    for (int64_t c = 0; c < d; ++c) far += std::pow(X.X[i * d + c] - mean[c], 2);
+    const double u = plan_.row[i] * sent[i];
+    sum += u * (far - to_cost * F[i]) + eps * x_log_ratio(u, x_.weight[i]);
+  }
+  return sum;
+}
+
+// Groups were shifted on the coarsest level.
+template <>
+FarMass<double, multiscale::Engine>::Shift FarMass<double, multiscale::Engine>::shift(
+    double, const double*, const SemidualPoint<double>&, int64_t) {
+  return {};
+}
+
+template <typename T, typename E>
+typename FarMass<T, E>::Shift FarMass<T, E>::shift(double eps, const T* F,
+                                                   const SemidualPoint<T>& point,
+                                                   int64_t most_readings) {
   constexpr int64_t kGroups = 64;
   constexpr double kLeast = -10, kFewer = 4;  // log2 of the entries that join; times, where too few
   const int64_t m = y_.count;
@@ -157,8 +227,8 @@ typename FarMass<T>::Shift FarMass<T>::shift(double eps, const T* F, const Semid
 
 // Groups are the connected components of the entries of more than 2^least of their row's or
 // column's sum. Returns how many there are.
-template <typename T>
-int64_t FarMass<T>::find_groups(double eps, const T* F, double least) {
+template <typename T, typename E>
+int64_t FarMass<T, E>::find_groups(double eps, const T* F, double least) {
   const int64_t m = y_.count;
   CostBlocks<T>& costs = engine_.costs();
   std::vector<Sets> parts(costs.parts().count(), Sets(m));
@@ -186,30 +256,36 @@ int64_t FarMass<T>::find_groups(double eps, const T* F, double least) {
 }
 
 // M (k, k) and A (k,) of GroupProblem. A row belongs to the group that it sends most to.
-template <typename T>
-std::vector<double> FarMass<T>::between_groups(double eps, const T* F, int64_t k, Vector& A) {
+template <typename T, typename E>
+std::vector<double> FarMass<T, E>::between_groups(double eps, const T* F, int64_t k, Vector& A) {
   using Lse = OnlineLse<double>;
-  const int64_t m = y_.count;
-  const T per_cost = factor<T>(eps);
+  // The columns with mass in the order of their groups, and where each group ends.
+  std::vector<int64_t> end(k + 1);
+  for (const int32_t K : group_)
+    if (K >= 0) ++end[K + 1];
+  for (int64_t K = 0; K < k; ++K) end[K + 1] += end[K];
+  const int64_t count = end[k];
+  std::vector<int32_t> column(count);
+  std::vector<T> G(count);
+  for (int32_t j = 0; j < y_.count; ++j)
+    if (group_[j] >= 0) {
+      const int64_t e = end[group_[j]]++;
+      column[e] = j, G[e] = plan_.G[j];
+    }
   CostBlocks<T>& costs = engine_.costs();
   std::vector<std::vector<Lse>> parts(costs.parts().count(), std::vector<Lse>(k * k));
   std::vector<Vector> held(costs.parts().count(), Vector(k));
   costs.for_each([&](int64_t part, const T* C, int64_t first, int64_t rows) {
-    std::vector<T> largest(k), sum(k);
+    std::vector<T> entry(count), sent(k);
     for (int64_t i = first; i < first + rows; ++i, C += costs.source().stride()) {
       if (!(plan_.row[i] > 0)) continue;
-      const auto entry = [&](int64_t j) { return F[i] + plan_.G[j] - per_cost * C[j]; };
-      std::fill(largest.begin(), largest.end(), std::numeric_limits<T>::lowest());
-      std::fill(sum.begin(), sum.end(), T(0));
-      for (int64_t j = 0; j < m; ++j)
-        if (group_[j] >= 0) largest[group_[j]] = std::max(largest[group_[j]], entry(j));
-      for (int64_t j = 0; j < m; ++j)
-        if (group_[j] >= 0) sum[group_[j]] += fast_exp2(entry(j) - largest[group_[j]]);
-      for (int64_t K = 0; K < k; ++K) largest[K] += fast_log2(sum[K]);
-      const int64_t home = std::max_element(largest.begin(), largest.end()) - largest.begin();
+      entries_of_row(count, F[i], factor<T>(eps), G.data(), column.data(), C, entry.data());
+      for (int64_t K = 0, begin = 0; K < k; begin = end[K++])
+        sent[K] = log2_sum(end[K] - begin, entry.data() + begin);
+      const int64_t home = std::max_element(sent.begin(), sent.end()) - sent.begin();
       const double own = std::log2(plan_.row[i]);
       for (int64_t K = 0; K < k; ++K)
-        parts[part][home * k + K].add(own + static_cast<double>(largest[K]));
+        parts[part][home * k + K].add(own + static_cast<double>(sent[K]));
       held[part][home] += plan_.row[i];
     }
   });
@@ -225,7 +301,11 @@ std::vector<double> FarMass<T>::between_groups(double eps, const T* F, int64_t k
   return M;
 }
 
-template class FarMass<float>;
-template class FarMass<double>;
+template class FarMass<float, Engine<float>>;
+template class FarMass<double, Engine<double>>;
+using Multiscale = FarMass<double, multiscale::Engine>;
+template double Multiscale::size(double, const double*, const SemidualPoint<double>&) const;
+template double Multiscale::cheap_bound(const SemidualPoint<double>&) const;
+template double Multiscale::gap(double, const double*, const SemidualPoint<double>&);
 
 }  // namespace otloss::cpu

@@ -10,10 +10,10 @@
 
 namespace otloss::cpu {
 
-template <typename T>
+template <typename T, typename E>
 class FarMass {
  public:
-  explicit FarMass(Engine<T>& engine) : engine_(engine) {}
+  explicit FarMass(E& engine) : engine_(engine) {}
 
   // The size of the value that is sought; where costs may be negative counted from the least of
   // them, if that is more, so that it is not near 0 by accident. F: the exact row update of the
@@ -42,10 +42,14 @@ class FarMass {
 
  private:
   double own_gap(const SemidualPoint<T>& point) const;
+  // By one reading of the rows: what gap needs of the plan (F, g), of which `excess` (m,) goes to
+  // the columns `lacking`, v each.
+  double moved(double eps, const T* F, const T* g, const std::vector<T>& excess,
+               const std::vector<int64_t>& lacking, const std::vector<double>& v);
   int64_t find_groups(double eps, const T* F, double least);
   std::vector<double> between_groups(double eps, const T* F, int64_t k, std::vector<double>& A);
 
-  Engine<T>& engine_;
+  E& engine_;
   const Side<T>&x_ = engine_.x, &y_ = engine_.y;
   PlanMarginals<T> plan_{0, 0};  // made when it is needed, which is rare
   std::vector<int32_t> group_;   // (m,) of a column, -1 without mass

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "core/rounding.h"
+#include "core/step_control.h"
 #include "cpu/simd/sweep.h"
 
 namespace otloss::cpu {
@@ -25,7 +26,8 @@ Side<T>::Side(int64_t count, const T* weight, double rho)
     : Penalty{1 / rho},
       count(count),
       weight(weight),
-      mass(snapped_total(total(count, weight), std::numeric_limits<T>::epsilon())) {}
+      mass(snapped_total(total(count, weight), std::numeric_limits<T>::epsilon())),
+      points(equal_points(mass, dot(count, weight, weight))) {}
 
 template <typename T>
 SoftMean Side<T>::soft_mean(const T* v, double unit) const {

@@ -18,8 +18,9 @@ T factor(double eps) {
 template <typename T>
 struct Side : Penalty {
   int64_t count;
-  const T* weight;  // (count,)
-  double mass = 0;  // total weight, 1 where it is 1 but for rounding
+  const T* weight;    // (count,)
+  double mass = 0;    // total weight, 1 where it is 1 but for rounding
+  double points = 0;  // see equal_points
 
   Side(int64_t count, const T* weight, double rho);
 

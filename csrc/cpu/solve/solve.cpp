@@ -3,10 +3,12 @@
 #include <cmath>
 #include <limits>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "core/math.h"
 #include "core/rounding.h"
+#include "cpu/multiscale/levels.h"
 #include "cpu/simd/vectors.h"
 #include "cpu/solve/last_update.h"
 #include "cpu/solve/solver.h"
@@ -15,19 +17,20 @@
 namespace otloss::cpu {
 namespace {
 
+// What an earlier call found, and its value.
 template <typename T>
-double value_of(Engine<T>& engine, const SolveOptions& options, bool balanced, const T* f,
-                const T* g) {
-  const Side<T>&x = engine.x, &y = engine.y;
-  if (options.objective == Objective::kTransport) {
-    std::vector<T> F(f, f + x.count);
-    for (T& value : F) value *= factor<T>(options.eps);
-    return engine.transport(options.eps, F.data(), g);
-  }
-  if (!balanced)
-    return soft_value(x, y, x.mass, y.mass, options.eps, x.soft_mean(f, 1).mean,
-                      y.soft_mean(g, 1).mean);
-  return dot(x.count, x.weight, f) + dot(y.count, y.weight, g);
+void take_known(const SolveGroup<T>& group, int64_t p, double eps) {
+  const int64_t n = group.n;
+  const double* known = group.known + p * (n + kStatusTerm);
+  const T* a = group.a + p * n;
+  T *f = group.f + p * n, *g = group.g + p * n;
+  for (int64_t i = 0; i < n; ++i) f[i] = g[i] = static_cast<T>(known[i]);
+  double* status = group.status + p * kStatusFields;
+  std::copy_n(known + n, static_cast<int64_t>(kStatusTerm), status);
+  const std::vector<T> b = column_weights(group.penalties, n, a, n, a);
+  const Side<T> x(n, a, group.penalties.rho_x), y(n, b.data(), group.penalties.rho_y);
+  status[kStatusTerm] =
+      group.coefficient * regularized_value(x, y, eps, group.penalties.balanced, f, g);
 }
 
 // Whether one potential solves the problem: a cloud against itself, or against an equal one.
@@ -42,7 +45,49 @@ bool has_one_potential(const SolveGroup<T>& group, int64_t p) {
 }
 
 template <typename T>
+void solve_multiscale(const SolveGroup<T>& group, int64_t p, const SolveOptions& options,
+                      bool split) {
+  const int64_t n = group.n, m = group.m;
+  const T *a = group.a + p * n, *b = group.b + p * m;
+  T *f = group.f + p * n, *g = group.g + p * m;
+  double* status = group.status + p * kStatusFields;
+  const Penalties& penalties = group.penalties;
+  const double mass_x = Side<T>(n, a, penalties.rho_x).mass;
+  const double mass_y = penalties.balanced ? mass_x : Side<T>(m, b, penalties.rho_y).mass;
+  const double max_cost =
+      RowSource<T>(n, m, nullptr, m, group.points, p, group.symmetric).cost_range(a, b).max_abs();
+  status[kStatusMaxCost] = max_cost;
+  multiscale::Solution solution;
+  if (std::isfinite(max_cost)) {
+    const bool one = has_one_potential(group, p);
+    multiscale::Clouds clouds(group.points, p, n, a, m, b, one, split);
+    clouds.set_masses(mass_x, mass_y);
+    const std::vector<int32_t> in_x = clouds.in_x, in_y = one ? in_x : clouds.in_y;
+    if (options.warm_start) {
+      for (const int32_t i : in_x) solution.f.push_back(static_cast<double>(f[i]));
+      for (const int32_t j : in_y) solution.g.push_back(static_cast<double>(g[j]));
+    }
+    const double roundoff = std::numeric_limits<T>::epsilon();
+    solution = (one ? multiscale::solve_self : multiscale::solve_pair)(
+        std::move(clouds), penalties, options, std::move(solution), roundoff, split);
+    std::fill(f, f + n, T(0)), std::fill(g, g + m, T(0));
+    for (size_t i = 0; i < solution.f.size(); ++i) f[in_x[i]] = static_cast<T>(solution.f[i]);
+    for (size_t j = 0; j < solution.g.size(); ++j) g[in_y[j]] = static_cast<T>(solution.g[j]);
+    status[kStatusTerm] = group.coefficient * solution.value;
+  } else {
+    std::fill(f, f + n, std::numeric_limits<T>::quiet_NaN());
+    std::fill(g, g + m, std::numeric_limits<T>::quiet_NaN());
+    status[kStatusTerm] = std::numeric_limits<double>::quiet_NaN();
+  }
+  status[kStatusIterations] = static_cast<double>(solution.outcome.iterations);
+  status[kStatusError] = solution.outcome.error;
+  status[kStatusConverged] = solution.outcome.converged ? 1.0 : 0.0;
+}
+
+template <typename T>
 void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& options, bool split) {
+  if (group.known) return take_known(group, p, options.eps);
+  if (group.points.multiscale) return solve_multiscale(group, p, options, split);
   const int64_t n = group.n, m = group.m;
   const T* a = group.a + p * n;
   T *f = group.f + p * n, *g = group.g + p * m;
@@ -96,6 +141,13 @@ struct Loss {
   void add(double term) { sum += term, size += std::abs(term); }
 };
 
+template <typename T>
+Loss loss_of(const std::vector<SolveGroup<T>>& groups, int64_t k) {
+  Loss loss;
+  for (const auto& group : groups) loss.add(group.status[k * kStatusFields + kStatusTerm]);
+  return loss;
+}
+
 // Terms that nearly cancel are made again in double, where costs are made from points. Iterations
 // of a given number have the value of what they end at.
 void refine(const std::vector<SolveGroup<float>>& groups, const SolveOptions& options) {
@@ -104,8 +156,7 @@ void refine(const std::vector<SolveGroup<float>>& groups, const SolveOptions& op
   if (options.objective != Objective::kRegularized) return;
   std::vector<int64_t> chosen;
   for (int64_t k = 0; k < groups[0].batch; ++k) {
-    Loss loss;
-    for (const auto& group : groups) loss.add(group.status[k * kStatusFields + kStatusTerm]);
+    const Loss loss = loss_of(groups, k);
     if (std::abs(loss.sum) < kCancelled * loss.size) chosen.push_back(k);
   }
   const int64_t count = static_cast<int64_t>(groups.size());
@@ -117,14 +168,56 @@ void refine(const std::vector<SolveGroup<float>>& groups, const SolveOptions& op
   });
 }
 
+// A pair's value is below its optimum by the solver's error, which may make the divergence of
+// nearly equal clouds negative. Then the potentials of the clouds against themselves are better
+// ones: where e^{-C/eps} is positive definite their value is at least half of those of both clouds
+// together (Feydy et al. 2019). So the pair is solved again from there. False: there is no such
+// entry.
+template <typename T>
+bool solve_negative_again(const std::vector<SolveGroup<T>>& groups, const SolveOptions& options) {
+  constexpr double kUnit = static_cast<double>(std::numeric_limits<T>::epsilon());
+  if (groups.size() != 3 || !groups[1].symmetric || !groups[2].symmetric) return false;
+  if (options.n_iters >= 0 || options.objective != Objective::kRegularized) return false;
+  const SolveGroup<T>& pair = groups[0];
+  std::vector<int64_t> chosen;
+  for (int64_t k = 0; k < pair.batch; ++k) {
+    const Loss loss = loss_of(groups, k);
+    if (clamped_loss(loss.sum, loss.size, kUnit) < 0 &&
+        pair.status[k * kStatusFields + kStatusConverged] > 0)
+      chosen.push_back(k);
+  }
+  parallel_problems(static_cast<int64_t>(chosen.size()), [&](int64_t i, bool split) {
+    const int64_t k = chosen[i], n = pair.n, m = pair.m;
+    double& sweeps = pair.status[k * kStatusFields + kStatusIterations];
+    const double before = sweeps;
+    std::copy_n(groups[1].f + k * n, n, pair.f + k * n);
+    std::copy_n(groups[2].f + k * m, m, pair.g + k * m);
+    SolveOptions from_there = options;
+    from_there.warm_start = true;
+    solve_problem(pair, k, from_there, split);
+    sweeps += before;
+  });
+  return !chosen.empty();
+}
+
 }  // namespace
 
 template <typename T>
 void solve(const std::vector<SolveGroup<T>>& groups, const SolveOptions& options) {
-  for_each_problem(groups, [&](const SolveGroup<T>& group, int64_t p, bool split) {
+  const bool multiscaled = groups[0].points.multiscale;
+  const auto solve_one = [&](const SolveGroup<T>& group, int64_t p, bool split) {
     solve_problem(group, p, options, split);
-  });
-  if constexpr (std::is_same_v<T, float>) refine(groups, options);
+  };
+  if (multiscaled)
+    multiscale::for_each_problem(groups, solve_one);
+  else
+    for_each_problem(groups, solve_one);
+  const auto in_double = [&] {
+    if constexpr (std::is_same_v<T, float>)
+      if (!multiscaled) refine(groups, options);
+  };
+  in_double();
+  if (solve_negative_again(groups, options)) in_double();
 }
 
 template <typename T>

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/math.h"
+#include "cpu/multiscale/group_newton.h"
 #include "cpu/simd/sweep.h"
 #include "cpu/solve/far_mass.h"
 #include "cpu/solve/lbfgs_memory.h"
@@ -20,10 +21,12 @@ Outcome outcome_of(const StepControl& control) {
   return {control.passes(), control.stop().final_error(), control.stop().reached()};
 }
 
-template <typename T>
+template <typename E>
 class PairSolver {
+  using T = typename E::Value;
+
  public:
-  PairSolver(Engine<T>& engine, const SolveOptions& options, T* F, T* g)
+  PairSolver(E& engine, const SolveOptions& options, T* F, T* g)
       : engine_(engine), options_(options), F_(F), kept_gt_(g) {
     std::copy(g, g + m_, trial_.g.begin());
   }
@@ -119,7 +122,9 @@ class PairSolver {
     } else {
       translate(point, F);
     }
-    point.error = marginal_error(m_, point.target.data(), point.q.data()) / y_.mass;
+    point.noise += engine_.rounding() * eps_ * y_.mass;
+    point.error =
+        marginal_error(m_, point.target.data(), point.q.data()) / y_.mass + engine_.left_out();
     report(control_.passes(), point.error);
   }
 
@@ -268,7 +273,7 @@ class PairSolver {
     control_.aim(slope, length_.first(squared(p_)));
   }
 
-  Engine<T>& engine_;
+  E& engine_;
   const SolveOptions& options_;
   T* const F_;             // (n,) of the point that was evaluated last
   T* const kept_gt_;       // (m,) of the best point, where rounding may end the solve,
@@ -276,14 +281,15 @@ class PairSolver {
   const Side<T>&x_ = engine_.x, &y_ = engine_.y;
   const int64_t n_ = x_.count, m_ = y_.count;
   double eps_ = options_.eps;  // of the stage
-  StepControl control_{options_.eps, options_.tol, options_.max_iters, y_.mass};
+  StepControl control_{options_.eps, options_.tol, options_.max_iters, y_.mass,
+                       std::min(x_.points, y_.points)};
   Next next_ = Next::kStage;  // what the trial is
   SemidualPoint<T> point_{m_, y_.weight}, trial_{m_, y_.weight};
   std::vector<T> r_ = std::vector<T>(m_), p_ = r_, excess_ = r_;  // residual; direction; 1 - q
   LbfgsMemory<T> memory_;
   StepLength length_;
-  SparseNewton<T> newton_{engine_};
-  FarMass<T> far_{engine_};
+  typename E::Newton newton_{engine_};
+  typename E::Far far_{engine_};
   FarMassRule far_rule_;
   bool doubtful_ = false;  // whether small mass may have to go far
   int64_t begun_ = 0;      // passes before the stage
@@ -291,15 +297,15 @@ class PairSolver {
 
 }  // namespace
 
-template <typename T>
-Outcome solve_pair(Engine<T>& engine, const SolveOptions& options, T* F, T* g) {
-  PairSolver<T> solver(engine, options, F, g);
+template <typename E, typename T>
+Outcome solve_pair(E& engine, const SolveOptions& options, T* F, T* g) {
+  PairSolver<E> solver(engine, options, F, g);
   solver.run();
   return solver.finish();
 }
 
-template <typename T>
-Outcome solve_symmetric(Engine<T>& engine, const SolveOptions& options, T* F) {
+template <typename E, typename T>
+Outcome solve_symmetric(E& engine, const SolveOptions& options, T* F) {
   const Side<T>& x = engine.x;
   const int64_t n = x.count;
   const double eps = options.eps, damping = x.damping(eps);
@@ -308,7 +314,7 @@ Outcome solve_symmetric(Engine<T>& engine, const SolveOptions& options, T* F) {
   const T relaxation = static_cast<T>(rule.relaxation), last = static_cast<T>(rule.last);
   const T undamped = static_cast<T>(eps / kLog2E);
   std::vector<T> f(n), s(n), softmin(n), target(x.weight, x.weight + n);
-  StepControl control(eps, options.tol, options.max_iters, x.mass);
+  StepControl control(eps, options.tol, options.max_iters, x.mass, x.points);
   if (options.warm_start) {
     for (int64_t i = 0; i < n; ++i) f[i] = F[i] / to_base2;
   } else {
@@ -327,7 +333,7 @@ Outcome solve_symmetric(Engine<T>& engine, const SolveOptions& options, T* F) {
       for (int64_t i = 0; i < n; ++i) softmin[i] = undamped * F[i];
       x.set_target(eps, 0, f.data(), softmin.data(), mean.mean, s.data(), target.data());
     }
-    const double error = marginal_error(n, target.data(), s.data()) / x.mass;
+    const double error = marginal_error(n, target.data(), s.data()) / x.mass + engine.left_out();
     control.observe({0, 8 * kRoundoff<T> * x.mass * mean.magnitude, error});
     report(control.passes(), error);
     if (control.stop().ends() || !control.may_pass(0) || interrupted()) break;
@@ -338,6 +344,24 @@ Outcome solve_symmetric(Engine<T>& engine, const SolveOptions& options, T* F) {
 }
 
 template <typename T>
+double regularized_value(const Side<T>& x, const Side<T>& y, double eps, bool balanced, const T* f,
+                         const T* g) {
+  if (!balanced)
+    return soft_value(x, y, x.mass, y.mass, eps, x.soft_mean(f, 1).mean, y.soft_mean(g, 1).mean);
+  return dot(x.count, x.weight, f) + dot(y.count, y.weight, g);
+}
+
+template <typename E, typename T>
+double value_of(E& engine, const SolveOptions& options, bool balanced, const T* f, const T* g) {
+  const Side<T>&x = engine.x, &y = engine.y;
+  if (options.objective == Objective::kRegularized)
+    return regularized_value(x, y, options.eps, balanced, f, g);
+  std::vector<T> F(f, f + x.count);
+  for (T& value : F) value *= factor<T>(options.eps);
+  return engine.transport(options.eps, F.data(), g);
+}
+
+template <typename T>
 Outcome solve_fixed(Engine<T>& engine, const SolveOptions& options, T* F, T* g, T* trace) {
   const Side<T>&x = engine.x, &y = engine.y;
   const int64_t n = x.count, m = y.count;
@@ -345,7 +369,7 @@ Outcome solve_fixed(Engine<T>& engine, const SolveOptions& options, T* F, T* g, 
   const T to_cost = static_cast<T>(eps / kLog2E * x.damping(eps));
   const T damping = static_cast<T>(y.damping(eps));
   std::vector<T> gt(m), q(m), target(y.weight, y.weight + m);
-  StepControl control(eps, options.tol, options.n_iters, y.mass);
+  StepControl control(eps, options.tol, options.n_iters, y.mass, std::min(x.points, y.points));
   for (int64_t it = 0; it < options.n_iters && !interrupted(); ++it) {
     engine.iterate(eps, g, F, gt.data(), q.data());
     if (it + 1 == options.n_iters && !y.hard())
@@ -366,10 +390,18 @@ Outcome solve_fixed(Engine<T>& engine, const SolveOptions& options, T* F, T* g, 
   return outcome_of(control);
 }
 
-#define OTLOSS_INSTANTIATE(T)                                            \
-  template Outcome solve_pair(Engine<T>&, const SolveOptions&, T*, T*);  \
-  template Outcome solve_symmetric(Engine<T>&, const SolveOptions&, T*); \
-  template Outcome solve_fixed(Engine<T>&, const SolveOptions&, T*, T*, T*);
+#define OTLOSS_INSTANTIATE(E, T)                                 \
+  template Outcome solve_pair(E&, const SolveOptions&, T*, T*);  \
+  template Outcome solve_symmetric(E&, const SolveOptions&, T*); \
+  template double value_of(E&, const SolveOptions&, bool, const T*, const T*);
+OTLOSS_INSTANTIATE(Engine<float>, float)
+OTLOSS_INSTANTIATE(Engine<double>, double)
+OTLOSS_INSTANTIATE(multiscale::Engine, double)
+#undef OTLOSS_INSTANTIATE
+#define OTLOSS_INSTANTIATE(T)                                                               \
+  template Outcome solve_fixed(Engine<T>&, const SolveOptions&, T*, T*, T*);                \
+  template double regularized_value(const Side<T>&, const Side<T>&, double, bool, const T*, \
+                                    const T*);
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)
 

@@ -22,12 +22,19 @@ struct Outcome {
 };
 
 // A general pair. F (n,) and g (m,) in: start (warm_start), out: solution.
-template <typename T>
-Outcome solve_pair(Engine<T>& engine, const SolveOptions& options, T* F, T* g);
+template <typename E, typename T = typename E::Value>
+Outcome solve_pair(E& engine, const SolveOptions& options, T* F, T* g);
 
 // A cloud against itself, one potential.
+template <typename E, typename T = typename E::Value>
+Outcome solve_symmetric(E& engine, const SolveOptions& options, T* F);
+
+// The value at potentials f and g: of the dual where the objective is regularized.
 template <typename T>
-Outcome solve_symmetric(Engine<T>& engine, const SolveOptions& options, T* F);
+double regularized_value(const Side<T>& x, const Side<T>& y, double eps, bool balanced, const T* f,
+                         const T* g);
+template <typename E, typename T = typename E::Value>
+double value_of(E& engine, const SolveOptions& options, bool balanced, const T* f, const T* g);
 
 // Exactly options.n_iters iterations, f then g, from the potentials given, at one eps: what papers
 // write as "L iterations". trace (L, n + m) out: f and g after each, or null.

@@ -189,7 +189,7 @@ class Solver {
     place(p, batch);
     const double max_cost = load_rows(p);
     double* status = p.status + batch * kStatusFields;
-    control_ = StepControl(options_.eps, options_.tol, options_.max_iters, mass_y_);
+    control_ = StepControl(options_.eps, options_.tol, options_.max_iters, mass_y_, points_);
     const bool finite = max_cost <= std::numeric_limits<double>::max();
     if (finite) {
       start(p);
@@ -256,14 +256,18 @@ class Solver {
     // What is iterated on is damped to give f, but for a cloud against itself.
     const double damping = symmetric_ ? 1 : side_x_.damping(options_.eps);
     const T k = static_cast<T>(kLog2E / options_.eps / damping);
-    double mass[2] = {0, 0};
+    double mass[4] = {0, 0, 0, 0};  // of x and y; sums of squares
+    const auto weigh = [&mass](int side, T weight) {
+      const double w = static_cast<double>(weight);
+      mass[side] += w, mass[2 + side] += w * w;
+    };
     for (int i = thread_; i < rows_; i += kThreads) {
       a_[i] = a[i];
       F_[i] = options_.warm_start && a[i] > T(0) ? k * f[i] : T(0);
-      mass[0] += static_cast<double>(a[i]);
+      weigh(0, a[i]);
     }
     for (int j = first_column_ + thread_; j < first_column_ + column_count_; j += kThreads)
-      mass[1] += static_cast<double>(b_[j]);
+      weigh(1, b_[j]);
     double largest[2] = {0, 0};  // max |C|, and 1 where it is not finite
     if constexpr (kStreamed)
       bound_costs(largest);
@@ -274,6 +278,9 @@ class Solver {
     // b is scaled to the total of a: weights that were rounded differently must not keep the error
     // up.
     const double ratio = balanced_ ? mass[0] / mass[1] : 1.0;
+    const double points_x = equal_points(mass[0], mass[2]);
+    const double points_y = equal_points(mass[1], mass[3]);
+    points_ = points_x < points_y ? points_x : points_y;
     mass_x_ = snapped_total(mass[0], roundoff());
     mass_y_ = balanced_ ? mass_x_ : snapped_total(mass[1], roundoff());
     for_columns([&](int j) { w_[j] = static_cast<T>(static_cast<double>(b_[j]) * ratio); });
@@ -1364,6 +1371,7 @@ class Solver {
   T* U_;                        // (m,) k g, then k gt
   T* scratch_;                  // (kSoftminVectors, parts, max(n, m))
   double mass_x_, mass_y_;      // total weights
+  double points_;               // see rounding_share
   double least_f_, least_g_;    // of the last find_least
   double least_column_;         // sums that are smaller may owe digits to clamped exponentials
   double eps_, damping_;        // damping of the rows

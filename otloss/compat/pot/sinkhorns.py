@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from otloss import _check
+from otloss._options import Objective
 from otloss.compat.pot.common import as_cost, potentials, tolerance, warnings_if, weights_of
 from otloss.costs import Cost
 from otloss.losses import sinkhorn_divergence
@@ -206,7 +207,7 @@ def _sinkhorn(
     warn: bool,
     warmstart: Any,
     kwargs: Mapping[str, Any],
-    objective: Any,
+    objective: Objective,
 ) -> tuple[Solved, Callable[[], dict[str, Any]]]:
     """The result and its log; a batch for several histograms b (m, k)."""
     if not isinstance(method, str) or method.lower() not in METHODS:
@@ -237,7 +238,7 @@ def _empirical(
     warn: bool,
     warmstart: Any,
     kwargs: Mapping[str, Any],
-    objective: Any,
+    objective: Objective,
 ) -> tuple[Solved, Callable[[], dict[str, Any]]]:
     _refuse_unknown(kwargs)
     a, b = _weights(a), _weights(b)

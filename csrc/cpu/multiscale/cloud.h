@@ -1,0 +1,61 @@
+// Points in the order of a tree, in leaves that are contiguous, with what bounds on leaves need.
+//
+// Order: each node is cut at the median of its box's widest side, down to a few points, at whole
+// multiples of these, so that every aligned run of points is a compact set. A leaf is a run of L
+// points, a super a run of kSuper leaves. Within a leaf coordinates are single precision, relative
+// to the centre of its box; centres and weights are double: clouds far apart cost no digits.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/simd/blocks.h"
+#include "kernels.h"
+
+namespace otloss::cpu::multiscale {
+
+constexpr int64_t kSuper = 16;      // leaves of a super: one vector of single precision
+constexpr int64_t kMostLeaf = 256;  // points of a leaf
+constexpr int64_t kFewest = 4;      // points of a node of the tree
+constexpr float kNone = -1e30f;     // log2 of 0
+
+// Boxes of runs of points, padded to whole supers with boxes of mass 0.
+struct Nodes {
+  int64_t count = 0, stride = 0;
+  std::vector<double> centre;                 // (count, d)
+  BlockVector<float> at, half;                // (d, stride) centres, half sides
+  BlockVector<float> radius, mass, log_mass;  // (stride,) about the centre; log2 of the mass
+  std::vector<float> mean, inverse;           // (count, d), (count, d, d) of the least-squares fit
+
+  void resize(int64_t nodes, int64_t d);
+};
+
+struct Cloud {
+  int64_t d = 0, n = 0;
+  int64_t L = 0;                // points of a leaf
+  int64_t size = 0;             // n up to whole leaves, with points of weight 0
+  std::vector<double> X;        // (size, d)
+  std::vector<double> w;        // (size,)
+  BlockVector<float> u, log_w;  // (leaves, d, L) relative to the leaf's centre; (size,)
+  Nodes leaf, super;
+
+  // Of points that are in order: their leaves.
+  void build(int64_t leaf_size, bool split);
+
+  // Each run of `points` points becomes its centroid. spread: their mean squared distance to it.
+  Cloud coarser(int64_t points, double& spread) const;
+
+  // Median over some runs of this number of points of the squared radius about the box's centre.
+  double squared_radius(int64_t points) const;
+
+ private:
+  void bound(Nodes& nodes, int64_t I, int64_t points, bool leaves);
+};
+
+// The cloud of the points of positive weight, in the order of the tree, coordinates times `scale`.
+// split: over threads. index (n,) out: where each is in z.
+template <typename T>
+Cloud ordered_cloud(int64_t count, int64_t d, const T* z, const T* weight, double scale, bool split,
+                    std::vector<int32_t>& index);
+
+}  // namespace otloss::cpu::multiscale

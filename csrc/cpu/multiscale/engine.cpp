@@ -1,0 +1,324 @@
+#include "cpu/multiscale/engine.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "core/math.h"
+#include "cpu/parallel.h"
+
+namespace otloss::cpu::multiscale {
+namespace {
+
+constexpr float kSlack = 3;      // log2 by which densities may rise before a list is of no use
+constexpr double kShare = 0.01;  // of what may be left out, by one pair of leaves
+
+// The largest squared distance of points of the two, at most.
+CostRange range_of(const Cloud& X, const Cloud& Y) {
+  double low[kMultiscaleDims], high[kMultiscaleDims], most = 0;
+  for (int64_t c = 0; c < X.d; ++c) {
+    low[c] = high[c] = X.X[c];
+    for (const Cloud* cloud : {&X, &Y})
+      for (int64_t i = 0; i < cloud->n; ++i) {
+        low[c] = std::min(low[c], cloud->X[i * X.d + c]);
+        high[c] = std::max(high[c], cloud->X[i * X.d + c]);
+      }
+    most += std::pow(high[c] - low[c], 2);
+  }
+  return {0, most};
+}
+
+// 2 R R' / eps of runs of this number of points, of which exp(2 <u, v> / eps) is a function.
+double inner_products(const Cloud& X, const Cloud& Y, double eps, int64_t points) {
+  return 2 / eps * std::sqrt(X.squared_radius(points) * Y.squared_radius(points));
+}
+
+}  // namespace
+
+int64_t leaf_size(const Cloud& X, const Cloud& Y, double eps) {
+  constexpr double kWell = 0.75;  // of the reach of moments
+  constexpr int64_t kLeaves = 32;
+  constexpr double kWide = 8;
+  if (X.d <= kMomentDims)
+    for (const int64_t L : {256, 128, 64})
+      if (std::min(X.n, Y.n) >= kLeaves * L && inner_products(X, Y, eps, L) < kWell * kMomentReach)
+        return L;
+  return inner_products(X, Y, eps, 32) < kWide ? 32 : 16;
+}
+
+Engine::Engine(const Cloud& X, const Cloud& Y, double rho_x, double rho_y, double eps,
+               const Precision& precision)
+    : X(X),
+      Y(Y),
+      x(X.size, X.w.data(), rho_x),
+      y(Y.size, Y.w.data(), rho_y),
+      precision_(precision),
+      cost_range_(range_of(X, Y)),
+      moments_(X.L >= 64 ? static_cast<float>(kMomentReach * kLog2E) : 0.0f),
+      group_(X.L),
+      threshold_(kShare * precision.left_out * 4),
+      G_(Y.size),
+      s_(X.size),
+      column_(Y.size),
+      tiles_(X.super.count, 1),
+      rise_(X.leaf.count),
+      risen_(Y.super.count) {
+  while (X.L < 64 && group_ > kTileRows &&
+         2 / eps * std::max(X.squared_radius(group_), Y.squared_radius(group_)) > 1)
+    group_ /= 2;
+  constexpr int64_t kSupers = 4;  // of a part, at least
+  workers_.resize(precision.split ? std::clamp<int64_t>(X.super.count / kSupers, 1, thread_count())
+                                  : 1);
+  share_out();
+}
+
+// Supers in parts of as many tiles as each other had in the last pass.
+void Engine::share_out() {
+  const int64_t parts = static_cast<int64_t>(workers_.size());
+  double all = 0, sum = 0;
+  for (const double tiles : tiles_) all += tiles;
+  begin_.assign(1, 0);
+  for (int64_t S = 0; S < X.super.count; ++S) {
+    sum += tiles_[S];
+    while (static_cast<int64_t>(begin_.size()) < parts &&
+           sum * static_cast<double>(parts) >= all * static_cast<double>(begin_.size()))
+      begin_.push_back(S + 1);
+  }
+  begin_.resize(parts + 1, X.super.count);
+  begin_.back() = X.super.count;
+}
+
+template <typename F>
+void Engine::for_each_part(F&& function) {
+  const int64_t parts = static_cast<int64_t>(workers_.size());
+  if (parts == 1) return function(workers_[0], begin_[0], begin_[1]);
+  parallel_tasks(parts, [&](int64_t p) { function(workers_[p], begin_[p], begin_[p + 1]); });
+}
+
+Pass Engine::begin(double eps, const double* g, double* F, double* s) {
+  const double k = kLog2E / eps;
+  for (int64_t j = 0; j < Y.size; ++j) G_[j] = k * g[j];
+  px_.fit(X, k, F, precision_.split);
+  py_.fit(Y, k, G_.data(), precision_.split);
+  return {k,
+          {&X, &px_},
+          {&Y, &py_},
+          &px_,
+          G_.data(),
+          F,
+          s,
+          tiles_.data(),
+          0,
+          false,
+          0,
+          static_cast<float>(std::log2(threshold_)),
+          0,
+          moments_,
+          false,
+          false,
+          rise_.data(),
+          risen_.data()};
+}
+
+// Lists serve leaves of x whose densities have risen little; where those of few supers of y have
+// risen more than most, these are searched anew.
+void Engine::choose_lists(double eps, const double* F) {
+  constexpr double kMore = 1;  // than the mean rise
+  constexpr int64_t kFew = 8;  // an eighth
+  listed_ = lists_.eps == eps && lists_.threshold == threshold_;
+  if (listed_) {
+    std::vector<double> of_super(Y.super.count, -1e300);
+    double mean = 0, base = -1e300;
+    for (int64_t j = 0; j < Y.n; ++j) {
+      const double rise = G_[j] - lists_.G[j];
+      double& most = of_super[j / (kSuper * Y.L)];
+      most = std::max(most, rise), mean += rise * Y.w[j] / y.mass;
+    }
+    int64_t searched = 0, poor = 0;
+    for (int64_t T = 0; T < Y.super.count; ++T) {
+      risen_[T] = of_super[T] > mean + kMore;
+      if (risen_[T])
+        ++searched;
+      else
+        base = std::max(base, of_super[T]);
+    }
+    for (int64_t I = 0; I < X.leaf.count; ++I) {
+      double most = -1e300;
+      for (int64_t i = I * X.L; i < std::min(X.n, (I + 1) * X.L); ++i)
+        most = std::max(most, F[i] - lists_.F[i]);
+      rise_[I] = static_cast<float>(most + base);
+      poor += rise_[I] > kSlack;
+    }
+    listed_ = poor * kFew < X.leaf.count && searched * kFew <= Y.super.count;
+  }
+  if (listed_) return;
+  share_out();
+  lists_.eps = eps, lists_.threshold = threshold_;
+  lists_.F.assign(F, F + X.size), lists_.G = G_;
+}
+
+void Engine::finish(bool columns) {
+  left_out_ = 0;
+  for (const Worker& worker : workers_) left_out_ += worker.left_out / y.mass;
+  if (!columns) return;
+  std::fill(column_.begin(), column_.end(), 0.0);
+  for (const Worker& worker : workers_)
+    for (int64_t j = 0; j < Y.size; ++j) column_[j] += worker.column[j];
+}
+
+// Whether more was left out than may be: then it is less from now on.
+bool Engine::repeats() {
+  constexpr double kLess = 8, kLeast = 1e-12;
+  if (left_out_ <= precision_.left_out || threshold_ < kLeast || interrupted()) return false;
+  threshold_ /= kLess;
+  return true;
+}
+
+void Engine::sweep(double eps, const double* g, double* F, double* s, bool columns) {
+  Pass pass = begin(eps, g, F, s);
+  choose_lists(eps, F);
+  pass.tilt = columns ? x.tilt(eps) : 0;
+  pass.columns = columns, pass.group = columns && wants_groups_ ? group_ : 0;
+  pass.listed = listed_, pass.record = !listed_, pass.slack = kSlack;
+  for_each_part(
+      [&](Worker& worker, int64_t begin, int64_t end) { worker.update(pass, begin, end); });
+  finish(columns);
+}
+
+void Engine::iterate(double eps, const double* g, double* F, double* gt, double* q) {
+  do sweep(eps, g, F, s_.data(), true);
+  while (repeats());
+  const double to_cost = eps / kLog2E;
+  const auto update = [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      const double b = Y.w[j], ratio = column_[j] / b;
+      if (!(b > 0)) {
+        gt[j] = 0, q[j] = 1;
+      } else if (is_good_sum(ratio)) {
+        q[j] = ratio, gt[j] = g[j] - to_cost * fast_log2(ratio);
+      } else {
+        gt[j] = dense_column(eps, F, j), q[j] = fast_exp2((g[j] - gt[j]) / to_cost);
+      }
+    }
+  };
+  constexpr int64_t kGrain = 4096;
+  if (precision_.split)
+    parallel_for(0, Y.size, kGrain, update);
+  else
+    update(0, Y.size);
+}
+
+void Engine::update_rows(double eps, const double* g, double* F, double* s) {
+  do {
+    if (precision_.symmetric && sweep_mirrored(eps, g, F, s)) continue;
+    sweep(eps, g, F, s, false);
+  } while (repeats());
+}
+
+// False where a sum is that of a poor guess; F is then as it was.
+bool Engine::sweep_mirrored(double eps, const double* g, double* F, double* s) {
+  Pass pass = begin(eps, g, F, s);
+  pass.y.planes = &px_;
+  for_each_part(
+      [&](Worker& worker, int64_t begin, int64_t end) { worker.mirror(pass, begin, end); });
+  finish(true);
+  for (int64_t i = 0; i < X.n; ++i) {
+    s[i] += column_[i] / X.w[i];
+    if (!is_good_sum(s[i])) return false;
+  }
+  for (int64_t i = 0; i < X.size; ++i) {
+    if (i >= X.n) s[i] = 1;
+    F[i] -= fast_log2(s[i]);
+  }
+  return true;
+}
+
+double Engine::square(int64_t i, int64_t j) const {
+  double sum = 0;
+  for (int64_t c = 0; c < X.d; ++c) {
+    const double delta = X.X[i * X.d + c] - Y.X[j * X.d + c];
+    sum += delta * delta;
+  }
+  return sum;
+}
+
+// The softmin of a column in full, in double: where its sum cannot be trusted.
+double Engine::dense_column(double eps, const double* F, int64_t j) const {
+  const double k = kLog2E / eps, damping = x.damping(eps);
+  std::vector<double> t(X.n);
+  double most = -1e300, sum = 0;
+  for (int64_t i = 0; i < X.n; ++i) {
+    t[i] = damping * F[i] + static_cast<double>(X.log_w[i]) - k * square(i, j);
+    most = std::max(most, t[i]);
+  }
+  for (int64_t i = 0; i < X.n; ++i) sum += fast_exp2(t[i] - most);
+  return -(most + fast_log2(sum)) / k;
+}
+
+void Engine::apply(double eps, const double* F, const double* g, int64_t count, const double* v,
+                   double* out) {
+  std::vector<double> fixed(F, F + X.size);
+  const Pass pass = begin(eps, g, fixed.data(), nullptr);
+  const BlockVector<float> values(v, v + count * Y.size);
+  for_each_part([&](Worker& worker, int64_t begin, int64_t end) {
+    worker.values(pass, begin, end, count, values.data(), out);
+  });
+  finish(false);
+}
+
+// <P, C> from P (1, y, |y|^2), the points counted from the middle of x.
+double Engine::transport(double eps, const double* F, const double* g) {
+  const int64_t d = X.d, count = d + 2, n = X.size, m = Y.size;
+  std::vector<double> v(count * m, 1.0), out(count * n);
+  std::fill(v.begin() + (d + 1) * m, v.end(), 0.0);
+  for (int64_t c = 0; c < d; ++c)
+    for (int64_t j = 0; j < m; ++j) {
+      const double along = Y.X[j * d + c] - X.super.centre[c];
+      v[(c + 1) * m + j] = along, v[(d + 1) * m + j] += along * along;
+    }
+  apply(eps, F, g, count, v.data(), out.data());
+  double sum = 0;
+  for (int64_t i = 0; i < X.n; ++i) {
+    double cost = out[(d + 1) * n + i];
+    for (int64_t c = 0; c < d; ++c) {
+      const double along = X.X[i * d + c] - X.super.centre[c];
+      cost += along * (along * out[i] - 2 * out[(c + 1) * n + i]);
+    }
+    sum += X.w[i] * cost;
+  }
+  return sum;
+}
+
+void Engine::displacements(double eps, const double* F, const double* g, double* row,
+                           double* of_rows, double* column, double* of_columns) {
+  const int64_t d = X.d, n = X.size, m = Y.size;
+  const bool symmetric = precision_.symmetric;
+  std::vector<double> fixed(F, F + n);
+  Pass pass = begin(eps, g, fixed.data(), nullptr);
+  if (symmetric) pass.y.planes = &px_;
+  for_each_part([&](Worker& worker, int64_t begin, int64_t end) {
+    worker.products(pass, begin, end, symmetric, row, of_rows);
+  });
+  finish(true);
+  for (int64_t i = 0; i < X.n; ++i) {
+    row[i] *= X.w[i];
+    for (int64_t c = 0; c < d; ++c) {
+      const double from = X.X[i * d + c] - X.leaf.centre[i / X.L * d + c];
+      of_rows[i * d + c] = X.w[i] * of_rows[i * d + c] - row[i] * from;
+    }
+  }
+  double* sum = symmetric ? row : column;
+  double* product = symmetric ? of_rows : of_columns;
+  if (!symmetric) std::fill_n(column, m, 0.0), std::fill_n(of_columns, m * d, 0.0);
+  for (const Worker& worker : workers_)
+    for (int64_t j = 0; j < Y.n; ++j) {
+      const int64_t J = j / Y.L, h = j % Y.L;
+      sum[j] += worker.column[j];
+      for (int64_t c = 0; c < d; ++c) {
+        const double from = Y.X[j * d + c] - Y.leaf.centre[J * d + c];
+        product[j * d + c] +=
+            worker.column_product[(J * d + c) * Y.L + h] - worker.column[j] * from;
+      }
+    }
+}
+
+}  // namespace otloss::cpu::multiscale

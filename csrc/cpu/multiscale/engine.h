@@ -1,0 +1,111 @@
+// What the solver knows of a problem between two clouds in few dimensions: passes over the pairs of
+// leaves that can hold something of the plan. The calls are those of cpu::Engine.
+//
+// The cost is the squared distance. Potentials and their bookkeeping are double, entries of the
+// plan single precision. What is left out is bounded, relative to the total mass.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/multiscale/worker.h"
+#include "cpu/simd/sweep.h"
+#include "cpu/solve/marginal.h"
+
+namespace otloss::cpu {
+
+template <typename T, typename E>
+class FarMass;
+
+namespace multiscale {
+
+class GroupNewton;
+
+struct Precision {
+  double left_out;  // bound of the part of the plan that may be left out
+  bool symmetric;   // a cloud against itself, of one potential
+  bool split;       // over threads
+};
+
+class Engine {
+ public:
+  using Value = double;
+  using Newton = GroupNewton;
+  using Far = FarMass<double, Engine>;
+
+  const Cloud &X, &Y;
+  const Side<double> x, y;  // of the clouds' points, padding included
+
+  // eps: the least one.
+  Engine(const Cloud& X, const Cloud& Y, double rho_x, double rho_y, double eps,
+         const Precision& precision);
+
+  // See cpu::Engine. A symmetric problem's update_rows is at F = k g.
+  void iterate(double eps, const double* g, double* F, double* gt, double* q);
+  void update_rows(double eps, const double* g, double* F, double* s);
+  double transport(double eps, const double* F, const double* g);
+  double max_cost() const { return cost_range_.max_abs(); }
+  const CostRange& cost_range() const { return cost_range_; }
+  double sigma() const { return 0; }
+  bool propose(double, double, double*) const { return false; }
+
+  // Of the last pass: what of the plan was left out, at most, relative to its mass; the rounding
+  // error of sums over it.
+  double left_out() const { return left_out_; }
+  static double rounding() { return 1e-6; }
+
+  // At fixed potentials: rows' sums over j of the density times b_j v_j, v (count, m), to
+  // out (count, n).
+  void apply(double eps, const double* F, const double* g, int64_t count, const double* v,
+             double* out);
+  // Of the plan a_i b_j 2^(F + k g - k C): its row sums and sums of y_j - x_i times it, (n, d), and
+  // those of columns, of x_i - y_j. A symmetric plan's columns are its rows and not returned.
+  void displacements(double eps, const double* F, const double* g, double* row, double* of_rows,
+                     double* column, double* of_columns);
+
+  // For Newton's step. Sums over groups are made while iterations pass.
+  int64_t group() const { return group_; }
+  void want_groups() { wants_groups_ = true; }
+  const std::vector<Worker>& workers() const { return workers_; }
+  const std::vector<double>& column_sums() const { return column_; }
+
+ private:
+  Pass begin(double eps, const double* g, double* F, double* s);
+  void choose_lists(double eps, const double* F);
+  void share_out();
+  template <typename F>
+  void for_each_part(F&& function);
+  void finish(bool symmetric_mass);
+  void sweep(double eps, const double* g, double* F, double* s, bool columns);
+  bool sweep_mirrored(double eps, const double* g, double* F, double* s);
+  bool repeats();
+  double dense_column(double eps, const double* F, int64_t j) const;
+  double square(int64_t i, int64_t j) const;
+
+  const Precision precision_;
+  const CostRange cost_range_;
+  float moments_ = 0;
+  int64_t group_ = 0;
+  bool wants_groups_ = false;
+  double threshold_;
+  double left_out_ = 0;
+  Planes px_, py_;
+  std::vector<double> G_, s_, column_;
+  std::vector<Worker> workers_;
+  std::vector<double> tiles_;   // (supers of x,) in the last pass
+  std::vector<int64_t> begin_;  // (workers + 1,) supers
+  // Lists: potentials and threshold that they were made at; how much densities have risen since.
+  struct {
+    double eps = 0, threshold = 0;
+    std::vector<double> F, G;
+  } lists_;
+  bool listed_ = false;
+  std::vector<float> rise_;
+  std::vector<uint8_t> risen_;
+};
+
+// Points of a leaf for a pair of clouds: as many as moments allow, else few.
+int64_t leaf_size(const Cloud& X, const Cloud& Y, double eps);
+
+}  // namespace multiscale
+}  // namespace otloss::cpu

@@ -1,0 +1,296 @@
+#include "cpu/multiscale/levels.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "core/math.h"
+
+namespace otloss::cpu::multiscale {
+namespace {
+
+constexpr int64_t kPoints = 4;      // that a centroid stands for
+constexpr int64_t kCoarsest = 500;  // points of the coarsest level, at most
+constexpr double kStageTol = 0.01;  // of all but the finest
+constexpr int64_t kStagePasses = 100;
+
+// Clouds from fine to coarse; spread: mean squared distance of the points to those of a level.
+struct Levels {
+  std::vector<Cloud> clouds;
+  std::vector<double> spread{0.0};
+
+  Levels(Cloud cloud, int64_t count) {
+    clouds.push_back(std::move(cloud));
+    while (static_cast<int64_t>(clouds.size()) < count) {
+      double more = 0;
+      clouds.push_back(clouds.back().coarser(kPoints, more));
+      spread.push_back(spread.back() + more);
+    }
+  }
+};
+
+int64_t level_count(int64_t n) {
+  int64_t count = 1;
+  for (; n > kCoarsest; n = (n + kPoints - 1) / kPoints) ++count;
+  return count;
+}
+
+void build(Cloud& X, Cloud& Y, double eps, bool split) {
+  const int64_t L = leaf_size(X, Y, eps);
+  if (X.L != L) X.build(L, split);
+  if (Y.L != L) Y.build(L, split);
+}
+
+std::vector<double> times(std::vector<double> v, double factor) {
+  for (double& value : v) value *= factor;
+  return v;
+}
+
+// The mean of |v| in the weights, over their total.
+double mean_size(const Cloud& cloud, const std::vector<double>& v) {
+  double sum = 0, mass = 0;
+  for (int64_t i = 0; i < cloud.n; ++i) sum += cloud.w[i] * std::abs(v[i]), mass += cloud.w[i];
+  return sum / mass;
+}
+
+// The error of a plan whose potentials, of these mean sizes, are rounded when they are returned.
+double rounding_error(double sizes, double roundoff, double eps) {
+  constexpr double kShare = 0.3;  // as StopRule
+  return kShare * roundoff * sizes / eps;
+}
+
+// The tolerance of a solve whose error this is added to.
+double tolerance(double tol, double rounding) {
+  constexpr double kLeast = 0.25;
+  return std::max(tol - 1.1 * rounding, kLeast * tol);
+}
+
+void add_rounding(Outcome& outcome, double rounding, double tol) {
+  outcome.error += rounding;
+  outcome.converged = outcome.converged && outcome.error <= tol;
+}
+
+// The few points of the coarsest level, by the solver of streamed costs and all it knows to do.
+struct Coarsest {
+  SolveGroup<double> group{};
+  std::vector<double> norm_x, norm_y;
+  Side<double> x, y;
+
+  Coarsest(const Cloud& X, const Cloud& Y, const Penalties& penalties)
+      : norm_x(norms(X)),
+        norm_y(norms(Y)),
+        x(X.n, X.w.data(), penalties.rho_x),
+        y(Y.n, Y.w.data(), penalties.rho_y) {
+    group.batch = 1, group.n = X.n, group.m = Y.n, group.symmetric = &X == &Y;
+    group.points = {CostKind::kSqEuclidean, X.d,          X.X.data(), Y.X.data(),
+                    norm_x.data(),          norm_y.data()};
+  }
+
+  static std::vector<double> norms(const Cloud& cloud) {
+    std::vector<double> norm(cloud.n);
+    for (int64_t i = 0; i < cloud.n; ++i)
+      for (int64_t c = 0; c < cloud.d; ++c) norm[i] += std::pow(cloud.X[i * cloud.d + c], 2);
+    return norm;
+  }
+};
+
+SolveOptions stage(const SolveOptions& options, double eps, bool finest, double tol) {
+  SolveOptions result = options;
+  result.eps = eps;
+  result.warm_start = true;
+  result.tol = finest ? tol : std::max(options.tol, kStageTol);
+  if (!finest) result.max_iters = kStagePasses;
+  return result;
+}
+
+Precision precision(double tol, bool symmetric, bool split) { return {tol / 4, symmetric, split}; }
+
+// From the potentials of a level at `at` to those of the next finer one: F to first order, g by an
+// exact update from the coarser F.
+struct Finer {
+  std::vector<double> F, g;
+
+  Finer(Cloud& fine_x, Cloud& fine_y, Cloud& x, Cloud& y, const Penalties& penalties, double at,
+        const std::vector<double>& coarse_F, const std::vector<double>& coarse_g, bool split) {
+    const double k = kLog2E / at;
+    build(x, y, at, split);
+    std::vector<double> V = coarse_F;
+    Planes planes;
+    V.resize(x.size), planes.fit(x, k, V.data(), split);
+    F = extended(fine_x, x, planes, k, kPoints);
+    V = times(coarse_g, k / Penalty{1 / penalties.rho_y}.damping(at));
+    V.resize(y.size), planes.fit(y, k, V.data(), split);
+    std::vector<double> G = extended(fine_y, y, planes, k, kPoints);
+    build(fine_y, x, at, split);
+    Engine up(fine_y, x, penalties.rho_y, penalties.rho_x, at, precision(kStageTol, false, split));
+    const std::vector<double> f = padded(times(coarse_F, up.y.damping(at) / k), up.y.count);
+    G.resize(fine_y.size);
+    std::vector<double> sums(fine_y.size);
+    up.update_rows(at, f.data(), G.data(), sums.data());
+    g = times(G, up.x.damping(at) / k);
+    F.resize(fine_x.n), g.resize(fine_y.n);
+  }
+
+  static std::vector<double> padded(std::vector<double> v, int64_t count) {
+    v.resize(count);
+    return v;
+  }
+};
+
+Solution finished(Engine& engine, const SolveOptions& options, const Penalties& penalties,
+                  const Outcome& outcome, const std::vector<double>& F,
+                  const std::vector<double>& g) {
+  Solution result;
+  result.outcome = outcome;
+  result.f = times(F, engine.x.damping(options.eps) * options.eps / kLog2E);
+  result.g = g;
+  result.value = value_of(engine, options, penalties.balanced, result.f.data(), result.g.data());
+  result.f.resize(engine.X.n), result.g.resize(engine.Y.n);
+  return result;
+}
+
+}  // namespace
+
+template <typename T>
+Clouds::Clouds(const PointPair<T>& points, int64_t problem, int64_t n, const T* a, int64_t m,
+               const T* b, bool one, bool split)
+    : scale(points.kind == CostKind::kCosine ? std::sqrt(0.5) : 1.0) {
+  const int64_t d = points.d;
+  x = ordered_cloud(n, d, points.zx + problem * n * d, a, scale, split, in_x);
+  if (!one) y = ordered_cloud(m, d, points.zy + problem * m * d, b, scale, split, in_y);
+}
+
+void Clouds::set_masses(double mass_x, double mass_y) {
+  const auto set = [](Cloud& cloud, double mass) {
+    double sum = 0;
+    for (const double w : cloud.w) sum += w;
+    for (double& w : cloud.w) w *= mass / sum;
+  };
+  set(x, mass_x), set(y, mass_y);
+}
+
+Solution solve_pair(Clouds clouds, const Penalties& penalties, const SolveOptions& options,
+                    Solution start, double roundoff, bool split) {
+  const double eps = options.eps;
+  constexpr double kPerSpread = 1.5;  // eps of a level, at least
+  constexpr double kLog2Ratio = 2.2;  // of one eps to the next, at most
+  const int64_t count = options.warm_start ? 1 : level_count(std::max(clouds.x.n, clouds.y.n));
+  Levels xs(std::move(clouds.x), count), ys(std::move(clouds.y), count);
+  std::vector<double> F, g;  // F of the level's row update, g half a step on
+  double at = eps;
+  if (options.warm_start) {
+    F = times(std::move(start.f), kLog2E / eps / Penalty{1 / penalties.rho_x}.damping(eps));
+    g = std::move(start.g);
+  }
+  for (int64_t level = count - 1; level >= 0; --level) {
+    Cloud &X = xs.clouds[level], &Y = ys.clouds[level];
+    const double target = std::max(eps, kPerSpread * std::max(xs.spread[level], ys.spread[level]));
+    const bool finest = level == 0, first = level == count - 1 && !options.warm_start;
+    if (first) {
+      at = target;
+      Coarsest coarsest(X, Y, penalties);
+      F.assign(X.n, 0), g.assign(Y.n, 0);
+      cpu::Engine<double> engine(coarsest.x, coarsest.y, coarsest.group, 0, split);
+      SolveOptions coarse = stage(options, at, finest, options.tol);
+      coarse.warm_start = false;
+      if (finest) coarse.tol = options.tol;
+      coarse.max_iters = options.max_iters;
+      cpu::solve_pair(engine, coarse, F.data(), g.data());
+      if (!finest) continue;
+    }
+    if (!first && level + 1 < count) {
+      Finer finer(X, Y, xs.clouds[level + 1], ys.clouds[level + 1], penalties, at, F, g, split);
+      F = std::move(finer.F), g = std::move(finer.g);
+      xs.clouds.pop_back(), ys.clouds.pop_back();
+    }
+    build(X, Y, target, split);
+    F.resize(X.size), g.resize(Y.size);
+    const double rounding =
+        rounding_error(mean_size(X, F) * at / kLog2E + mean_size(Y, g), roundoff, eps);
+    const double tol = finest ? tolerance(options.tol, rounding) : kStageTol;
+    Engine engine(X, Y, penalties.rho_x, penalties.rho_y, target, precision(tol, false, split));
+    const int stages =
+        std::max(1, static_cast<int>(std::ceil(std::log2(at / target) / kLog2Ratio)));
+    const double from = at;
+    for (int s = 1; s <= stages; ++s) {
+      const double next = s == stages ? target : from * std::pow(target / from, double(s) / stages);
+      F = times(std::move(F), at / next);
+      at = next;
+      Outcome outcome = cpu::solve_pair(engine, stage(options, at, finest && s == stages, tol),
+                                        F.data(), g.data());
+      if (!finest || s < stages) continue;
+      Solution result = finished(engine, options, penalties, outcome, F, g);
+      add_rounding(result.outcome,
+                   rounding_error(mean_size(X, result.f) + mean_size(Y, result.g), roundoff, eps),
+                   options.tol);
+      return result;
+    }
+    F.resize(X.n), g.resize(Y.n);
+  }
+  return {};
+}
+
+Solution solve_self(Clouds clouds, const Penalties& penalties, const SolveOptions& options,
+                    Solution start, double roundoff, bool split) {
+  constexpr double kPerSpread = 6;  // eps of a level, at least
+  const double eps = options.eps, k = kLog2E / eps;
+  Levels levels(std::move(clouds.x), options.warm_start ? 1 : level_count(clouds.x.n));
+  const double damping = Penalty{1 / penalties.rho_x}.damping(eps);
+  int64_t level = static_cast<int64_t>(levels.clouds.size()) - 1;
+  while (kPerSpread * levels.spread[level] > eps) --level;
+  levels.clouds.resize(level + 1);
+  std::vector<double> F;  // k f
+  const bool small = levels.clouds[level].n <= kCoarsest && !options.warm_start;
+  if (small) {
+    const Cloud& X = levels.clouds[level];
+    Coarsest coarsest(X, X, penalties);
+    F.assign(X.n, 0);
+    cpu::Engine<double> engine(coarsest.x, coarsest.y, coarsest.group, 0, split);
+    SolveOptions coarse = options;
+    if (level > 0) coarse.tol = std::max(options.tol, kStageTol);
+    cpu::solve_symmetric(engine, coarse, F.data());
+  } else if (options.warm_start) {
+    F = times(std::move(start.f), k);
+  } else {  // where eps does not reach the neighbours sum is that of the point itself
+    const Cloud& X = levels.clouds[level];
+    F.resize(X.n);
+    for (int64_t i = 0; i < X.n; ++i) F[i] = -0.5 * damping * std::log2(X.w[i]);
+  }
+  for (int64_t at = small && level > 0 ? level - 1 : level; at >= 0; --at) {
+    Cloud& X = levels.clouds[at];
+    if (at < static_cast<int64_t>(levels.clouds.size()) - 1) {
+      Cloud& coarse = levels.clouds[at + 1];
+      build(X, coarse, eps, split);
+      Engine up(X, coarse, penalties.rho_x, penalties.rho_y, eps,
+                precision(kStageTol, false, split));
+      std::vector<double> finer(X.size), sums(X.size), f = times(std::move(F), 1 / k);
+      f.resize(coarse.size);
+      for (int64_t i = 0; i < X.n; ++i) finer[i] = k / damping * f[i / kPoints];
+      up.update_rows(eps, f.data(), finer.data(), sums.data());
+      F = times(std::move(finer), damping);
+      levels.clouds.pop_back();
+    }
+    build(X, X, eps, split);
+    F.resize(X.size);
+    const double rounding = rounding_error(2 * mean_size(X, F) / k, roundoff, eps);
+    const double tol = at ? std::max(options.tol, kStageTol) : tolerance(options.tol, rounding);
+    Engine engine(X, X, penalties.rho_x, penalties.rho_y, eps, precision(tol, true, split));
+    const Outcome outcome =
+        cpu::solve_symmetric(engine, stage(options, eps, at == 0, tol), F.data());
+    if (at == 0) {
+      const std::vector<double> f = times(F, 1 / k);
+      Solution result = finished(engine, options, penalties, outcome, times(F, 1 / damping), f);
+      add_rounding(result.outcome, rounding, options.tol);
+      return result;
+    }
+    F.resize(X.n);
+  }
+  return {};
+}
+
+template Clouds::Clouds(const PointPair<float>&, int64_t, int64_t, const float*, int64_t,
+                        const float*, bool, bool);
+template Clouds::Clouds(const PointPair<double>&, int64_t, int64_t, const double*, int64_t,
+                        const double*, bool, bool);
+
+}  // namespace otloss::cpu::multiscale

@@ -1,0 +1,150 @@
+#include "cpu/multiscale/partners.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/multiscale/lanes.h"
+
+namespace otloss::cpu::multiscale {
+namespace {
+
+// Nodes with the planes of their potential.
+struct Bounded {
+  const Nodes* nodes;
+  const float *top, *slope;
+};
+Bounded leaves(const View& side) {
+  return {&side.cloud->leaf, side.planes->top.data(), side.planes->slope.data()};
+}
+Bounded supers(const View& side) {
+  return {&side.cloud->super, side.planes->super_top.data(), side.planes->super_slope.data()};
+}
+
+// The largest log2 density of node I of x against nodes [first, first + kSuper) of y, from boxes.
+template <int kD>
+OTLOSS_INLINE void bound_nodes(float k, const Bounded& x, int64_t I, const Bounded& y,
+                               int64_t first, float* bound) {
+  const Nodes &from = *x.nodes, &to = *y.nodes;
+  const float top = x.top[I], radius = from.radius[I];
+  float at[kD], half[kD], slope[kD];
+  for (int c = 0; c < kD; ++c) {
+    at[c] = from.at[c * from.stride + I], half[c] = from.half[c * from.stride + I];
+    slope[c] = x.slope[c * from.stride + I];
+  }
+#pragma omp simd
+  for (int64_t j = 0; j < kSuper; ++j) {
+    float distance = 0, box_x = 0, ball_x = 0, box_y = 0, ball_y = 0, halves = 0;
+    for (int c = 0; c < kD; ++c) {
+      const int64_t at_j = c * to.stride + first + j;
+      const float delta = at[c] - to.at[at_j], half_y = to.half[at_j];
+      const float tilt_x = slope[c] - 2 * k * delta, tilt_y = y.slope[at_j] + 2 * k * delta;
+      distance += delta * delta;
+      box_x += std::abs(tilt_x) * half[c], ball_x += tilt_x * tilt_x;
+      box_y += std::abs(tilt_y) * half_y, ball_y += tilt_y * tilt_y;
+      halves += half[c] * half_y;
+    }
+    const float other = y.top[first + j], radius_y = to.radius[first + j];
+    const float in_x = std::sqrt(ball_x) * radius, in_y = std::sqrt(ball_y) * radius_y;
+    const float radii = radius * radius_y, both = halves < radii ? halves : radii;
+    const float tilts = (box_x < in_x ? box_x : in_x) + (box_y < in_y ? box_y : in_y);
+    const float size = std::abs(top) + std::abs(other) + k * distance;  // of what is rounded
+    bound[j] = top + other - k * distance + tilts + 2 * k * both + 1e-6f * std::min(size, 1e9f);
+  }
+}
+
+template <int kD>
+struct BoundSupers {
+  template <int kBytes>
+  static OTLOSS_INLINE void run(const Search& search, int64_t S, float* bound) {
+    const Bounded x = supers(search.x), y = supers(search.y);
+    for (int64_t first = 0; first < y.nodes->stride; first += kSuper)
+      bound_nodes<kD>(static_cast<float>(search.k), x, S, y, first, bound + first);
+  }
+};
+
+// The pair with leaf J, alpha and beta to their next place; kept if it can hold enough.
+template <int kD>
+OTLOSS_INLINE void add_pair(const Search& search, int64_t J, Found& found) {
+  const Cloud &x = *search.x.cloud, &y = *search.y.cloud;
+  const Planes &p = *search.x.planes, &q = *search.y.planes;
+  const int64_t I = search.I, L = x.L;
+  const float k = static_cast<float>(search.k);
+  double distance = 0;
+  float tilt_x[kD], tilt_y[kD], halves = 0;
+  for (int c = 0; c < kD; ++c) {
+    const int64_t at_x = c * x.leaf.stride + I, at_y = c * y.leaf.stride + J;
+    const double delta = x.leaf.centre[I * kD + c] - y.leaf.centre[J * kD + c];
+    distance += delta * delta;
+    tilt_x[c] = static_cast<float>(static_cast<double>(p.slope[at_x]) - 2 * search.k * delta);
+    tilt_y[c] = static_cast<float>(static_cast<double>(q.slope[at_y]) + 2 * search.k * delta);
+    halves += x.leaf.half[at_x] * y.leaf.half[at_y];
+  }
+  const float shift = static_cast<float>(p.base[I] + q.base[J] - search.k * distance);
+  const float inner = 2 * k * std::min(halves, x.leaf.radius[I] * y.leaf.radius[J]);
+  float *alpha = found.alpha + found.kept * L, *beta = found.beta + found.kept * L;
+  const float *u = &x.u[I * kD * L], *v = &y.u[J * kD * L];
+  const float *rest_x = &p.rest[I * L], *rest_y = &q.rest[J * L], *log_w = &y.log_w[J * L];
+  float most_x = kNone, most_y = kNone;
+#pragma omp simd reduction(max : most_x, most_y)
+  for (int64_t h = 0; h < L; ++h) {
+    float s = rest_x[h], r = rest_y[h];
+    for (int c = 0; c < kD; ++c) s += tilt_x[c] * u[c * L + h], r += tilt_y[c] * v[c * L + h];
+    alpha[h] = s, beta[h] = r + shift + log_w[h];
+    most_x = s > most_x ? s : most_x, most_y = r > most_y ? r : most_y;
+  }
+  const float bound = most_x + most_y + shift + inner;
+  const float held = bound + std::max(search.reach, y.leaf.log_mass[J]);
+  const bool listed = held >= search.threshold - search.slack;
+  if (listed && found.listed) found.listed[found.listed_count++] = static_cast<int32_t>(J);
+  if (held >= search.threshold) {
+    found.tiles[found.kept++] = {static_cast<int32_t>(J), inner < search.moments};
+    return;
+  }
+  const float part = fast_exp2(bound) * y.leaf.mass[J];
+  (listed ? found.left_out_listed : found.left_out) += static_cast<double>(part);
+}
+
+template <int kD>
+struct FindPartners {
+  template <int kBytes>
+  static OTLOSS_INLINE void run(const Search& search, Found* const& result) {
+    Found found = *result;
+    for (int64_t i = 0; i < search.list_count; ++i)
+      if (!search.risen || !search.risen[search.list[i] / kSuper])
+        add_pair<kD>(search, search.list[i], found);
+    const Bounded x = leaves(search.x), y = leaves(search.y);
+    const float least = search.threshold - search.slack;
+    float bound[kSuper], part[kSuper];
+    for (int64_t s = 0; s < search.supers_count; ++s) {
+      const int64_t first = search.supers[s] * kSuper;
+      bound_nodes<kD>(static_cast<float>(search.k), x, search.I, y, first, bound);
+      const float* mass = &y.nodes->mass[first];
+      const float* log_mass = &y.nodes->log_mass[first];
+#pragma omp simd
+      for (int64_t j = 0; j < kSuper; ++j) {
+        const float held = bound[j] + std::max(log_mass[j], search.reach);
+        part[j] = held < least ? fast_exp2(bound[j]) * mass[j] : -1.0f;
+      }
+      const int64_t count = std::min(kSuper, y.nodes->count - first);
+      for (int64_t j = std::max<int64_t>(0, search.least - first); j < count; ++j)
+        if (part[j] < 0)
+          add_pair<kD>(search, first + j, found);
+        else
+          found.left_out += static_cast<double>(part[j]);
+    }
+    *result = found;
+  }
+};
+
+}  // namespace
+
+void find_partners(const Search& search, Found& found) {
+  Found* const result = &found;
+  run_in_dimension<FindPartners>(search.x.cloud->d, search, result);
+}
+
+void bound_supers(const Search& search, int64_t S, float* bound) {
+  run_in_dimension<BoundSupers>(search.x.cloud->d, search, S, bound);
+}
+
+}  // namespace otloss::cpu::multiscale

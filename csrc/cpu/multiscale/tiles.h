@@ -1,0 +1,48 @@
+// Sums over the kept pairs of leaves, each entry of the plan from one exponential:
+//     e_ij = 2^(alpha_i + beta_j + 2k <u_i, v_j>) = b_j times the density.
+// Some rows of a leaf at once; column sums are those of w_i e_ij.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/multiscale/partners.h"
+
+namespace otloss::cpu::multiscale {
+
+constexpr int64_t kTileRows = 8;
+
+struct TileRows {
+  int64_t d, L;
+  int64_t tiles;
+  const Tile* tile;           // (tiles,); those of moments are not read
+  const float *alpha, *beta;  // (tiles, L)
+  const float* U;             // (d, L) 2k u of the row leaf
+  const float* v;             // (leaves, d, L) of the columns
+  int64_t first;              // row
+  const float* w;             // (kTileRows,) or null where not known yet
+  float* e;                   // (tiles, L / lanes, kTileRows, lanes)
+  float* row;                 // (kTileRows,) sums, accumulated
+  float* column;              // (tiles, L) likewise
+};
+
+// e and the sums of rows.
+void sum_rows(const TileRows& rows);
+// The sums of columns, of e.
+void sum_columns(const TileRows& rows);
+// Both at once, without e.
+void sum_both(const TileRows& rows);
+// Of rows, of e times values (leaves, L).
+void sum_values(const TileRows& rows, const float* values);
+
+// Both with coordinates, relative to the centre c of the row leaf: of rows e and e (y - c), of
+// columns w e and w e u.
+struct TileProducts : TileRows {
+  const float* u;         // (d, L) of the row leaf
+  const double* centre;   // (d,) its centre
+  const double* centres;  // (leaves, d) of the columns
+  float* row_product;     // (kTileRows, d) accumulated
+  float* column_product;  // (tiles, d, L) likewise, or null
+};
+void sum_products(const TileProducts& rows);
+
+}  // namespace otloss::cpu::multiscale

@@ -1,0 +1,69 @@
+"""A target that stays from call to call, and what was solved for it alone."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["SelfProblem", "Target"]
+
+
+class SelfProblem:
+    """OT(b, b) of one cloud, solved once for all calls that it stays for."""
+
+    def __init__(self, of: Sequence[tuple[Any, int]], settings: tuple[Any, ...]) -> None:
+        self.of = of  # the tensors, weakly, and how often they had been changed in place
+        self.settings = settings  # what else the solution depends on
+        self.solution: Tensor | None = None  # (B, m + 4): the potential; the status but its term
+
+    def is_of(self, tensors: Sequence[Tensor | None], settings: tuple[Any, ...]) -> bool:
+        pairs = zip(self.of, tensors, strict=True)
+        unchanged = all(
+            ref() is t and (t is None or version == t._version) for (ref, version), t in pairs
+        )
+        return unchanged and self.settings == settings
+
+    def keep(self, f: Tensor, status: Tensor) -> None:
+        """Takes f (B, m) and status (B, 5) of a call."""
+        if self.solution is None:
+            self.solution = torch.cat([f.double(), status[:, :-1]], dim=-1)
+
+
+class Target:
+    """The self problem of the last cloud that a loss was given as its target.
+
+    It is solved again for another tensor, or if this one was changed in place, and forgotten with
+    the tensor.
+    """
+
+    def __init__(self) -> None:
+        self._last: SelfProblem | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy of a module starts without
+        return Target, ()
+
+    def self_problem(
+        self, y: Tensor, weights: Sequence[Tensor | None], *settings: Any
+    ) -> SelfProblem:
+        """``settings``: all else that the solution depends on, to the last bit."""
+        tensors, last = (y, *weights), self._last
+        if last is None or not last.is_of(tensors, settings):
+            owner = weakref.ref(self)
+
+            def forget(_: Any) -> None:
+                target = owner()
+                if target is not None and target._last is last:
+                    target._last = None
+
+            of = [(_absent, 0) if t is None else (weakref.ref(t), t._version) for t in tensors]
+            of[0] = weakref.ref(y, forget), y._version
+            last = self._last = SelfProblem(of, settings)
+        return last
+
+
+def _absent() -> None:
+    return None

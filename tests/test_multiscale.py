@@ -1,0 +1,358 @@
+"""The multiscale engine: by property against float64, whatever it leaves out, at sizes where all
+pairs can be looked at."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+import torch
+from helpers import Clouds, clouds, make_weights, rand, randn
+from test_interruption import ended
+from torch import Tensor
+
+import otloss
+from otloss import method as methods
+from otloss import ops
+
+pytestmark = pytest.mark.skipif(not ops.NATIVE, reason="needs the native library")
+
+TOL = 1e-3
+N, M = 1500, 1300  # a level above the finest, and leaves that are not full
+
+
+def _sphere(rng: torch.Generator, n: int) -> Tensor:
+    return torch.nn.functional.normalize(randn(rng, n, 3), dim=1)
+
+
+def _shapes(rng: torch.Generator) -> Clouds:
+    flat = torch.cat([1.4 * (rand(rng, M, 2) - 0.5), torch.zeros(M, 1, dtype=torch.float64)], 1)
+    return Clouds(_sphere(rng, N), flat, None, None)
+
+
+def _clusters(rng: torch.Generator) -> Clouds:
+    def cloud(n: int) -> Tensor:
+        centres = 3 * randn(rng, 6, 2)
+        return centres[torch.randint(6, (n,), generator=rng)] + 0.1 * randn(rng, n, 2)
+
+    return Clouds(cloud(N), cloud(M), None, None)
+
+
+def _line(rng: torch.Generator) -> Clouds:
+    direction = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    return Clouds(rand(rng, N, 1) * direction, (0.3 + rand(rng, M, 1)) * direction, None, None)
+
+
+def _far(rng: torch.Generator) -> Clouds:
+    c = _shapes(rng)
+    return Clouds(c.x, c.y + 3, None, None)  # further away float32 resolves no small eps
+
+
+def _outliers(rng: torch.Generator) -> Clouds:
+    x, y = randn(rng, N, 2), randn(rng, M, 2)
+    x[::50] *= 8
+    return Clouds(x, y + 0.5, None, None)
+
+
+def _duplicates(rng: torch.Generator) -> Clouds:
+    x = randn(rng, N // 10, 3).repeat(10, 1)
+    return Clouds(x, torch.cat([x[:200], x[:1].expand(300, 3)]) + 0.1, None, None)
+
+
+def _weighted(kind: str) -> object:
+    def make(rng: torch.Generator) -> Clouds:
+        return clouds(rng, N, M, 3, weights=kind)
+
+    return make
+
+
+KINDS = {
+    "shapes": _shapes,
+    "clusters": _clusters,
+    "line": _line,
+    "far": _far,
+    "outliers": _outliers,
+    "duplicates": _duplicates,
+    "uniform": _weighted("uniform"),
+    "wide": _weighted("wide"),
+    "padded": _weighted("padded"),
+    "small": lambda rng: clouds(rng, 40, 3, 2, weights="random"),
+    "one": lambda rng: clouds(rng, 1, 1, 1),
+    "eight": lambda rng: clouds(rng, N, M, 8),
+}
+
+
+def spread(c: Clouds) -> float:
+    """The mean squared distance to the centre, in which eps is given here."""
+    return float((c.y - c.y.mean(0)).square().sum(-1).mean().clamp(min=0.1))
+
+
+def made(kind: str, rng: torch.Generator, dtype: torch.dtype, hardness: float):
+    """Clouds, and eps; exact in float64 too."""
+    c = KINDS[kind](rng).to(dtype)
+    if kind == "padded":  # moderately far: here they are compared in one number with the others
+        c = c.each(lambda t: t.clamp(-10, 10) if t.dim() == 2 else t)
+    return c, hardness * spread(c.double())
+
+
+def exact(c: Clouds, eps: float, **options) -> otloss.OTResult:
+    with torch.no_grad():
+        return c.double().solve(eps, method="dense", tol=1e-8, max_iters=5000, **options)
+
+
+def true_error(c: Clouds, eps: float, f: Tensor, g: Tensor) -> float:
+    """The marginal error of potentials, from all pairs in float64."""
+    c = c.double()
+    a, b = (w.double() for w in c.weights())
+    b = b * (a.sum() / b.sum())
+    cost = (c.x[:, None] - c.y).square().sum(-1)
+    P = a[:, None] * b * ((f.double()[:, None] + g.double() - cost) / eps).exp()
+    errors = (P.sum(1) - a).abs().sum(), (P.sum(0) - b).abs().sum()
+    return float(max(errors) / a.sum())
+
+
+def rounding(c: Clouds, eps: float, f: Tensor, g: Tensor) -> float:
+    """Of a density of the plan, relative: of the potentials' dtype, and of tiles in float32."""
+    return max(1e-6, 8 * torch.finfo(f.dtype).eps * float(f.abs().max() + g.abs().max()) / eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("hardness", [1.0, 0.02])
+@pytest.mark.parametrize("kind", KINDS)
+def test_value_marginals_and_potentials(kind, hardness, dtype, rng):
+    c, eps = made(kind, rng, dtype, hardness)
+    with torch.no_grad():
+        got = c.solve(eps, method="multiscale", tol=TOL)
+    right = exact(c, eps)
+    assert got.converged
+    error = true_error(c, eps, *got.potentials)
+    assert error <= got.marginal_error + rounding(c, eps, *got.potentials)
+    assert got.marginal_error <= TOL
+    below = float(right.value) - float(got.value)
+    noise = 64 * torch.finfo(dtype).eps * abs(float(right.value)) + 2 * right.duality_gap
+    noise += TOL * eps  # what is left out makes potentials larger
+    assert -noise <= below <= 20 * TOL * abs(float(right.value)) + noise
+    assert abs(below) <= got.duality_gap + noise  # of all pairs, in float64
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_points_and_weights(kind, rng):
+    c, eps = made(kind, rng, torch.float32, 0.05)
+    c = Clouds(c.x, c.y, *c.weights()).require_grad()
+    fine = c.double().require_grad()
+    got = c.grads(c.loss(eps, method="multiscale", tol=TOL))
+    right = fine.grads(fine.loss(eps, method="dense", tol=1e-8, max_iters=5000))
+    for one, other, w in zip(got, right, (*c.weights(), *c.weights()), strict=True):
+        if one.dim() == 1:  # known up to a constant where totals are held
+            one, other = (t * (w > 0) for t in (one.double(), other))
+            one, other = (t - (w * t).sum() / w.sum() for t in (one, other))
+            size = float((w * other.abs()).sum())
+            assert float((w * (one - other).abs()).sum()) <= 0.02 * size + 2 * TOL * eps
+        else:
+            scale = float(2 * (w[:, None] * (c.x.amax() - c.x.amin())).detach().norm())
+            assert float((one - other).norm()) <= 5 * TOL * (float(other.norm()) + 0.02 * scale)
+
+
+def test_gradients_are_derivatives(rng):
+    """Of the value that is returned, by differences: in float64, where tol can be small."""
+    c = clouds(rng, 700, 600, 3, weights="random").require_grad()
+    options = {"method": "multiscale", "tol": 1e-6}
+    grads = c.grads(c.loss(0.1, **options))
+    directions = [randn(rng, *t.shape) for t in c.inputs()]
+    for k, w in ((2, c.a), (3, c.b)):  # along changes that keep the total
+        directions[k] = w.detach() * (directions[k] - (w.detach() * directions[k]).sum())
+    slopes = []
+    for h in (2e-3, -2e-3):
+        pairs = zip(c.inputs(), directions, strict=True)
+        moved = Clouds(*[(t + h * v).detach() for t, v in pairs])
+        slopes.append(moved.loss(0.1, **options) / 4e-3)
+    expected = float(slopes[0] - slopes[1])
+    found = [float((g * v).sum()) for g, v in zip(grads, directions, strict=True)]
+    assert abs(sum(found) - expected) <= 1e-3 * sum(map(abs, found))
+
+
+@pytest.mark.parametrize("hardness", [1.0, 0.02])
+def test_what_a_result_offers(hardness, rng):
+    c, eps = made("shapes", rng, torch.float32, hardness)
+    weights = (make_weights(rng, (len(z),), "padded").float() for z in (c.x, c.y))
+    c = Clouds(c.x, c.y, *weights)
+    with torch.no_grad():
+        got = c.solve(eps, method="multiscale", tol=TOL)
+        f, g = got.potentials
+        P = c.double().solve(eps, method="dense", init=(f.double(), g.double()), n_iters=1)
+        right = got.plan  # of its potentials
+        fresh = c.solve(eps, method="multiscale", tol=TOL)
+    assert fresh.explain() == "multiscale on cpu"
+    u, v = randn(rng, N, 2).float(), randn(rng, M).float()
+    for one, other in (
+        (fresh.apply(v), right @ v),
+        (fresh.apply(u, axis=0), right.T @ u),
+        (fresh.marginals[0], right.sum(1)),
+        (fresh.marginals[1], right.sum(0)),
+        (fresh.value_linear, got.value_linear),
+        (fresh.barycentric_map(), got.barycentric_map()),
+    ):
+        assert float((one - other).norm()) <= 2 * TOL * float(other.norm())
+    there = c.a > 0
+    extended = fresh.extend(c.x)[there]
+    assert float(c.a[there] @ (extended - f[there]).abs()) <= 2 * TOL * eps
+    assert P.plan.shape == (N, M)
+
+
+def test_derivatives_of_a_result_are_those_of_all_pairs(rng):
+    """Products that have a gradient, and potentials, by the implicit one."""
+    c = clouds(rng, 300, 250, 2).require_grad()
+    options = {"tol": 1e-6}
+    weight = randn(rng, 300)
+    for quantity in (
+        lambda r: (r.barycentric_map() * weight[:, None]).sum(),
+        lambda r: r.potentials[0] @ weight,
+        lambda r: r.value_linear,
+    ):
+        results = [c.solve(0.2, method=m, **options) for m in ("multiscale", "dense")]
+        one, other = (c.grads(quantity(r)) for r in results)
+        for got, right in zip(one, other, strict=True):
+            assert float((got - right).norm()) <= 1e-3 * float(right.norm())
+
+
+def test_second_derivatives(rng):
+    c = clouds(rng, 200, 150, 2).require_grad()
+    found = []
+    for method in ("multiscale", "dense"):
+        (grad,) = torch.autograd.grad(c.loss(0.2, method=method, tol=1e-6), c.x, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), c.x)[0])
+    assert float((found[0] - found[1]).norm()) <= 1e-3 * float(found[1].norm())
+
+
+@pytest.mark.parametrize("strength", [0.5, (2.0, 0.1), (None, 0.5)], ids=str)
+def test_unbalanced(strength, rng):
+    c = clouds(rng, N, M, 2, weights="random")
+    c = Clouds(c.x, c.y, c.a, 1.5 * c.b).to(torch.float32).require_grad()
+    fine = c.double().require_grad()
+    options = {"unbalanced": strength}
+    got = c.loss(0.1, method="multiscale", tol=TOL, **options)
+    right = fine.loss(0.1, method="dense", tol=1e-8, max_iters=5000, **options)
+    assert float((got - right).abs()) <= 20 * TOL * float(right.abs())
+    for one, other in zip(c.grads(got), fine.grads(right), strict=True):
+        assert float((one - other).norm()) <= 10 * TOL * float(other.norm())
+
+
+def test_a_batch_is_its_problems(rng):
+    c = clouds(rng, 1200, 1100, 3, batch=3, weights="random", dtype=torch.float32).require_grad()
+    value = c.loss(0.05, method="multiscale")
+    grads = c.grads(value)
+    for k in range(3):
+        one = c.item(k).require_grad()
+        alone = one.loss(0.05, method="multiscale")
+        assert torch.allclose(value[k], alone, rtol=1e-5)
+        for together, own in zip(grads, one.grads(alone), strict=True):
+            assert float((together[k] - own).norm()) <= TOL * float(own.norm())
+
+
+def test_two_threads_agree_with_one(rng, threads):
+    c = _shapes(rng).to(torch.float32).require_grad()
+    found = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        value = c.loss(0.01, method="multiscale")
+        found.append((value.detach(), *c.grads(value)))
+    assert abs(float(found[0][0] - found[1][0])) <= TOL * float(found[0][0])
+    for one, other in zip(found[0][1:], found[1][1:], strict=True):
+        assert float((one - other).norm()) <= 2 * TOL * float(other.norm())
+
+
+def test_cosine(rng):
+    c = Clouds(randn(rng, N, 3), randn(rng, M, 3) + 0.5, None, None).to(torch.float32)
+    c.require_grad()
+    fine = c.double().require_grad()
+    got = c.loss(0.02, cost="cosine", method="multiscale")
+    right = fine.loss(0.02, cost="cosine", method="dense", tol=1e-8)
+    assert abs(float(got - right)) <= 20 * TOL * float(right)
+    for one, other in zip(c.grads(got), fine.grads(right), strict=True):
+        assert float((one - other).norm()) <= 5 * TOL * float(other.norm())
+
+
+def test_warm_starts(rng):
+    c, eps = made("shapes", rng, torch.float32, 0.02)
+    with torch.no_grad():
+        first = c.solve(eps, method="multiscale", tol=TOL)
+        again = c.solve(eps, method="multiscale", tol=TOL, init=first)
+        assert again.n_iters < max(3, first.n_iters)
+        assert abs(float(again.value - first.value)) <= TOL * float(first.value)
+        loss = otloss.SinkhornDivergence(eps, method="multiscale", warm_start=True)
+        values = [float(loss(c.x, c.y)) for _ in range(3)]
+    right = float(c.double().loss(eps, method="dense", tol=1e-8))
+    assert all(abs(v - right) <= 20 * TOL * right for v in values)
+
+
+def test_transport(rng):
+    c, eps = made("shapes", rng, torch.float32, 0.05)
+    c.require_grad()
+    fine = c.double().require_grad()
+    options = {"objective": "transport", "backward": "envelope"}
+    got = c.loss(eps, method="multiscale", **options)
+    right = fine.loss(eps, method="dense", tol=1e-8, **options)
+    assert abs(float(got - right)) <= 20 * TOL * float(right)
+    for one, other in zip(c.grads(got), fine.grads(right), strict=True):
+        assert float((one - other).norm()) <= 5 * TOL * float(other.norm())
+
+
+REFUSED = {
+    "cost": {"cost": "euclidean"},
+    "function": {"cost": lambda x, y: torch.cdist(x, y)},
+    "n_iters": {"n_iters": 5},
+    "tol": {"tol": 1e-7},
+}
+
+
+@pytest.mark.parametrize("options", REFUSED.values(), ids=REFUSED)
+def test_what_it_cannot_do_is_refused_by_name(options):
+    x = torch.rand(10, 3)
+    with pytest.raises(NotImplementedError, match='method="multiscale" needs'):
+        otloss.sinkhorn_divergence(x, x, 0.1, method="multiscale", **options)
+
+
+def test_many_dimensions_and_matrices_are_refused_by_name():
+    x = torch.rand(10, 9)
+    with pytest.raises(NotImplementedError, match="at most 8 dimensions, got 9"):
+        otloss.solve_sample(x, x, 0.1, method="multiscale")
+    with pytest.raises(NotImplementedError, match="needs the points"):
+        otloss.solve(torch.rand(4, 4), 0.1, method="multiscale")
+    with pytest.raises(ValueError, match="method must be one of"):
+        otloss.energy_distance(x, x, method="multiscale")
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX timers")
+def test_it_is_ended_by_a_signal(rng):
+    x, y = (randn(rng, 60_000, 3).float() for _ in range(2))
+    with ended(after=0.2):
+        otloss.sinkhorn_divergence(x, y, 1e-3, tol=1e-6, method="multiscale")
+
+
+def test_compiled_it_is_one_graph(rng):
+    c = _shapes(rng).to(torch.float32).require_grad()
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return otloss.sinkhorn_divergence(x, y, 0.02, method="multiscale")
+
+    value = torch.compile(loss, fullgraph=True, backend="aot_eager")(c.x, c.y)
+    eager = loss(c.x, c.y)
+    assert torch.equal(value, eager)
+    for one, other in zip(c.grads(value), c.grads(eager), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_auto_takes_it_where_few_pairs_hold_the_plan(rng, monkeypatch):
+    monkeypatch.setattr(methods, "MULTISCALE_FROM", 0)
+    x, y = _shapes(rng).x.float(), _shapes(rng).y.float()
+
+    def chosen(x: Tensor, y: Tensor, eps: float, **options) -> bool:
+        return otloss.solve_sample(x, y, eps, **options).explain() == "multiscale on cpu"
+
+    assert chosen(x, y, 1e-3)
+    assert not chosen(x, y, 10.0)  # all pairs hold something
+    assert not chosen(randn(rng, N, 7).float(), randn(rng, M, 7).float(), 0.01)  # no near pairs
+    assert not chosen(x, y, 1e-3, n_iters=3)
+    assert not chosen(x, y, 1e-3, cost="euclidean")
+    monkeypatch.undo()
+    assert not chosen(x, y, 1e-3)
