@@ -43,6 +43,7 @@ class Settings(NamedTuple):
     dense: bool  # store cost matrices made from points
     combined: bool  # return the loss, not its terms
     batched: bool  # the loss is (B,), not ()
+    single: bool  # operations get single clouds (n, d) as they are: no view takes time
     eps: Tensor  # made once for both passes, like rho, from the options
     rho: Tensor | None
     live: Sequence[int] = ()  # the pairs that a gradient flows through
@@ -53,8 +54,7 @@ class Settings(NamedTuple):
     def of_live(self) -> Settings:
         """The same of the pairs that a gradient flows through."""
         pairs = [c for p in self.live for c in self.pairs[2 * p : 2 * p + 2]]
-        coefficients = [self.coefficients[p] for p in self.live]
-        return self._replace(pairs=pairs, coefficients=coefficients)
+        return Settings(pairs, [self.coefficients[p] for p in self.live], *self[2:])
 
     def arguments(self, inputs: Inputs) -> Arguments:
         """What the operations take of a set of problems."""
@@ -86,7 +86,7 @@ class Inputs(NamedTuple):
     def of_pairs(self, pairs: Sequence[int]) -> Inputs:
         costs = [self.costs[p] for p in pairs] if self.costs else []
         init = [v for p in pairs for v in self.init[2 * p : 2 * p + 2]]
-        return self._replace(costs=costs, init=init)
+        return Inputs(costs, self.points, self.weights, init)
 
 
 class Seeds(NamedTuple):
@@ -97,9 +97,8 @@ class Seeds(NamedTuple):
     g: list[Tensor]
 
     def of_pairs(self, pairs: Sequence[int]) -> Seeds:
-        loss = self.loss if self.loss.dim() == 1 else self.loss[list(pairs)]
-        f, g = ([each[p] for p in pairs] if each else [] for each in (self.f, self.g))
-        return Seeds(loss, f, g)
+        loss = self.loss if self.loss.dim() < 2 else self.loss[list(pairs)]
+        return Seeds(loss, *([each[p] for p in pairs if each] for each in (self.f, self.g)))
 
     def of_value(self, p: int) -> Tensor:
         """(B,) of coefficient * value of pair p."""
@@ -136,7 +135,7 @@ def batched(x: Tensor) -> Tensor:
 
 def unbatched(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of ``x`` from that of ``batched(x)``."""
-    grad = grad.view_as(x)
+    grad = grad if grad.dim() == x.dim() else grad.view_as(x)
     return grad if grad.dtype == x.dtype else grad.to(x.dtype)
 
 
