@@ -84,7 +84,7 @@ def combine(
         if given is None or _self_problems_are_symmetric(given, pairs, options):
             coefficients = combination.coefficients
             solved = run(
-                problem, given, pairs, coefficients, options, init,
+                problem, given, pairs, coefficients, options, init, target=of_target,
                 potentials=potentials or keeps, dense=dense, combined=totals is None,
                 target=of_target,
             )  # fmt: skip

@@ -25,7 +25,7 @@ weights that are 1 but for rounding are taken as 1. ``rho`` holds rho_x and
 rho_y: cloud 0 is held to its weights by rho_x, every other by rho_y; infinite is a constraint, and
 without ``rho`` all are.
 Numbers of the solver are float64 tensors on the CPU, so that a traced graph does not depend on
-their values. ``tf32`` allows inner products of points with 11 bits, where costs are not stored.
+their values. ``eps`` is one for all problems or, on a CPU, (B,). ``tf32`` allows inner products of points with 11 bits, where costs are not stored.
 ``multiscale`` leaves out pairs of points that hold nothing of the plan: from points, on a CPU, by
 the native library alone.
 
@@ -278,7 +278,5 @@ def _(grad_loss: Tensor, _f: Any, _g: Any, *arguments: Any) -> tuple[Any, ...]:
 @torch.library.register_fake("otloss::plan_product", lib=_library)
 def _(*arguments: Any) -> list[Tensor]:
     problem, (_, _, v) = read(arguments)
-    sizes = [
-        (problem.weights[i].shape, x.shape[2]) for i, x in zip(problem.pairs[::2], v, strict=True)
-    ]
-    return [v[0].new_empty(*shape, columns) for shape, columns in sizes]
+    rows = [problem.weights[i] for i in problem.pairs[::2]]
+    return [x.new_empty(*a.shape, x.shape[2]) for a, x in zip(rows, v, strict=True)]
