@@ -86,7 +86,6 @@ def combine(
             solved = run(
                 problem, given, pairs, coefficients, options, init, target=of_target,
                 potentials=potentials or keeps, dense=dense, combined=totals is None,
-                target=of_target,
             )  # fmt: skip
         else:
             solved = _solve_apart(
