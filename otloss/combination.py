@@ -98,18 +98,17 @@ def combine(
 def _stays(y: Tensor, weights: dict[str, Tensor | None], options: Options) -> bool:
     """Whether the self problem of y may serve later calls: nothing is differentiated in it, changes
     of its tensors are counted, and the kernels take its solution from an earlier call."""
-    tensors = [t for t in (y, *weights.values()) if t is not None]
+    if not (ops.NATIVE and y.is_cpu and ops.makes_plain_tensors()):
+        return False
+    tensors, b = [t for t in (y, *weights.values()) if t is not None], weights["b"]
+    held = not (y.requires_grad or (b is not None and b.requires_grad))
     served = (
-        ops.NATIVE
-        and y.is_cpu
-        and isinstance(options.cost, str)
+        isinstance(options.cost, str)
         and options.method != "reference"
         and options.objective == "regularized"
         and options.n_iters < 0
     )
-    held = not y.requires_grad and (weights["b"] is None or not weights["b"].requires_grad)
-    counted = not any(t.is_inference() for t in tensors) and ops.makes_plain_tensors()
-    return served and held and counted
+    return held and served and not any(t.is_inference() for t in tensors)
 
 
 def _self_problems_are_symmetric(

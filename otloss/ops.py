@@ -2,7 +2,8 @@
 
 A loss is a set of OT problems over a set of clouds, and all of them run in one call. ``pairs`` is
 flat, ``[i0, j0, i1, j1, ...]``, and names the clouds of each problem; a pair ``(i, i)`` is a cloud
-against itself. All tensors carry a batch dimension.
+against itself. All tensors carry a batch dimension. The native kernels also take single clouds
+(n, d), with weights (1, n): then the loss is (), and gradients of points are (n, d).
 
     cost               clouds                                 -> C (B, n, m) per pair
     cost_backward      gradients of costs                     -> gradients of the wanted clouds
@@ -24,7 +25,8 @@ weights that are 1 but for rounding are taken as 1. ``rho`` holds rho_x and
 rho_y: cloud 0 is held to its weights by rho_x, every other by rho_y; infinite is a constraint, and
 without ``rho`` all are.
 Numbers of the solver are float64 tensors on the CPU, so that a traced graph does not depend on
-their values. ``eps`` is one for all problems or, on a CPU, (B,). ``tf32`` allows inner products of points with 11 bits, where costs are not stored.
+their values. ``eps`` is one for all problems or, on a CPU, (B,). ``tf32`` allows inner products of
+points with 11 bits, where costs are not stored.
 ``multiscale`` leaves out pairs of points that hold nothing of the plan: from points, on a CPU, by
 the native library alone.
 
@@ -221,23 +223,25 @@ def _(*arguments: Any) -> list[Tensor]:
 def _(*arguments: Any) -> tuple[Any, ...]:
     problem, (_, _, _, n_iters, trace, dense, *_) = read(arguments)
     sides = [(problem.weights[i], problem.weights[j]) for i, j in as_pairs(problem.pairs)]
-    loss = problem.weights[0].new_empty(problem.weights[0].shape[0])
-    status = loss.new_empty(len(sides), *loss.shape, 5, dtype=torch.float64)
+    B = problem.weights[0].shape[0]
+    single = bool(problem.points) and problem.points[0].dim() == 2
+    loss = problem.weights[0].new_empty([] if single else [B])
+    status = loss.new_empty(len(sides), B, 5, dtype=torch.float64)
     f, g = [torch.empty_like(a) for a, _ in sides], [torch.empty_like(b) for _, b in sides]
     traces, made = list[Tensor](), list[Tensor]()
     if trace:
-        traces = [loss.new_empty(*loss.shape, n_iters, a.shape[1] + b.shape[1]) for a, b in sides]
+        traces = [loss.new_empty(B, n_iters, a.shape[1] + b.shape[1]) for a, b in sides]
     if dense and not problem.costs:
-        made = [_empty_rows(loss, a.shape[1], b.shape[1]) for a, b in sides]
+        made = [_empty_rows(a, b.shape[1]) for a, b in sides]
     return loss, status, f, g, traces, made
 
 
-def _empty_rows(loss: Tensor, n: int, m: int) -> Tensor:
+def _empty_rows(a: Tensor, m: int) -> Tensor:
     """(B, n, m) as the kernels make it: on a CPU rows start on cache lines."""
-    if not NATIVE or loss.device.type != "cpu":
-        return loss.new_empty(*loss.shape, n, m)
-    line = 64 // loss.element_size()
-    return loss.new_empty(*loss.shape, n, -(-m // line) * line)[..., :m]
+    if not NATIVE or a.device.type != "cpu":
+        return a.new_empty(*a.shape, m)
+    line = 64 // a.element_size()
+    return a.new_empty(*a.shape, -(-m // line) * line)[..., :m]
 
 
 def _gradients(

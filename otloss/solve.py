@@ -65,8 +65,7 @@ def run(
     ``system``: receives the status of the linear system when an implicit gradient is taken.
     """
     costs, points = ((), problem.points) if costs is None else (costs, ())
-    tensors = (*costs, *points, *problem.weights, *init)
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    live = _live_pairs(costs, points, problem.weights, pairs) if torch.is_grad_enabled() else []
     places = None
     if problem.present:
         places = Places(
@@ -75,24 +74,16 @@ def run(
             [v.contiguous() for v in init],
             list(problem.present),
         )
-    live = []
-    if needs_grad:
-        clouds = zip(problem.weights, points or problem.weights, strict=True)
-        moves = [w.requires_grad or x.requires_grad for w, x in clouds]
-        live = [
-            p
-            for p, (i, j) in enumerate(as_pairs(pairs))
-            if moves[i] or moves[j] or (costs and costs[p].requires_grad)
-        ]
     settings = Settings(
         pairs=pairs,
         coefficients=coefficients,
         combined=combined,
         options=options,
         potentials=potentials,
-        trace=needs_grad and options.follows_iterations(),
+        trace=bool(live) and options.follows_iterations(),
         dense=dense,
         batched=problem.batched,
+        single=_are_single(problem, points, options),
         eps=ops.number(options.eps),
         rho=ops.penalties(options.rho_x, options.rho_y),
         live=live,
@@ -100,15 +91,42 @@ def run(
         system=system,
         places=places,
     )
+    tensors = (*costs, *points, *problem.weights, *init)
     sizes = [len(costs), len(points), len(problem.weights), len(init)]
     # Forward-mode derivatives are not available, which only a node says.
-    if needs_grad or forward_ad._current_level >= 0:
+    if live or forward_ad._current_level >= 0:
         outputs = Solve.apply(settings, sizes, *tensors)
     else:
         outputs, _ = evaluate(settings, sizes, tensors)
     loss, how, *rest = outputs
     half = len(rest) // 2
     return Solved(loss, how, tuple(rest[:half]), tuple(rest[half:]), settings)
+
+
+def _live_pairs(
+    costs: Sequence[Tensor], points: Sequence[Tensor], weights: Sequence[Tensor], pairs: list[int]
+) -> list[int]:
+    """Those that a gradient flows through."""
+    moves = [w.requires_grad for w in weights]
+    for c, x in enumerate(points):
+        moves[c] = moves[c] or x.requires_grad
+    moving = [moves[i] or moves[j] for i, j in as_pairs(pairs)]
+    for p, C in enumerate(costs):
+        moving[p] = moving[p] or C.requires_grad
+    return [p for p, moves_here in enumerate(moving) if moves_here]
+
+
+def _are_single(problem: Problem, points: Sequence[Tensor], options: Options) -> bool:
+    """Whether the kernels take the clouds as they are, without a batch dimension."""
+    return (
+        ops.NATIVE
+        and bool(points)
+        and not (problem.padded or problem.batched or torch.compiler.is_compiling())
+        and options.method != "reference"
+        and all(
+            x.is_cpu and x.is_contiguous() and x.dtype == problem.weights[0].dtype for x in points
+        )
+    )
 
 
 def report(problem: Problem, costs: Sequence[Tensor], options: Options, solved: Solved) -> None:

@@ -265,9 +265,9 @@ def sample_arguments() -> dict[str, tuple[Any, ...]]:
     return {
         "cost": ([x, y], weights, pairs, 0),
         "cost_backward": ([torch.ones_like(c) for c in C], C, [x, y], weights, pairs, 1, [0, 1]),
-        "solve": (*stored, fg, *limits, False),
-        "solve:points": (*made, [], *limits, False),
-        "solve:dense": (*made, [], *limits, True),
+        "solve": (*stored, fg, *limits, False, None),
+        "solve:points": (*made, [], *limits, False, None),
+        "solve:dense": (*made, [], *limits, True, None),
         "envelope_backward:weights": (ones, *stored._replace(costs=[]), f, g, [], [], True),
         **{f"envelope_backward{k}": (ones, *p, f, g, *w) for k, (p, w) in given.items()},
         **{
@@ -421,6 +421,7 @@ def test_operations_refuse_problems_they_would_misread(message, change, operatio
         ("a trace is of a number of iterations", {"trace": True}),
         ("a trace is of a number of iterations", {"trace": True, "n_iters": 2**62}),
         ("init must have 4 entries", {"init": [torch.zeros(2, 4)]}),
+        ("target is a cloud against itself", {"target": torch.zeros(2, 8, dtype=torch.float64)}),
     ],
 )
 def test_a_solve_refuses_limits_that_are_none(message, change):

@@ -112,8 +112,8 @@ def true_error(c: Clouds, eps: float, f: Tensor, g: Tensor) -> float:
 
 
 def rounding(c: Clouds, eps: float, f: Tensor, g: Tensor) -> float:
-    """Of a density of the plan, relative: what the dtype of the potentials allows."""
-    return 8 * torch.finfo(f.dtype).eps * float(f.abs().max() + g.abs().max()) / eps
+    """Of a density of the plan, relative: of the potentials' dtype, and of tiles in float32."""
+    return max(1e-6, 8 * torch.finfo(f.dtype).eps * float(f.abs().max() + g.abs().max()) / eps)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -130,6 +130,7 @@ def test_value_marginals_and_potentials(kind, hardness, dtype, rng):
     assert got.marginal_error <= TOL
     below = float(right.value) - float(got.value)
     noise = 64 * torch.finfo(dtype).eps * abs(float(right.value)) + 2 * right.duality_gap
+    noise += TOL * eps  # what is left out makes potentials larger
     assert -noise <= below <= 20 * TOL * abs(float(right.value)) + noise
     assert abs(below) <= got.duality_gap + noise  # of all pairs, in float64
 
@@ -161,13 +162,13 @@ def test_gradients_are_derivatives(rng):
     for k, w in ((2, c.a), (3, c.b)):  # along changes that keep the total
         directions[k] = w.detach() * (directions[k] - (w.detach() * directions[k]).sum())
     slopes = []
-    for h in (1e-4, -1e-4):
+    for h in (2e-3, -2e-3):
         pairs = zip(c.inputs(), directions, strict=True)
         moved = Clouds(*[(t + h * v).detach() for t, v in pairs])
-        slopes.append(moved.loss(0.1, **options) / 2e-4)
+        slopes.append(moved.loss(0.1, **options) / 4e-3)
     expected = float(slopes[0] - slopes[1])
-    found = sum(float((g * v).sum()) for g, v in zip(grads, directions, strict=True))
-    assert abs(found - expected) <= 1e-4 * abs(expected) + 1e-5
+    found = [float((g * v).sum()) for g, v in zip(grads, directions, strict=True)]
+    assert abs(sum(found) - expected) <= 1e-3 * sum(map(abs, found))
 
 
 @pytest.mark.parametrize("hardness", [1.0, 0.02])

@@ -79,9 +79,9 @@ void Gradients<T>::add_plan_side(std::vector<PointGradientGroup<T>>& groups, int
   const Tensor &a = problem_.clouds.weights[i], &b = problem_.clouds.weights[j];
   const PointSums<T> sums = side(i, {data<T>(a), data<T>(f)});
   groups.push_back({a.size(0), a.size(1), b.size(1), i == j,
-                    point_pair<T>(clouds_, i, j, problem_.tf32, false), data<T>(a), data<T>(b), data<T>(f),
-                    data<T>(g), grad(p), static_cast<T>(problem_.coefficients[p]), sums.sum,
-                    sums.product});
+                    point_pair<T>(clouds_, i, j, problem_.tf32, false), data<T>(a), data<T>(b),
+                    data<T>(f), data<T>(g), grad(p), static_cast<T>(problem_.coefficients[p]),
+                    sums.sum, sums.product});
 }
 
 template <typename T>

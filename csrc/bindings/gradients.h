@@ -45,7 +45,9 @@ class Gradients {
   void give_back(StableIValue* stack, const More&... more) {
     Tensors costs;
     for (const int64_t p : wanted_.costs) costs.push_back(grad_C_[p]);
-    otloss::give_back(stack, costs, points_.result(), grad_a_, grad_b_, more...);
+    Tensors points = points_.result();
+    for (Tensor& grad : points) grad = problem_.clouds.single ? without_batch(grad) : grad;
+    otloss::give_back(stack, costs, points, grad_a_, grad_b_, more...);
   }
 
  private:

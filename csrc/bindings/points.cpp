@@ -11,26 +11,22 @@ namespace otloss {
 #if defined(OTLOSS_WITH_CUDA)
 namespace {
 
-// A strided view of a (B, rows, columns) tensor: a matrix if B is 1, transposed if asked.
-Tensor view(const Tensor& t, bool transpose) {
-  const int64_t rows = t.size(1), columns = t.size(2), skip = t.size(0) == 1 ? 1 : 0;
-  const std::array<int64_t, 3> sizes{t.size(0), transpose ? columns : rows,
-                                     transpose ? rows : columns};
-  const std::array<int64_t, 3> strides{rows * columns, transpose ? 1 : columns,
-                                       transpose ? columns : 1};
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 3 - skip, sizes.data() + skip,
-                                                        strides.data() + skip, 0, &handle));
-  return Tensor(handle);
+// A (B, rows, columns) tensor for a product: a matrix if B is 1, transposed if asked.
+Tensor factor(const Tensor& t, bool transpose) {
+  const int64_t rows = t.size(1), columns = t.size(2);
+  Ints sizes{rows, columns}, strides{columns, 1};
+  if (transpose) std::swap(sizes[0], sizes[1]), std::swap(strides[0], strides[1]);
+  if (t.size(0) == 1) return view(t, sizes, strides);
+  return view(t, {t.size(0), sizes[0], sizes[1]}, {rows * columns, strides[0], strides[1]});
 }
 
 // out = left right, batched, either transposed if asked. The out= form, because autocast leaves it
 // in the inputs' precision.
 void torch_product(const Tensor& left, bool transpose_left, const Tensor& right,
                    bool transpose_right, const Tensor& out) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(view(left, transpose_left)),
-                                    torch::stable::detail::from(view(right, transpose_right)),
-                                    torch::stable::detail::from(view(out, false))};
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(factor(left, transpose_left)),
+                                    torch::stable::detail::from(factor(right, transpose_right)),
+                                    torch::stable::detail::from(factor(out, false))};
   const char* name = out.size(0) == 1 ? "aten::mm" : "aten::bmm";
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes ownership of the returned reference

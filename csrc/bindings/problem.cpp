@@ -28,7 +28,11 @@ Clouds::Clouds(Arguments& in)
     : points(in.next<Tensors>()),
       weights(in.next<Tensors>()),
       pairs(in.next<Ints>()),
-      kind(in.next_enum<CostKind>()) {}
+      kind(in.next_enum<CostKind>()) {
+  single = !points.empty();
+  for (const Tensor& x : points) single = single && x.dim() == 2;
+  for (Tensor& x : points) x = single ? batch_of_one(x) : x;
+}
 
 void Clouds::check() const {
   const int64_t number = static_cast<int64_t>(kind);
@@ -93,7 +97,9 @@ void Problem::check_eps(const Device& device) const {
 }
 
 void Problem::check_grad(const Tensor& grad_loss) const {
-  if (grad_loss.dim() > 1)
+  if (clouds.single && grad_loss.dim() == 0)
+    otloss::check(grad_loss, {}, dtype(), "grad_loss");
+  else if (grad_loss.dim() > 1)
     otloss::check(grad_loss, {count(), batch()}, dtype(), "grad_loss");
   else
     otloss::check(grad_loss, {batch()}, dtype(), "grad_loss");

@@ -45,6 +45,7 @@ double positive(const Tensor& t, const char* name);
 // Clouds, and the pairs of them that problems are between: flat, (i0, j0, i1, j1, ...).
 struct Clouds {
   Tensors points;   // (B, n, d) each
+  bool single;      // they came as (n, d), and results are without a batch, too
   Tensors weights;  // (B, n) each, or none
   Ints pairs;
   CostKind kind;

@@ -43,7 +43,7 @@ void solve_as(StableIValue* stack, const Device& device, const Problem& problem,
   if (known) pairs.resize(2 * P - 2);
   const Tensors costs = made ? cost_matrices<T>(device, clouds, pairs, empty_rows) : problem.costs;
   const Start start = start_from(init, problem);
-  const Tensor loss = empty(like, {B});
+  const Tensor loss = problem.clouds.single ? empty(like, {}) : empty(like, {B});
   const Tensor status = empty(like, {P, B, kStatusFields}, aoti_torch_dtype_float64());
   Tensors traces;
   std::vector<SolveGroup<T>> groups;

@@ -116,6 +116,21 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, int32_t d
   return strided(like, shape, strides.data(), count, dtype);
 }
 
+Tensor view(const Tensor& t, const Ints& sizes, const Ints& strides) {
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(sizes.size()),
+                                                        sizes.data(), strides.data(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor batch_of_one(const Tensor& t) {
+  return view(t, {1, t.size(0), t.size(1)}, {t.size(0) * t.stride(0), t.stride(0), t.stride(1)});
+}
+
+Tensor without_batch(const Tensor& t) {
+  return view(t, {t.size(1), t.size(2)}, {t.stride(1), t.stride(2)});
+}
+
 Tensor empty_matrices(const Tensor& like, int64_t B, int64_t n, int64_t m) {
   return empty(like, {B, n, m});
 }

@@ -61,7 +61,8 @@ class Solve(torch.autograd.Function):
         s, needed, saved = ctx.settings, ctx.needs_input_grad[2:], ctx.saved_tensors
         result: list[Tensor | None] = [None] * len(needed)
         given, points, weights, *_ = ctx.sizes
-        inputs = _inputs(saved[: len(needed)], ctx.sizes)
+        first_order = not torch.is_grad_enabled()
+        inputs = _inputs(saved[: len(needed)], ctx.sizes, single=s.single and first_order)
         seeds = _seeds(s, inputs.weights, grad_loss, grad_potentials)
         if seeds is None:
             return None, None, *result
@@ -79,8 +80,8 @@ class Solve(torch.autograd.Function):
             [c for c in range(points) if needed[given + c]],
             list(needed[first_weight : first_weight + weights]),
         )
-        of = differentiable_gradients if torch.is_grad_enabled() else gradients
-        found = of(s, seeds, inputs, solution, wanted)
+        compute = gradients if first_order else differentiable_gradients
+        found = compute(s, seeds, inputs, solution, wanted)
         if ctx.loss is not None:  # where data is read, a failure raises
             found = _failed_are_nan(s, ctx.loss, inputs.weights, wanted, found)
         of_costs, of_points, of_weights = found
@@ -118,7 +119,7 @@ def evaluate(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """What ``Solve`` returns, without a node, and what its backward pass needs of the pairs that a
     gradient flows through: (*f, *g, *traces, *made)."""
-    inputs, o = _inputs(tensors, sizes), s.options
+    inputs, o = _inputs(tensors, sizes, single=s.single), s.options
     loss, status, f, g, traces, made = implementation(o.method).solve(
         *s.arguments(inputs),
         inputs.init,
@@ -135,20 +136,20 @@ def evaluate(
         f, g = _centred(s, inputs.weights, f, g)
     if not s.combined:
         loss = status[..., ops.TERM].clone()
-    elif not s.batched:
+    elif not (s.batched or s.single):
         loss = loss[0]
     outputs = loss, status
     solution = tuple(each[p] for each in (f, g, traces, made) if each for p in s.live)
     return (*outputs, *f, *g) if s.potentials else outputs, solution
 
 
-def _inputs(tensors: Sequence[Tensor], sizes: list[int]) -> Inputs:
+def _inputs(tensors: Sequence[Tensor], sizes: list[int], *, single: bool) -> Inputs:
     """As the operations take them."""
     points, weights = sizes[0], sizes[0] + sizes[1]
     init = weights + sizes[2]
     return Inputs(
         [C.contiguous() for C in tensors[:points]],
-        [batched(x) for x in tensors[points:weights]],
+        [x if single else batched(x) for x in tensors[points:weights]],
         [w.contiguous() for w in tensors[weights:init]],
         [v.contiguous() for v in tensors[init:]],
     )
@@ -171,7 +172,7 @@ def _seeds(
         )
     if grad_loss is None:
         grad_loss = weights[0].new_zeros(weights[0].shape[0])
-    if s.combined:
+    if s.combined and not (s.single and grad_loss.dim() == 0 and not torch.is_grad_enabled()):
         grad_loss = grad_loss.reshape(-1)
     given: list[Tensor] = []
     if through:

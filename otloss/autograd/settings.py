@@ -43,6 +43,7 @@ class Settings(NamedTuple):
     dense: bool  # store cost matrices made from points
     combined: bool  # return the loss, not its terms
     batched: bool  # the loss is (B,), not ()
+    single: bool  # operations get single clouds (n, d) as they are: no view takes time
     eps: Tensor  # made once for both passes, like rho, from the options
     rho: Tensor | None
     live: Sequence[int] = ()  # the pairs that a gradient flows through
@@ -53,9 +54,8 @@ class Settings(NamedTuple):
     def of_live(self) -> Settings:
         """The same of the pairs that a gradient flows through."""
         pairs = [c for p in self.live for c in self.pairs[2 * p : 2 * p + 2]]
-        coefficients = [self.coefficients[p] for p in self.live]
         places = self.places.of_pairs(self.live) if self.places else None
-        return self._replace(pairs=pairs, coefficients=coefficients, places=places)
+        return Settings(pairs, [self.coefficients[p] for p in self.live], *self[2:-1], places)
 
     def arguments(self, inputs: Inputs) -> Arguments:
         """What the operations take of a set of problems."""
@@ -76,7 +76,7 @@ class Places(NamedTuple):
     present: list[Tensor]  # of each cloud what is no padding, (B, n)
 
     def of_pairs(self, pairs: Sequence[int]) -> Places:
-        return self._replace(**_of_pairs(self, pairs))
+        return Places(_costs_of(self, pairs), self.points, _init_of(self, pairs), self.present)
 
 
 class Inputs(NamedTuple):
@@ -88,13 +88,15 @@ class Inputs(NamedTuple):
     init: list[Tensor]  # f and g of each pair in turn, or none
 
     def of_pairs(self, pairs: Sequence[int]) -> Inputs:
-        return self._replace(**_of_pairs(self, pairs))
+        return Inputs(_costs_of(self, pairs), self.points, self.weights, _init_of(self, pairs))
 
 
-def _of_pairs(tensors: Places | Inputs, pairs: Sequence[int]) -> dict[str, list[Tensor]]:
-    costs = [tensors.costs[p] for p in pairs] if tensors.costs else []
-    init = [v for p in pairs for v in tensors.init[2 * p : 2 * p + 2]]
-    return {"costs": costs, "init": init}
+def _costs_of(given: Places | Inputs, pairs: Sequence[int]) -> list[Tensor]:
+    return [given.costs[p] for p in pairs] if given.costs else []
+
+
+def _init_of(given: Places | Inputs, pairs: Sequence[int]) -> list[Tensor]:
+    return [v for p in pairs for v in given.init[2 * p : 2 * p + 2]]
 
 
 class Seeds(NamedTuple):
@@ -105,9 +107,8 @@ class Seeds(NamedTuple):
     g: list[Tensor]
 
     def of_pairs(self, pairs: Sequence[int]) -> Seeds:
-        loss = self.loss if self.loss.dim() == 1 else self.loss[list(pairs)]
-        f, g = ([each[p] for p in pairs] if each else [] for each in (self.f, self.g))
-        return Seeds(loss, f, g)
+        loss = self.loss if self.loss.dim() < 2 else self.loss[list(pairs)]
+        return Seeds(loss, *([each[p] for p in pairs if each] for each in (self.f, self.g)))
 
     def of_value(self, p: int) -> Tensor:
         """(B,) of coefficient * value of pair p."""
@@ -144,7 +145,7 @@ def batched(x: Tensor) -> Tensor:
 
 def unbatched(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of ``x`` from that of ``batched(x)``."""
-    grad = grad.view_as(x)
+    grad = grad if grad.dim() == x.dim() else grad.view_as(x)
     return grad if grad.dtype == x.dtype else grad.to(x.dtype)
 
 

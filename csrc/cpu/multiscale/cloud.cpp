@@ -3,16 +3,18 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
+
+#include "cpu/parallel.h"
 
 namespace otloss::cpu::multiscale {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// Reorders index (count,), points of x (., d).
+// Cuts index (count,), points of x (., d): returns how many come first.
 template <typename T>
-void split(const T* x, int64_t d, int32_t* index, int64_t count) {
-  if (count <= kFewest) return;
+int64_t cut(const T* x, int64_t d, int32_t* index, int64_t count) {
   T low[kMultiscaleDims], high[kMultiscaleDims];
   std::fill_n(low, d, std::numeric_limits<T>::max());
   std::fill_n(high, d, std::numeric_limits<T>::lowest());
@@ -27,11 +29,33 @@ void split(const T* x, int64_t d, int32_t* index, int64_t count) {
   int64_t unit = kFewest;
   while (unit * 4 <= count) unit *= 2;
   const int64_t left = std::max<int64_t>(1, (count / 2 + unit / 2) / unit) * unit;
-  std::nth_element(index, index + left, index + count, [&](int32_t i, int32_t j) {
-    return x[i * d + axis] < x[j * d + axis];
-  });
-  split(x, d, index, left);
-  split(x, d, index + left, count - left);
+  std::nth_element(index, index + left, index + count,
+                   [&](int32_t i, int32_t j) { return x[i * d + axis] < x[j * d + axis]; });
+  return left;
+}
+
+// Reorders index; the nodes of `levels` levels are left to `later`.
+template <typename T, typename F>
+void order(const T* x, int64_t d, int32_t* index, int64_t count, int levels, F&& later) {
+  if (count <= kFewest) return;
+  if (levels == 0) return later(index, count);
+  const int64_t left = cut(x, d, index, count);
+  order(x, d, index, left, levels - 1, later);
+  order(x, d, index + left, count - left, levels - 1, later);
+}
+
+// Trees below the first few cuts are one task each.
+template <typename T>
+void order(const T* x, int64_t d, std::vector<int32_t>& index, bool split) {
+  constexpr int kAll = 64, kCuts = 4;
+  const auto none = [](int32_t*, int64_t) {};
+  const int64_t count = static_cast<int64_t>(index.size());
+  if (!split) return order(x, d, index.data(), count, kAll, none);
+  std::vector<std::pair<int32_t*, int64_t>> trees;
+  order(x, d, index.data(), count, kCuts,
+        [&](int32_t* first, int64_t points) { trees.emplace_back(first, points); });
+  parallel_tasks(static_cast<int64_t>(trees.size()),
+                 [&](int64_t t) { order(x, d, trees[t].first, trees[t].second, kAll, none); });
 }
 
 struct Box {
@@ -89,7 +113,7 @@ void Nodes::resize(int64_t nodes, int64_t d) {
   mean.assign(count * d, 0), inverse.assign(count * d * d, 0);
 }
 
-void Cloud::build(int64_t leaf_size) {
+void Cloud::build(int64_t leaf_size, bool split) {
   L = leaf_size;
   const int64_t leaves = (n + L - 1) / L;
   size = leaves * L;
@@ -99,45 +123,52 @@ void Cloud::build(int64_t leaf_size) {
     std::copy_n(&X[(n - 1) * d], d, &X[i * d]);
   }
   u.resize(size * d), log_w.resize(size);
-  for (int64_t i = 0; i < size; ++i)
-    log_w[i] = w[i] > 0 ? static_cast<float>(std::log2(w[i])) : kNone;
   leaf.resize(leaves, d), super.resize((leaves + kSuper - 1) / kSuper, d);
-  bound(leaf, L, true);
-  bound(super, L * kSuper, false);
+  const auto bound_some = [&](int64_t begin, int64_t end) {
+    for (int64_t S = begin; S < end; ++S) {
+      for (int64_t I = S * kSuper; I < std::min(leaves, (S + 1) * kSuper); ++I)
+        bound(leaf, I, L, true);
+      bound(super, S, L * kSuper, false);
+    }
+  };
+  constexpr int64_t kGrain = 16;
+  if (split)
+    parallel_for(0, super.count, kGrain, bound_some);
+  else
+    bound_some(0, super.count);
 }
 
 // A plane is fitted to the points of a leaf, to the centres of the leaves of a super.
-void Cloud::bound(Nodes& nodes, int64_t points, bool leaves) {
-  for (int64_t I = 0; I < nodes.count; ++I) {
-    const int64_t first = I * points, last = std::min(size, first + points);
-    const Box box(&X[first * d], d, last - first);
-    double mass = 0;
-    for (int64_t i = first; i < last; ++i) mass += w[i];
-    nodes.radius[I] = above(box.radius), nodes.mass[I] = above(mass);
-    nodes.log_mass[I] = mass > 0 ? static_cast<float>(std::log2(mass)) : kNone;
-    for (int64_t c = 0; c < d; ++c) {
-      nodes.centre[I * d + c] = box.centre[c];
-      nodes.at[c * nodes.stride + I] = static_cast<float>(box.centre[c]);
-      nodes.half[c * nodes.stride + I] = above(box.half[c]);
-    }
-    for (int64_t i = first; leaves && i < last; ++i)
-      for (int64_t c = 0; c < d; ++c)
-        u[(I * d + c) * L + i - first] = static_cast<float>(X[i * d + c] - box.centre[c]);
-    const int64_t step = leaves ? 1 : L, count = (last - first) / step;
-    const auto point = [&](int64_t i, int64_t c) {
-      return (leaves ? X[(first + i) * d + c] : leaf.centre[(first / L + i) * d + c]) -
-             box.centre[c];
-    };
-    double mean[kMultiscaleDims] = {}, square[kMultiscaleDims * kMultiscaleDims] = {};
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t c = 0; c < d; ++c) mean[c] += point(i, c) / static_cast<double>(count);
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t c = 0; c < d; ++c)
-        for (int64_t e = 0; e < d; ++e)
-          square[c * d + e] += (point(i, c) - mean[c]) * (point(i, e) - mean[e]);
-    invert(d, square, &nodes.inverse[I * d * d]);
-    for (int64_t c = 0; c < d; ++c) nodes.mean[I * d + c] = static_cast<float>(mean[c]);
+void Cloud::bound(Nodes& nodes, int64_t I, int64_t points, bool leaves) {
+  const int64_t first = I * points, last = std::min(size, first + points);
+  const Box box(&X[first * d], d, last - first);
+  double mass = 0;
+  for (int64_t i = first; i < last; ++i) mass += w[i];
+  nodes.radius[I] = above(box.radius), nodes.mass[I] = above(mass);
+  nodes.log_mass[I] = mass > 0 ? static_cast<float>(std::log2(mass)) : kNone;
+  for (int64_t c = 0; c < d; ++c) {
+    nodes.centre[I * d + c] = box.centre[c];
+    nodes.at[c * nodes.stride + I] = static_cast<float>(box.centre[c]);
+    nodes.half[c * nodes.stride + I] = above(box.half[c]);
   }
+  for (int64_t i = first; leaves && i < last; ++i) {
+    log_w[i] = w[i] > 0 ? static_cast<float>(std::log2(w[i])) : kNone;
+    for (int64_t c = 0; c < d; ++c)
+      u[(I * d + c) * L + i - first] = static_cast<float>(X[i * d + c] - box.centre[c]);
+  }
+  const int64_t step = leaves ? 1 : L, count = (last - first) / step;
+  const auto point = [&](int64_t i, int64_t c) {
+    return (leaves ? X[(first + i) * d + c] : leaf.centre[(first / L + i) * d + c]) - box.centre[c];
+  };
+  double mean[kMultiscaleDims] = {}, square[kMultiscaleDims * kMultiscaleDims] = {};
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t c = 0; c < d; ++c) mean[c] += point(i, c) / static_cast<double>(count);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t c = 0; c < d; ++c)
+      for (int64_t e = 0; e < d; ++e)
+        square[c * d + e] += (point(i, c) - mean[c]) * (point(i, e) - mean[e]);
+  invert(d, square, &nodes.inverse[I * d * d]);
+  for (int64_t c = 0; c < d; ++c) nodes.mean[I * d + c] = static_cast<float>(mean[c]);
 }
 
 Cloud Cloud::coarser(int64_t points, double& spread) const {
@@ -174,14 +205,14 @@ double Cloud::squared_radius(int64_t points) const {
 }
 
 template <typename T>
-Cloud ordered_cloud(int64_t count, int64_t d, const T* z, const T* weight, double scale,
+Cloud ordered_cloud(int64_t count, int64_t d, const T* z, const T* weight, double scale, bool split,
                     std::vector<int32_t>& index) {
   index.clear(), index.reserve(count);
   for (int64_t i = 0; i < count; ++i)
     if (weight[i] > T(0)) index.push_back(static_cast<int32_t>(i));
   Cloud cloud;
   cloud.d = d, cloud.n = static_cast<int64_t>(index.size());
-  split(z, d, index.data(), cloud.n);
+  order(z, d, index, split);
   cloud.X.resize(cloud.n * d), cloud.w.resize(cloud.n);
   for (int64_t i = 0; i < cloud.n; ++i) {
     cloud.w[i] = static_cast<double>(weight[index[i]]);
@@ -191,8 +222,8 @@ Cloud ordered_cloud(int64_t count, int64_t d, const T* z, const T* weight, doubl
   return cloud;
 }
 
-#define OTLOSS_INSTANTIATE(T)                                                             \
-  template Cloud ordered_cloud(int64_t, int64_t, const T*, const T*, double,             \
+#define OTLOSS_INSTANTIATE(T)                                                      \
+  template Cloud ordered_cloud(int64_t, int64_t, const T*, const T*, double, bool, \
                                std::vector<int32_t>&);
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)

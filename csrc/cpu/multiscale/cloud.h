@@ -22,10 +22,10 @@ constexpr float kNone = -1e30f;     // log2 of 0
 // Boxes of runs of points, padded to whole supers with boxes of mass 0.
 struct Nodes {
   int64_t count = 0, stride = 0;
-  std::vector<double> centre;               // (count, d)
-  BlockVector<float> at, half;              // (d, stride) centres, half sides
+  std::vector<double> centre;                 // (count, d)
+  BlockVector<float> at, half;                // (d, stride) centres, half sides
   BlockVector<float> radius, mass, log_mass;  // (stride,) about the centre; log2 of the mass
-  std::vector<float> mean, inverse;         // (count, d), (count, d, d) of the least-squares fit
+  std::vector<float> mean, inverse;           // (count, d), (count, d, d) of the least-squares fit
 
   void resize(int64_t nodes, int64_t d);
 };
@@ -40,7 +40,7 @@ struct Cloud {
   Nodes leaf, super;
 
   // Of points that are in order: their leaves.
-  void build(int64_t leaf_size);
+  void build(int64_t leaf_size, bool split);
 
   // Each run of `points` points becomes its centroid. spread: their mean squared distance to it.
   Cloud coarser(int64_t points, double& spread) const;
@@ -49,13 +49,13 @@ struct Cloud {
   double squared_radius(int64_t points) const;
 
  private:
-  void bound(Nodes& nodes, int64_t points, bool leaves);
+  void bound(Nodes& nodes, int64_t I, int64_t points, bool leaves);
 };
 
 // The cloud of the points of positive weight, in the order of the tree, coordinates times `scale`.
-// index (n,) out: where each is in z.
+// split: over threads. index (n,) out: where each is in z.
 template <typename T>
-Cloud ordered_cloud(int64_t count, int64_t d, const T* z, const T* weight, double scale,
+Cloud ordered_cloud(int64_t count, int64_t d, const T* z, const T* weight, double scale, bool split,
                     std::vector<int32_t>& index);
 
 }  // namespace otloss::cpu::multiscale

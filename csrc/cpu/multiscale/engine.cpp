@@ -9,7 +9,7 @@
 namespace otloss::cpu::multiscale {
 namespace {
 
-constexpr float kSlack = 3;  // log2 by which densities may rise before a list is of no use
+constexpr float kSlack = 3;      // log2 by which densities may rise before a list is of no use
 constexpr double kShare = 0.01;  // of what may be left out, by one pair of leaves
 
 // The largest squared distance of points of the two, at most.
@@ -40,8 +40,7 @@ int64_t leaf_size(const Cloud& X, const Cloud& Y, double eps) {
   constexpr double kWide = 8;
   if (X.d <= kMomentDims)
     for (const int64_t L : {256, 128, 64})
-      if (std::min(X.n, Y.n) >= kLeaves * L &&
-          inner_products(X, Y, eps, L) < kWell * kMomentReach)
+      if (std::min(X.n, Y.n) >= kLeaves * L && inner_products(X, Y, eps, L) < kWell * kMomentReach)
         return L;
   return inner_products(X, Y, eps, 32) < kWide ? 32 : 16;
 }
@@ -60,22 +59,32 @@ Engine::Engine(const Cloud& X, const Cloud& Y, double rho_x, double rho_y, doubl
       G_(Y.size),
       s_(X.size),
       column_(Y.size),
+      tiles_(X.super.count, 1),
       rise_(X.leaf.count),
       risen_(Y.super.count) {
   while (X.L < 64 && group_ > kTileRows &&
          2 / eps * std::max(X.squared_radius(group_), Y.squared_radius(group_)) > 1)
     group_ /= 2;
   constexpr int64_t kSupers = 4;  // of a part, at least
-  workers_.resize(
-      precision.split ? std::clamp<int64_t>(X.super.count / kSupers, 1, thread_count()) : 1);
+  workers_.resize(precision.split ? std::clamp<int64_t>(X.super.count / kSupers, 1, thread_count())
+                                  : 1);
   share_out();
 }
 
-// Supers in equal parts.
+// Supers in parts of as many tiles as each other had in the last pass.
 void Engine::share_out() {
   const int64_t parts = static_cast<int64_t>(workers_.size());
-  begin_.resize(parts + 1);
-  for (int64_t p = 0; p <= parts; ++p) begin_[p] = X.super.count * p / parts;
+  double all = 0, sum = 0;
+  for (const double tiles : tiles_) all += tiles;
+  begin_.assign(1, 0);
+  for (int64_t S = 0; S < X.super.count; ++S) {
+    sum += tiles_[S];
+    while (static_cast<int64_t>(begin_.size()) < parts &&
+           sum * static_cast<double>(parts) >= all * static_cast<double>(begin_.size()))
+      begin_.push_back(S + 1);
+  }
+  begin_.resize(parts + 1, X.super.count);
+  begin_.back() = X.super.count;
 }
 
 template <typename F>
@@ -97,6 +106,7 @@ Pass Engine::begin(double eps, const double* g, double* F, double* s) {
           G_.data(),
           F,
           s,
+          tiles_.data(),
           0,
           false,
           0,
@@ -112,8 +122,8 @@ Pass Engine::begin(double eps, const double* g, double* F, double* s) {
 // Lists serve leaves of x whose densities have risen little; where those of few supers of y have
 // risen more than most, these are searched anew.
 void Engine::choose_lists(double eps, const double* F) {
-  constexpr double kMore = 1;          // than the mean rise
-  constexpr int64_t kFew = 8;          // an eighth
+  constexpr double kMore = 1;  // than the mean rise
+  constexpr int64_t kFew = 8;  // an eighth
   listed_ = lists_.eps == eps && lists_.threshold == threshold_;
   if (listed_) {
     std::vector<double> of_super(Y.super.count, -1e300);
@@ -141,6 +151,7 @@ void Engine::choose_lists(double eps, const double* F) {
     listed_ = poor * kFew < X.leaf.count && searched * kFew <= Y.super.count;
   }
   if (listed_) return;
+  share_out();
   lists_.eps = eps, lists_.threshold = threshold_;
   lists_.F.assign(F, F + X.size), lists_.G = G_;
 }
@@ -168,9 +179,8 @@ void Engine::sweep(double eps, const double* g, double* F, double* s, bool colum
   pass.tilt = columns ? x.tilt(eps) : 0;
   pass.columns = columns, pass.group = columns && wants_groups_ ? group_ : 0;
   pass.listed = listed_, pass.record = !listed_, pass.slack = kSlack;
-  for_each_part([&](Worker& worker, int64_t begin, int64_t end) {
-    worker.update(pass, begin, end);
-  });
+  for_each_part(
+      [&](Worker& worker, int64_t begin, int64_t end) { worker.update(pass, begin, end); });
   finish(columns);
 }
 
@@ -208,9 +218,8 @@ void Engine::update_rows(double eps, const double* g, double* F, double* s) {
 bool Engine::sweep_mirrored(double eps, const double* g, double* F, double* s) {
   Pass pass = begin(eps, g, F, s);
   pass.y.planes = &px_;
-  for_each_part([&](Worker& worker, int64_t begin, int64_t end) {
-    worker.mirror(pass, begin, end);
-  });
+  for_each_part(
+      [&](Worker& worker, int64_t begin, int64_t end) { worker.mirror(pass, begin, end); });
   finish(true);
   for (int64_t i = 0; i < X.n; ++i) {
     s[i] += column_[i] / X.w[i];

@@ -1,8 +1,8 @@
 // What the solver knows of a problem between two clouds in few dimensions: passes over the pairs of
 // leaves that can hold something of the plan. The calls are those of cpu::Engine.
 //
-// The cost is the squared distance. Potentials and their bookkeeping are double, entries of the plan
-// single precision. What is left out is bounded, relative to the total mass.
+// The cost is the squared distance. Potentials and their bookkeeping are double, entries of the
+// plan single precision. What is left out is bounded, relative to the total mass.
 #pragma once
 
 #include <cstdint>
@@ -92,6 +92,7 @@ class Engine {
   Planes px_, py_;
   std::vector<double> G_, s_, column_;
   std::vector<Worker> workers_;
+  std::vector<double> tiles_;   // (supers of x,) in the last pass
   std::vector<int64_t> begin_;  // (workers + 1,) supers
   // Lists: potentials and threshold that they were made at; how much densities have risen since.
   struct {

@@ -12,13 +12,22 @@ bool GroupNewton::prepare(double eps, const double*, const SemidualPoint<double>
 }
 
 template <typename F>
-void GroupNewton::for_each_row(F&& function) const {
-  for (const Worker& worker : engine_.workers()) {
-    const GroupSums& sums = worker.groups;
+void GroupNewton::add_rows(Vector& out, F&& function) {
+  const std::vector<Worker>& workers = engine_.workers();
+  parts_.resize(workers.size());
+  const auto add = [&](int64_t part, Vector& to) {
+    const GroupSums& sums = workers[part].groups;
     int64_t begin = 0;
     for (size_t row = 0; row < sums.end.size(); begin = sums.end[row++])
-      if (sums.row[row] > 0) function(sums, row, begin, sums.end[row]);
-  }
+      if (sums.row[row] > 0) function(sums, row, begin, sums.end[row], to);
+  };
+  if (workers.size() == 1) return add(0, out);
+  parallel_tasks(static_cast<int64_t>(workers.size()), [&](int64_t part) {
+    parts_[part].assign(out.size(), 0);
+    add(part, parts_[part]);
+  });
+  for (const Vector& part : parts_)
+    for (size_t h = 0; h < out.size(); ++h) out[h] += part[h];
 }
 
 void GroupNewton::step(double error, std::vector<double>& p) {
@@ -32,24 +41,25 @@ void GroupNewton::step(double error, std::vector<double>& p) {
   all /= total;
   Vector C(groups), right(groups), mean(groups), inverse(groups), x(groups);
   for (int64_t h = 0; h < groups; ++h) {
-    for (int64_t j = size * h; j < size * (h + 1); ++j) C[h] += c[j], right[h] += c[j] * (p[j] - all);
+    for (int64_t j = size * h; j < size * (h + 1); ++j)
+      C[h] += c[j], right[h] += c[j] * (p[j] - all);
     mean[h] = C[h] > 0 ? right[h] / C[h] : 0;
   }
   Vector diagonal = C;
-  for_each_row([&](const GroupSums& sums, size_t row, int64_t begin, int64_t end) {
-    const int64_t per = sums.per;
-    for (int64_t e = begin; e < end; ++e)
-      for (int64_t h = 0; h < per; ++h) {
-        const double value = static_cast<double>(sums.value[e * per + h]);
-        diagonal[sums.leaf[e] * per + h] -= coupling_ * value * value / sums.row[row];
-      }
-  });
+  add_rows(diagonal,
+           [&](const GroupSums& sums, size_t row, int64_t begin, int64_t end, Vector& to) {
+             const int64_t per = sums.per;
+             for (int64_t e = begin; e < end; ++e)
+               for (int64_t h = 0; h < per; ++h) {
+                 const double value = static_cast<double>(sums.value[e * per + h]);
+                 to[sums.leaf[e] * per + h] -= coupling_ * value * value / sums.row[row];
+               }
+           });
   for (int64_t h = 0; h < groups; ++h)
-    inverse[h] =
-        C[h] > 0 ? 1 / (std::max(diagonal[h], kLeastDiagonal * C[h]) + damping * C[h]) : 0;
+    inverse[h] = C[h] > 0 ? 1 / (std::max(diagonal[h], kLeastDiagonal * C[h]) + damping * C[h]) : 0;
   const auto product = [&](const Vector& v, Vector& out) {
     for (int64_t h = 0; h < groups; ++h) out[h] = (1 + damping) * C[h] * v[h];
-    for_each_row([&](const GroupSums& sums, size_t row, int64_t begin, int64_t end) {
+    add_rows(out, [&](const GroupSums& sums, size_t row, int64_t begin, int64_t end, Vector& to) {
       const int64_t per = sums.per;
       double along = 0;
       for (int64_t e = begin; e < end; ++e) {
@@ -60,7 +70,7 @@ void GroupNewton::step(double error, std::vector<double>& p) {
       along *= coupling_ / sums.row[row];
       for (int64_t e = begin; e < end; ++e) {
         const float* value = &sums.value[e * per];
-        double* of_leaf = &out[sums.leaf[e] * per];
+        double* of_leaf = &to[sums.leaf[e] * per];
         for (int64_t h = 0; h < per; ++h) of_leaf[h] -= static_cast<double>(value[h]) * along;
       }
     });

@@ -28,12 +28,14 @@ class GroupNewton {
   void step(double error, std::vector<double>& p);
 
  private:
-  // Calls function(sums, row group, begin, end) for the runs of each row group.
+  // Adds to `out` what function(sums, row group, begin, end, out) does for the runs of each row
+  // group, a worker's in one task.
   template <typename F>
-  void for_each_row(F&& function) const;
+  void add_rows(Vector& out, F&& function);
 
   Engine& engine_;
   double coupling_ = 1;
+  std::vector<Vector> parts_;
 };
 
 }  // namespace otloss::cpu::multiscale

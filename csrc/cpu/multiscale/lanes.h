@@ -17,12 +17,12 @@ namespace otloss::cpu::multiscale {
 // (Not from the number itself, of which g++ 12 makes types that it cannot convert.)
 template <int kBytes>
 struct LaneTypes;
-#define OTLOSS_LANES(kBytes)                                         \
-  template <>                                                        \
-  struct LaneTypes<kBytes> {                                         \
-    typedef float Float __attribute__((vector_size(kBytes)));        \
-    typedef int32_t Int __attribute__((vector_size(kBytes)));        \
-    typedef uint32_t Bits __attribute__((vector_size(kBytes)));      \
+#define OTLOSS_LANES(kBytes)                                    \
+  template <>                                                   \
+  struct LaneTypes<kBytes> {                                    \
+    typedef float Float __attribute__((vector_size(kBytes)));   \
+    typedef int32_t Int __attribute__((vector_size(kBytes)));   \
+    typedef uint32_t Bits __attribute__((vector_size(kBytes))); \
   };
 OTLOSS_LANES(16)
 OTLOSS_LANES(32)

@@ -9,9 +9,9 @@
 namespace otloss::cpu::multiscale {
 namespace {
 
-constexpr int64_t kPoints = 4;       // that a centroid stands for
-constexpr int64_t kCoarsest = 500;   // points of the coarsest level, at most
-constexpr double kStageTol = 0.01;   // of all but the finest
+constexpr int64_t kPoints = 4;      // that a centroid stands for
+constexpr int64_t kCoarsest = 500;  // points of the coarsest level, at most
+constexpr double kStageTol = 0.01;  // of all but the finest
 constexpr int64_t kStagePasses = 100;
 
 // Clouds from fine to coarse; spread: mean squared distance of the points to those of a level.
@@ -35,10 +35,10 @@ int64_t level_count(int64_t n) {
   return count;
 }
 
-void build(Cloud& X, Cloud& Y, double eps) {
+void build(Cloud& X, Cloud& Y, double eps, bool split) {
   const int64_t L = leaf_size(X, Y, eps);
-  if (X.L != L) X.build(L);
-  if (Y.L != L) Y.build(L);
+  if (X.L != L) X.build(L, split);
+  if (Y.L != L) Y.build(L, split);
 }
 
 std::vector<double> times(std::vector<double> v, double factor) {
@@ -82,8 +82,8 @@ struct Coarsest {
         x(X.n, X.w.data(), penalties.rho_x),
         y(Y.n, Y.w.data(), penalties.rho_y) {
     group.batch = 1, group.n = X.n, group.m = Y.n, group.symmetric = &X == &Y;
-    group.points = {CostKind::kSqEuclidean, X.d,           X.X.data(),
-                    Y.X.data(),             norm_x.data(), norm_y.data()};
+    group.points = {CostKind::kSqEuclidean, X.d,          X.X.data(), Y.X.data(),
+                    norm_x.data(),          norm_y.data()};
   }
 
   static std::vector<double> norms(const Cloud& cloud) {
@@ -113,7 +113,7 @@ struct Finer {
   Finer(Cloud& fine_x, Cloud& fine_y, Cloud& x, Cloud& y, const Penalties& penalties, double at,
         const std::vector<double>& coarse_F, const std::vector<double>& coarse_g, bool split) {
     const double k = kLog2E / at;
-    build(x, y, at);
+    build(x, y, at, split);
     std::vector<double> V = coarse_F;
     Planes planes;
     V.resize(x.size), planes.fit(x, k, V.data(), split);
@@ -121,7 +121,7 @@ struct Finer {
     V = times(coarse_g, k / Penalty{1 / penalties.rho_y}.damping(at));
     V.resize(y.size), planes.fit(y, k, V.data(), split);
     std::vector<double> G = extended(fine_y, y, planes, k, kPoints);
-    build(fine_y, x, at);
+    build(fine_y, x, at, split);
     Engine up(fine_y, x, penalties.rho_y, penalties.rho_x, at, precision(kStageTol, false, split));
     const std::vector<double> f = padded(times(coarse_F, up.y.damping(at) / k), up.y.count);
     G.resize(fine_y.size);
@@ -144,8 +144,7 @@ Solution finished(Engine& engine, const SolveOptions& options, const Penalties& 
   result.outcome = outcome;
   result.f = times(F, engine.x.damping(options.eps) * options.eps / kLog2E);
   result.g = g;
-  result.value =
-      value_of(engine, options, penalties.balanced, result.f.data(), result.g.data());
+  result.value = value_of(engine, options, penalties.balanced, result.f.data(), result.g.data());
   result.f.resize(engine.X.n), result.g.resize(engine.Y.n);
   return result;
 }
@@ -154,11 +153,11 @@ Solution finished(Engine& engine, const SolveOptions& options, const Penalties& 
 
 template <typename T>
 Clouds::Clouds(const PointPair<T>& points, int64_t problem, int64_t n, const T* a, int64_t m,
-               const T* b, bool one)
+               const T* b, bool one, bool split)
     : scale(points.kind == CostKind::kCosine ? std::sqrt(0.5) : 1.0) {
   const int64_t d = points.d;
-  x = ordered_cloud(n, d, points.zx + problem * n * d, a, scale, in_x);
-  if (!one) y = ordered_cloud(m, d, points.zy + problem * m * d, b, scale, in_y);
+  x = ordered_cloud(n, d, points.zx + problem * n * d, a, scale, split, in_x);
+  if (!one) y = ordered_cloud(m, d, points.zy + problem * m * d, b, scale, split, in_y);
 }
 
 void Clouds::set_masses(double mass_x, double mass_y) {
@@ -175,8 +174,7 @@ Solution solve_pair(Clouds clouds, const Penalties& penalties, const SolveOption
   const double eps = options.eps;
   constexpr double kPerSpread = 1.5;  // eps of a level, at least
   constexpr double kLog2Ratio = 2.2;  // of one eps to the next, at most
-  const int64_t count =
-      options.warm_start ? 1 : level_count(std::max(clouds.x.n, clouds.y.n));
+  const int64_t count = options.warm_start ? 1 : level_count(std::max(clouds.x.n, clouds.y.n));
   Levels xs(std::move(clouds.x), count), ys(std::move(clouds.y), count);
   std::vector<double> F, g;  // F of the level's row update, g half a step on
   double at = eps;
@@ -186,8 +184,7 @@ Solution solve_pair(Clouds clouds, const Penalties& penalties, const SolveOption
   }
   for (int64_t level = count - 1; level >= 0; --level) {
     Cloud &X = xs.clouds[level], &Y = ys.clouds[level];
-    const double target =
-        std::max(eps, kPerSpread * std::max(xs.spread[level], ys.spread[level]));
+    const double target = std::max(eps, kPerSpread * std::max(xs.spread[level], ys.spread[level]));
     const bool finest = level == 0, first = level == count - 1 && !options.warm_start;
     if (first) {
       at = target;
@@ -206,7 +203,7 @@ Solution solve_pair(Clouds clouds, const Penalties& penalties, const SolveOption
       F = std::move(finer.F), g = std::move(finer.g);
       xs.clouds.pop_back(), ys.clouds.pop_back();
     }
-    build(X, Y, target);
+    build(X, Y, target, split);
     F.resize(X.size), g.resize(Y.size);
     const double rounding =
         rounding_error(mean_size(X, F) * at / kLog2E + mean_size(Y, g), roundoff, eps);
@@ -219,8 +216,8 @@ Solution solve_pair(Clouds clouds, const Penalties& penalties, const SolveOption
       const double next = s == stages ? target : from * std::pow(target / from, double(s) / stages);
       F = times(std::move(F), at / next);
       at = next;
-      Outcome outcome = cpu::solve_pair(
-          engine, stage(options, at, finest && s == stages, tol), F.data(), g.data());
+      Outcome outcome = cpu::solve_pair(engine, stage(options, at, finest && s == stages, tol),
+                                        F.data(), g.data());
       if (!finest || s < stages) continue;
       Solution result = finished(engine, options, penalties, outcome, F, g);
       add_rounding(result.outcome,
@@ -263,7 +260,7 @@ Solution solve_self(Clouds clouds, const Penalties& penalties, const SolveOption
     Cloud& X = levels.clouds[at];
     if (at < static_cast<int64_t>(levels.clouds.size()) - 1) {
       Cloud& coarse = levels.clouds[at + 1];
-      build(X, coarse, eps);
+      build(X, coarse, eps, split);
       Engine up(X, coarse, penalties.rho_x, penalties.rho_y, eps,
                 precision(kStageTol, false, split));
       std::vector<double> finer(X.size), sums(X.size), f = times(std::move(F), 1 / k);
@@ -273,7 +270,7 @@ Solution solve_self(Clouds clouds, const Penalties& penalties, const SolveOption
       F = times(std::move(finer), damping);
       levels.clouds.pop_back();
     }
-    build(X, X, eps);
+    build(X, X, eps, split);
     F.resize(X.size);
     const double rounding = rounding_error(2 * mean_size(X, F) / k, roundoff, eps);
     const double tol = at ? std::max(options.tol, kStageTol) : tolerance(options.tol, rounding);
@@ -292,8 +289,8 @@ Solution solve_self(Clouds clouds, const Penalties& penalties, const SolveOption
 }
 
 template Clouds::Clouds(const PointPair<float>&, int64_t, int64_t, const float*, int64_t,
-                        const float*, bool);
+                        const float*, bool, bool);
 template Clouds::Clouds(const PointPair<double>&, int64_t, int64_t, const double*, int64_t,
-                        const double*, bool);
+                        const double*, bool, bool);
 
 }  // namespace otloss::cpu::multiscale

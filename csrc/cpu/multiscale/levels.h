@@ -6,19 +6,20 @@
 #include <vector>
 
 #include "cpu/multiscale/engine.h"
+#include "cpu/parallel.h"
 #include "cpu/solve/solver.h"
 
 namespace otloss::cpu::multiscale {
 
 // The two clouds of a problem in order, in units in which the cost is the squared distance.
 struct Clouds {
-  Cloud x, y;                     // y is empty where it is x
+  Cloud x, y;                       // y is empty where it is x
   std::vector<int32_t> in_x, in_y;  // index of each point
-  double scale;                   // of coordinates
+  double scale;                     // of coordinates
 
   template <typename T>
   Clouds(const PointPair<T>& points, int64_t problem, int64_t n, const T* a, int64_t m, const T* b,
-         bool one);
+         bool one, bool split);
   // Scales the weights to these totals.
   void set_masses(double mass_x, double mass_y);
 };
@@ -35,5 +36,17 @@ Solution solve_pair(Clouds clouds, const Penalties& penalties, const SolveOption
 // A cloud against itself.
 Solution solve_self(Clouds clouds, const Penalties& penalties, const SolveOptions& options,
                     Solution start, double roundoff, bool split);
+
+// Calls function(group, problem, split) for all problems: large ones one after the other, each over
+// all threads, which do not all take as long.
+template <typename Group, typename F>
+void for_each_problem(const std::vector<Group>& groups, F&& function) {
+  constexpr int64_t kLarge = 20000;  // points
+  bool large = false;
+  for (const Group& group : groups) large = large || group.n + group.m >= kLarge;
+  if (!large) return cpu::for_each_problem(groups, function);
+  for (const Group& group : groups)
+    for (int64_t p = 0; p < group.batch; ++p) function(group, p, true);
+}
 
 }  // namespace otloss::cpu::multiscale

@@ -68,7 +68,8 @@ std::vector<double> exponential(int degree) {
     double along = 0;
     for (int q = 0; q < kNodes; ++q) {
       const double angle = kPi * (q + 0.5) / kNodes;
-      along += std::exp(kMomentReach * std::cos(angle)) * std::cos(n * angle) * (n ? 2 : 1) / kNodes;
+      along +=
+          std::exp(kMomentReach * std::cos(angle)) * std::cos(n * angle) * (n ? 2 : 1) / kNodes;
     }
     for (int q = 0; q <= n; ++q) result[q] += along * T[n][q] / std::pow(kMomentReach, q);
   }
@@ -195,17 +196,17 @@ struct MomentRowSums {
   static OTLOSS_INLINE void run(const MomentRows& t, const Expansion<kD>& expansion) {
     const Tiles<kD, kBytes> tiles{t, expansion};
     using Terms = Expansion<kD>;
-    for_each_tile<kD>(t, [&](int64_t q, const float* v, float* alpha, float* beta)
-                             OTLOSS_ALWAYS_INLINE {
-      float of_sum[Terms::kTerms], of_product[kD][Terms::kLow], shift[kD];
-      tiles.exponentiate(alpha), tiles.exponentiate(beta);
-      tiles.expand(v, beta, nullptr, of_sum, t.row_product ? of_product : nullptr);
-      tiles.add(t.u, alpha, of_sum, t.row);
-      if (!t.row_product) return;
-      for (int c = 0; c < kD; ++c)
-        shift[c] = static_cast<float>(t.centres[t.tile[q].leaf * kD + c] - t.centre[c]);
-      tiles.add_products(t.u, alpha, of_sum, of_product, shift, t.row_product);
-    });
+    for_each_tile<kD>(
+        t, [&](int64_t q, const float* v, float* alpha, float* beta) OTLOSS_ALWAYS_INLINE {
+          float of_sum[Terms::kTerms], of_product[kD][Terms::kLow], shift[kD];
+          tiles.exponentiate(alpha), tiles.exponentiate(beta);
+          tiles.expand(v, beta, nullptr, of_sum, t.row_product ? of_product : nullptr);
+          tiles.add(t.u, alpha, of_sum, t.row);
+          if (!t.row_product) return;
+          for (int c = 0; c < kD; ++c)
+            shift[c] = static_cast<float>(t.centres[t.tile[q].leaf * kD + c] - t.centre[c]);
+          tiles.add_products(t.u, alpha, of_sum, of_product, shift, t.row_product);
+        });
   }
 };
 
@@ -215,14 +216,13 @@ struct MomentColumnSums {
   static OTLOSS_INLINE void run(const MomentRows& t, const Expansion<kD>& expansion) {
     const Tiles<kD, kBytes> tiles{t, expansion};
     using Terms = Expansion<kD>;
-    for_each_tile<kD>(t, [&](int64_t q, const float* v, const float* alpha, const float* beta)
-                             OTLOSS_ALWAYS_INLINE {
+    for_each_tile<kD>(t, [&](int64_t q, const float* v, const float* alpha,
+                             const float* beta) OTLOSS_ALWAYS_INLINE {
       float of_sum[Terms::kTerms], of_product[kD][Terms::kLow];
       tiles.expand(t.u, alpha, t.w, of_sum, t.column_product ? of_product : nullptr);
       tiles.add(v, beta, of_sum, t.column + q * t.L);
       if (t.column_product)
-        tiles.add_products(v, beta, of_sum, of_product, nullptr,
-                           t.column_product + q * kD * t.L);
+        tiles.add_products(v, beta, of_sum, of_product, nullptr, t.column_product + q * kD * t.L);
     });
   }
 };
@@ -233,8 +233,8 @@ struct MomentValueSums {
   static OTLOSS_INLINE void run(const MomentRows& t, const Expansion<kD>& expansion,
                                 const float* values) {
     const Tiles<kD, kBytes> tiles{t, expansion};
-    for_each_tile<kD>(t, [&](int64_t q, const float* v, const float* alpha, const float* beta)
-                             OTLOSS_ALWAYS_INLINE {
+    for_each_tile<kD>(t, [&](int64_t q, const float* v, const float* alpha,
+                             const float* beta) OTLOSS_ALWAYS_INLINE {
       float of_sum[Expansion<kD>::kTerms];
       tiles.expand(v, beta, values + t.tile[q].leaf * t.L, of_sum, nullptr);
       tiles.add(t.u, alpha, of_sum, t.row);

@@ -1,11 +1,13 @@
 // The leaves of y that a leaf of x may send mass to.
 //
-// For leaves I, J with centres D apart, x = c_I + u, y = c_J + v, and the planes of both potentials,
-//     log2 P_ij / (a_i b_j) = shift + alpha_i + beta_j + 2k <u_i, v_j>,  shift = base_I + base_J - k |D|^2,
-//     alpha_i = rest_i + <slope_I - 2k D, u_i>,  beta_j = rest_j + <slope_J + 2k D, v_j>
+// For leaves I, J with centres D apart, x = c_I + u, y = c_J + v, and the planes of both
+// potentials,
+//     log2 P_ij / (a_i b_j) = shift + alpha_i + beta_j + 2k <u_i, v_j>,  shift = base_I + base_J -
+//     k |D|^2, alpha_i = rest_i + <slope_I - 2k D, u_i>,  beta_j = rest_j + <slope_J + 2k D, v_j>
 // exactly. It is at most shift + max alpha + max beta + 2k min(sum h h', R R'), h and R half sides
-// and radii of the boxes: what is lost is of second order in the leaf's size. Before that, alpha and
-// beta are bounded from the boxes too, of a leaf against a super's leaves at once, and of supers.
+// and radii of the boxes: what is lost is of second order in the leaf's size. Before that, alpha
+// and beta are bounded from the boxes too, of a leaf against a super's leaves at once, and of
+// supers.
 #pragma once
 
 #include <cstdint>
@@ -35,14 +37,14 @@ struct Search {
   float threshold, slack;  // pairs down to threshold - slack are listed
   float moments;           // largest 2k <u, v> for moments
 
-  int64_t I;               // leaf of x
+  int64_t I;  // leaf of x
   float reach;
-  int64_t least;           // first leaf of y
-  const int32_t* supers;   // of y that are searched
+  int64_t least;          // first leaf of y
+  const int32_t* supers;  // of y that are searched
   int64_t supers_count;
-  const int32_t* list;     // leaves of y from an earlier search
+  const int32_t* list;  // leaves of y from an earlier search
   int64_t list_count;
-  const uint8_t* risen;    // (supers of y,) or null: where the list is of no use
+  const uint8_t* risen;  // (supers of y,) or null: where the list is of no use
 };
 
 struct Found {

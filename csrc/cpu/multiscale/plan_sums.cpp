@@ -26,18 +26,17 @@ struct Fixed {
 
   template <typename T>
   Fixed(const PointPair<T>& points, int64_t p, int64_t n, const T* a, const T* f, int64_t m,
-        const T* b, const T* v, bool one, double eps)
-      : clouds(points, p, n, a + p * n, m, b + p * m, one),
+        const T* b, const T* v, bool one, double eps, bool split)
+      : clouds(points, p, n, a + p * n, m, b + p * m, one, split),
         x(clouds.x),
         y(one ? clouds.x : clouds.y),
         in_x(clouds.in_x),
         in_y(one ? clouds.in_x : clouds.in_y) {
     const int64_t L = leaf_size(x, y, eps);
-    x.build(L);
-    if (!one) y.build(L);
+    x.build(L, split);
+    if (!one) y.build(L, split);
     F.resize(x.size), g.resize(y.size);
-    for (int64_t i = 0; i < x.n; ++i)
-      F[i] = kLog2E / eps * static_cast<double>(f[p * n + in_x[i]]);
+    for (int64_t i = 0; i < x.n; ++i) F[i] = kLog2E / eps * static_cast<double>(f[p * n + in_x[i]]);
     for (int64_t j = 0; j < y.n; ++j) g[j] = static_cast<double>(v[p * m + in_y[j]]);
   }
 
@@ -70,11 +69,12 @@ void put(const PointSums<T>& out, int64_t p, int64_t count, int64_t d, const T* 
 
 template <typename T>
 void plan_sums(const std::vector<PlanSumsGroup<T>>& groups, double eps) {
-  for_each_problem(groups, [&](const PlanSumsGroup<T>& group, int64_t p, bool split) {
+  multiscale::for_each_problem(groups, [&](const PlanSumsGroup<T>& group, int64_t p, bool split) {
     const PointPair<T>& points = group.made.points;
     const bool one = group.made.symmetric;
     const int64_t d = points.d;
-    const Fixed fixed(points, p, group.n, group.a, group.f, group.m, group.b, group.g, one, eps);
+    const Fixed fixed(points, p, group.n, group.a, group.f, group.m, group.b, group.g, one, eps,
+                      split);
     multiscale::Engine engine = fixed.engine(eps, one, split);
     std::vector<double> row(fixed.x.size), of_rows(fixed.x.size * d), column, of_columns;
     if (!one) column.resize(fixed.y.size), of_columns.resize(fixed.y.size * d);
@@ -93,9 +93,10 @@ void plan_sums(const std::vector<PlanSumsGroup<T>>& groups, double eps) {
 
 template <typename T>
 void plan_products(const std::vector<PlanProductGroup<T>>& groups, double eps) {
-  for_each_problem(groups, [&](const PlanProductGroup<T>& group, int64_t p, bool split) {
+  multiscale::for_each_problem(groups, [&](const PlanProductGroup<T>& group, int64_t p,
+                                           bool split) {
     const int64_t n = group.n, m = group.m, count = group.columns;
-    const Fixed fixed(group.points, p, n, group.a, group.f, m, group.b, group.g, false, eps);
+    const Fixed fixed(group.points, p, n, group.a, group.f, m, group.b, group.g, false, eps, split);
     multiscale::Engine engine = fixed.engine(eps, false, split);
     const int64_t rows = fixed.x.size, columns = fixed.y.size;
     std::vector<double> v(count * columns), out(count * rows);

@@ -74,16 +74,16 @@ void Planes::fit_super(const Cloud& cloud, double k, int64_t S) {
   }
   for (int64_t i = 0; i < count; ++i)
     for (int64_t c = 0; c < d; ++c)
-      sums[c] += (value[i] - mean) *
-                 (from[i][c] - static_cast<double>(cloud.super.mean[S * d + c]));
+      sums[c] +=
+          (value[i] - mean) * (from[i][c] - static_cast<double>(cloud.super.mean[S * d + c]));
   slope_of(cloud.super, d, S, sums, super_slope.data(), supers);
   double most = static_cast<double>(kNone);
   for (int64_t i = 0; i < count; ++i) {
     double over = value[i], box = 0, ball = 0;
     for (int64_t c = 0; c < d; ++c) {
       const double plane = static_cast<double>(super_slope[c * supers + S]);
-      const double tilt = static_cast<double>(slope[c * leaves + first + i]) -
-                          2 * k * from[i][c] - plane;
+      const double tilt =
+          static_cast<double>(slope[c * leaves + first + i]) - 2 * k * from[i][c] - plane;
       over -= plane * from[i][c];
       box += std::abs(tilt) * static_cast<double>(cloud.leaf.half[c * leaves + first + i]);
       ball += tilt * tilt;

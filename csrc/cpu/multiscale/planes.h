@@ -12,9 +12,9 @@
 namespace otloss::cpu::multiscale {
 
 struct Planes {
-  BlockVector<float> rest;          // (size,)
-  std::vector<double> base;         // (leaves,)
-  BlockVector<float> top, slope;    // (stride,) base, (d, stride) of leaves
+  BlockVector<float> rest;                    // (size,)
+  std::vector<double> base;                   // (leaves,)
+  BlockVector<float> top, slope;              // (stride,) base, (d, stride) of leaves
   BlockVector<float> super_top, super_slope;  // likewise of supers: an upper bound of their leaves
 
   void resize(const Cloud& cloud);

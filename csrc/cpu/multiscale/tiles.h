@@ -14,15 +14,15 @@ constexpr int64_t kTileRows = 8;
 struct TileRows {
   int64_t d, L;
   int64_t tiles;
-  const Tile* tile;            // (tiles,); those of moments are not read
-  const float *alpha, *beta;   // (tiles, L)
-  const float* U;              // (d, L) 2k u of the row leaf
-  const float* v;              // (leaves, d, L) of the columns
-  int64_t first;               // row
-  const float* w;              // (kTileRows,) or null where not known yet
-  float* e;                    // (tiles, L / lanes, kTileRows, lanes)
-  float* row;                  // (kTileRows,) sums, accumulated
-  float* column;               // (tiles, L) likewise
+  const Tile* tile;           // (tiles,); those of moments are not read
+  const float *alpha, *beta;  // (tiles, L)
+  const float* U;             // (d, L) 2k u of the row leaf
+  const float* v;             // (leaves, d, L) of the columns
+  int64_t first;              // row
+  const float* w;             // (kTileRows,) or null where not known yet
+  float* e;                   // (tiles, L / lanes, kTileRows, lanes)
+  float* row;                 // (kTileRows,) sums, accumulated
+  float* column;              // (tiles, L) likewise
 };
 
 // e and the sums of rows.
@@ -37,10 +37,10 @@ void sum_values(const TileRows& rows, const float* values);
 // Both with coordinates, relative to the centre c of the row leaf: of rows e and e (y - c), of
 // columns w e and w e u.
 struct TileProducts : TileRows {
-  const float* u;        // (d, L) of the row leaf
-  const double* centre;  // (d,) its centre
+  const float* u;         // (d, L) of the row leaf
+  const double* centre;   // (d,) its centre
   const double* centres;  // (leaves, d) of the columns
-  float* row_product;    // (kTileRows, d) accumulated
+  float* row_product;     // (kTileRows, d) accumulated
   float* column_product;  // (tiles, d, L) likewise, or null
 };
 void sum_products(const TileProducts& rows);

@@ -23,21 +23,22 @@ template <typename F>
 void Worker::for_each_leaf(const Pass& pass, int64_t begin, int64_t end, F&& leaf) {
   const Cloud &x = *pass.x.cloud, &y = *pass.y.cloud;
   pass_ = &pass, L_ = x.L, d_ = x.d;
-  search_ = Search{pass.k, pass.x, pass.y, pass.threshold, pass.slack, pass.moments,
-                   0,      0,      0,      nullptr,        0,          nullptr,
-                   0,      nullptr};
-  left_out = 0, tiles = 0, super_ = -1;
+  search_ = Search{pass.k, pass.x,  pass.y, pass.threshold, pass.slack, pass.moments, 0, 0,
+                   0,      nullptr, 0,      nullptr,        0,          nullptr};
+  left_out = 0, super_ = -1;
   bound_.resize(y.super.stride), U_.resize(d_ * L_);
   if (pass.record) {
     first_ = begin * kSuper;
     list_begin_.assign(1, 0), list_.clear(), list_left_out_.clear();
   }
-  for (int64_t S = begin; S < end && !interrupted(); ++S)
+  for (int64_t S = begin; S < end && !interrupted(); ++S) {
+    pass.tiles[S] = 0;
     for (int64_t I = S * kSuper; I < std::min(x.leaf.count, (S + 1) * kSuper); ++I) {
       const float *u = &x.u[I * d_ * L_], twice = static_cast<float>(2 * pass.k);
       for (int64_t i = 0; i < d_ * L_; ++i) U_[i] = twice * u[i];
       leaf(I);
     }
+  }
 }
 
 // log2 of how much more points [first, last) of x count in column sums than by their weights.
@@ -76,8 +77,8 @@ void Worker::find(int64_t I, bool anew, int64_t least) {
   const bool record = pass_->record && !anew;
   find_supers(I / kSuper, !listed);
   search_.I = I, search_.least = least;
-  search_.reach = x.leaf.log_mass[I] +
-                  static_cast<float>(tilted(I * L_, std::min(x.n, (I + 1) * L_)));
+  search_.reach =
+      x.leaf.log_mass[I] + static_cast<float>(tilted(I * L_, std::min(x.n, (I + 1) * L_)));
   search_.supers = supers_.data(), search_.supers_count = static_cast<int64_t>(supers_.size());
   search_.list = nullptr, search_.list_count = 0, search_.risen = nullptr;
   if (listed) {
@@ -93,8 +94,14 @@ void Worker::find(int64_t I, bool anew, int64_t least) {
   }
   const int64_t used = static_cast<int64_t>(list_.size());
   if (record) list_.resize(used + room);
-  found_ = Found{alpha_.data(), beta_.data(), tiles_.data(),
-                 record ? list_.data() + used : nullptr, 0, 0, 0, 0};
+  found_ = Found{alpha_.data(),
+                 beta_.data(),
+                 tiles_.data(),
+                 record ? list_.data() + used : nullptr,
+                 0,
+                 0,
+                 0,
+                 0};
   find_partners(search_, found_);
   double missing = supers_left_out_ + found_.left_out;
   if (record) {
@@ -105,7 +112,7 @@ void Worker::find(int64_t I, bool anew, int64_t least) {
     missing += list_left_out_[I - first_] * std::exp2(static_cast<double>(pass_->rise[I]));
   }
   left_out += (missing + found_.left_out_listed) * std::exp2(static_cast<double>(search_.reach));
-  tiles += found_.kept;
+  pass_->tiles[I / kSuper] += static_cast<double>(found_.kept);
   direct_ = std::count_if(tiles_.begin(), tiles_.begin() + found_.kept,
                           [](const Tile& tile) { return !tile.moments; });
   const size_t size = static_cast<size_t>(direct_ * L_ * kTileRows);
@@ -304,8 +311,7 @@ void Worker::products(const Pass& pass, int64_t begin, int64_t end, bool symmetr
                       double* product) {
   column.assign(pass.y.cloud->size, 0.0);
   column_product.assign(pass.y.cloud->size * pass.y.cloud->d, 0.0);
-  for_each_leaf(pass, begin, end,
-                [&](int64_t I) { products_leaf(I, symmetric, sum, product); });
+  for_each_leaf(pass, begin, end, [&](int64_t I) { products_leaf(I, symmetric, sum, product); });
 }
 
 // Columns get sum w e (x - c) = sum w e u + (c_I - c) sum w e, c the centre of their leaf.
@@ -320,8 +326,12 @@ void Worker::products_leaf(int64_t I, bool symmetric, double* sum, double* produ
   }
   for (int64_t first = 0; first < L_; first += kTileRows) {
     float along[kTileRows * kMultiscaleDims] = {};
-    TileProducts rows{tile_rows(first, row_.data() + first), &x.u[I * d_ * L_],
-                      &x.leaf.centre[I * d_], y.leaf.centre.data(), along, products_.data()};
+    TileProducts rows{tile_rows(first, row_.data() + first),
+                      &x.u[I * d_ * L_],
+                      &x.leaf.centre[I * d_],
+                      y.leaf.centre.data(),
+                      along,
+                      products_.data()};
     sum_products(rows);
     for (int64_t r = 0; r < kTileRows; ++r)
       for (int64_t c = 0; c < d_; ++c) row_product_[c * L_ + first + r] += along[r * d_ + c];

@@ -13,29 +13,30 @@ namespace otloss::cpu::multiscale {
 
 // What the workers of a pass share.
 struct Pass {
-  double k;            // log2(e) / eps
+  double k;  // log2(e) / eps
   View x, y;
-  Planes* planes;      // of x, fitted again to leaves whose guess was poor
-  const double* G;     // (m,) k g
-  double* F;           // (n,) in: guess, out: exact, or fixed
-  double* s;           // (n,) row sums at the guess
-  double tilt;         // columns are those of the plan of (1 + tilt) F
-  bool columns;        // whether column sums are wanted
-  int64_t group;       // points of Newton's groups, 0: not wanted
+  Planes* planes;                   // of x, fitted again to leaves whose guess was poor
+  const double* G;                  // (m,) k g
+  double* F;                        // (n,) in: guess, out: exact, or fixed
+  double* s;                        // (n,) row sums at the guess
+  double* tiles;                    // (supers of x,) out: that were kept
+  double tilt;                      // columns are those of the plan of (1 + tilt) F
+  bool columns;                     // whether column sums are wanted
+  int64_t group;                    // points of Newton's groups, 0: not wanted
   float threshold, slack, moments;  // see Search
   // From an earlier search:
-  bool listed, record;              // whether lists are used, are made
-  const float* rise;                // (leaves of x,) by which densities have risen, log2, at most
-  const uint8_t* risen;             // (supers of y,) that are searched anew
+  bool listed, record;   // whether lists are used, are made
+  const float* rise;     // (leaves of x,) by which densities have risen, log2, at most
+  const uint8_t* risen;  // (supers of y,) that are searched anew
 };
 
 // The plan summed over groups of rows and of columns, in runs of a leaf's column groups.
 struct GroupSums {
-  int64_t per = 0;             // groups of a leaf
-  std::vector<int64_t> end;    // (row groups,)
-  std::vector<int32_t> leaf;   // (runs,) of columns
-  std::vector<float> value;    // (runs, per)
-  std::vector<double> row;     // (row groups,) row sums
+  int64_t per = 0;            // groups of a leaf
+  std::vector<int64_t> end;   // (row groups,)
+  std::vector<int32_t> leaf;  // (runs,) of columns
+  std::vector<float> value;   // (runs, per)
+  std::vector<double> row;    // (row groups,) row sums
 
   void clear() { end.clear(), leaf.clear(), value.clear(), row.clear(); }
 };
@@ -48,12 +49,12 @@ class Worker {
   std::vector<double> column;          // (m,) sums
   std::vector<double> column_product;  // (leaves, d, L) of products
   GroupSums groups;
-  double left_out = 0;                 // bound of the part of the plan that was left out
-  int64_t tiles = 0;                   // that were kept
+  double left_out = 0;  // bound of the part of the plan that was left out
 
   // Rows of supers [begin, end).
   void update(const Pass& pass, int64_t begin, int64_t end);
-  // Of a symmetric plan: s alone, a pair of leaves and its mirror image at once, which is in `column`.
+  // Of a symmetric plan: s alone, a pair of leaves and its mirror image at once, which is in
+  // `column`.
   void mirror(const Pass& pass, int64_t begin, int64_t end);
   // At fixed potentials rows' sum e and sum e (y - c), c the centre of the row's leaf; in `column`
   // and `column_product` the columns'. symmetric: with half of the pairs.

@@ -7,6 +7,7 @@
 
 #include "core/math.h"
 #include "cpu/multiscale/engine.h"
+#include "cpu/simd/simd.h"
 #include "cpu/simd/sweep.h"
 #include "cpu/solve/group_shifts.h"
 
@@ -17,6 +18,25 @@ using Vector = std::vector<double>;
 
 // x log(x / y), 0 for x = 0.
 double x_log_ratio(double x, double y) { return x > 0 ? x * std::log(x / y) : 0.0; }
+
+// log2 of the entries of a row in some columns, of which G is.
+template <typename T>
+OTLOSS_SIMD void entries_of_row(int64_t count, T F, T k, const T* G, const int32_t* column,
+                                const T* C, T* entry) {
+#pragma omp simd
+  for (int64_t e = 0; e < count; ++e) entry[e] = F + G[e] - k * C[column[e]];
+}
+
+// log2 of the sum of 2^entry, at any size of the entries.
+template <typename T>
+OTLOSS_SIMD T log2_sum(int64_t count, const T* entry) {
+  T largest = std::numeric_limits<T>::lowest(), sum = 0;
+#pragma omp simd reduction(max : largest)
+  for (int64_t e = 0; e < count; ++e) largest = entry[e] > largest ? entry[e] : largest;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t e = 0; e < count; ++e) sum += fast_exp2(entry[e] - largest);
+  return largest + fast_log2(sum);
+}
 
 // Sets of columns that are joined.
 class Sets {
@@ -80,7 +100,8 @@ double FarMass<T, E>::gap(double eps, const T* F, const SemidualPoint<T>& point)
   plan_ = PlanMarginals<T>(x_.count, y_.count);
   plan_.set(eps, x_, y_, F, point);
   const double kappa = mass(point);
-  Vector excess(m), v;
+  std::vector<T> excess(m);
+  Vector v;
   std::vector<int64_t> lacking;
   double s = 0, total = 0, kept = 0, on_v = 0;
   for (int64_t j = 0; j < m; ++j) {
@@ -88,7 +109,7 @@ double FarMass<T, E>::gap(double eps, const T* F, const SemidualPoint<T>& point)
     if (!(w > 0)) continue;
     total += c;
     kept += x_log_ratio(std::min(w, c), c);
-    excess[j] = c > w ? 1 - w / c : 0;
+    excess[j] = static_cast<T>(c > w ? 1 - w / c : 0);
     if (!(w > c)) continue;
     lacking.push_back(j), v.push_back(w - c), s += w - c;
     on_v += eps * x_log_ratio(w - c, static_cast<double>(y_.weight[j])) -
@@ -103,7 +124,7 @@ double FarMass<T, E>::gap(double eps, const T* F, const SemidualPoint<T>& point)
 }
 
 template <typename T, typename E>
-double FarMass<T, E>::moved(double eps, const T* F, const T*, const Vector& excess,
+double FarMass<T, E>::moved(double eps, const T* F, const T*, const std::vector<T>& excess,
                             const std::vector<int64_t>& lacking, const Vector& v) {
   const int64_t m = y_.count;
   const double to_cost = x_.damping(eps) * eps / kLog2E;
@@ -118,10 +139,9 @@ double FarMass<T, E>::moved(double eps, const T* F, const T*, const Vector& exce
       const T one = T(1);
       plan_rows(
           PlanRows<T>{1, m, factor<T>(eps), T(1), C, m, &one, F + i, plan_.G.data(), P.data()});
-      double u = 0, far = 0;
-      for (int64_t j = 0; j < m; ++j) u += static_cast<double>(P[j]) * excess[j];
+      double far = 0;
       for (size_t l = 0; l < lacking.size(); ++l) far += static_cast<double>(C[lacking[l]]) * v[l];
-      u *= plan_.row[i];
+      const double u = plan_.row[i] * dot(m, P.data(), excess.data());
       parts[part] += u * (far / s - to_cost * static_cast<double>(F[i])) +
                      eps * x_log_ratio(u, static_cast<double>(x_.weight[i]));
     }
@@ -239,27 +259,33 @@ int64_t FarMass<T, E>::find_groups(double eps, const T* F, double least) {
 template <typename T, typename E>
 std::vector<double> FarMass<T, E>::between_groups(double eps, const T* F, int64_t k, Vector& A) {
   using Lse = OnlineLse<double>;
-  const int64_t m = y_.count;
-  const T per_cost = factor<T>(eps);
+  // The columns with mass in the order of their groups, and where each group ends.
+  std::vector<int64_t> end(k + 1);
+  for (const int32_t K : group_)
+    if (K >= 0) ++end[K + 1];
+  for (int64_t K = 0; K < k; ++K) end[K + 1] += end[K];
+  const int64_t count = end[k];
+  std::vector<int32_t> column(count);
+  std::vector<T> G(count);
+  for (int32_t j = 0; j < y_.count; ++j)
+    if (group_[j] >= 0) {
+      const int64_t e = end[group_[j]]++;
+      column[e] = j, G[e] = plan_.G[j];
+    }
   CostBlocks<T>& costs = engine_.costs();
   std::vector<std::vector<Lse>> parts(costs.parts().count(), std::vector<Lse>(k * k));
   std::vector<Vector> held(costs.parts().count(), Vector(k));
   costs.for_each([&](int64_t part, const T* C, int64_t first, int64_t rows) {
-    std::vector<T> largest(k), sum(k);
+    std::vector<T> entry(count), sent(k);
     for (int64_t i = first; i < first + rows; ++i, C += costs.source().stride()) {
       if (!(plan_.row[i] > 0)) continue;
-      const auto entry = [&](int64_t j) { return F[i] + plan_.G[j] - per_cost * C[j]; };
-      std::fill(largest.begin(), largest.end(), std::numeric_limits<T>::lowest());
-      std::fill(sum.begin(), sum.end(), T(0));
-      for (int64_t j = 0; j < m; ++j)
-        if (group_[j] >= 0) largest[group_[j]] = std::max(largest[group_[j]], entry(j));
-      for (int64_t j = 0; j < m; ++j)
-        if (group_[j] >= 0) sum[group_[j]] += fast_exp2(entry(j) - largest[group_[j]]);
-      for (int64_t K = 0; K < k; ++K) largest[K] += fast_log2(sum[K]);
-      const int64_t home = std::max_element(largest.begin(), largest.end()) - largest.begin();
+      entries_of_row(count, F[i], factor<T>(eps), G.data(), column.data(), C, entry.data());
+      for (int64_t K = 0, begin = 0; K < k; begin = end[K++])
+        sent[K] = log2_sum(end[K] - begin, entry.data() + begin);
+      const int64_t home = std::max_element(sent.begin(), sent.end()) - sent.begin();
       const double own = std::log2(plan_.row[i]);
       for (int64_t K = 0; K < k; ++K)
-        parts[part][home * k + K].add(own + static_cast<double>(largest[K]));
+        parts[part][home * k + K].add(own + static_cast<double>(sent[K]));
       held[part][home] += plan_.row[i];
     }
   });

@@ -4,10 +4,38 @@
 #include <cmath>
 #include <limits>
 
+#include "core/math.h"
+#include "cpu/simd/simd.h"
+
 namespace otloss::cpu {
 namespace {
 
 using Vector = std::vector<double>;
+
+// q = e^{(t - M) / h} over its sum. Returns the logarithm of the sum.
+OTLOSS_SIMD double softmax(int64_t k, double h, const double* t, const double* M, double* q) {
+  const double to_log2 = kLog2E / h;
+  double largest = -std::numeric_limits<double>::infinity(), sum = 0;
+#pragma omp simd reduction(max : largest)
+  for (int64_t K = 0; K < k; ++K) {
+    q[K] = to_log2 * (t[K] - M[K]);
+    largest = q[K] > largest ? q[K] : largest;
+  }
+#pragma omp simd reduction(+ : sum)
+  for (int64_t K = 0; K < k; ++K) sum += q[K] = fast_exp2(q[K] - largest);
+#pragma omp simd
+  for (int64_t K = 0; K < k; ++K) q[K] /= sum;
+  return largest / kLog2E + std::log(sum);
+}
+
+// H (k, k) += factor q q^T, below the diagonal and on it.
+OTLOSS_SIMD void add_square(int64_t k, double factor, const double* q, double* H) {
+  for (int64_t K = 0; K < k; ++K) {
+    const double scaled = factor * q[K];
+#pragma omp simd
+    for (int64_t L = 0; L <= K; ++L) H[K * k + L] += scaled * q[L];
+  }
+}
 
 // The dual problem of the groups at a temperature h in the place of eps: the value at shifts t, and
 // the plan Q (k, k) with its marginals r and c there; w is what the columns want.
@@ -22,16 +50,11 @@ class Dual {
     const Penalty rows{p.x.rate / (1 + h * p.x.rate)};
     for (int64_t I = 0; I < p.k; ++I) {
       if (!(p.A[I] > 0)) continue;
-      double *q = &Q[I * p.k], largest = -std::numeric_limits<double>::infinity(), sum = 0;
-      for (int64_t K = 0; K < p.k; ++K) {
-        q[K] = (t[K] - p.M[I * p.k + K]) / h;
-        largest = std::max(largest, q[K]);
-      }
-      for (int64_t K = 0; K < p.k; ++K) sum += q[K] = std::exp(q[K] - largest);
-      const double softmin = -h * (largest + std::log(sum));
+      double* q = &Q[I * p.k];
+      const double softmin = -h * softmax(p.k, h, t.data(), &p.M[I * p.k], q);
       value += p.A[I] * rows.dual(softmin);
       r[I] = p.A[I] * rows.share(softmin);
-      for (int64_t K = 0; K < p.k; ++K) c[K] += q[K] *= r[I] / sum;
+      for (int64_t K = 0; K < p.k; ++K) c[K] += q[K] *= r[I];
     }
     for (int64_t K = 0; K < p.k; ++K) {
       value += p.B[K] * p.y.dual(t[K]);
@@ -82,17 +105,16 @@ Vector newton_step(const GroupProblem& p, double h, const Dual& at, Vector l) {
   double total = 0;
   Vector scale(k), H(k * k);
   for (int64_t K = 0; K < k; ++K) scale[K] = std::sqrt(std::max(at.c[K], kLeast)), total += at.c[K];
-  for (int64_t K = 0; K < k; ++K)
+  for (int64_t I = 0; I < k; ++I)
+    if (at.r[I] > 0) add_square(k, -p.x.damping(h) / at.r[I], &at.Q[I * k], H.data());
+  for (int64_t K = 0; K < k; ++K) {
+    H[K * k + K] += at.c[K] + h * p.y.rate * at.w[K];
     for (int64_t L = 0; L <= K; ++L) {
-      double sum = 0;
-      for (int64_t I = 0; I < k; ++I)
-        if (at.r[I] > 0) sum += at.Q[I * k + K] * at.Q[I * k + L] / at.r[I];
-      double entry = -p.x.damping(h) * sum;
-      if (K == L) entry += at.c[K] + h * p.y.rate * at.w[K];
-      H[K * k + L] = entry / (scale[K] * scale[L]);
+      H[K * k + L] /= scale[K] * scale[L];
       if (hard) H[K * k + L] += scale[K] * scale[L] / total;  // constants, which it does not see
-      if (K == L) H[K * k + L] += kRidge;
     }
+    H[K * k + K] += kRidge;
+  }
   for (int64_t K = 0; K < k; ++K) l[K] *= at.c[K] / scale[K];
   solve_in_place(k, H, l);
   for (int64_t K = 0; K < k; ++K) l[K] *= h / scale[K];

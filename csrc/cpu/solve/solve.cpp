@@ -60,7 +60,7 @@ void solve_multiscale(const SolveGroup<T>& group, int64_t p, const SolveOptions&
   multiscale::Solution solution;
   if (std::isfinite(max_cost)) {
     const bool one = has_one_potential(group, p);
-    multiscale::Clouds clouds(group.points, p, n, a, m, b, one);
+    multiscale::Clouds clouds(group.points, p, n, a, m, b, one, split);
     clouds.set_masses(mass_x, mass_y);
     const std::vector<int32_t> in_x = clouds.in_x, in_y = one ? in_x : clouds.in_y;
     if (options.warm_start) {
@@ -159,8 +159,7 @@ Loss loss_of(const std::vector<SolveGroup<T>>& groups, int64_t k) {
 // of a given number have the value of what they end at.
 void refine(const std::vector<SolveGroup<float>>& groups, const SolveOptions& options) {
   constexpr double kCancelled = 1e-3;  // of the terms' size
-  const PointPair<float>& points = groups[0].points;
-  if (!points.zx || points.multiscale || options.n_iters >= 0) return;
+  if (!groups[0].points.zx || options.n_iters >= 0) return;
   if (options.objective != Objective::kRegularized) return;
   std::vector<int64_t> chosen;
   for (int64_t k = 0; k < groups[0].batch; ++k) {
@@ -212,11 +211,17 @@ bool solve_negative_again(const std::vector<SolveGroup<T>>& groups, const SolveO
 
 template <typename T>
 void solve(const std::vector<SolveGroup<T>>& groups, const SolveOptions& options) {
-  for_each_problem(groups, [&](const SolveGroup<T>& group, int64_t p, bool split) {
+  const bool multiscaled = groups[0].points.multiscale;
+  const auto solve_one = [&](const SolveGroup<T>& group, int64_t p, bool split) {
     solve_problem(group, p, options, split);
-  });
+  };
+  if (multiscaled)
+    multiscale::for_each_problem(groups, solve_one);
+  else
+    for_each_problem(groups, solve_one);
   const auto in_double = [&] {
-    if constexpr (std::is_same_v<T, float>) refine(groups, options);
+    if constexpr (std::is_same_v<T, float>)
+      if (!multiscaled) refine(groups, options);
   };
   in_double();
   if (solve_negative_again(groups, options)) in_double();
