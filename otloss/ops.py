@@ -271,15 +271,13 @@ def _(grad_loss: Tensor, _f: Any, _g: Any, *arguments: Any) -> tuple[list[Tensor
 @torch.library.register_fake("otloss::implicit_backward", lib=_library)
 def _(grad_loss: Tensor, _f: Any, _g: Any, *arguments: Any) -> tuple[Any, ...]:
     problem, (_, _, *wanted) = read(arguments)
-    problems = len(problem.coefficients)
-    status = grad_loss.new_empty(problems, grad_loss.shape[-1], 2, dtype=torch.float64)
+    shape = len(problem.coefficients), problem.weights[0].shape[0], 2
+    status = grad_loss.new_empty(shape, dtype=torch.float64)
     return *_gradients(problem, *wanted), status
 
 
 @torch.library.register_fake("otloss::plan_product", lib=_library)
 def _(*arguments: Any) -> list[Tensor]:
     problem, (_, _, v) = read(arguments)
-    sizes = [
-        (problem.weights[i].shape, x.shape[2]) for i, x in zip(problem.pairs[::2], v, strict=True)
-    ]
-    return [v[0].new_empty(*shape, columns) for shape, columns in sizes]
+    rows = [problem.weights[i] for i in problem.pairs[::2]]
+    return [x.new_empty(*a.shape, x.shape[2]) for a, x in zip(rows, v, strict=True)]

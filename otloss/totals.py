@@ -204,9 +204,8 @@ def _mass_term(problem: Problem, combination: Combination, o: Options) -> Tensor
         return None
     if not any(w.requires_grad for w in problem.weights):
         return None
-    masses = torch.stack([w.sum(-1, dtype=torch.float64) for w in problem.counted_weights()])
-    share = masses.new_tensor(shares).unsqueeze(-1)
-    return -0.5 * o.eps * (share * (masses - masses.detach())).sum(0)
+    masses = torch.stack([w.sum(-1, dtype=torch.float64) for w in problem.counted_weights()], -1)
+    return -0.5 * o.eps * (masses - masses.detach()) @ masses.new_tensor(shares)
 
 
 def _way(log_a: Number, log_b: Number, eps: float, marginals: Marginals) -> Way:

@@ -54,8 +54,9 @@ class Settings(NamedTuple):
     def of_live(self) -> Settings:
         """The same of the pairs that a gradient flows through."""
         pairs = [c for p in self.live for c in self.pairs[2 * p : 2 * p + 2]]
+        coefficients = [self.coefficients[p] for p in self.live]
         places = self.places.of_pairs(self.live) if self.places else None
-        return Settings(pairs, [self.coefficients[p] for p in self.live], *self[2:-1], places)
+        return Settings(pairs, coefficients, *self[2:-1], places)
 
     def arguments(self, inputs: Inputs) -> Arguments:
         """What the operations take of a set of problems."""
@@ -76,7 +77,8 @@ class Places(NamedTuple):
     present: list[Tensor]  # of each cloud what is no padding, (B, n)
 
     def of_pairs(self, pairs: Sequence[int]) -> Places:
-        return Places(_costs_of(self, pairs), self.points, _init_of(self, pairs), self.present)
+        costs, init = _of_pairs(self, pairs)
+        return Places(costs, self.points, init, self.present)
 
 
 class Inputs(NamedTuple):
@@ -88,15 +90,13 @@ class Inputs(NamedTuple):
     init: list[Tensor]  # f and g of each pair in turn, or none
 
     def of_pairs(self, pairs: Sequence[int]) -> Inputs:
-        return Inputs(_costs_of(self, pairs), self.points, self.weights, _init_of(self, pairs))
+        costs, init = _of_pairs(self, pairs)
+        return Inputs(costs, self.points, self.weights, init)
 
 
-def _costs_of(given: Places | Inputs, pairs: Sequence[int]) -> list[Tensor]:
-    return [given.costs[p] for p in pairs] if given.costs else []
-
-
-def _init_of(given: Places | Inputs, pairs: Sequence[int]) -> list[Tensor]:
-    return [v for p in pairs for v in given.init[2 * p : 2 * p + 2]]
+def _of_pairs(tensors: Places | Inputs, pairs: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+    costs = [tensors.costs[p] for p in pairs] if tensors.costs else []
+    return costs, [v for p in pairs for v in tensors.init[2 * p : 2 * p + 2]]
 
 
 class Seeds(NamedTuple):

@@ -40,6 +40,7 @@ OPERATIONS = (
     "envelope_backward",
     "unrolled_backward",
     "implicit_backward",
+    "plan_product",
 )
 
 
@@ -392,3 +393,12 @@ def implicit_backward(
     # A direct solve: no iterations, no residual.
     status = grad_loss.new_zeros(len(costs), grad_loss.shape[-1], 2, dtype=torch.float64)
     return *_gradients(problem, costs, of_pair, *wanted), status
+
+
+def plan_product(*arguments: Any) -> list[Tensor]:
+    problem, potentials_and_v = read(arguments)
+    parts = zip(as_pairs(problem.pairs), problem.matrices(), *potentials_and_v, strict=True)
+    return [
+        plan(problem.eps.item(), C, f, g, problem.weights[i], problem.weights[j]) @ v
+        for (i, j), C, f, g, v in parts
+    ]

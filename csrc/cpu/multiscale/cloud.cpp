@@ -37,7 +37,7 @@ int64_t cut(const T* x, int64_t d, int32_t* index, int64_t count) {
 // Reorders index; the nodes of `levels` levels are left to `later`.
 template <typename T, typename F>
 void order(const T* x, int64_t d, int32_t* index, int64_t count, int levels, F&& later) {
-  if (count <= kFewest) return;
+  if (count <= kFewest || interrupted()) return;
   if (levels == 0) return later(index, count);
   const int64_t left = cut(x, d, index, count);
   order(x, d, index, left, levels - 1, later);

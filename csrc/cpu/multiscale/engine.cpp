@@ -9,6 +9,7 @@
 namespace otloss::cpu::multiscale {
 namespace {
 
+constexpr int64_t kLeastMoments = 64;  // points of a leaf from which on moments pay
 constexpr float kSlack = 3;      // log2 by which densities may rise before a list is of no use
 constexpr double kShare = 0.01;  // of what may be left out, by one pair of leaves
 
@@ -34,12 +35,12 @@ double inner_products(const Cloud& X, const Cloud& Y, double eps, int64_t points
 
 }  // namespace
 
-int64_t leaf_size(const Cloud& X, const Cloud& Y, double eps) {
+int64_t leaf_size(const Cloud& X, const Cloud& Y, double eps, const Precision& precision) {
   constexpr double kWell = 0.75;  // of the reach of moments
   constexpr int64_t kLeaves = 32;
   constexpr double kWide = 8;
-  if (X.d <= kMomentDims)
-    for (const int64_t L : {256, 128, 64})
+  if (X.d <= kMomentDims && precision.moments())
+    for (int64_t L = kMostLeaf; L >= kLeastMoments; L /= 2)
       if (std::min(X.n, Y.n) >= kLeaves * L && inner_products(X, Y, eps, L) < kWell * kMomentReach)
         return L;
   return inner_products(X, Y, eps, 32) < kWide ? 32 : 16;
@@ -53,7 +54,9 @@ Engine::Engine(const Cloud& X, const Cloud& Y, double rho_x, double rho_y, doubl
       y(Y.size, Y.w.data(), rho_y),
       precision_(precision),
       cost_range_(range_of(X, Y)),
-      moments_(X.L >= 64 ? static_cast<float>(kMomentReach * kLog2E) : 0.0f),
+      moments_(X.L >= kLeastMoments && precision.moments()
+                   ? static_cast<float>(kMomentReach * kLog2E)
+                   : 0.0f),
       group_(X.L),
       threshold_(kShare * precision.left_out * 4),
       G_(Y.size),
@@ -62,7 +65,7 @@ Engine::Engine(const Cloud& X, const Cloud& Y, double rho_x, double rho_y, doubl
       tiles_(X.super.count, 1),
       rise_(X.leaf.count),
       risen_(Y.super.count) {
-  while (X.L < 64 && group_ > kTileRows &&
+  while (X.L < kLeastMoments && group_ > kTileRows &&
          2 / eps * std::max(X.squared_radius(group_), Y.squared_radius(group_)) > 1)
     group_ /= 2;
   constexpr int64_t kSupers = 4;  // of a part, at least
@@ -157,8 +160,9 @@ void Engine::choose_lists(double eps, const double* F) {
 }
 
 void Engine::finish(bool columns) {
-  left_out_ = 0;
-  for (const Worker& worker : workers_) left_out_ += worker.left_out / y.mass;
+  left_out_ = rounding_ = 0;
+  for (const Worker& worker : workers_)
+    left_out_ += worker.left_out / y.mass, rounding_ += worker.rounding / x.mass;
   if (!columns) return;
   std::fill(column_.begin(), column_.end(), 0.0);
   for (const Worker& worker : workers_)
@@ -187,9 +191,10 @@ void Engine::sweep(double eps, const double* g, double* F, double* s, bool colum
 void Engine::iterate(double eps, const double* g, double* F, double* gt, double* q) {
   do sweep(eps, g, F, s_.data(), true);
   while (repeats());
+  if (interrupted()) return;
   const double to_cost = eps / kLog2E;
   const auto update = [&](int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; ++j) {
+    for (int64_t j = begin; j < end && !interrupted(); ++j) {
       const double b = Y.w[j], ratio = column_[j] / b;
       if (!(b > 0)) {
         gt[j] = 0, q[j] = 1;
@@ -209,7 +214,7 @@ void Engine::iterate(double eps, const double* g, double* F, double* gt, double*
 
 void Engine::update_rows(double eps, const double* g, double* F, double* s) {
   do {
-    if (precision_.symmetric && sweep_mirrored(eps, g, F, s)) continue;
+    if (precision_.symmetric && (sweep_mirrored(eps, g, F, s) || interrupted())) continue;
     sweep(eps, g, F, s, false);
   } while (repeats());
 }
@@ -221,6 +226,7 @@ bool Engine::sweep_mirrored(double eps, const double* g, double* F, double* s) {
   for_each_part(
       [&](Worker& worker, int64_t begin, int64_t end) { worker.mirror(pass, begin, end); });
   finish(true);
+  if (interrupted()) return false;
   for (int64_t i = 0; i < X.n; ++i) {
     s[i] += column_[i] / X.w[i];
     if (!is_good_sum(s[i])) return false;

@@ -25,6 +25,9 @@ struct Precision {
   double left_out;  // bound of the part of the plan that may be left out
   bool symmetric;   // a cloud against itself, of one potential
   bool split;       // over threads
+
+  // Whether moments are right enough.
+  bool moments() const { return left_out >= 2e-5; }
 };
 
 class Engine {
@@ -49,10 +52,10 @@ class Engine {
   double sigma() const { return 0; }
   bool propose(double, double, double*) const { return false; }
 
-  // Of the last pass: what of the plan was left out, at most, relative to its mass; the rounding
-  // error of sums over it.
-  double left_out() const { return left_out_; }
-  static double rounding() { return 1e-6; }
+  // Of the last pass, relative to the mass: what of the plan was left out, at most, with the error
+  // of sums over what is kept; that error alone.
+  double left_out() const { return left_out_ + rounding_; }
+  double rounding() const { return rounding_; }
 
   // At fixed potentials: rows' sums over j of the density times b_j v_j, v (count, m), to
   // out (count, n).
@@ -88,7 +91,7 @@ class Engine {
   int64_t group_ = 0;
   bool wants_groups_ = false;
   double threshold_;
-  double left_out_ = 0;
+  double left_out_ = 0, rounding_ = 0;
   Planes px_, py_;
   std::vector<double> G_, s_, column_;
   std::vector<Worker> workers_;
@@ -105,7 +108,7 @@ class Engine {
 };
 
 // Points of a leaf for a pair of clouds: as many as moments allow, else few.
-int64_t leaf_size(const Cloud& X, const Cloud& Y, double eps);
+int64_t leaf_size(const Cloud& X, const Cloud& Y, double eps, const Precision& precision);
 
 }  // namespace multiscale
 }  // namespace otloss::cpu

@@ -35,10 +35,10 @@ int64_t level_count(int64_t n) {
   return count;
 }
 
-void build(Cloud& X, Cloud& Y, double eps, bool split) {
-  const int64_t L = leaf_size(X, Y, eps);
-  if (X.L != L) X.build(L, split);
-  if (Y.L != L) Y.build(L, split);
+void build(Cloud& X, Cloud& Y, double eps, const Precision& precision) {
+  const int64_t L = leaf_size(X, Y, eps, precision);
+  if (X.L != L) X.build(L, precision.split);
+  if (Y.L != L) Y.build(L, precision.split);
 }
 
 std::vector<double> times(std::vector<double> v, double factor) {
@@ -113,7 +113,8 @@ struct Finer {
   Finer(Cloud& fine_x, Cloud& fine_y, Cloud& x, Cloud& y, const Penalties& penalties, double at,
         const std::vector<double>& coarse_F, const std::vector<double>& coarse_g, bool split) {
     const double k = kLog2E / at;
-    build(x, y, at, split);
+    const Precision loose = precision(kStageTol, false, split);
+    build(x, y, at, loose);
     std::vector<double> V = coarse_F;
     Planes planes;
     V.resize(x.size), planes.fit(x, k, V.data(), split);
@@ -121,8 +122,8 @@ struct Finer {
     V = times(coarse_g, k / Penalty{1 / penalties.rho_y}.damping(at));
     V.resize(y.size), planes.fit(y, k, V.data(), split);
     std::vector<double> G = extended(fine_y, y, planes, k, kPoints);
-    build(fine_y, x, at, split);
-    Engine up(fine_y, x, penalties.rho_y, penalties.rho_x, at, precision(kStageTol, false, split));
+    build(fine_y, x, at, loose);
+    Engine up(fine_y, x, penalties.rho_y, penalties.rho_x, at, loose);
     const std::vector<double> f = padded(times(coarse_F, up.y.damping(at) / k), up.y.count);
     G.resize(fine_y.size);
     std::vector<double> sums(fine_y.size);
@@ -182,7 +183,7 @@ Solution solve_pair(Clouds clouds, const Penalties& penalties, const SolveOption
     F = times(std::move(start.f), kLog2E / eps / Penalty{1 / penalties.rho_x}.damping(eps));
     g = std::move(start.g);
   }
-  for (int64_t level = count - 1; level >= 0; --level) {
+  for (int64_t level = count - 1; level >= 0 && !interrupted(); --level) {
     Cloud &X = xs.clouds[level], &Y = ys.clouds[level];
     const double target = std::max(eps, kPerSpread * std::max(xs.spread[level], ys.spread[level]));
     const bool finest = level == 0, first = level == count - 1 && !options.warm_start;
@@ -203,12 +204,13 @@ Solution solve_pair(Clouds clouds, const Penalties& penalties, const SolveOption
       F = std::move(finer.F), g = std::move(finer.g);
       xs.clouds.pop_back(), ys.clouds.pop_back();
     }
-    build(X, Y, target, split);
-    F.resize(X.size), g.resize(Y.size);
     const double rounding =
         rounding_error(mean_size(X, F) * at / kLog2E + mean_size(Y, g), roundoff, eps);
     const double tol = finest ? tolerance(options.tol, rounding) : kStageTol;
-    Engine engine(X, Y, penalties.rho_x, penalties.rho_y, target, precision(tol, false, split));
+    const Precision wanted = precision(tol, false, split);
+    build(X, Y, target, wanted);
+    F.resize(X.size), g.resize(Y.size);
+    Engine engine(X, Y, penalties.rho_x, penalties.rho_y, target, wanted);
     const int stages =
         std::max(1, static_cast<int>(std::ceil(std::log2(at / target) / kLog2Ratio)));
     const double from = at;
@@ -256,13 +258,13 @@ Solution solve_self(Clouds clouds, const Penalties& penalties, const SolveOption
     F.resize(X.n);
     for (int64_t i = 0; i < X.n; ++i) F[i] = -0.5 * damping * std::log2(X.w[i]);
   }
-  for (int64_t at = small && level > 0 ? level - 1 : level; at >= 0; --at) {
+  for (int64_t at = small && level > 0 ? level - 1 : level; at >= 0 && !interrupted(); --at) {
     Cloud& X = levels.clouds[at];
     if (at < static_cast<int64_t>(levels.clouds.size()) - 1) {
       Cloud& coarse = levels.clouds[at + 1];
-      build(X, coarse, eps, split);
-      Engine up(X, coarse, penalties.rho_x, penalties.rho_y, eps,
-                precision(kStageTol, false, split));
+      const Precision loose = precision(kStageTol, false, split);
+      build(X, coarse, eps, loose);
+      Engine up(X, coarse, penalties.rho_x, penalties.rho_y, eps, loose);
       std::vector<double> finer(X.size), sums(X.size), f = times(std::move(F), 1 / k);
       f.resize(coarse.size);
       for (int64_t i = 0; i < X.n; ++i) finer[i] = k / damping * f[i / kPoints];
@@ -270,11 +272,12 @@ Solution solve_self(Clouds clouds, const Penalties& penalties, const SolveOption
       F = times(std::move(finer), damping);
       levels.clouds.pop_back();
     }
-    build(X, X, eps, split);
-    F.resize(X.size);
     const double rounding = rounding_error(2 * mean_size(X, F) / k, roundoff, eps);
     const double tol = at ? std::max(options.tol, kStageTol) : tolerance(options.tol, rounding);
-    Engine engine(X, X, penalties.rho_x, penalties.rho_y, eps, precision(tol, true, split));
+    const Precision wanted = precision(tol, true, split);
+    build(X, X, eps, wanted);
+    F.resize(X.size);
+    Engine engine(X, X, penalties.rho_x, penalties.rho_y, eps, wanted);
     const Outcome outcome =
         cpu::solve_symmetric(engine, stage(options, eps, at == 0, tol), F.data());
     if (at == 0) {

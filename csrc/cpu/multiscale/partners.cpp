@@ -97,6 +97,7 @@ OTLOSS_INLINE void add_pair(const Search& search, int64_t J, Found& found) {
   const bool listed = held >= search.threshold - search.slack;
   if (listed && found.listed) found.listed[found.listed_count++] = static_cast<int32_t>(J);
   if (held >= search.threshold) {
+    found.inner = std::max(found.inner, inner);
     found.tiles[found.kept++] = {static_cast<int32_t>(J), inner < search.moments};
     return;
   }

@@ -32,7 +32,7 @@ struct Fixed {
         y(one ? clouds.x : clouds.y),
         in_x(clouds.in_x),
         in_y(one ? clouds.in_x : clouds.in_y) {
-    const int64_t L = leaf_size(x, y, eps);
+    const int64_t L = leaf_size(x, y, eps, {kLeftOut, one, split});
     x.build(L, split);
     if (!one) y.build(L, split);
     F.resize(x.size), g.resize(y.size);

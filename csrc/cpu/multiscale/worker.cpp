@@ -12,6 +12,12 @@ namespace {
 // The least log2 of a potential that is a number.
 constexpr double kLowest = -1e300;
 
+// Single precision: the part of a row's sum that rounding changes, and that of each term of an
+// exponent, which partly cancel over the entries of a row.
+constexpr double kSumRounding = 2e-7, kTermRounding = 3e-8;
+// The part that polynomials in place of exponentials change.
+constexpr double kMomentError = 1e-5;
+
 }  // namespace
 
 bool is_good_sum(double sum) {
@@ -25,7 +31,7 @@ void Worker::for_each_leaf(const Pass& pass, int64_t begin, int64_t end, F&& lea
   pass_ = &pass, L_ = x.L, d_ = x.d;
   search_ = Search{pass.k, pass.x,  pass.y, pass.threshold, pass.slack, pass.moments, 0, 0,
                    0,      nullptr, 0,      nullptr,        0,          nullptr};
-  left_out = 0, super_ = -1;
+  left_out = rounding = 0, super_ = -1;
   bound_.resize(y.super.stride), U_.resize(d_ * L_);
   if (pass.record) {
     first_ = begin * kSuper;
@@ -101,6 +107,7 @@ void Worker::find(int64_t I, bool anew, int64_t least) {
                  0,
                  0,
                  0,
+                 0,
                  0};
   find_partners(search_, found_);
   double missing = supers_left_out_ + found_.left_out;
@@ -112,9 +119,14 @@ void Worker::find(int64_t I, bool anew, int64_t least) {
     missing += list_left_out_[I - first_] * std::exp2(static_cast<double>(pass_->rise[I]));
   }
   left_out += (missing + found_.left_out_listed) * std::exp2(static_cast<double>(search_.reach));
+  const double mass = static_cast<double>(x.leaf.mass[I]);
+  rounding += mass * (kSumRounding + kTermRounding * static_cast<double>(found_.inner));
   pass_->tiles[I / kSuper] += static_cast<double>(found_.kept);
   direct_ = std::count_if(tiles_.begin(), tiles_.begin() + found_.kept,
                           [](const Tile& tile) { return !tile.moments; });
+  if (direct_ < found_.kept)
+    rounding += mass * kMomentError * static_cast<double>(found_.kept - direct_) /
+                static_cast<double>(found_.kept);
   const size_t size = static_cast<size_t>(direct_ * L_ * kTileRows);
   if (e_.size() < size) e_.resize(size + size / 2);
   sums_.assign(found_.kept * L_, 0.0f);
@@ -173,7 +185,7 @@ void Worker::update_leaf(int64_t I) {
     if (direct_ < found_.kept) sum_moment_rows(moment_rows(I, false));
   };
   begin(false);
-  for (int64_t first = 0; first < L_;) {
+  for (int64_t first = 0; first < L_ && !interrupted();) {
     float sum[kTileRows];
     std::copy_n(row_.data() + first, kTileRows, sum);
     const TileRows rows = tile_rows(first, sum);

@@ -49,6 +49,7 @@ class Worker {
   std::vector<double> column;          // (m,) sums
   std::vector<double> column_product;  // (leaves, d, L) of products
   GroupSums groups;
+  double rounding = 0;  // an estimate of the part by which row sums are off
   double left_out = 0;  // bound of the part of the plan that was left out
 
   // Rows of supers [begin, end).
