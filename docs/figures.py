@@ -342,7 +342,7 @@ def choice() -> str:
     document = json.loads((RESULTS.parent / "choice.json").read_text())
     environment, rows = document["environment"], document["result"]
     return (
-        f"CPU time of a divergence and its gradient, streamed over multiscale, {N} points a cloud,\n"
+        f"CPU time of a divergence and its gradient, streamed over multiscale, of {N} points,\n"
         f"one thread (`{environment['command']}`):\n\n{table(rows)}\n"
     )
 
