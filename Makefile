@@ -8,6 +8,7 @@
 #   T="-k batch"            more arguments for pytest (make test)
 #   DEMO="--preset demo"    arguments of the demo
 #   BENCH="iteration"       which benchmark suites run (make bench)
+#   PYTHONS=, TORCHES=      which versions make test-matrix combines
 
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
@@ -20,6 +21,8 @@ TORCH ?= torch==2.13.0
 T ?=
 DEMO ?= --preset demo --out runs/demo
 BENCH ?= iteration overhead
+PYTHONS ?= $(foreach version,3.10 3.11 3.12 3.13,$(shell command -v python$(version)))
+TORCHES ?= torch==2.10.0 torch==2.13.0 torch
 
 # Threads that wait for each other sleep instead of spinning: on a machine that does other work too,
 # spinning costs several times the work itself.
@@ -84,15 +87,20 @@ test: build $(STAMPS)/extra-test $(STAMPS)/extra-examples  ## build, then the te
 test-all: build $(STAMPS)/extra-test $(STAMPS)/extra-examples  ## all tests, CUDA kernels emulated
 	@$(PYTEST) $(T)
 
+.PHONY: test-matrix
+test-matrix:  ## the tests that matter most in clean environments: PYTHONS times TORCHES
+	@$(PYTHON) tests/matrix.py --python $(PYTHONS) --torch $(TORCHES)
+
 # What finds reads and writes out of bounds, undefined behaviour and races: docs/testing.md. The
 # extension under AddressSanitizer is a build of its own; ThreadSanitizer does not bear torch, so the
-# kernels run without it. Clang and a cross compiler are used where there are any.
+# kernels run without it. Clang, a cross compiler and valgrind are used where there are any. A limit
+# of time ends a step that hangs.
 SANITIZED := build/sanitize
 ASAN := g++ -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
-UNDER_ASAN = env PYTHONPATH=$$PWD/$(SANITIZED)/lib OMP_NUM_THREADS=2 \
+UNDER_ASAN = timeout 60m env PYTHONPATH=$$PWD/$(SANITIZED)/lib OMP_NUM_THREADS=2 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1
-NATIVE := $(PY) tests/native/run.py
+NATIVE := timeout 30m $(PY) tests/native/run.py
 
 .PHONY: sanitize
 sanitize: $(STAMPS)/extra-test  ## sanitizers: the extension, wrong arguments, the kernels alone
@@ -105,7 +113,9 @@ sanitize: $(STAMPS)/extra-test  ## sanitizers: the extension, wrong arguments, t
 	@if command -v clang++ >/dev/null; then $(NATIVE) clang++ && \
 		$(NATIVE) clang++ -fsanitize=memory --threads 1; fi
 	@if { command -v qemu-aarch64 && command -v aarch64-linux-gnu-g++; } >/dev/null; then \
-		$(NATIVE) aarch64-linux-gnu-g++ -static --runner qemu-aarch64; fi
+		$(NATIVE) aarch64-linux-gnu-g++ -static --runner qemu-aarch64 --largest 40; fi
+	@if command -v valgrind >/dev/null; then \
+		$(NATIVE) g++ --runner "valgrind -q --error-exitcode=9" --largest 40 --threads 1; fi
 
 .PHONY: demo
 demo: build $(STAMPS)/extra-examples  ## train a small image generator: samples, curves, metrics

@@ -230,14 +230,16 @@ def compilations(torch: Torch, cuda: Cuda | None) -> list[Compilation]:
 
     werror = variable("OTLOSS_WERROR", "0") == "1"
     cxx, python = compiler(), sysconfig.get_path("include")
-    kernel = [*cxx, *CXX_FLAGS, *(["-Werror"] if werror else []), f"-I{CSRC}", "-c"]
+    gcc = version_of(cxx[0])
+    # clang warns of each loop that it does not vectorise though it was allowed to
+    quiet = ["-Wno-pass-failed"] if "clang" in gcc else []
+    kernel = [*cxx, *CXX_FLAGS, *quiet, *(["-Werror"] if werror else []), f"-I{CSRC}", "-c"]
     macros = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     if cuda:
         macros += ["-DOTLOSS_WITH_CUDA", f'-DOTLOSS_CUDA_ARCH="{cuda.arch}"']
     system = [pybind11.get_include(), str(torch.folder / "include"), python]
     # Bindings hold no loop that repays optimisation.
     binding = [*kernel, "-O1", *macros, *(f"-isystem{path}" for path in system)]
-    gcc = version_of(cxx[0])
     headers = f"torch {torch.version} pybind11 {pybind11.__version__} {sys.version}"
     bindings = [CSRC / "bindings" / name for name in ("operations.cpp", "module.cpp")]
     sources = [

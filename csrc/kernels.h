@@ -26,11 +26,21 @@ struct Penalties {
   bool balanced = true;
 };
 
+// The regularisation of all problems of a batch, or of each: then `all` is NaN.
+struct Eps {
+  double all = 0;
+  const double* each = nullptr;  // (B,) or null
+
+  double of(int64_t p) const { return each ? each[p] : all; }
+  operator double() const { return all; }  // for launchers that take one for all
+};
+
 struct SolveOptions {
   double eps;
-  double tol;         // on the L1 marginal error over the total mass
-  int64_t max_iters;  // upper bound on passes over the cost
-  int64_t n_iters;    // >= 0: the exact number of iterations, without a stopping test
+  const double* each_eps;  // (B,) in place of eps, or null; null on a GPU
+  double tol;              // on the L1 marginal error over the total mass
+  int64_t max_iters;       // upper bound on passes over the cost
+  int64_t n_iters;         // >= 0: the exact number of iterations, without a stopping test
   Objective objective;
   bool warm_start;  // g holds the start on entry
 };
@@ -320,7 +330,7 @@ void cost_matrices(const std::vector<CostGroup<T>>& groups, CostKind kind);
 template <typename T>
 void cost_weights(const CostWeightGroup<T>& group, CostKind kind);
 template <typename T>
-void plan_weights(const PlanWeightGroup<T>& group, CostKind kind, double eps);
+void plan_weights(const PlanWeightGroup<T>& group, CostKind kind, const Eps& eps);
 template <typename T>
 void cost_gradient(const CostGradientGroup<T>& group, CostKind kind);
 template <typename T>
@@ -331,16 +341,16 @@ void solve(const std::vector<SolveGroup<T>>& groups, const SolveOptions& options
 template <typename T>
 void combine_terms(int64_t count, int64_t batch, const double* status, T* loss);
 template <typename T>
-void envelope_backward(const std::vector<EnvelopeGroup<T>>& groups, double eps,
+void envelope_backward(const std::vector<EnvelopeGroup<T>>& groups, const Eps& eps,
                        Objective objective);
 template <typename T>
-void unrolled_backward(const std::vector<UnrolledGroup<T>>& groups, double eps,
+void unrolled_backward(const std::vector<UnrolledGroup<T>>& groups, const Eps& eps,
                        Objective objective);
 template <typename T>
-void implicit_backward(const std::vector<ImplicitGroup<T>>& groups, double eps,
+void implicit_backward(const std::vector<ImplicitGroup<T>>& groups, const Eps& eps,
                        Objective objective);
 template <typename T>
-void point_gradient_sums(const std::vector<PointGradientGroup<T>>& groups, double eps);
+void point_gradient_sums(const std::vector<PointGradientGroup<T>>& groups, const Eps& eps);
 template <typename T>
 void plan_sums(const std::vector<PlanSumsGroup<T>>& groups, double eps);
 template <typename T>

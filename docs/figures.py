@@ -319,6 +319,17 @@ def large() -> str:
     )
 
 
+def choice() -> str:
+    from benchmarks.choice import N, table
+
+    document = json.loads((RESULTS.parent / "choice.json").read_text())
+    environment, rows = document["environment"], document["result"]
+    return (
+        f"CPU time of a divergence and its gradient, streamed over multiscale, {N} points a cloud,\n"
+        f"one thread (`{environment['command']}`):\n\n{table(rows)}\n"
+    )
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
@@ -334,6 +345,7 @@ FIGURES: dict[str, Callable[[], str]] = {
         memory,
         passes,
         large,
+        choice,
     )
 }
 

@@ -214,12 +214,9 @@ def finite(name: str, value: Tensor) -> None:
     if bool(bad.any()):
         where = tuple(bad.nonzero()[0].tolist())
         first = value.detach()[where].item()
-        hint = ""
-        if name == "C" and first == math.inf:
-            hint = "; a pair is forbidden by a cost some 100 eps above the others"
         raise ValueError(
             f"{name} must be finite, but {name}{list(where)} is {first}; "
-            f"{int(bad.sum())} of {bad.numel()} values are NaN or infinite{hint}"
+            f"{int(bad.sum())} of {bad.numel()} values are NaN or infinite"
         )
 
 
@@ -245,8 +242,8 @@ def resolution(eps: float, max_cost: float | Tensor, dtype: torch.dtype) -> None
         raise ValueError(
             f"eps={eps:g} is below what {dtype} can resolve against costs up to {max_cost:g} "
             f"(least: {unit * max_cost:.3g}); use float64, a larger eps, or data of smaller scale. "
-            "If large costs forbid pairs, smaller ones do so too: some 100 eps above the others, "
-            f"at most {eps / unit:.3g}"
+            "If large costs forbid pairs, write infinite ones, or smaller ones: at most "
+            f"{eps / unit:.3g}"
         )
 
 

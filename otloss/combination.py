@@ -11,6 +11,7 @@ from torch import Tensor
 from otloss import _check, ops
 from otloss._options import Options
 from otloss.costs import full_precision
+from otloss.forbidden import solve_allowed
 from otloss.method import choose
 from otloss.problem import Problem, build_costs, check_clouds, see_empty_bins
 from otloss.reference.operations import as_pairs
@@ -78,17 +79,26 @@ def combine(
     problem, totals = at_unit_totals(problem, options)
     if totals:
         init = totals.start(init, pairs)
-    if costs is None or _self_problems_are_symmetric(costs, pairs, options):
-        coefficients = combination.coefficients
-        solved = run(
-            problem, costs, pairs, coefficients, options, init,
-            potentials=keeps, dense=dense, combined=totals is None, target=of_target,
-        )  # fmt: skip
+
+    def solve_given(given: Sequence[Tensor] | None, potentials: bool) -> Solved:
+        if given is None or _self_problems_are_symmetric(given, pairs, options):
+            coefficients = combination.coefficients
+            solved = run(
+                problem, given, pairs, coefficients, options, init, target=of_target,
+                potentials=potentials or keeps, dense=dense, combined=totals is None,
+            )  # fmt: skip
+        else:
+            solved = _solve_apart(
+                problem, given, combination, options, init,
+                potentials=potentials or keeps, combined=totals is None,
+            )  # fmt: skip
+        return at_given_totals(solved, problem, totals, combination, options)
+
+    if costs is None:
+        solved = solve_given(None, False)
     else:
-        solved = _solve_apart(
-            problem, costs, combination, options, init, potentials=keeps, combined=totals is None
-        )
-    solved = at_given_totals(solved, problem, totals, combination, options)
+        used, solved = solve_allowed(problem, pairs, costs, options, solve_given)
+        costs = tuple(used)
     report(problem, costs or (), options, solved)
     if memory is not None:
         memory.keep(solved)

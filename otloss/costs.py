@@ -162,9 +162,9 @@ def cost_gradient(W: Tensor, C: Tensor, x: Tensor, y: Tensor, kind: int) -> tupl
 def full_precision(t: Tensor) -> AbstractContextManager[Any]:
     """Where matrix products keep the dtype of ``t``, under autocast too."""
     kind = t.device.type
-    if not torch.amp.is_autocast_available(kind):
-        return nullcontext()
-    return torch.autocast(kind, enabled=False)
+    # which torch 2.10 cannot be asked while it traces
+    has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+    return torch.autocast(kind, enabled=False) if has_autocast else nullcontext()
 
 
 def without_padding(points: list[Tensor], weights: list[Tensor]) -> list[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,10 +41,10 @@ STREAMED_BACK_FROM = {"cpu": {4: 12 << 20, 8: 32 << 20}, "cuda": {}}
 # Of the multiscale engine; csrc/kernels.h has the same.
 MULTISCALE_COSTS = ("sqeuclidean", "cosine")
 MULTISCALE_DIMS, MULTISCALE_TOL = 8, 1e-6
-# Where "auto" asks whether it pays: from this number of pairs on. It does up to this share of the
-# pairs that a sweep has to read, by a sample of points.
-MULTISCALE_FROM, MULTISCALE_SHARE = 2.5e7, 0.3
-SAMPLED, LEAF = 64, 32
+# "auto" takes it from this number of pairs on, where points have at most this dimension among their
+# neighbours, of which these numbers are looked at.
+MULTISCALE_FROM, MULTISCALE_LOCAL = 2.5e7, 3.4
+NEIGHBOURS, SAMPLED = (16, 128), 64
 
 
 def choose(
@@ -79,33 +80,30 @@ def _multiscale_lacks(points: Sequence[Tensor], options: Options) -> tuple[str, 
 
 
 def _multiscale_pays(points: Sequence[Tensor], weights: Sequence[Tensor], options: Options) -> bool:
-    """Whether few pairs of points hold all of the plan, measured on a sample."""
+    """Whether leaves of neighbours are small, so that few pairs of them hold all of the plan."""
     sizes = [w.shape[1] for w in weights]
     wanted = options.balanced() and options.objective == "regularized"
     if not wanted or min(sizes) * max(sizes) < MULTISCALE_FROM or not _check.readable(points[0]):
         return False
-    shares = [share_of_near_pairs(x, options) for x in points[:2]]
-    return sum(shares) / len(shares) < MULTISCALE_SHARE
+    if min(sizes) <= max(NEIGHBOURS):
+        return False
+    return max(map(local_dimension, points)) <= MULTISCALE_LOCAL
 
 
 @torch.no_grad()
-def share_of_near_pairs(x: Tensor, options: Options) -> float:
-    """The part of the pairs of a cloud's points (of the first problem) that a sweep reads: those of
-    leaves whose boxes are so near that exp(-cost / eps) is not negligible. A leaf is about as large
-    as the ball around a point that holds half of its points."""
+def local_dimension(x: Tensor) -> float:
+    """That of a cloud's points (of the first problem) among their neighbours: the growth of their
+    number with the radius, in the median of a sample."""
     x = (x if x.dim() == 2 else x[0]).detach().float()
-    if options.cost == "cosine":  # half the squared distance on the unit sphere
-        x = torch.nn.functional.normalize(x, dim=-1) / 2**0.5
-    n = len(x)
-    rng = torch.Generator().manual_seed(0)
-    sample = x[torch.randint(n, (SAMPLED,), generator=rng)]
-    reach = (options.eps * math.log(100 / options.tol)) ** 0.5
-    found = 0.0
+    near, far = NEIGHBOURS
+    sample = x[torch.randint(len(x), (SAMPLED,), generator=torch.Generator().manual_seed(0))]
+    found = []
     for point in sample:
         distance = torch.linalg.vector_norm(x - point, dim=-1)
-        radius = distance.kthvalue(min(n, LEAF // 2)).values
-        found += float((distance < reach + 2 * radius).float().mean())
-    return found / SAMPLED
+        first, last = distance.topk(far + 1, largest=False).values[[near, far]].tolist()
+        growth = math.log(last / first) if 0 < first < last < math.inf else 0.0
+        found.append(math.log(far / near) / growth if growth else 0.0)
+    return statistics.median(found)
 
 
 def _streams(

@@ -25,7 +25,8 @@ weights that are 1 but for rounding are taken as 1. ``rho`` holds rho_x and
 rho_y: cloud 0 is held to its weights by rho_x, every other by rho_y; infinite is a constraint, and
 without ``rho`` all are.
 Numbers of the solver are float64 tensors on the CPU, so that a traced graph does not depend on
-their values. ``tf32`` allows inner products of points with 11 bits, where costs are not stored.
+their values. ``eps`` is one for all problems or, on a CPU, (B,). ``tf32`` allows inner products of
+points with 11 bits, where costs are not stored.
 ``multiscale`` leaves out pairs of points that hold nothing of the plan: from points, on a CPU, by
 the native library alone.
 
@@ -270,8 +271,8 @@ def _(grad_loss: Tensor, _f: Any, _g: Any, *arguments: Any) -> tuple[list[Tensor
 @torch.library.register_fake("otloss::implicit_backward", lib=_library)
 def _(grad_loss: Tensor, _f: Any, _g: Any, *arguments: Any) -> tuple[Any, ...]:
     problem, (_, _, *wanted) = read(arguments)
-    problems = len(problem.coefficients)
-    status = grad_loss.new_empty(problems, grad_loss.shape[-1], 2, dtype=torch.float64)
+    shape = len(problem.coefficients), problem.weights[0].shape[0], 2
+    status = grad_loss.new_empty(shape, dtype=torch.float64)
     return *_gradients(problem, *wanted), status
 
 

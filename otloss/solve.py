@@ -23,6 +23,7 @@ from otloss._options import (
 from otloss.autograd import Places, Settings, Solve, evaluate
 from otloss.autograd.settings import batched
 from otloss.costs import Cost, subtracted
+from otloss.forbidden import solve_allowed
 from otloss.method import choose
 from otloss.problem import (
     Problem,
@@ -187,7 +188,8 @@ def solve(
 
     Args:
         C: cost matrix (n, m), or (B, n, m) for a batch of independent problems. One matrix serves
-            many weights, (n, m) with a (B, n) and b (B, m), or (1, n, m).
+            many weights, (n, m) with a (B, n) and b (B, m), or (1, n, m). Infinity forbids a pair:
+            the plan is exactly 0 there, and so is the gradient.
         eps: regularisation, in units of ``C``, absolute.
         a, b: weights (n,) and (m,), or (B, n) and (B, m); default uniform. A row of weight 0
             changes nothing and receives gradient 0. Its weight has a one-sided derivative if its
@@ -218,7 +220,8 @@ def solve(
         that of the last iteration. Unbalanced potentials are unique.
 
     Raises:
-        ValueError, TypeError: a wrong argument, named, with what is expected.
+        ValueError, TypeError: a wrong argument, named, with what is expected; no plan that avoids
+            the forbidden pairs. On CUDA and in compiled code the value is NaN instead.
         NotImplementedError: a derivative that is not available, with what to use instead.
 
     References:
@@ -304,7 +307,7 @@ def solve_sample(
 
 def _solve_one(
     problem: Problem,
-    costs: tuple[Tensor, ...] | None,
+    costs: Sequence[Tensor] | None,
     options: Options,
     init: OTResult | tuple[Tensor, Tensor] | None,
     *,
@@ -323,11 +326,18 @@ def _solve_one(
         start = totals.start(start, one.pairs)
     # A traced graph cannot change a list from its backward pass.
     system: list[Tensor] | None = None if torch.compiler.is_compiling() else []
-    solved = run(
-        unit, costs, one.pairs, one.coefficients, options, start,
-        potentials=True, dense=dense, combined=totals is None, system=system,
-    )  # fmt: skip
-    solved = at_given_totals(solved, problem, totals, one, options)
+
+    def solve_given(given: Sequence[Tensor] | None, potentials: bool = True) -> Solved:
+        solved = run(
+            unit, given, one.pairs, one.coefficients, options, start,
+            potentials=True, dense=dense, combined=totals is None, system=system,
+        )  # fmt: skip
+        return at_given_totals(solved, problem, totals, one, options)
+
+    if costs is None:
+        solved = solve_given(None)
+    else:
+        costs, solved = solve_allowed(problem, one.pairs, costs, options, solve_given)
     report(problem, costs or (), options, solved)
     return OTResult(problem, costs[0] if costs else None, options, solved, system, dense=dense)
 

@@ -32,7 +32,9 @@ _last = _Last()
 def record(status: Tensor) -> None:
     """Keeps the status of a call; reads nothing, so that it neither stalls a device nor breaks a
     traced graph."""
-    if not torch.compiler.is_exporting():  # an exported graph has no side effects
+    # An exported graph has no side effects. torch 2.10 says of all compiled code that it
+    # is_exporting().
+    if not torch.compiler._is_exporting_flag:
         _last.status = status
 
 

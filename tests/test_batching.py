@@ -18,6 +18,7 @@ from helpers import (
     pick,
     rand,
     randn,
+    solved,
     some_of,
     unequal,
 )
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import otloss
+from otloss import ops, reference
 
 TIGHT = {torch.float32: 1e-5, torch.float64: 1e-9}
 CLOSE = {torch.float32: {"rtol": 1e-3, "atol": 1e-4}, torch.float64: {"rtol": 1e-7, "atol": 1e-8}}
@@ -173,3 +175,50 @@ def test_problems_of_a_batch_stop_on_their_own(rng):
         warnings.simplefilter("ignore", otloss.ConvergenceWarning)
         short = otloss.solve_sample(x, y, 0.1, tol=1e-6, max_iters=int(result.n_iters[0]) + 2)
     assert short.converged.tolist() == [True, False]
+
+
+@pytest.mark.parametrize("mode", ["envelope", "implicit", "unrolled"])
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize("where", [ops, reference], ids=["kernels", "reference"])
+@pytest.mark.parametrize("rho", [(math.inf, math.inf), (0.5, 2.0)], ids=str)
+def test_an_eps_for_each_problem(rho, where, stored, mode, rng):
+    """The operations: of a batch with three eps they are three calls."""
+    eps = torch.tensor([0.05, 0.5, 4.0]).double()
+    c = clouds(rng, 9, 7, 2, weights="padded", batch=3)
+    points, weights, pairs = [c.x, c.y], [c.a, c.b], [0, 1, 0, 0, 1, 1]
+    costs = where.cost(points, weights, pairs, 0) if stored else []
+    of_loss, of_a, of_b = rand(rng, 3), rand(rng, 3, 9), rand(rng, 3, 7)
+    objective, count = int(mode != "envelope"), 4 if mode == "unrolled" else -1
+
+    def results(rows: slice, eps: Tensor) -> list[Tensor]:
+        parts = [[t[rows] for t in each] for each in (weights, points, costs, (of_a, of_b))]
+        problem = ops.problems(
+            parts[0], pairs, [1.0, -0.5, -0.5], 1.0, points=parts[1], costs=parts[2], rho=rho,
+            objective=objective,
+        )._replace(eps=eps)  # fmt: skip
+        options = {"tol": 1e-10, "max_iters": 5000, "n_iters": count, "trace": count > 0}
+        loss, status, f, g, traces, _ = solved(problem, module=where, **options)
+        seeds = of_loss[rows], [parts[3][c] for c in pairs[::2]], [parts[3][c] for c in pairs[1::2]]
+        want = [0, 1, 2] if stored else [], [0, 1], True
+        if mode == "envelope":
+            found = where.envelope_backward(seeds[0], *problem, f, g, *want)
+        elif mode == "implicit":
+            found = where.implicit_backward(*seeds, *problem, f, g, *want)[:4]
+        else:
+            found = where.unrolled_backward(*seeds, *problem, [], traces, *want)
+        return [loss, status[0], *f, *g, *(grad for part in found for grad in part)]
+
+    whole = results(slice(None), eps)
+    each = [results(slice(k, k + 1), eps[k]) for k in range(3)]
+    for found, expected in zip(whole, map(torch.cat, zip(*each, strict=True)), strict=True):
+        assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+@some_of("backend", BACKENDS[-1:])
+def test_a_gpu_takes_one_eps(backend, rng):
+    if not backend.emulated:
+        pytest.skip("is for GPUs")
+    c = clouds(rng, 5, 4, 2, weights="random", batch=3)
+    problem = ops.problems([c.a, c.b], [0, 1], [1.0], 1.0, points=[c.x, c.y])
+    with pytest.raises(RuntimeError, match="eps for each problem"):
+        solved(problem._replace(eps=torch.ones(3).double()))

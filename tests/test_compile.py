@@ -104,7 +104,12 @@ def test_sizes_that_change(dynamic, graphs, with_gradients, rng):
     "anneal",
     [
         lambda t: {"eps": t},
-        lambda t: {"eps": 0.5, "tol": 1e-3 * t},
+        pytest.param(
+            lambda t: {"eps": 0.5, "tol": 1e-3 * t},
+            marks=pytest.mark.xfail(
+                torch.__version__ < "2.11", reason="torch 2.10 makes a graph for each value"
+            ),
+        ),
         lambda t: {"eps": 0.5, "unbalanced": t},
         lambda t: {"eps": 0.5, "unbalanced": (t, None)},
     ],

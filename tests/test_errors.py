@@ -224,7 +224,7 @@ def test_other_functions_say_where_it_is_too(value):
     with pytest.raises(ValueError, match=r"y1 must be finite, but y1\[2, 0\]"):
         otloss.minibatch_energy_distance(Y, Y, bad, X, 0.1)
     C = torch.rand(4, 4)
-    C[1, 3] = value
+    C[1, 3] = -value  # of infinity, which forbids a pair, the negative
     with pytest.raises(ValueError, match=r"C must be finite, but C\[.*1, 3\]"):
         otloss.solve(C, 1.0)
 
@@ -263,6 +263,8 @@ def test_batched_gradients_are_refused(rng):
 
 def test_callable_cost_that_is_not_finite():
     with pytest.raises(ValueError, match=r"cost matrix must be finite.*20 of 20 values"):
+        otloss.sinkhorn_loss(X, Y, EPS, cost=lambda x, y: torch.cdist(x, y) * NAN)
+    with pytest.raises(ValueError, match=r"all costs of row 0 are infinite"):
         otloss.sinkhorn_loss(X, Y, EPS, cost=lambda x, y: torch.cdist(x, y) / 0)
 
 
@@ -351,9 +353,10 @@ REFUSED: list[tuple[Any, Any, str]] = [
     (solved(X.int()), TypeError, r"C must be a floating-point tensor"),
     (solved([[0.0]]), TypeError, r"C must be a torch.Tensor, got list"),
     (solved(torch.tensor([[0, NAN]])), ValueError, r"C must be finite.*is nan; 1 of 2 values"),
+    (solved(torch.tensor([[0, -INF]])), ValueError, r"C must be finite.*is -inf; 1 of 2 values"),
     (
         solved(torch.tensor([[0, INF]])),
-        ValueError, r"C must be finite.*is inf; 1 of 2 values.*forbidden by a cost some 100 eps",
+        ValueError, r"all costs of column 1 are infinite.*weight 0.5 must go somewhere",
     ),
     (started(F[:3], G), ValueError, r"init f must have shape \(4,\), got .*\(3,\)"),
     (started(F, G[None]), ValueError, r"init g must have shape \(5,\)"),

@@ -46,17 +46,18 @@ def alarm(handler: Callable[..., Any], first: float, interval: float = 0) -> Ite
 
 @contextmanager
 def ended(error: BaseException | None = None, after: float = 0.1) -> Iterator[None]:
-    """What runs within is ended by an alarm, at once, and what its handler raises arrives."""
+    """What runs within is ended by an alarm, at once, and what its handler raises arrives. Time is
+    the processor's: others may use the machine, too."""
     error = error or Ended()
 
     def handler(*_: Any) -> None:
         raise error
 
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(type(error)) as caught, alarm(handler, after):
         yield
     assert caught.value is error
-    assert time.monotonic() - start < after + 10
+    assert time.process_time() - start < after + 10
 
 
 def endless(method: str, n: int = 60, **options: Any) -> Tensor:
@@ -178,7 +179,7 @@ def program(text: str, number: int) -> tuple[int, str]:
             time.sleep(0.5)
             assert process.poll() is None
             process.send_signal(number)
-            _, errors = process.communicate(timeout=30)
+            _, errors = process.communicate(timeout=120)
         finally:
             process.kill()
     return process.returncode, errors

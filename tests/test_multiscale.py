@@ -342,7 +342,7 @@ def test_compiled_it_is_one_graph(rng):
         assert torch.equal(one, other)
 
 
-def test_auto_takes_it_where_few_pairs_hold_the_plan(rng, monkeypatch):
+def test_auto_takes_it_where_neighbours_have_few_dimensions(rng, monkeypatch):
     monkeypatch.setattr(methods, "MULTISCALE_FROM", 0)
     x, y = _shapes(rng).x.float(), _shapes(rng).y.float()
 
@@ -350,8 +350,9 @@ def test_auto_takes_it_where_few_pairs_hold_the_plan(rng, monkeypatch):
         return otloss.solve_sample(x, y, eps, **options).explain() == "multiscale on cpu"
 
     assert chosen(x, y, 1e-3)
-    assert not chosen(x, y, 10.0)  # all pairs hold something
-    assert not chosen(randn(rng, N, 7).float(), randn(rng, M, 7).float(), 0.01)  # no near pairs
+    plane = randn(rng, 2, 7).float()
+    assert chosen(randn(rng, N, 2).float() @ plane, randn(rng, M, 2).float() @ plane, 0.1)
+    assert not chosen(randn(rng, N, 7).float(), randn(rng, M, 7).float(), 0.1)
     assert not chosen(x, y, 1e-3, n_iters=3)
     assert not chosen(x, y, 1e-3, cost="euclidean")
     monkeypatch.undo()

@@ -23,7 +23,7 @@ void envelope_as(StableIValue* stack, const Device& device, const Problem& probl
     std::vector<PlanSumsGroup<T>> groups;
     for (int64_t p = 0; p < problem.count(); ++p)
       groups.push_back(gradients.plan_sides(p, f[p], g[p]));
-    cpu::plan_sums(groups, problem.eps);
+    cpu::plan_sums(groups, problem.eps.all);
     gradients.add_sums();
   } else if (!wanted.points.empty() && problem.costs.empty()) {
     std::vector<PointGradientGroup<T>> groups;
@@ -52,6 +52,7 @@ void envelope_backward(StableIValue* stack, uint64_t, uint64_t) {
   problem.check_g(g, "g");
   const Device device(grad_loss,
                       {&problem.costs, &problem.clouds.points, &problem.clouds.weights, &f, &g});
+  problem.check_eps(device);
   dispatch_dtype(grad_loss, [&](auto zero) {
     envelope_as<decltype(zero)>(stack, device, problem, grad_loss, f, g, wanted);
   });

@@ -119,7 +119,7 @@ void PointGradients<T>::add_product(int64_t c, int64_t other, const Tensor& V, b
 
 template <typename T>
 void PointGradients<T>::add_pair(int64_t i, int64_t j, const Tensor& C, PlanWeightGroup<T> group,
-                                 double eps) {
+                                 const Eps& eps) {
   if (!wants(i) && !wants(j)) return;
   const int64_t B = C.size(0), n = C.size(1), m = C.size(2);
   const Tensor V = empty(C, {B, n, m}), row_sum = empty(C, {B, n}), col_sum = empty(C, {B, m});

@@ -45,7 +45,7 @@ class PointGradients {
   void add_side(int64_t c, const T* sum, const T* product, SolvedSide<T> side);
   // From the cost matrix of the pair (i, j) and either its gradient or, where group.W is null, the
   // plan that group describes; the other fields are filled in here.
-  void add_pair(int64_t i, int64_t j, const Tensor& C, PlanWeightGroup<T> group, double eps);
+  void add_pair(int64_t i, int64_t j, const Tensor& C, PlanWeightGroup<T> group, const Eps& eps);
 
   // In the order of `wanted`; to be called once.
   Tensors result();

@@ -72,9 +72,13 @@ void Problem::check() {
   if (!costs.empty()) check_count(costs.size(), count(), "costs");
   for (size_t p = 0; p < costs.size(); ++p)
     check_rows(costs[p], {batch(), a(p).size(1), b(p).size(1)}, dtype(), "costs");
-  eps = positive(eps_, "eps");
-  STD_TORCH_CHECK(std::isfinite(eps), "otloss: eps must be finite");
+  const int64_t given = eps_.numel();
+  const double* each = numbers(eps_, given == 1 ? 1 : batch(), "eps");
+  for (int64_t k = 0; k < given; ++k)
+    STD_TORCH_CHECK(std::isfinite(positive(each[k], "eps")), "otloss: eps must be finite");
+  eps = given == 1 ? Eps{each[0]} : Eps{std::numeric_limits<double>::quiet_NaN(), each};
   if (multiscale) {
+    STD_TORCH_CHECK(!eps.each, "otloss: multiscale has one eps for all problems");
     STD_TORCH_CHECK(costs.empty() && !clouds.points.empty(), "otloss: multiscale is of points");
     STD_TORCH_CHECK(has_multiscale(clouds.kind), "otloss: multiscale has no such cost");
     STD_TORCH_CHECK(clouds.points[0].is_cpu(), "otloss: multiscale is on a CPU");
@@ -85,6 +89,11 @@ void Problem::check() {
   const double* rho = numbers(*rho_, 2, "rho");
   rho_x = positive(rho[0], "rho");
   rho_y = positive(rho[1], "rho");
+}
+
+void Problem::check_eps(const Device& device) const {
+  STD_TORCH_CHECK(!device.is_cuda() || !eps.each,
+                  "otloss: an eps for each problem of a batch is not available on a GPU");
 }
 
 void Problem::check_grad(const Tensor& grad_loss) const {

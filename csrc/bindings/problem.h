@@ -63,7 +63,8 @@ struct Problem {
   Tensors costs;  // (B, n, m) per pair
   Clouds clouds;
   Doubles coefficients;  // of each problem in the loss
-  double eps = 0, rho_x = kConstraint, rho_y = kConstraint;
+  Eps eps;
+  double rho_x = kConstraint, rho_y = kConstraint;
   Objective objective;
   bool tf32, multiscale;
 
@@ -71,6 +72,8 @@ struct Problem {
 
   // To be called once all arguments are read: eps and rho are not known before.
   void check();
+  // Raises where its kernels take one eps for all problems only.
+  void check_eps(const Device& device) const;
   // Raises unless it is a gradient of the loss (B,), or one of the value of each pair (P, B).
   void check_grad(const Tensor& grad_loss) const;
   // Raises unless there is a tensor for each pair, of the shape of f, or of g.
@@ -92,7 +95,7 @@ struct Problem {
   }
 
  private:
-  Tensor eps_;                 // (), float64 on the CPU
+  Tensor eps_;                 // () or (B,), float64 on the CPU
   std::optional<Tensor> rho_;  // (2,) likewise
 };
 

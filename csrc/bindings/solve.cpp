@@ -111,7 +111,8 @@ void solve(StableIValue* stack, uint64_t, uint64_t) {
     check(*target, {problem.batch(), problem.a(p).size(1) + kStatusTerm}, ScalarType::Double,
           "target");
   }
-  options.eps = problem.eps;
+  options.eps = problem.eps.all;
+  options.each_eps = problem.eps.each;
   options.tol = positive(tol, "tol");
   STD_TORCH_CHECK(!problem.multiscale || options.tol >= kMultiscaleTol,
                   "otloss: multiscale has tolerances from ", std::to_string(kMultiscaleTol));
@@ -119,6 +120,7 @@ void solve(StableIValue* stack, uint64_t, uint64_t) {
   options.warm_start = !init.empty();
   const Device device(problem.clouds.weights[0],
                       {&problem.costs, &problem.clouds.points, &problem.clouds.weights, &init});
+  problem.check_eps(device);
   dispatch_dtype(problem.clouds.weights[0], [&](auto zero) {
     solve_as<decltype(zero)>(stack, device, problem, init, options, trace, dense, target);
   });

@@ -14,7 +14,6 @@ from otloss.autograd.second_order import differentiable_gradients
 from otloss.autograd.settings import (
     Gradients,
     Inputs,
-    Places,
     Seeds,
     Settings,
     Wanted,
@@ -52,8 +51,8 @@ class Solve(torch.autograd.Function):
         ctx.mark_non_differentiable(outputs[1])
         # The inputs themselves, not their contiguous copies: these know where they came from. And
         # what else is read of them, so that a change in place is seen.
-        seen = settings.places.costs if settings.places else []
-        ctx.save_for_backward(*tensors, *solution, *(seen[p] for p in settings.live if seen))
+        places = settings.places.costs if settings.places else []
+        ctx.save_for_backward(*tensors, *places, *solution)
         return outputs
 
     @staticmethod
@@ -67,12 +66,8 @@ class Solve(torch.autograd.Function):
         seeds = _seeds(s, inputs.weights, grad_loss, grad_potentials)
         if seeds is None:
             return None, None, *result
-        live, solution = s.live, saved[len(needed) :]
+        live, solution = s.live, saved[len(needed) + (len(s.places.costs) if s.places else 0) :]
         s, seeds, inputs = s.of_live(), seeds.of_pairs(live), inputs.of_pairs(live)
-        if s.places:
-            kept = len(solution) - len(inputs.costs)
-            solution, seen = solution[:kept], list(solution[kept:])
-            s = s._replace(places=Places(seen, inputs.points, inputs.init, s.places.present))
         if points and s.dense:
             P = len(live)
             solution, made = solution[:-P], list(solution[-P:])

@@ -83,7 +83,7 @@ def differentiable_gradients(
     if points:
         how = s.options.method
         costs = list(CostMatrices.apply(s.pairs, kind, how, len(points), *points, *weights))
-    problem = inputs._replace(costs=costs, weights=counts)
+    problem = inputs._replace(costs=costs, points=[], weights=counts)
     of_costs, *of_sides = IN_TORCH[mode(s, seeds)](s, seeds, problem, solution)
     potentials = solution[:P], solution[P : 2 * P]
     of_weights = of_clouds(s, seeds, weights, potentials, of_sides, wanted.weights)

@@ -54,7 +54,9 @@ class Settings(NamedTuple):
     def of_live(self) -> Settings:
         """The same of the pairs that a gradient flows through."""
         pairs = [c for p in self.live for c in self.pairs[2 * p : 2 * p + 2]]
-        return Settings(pairs, [self.coefficients[p] for p in self.live], *self[2:])
+        coefficients = [self.coefficients[p] for p in self.live]
+        places = self.places.of_pairs(self.live) if self.places else None
+        return Settings(pairs, coefficients, *self[2:-1], places)
 
     def arguments(self, inputs: Inputs) -> Arguments:
         """What the operations take of a set of problems."""
@@ -74,6 +76,10 @@ class Places(NamedTuple):
     init: list[Tensor]  # f and g of each pair in turn, or none
     present: list[Tensor]  # of each cloud what is no padding, (B, n)
 
+    def of_pairs(self, pairs: Sequence[int]) -> Places:
+        costs, init = _of_pairs(self, pairs)
+        return Places(costs, self.points, init, self.present)
+
 
 class Inputs(NamedTuple):
     """Tensors that a solve starts from, as the operations take them."""
@@ -84,9 +90,13 @@ class Inputs(NamedTuple):
     init: list[Tensor]  # f and g of each pair in turn, or none
 
     def of_pairs(self, pairs: Sequence[int]) -> Inputs:
-        costs = [self.costs[p] for p in pairs] if self.costs else []
-        init = [v for p in pairs for v in self.init[2 * p : 2 * p + 2]]
+        costs, init = _of_pairs(self, pairs)
         return Inputs(costs, self.points, self.weights, init)
+
+
+def _of_pairs(tensors: Places | Inputs, pairs: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+    costs = [tensors.costs[p] for p in pairs] if tensors.costs else []
+    return costs, [v for p in pairs for v in tensors.init[2 * p : 2 * p + 2]]
 
 
 class Seeds(NamedTuple):

@@ -40,9 +40,10 @@ def sinkhorn_divergence(
 
     All ranks of the group call it together, with the same settings. Each gets the whole loss, and
     the gradient of its own points and weights: what one process would get for these rows, to
-    rounding with ``n_iters`` and within ``tol`` otherwise. So summing the gradients of parameters
-    over the ranks gives the gradient of the loss; DistributedDataParallel averages them, which is
-    the same for a loss multiplied by the number of ranks.
+    rounding with ``n_iters`` and within ``tol`` otherwise, since Newton's step is left out here. So
+    summing the gradients of parameters over the ranks gives the gradient of the loss;
+    DistributedDataParallel averages them, which is the same for a loss multiplied by the number of
+    ranks.
 
     Args:
         x_local, y_local: this rank's points (n_local, d) and (m_local, d), or (B, n_local, d) and

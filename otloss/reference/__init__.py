@@ -27,6 +27,7 @@ from otloss.reference.operations import (
     cost_backward,
     envelope_backward,
     implicit_backward,
+    plan_product,
     solve,
     unrolled_backward,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "implicit_gradient",
     "marginals_of",
     "plan",
+    "plan_product",
     "share",
     "soft_mean",
     "softmin",

@@ -110,8 +110,8 @@ def implicit_gradient(
     r, c = P.sum(-1) / damping(marginals.x, eps), P.sum(-2) / damping(marginals.y, eps)
     # A little more than rounding takes: clusters that exchange nothing leave the system singular.
     raised = 1 + 64 * torch.finfo(c.dtype).eps
-    # No row of the system is empty: neither one of padding, nor of a point so far away that the
-    # plan takes nothing of it.
+    # No row of the system is empty: not one of padding, nor that of a point of which the plan takes
+    # nothing.
     padding = torch.diag_embed((c <= 0).to(c))
     if same:
         half = 0.5 * (f_bar + g_bar)

@@ -45,8 +45,8 @@ def clamped(loss: Tensor, size: Tensor, dtype: torch.dtype) -> Tensor:
 
 def marginals_of(rho_x: float, rho_y: float, i: int, j: int) -> Marginals:
     """Of the pair (i, j): cloud 0 is held by rho_x, every other by rho_y, by themselves too."""
-    rho = (rho_x, rho_y)
-    return Marginals(rho[i > 0], rho[j > 0], math.isinf(rho_x) and math.isinf(rho_y))
+    x, y = (rho_y if cloud > 0 else rho_x for cloud in (i, j))
+    return Marginals(x, y, math.isinf(rho_x) and math.isinf(rho_y))
 
 
 def damping(rho: float, eps: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -39,6 +40,7 @@ OPERATIONS = (
     "envelope_backward",
     "unrolled_backward",
     "implicit_backward",
+    "plan_product",
 )
 
 
@@ -56,7 +58,7 @@ class Arguments(NamedTuple):
     pairs: list[int]
     kind: int
     coefficients: list[float]
-    eps: Tensor  # (), float64, on the CPU
+    eps: Tensor  # () or (B,), float64, on the CPU
     rho: Tensor | None  # (2,) likewise: rho_x, rho_y; infinite both if there is none
     objective: int
     tf32: bool
@@ -80,6 +82,46 @@ def read(arguments: Sequence[Any]) -> tuple[Arguments, Sequence[Any]]:
     """An operation's arguments from those of the problems on: these, and the rest."""
     count = len(Arguments._fields)
     return Arguments(*arguments[:count]), arguments[count:]
+
+
+def each_problem(before: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """For operations: where eps is (B,), one problem of the batch after the other. ``before``: how
+    many arguments there are before those of the problems."""
+
+    def decorated(operation: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(operation)
+        def run(*arguments: Any) -> Any:
+            problem, rest = read(arguments[before:])
+            if problem.eps.numel() == 1:
+                return operation(*arguments)
+            parts = []
+            for k in range(len(problem.eps)):
+                seeds = [_item(t, k, -1) for t in arguments[:before]]
+                costs, points, weights = (_item(problem[c], k) for c in range(3))
+                one = problem._replace(
+                    costs=costs, points=points, weights=weights, eps=problem.eps[k]
+                )
+                parts.append(operation(*seeds, *one, *(_item(t, k) for t in rest)))
+            return tuple(map(_joined, zip(*parts, strict=True)))
+
+        return run
+
+    return decorated
+
+
+def _item(value: Any, k: int, dim: int = 0) -> Any:
+    """Problem k of a batch, as a batch of one; tensors of one number are of all."""
+    if isinstance(value, list) and value and isinstance(value[0], Tensor):
+        return [t.narrow(0, k, 1) for t in value]
+    return value.narrow(dim, k, 1) if isinstance(value, Tensor) and value.dim() else value
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """A result of all problems: tensors (B, ...) of pairs or clouds, the loss (B,), a status
+    (P, B, ...)."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts), min(parts[0].dim() - 1, 1))
+    return [torch.cat(each) for each in zip(*parts, strict=True)]
 
 
 def as_pairs(pairs: list[int]) -> list[tuple[int, int]]:
@@ -120,6 +162,7 @@ def cost_backward(
     ]
 
 
+@each_problem(0)
 def solve(
     *arguments: Any,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
@@ -251,6 +294,7 @@ def _gradients(
     )
 
 
+@each_problem(1)
 def envelope_backward(
     grad_loss: Tensor, *arguments: Any
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
@@ -272,6 +316,7 @@ def envelope_backward(
     return _gradients(problem, costs, of_pair, *wanted)
 
 
+@each_problem(3)
 def unrolled_backward(
     grad_loss: Tensor, grad_f: list[Tensor], grad_g: list[Tensor], *arguments: Any
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
@@ -320,6 +365,7 @@ def unrolled_backward(
     return _gradients(problem, costs, of_pair, *wanted)
 
 
+@each_problem(3)
 def implicit_backward(
     grad_loss: Tensor, grad_f: list[Tensor], grad_g: list[Tensor], *arguments: Any
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor]:
@@ -347,3 +393,12 @@ def implicit_backward(
     # A direct solve: no iterations, no residual.
     status = grad_loss.new_zeros(len(costs), grad_loss.shape[-1], 2, dtype=torch.float64)
     return *_gradients(problem, costs, of_pair, *wanted), status
+
+
+def plan_product(*arguments: Any) -> list[Tensor]:
+    problem, potentials_and_v = read(arguments)
+    parts = zip(as_pairs(problem.pairs), problem.matrices(), *potentials_and_v, strict=True)
+    return [
+        plan(problem.eps.item(), C, f, g, problem.weights[i], problem.weights[j]) @ v
+        for (i, j), C, f, g, v in parts
+    ]

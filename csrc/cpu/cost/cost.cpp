@@ -251,10 +251,10 @@ void cost_weights(const CostWeightGroup<T>& group, CostKind kind) {
 
 // The plan's row is made in the place of V and weighted while it is in the cache.
 template <typename T>
-void plan_weights(const PlanWeightGroup<T>& group, CostKind kind, double eps) {
+void plan_weights(const PlanWeightGroup<T>& group, CostKind kind, const Eps& eps) {
   const int64_t n = group.n, m = group.m;
-  const T k = factor<T>(eps);
   parallel_problems(group.batch, [&](int64_t p, bool split) {
+    const T k = factor<T>(eps.of(p));
     const T *f = group.f + p * n, *g = group.g + p * m;
     std::vector<T> F(n), G(m);
     for (int64_t i = 0; i < n; ++i) F[i] = k * f[i];
@@ -363,12 +363,12 @@ void cloud_gradients(const std::vector<CloudGradientGroup<T>>& clouds, CostKind 
                     [&](int64_t p, bool) { gradients_of_problem(clouds, p, unit); });
 }
 
-#define OTLOSS_INSTANTIATE(T)                                                \
-  template void prepare_clouds(const std::vector<CloudGroup<T>>&, CostKind); \
-  template void cost_matrices(const std::vector<CostGroup<T>>&, CostKind);   \
-  template void cost_weights(const CostWeightGroup<T>&, CostKind);           \
-  template void plan_weights(const PlanWeightGroup<T>&, CostKind, double);   \
-  template void cost_gradient(const CostGradientGroup<T>&, CostKind);        \
+#define OTLOSS_INSTANTIATE(T)                                                  \
+  template void prepare_clouds(const std::vector<CloudGroup<T>>&, CostKind);   \
+  template void cost_matrices(const std::vector<CostGroup<T>>&, CostKind);     \
+  template void cost_weights(const CostWeightGroup<T>&, CostKind);             \
+  template void plan_weights(const PlanWeightGroup<T>&, CostKind, const Eps&); \
+  template void cost_gradient(const CostGradientGroup<T>&, CostKind);          \
   template void cloud_gradients(const std::vector<CloudGradientGroup<T>>&, CostKind);
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)

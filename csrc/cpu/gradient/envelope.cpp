@@ -55,19 +55,19 @@ void matrix_gradient(const EnvelopeGroup<T>& group, int64_t p, double eps, bool 
 }  // namespace
 
 template <typename T>
-void envelope_backward(const std::vector<EnvelopeGroup<T>>& groups, double eps,
+void envelope_backward(const std::vector<EnvelopeGroup<T>>& groups, const Eps& eps,
                        Objective objective) {
   for_each_problem(groups, [&](const EnvelopeGroup<T>& group, int64_t p, bool split) {
-    if (group.grad_C) matrix_gradient(group, p, eps, split);
-    weight_gradients(group, p, eps, objective);
+    if (group.grad_C) matrix_gradient(group, p, eps.of(p), split);
+    weight_gradients(group, p, eps.of(p), objective);
   });
 }
 
 template <typename T>
-void point_gradient_sums(const std::vector<PointGradientGroup<T>>& groups, double eps) {
+void point_gradient_sums(const std::vector<PointGradientGroup<T>>& groups, const Eps& eps) {
   for_each_problem(groups, [&](const PointGradientGroup<T>& group, int64_t p, bool split) {
     const int64_t n = group.n, m = group.m;
-    const PlanGradient<T> plan{eps,
+    const PlanGradient<T> plan{eps.of(p),
                                group.coefficient * group.grad[p],
                                T(0),
                                group.a + p * n,
@@ -80,9 +80,9 @@ void point_gradient_sums(const std::vector<PointGradientGroup<T>>& groups, doubl
   });
 }
 
-#define OTLOSS_INSTANTIATE(T)                                                               \
-  template void envelope_backward(const std::vector<EnvelopeGroup<T>>&, double, Objective); \
-  template void point_gradient_sums(const std::vector<PointGradientGroup<T>>&, double);
+#define OTLOSS_INSTANTIATE(T)                                                                   \
+  template void envelope_backward(const std::vector<EnvelopeGroup<T>>&, const Eps&, Objective); \
+  template void point_gradient_sums(const std::vector<PointGradientGroup<T>>&, const Eps&);
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)
 

@@ -338,14 +338,14 @@ class ImplicitProblem {
 }  // namespace
 
 template <typename T>
-void implicit_backward(const std::vector<ImplicitGroup<T>>& groups, double eps,
+void implicit_backward(const std::vector<ImplicitGroup<T>>& groups, const Eps& eps,
                        Objective objective) {
   for_each_problem(groups, [&](const ImplicitGroup<T>& group, int64_t p, bool split) {
-    ImplicitProblem<T>(group, p, eps, objective, split).run();
+    ImplicitProblem<T>(group, p, eps.of(p), objective, split).run();
   });
 }
 
-template void implicit_backward(const std::vector<ImplicitGroup<float>>&, double, Objective);
-template void implicit_backward(const std::vector<ImplicitGroup<double>>&, double, Objective);
+template void implicit_backward(const std::vector<ImplicitGroup<float>>&, const Eps&, Objective);
+template void implicit_backward(const std::vector<ImplicitGroup<double>>&, const Eps&, Objective);
 
 }  // namespace otloss::cpu

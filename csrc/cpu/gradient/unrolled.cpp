@@ -260,14 +260,14 @@ class UnrolledProblem {
 }  // namespace
 
 template <typename T>
-void unrolled_backward(const std::vector<UnrolledGroup<T>>& groups, double eps,
+void unrolled_backward(const std::vector<UnrolledGroup<T>>& groups, const Eps& eps,
                        Objective objective) {
   for_each_problem(groups, [&](const UnrolledGroup<T>& group, int64_t p, bool split) {
-    UnrolledProblem<T>(group, p, eps, objective, split).run();
+    UnrolledProblem<T>(group, p, eps.of(p), objective, split).run();
   });
 }
 
-template void unrolled_backward(const std::vector<UnrolledGroup<float>>&, double, Objective);
-template void unrolled_backward(const std::vector<UnrolledGroup<double>>&, double, Objective);
+template void unrolled_backward(const std::vector<UnrolledGroup<float>>&, const Eps&, Objective);
+template void unrolled_backward(const std::vector<UnrolledGroup<double>>&, const Eps&, Objective);
 
 }  // namespace otloss::cpu

@@ -4,7 +4,6 @@
 #include <cmath>
 #include <limits>
 
-#include "core/math.h"
 #include "cpu/simd/simd.h"
 
 namespace otloss::cpu {
@@ -12,20 +11,13 @@ namespace {
 
 using Vector = std::vector<double>;
 
-// q = e^{(t - M) / h} over its sum. Returns the logarithm of the sum.
-OTLOSS_SIMD double softmax(int64_t k, double h, const double* t, const double* M, double* q) {
-  const double to_log2 = kLog2E / h;
+// q = e^{(t - M) / h} over its sum, down to the least double. Returns the logarithm of the sum.
+double softmax(int64_t k, double h, const double* t, const double* M, double* q) {
   double largest = -std::numeric_limits<double>::infinity(), sum = 0;
-#pragma omp simd reduction(max : largest)
-  for (int64_t K = 0; K < k; ++K) {
-    q[K] = to_log2 * (t[K] - M[K]);
-    largest = q[K] > largest ? q[K] : largest;
-  }
-#pragma omp simd reduction(+ : sum)
-  for (int64_t K = 0; K < k; ++K) sum += q[K] = fast_exp2(q[K] - largest);
-#pragma omp simd
+  for (int64_t K = 0; K < k; ++K) largest = std::max(largest, q[K] = (t[K] - M[K]) / h);
+  for (int64_t K = 0; K < k; ++K) sum += q[K] = std::exp(q[K] - largest);
   for (int64_t K = 0; K < k; ++K) q[K] /= sum;
-  return largest / kLog2E + std::log(sum);
+  return largest + std::log(sum);
 }
 
 // H (k, k) += factor q q^T, below the diagonal and on it.

@@ -84,8 +84,15 @@ void solve_multiscale(const SolveGroup<T>& group, int64_t p, const SolveOptions&
   status[kStatusConverged] = solution.outcome.converged ? 1.0 : 0.0;
 }
 
+// Those of problem p of a batch.
+SolveOptions of_problem(SolveOptions options, int64_t p) {
+  options.eps = Eps{options.eps, options.each_eps}.of(p);
+  return options;
+}
+
 template <typename T>
-void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& options, bool split) {
+void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& of_all, bool split) {
+  const SolveOptions options = of_problem(of_all, p);
   if (group.known) return take_known(group, p, options.eps);
   if (group.points.multiscale) return solve_multiscale(group, p, options, split);
   const int64_t n = group.n, m = group.m;
@@ -164,7 +171,7 @@ void refine(const std::vector<SolveGroup<float>>& groups, const SolveOptions& op
     const SolveGroup<float>& group = groups[i % count];
     const int64_t k = chosen[i / count];
     group.status[k * kStatusFields + kStatusTerm] =
-        group.coefficient * value_in_double(group, k, options.eps, split);
+        group.coefficient * value_in_double(group, k, of_problem(options, k).eps, split);
   });
 }
 

@@ -1,0 +1,137 @@
+"""Forbidden pairs, whose cost is +infinity.
+
+A solve gets a finite cost in their place, so high above the others that the plan underflows to 0
+there. A sum that has zeros in it is that without these terms, so that the solution is that of the
+problem without the pairs; only what the plan is at their places tells whether the cost was high
+enough.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from otloss import _check, ops
+from otloss._options import Options
+from otloss.problem import Problem
+from otloss.reference.marginals import plan
+from otloss.reference.operations import as_pairs
+from otloss.result import Solved
+
+__all__ = ["solve_allowed"]
+
+# exp(-UNDERFLOW) is 0.
+UNDERFLOW = {torch.float32: 104.0, torch.float64: 746.0}
+# Heights over the other costs that are tried, in units of (eps + rho) * UNDERFLOW.
+HEIGHTS = (2.0, 16.0, 256.0)
+
+Solve = Callable[[Sequence[Tensor], bool], Solved]
+
+
+def solve_allowed(
+    problem: Problem, pairs: list[int], costs: Sequence[Tensor], options: Options, solve: Solve
+) -> tuple[Sequence[Tensor], Solved]:
+    """``solve(costs, potentials)`` of the costs (B, n, m) of all pairs, with finite ones in place
+    of +infinity, which are returned too; ``potentials``: whether f and g are wanted.
+
+    Raises where no plan avoids the forbidden pairs. Where data is not read the loss is NaN then.
+    """
+    if all(_check.readable(C) and C.detach().amax() != math.inf for C in costs):
+        return costs, solve(costs, False)
+    forbidden = [C.detach() == math.inf for C in costs]
+    weights = problem.weights
+    sides = [(weights[i].detach(), weights[j].detach()) for i, j in as_pairs(pairs)]
+    rho = sum(r for r in (options.rho_x, options.rho_y) if math.isfinite(r))
+    unit = UNDERFLOW[weights[0].dtype]
+    if not _check.readable(costs[0]):
+        finite = _lifted(costs, forbidden, HEIGHTS[1] * unit * (options.eps + rho))
+        solved = solve(finite, True)
+        return finite, _failed_where(_used(solved, finite, forbidden, unit * options.eps), solved)
+    for mask, (i, j), (a, b) in zip(forbidden, as_pairs(pairs), sides, strict=True):
+        _check_ways(problem, mask, a, b, options.rho_y if i else options.rho_x, "row", i)
+        _check_ways(problem, mask.mT, b, a, options.rho_y if j else options.rho_x, "column", j)
+    share = None
+    for height in HEIGHTS:
+        finite = _lifted(costs, forbidden, height * unit * (options.eps + rho))
+        solved = solve(finite, True)
+        unsettled = solved.status[..., ops.CONVERGED] != 0  # one that did not converge says so
+        unsettled = unsettled & _used(solved, finite, forbidden, unit * options.eps)
+        if not bool(unsettled.any()):
+            return finite, solved
+        last, share = share, _share(solved, finite, forbidden, sides, options.eps)
+        lost = unsettled & (share > 3 * options.tol)
+        if last is not None and bool((lost & (share > 0.5 * last)).any()):
+            break
+    else:
+        if not bool(lost.any()):  # what is left there is below the tolerance
+            return finite, solved
+    raise ValueError(
+        "no plan avoids the forbidden pairs, those of infinite cost: some mass has no way but "
+        "through them. Allow more pairs, at a high cost, or let mass stay with unbalanced="
+    )
+
+
+def _lifted(costs: Sequence[Tensor], forbidden: list[Tensor], height: float) -> list[Tensor]:
+    """The costs with forbidden ones ``height`` above the largest of the others."""
+    lifted = []
+    for C, mask in zip(costs, forbidden, strict=True):
+        top = torch.where(mask, -math.inf, C.detach()).amax((-2, -1), keepdim=True)
+        top = torch.where(top == -math.inf, 0.0, top)  # all are forbidden
+        lifted.append(torch.where(mask, top.abs() + height, C))
+    return lifted
+
+
+def _used(solved: Solved, costs: list[Tensor], forbidden: list[Tensor], margin: float) -> Tensor:
+    """In which problems the plan is not 0 at a forbidden pair, (P, B)."""
+    used = []
+    for f, g, C, mask in zip(solved.f, solved.g, costs, forbidden, strict=True):
+        above = f.detach().unsqueeze(-1) + g.detach().unsqueeze(-2) - C.detach() + margin
+        used.append((mask & (above > 0)).flatten(1).any(1))
+    return torch.stack(used)
+
+
+def _share(
+    solved: Solved,
+    costs: list[Tensor],
+    forbidden: list[Tensor],
+    sides: list[tuple[Tensor, Tensor]],
+    eps: float,
+) -> Tensor:
+    """How much of the plan is at forbidden pairs, (P, B): where no other plan is possible, the part
+    that stays however high these are."""
+    shares = []
+    for f, g, C, mask, (a, b) in zip(solved.f, solved.g, costs, forbidden, sides, strict=True):
+        P = plan(eps, C.detach(), f.detach(), g.detach(), a, b)
+        shares.append((P * mask).sum((-2, -1)) / P.sum((-2, -1)))
+    return torch.stack(shares)
+
+
+def _failed_where(used: Tensor, solved: Solved) -> Solved:
+    of_problem = used.any(0) if solved.loss.dim() else used.any()
+    loss = torch.where(of_problem, math.nan, solved.loss)
+    converged = torch.zeros_like(solved.status)
+    converged[..., ops.CONVERGED] = 1
+    status = torch.where(used.unsqueeze(-1) & (converged == 1), 0.0, solved.status)
+    return replace(solved, loss=loss, status=status)
+
+
+def _check_ways(
+    problem: Problem, mask: Tensor, a: Tensor, b: Tensor, rho: float, side: str, cloud: int
+) -> None:
+    """Raises if a row of positive weight, which must be moved, has no pair that is allowed."""
+    closed = (mask | (b.unsqueeze(-2) == 0)).all(-1) & (a > 0)
+    if math.isfinite(rho) or not bool(closed.any()):
+        return
+    if problem.points:
+        _check.finite(problem.names[cloud], problem.points[cloud])
+    where = closed.nonzero()[0].tolist()
+    place = ", ".join(map(str, where if problem.batched else where[1:]))
+    raise ValueError(
+        f"all costs of {side} {place} are infinite, so that none of its pairs is allowed, and its "
+        f"weight {a[tuple(where)].item():.3g} must go somewhere. Allow a pair, set the weight to "
+        "0, or let mass stay with unbalanced="
+    )
