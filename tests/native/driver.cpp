@@ -309,7 +309,7 @@ class Run {
 
   const Case c_;
   const std::string name_;
-  const double eps_ = 0.2;
+  const Eps eps_{0.2};
   Cloud<T> x_, y_;
   Array<T> C_{B() * c_.n * m()}, grad_C_{B() * c_.n * m()}, V_{B() * c_.n * m()};
   Array<T> f_{B() * c_.n}, g_{B() * m()}, grad_f_{B() * c_.n}, grad_g_{B() * m()};
