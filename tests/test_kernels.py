@@ -378,7 +378,7 @@ FAULTS: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     "a cost beyond 32 bits": ("no cost of number", lambda p: {"kind": 2**32}),
     "an objective beyond 32 bits": ("no objective of number", lambda p: {"objective": 2**32}),
     "an unknown objective": ("no objective of number 2", lambda p: {"objective": 2}),
-    "eps of each problem": ("eps must be a float64", lambda p: {"eps": p.eps.repeat(2)}),
+    "an eps too many": ("eps must be a float64", lambda p: {"eps": p.eps.repeat(3)}),
     "eps in float32": ("eps must be a float64", lambda p: {"eps": p.eps.float()}),
     "eps of 0": ("eps must be > 0", lambda p: {"eps": 0 * p.eps}),
     "eps that is NaN": ("eps must be > 0", lambda p: {"eps": INF * 0 * p.eps}),
