@@ -89,8 +89,8 @@ struct SolveGroup {
   double* status;      // (B, kStatusFields)
   double coefficient;  // of this group in the loss
   Penalties penalties = {};
-  // (B, n + kStatusTerm) f and the status but for the term, from an earlier call, or null. Of a
-  // symmetric group that has no C, on a CPU.
+  // (B, n + kStatusFields) f and the status, from an earlier call, or null. Of a symmetric group
+  // that has no C, on a CPU.
   const double* known = nullptr;
 };
 

@@ -99,6 +99,23 @@ def costs() -> str:
     )
 
 
+def products() -> str:
+    from benchmarks.suites.products import LEVELS, PARTS, ratios
+
+    result, how = load("products")
+    rates = {(row["n"], row["d"]): row for row in result["rows"][LEVELS[0]]}
+    rows = []
+    for (n, d), of_level in ratios(result).items():
+        rate = [f"{2e-9 * n * n * d / rates[n, d][part]:.0f}" for part in PARTS]
+        cells = [" / ".join(number(ratio) for ratio in of_level[level]) for level in LEVELS]
+        rows.append([f"{n}, {d}", " / ".join(rate), *cells])
+    note = (
+        "The time of torch's product over that of a whole cost matrix / of the gradient of one "
+        f"cloud, by instruction set ({how}):"
+    )
+    return f"{note}\n\n{table(['n = m, d', 'GFLOP/s', 'AVX-512', 'AVX2', 'SSE2'], rows)}\n"
+
+
 def floors() -> str:
     result, how = load("floors")
     how, rows = how.removesuffix(", float32"), []
@@ -325,7 +342,7 @@ def choice() -> str:
     document = json.loads((RESULTS.parent / "choice.json").read_text())
     environment, rows = document["environment"], document["result"]
     return (
-        f"CPU time of a divergence and its gradient, streamed over multiscale, {N} points a cloud,\n"
+        f"CPU time of a divergence and its gradient, streamed over multiscale, of {N} points,\n"
         f"one thread (`{environment['command']}`):\n\n{table(rows)}\n"
     )
 
@@ -335,6 +352,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     for function in (
         iteration,
         costs,
+        products,
         floors,
         overhead,
         accuracy,

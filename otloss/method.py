@@ -38,9 +38,9 @@ STREAMED_FROM = {"cpu": {4: 1 << 20, 8: 12 << 20}, "cuda": {3: 1 << 25}}
 # (A GPU makes each entry twice in a pass.)
 STREAMED_BACK_FROM = {"cpu": {4: 12 << 20, 8: 32 << 20}, "cuda": {}}
 
-# Of the multiscale engine; csrc/kernels.h has the same.
+# Of the multiscale engine, whose float32 tiles resolve errors down to a few 1e-6.
 MULTISCALE_COSTS = ("sqeuclidean", "cosine")
-MULTISCALE_DIMS, MULTISCALE_TOL = 8, 1e-6
+MULTISCALE_DIMS, MULTISCALE_TOL = 8, 1e-5
 # "auto" takes it from this number of pairs on, where points have at most this dimension among their
 # neighbours, of which these numbers are looked at.
 MULTISCALE_FROM, MULTISCALE_LOCAL = 2.5e7, 3.4

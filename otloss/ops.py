@@ -25,12 +25,13 @@ weights that are 1 but for rounding are taken as 1. ``rho`` holds rho_x and
 rho_y: cloud 0 is held to its weights by rho_x, every other by rho_y; infinite is a constraint, and
 without ``rho`` all are.
 Numbers of the solver are float64 tensors on the CPU, so that a traced graph does not depend on
-their values. ``eps`` is one for all problems or, on a CPU, (B,). ``tf32`` allows inner products of points with 11 bits, where costs are not stored.
+their values. ``eps`` is one for all problems or, on a CPU, (B,). ``tf32`` allows inner products of
+points with 11 bits, where costs are not stored.
 ``multiscale`` leaves out pairs of points that hold nothing of the plan: from points, on a CPU, by
 the native library alone.
 
 ``target``, of float64 on a CPU, is the solution of the last pair, a cloud against itself, from an
-earlier call: (B, n + 4), its potential and its status but for the term. Its cost is not made.
+earlier call: (B, n + 5), its potential and its status. Its cost is not made.
 
 Without the native library (a pure-Python install) ``otloss.reference`` serves them.
 """

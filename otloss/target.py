@@ -18,7 +18,7 @@ class SelfProblem:
     def __init__(self, of: Sequence[tuple[Any, int]], settings: tuple[Any, ...]) -> None:
         self.of = of  # the tensors, weakly, and how often they had been changed in place
         self.settings = settings  # what else the solution depends on
-        self.solution: Tensor | None = None  # (B, m + 4): the potential; the status but its term
+        self.solution: Tensor | None = None  # (B, m + 5): the potential, the status
 
     def is_of(self, tensors: Sequence[Tensor | None], settings: tuple[Any, ...]) -> bool:
         pairs = zip(self.of, tensors, strict=True)
@@ -30,7 +30,7 @@ class SelfProblem:
     def keep(self, f: Tensor, status: Tensor) -> None:
         """Takes f (B, m) and status (B, 5) of a call."""
         if self.solution is None:
-            self.solution = torch.cat([f.double(), status[:, :-1]], dim=-1)
+            self.solution = torch.cat([f.double(), status], dim=-1)
 
 
 class Target:

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from backends import BACKENDS
+from backends import BACKENDS, EMULATED
 from helpers import (
     COSTS,
     DTYPES,
@@ -214,11 +214,11 @@ def test_an_eps_for_each_problem(rho, where, stored, mode, rng):
         assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
-@some_of("backend", BACKENDS[-1:])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", EMULATED[:1], indirect=True)
 def test_a_gpu_takes_one_eps(backend, rng):
-    if not backend.emulated:
-        pytest.skip("is for GPUs")
     c = clouds(rng, 5, 4, 2, weights="random", batch=3)
     problem = ops.problems([c.a, c.b], [0, 1], [1.0], 1.0, points=[c.x, c.y])
+    solved(problem)
     with pytest.raises(RuntimeError, match="eps for each problem"):
         solved(problem._replace(eps=torch.ones(3).double()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import warnings
 
-import ot
 import pytest
 import torch
 from helpers import close, clouds, rand, randn, simplex
@@ -13,6 +12,8 @@ from torch.testing import assert_close
 
 import otloss
 from otloss.compat import pot
+
+ot = pytest.importorskip("ot")
 
 REG = 1.0
 # POT's own warning

@@ -172,3 +172,22 @@ def test_compiled_and_infeasible():
     assert compiled(good)[1][0, 1] == 0
     assert bool(compiled(bad)[0].isnan())
     assert not compiled(bad)[2]
+
+
+def test_an_energy_distance_has_no_plan_to_avoid_them(rng):
+    x, y = randn(rng, 4, 2), randn(rng, 5, 2)
+    with pytest.raises(ValueError, match="costs must be finite in an energy distance"):
+        otloss.energy_distance(x, y, cost=lambda u, v: torch.cdist(u, v) * INF)
+
+
+def test_what_a_result_gives(rng):
+    """Pairs, bounds and starts: no forbidden pair is drawn."""
+    C, a, b = masked(rng)
+    result = otloss.solve(C, 0.2, a=a, b=b, tol=1e-8)
+    i, j = result.sample(2000)
+    assert bool(C[i, j].isfinite().all())
+    assert bool(C[torch.arange(6), result.argmax()].isfinite().all())
+    assert result.duality_gap < 1e-6
+    again = otloss.solve(C, 0.2, a=a, b=b, tol=1e-7, init=result)
+    assert again.n_iters <= result.n_iters
+    close(again.value, result.value, 1e-6)

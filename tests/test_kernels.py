@@ -429,7 +429,7 @@ def test_operations_refuse_problems_they_would_misread(message, change, operatio
         ("a trace is of a number of iterations", {"trace": True}),
         ("a trace is of a number of iterations", {"trace": True, "n_iters": 2**62}),
         ("init must have 4 entries", {"init": [torch.zeros(2, 4)]}),
-        ("target is a cloud against itself", {"target": torch.zeros(2, 8, dtype=torch.float64)}),
+        ("target is a cloud against itself", {"target": torch.zeros(2, 9, dtype=torch.float64)}),
     ],
 )
 def test_a_solve_refuses_limits_that_are_none(message, change):

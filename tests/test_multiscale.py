@@ -156,7 +156,7 @@ def test_gradients_of_points_and_weights(kind, rng):
 def test_gradients_are_derivatives(rng):
     """Of the value that is returned, by differences: in float64, where tol can be small."""
     c = clouds(rng, 700, 600, 3, weights="random").require_grad()
-    options = {"method": "multiscale", "tol": 1e-6}
+    options = {"method": "multiscale", "tol": 1e-5}
     grads = c.grads(c.loss(0.1, **options))
     directions = [randn(rng, *t.shape) for t in c.inputs()]
     for k, w in ((2, c.a), (3, c.b)):  # along changes that keep the total
@@ -202,7 +202,7 @@ def test_what_a_result_offers(hardness, rng):
 def test_derivatives_of_a_result_are_those_of_all_pairs(rng):
     """Products that have a gradient, and potentials, by the implicit one."""
     c = clouds(rng, 300, 250, 2).require_grad()
-    options = {"tol": 1e-6}
+    options = {"tol": 1e-5}
     weight = randn(rng, 300)
     for quantity in (
         lambda r: (r.barycentric_map() * weight[:, None]).sum(),
@@ -219,7 +219,7 @@ def test_second_derivatives(rng):
     c = clouds(rng, 200, 150, 2).require_grad()
     found = []
     for method in ("multiscale", "dense"):
-        (grad,) = torch.autograd.grad(c.loss(0.2, method=method, tol=1e-6), c.x, create_graph=True)
+        (grad,) = torch.autograd.grad(c.loss(0.2, method=method, tol=1e-5), c.x, create_graph=True)
         found.append(torch.autograd.grad(grad.square().sum(), c.x)[0])
     assert float((found[0] - found[1]).norm()) <= 1e-3 * float(found[1].norm())
 
@@ -326,7 +326,7 @@ def test_many_dimensions_and_matrices_are_refused_by_name():
 def test_it_is_ended_by_a_signal(rng):
     x, y = (randn(rng, 60_000, 3).float() for _ in range(2))
     with ended(after=0.2):
-        otloss.sinkhorn_divergence(x, y, 1e-3, tol=1e-6, method="multiscale")
+        otloss.sinkhorn_divergence(x, y, 1e-3, tol=1e-5, method="multiscale")
 
 
 def test_compiled_it_is_one_graph(rng):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ot
 import pytest
 import torch
 from helpers import close, clouds, randn
 from torch import Tensor
 
 import otloss
+
+ot = pytest.importorskip("ot")
 
 
 @pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "cosine", torch.cdist])

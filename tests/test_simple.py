@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
-import ot
 import pytest
 import torch
 from helpers import close, clouds, make_weights, pick, rand, randn, simplex
 from torch.testing import assert_close
 
 import otloss
+
+ot = pytest.importorskip("ot")
 
 WEIGHTS = ("uniform", "random", "wide", "padded")
 

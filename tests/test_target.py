@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(not ops.NATIVE, reason="only the native kernels 
 CASES: list[tuple[int, dict[str, Any]]] = [
     (3, {}),
     (3, {"method": "streamed", "cost": "euclidean"}),
+    (3, {"method": "multiscale"}),
     (60, {"unbalanced": 2.0}),
     (60, {"cost": "cosine"}),
 ]

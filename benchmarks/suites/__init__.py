@@ -28,6 +28,7 @@ from benchmarks.timing import Timer
 NAMES = (
     "iteration",
     "costs",
+    "products",
     "floors",
     "overhead",
     "accuracy",

@@ -94,5 +94,11 @@ class Device {
 #else
 #define OTLOSS_LAUNCH(device, name, ...) (static_cast<void>(device), cpu::name(__VA_ARGS__))
 #endif
+// What there is on a CPU only.
+#if defined(OTLOSS_EMULATED)
+#define OTLOSS_LAUNCH_ON_CPU(name, ...) static_cast<void>(0)
+#else
+#define OTLOSS_LAUNCH_ON_CPU(name, ...) cpu::name(__VA_ARGS__)
+#endif
 
 }  // namespace otloss

@@ -20,7 +20,7 @@ void plan_product_as(StableIValue* stack, const Device& device, const Problem& p
                       data<T>(b), data<T>(f[p]), data<T>(g[p]), data<T>(v[p]),
                       data<T>(products.back())});
   }
-  cpu::plan_products(groups, problem.eps.all);
+  OTLOSS_LAUNCH_ON_CPU(plan_products, groups, problem.eps.all);
   give_back(stack, products);
 }
 

@@ -108,7 +108,7 @@ void solve(StableIValue* stack, uint64_t, uint64_t) {
                         options.n_iters < 0 && problem.objective == Objective::kRegularized,
                     "otloss: target is a cloud against itself, from points, for a regularized "
                     "value, without n_iters");
-    check(*target, {problem.batch(), problem.a(p).size(1) + kStatusTerm}, ScalarType::Double,
+    check(*target, {problem.batch(), problem.a(p).size(1) + kStatusFields}, ScalarType::Double,
           "target");
   }
   options.eps = problem.eps.all;

@@ -94,6 +94,7 @@ struct PointScalars {
   double value = 0;  // what the iterations ascend
   double noise = 0;  // rounding error of `value`
   double error = 0;  // L1 marginal error over the total mass, but for the rounding of potentials
+  double sums = 0;   // what the rounding of sums over the plan typically adds to it
 };
 
 // ------------------------------------------------------------------------------ where to stop
@@ -130,6 +131,9 @@ class StopRule {
     if (error <= kProgress * mark_) mark_ = error, marked_ = passes;
     error_ = error, scale_ = scale, idle_ = passes - marked_;
   }
+
+  // The scale that typically adds this to the error.
+  OTLOSS_HOST_DEVICE double scale_of(double error) const { return error / share_; }
 
   // Of the plan of the potentials as they are stored.
   OTLOSS_HOST_DEVICE double error() const { return with_rounding(error_); }
@@ -286,7 +290,7 @@ class StepControl {
 
   // Judges an evaluated point, of which `value` is not read.
   OTLOSS_HOST_DEVICE void observe(const PointScalars& point) {
-    stop_.see(point.error, point.noise / (4 * mass_ * eps()), passes_);
+    stop_.see(point.error, point.noise / (4 * mass_ * eps()) + stop_.scale_of(point.sums), passes_);
   }
 
   // The evaluated point becomes the point. The last pass that is allowed is a plain iteration.

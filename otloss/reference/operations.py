@@ -120,7 +120,7 @@ def _joined(parts: Sequence[Any]) -> Any:
     """A result of all problems: tensors (B, ...) of pairs or clouds, the loss (B,), a status
     (P, B, ...)."""
     if isinstance(parts[0], Tensor):
-        return torch.cat(parts, min(parts[0].dim() - 1, 1))
+        return torch.cat(list(parts), min(parts[0].dim() - 1, 1))
     return [torch.cat(each) for each in zip(*parts, strict=True)]
 
 

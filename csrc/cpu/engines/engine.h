@@ -62,8 +62,7 @@ class Engine {
   // than this number of sweeps.
   bool propose(double sweeps, double eps, T* g) const;
 
-  // What a pass may leave out of the plan, and the error of its sums beyond the rounding of T,
-  // relative to the total mass.
+  // What a pass may leave out of the plan, and what its sums' error adds to that of marginals.
   static constexpr double left_out() { return 0; }
   static constexpr double rounding() { return 0; }
 

@@ -52,9 +52,9 @@ class Engine {
   double sigma() const { return 0; }
   bool propose(double, double, double*) const { return false; }
 
-  // Of the last pass, relative to the mass: what of the plan was left out, at most, with the error
-  // of sums over what is kept; that error alone.
-  double left_out() const { return left_out_ + rounding_; }
+  // Of the last pass, relative to the mass: what of the plan was left out, at most; by how much the
+  // rounding of sums over the rest typically changes marginals.
+  double left_out() const { return left_out_; }
   double rounding() const { return rounding_; }
 
   // At fixed potentials: rows' sums over j of the density times b_j v_j, v (count, m), to

@@ -46,17 +46,16 @@ std::vector<double> times(std::vector<double> v, double factor) {
   return v;
 }
 
-// The mean of |v| in the weights, over their total.
-double mean_size(const Cloud& cloud, const std::vector<double>& v) {
-  double sum = 0, mass = 0;
-  for (int64_t i = 0; i < cloud.n; ++i) sum += cloud.w[i] * std::abs(v[i]), mass += cloud.w[i];
-  return sum / mass;
-}
-
-// The error of a plan whose potentials, of these mean sizes, are rounded when they are returned.
-double rounding_error(double sizes, double roundoff, double eps) {
-  constexpr double kShare = 0.3;  // as StopRule
-  return kShare * roundoff * sizes / eps;
+// The error that potentials add to a plan when they are rounded for return: v of a side of the
+// cloud, in units of cost.
+double rounding_error(const Cloud& cloud, const std::vector<double>& v, double roundoff,
+                      double eps) {
+  double sum = 0, mass = 0, squares = 0;
+  for (int64_t i = 0; i < cloud.n; ++i) {
+    const double w = cloud.w[i];
+    sum += w * std::abs(v[i]), mass += w, squares += w * w;
+  }
+  return rounding_share(equal_points(mass, squares)) * roundoff * sum / mass / eps;
 }
 
 // The tolerance of a solve whose error this is added to.
@@ -205,7 +204,7 @@ Solution solve_pair(Clouds clouds, const Penalties& penalties, const SolveOption
       xs.clouds.pop_back(), ys.clouds.pop_back();
     }
     const double rounding =
-        rounding_error(mean_size(X, F) * at / kLog2E + mean_size(Y, g), roundoff, eps);
+        rounding_error(X, F, roundoff * at / kLog2E, eps) + rounding_error(Y, g, roundoff, eps);
     const double tol = finest ? tolerance(options.tol, rounding) : kStageTol;
     const Precision wanted = precision(tol, false, split);
     build(X, Y, target, wanted);
@@ -222,9 +221,10 @@ Solution solve_pair(Clouds clouds, const Penalties& penalties, const SolveOption
                                         F.data(), g.data());
       if (!finest || s < stages) continue;
       Solution result = finished(engine, options, penalties, outcome, F, g);
-      add_rounding(result.outcome,
-                   rounding_error(mean_size(X, result.f) + mean_size(Y, result.g), roundoff, eps),
-                   options.tol);
+      add_rounding(
+          result.outcome,
+          rounding_error(X, result.f, roundoff, eps) + rounding_error(Y, result.g, roundoff, eps),
+          options.tol);
       return result;
     }
     F.resize(X.n), g.resize(Y.n);
@@ -272,7 +272,7 @@ Solution solve_self(Clouds clouds, const Penalties& penalties, const SolveOption
       F = times(std::move(finer), damping);
       levels.clouds.pop_back();
     }
-    const double rounding = rounding_error(2 * mean_size(X, F) / k, roundoff, eps);
+    const double rounding = rounding_error(X, F, 2 * roundoff / k, eps);
     const double tol = at ? std::max(options.tol, kStageTol) : tolerance(options.tol, rounding);
     const Precision wanted = precision(tol, true, split);
     build(X, X, eps, wanted);

@@ -14,7 +14,7 @@ constexpr double kLowest = -1e300;
 
 // Single precision: the part of a row's sum that rounding changes, and that of each term of an
 // exponent, which partly cancel over the entries of a row.
-constexpr double kSumRounding = 2e-7, kTermRounding = 3e-8;
+constexpr double kSumRounding = 1e-7, kTermRounding = 1.5e-8;
 // The part that polynomials in place of exponentials change.
 constexpr double kMomentError = 1e-5;
 

@@ -21,12 +21,13 @@ namespace {
 template <typename T>
 void take_known(const SolveGroup<T>& group, int64_t p, double eps) {
   const int64_t n = group.n;
-  const double* known = group.known + p * (n + kStatusTerm);
+  const double* known = group.known + p * (n + kStatusFields);
   const T* a = group.a + p * n;
   T *f = group.f + p * n, *g = group.g + p * n;
   for (int64_t i = 0; i < n; ++i) f[i] = g[i] = static_cast<T>(known[i]);
   double* status = group.status + p * kStatusFields;
-  std::copy_n(known + n, static_cast<int64_t>(kStatusTerm), status);
+  std::copy_n(known + n, static_cast<int64_t>(kStatusFields), status);
+  if (group.points.multiscale) return;  // whose term is not that of rounded potentials
   const std::vector<T> b = column_weights(group.penalties, n, a, n, a);
   const Side<T> x(n, a, group.penalties.rho_x), y(n, b.data(), group.penalties.rho_y);
   status[kStatusTerm] =

@@ -122,7 +122,8 @@ class PairSolver {
     } else {
       translate(point, F);
     }
-    point.noise += engine_.rounding() * eps_ * y_.mass;
+    point.sums = engine_.rounding();
+    point.noise += point.sums * eps_ * y_.mass;
     point.error =
         marginal_error(m_, point.target.data(), point.q.data()) / y_.mass + engine_.left_out();
     report(control_.passes(), point.error);
@@ -334,7 +335,7 @@ Outcome solve_symmetric(E& engine, const SolveOptions& options, T* F) {
       x.set_target(eps, 0, f.data(), softmin.data(), mean.mean, s.data(), target.data());
     }
     const double error = marginal_error(n, target.data(), s.data()) / x.mass + engine.left_out();
-    control.observe({0, 8 * kRoundoff<T> * x.mass * mean.magnitude, error});
+    control.observe({0, 8 * kRoundoff<T> * x.mass * mean.magnitude, error, engine.rounding()});
     report(control.passes(), error);
     if (control.stop().ends() || !control.may_pass(0) || interrupted()) break;
     for (int64_t i = 0; i < n; ++i) f[i] += relaxation * (to_cost * F[i] - f[i]);
