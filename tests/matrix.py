@@ -6,7 +6,7 @@
 Each cell is an environment of its own in build/matrix, made as a user makes it: torch from where
 pip finds it, then `pip install` of a copy of this checkout, whose tests run with what was
 installed. It is removed when its row stands in benchmarks/results/matrix.json, where it replaces an
-older row of the cell; `--show` prints the rows as the table of docs/testing.md.
+older row of the cell; `--show` prints the rows as a table.
 
 From the public index torch for Linux brings CUDA libraries: 8 GB of disk for as long as a cell
 runs. With `PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu` and torch==2.10.0+cpu it is
