@@ -20,7 +20,7 @@ from otloss._options import Options
 from otloss.problem import Problem
 from otloss.reference.marginals import plan
 from otloss.reference.operations import as_pairs
-from otloss.result import Solved
+from otloss.run import Solved
 
 __all__ = ["solve_allowed"]
 

@@ -53,6 +53,17 @@ class Problem:
             return False
         return any(w.requires_grad and not _all_positive(w) for w in self.weights)
 
+    def of_pair(self, i: int, j: int) -> Problem:
+        """The problem of clouds i and j alone."""
+        present = (self.present[i], self.present[j]) if self.present else ()
+        return replace(
+            self,
+            names=(self.names[i], self.names[j]),
+            points=(self.points[i], self.points[j]),
+            weights=(self.weights[i], self.weights[j]),
+            present=present,
+        )
+
     def of_rows(self, rows: slice) -> Problem:
         """The problem of some points of the first cloud and all of the second."""
         (x, y), (a, b) = self.points, self.weights

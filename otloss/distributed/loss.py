@@ -34,8 +34,7 @@ from otloss.reference.marginals import (
     softmin,
 )
 from otloss.reference.operations import as_pairs
-from otloss.result import Solved
-from otloss.solve import report
+from otloss.run import Solved, report
 from otloss.totals import at_given_totals
 
 __all__ = ["combine"]
