@@ -18,8 +18,8 @@ from torch import Tensor
 from otloss import _check, ops
 from otloss._options import Options
 from otloss.problem import Problem
+from otloss.reference.arguments import as_pairs
 from otloss.reference.marginals import plan
-from otloss.reference.operations import as_pairs
 from otloss.run import Solved
 
 __all__ = ["solve_allowed"]

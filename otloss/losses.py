@@ -28,7 +28,7 @@ from otloss.problem import (
     seen_costs,
     with_empty_bins,
 )
-from otloss.reference.operations import as_pairs
+from otloss.reference.arguments import as_pairs
 
 __all__ = [
     "energy_distance",

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from otloss import _check, ops
 from otloss._options import Options
-from otloss.reference.operations import as_pairs
+from otloss.reference.arguments import as_pairs
 
 __all__ = ["budget", "choose", "choose_method", "dense_budget", "exceeds_budget", "in_blocks"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from otloss import _check, _options, ops
 from otloss.autograd import CostMatrices, FirstOrder
 from otloss.costs import COSTS, Cost
-from otloss.reference.operations import as_pairs
+from otloss.reference.arguments import as_pairs
 
 __all__ = [
     "Problem",

@@ -16,7 +16,7 @@ from otloss.autograd import Places, Settings, Solve, evaluate
 from otloss.autograd.settings import batched
 from otloss.costs import subtracted
 from otloss.problem import Problem
-from otloss.reference.operations import as_pairs
+from otloss.reference.arguments import as_pairs
 from otloss.target import SelfProblem
 
 __all__ = ["Solved", "report", "run"]
