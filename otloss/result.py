@@ -1,4 +1,5 @@
-"""The solution of one OT problem and everything that follows from it."""
+"""The solution of one OT problem and everything that follows from it; ``plan.py`` has how the plan
+is kept or made."""
 
 from __future__ import annotations
 
