@@ -332,8 +332,9 @@ def large() -> str:
     return (
         "A divergence and its gradient in one cloud, each in a process of its own\n"
         f"({commands}; {where}).\n"
-        "The exponent is that of n from the size before. Errors of 10 000 points are against the converged gradient, of more\n"
-        "points on 256 rows of the gradient, computed from all pairs in float64.\n\n"
+        "The exponent is that of n from the size before. Errors of 10 000 points are against\n"
+        "the converged gradient, of more points on 256 rows of the gradient, computed from all\n"
+        "pairs in float64.\n\n"
         f"{table(header, lines)}\n"
     )
 

@@ -83,7 +83,7 @@ def _sampled(
     def draw(rows: slice) -> tuple[Tensor, ...]:
         P = plan(rows)
         here = ((i >= rows.start) & (i < rows.stop)).nonzero()
-        for each in here.split(P.shape[0] * P.shape[1]):  # pairs that take the memory of P again
+        for each in here.split(P.shape[0] * P.shape[1]):  # rows that take no more memory than P
             problem, place = each.unbind(-1)
             of_pairs = P[problem, i[problem, place] - rows.start]
             j[problem, place] = _drawn(of_pairs, v[problem, place].unsqueeze(-1)).squeeze(-1)
@@ -94,8 +94,8 @@ def _sampled(
 
 
 def _drawn(p: Tensor, u: Tensor) -> Tensor:
-    """Indices into p (..., m) in proportion to it, none of 0, for u (..., k) in [0, 1): the one on
-    whose share of the sum each u falls. -1 where all are 0."""
+    """For each u (..., k), uniform in [0, 1), an index into p (..., m) of probability p / sum(p):
+    never one where p is 0, and -1 where all are."""
     upto = p.cumsum(-1, dtype=torch.float64)
     total = upto[..., -1:]
     return torch.where(total > 0, torch.searchsorted(upto / total, u, right=True), -1)
