@@ -314,6 +314,8 @@ def large() -> str:
 
     result, how = load("large")
     rows, found = result["rows"], suite.exponents(result["rows"])
+    commands = "; ".join(f"`{c}`" for c in dict.fromkeys(row["command"] for row in rows))
+    where = how.rpartition("`, ")[2].replace("one thread", "one thread unless said")
     lines = []
     for i, row in enumerate(rows):
         name = f"{row['title']}, blur {suite.blur(row['eps'])}"
@@ -329,9 +331,10 @@ def large() -> str:
     header = ["", "n = m", "method", "CPU seconds", "exponent", "MiB added", "gradient error"]
     return (
         "A divergence and its gradient in one cloud, each in a process of its own\n"
-        f"({how.replace('one thread', 'one thread unless said')}). The exponent is that of n from\n"
-        "the size before. Errors of 10 000 points are against the converged gradient, of more\n"
-        "points on 256 rows of the gradient, computed from all pairs in float64.\n\n"
+        f"({commands}; {where}).\n"
+        "The exponent is that of n from the size before. Errors of 10 000 points are against\n"
+        "the converged gradient, of more points on 256 rows of the gradient, computed from all\n"
+        "pairs in float64.\n\n"
         f"{table(header, lines)}\n"
     )
 

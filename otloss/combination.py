@@ -14,9 +14,8 @@ from otloss.costs import full_precision
 from otloss.forbidden import solve_allowed
 from otloss.method import choose
 from otloss.problem import Problem, build_costs, check_clouds, see_empty_bins
-from otloss.reference.operations import as_pairs
-from otloss.result import Solved
-from otloss.solve import report, run
+from otloss.reference.arguments import as_pairs
+from otloss.run import Solved, report, run
 from otloss.target import Target
 from otloss.totals import Combination, at_given_totals, at_unit_totals
 

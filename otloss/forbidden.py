@@ -1,9 +1,8 @@
 """Forbidden pairs, whose cost is +infinity.
 
 A solve gets a finite cost in their place, so high above the others that the plan underflows to 0
-there. A sum that has zeros in it is that without these terms, so that the solution is that of the
-problem without the pairs; only what the plan is at their places tells whether the cost was high
-enough.
+there. Every sum is then as if these pairs did not exist, and the solution is that of the problem
+without them. The plan at forbidden pairs shows whether the cost was high enough.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ from torch import Tensor
 from otloss import _check, ops
 from otloss._options import Options
 from otloss.problem import Problem
+from otloss.reference.arguments import as_pairs
 from otloss.reference.marginals import plan
-from otloss.reference.operations import as_pairs
-from otloss.result import Solved
+from otloss.run import Solved
 
 __all__ = ["solve_allowed"]
 
 # exp(-UNDERFLOW) is 0.
 UNDERFLOW = {torch.float32: 104.0, torch.float64: 746.0}
-# Heights over the other costs that are tried, in units of (eps + rho) * UNDERFLOW.
+# How far above the other costs, tried in turn, in units of (eps + rho) * UNDERFLOW.
 HEIGHTS = (2.0, 16.0, 256.0)
 
 Solve = Callable[[Sequence[Tensor], bool], Solved]
@@ -62,6 +61,8 @@ def solve_allowed(
         unsettled = unsettled & _used(solved, finite, forbidden, unit * options.eps)
         if not bool(unsettled.any()):
             return finite, solved
+        # Mass without another way stays at forbidden pairs however high their cost; the share of
+        # all other mass falls from one height to the next.
         last, share = share, _share(solved, finite, forbidden, sides, options.eps)
         lost = unsettled & (share > 3 * options.tol)
         if last is not None and bool((lost & (share > 0.5 * last)).any()):
@@ -111,11 +112,11 @@ def _share(
 
 
 def _failed_where(used: Tensor, solved: Solved) -> Solved:
+    """Not converged, and with a loss of NaN, where a forbidden pair is used."""
     of_problem = used.any(0) if solved.loss.dim() else used.any()
     loss = torch.where(of_problem, math.nan, solved.loss)
-    converged = torch.zeros_like(solved.status)
-    converged[..., ops.CONVERGED] = 1
-    status = torch.where(used.unsqueeze(-1) & (converged == 1), 0.0, solved.status)
+    status = solved.status.clone()
+    status[..., ops.CONVERGED] *= ~used
     return replace(solved, loss=loss, status=status)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -25,11 +23,12 @@ from otloss.problem import (
     Problem,
     build_costs,
     check_clouds,
+    hide_padding,
     see_empty_bins,
     seen_costs,
     with_empty_bins,
 )
-from otloss.reference.operations import as_pairs
+from otloss.reference.arguments import as_pairs
 
 __all__ = [
     "energy_distance",
@@ -277,22 +276,19 @@ def energy_distance(
     References:
         Székely and Rizzo, *Energy statistics* (2013); Feydy et al. (2019).
     """
-    cost, method = (
-        _options.check_cost(cost),
-        _options.choice("method", method, _options.ENERGY_METHODS),
-    )
+    cost = _options.check_cost(cost)
+    method = _options.choice("method", method, _options.ENERGY_METHODS)
     return energy(check_clouds({"x": x, "y": y}, {"a": a, "b": b}), cost, method)
 
 
 def energy(problem: Problem, cost: Cost, method: str) -> Tensor:
     """The energy distance of checked clouds, whose totals may differ."""
     problem = see_empty_bins(problem, DEBIASED.pairs, cost, method)
-    pairs = as_pairs(DEBIASED.pairs)
+    pairs, w = as_pairs(DEBIASED.pairs), problem.weights
     if _streams_rows(problem, cost, method):
         terms = [_mean_cost_in_blocks(problem, i, j, str(cost)) for i, j in pairs]
     else:
         costs = _costs_of_means(problem, DEBIASED.pairs, cost, method)
-        w = problem.weights
         terms = [_mean_cost(C, w[i], w[j]) for C, (i, j) in zip(costs, pairs, strict=True)]
     loss = terms[0] - 0.5 * terms[1] - 0.5 * terms[2]
     if _check.readable(loss) and not bool(loss.detach().isfinite().all()):
@@ -315,37 +311,29 @@ def _streams_rows(problem: Problem, cost: Cost, method: str) -> bool:
 
 
 def _mean_cost_in_blocks(problem: Problem, i: int, j: int, cost: str) -> Tensor:
-    x, y, b = problem.points[i], problem.points[j], problem.weights[j]
+    pair = problem.of_pair(i, j)
+    x, b = pair.points[0], pair.weights[1]
     count = torch.arange(b.shape[1], device=b.device)
 
     def of_block(rows: slice) -> tuple[Tensor, ...]:
-        a = problem.weights[i][:, rows].contiguous()
-        present = (problem.present[i][:, rows], problem.present[j]) if problem.present else ()
-        block = replace(problem, points=(x[..., rows, :], y), weights=(a, b), present=present)
+        block = pair.of_rows(rows)
         (C,) = _costs_of_means(block, [0, 1], cost, "streamed")
         if i == j:  # a cost to itself is exactly 0, which a kernel that sees two clouds cannot know
             own = NAMED[COSTS[cost]].is_zero_to_itself(x)[..., rows].unsqueeze(-1)
             C = torch.where(own & (count[rows].unsqueeze(-1) == count), 0.0, C)
-        return (_mean_cost(C, a, b),)
+        return (_mean_cost(C, *block.weights),)
 
     return torch.stack([part for (part,) in in_blocks(of_block, x.shape[-2], b)]).sum(0)
 
 
 def _costs_of_means(problem: Problem, pairs: list[int], cost: Cost, method: str) -> list[Tensor]:
     """C of each pair, 0 for padding: finite, so that 0 * C is 0."""
-    costs = build_costs(problem, pairs, cost, method)
-    if not problem.padded:
-        return list(costs)
-    sides = [(problem.weights[i].detach(), problem.weights[j].detach()) for i, j in as_pairs(pairs)]
-    if problem.present:
-        seen = problem.seen or seen_costs(problem, pairs, cost, method)
-        return [
-            with_empty_bins(C, S, a, b) for C, S, (a, b) in zip(costs, seen, sides, strict=True)
-        ]
-    return [
-        torch.where(a.unsqueeze(-1) * b.unsqueeze(-2) > 0, C, 0.0)
-        for C, (a, b) in zip(costs, sides, strict=True)
-    ]
+    costs, w = build_costs(problem, pairs, cost, method), problem.weights
+    parts = list(zip(costs, as_pairs(pairs), strict=True))
+    if not problem.present:
+        return [hide_padding(problem, C, w[i], w[j]) for C, (i, j) in parts]
+    seen = problem.seen or seen_costs(problem, pairs, cost, method)
+    return [with_empty_bins(C, S, w[i], w[j]) for S, (C, (i, j)) in zip(seen, parts, strict=True)]
 
 
 def _mean_cost(C: Tensor, a: Tensor, b: Tensor) -> Tensor:

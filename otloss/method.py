@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from otloss import _check, ops
 from otloss._options import Options
-from otloss.reference.operations import as_pairs
+from otloss.reference.arguments import as_pairs
 
 __all__ = ["budget", "choose", "choose_method", "dense_budget", "exceeds_budget", "in_blocks"]
 
@@ -27,7 +27,7 @@ dense_budget = int(os.environ.get("OTLOSS_DENSE_BUDGET", DEFAULT_BUDGET))
 CUDA_SHARE = 0.25
 
 # Bytes per block of rows in a streamed result; the computation takes about ten times that. glibc
-# gives pieces of this size back to the system; smaller ones splinter its heap.
+# gives pieces of this size back to the system; smaller ones fragment its heap.
 BLOCK_BYTES = 1 << 25
 
 # Where making a cost again is faster than reading it, on each kind of device: up to this
@@ -41,8 +41,9 @@ STREAMED_BACK_FROM = {"cpu": {4: 12 << 20, 8: 32 << 20}, "cuda": {}}
 # Of the multiscale engine, whose float32 tiles resolve errors down to a few 1e-6.
 MULTISCALE_COSTS = ("sqeuclidean", "cosine")
 MULTISCALE_DIMS, MULTISCALE_TOL = 8, 1e-5
-# "auto" takes it from this number of pairs on, where points have at most this dimension among their
-# neighbours, of which these numbers are looked at.
+# "auto" takes it for at least MULTISCALE_FROM pairs of points, in clouds of a local dimension of at
+# most MULTISCALE_LOCAL. That is measured at SAMPLED points: how the number of neighbours grows with
+# the distance, from the first of NEIGHBOURS to the second.
 MULTISCALE_FROM, MULTISCALE_LOCAL = 2.5e7, 3.4
 NEIGHBOURS, SAMPLED = (16, 128), 64
 
@@ -80,7 +81,8 @@ def _multiscale_lacks(points: Sequence[Tensor], options: Options) -> tuple[str, 
 
 
 def _multiscale_pays(points: Sequence[Tensor], weights: Sequence[Tensor], options: Options) -> bool:
-    """Whether leaves of neighbours are small, so that few pairs of them hold all of the plan."""
+    """Whether the clouds are large, and locally of few dimensions: then few pairs of leaves hold
+    the plan."""
     sizes = [w.shape[1] for w in weights]
     wanted = options.balanced() and options.objective == "regularized"
     if not wanted or min(sizes) * max(sizes) < MULTISCALE_FROM or not _check.readable(points[0]):
@@ -92,8 +94,8 @@ def _multiscale_pays(points: Sequence[Tensor], weights: Sequence[Tensor], option
 
 @torch.no_grad()
 def local_dimension(x: Tensor) -> float:
-    """That of a cloud's points (of the first problem) among their neighbours: the growth of their
-    number with the radius, in the median of a sample."""
+    """The dimension of a cloud (of the first problem) near its points: the exponent with which the
+    number of neighbours grows with the distance, in the median of a sample."""
     x = (x if x.dim() == 2 else x[0]).detach().float()
     near, far = NEIGHBOURS
     sample = x[torch.randint(len(x), (SAMPLED,), generator=torch.Generator().manual_seed(0))]

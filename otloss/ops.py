@@ -51,7 +51,8 @@ from torch import Tensor, inf
 
 from otloss import reference
 from otloss._check import depth_of_caller
-from otloss.reference.operations import OPERATIONS, Arguments, as_pairs, read
+from otloss.reference.arguments import Arguments, as_pairs, read
+from otloss.reference.operations import OPERATIONS
 
 __all__ = [
     "CUDA_KERNELS",

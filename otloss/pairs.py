@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from otloss import _options
 from otloss.method import in_blocks
+from otloss.plan import Plan
 
 __all__ = ["PlanPairs"]
 
-# Rows of a plan (B, r, m), of n, as they are asked for.
+# From a slice of the rows of a plan (B, n, m), these rows.
 PlanRows = Callable[[slice], Tensor]
 
 
-class PlanPairs:
-    """What a result (``self``) says about single pairs."""
+class PlanPairs(Plan):
+    """What a result says about single pairs."""
 
     def sample(
-        self: Any, n: int | None = None, generator: torch.Generator | None = None
+        self, n: int | None = None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
         """Pairs (i, j) of points drawn from the plan, two tensors of indices.
 
@@ -36,15 +36,15 @@ class PlanPairs:
             computed in blocks and not stored.
         """
         count = None if n is None else _options.count("n", n)
-        plan = _rows_of(self)
+        plan = self._readable_rows()
         with torch.no_grad():
             i, j = _sampled(plan, self._a, self._b, count, generator)
         return self._out(i), self._out(j)
 
-    def argmax(self: Any) -> Tensor:
+    def argmax(self) -> Tensor:
         """The most probable partner j of each i, (n,) or (B, n) of int64; -1 where P has a row of
         0."""
-        plan = _rows_of(self)
+        plan = self._readable_rows()
 
         def largest(rows: slice) -> tuple[Tensor, ...]:
             value, j = plan(rows).max(-1)
@@ -54,15 +54,14 @@ class PlanPairs:
             parts = in_blocks(largest, self._a.shape[1], self._b)
         return self._out(torch.cat([part for (part,) in parts], -1))
 
-
-def _rows_of(result: Any) -> PlanRows:
-    """To be read without a gradient. What the result keeps of it, it keeps with its graph."""
-    result._check_unchanged()
-    if result._dense:
-        P = result._plan
-        return lambda rows: P[:, rows]
-    _ = result._extended
-    return lambda rows: result._plan_rows(rows, result._cost_rows(result._problem, rows))[0]
+    def _readable_rows(self) -> PlanRows:
+        """What the result keeps of the plan, it keeps with its graph: reading needs none."""
+        self._check_unchanged()
+        if self._dense:
+            P = self._plan
+            return lambda rows: P[:, rows]
+        _ = self._extended  # once, not in every block
+        return lambda rows: self._made_rows(rows)[0]
 
 
 def _sampled(
@@ -84,7 +83,7 @@ def _sampled(
     def draw(rows: slice) -> tuple[Tensor, ...]:
         P = plan(rows)
         here = ((i >= rows.start) & (i < rows.stop)).nonzero()
-        for each in here.split(P.shape[0] * P.shape[1]):  # pairs that take the memory of P again
+        for each in here.split(P.shape[0] * P.shape[1]):  # rows that take no more memory than P
             problem, place = each.unbind(-1)
             of_pairs = P[problem, i[problem, place] - rows.start]
             j[problem, place] = _drawn(of_pairs, v[problem, place].unsqueeze(-1)).squeeze(-1)
@@ -95,8 +94,8 @@ def _sampled(
 
 
 def _drawn(p: Tensor, u: Tensor) -> Tensor:
-    """Indices into p (..., m) in proportion to it, none of 0, for u (..., k) in [0, 1): the one on
-    whose share of the sum each u falls. -1 where all are 0."""
+    """For each u (..., k), uniform in [0, 1), an index into p (..., m) of probability p / sum(p):
+    never one where p is 0, and -1 where all are."""
     upto = p.cumsum(-1, dtype=torch.float64)
     total = upto[..., -1:]
     return torch.where(total > 0, torch.searchsorted(upto / total, u, right=True), -1)

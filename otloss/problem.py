@@ -12,7 +12,7 @@ from torch import Tensor
 from otloss import _check, _options, ops
 from otloss.autograd import CostMatrices, FirstOrder
 from otloss.costs import COSTS, Cost
-from otloss.reference.operations import as_pairs
+from otloss.reference.arguments import as_pairs
 
 __all__ = [
     "Problem",
@@ -52,6 +52,17 @@ class Problem:
         if not self.padded or not torch.is_grad_enabled():
             return False
         return any(w.requires_grad and not _all_positive(w) for w in self.weights)
+
+    def of_pair(self, i: int, j: int) -> Problem:
+        """The problem of clouds i and j alone."""
+        present = (self.present[i], self.present[j]) if self.present else ()
+        return replace(
+            self,
+            names=(self.names[i], self.names[j]),
+            points=(self.points[i], self.points[j]),
+            weights=(self.weights[i], self.weights[j]),
+            present=present,
+        )
 
     def of_rows(self, rows: slice) -> Problem:
         """The problem of some points of the first cloud and all of the second."""

@@ -8,20 +8,17 @@ import importlib.util
 import sys
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 from otloss import ops
 
 __all__ = ["progress"]
 
-Show = Callable[[int, float], None]
-
 INTERVAL = 5.0  # seconds between printed lines
 
 
 class progress:  # noqa: N801 - a switch, like torch.no_grad
-    """Shows how far solves are that take longer than a few seconds; by default nothing does.
+    """Shows the progress of solves that take longer than a few seconds; off by default.
 
     Statement or context manager, like ``torch.autograd.set_grad_enabled``::
 
@@ -71,7 +68,7 @@ class progress:  # noqa: N801 - a switch, like torch.no_grad
 
 
 class _Call:
-    """One operation, from the first time that it was heard of."""
+    """What is shown of one operation, from its first report on."""
 
     def __init__(self) -> None:
         self._start = self._last = time.monotonic()

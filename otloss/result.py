@@ -1,10 +1,10 @@
-"""The solution of one OT problem and everything that follows from it."""
+"""The solution of one OT problem and everything that follows from it; ``plan.py`` has how the plan
+is kept or made."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,23 +12,15 @@ from torch import Tensor
 
 from otloss import _check, ops, reference
 from otloss._options import Options
-from otloss.autograd import Settings, extended, plan_product
 from otloss.certificate import Dual, duality_gap
 from otloss.method import in_blocks
 from otloss.pairs import PlanPairs
-from otloss.problem import Problem, as_weights, build_costs, seen_costs, with_empty_bins
+from otloss.plan import total_of
+from otloss.problem import Problem, as_weights, build_costs
+from otloss.run import Solved
 from otloss.status import rows_of, warn_not_converged
 
-__all__ = ["OTResult", "Solved"]
-
-
-@dataclass
-class Solved:
-    loss: Tensor  # () or (B,)
-    status: Tensor  # (P, B, 5)
-    f: tuple[Tensor, ...]  # (B, n) per pair, if they were asked for
-    g: tuple[Tensor, ...]  # (B, m) per pair
-    settings: Settings | None = None
+__all__ = ["OTResult"]
 
 
 class OTResult(PlanPairs):
@@ -56,139 +48,22 @@ class OTResult(PlanPairs):
         *,
         dense: bool,
     ) -> None:
-        self._problem, self._given_cost, self._options = problem, cost, options
-        self._kept_cost: Tensor | None = cost
-        self._kept_plan: Tensor | None = None
-        self._settings = solved.settings
-        self._kept_extended: list[Tensor] | None = None
-        self._dense = dense
+        super().__init__(problem, cost, options, solved, dense=dense)
         self._status, self._system = solved.status[0], system
         self._reported = _check.readable(self._status)
-        self._versions = problem.versions(cost)
-        self._a, self._b = problem.weights[0], problem.weights[1]
-        self._f, self._g = solved.f[0], solved.g[0]
         self.value = solved.loss
         self.potentials = (self._out(self._f), self._out(self._g))
-
-    def _out(self, t: Tensor) -> Tensor:
-        return t if self._problem.batched else t[0]
-
-    def __getstate__(self) -> dict[str, Any]:
-        unchanged = [(k, t, t._version == version) for k, t, version in self._versions]
-        return self.__dict__ | {"_versions": unchanged}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Copies of tensors count their changes anew."""
-        self.__dict__.update(state)
-        self._versions = [(k, t, t._version if same else -1) for k, t, same in self._versions]
-
-    def _check_unchanged(self) -> None:
-        for name, tensor, version in self._versions:
-            if tensor._version != version:
-                raise RuntimeError(
-                    f"{name} was changed in place after the solve, so that nothing more can be "
-                    "computed from this result: give the solve a copy, or read the result before"
-                )
-
-    # Not cached_property, whose lock torch.compile cannot trace.
-
-    @property
-    def _cost(self) -> Tensor:
-        """The cost matrix (B, n, m); from points it is made when first needed."""
-        self._check_unchanged()
-        if self._kept_cost is None:
-            o = self._options
-            self._kept_cost = build_costs(self._problem, [0, 1], o.cost, o.method)[0]
-        return self._kept_cost
-
-    @property
-    def _plan(self) -> Tensor:
-        if self._kept_plan is None:
-            self._kept_plan, self._kept_cost = self._plan_rows(slice(None), self._cost)
-        return self._kept_plan
-
-    def _plan_rows(self, rows: slice, C: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of the plan and of its cost."""
-        eps, a, b = self._options.eps, self._a[:, rows], self._b
-        if self._extended is None:
-            return reference.plan(eps, C, self._f[:, rows], self._g, a, b), C
-        # At empty bins the plan is 0, but not its derivative in their weights.
-        f, g = self._extended[0][:, rows], self._extended[1]
-        if self._given_cost is None:
-            o, block = self._options, self._problem.of_rows(rows)
-            (seen,) = seen_costs(block, [0, 1], o.cost, o.method)
-        else:
-            seen = self._problem.seen[0][:, rows]
-        x, y = (a > 0).unsqueeze(-1), (b > 0).unsqueeze(-2)
-        C = with_empty_bins(C, seen, a, b)
-        exponent = (f.unsqueeze(-1) + g.unsqueeze(-2) - C) / eps
-        exponent = torch.where((x & y) | ((x ^ y) & seen.isfinite()), exponent, -torch.inf)
-        density = exponent.exp().clamp(max=torch.finfo(C.dtype).max)  # 0 times infinity is NaN
-        return a.unsqueeze(-1) * b.unsqueeze(-2) * density, C
-
-    @property
-    def _extended(self) -> list[Tensor] | None:
-        """The potentials with those of empty bins, if their weights are differentiated."""
-        settings, problem = self._settings, self._problem
-        if settings is None or settings.places is None:
-            return None
-        if self._kept_extended is None:
-            self._kept_extended = extended(
-                settings, settings.places, problem.weights, self._f, self._g
-            )
-        return self._kept_extended
 
     @property
     def plan(self) -> Tensor:
         """The transport plan P, (n, m), computed at first use."""
         return self._out(self._plan)
 
-    def _over_rows(self, function: Callable[..., tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
-        """``function(rows, P, C)``, once if matrices are stored; after a streamed solve once per
-        block of rows, computed from the points and recomputed for the gradient."""
-        self._check_unchanged()
-        if self._dense or self._kept_plan is not None:
-            return [function(slice(None), self._plan, self._cost)]
-        _ = self._extended  # once, not in every block
-
-        def of_block(rows: slice) -> tuple[Tensor, ...]:
-            return function(rows, *self._plan_rows(rows, self._cost_rows(self._problem, rows)))
-
-        return in_blocks(of_block, self._a.shape[1], self._b)
-
-    def _cost_rows(self, problem: Problem, rows: slice) -> Tensor:
-        o = self._options
-        return build_costs(problem.of_rows(rows), [0, 1], o.cost, o.method)[0]
-
     @property
     def value_linear(self) -> Tensor:
         """``<P, C>``, the transport cost without the entropy; () or (B,)."""
         parts = self._over_rows(lambda _, P, C: ((P * C).sum((-2, -1)),))
-        return self._out(_total(part for (part,) in parts))
-
-    def _prunes(self, *others: Tensor) -> bool:
-        """Whether products with the plan are those of the multiscale engine, which have no
-        gradient."""
-        if self._options.method != "multiscale" or self._kept_plan is not None:
-            return False
-        given = (*self._problem.points, self._f, self._g, self._a, self._b, *others)
-        return not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
-
-    def _product(self, v: Tensor, axis: int) -> Tensor:
-        """P v or P^T v by the multiscale engine."""
-        self._check_unchanged()
-        assert self._settings is not None
-        problem, potentials = self._problem, (self._f, self._g)
-        return plan_product(self._settings, problem.points, problem.weights, potentials, v, axis)
-
-    def _sums(self) -> tuple[Tensor, Tensor]:
-        """Row and column sums of the plan, (B, n) and (B, m)."""
-        if self._prunes():
-            ones = (torch.ones_like(w).unsqueeze(-1) for w in (self._b, self._a))
-            rows, columns = (self._product(v, axis) for v, axis in zip(ones, (1, 0), strict=True))
-            return rows.squeeze(-1), columns.squeeze(-1)
-        parts = self._over_rows(lambda _, P, __: (P.sum(-1), P.sum(-2)))
-        return torch.cat([rows for rows, _ in parts], -1), _total(columns for _, columns in parts)
+        return self._out(total_of(part for (part,) in parts))
 
     @property
     def marginals(self) -> tuple[Tensor, Tensor]:
@@ -329,7 +204,7 @@ class OTResult(PlanPairs):
                 return (P @ right if axis == 1 else P.mT @ right[:, rows],)
 
         parts = [part for (part,) in self._over_rows(block)]
-        out = self._out(torch.cat(parts, -2) if axis == 1 else _total(parts))
+        out = self._out(torch.cat(parts, -2) if axis == 1 else total_of(parts))
         return out.squeeze(-1) if vector else out
 
     def barycentric_map(self) -> Tensor:
@@ -377,7 +252,3 @@ class OTResult(PlanPairs):
         batch = tuple(self._a.shape[:-1]) if self._problem.batched else ()
         shape = (*batch, self._a.shape[-1], self._b.shape[-1])
         return f"OTResult({shape}, eps={self._options.eps:g}, cost={self._options.cost!r})"
-
-
-def _total(parts: Iterable[Tensor]) -> Tensor:
-    return functools.reduce(torch.add, parts)

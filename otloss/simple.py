@@ -35,9 +35,10 @@ def wasserstein_1d(
             weight 0 count as in :func:`otloss.sinkhorn_divergence`.
 
     Returns:
-        () or (B,); differentiable in x and y, and in a and b with ``<a, da> = <b, db>``, half of
-        the value each. Where quantiles coincide, as those of equal numbers of equal weights all do,
-        the gradient of weights is one of many subgradients. Time O((n + m) log(n + m)).
+        () or (B,); differentiable in x, y, a and b. The gradients da and db of the weights have
+        ``<a, da> = <b, db>``, half of the value each. Where quantiles coincide, as those of equal
+        numbers of equal weights all do, the gradient of weights is one of many subgradients. Time
+        O((n + m) log(n + m)).
 
     Raises:
         ValueError, TypeError: a wrong argument, named, with what is expected.
@@ -144,14 +145,14 @@ def mmd(
     value = 2 * energy(problem, cost, "auto")
     if balanced:
         return value
-    # With K = 1 - cost, <a - b, K (a - b)> is this and minus <a - b, cost (a - b)>, which keeps its
-    # digits where the bandwidth is large.
+    # With K = 1 - cost, <a - b, K (a - b)> is (sum a - sum b)^2 minus <a - b, cost (a - b)>, which
+    # keeps its digits where the bandwidth is large and K is nearly 1.
     apart = torch.sub(*(w.sum(-1) for w in problem.counted_weights())).square()
     return value + (apart if problem.batched else apart[0])
 
 
 def distance_of(kernel: str, bandwidth: Any) -> Any:
-    """The cost 1 - kernel, or minus the kernel."""
+    """The cost 1 - kernel; of ``"energy"`` minus the kernel."""
     if kernel == "energy":
         if bandwidth is not None:
             raise ValueError(f'bandwidth must be None for kernel="energy", got {bandwidth!r}')
@@ -175,7 +176,7 @@ def _mean_over_lines(problem: Problem, p: float, directions: Tensor | None) -> T
     sides = []
     for x, w in zip(problem.points, problem.weights, strict=True):
         z = x.to(w.dtype).reshape(*w.shape, -1)
-        if problem.padded:  # what has no place has no weight, and none to gain
+        if problem.padded:  # padding has no coordinates, and its weight no gradient
             there = z.isfinite().all(-1) | (w > 0)
             z, w = torch.where(there.unsqueeze(-1), z, 0.0), torch.where(there, w, 0.0)
         with full_precision(w):
@@ -194,7 +195,7 @@ def _transport_on_lines(x: Tensor, a: Tensor, y: Tensor, b: Tensor, p: float) ->
     Mass moves in the order of the points: each interval between two cumulated weights of either
     side goes from one x to one y.
     """
-    total = (a.sum(-1) * b.sum(-1)).sqrt()  # of both: the value is shared by their gradients
+    total = (a.sum(-1) * b.sum(-1)).sqrt()  # they are equal: so each gets half of its gradient
     (x, upto_x), (y, upto_y) = _in_order(x, a), _in_order(y, b)
     ends, order = torch.cat([upto_x, upto_y], -1).sort(dim=-1, stable=True)
     widths = ends.diff(dim=-1, prepend=torch.zeros_like(ends[..., :1])).to(a.dtype)

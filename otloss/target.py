@@ -1,4 +1,4 @@
-"""A target that stays from call to call, and what was solved for it alone."""
+"""A target that stays from call to call, and the solution of its self problem OT(b, b)."""
 
 from __future__ import annotations
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from otloss import _check
 from otloss._options import Options
 from otloss.problem import Problem
+from otloss.reference.arguments import as_pairs
 from otloss.reference.marginals import ROUNDING, Marginals, clamped, marginals_of, snapped, total
-from otloss.reference.operations import as_pairs
-from otloss.result import Solved
+from otloss.run import Solved
 
 __all__ = ["Combination", "Totals", "at_given_totals", "at_unit_totals"]
 

@@ -151,7 +151,7 @@ def test_scaling_says_that_it_does_nothing():
         SamplesLoss(scaling=0.9)
 
 
-X, Y, A = torch.rand(4, 2), torch.rand(5, 2), torch.rand(4)
+X, Y, A = torch.zeros(4, 2), torch.ones(5, 2), torch.full((4,), 0.25)
 
 
 @pytest.mark.parametrize(

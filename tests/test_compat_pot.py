@@ -202,8 +202,8 @@ def test_float32_and_warnings(rng):
         pot.sinkhorn(a, b, 20 * M, 1e-3, numItermax=1)
 
 
-A, B, M = torch.full((4,), 0.25), torch.full((5,), 0.2), torch.rand(4, 5)
-X, Y = torch.rand(4, 2), torch.rand(5, 2)
+A, B, M = torch.full((4,), 0.25), torch.full((5,), 0.2), torch.ones(4, 5)
+X, Y = torch.zeros(4, 2), torch.ones(5, 2)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from torch.testing import assert_close
 import otloss
 from otloss import ops, reference
 from otloss.costs import COSTS as COST_NUMBERS
-from otloss.reference.operations import Arguments
+from otloss.reference.arguments import Arguments
 
 INF = math.inf
 

@@ -307,17 +307,17 @@ REFUSED = {
 
 @pytest.mark.parametrize("options", REFUSED.values(), ids=REFUSED)
 def test_what_it_cannot_do_is_refused_by_name(options):
-    x = torch.rand(10, 3)
+    x = torch.zeros(10, 3)
     with pytest.raises(NotImplementedError, match='method="multiscale" needs'):
         otloss.sinkhorn_divergence(x, x, 0.1, method="multiscale", **options)
 
 
 def test_many_dimensions_and_matrices_are_refused_by_name():
-    x = torch.rand(10, 9)
+    x = torch.zeros(10, 9)
     with pytest.raises(NotImplementedError, match="at most 8 dimensions, got 9"):
         otloss.solve_sample(x, x, 0.1, method="multiscale")
     with pytest.raises(NotImplementedError, match="needs the points"):
-        otloss.solve(torch.rand(4, 4), 0.1, method="multiscale")
+        otloss.solve(torch.zeros(4, 4), 0.1, method="multiscale")
     with pytest.raises(ValueError, match="method must be one of"):
         otloss.energy_distance(x, x, method="multiscale")
 

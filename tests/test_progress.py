@@ -40,7 +40,7 @@ def test_a_line_says_time_sweeps_and_error(lines, capsys):
 
 def test_nothing_unless_it_is_on_and_the_solve_is_long(lines, capsys):
     long_solve()
-    with otloss.progress():
+    with otloss.progress(after=600.0):  # more than a busy machine makes of half a second
         long_solve()
         with otloss.progress(False, after=0.0):
             long_solve()

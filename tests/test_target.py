@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import rand, randn
 from torch import Tensor
 
 import otloss
@@ -48,24 +49,29 @@ def value_and_gradient(loss: Any, x: Tensor, *others: Any) -> tuple[Tensor, Tens
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("d", "options"), CASES)
 def test_a_kept_target_changes_no_bit(
-    d: int, options: dict[str, Any], weighted: bool, dtype: torch.dtype, given: list[bool]
+    d: int,
+    options: dict[str, Any],
+    weighted: bool,
+    dtype: torch.dtype,
+    given: list[bool],
+    rng: torch.Generator,
 ) -> None:
-    y, a, b = torch.randn(2, 40, d, dtype=dtype), None, None
+    y, a, b = randn(rng, 2, 40, d, dtype=dtype), None, None
     if weighted:  # of a total that is not 1, with padding
-        a, b = torch.full((2, 30), 0.1), torch.rand(2, 40)
+        a, b = torch.full((2, 30), 0.1), rand(rng, 2, 40, dtype=torch.float32)
         b[:, :5] = 0
         b *= 3 / b.sum(-1, keepdim=True)
     loss = otloss.SinkhornDivergence(0.1 * d, **options)
     # far away, nearby, and where the terms cancel
-    for x in (9 + torch.randn(2, 30, d), torch.randn(2, 30, d), y[:, 5:35]):
+    for x in (9 + randn(rng, 2, 30, d), randn(rng, 2, 30, d), y[:, 5:35]):
         fresh = otloss.SinkhornDivergence(0.1 * d, **options)
         kept = value_and_gradient(loss, x.to(dtype), y, a, b)
         assert all(map(torch.equal, kept, value_and_gradient(fresh, x.to(dtype), y, a, b)))
     assert given == [False, False, True, False, True, False]
 
 
-def test_a_target_that_changed_is_solved_again(given: list[bool]) -> None:
-    loss, x, y = otloss.SinkhornDivergence(1.0), torch.randn(20, 3), torch.randn(30, 3)
+def test_a_target_that_changed_is_solved_again(given: list[bool], rng: torch.Generator) -> None:
+    loss, x, y = otloss.SinkhornDivergence(1.0), randn(rng, 20, 3), randn(rng, 30, 3)
     b = torch.full((30,), 1 / 30)
     loss(x, y), loss(x, y), loss(x, y, None, b), loss(x, y, None, b)
     y[0] += 1
@@ -77,18 +83,20 @@ def test_a_target_that_changed_is_solved_again(given: list[bool]) -> None:
     torch.testing.assert_close(value, otloss.sinkhorn_divergence(x, y, 1.0, b=b), rtol=0, atol=0)
 
 
-def test_nothing_is_kept_for_what_is_differentiated(given: list[bool]) -> None:
-    loss, x = otloss.SinkhornDivergence(1.0), torch.randn(20, 3)
-    for y in (torch.randn(30, 3, requires_grad=True), torch.nn.Linear(3, 3)(torch.randn(30, 3))):
+def test_nothing_is_kept_for_what_is_differentiated(
+    given: list[bool], rng: torch.Generator
+) -> None:
+    loss, x = otloss.SinkhornDivergence(1.0), randn(rng, 20, 3)
+    for y in (randn(rng, 30, 3).requires_grad_(), randn(rng, 30, 3).requires_grad_().sin()):
         for _ in range(2):
             (grad,) = torch.autograd.grad(loss(x, y), y, retain_graph=True)
             assert grad.abs().sum() > 0
     assert not any(given)
 
 
-def test_nothing_is_held_once_the_target_is_gone() -> None:
-    loss, y = otloss.SinkhornDivergence(1.0), torch.randn(30, 3)
-    loss(torch.randn(20, 3), y)
+def test_nothing_is_held_once_the_target_is_gone(rng: torch.Generator) -> None:
+    loss, y = otloss.SinkhornDivergence(1.0), randn(rng, 30, 3)
+    loss(randn(rng, 20, 3), y)
     solution = loss.target._last.solution
     assert solution is not None
     for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from otloss import _check, reference
 from otloss.autograd.settings import batched, implementation, unbatched
-from otloss.reference.operations import as_pairs
+from otloss.reference.arguments import as_pairs
 
 __all__ = ["CostMatrices", "points_gradients"]
 

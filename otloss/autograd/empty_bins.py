@@ -24,9 +24,9 @@ from otloss import _check
 from otloss.autograd.settings import Inputs, Places, Seeds, Settings, implementation, mode
 from otloss.costs import COSTS
 from otloss.method import in_blocks
+from otloss.reference.arguments import as_pairs
 from otloss.reference.gradients import quotient, weight_gradients
 from otloss.reference.marginals import Marginals, damping, marginals_of, plan, share, softmin
-from otloss.reference.operations import as_pairs
 
 __all__ = ["FirstOrder", "extended", "fill", "masks", "some"]
 

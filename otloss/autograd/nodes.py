@@ -22,7 +22,7 @@ from otloss.autograd.settings import (
     mode,
     unbatched,
 )
-from otloss.reference.operations import as_pairs
+from otloss.reference.arguments import as_pairs
 
 __all__ = ["Solve", "evaluate"]
 

@@ -21,7 +21,7 @@ from otloss.autograd.first_order import gradients, of_clouds
 from otloss.autograd.settings import Gradients, Inputs, Seeds, Settings, Wanted, mode
 from otloss.costs import COSTS
 from otloss.reference import operations
-from otloss.reference.operations import as_pairs
+from otloss.reference.arguments import as_pairs
 
 __all__ = ["differentiable_gradients", "refuse_higher_order"]
 

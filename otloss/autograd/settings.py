@@ -13,7 +13,7 @@ from otloss import ops
 from otloss._options import OBJECTIVES, Options
 from otloss.costs import COSTS
 from otloss.reference import operations
-from otloss.reference.operations import Arguments
+from otloss.reference.arguments import Arguments
 from otloss.target import SelfProblem
 
 __all__ = [

@@ -24,7 +24,7 @@ METHODS: dict[str, EnergyMethod] = {
     "online": "streamed",
     "multiscale": "auto",
 }
-# Of p: the cost there, as a multiple of which cost here.
+# By p: GeomLoss's cost, as a factor times a cost of otloss.
 COSTS = {1: (1.0, "euclidean"), 2: (0.5, "sqeuclidean")}
 
 
@@ -172,7 +172,7 @@ class SamplesLoss(nn.Module):
         def mean(s: Tensor, t: Tensor, w: Tensor) -> Tensor:
             return (cost_matrix(s, t, distance) * w.unsqueeze(-2)).sum(-1)
 
-        apart = (a.sum(-1) - b.sum(-1)).unsqueeze(-1)  # of K w, where the distance is 1 - K
+        apart = (a.sum(-1) - b.sum(-1)).unsqueeze(-1)  # what the 1 of the kernel 1 - distance adds
         return (
             mean(x, y, b) - mean(x, x, a) + apart,
             mean(y, x, a) - mean(y, y, b) - apart,

@@ -24,6 +24,7 @@ from otloss.costs import COSTS, subtracted
 from otloss.distributed.call import Call, agree
 from otloss.distributed.engine import ShardedEngine
 from otloss.distributed.ranks import Ranks
+from otloss.reference.arguments import as_pairs
 from otloss.reference.gradients import weight_gradients
 from otloss.reference.marginals import (
     Marginals,
@@ -33,9 +34,7 @@ from otloss.reference.marginals import (
     marginals_of,
     softmin,
 )
-from otloss.reference.operations import as_pairs
-from otloss.result import Solved
-from otloss.solve import report
+from otloss.run import Solved, report
 from otloss.totals import at_given_totals
 
 __all__ = ["combine"]

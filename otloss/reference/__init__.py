@@ -7,6 +7,7 @@ These functions define what the kernels compute. They take the same arguments as
 from __future__ import annotations
 
 from otloss.costs import cost_between, cost_gradient, full_precision, without_padding
+from otloss.reference.arguments import as_pairs
 from otloss.reference.gradients import implicit_gradient
 from otloss.reference.marginals import (
     TRANSPORT,
@@ -22,7 +23,6 @@ from otloss.reference.marginals import (
 )
 from otloss.reference.operations import (
     OPERATIONS,
-    as_pairs,
     cost,
     cost_backward,
     envelope_backward,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from otloss.costs import NAMED, cost_between, full_precision, without_padding
+from otloss.reference.arguments import Arguments, as_pairs, each_problem, read
 from otloss.reference.engine import Clouds
 from otloss.reference.gradients import (
     implicit_gradient,
@@ -25,7 +25,6 @@ from otloss.reference.marginals import (
     clamped,
     counted,
     damping,
-    marginals_of,
     plan,
     semidual,
     total,
@@ -49,89 +48,13 @@ CANCELLED = 1e-3
 DIVERGENCE = [0, 1, 0, 0, 1, 1]  # pairs
 
 
-class Arguments(NamedTuple):
-    """What operations on a set of OT problems take, in the order of the schemas."""
-
-    costs: list[Tensor]  # (B, n, m) per pair, or none: they are made from the points
-    points: list[Tensor]  # (B, n, d) per cloud, or none
-    weights: list[Tensor]  # (B, n) per cloud
-    pairs: list[int]
-    kind: int
-    coefficients: list[float]
-    eps: Tensor  # () or (B,), float64, on the CPU
-    rho: Tensor | None  # (2,) likewise: rho_x, rho_y; infinite both if there is none
-    objective: int
-    tf32: bool
-    multiscale: bool
-
-    def matrices(self) -> list[Tensor]:
-        return self.costs or cost(self.points, self.weights, self.pairs, self.kind)
-
-    def scale(self, grad_loss: Tensor, p: int) -> Tensor:
-        """The gradient (B,) of the value of pair p, from that of the loss, (B,), or of its terms,
-        (P, B)."""
-        return self.coefficients[p] * grad_loss.expand(len(self.coefficients), -1)[p]
-
-    def marginals(self) -> list[Marginals]:
-        """Of each pair."""
-        rho_x, rho_y = (math.inf, math.inf) if self.rho is None else self.rho.tolist()
-        return [marginals_of(rho_x, rho_y, i, j) for i, j in as_pairs(self.pairs)]
-
-
-def read(arguments: Sequence[Any]) -> tuple[Arguments, Sequence[Any]]:
-    """An operation's arguments from those of the problems on: these, and the rest."""
-    count = len(Arguments._fields)
-    return Arguments(*arguments[:count]), arguments[count:]
-
-
-def each_problem(before: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """For operations: where eps is (B,), one problem of the batch after the other. ``before``: how
-    many arguments there are before those of the problems."""
-
-    def decorated(operation: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(operation)
-        def run(*arguments: Any) -> Any:
-            problem, rest = read(arguments[before:])
-            if problem.eps.numel() == 1:
-                return operation(*arguments)
-            parts = []
-            for k in range(len(problem.eps)):
-                seeds = [_item(t, k, -1) for t in arguments[:before]]
-                costs, points, weights = (_item(problem[c], k) for c in range(3))
-                one = problem._replace(
-                    costs=costs, points=points, weights=weights, eps=problem.eps[k]
-                )
-                parts.append(operation(*seeds, *one, *(_item(t, k) for t in rest)))
-            return tuple(map(_joined, zip(*parts, strict=True)))
-
-        return run
-
-    return decorated
-
-
-def _item(value: Any, k: int, dim: int = 0) -> Any:
-    """Problem k of a batch, as a batch of one; tensors of one number are of all."""
-    if isinstance(value, list) and value and isinstance(value[0], Tensor):
-        return [t.narrow(0, k, 1) for t in value]
-    return value.narrow(dim, k, 1) if isinstance(value, Tensor) and value.dim() else value
-
-
-def _joined(parts: Sequence[Any]) -> Any:
-    """A result of all problems: tensors (B, ...) of pairs or clouds, the loss (B,), a status
-    (P, B, ...)."""
-    if isinstance(parts[0], Tensor):
-        return torch.cat(list(parts), min(parts[0].dim() - 1, 1))
-    return [torch.cat(each) for each in zip(*parts, strict=True)]
-
-
-def as_pairs(pairs: list[int]) -> list[tuple[int, int]]:
-    """``[i0, j0, i1, j1, ...]`` as ``[(i0, j0), (i1, j1), ...]``."""
-    return list(zip(pairs[::2], pairs[1::2], strict=True))
-
-
 def cost(points: list[Tensor], weights: list[Tensor], pairs: list[int], kind: int) -> list[Tensor]:
     points = without_padding(points, weights)
     return [_pair_cost(points[i], points[j], i == j, kind) for i, j in as_pairs(pairs)]
+
+
+def _matrices(problem: Arguments) -> list[Tensor]:
+    return problem.costs or cost(problem.points, problem.weights, problem.pairs, problem.kind)
 
 
 def _pair_cost(x: Tensor, y: Tensor, same: bool, kind: int) -> Tensor:
@@ -167,13 +90,11 @@ def solve(
     *arguments: Any,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     problem, (init, tol, max_iters, n_iters, trace, dense, *_) = read(arguments)
-    costs, weights, coefficients = problem.matrices(), problem.weights, problem.coefficients
+    costs, weights, coefficients = _matrices(problem), problem.weights, problem.coefficients
     eps, tol, objective = problem.eps.item(), tol.item(), problem.objective
     points = without_padding(problem.points, weights) if problem.points else []
     statuses, terms, all_f, all_g, traces = [], [], [], [], []
-    for p, ((i, j), marginals) in enumerate(
-        zip(as_pairs(problem.pairs), problem.marginals(), strict=True)
-    ):
+    for p, i, j, marginals in problem.numbered_pairs():
         C, a, b = costs[p], weights[i], weights[j]
         if marginals.balanced:
             b = b * (a.sum(-1, True) / b.sum(-1, True))  # totals may differ by rounding
@@ -229,7 +150,7 @@ def _solve_again(
 ) -> None:
     """The pair of a divergence, of the chosen entries, from the potentials of the clouds against
     themselves: ``solve_negative_again`` of csrc/cpu/solve/solve.cpp."""
-    marginals, eps, (a, b) = problem.marginals()[0], problem.eps.item(), problem.weights
+    eps, (a, b), marginals = problem.eps.item(), problem.weights, problem.numbered_pairs()[0][-1]
     b = b * (a.sum(-1, True) / b.sum(-1, True)) if marginals.balanced else b
     C, a, b = C[again], a[again], b[again]
     start = [f[1][again], f[2][again]]
@@ -252,9 +173,7 @@ def _in_double(problem: Arguments, points: list[Tensor], g: list[Tensor]) -> Ten
     weights = [
         w * (total(v) / w.sum(-1, True)) for w, v in zip(weights, problem.weights, strict=True)
     ]
-    for p, ((i, j), marginals) in enumerate(
-        zip(as_pairs(problem.pairs), problem.marginals(), strict=True)
-    ):
+    for p, i, j, marginals in problem.numbered_pairs():
         a, b = weights[i], weights[j]
         if marginals.balanced:
             b = b * (a.sum(-1, True) / b.sum(-1, True))
@@ -277,9 +196,7 @@ def _gradients(
     """What is wanted, from ``of_pair(p, a, b, marginals)``: gradients of C, a and b of pair p."""
     found = [
         of_pair(p, problem.weights[i], problem.weights[j], marginals)
-        for p, ((i, j), marginals) in enumerate(
-            zip(as_pairs(problem.pairs), problem.marginals(), strict=True)
-        )
+        for p, i, j, marginals in problem.numbered_pairs()
     ]
     grad_C = [of_C for of_C, _, _ in found]
     grad_points: list[Tensor] = []
@@ -300,7 +217,7 @@ def envelope_backward(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     problem, (f, g, *wanted) = read(arguments)
     eps, with_plans = problem.eps.item(), bool(wanted[0] or wanted[1])
-    costs = problem.matrices() if with_plans else []
+    costs = _matrices(problem) if with_plans else []
 
     def of_pair(
         p: int, a: Tensor, b: Tensor, marginals: Marginals
@@ -329,7 +246,7 @@ def unrolled_backward(
     df_i = p sum_j R_ij (dC_ij - dg'_j - eps db_j / b_j).
     """
     problem, (init, traces, *wanted) = read(arguments)
-    eps, costs = problem.eps.item(), problem.matrices()
+    eps, costs = problem.eps.item(), _matrices(problem)
 
     def of_pair(
         p: int, a: Tensor, b: Tensor, marginals: Marginals
@@ -370,7 +287,7 @@ def implicit_backward(
     grad_loss: Tensor, grad_f: list[Tensor], grad_g: list[Tensor], *arguments: Any
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor]:
     problem, (f, g, *wanted) = read(arguments)
-    eps, costs, pairs = problem.eps.item(), problem.matrices(), as_pairs(problem.pairs)
+    eps, costs, pairs = problem.eps.item(), _matrices(problem), as_pairs(problem.pairs)
 
     def of_pair(
         p: int, a: Tensor, b: Tensor, marginals: Marginals
@@ -397,7 +314,7 @@ def implicit_backward(
 
 def plan_product(*arguments: Any) -> list[Tensor]:
     problem, potentials_and_v = read(arguments)
-    parts = zip(as_pairs(problem.pairs), problem.matrices(), *potentials_and_v, strict=True)
+    parts = zip(as_pairs(problem.pairs), _matrices(problem), *potentials_and_v, strict=True)
     return [
         plan(problem.eps.item(), C, f, g, problem.weights[i], problem.weights[j]) @ v
         for (i, j), C, f, g, v in parts

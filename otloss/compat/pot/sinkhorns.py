@@ -35,7 +35,8 @@ METHODS = (
     "sinkhorn_epsilon_scaling",
     "greenkhorn",
 )
-IGNORED = ("tau", "print_period", "epsilon0", "numInnerItermax")  # they steer its iterations
+# They steer iterations of POT, and have no effect.
+IGNORED = ("tau", "print_period", "epsilon0", "numInnerItermax")
 
 
 def sinkhorn(
@@ -252,7 +253,7 @@ def _empirical(
 
 
 def _log(result: Solved, reg: float) -> dict[str, Any]:
-    """Of several histograms k stands last, as in POT."""
+    """With several histograms their number k is the last dimension, as in POT."""
     u, v = (t.mT if t.dim() == 2 else t for t in potentials(result, reg))
     with torch.no_grad():
         error = (result.marginals[1] - weights_of(result)[1]).norm()
@@ -261,7 +262,7 @@ def _log(result: Solved, reg: float) -> dict[str, Any]:
 
 
 def _start(warmstart: Any, reg: float, a: Any, b: Any, shape: Any) -> Any:
-    """f and g of ``(log_u, log_v)``."""
+    """f and g of ``(log_u, log_v)``, which hold the logarithms of the weights."""
     if warmstart is None:
         return None
     sides = zip(warmstart, (a, b), shape[-2:], strict=True)
