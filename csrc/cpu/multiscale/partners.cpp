@@ -97,8 +97,10 @@ OTLOSS_INLINE void add_pair(const Search& search, int64_t J, Found& found) {
   const bool listed = held >= search.threshold - search.slack;
   if (listed && found.listed) found.listed[found.listed_count++] = static_cast<int32_t>(J);
   if (held >= search.threshold) {
+    constexpr float kApart = 60;  // log2 that the powers of either side alone may reach
     found.inner = std::max(found.inner, inner);
-    found.tiles[found.kept++] = {static_cast<int32_t>(J), inner < search.moments};
+    found.tiles[found.kept++] = {static_cast<int32_t>(J),
+                                 inner < search.moments && std::max(most_x, most_y) < kApart};
     return;
   }
   const float part = fast_exp2(bound) * y.leaf.mass[J];
