@@ -148,7 +148,7 @@ void Cloud::bound(Nodes& nodes, int64_t I, int64_t points, bool leaves) {
   nodes.log_mass[I] = mass > 0 ? static_cast<float>(std::log2(mass)) : kNone;
   for (int64_t c = 0; c < d; ++c) {
     nodes.centre[I * d + c] = box.centre[c];
-    nodes.at[c * nodes.stride + I] = static_cast<float>(box.centre[c]);
+    nodes.at[c * nodes.stride + I] = box.centre[c];
     nodes.half[c * nodes.stride + I] = above(box.half[c]);
   }
   for (int64_t i = first; leaves && i < last; ++i) {

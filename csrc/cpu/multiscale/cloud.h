@@ -23,7 +23,8 @@ constexpr float kNone = -1e30f;     // log2 of 0
 struct Nodes {
   int64_t count = 0, stride = 0;
   std::vector<double> centre;                 // (count, d)
-  BlockVector<float> at, half;                // (d, stride) centres, half sides
+  BlockVector<double> at;                     // (d, stride) centres too
+  BlockVector<float> half;                    // (d, stride) half sides
   BlockVector<float> radius, mass, log_mass;  // (stride,) about the centre; log2 of the mass
   std::vector<float> mean, inverse;           // (count, d), (count, d, d) of the least-squares fit
 

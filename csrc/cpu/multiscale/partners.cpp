@@ -26,7 +26,8 @@ OTLOSS_INLINE void bound_nodes(float k, const Bounded& x, int64_t I, const Bound
                                int64_t first, float* bound) {
   const Nodes &from = *x.nodes, &to = *y.nodes;
   const float top = x.top[I], radius = from.radius[I];
-  float at[kD], half[kD], slope[kD];
+  double at[kD];
+  float half[kD], slope[kD];
   for (int c = 0; c < kD; ++c) {
     at[c] = from.at[c * from.stride + I], half[c] = from.half[c * from.stride + I];
     slope[c] = x.slope[c * from.stride + I];
@@ -36,7 +37,7 @@ OTLOSS_INLINE void bound_nodes(float k, const Bounded& x, int64_t I, const Bound
     float distance = 0, box_x = 0, ball_x = 0, box_y = 0, ball_y = 0, halves = 0;
     for (int c = 0; c < kD; ++c) {
       const int64_t at_j = c * to.stride + first + j;
-      const float delta = at[c] - to.at[at_j], half_y = to.half[at_j];
+      const float delta = static_cast<float>(at[c] - to.at[at_j]), half_y = to.half[at_j];
       const float tilt_x = slope[c] - 2 * k * delta, tilt_y = y.slope[at_j] + 2 * k * delta;
       distance += delta * delta;
       box_x += std::abs(tilt_x) * half[c], ball_x += tilt_x * tilt_x;
@@ -47,8 +48,11 @@ OTLOSS_INLINE void bound_nodes(float k, const Bounded& x, int64_t I, const Bound
     const float in_x = std::sqrt(ball_x) * radius, in_y = std::sqrt(ball_y) * radius_y;
     const float radii = radius * radius_y, both = halves < radii ? halves : radii;
     const float tilts = (box_x < in_x ? box_x : in_x) + (box_y < in_y ? box_y : in_y);
-    const float size = std::abs(top) + std::abs(other) + k * distance;  // of what is rounded
-    bound[j] = top + other - k * distance + tilts + 2 * k * both + 1e-6f * std::min(size, 1e9f);
+    // Of what is rounded; a tilt is small where two numbers of at most k (distance + radius^2)
+    // cancel.
+    const float size = std::abs(top) + std::abs(other) + tilts +
+                       k * (distance + radius * radius + radius_y * radius_y);
+    bound[j] = top + other - k * distance + tilts + 2 * k * both + 1e-6f * size;
   }
 }
 
@@ -70,7 +74,7 @@ OTLOSS_INLINE void add_pair(const Search& search, int64_t J, Found& found) {
   const int64_t I = search.I, L = x.L;
   const float k = static_cast<float>(search.k);
   double distance = 0;
-  float tilt_x[kD], tilt_y[kD], halves = 0;
+  float tilt_x[kD], tilt_y[kD], halves = 0, ball_x = 0, ball_y = 0;
   for (int c = 0; c < kD; ++c) {
     const int64_t at_x = c * x.leaf.stride + I, at_y = c * y.leaf.stride + J;
     const double delta = x.leaf.centre[I * kD + c] - y.leaf.centre[J * kD + c];
@@ -78,6 +82,7 @@ OTLOSS_INLINE void add_pair(const Search& search, int64_t J, Found& found) {
     tilt_x[c] = static_cast<float>(static_cast<double>(p.slope[at_x]) - 2 * search.k * delta);
     tilt_y[c] = static_cast<float>(static_cast<double>(q.slope[at_y]) + 2 * search.k * delta);
     halves += x.leaf.half[at_x] * y.leaf.half[at_y];
+    ball_x += tilt_x[c] * tilt_x[c], ball_y += tilt_y[c] * tilt_y[c];
   }
   const float shift = static_cast<float>(p.base[I] + q.base[J] - search.k * distance);
   const float inner = 2 * k * std::min(halves, x.leaf.radius[I] * y.leaf.radius[J]);
@@ -97,8 +102,15 @@ OTLOSS_INLINE void add_pair(const Search& search, int64_t J, Found& found) {
   const bool listed = held >= search.threshold - search.slack;
   if (listed && found.listed) found.listed[found.listed_count++] = static_cast<int32_t>(J);
   if (held >= search.threshold) {
-    found.inner = std::max(found.inner, inner);
-    found.tiles[found.kept++] = {static_cast<int32_t>(J), inner < search.moments};
+    constexpr float kApart = 60;  // log2 that the powers of either side alone may reach
+    // Along a tilt few entries hold mass unless terms of alpha or beta cancel, as in leaves that
+    // lie in a plane across the way to a far cloud.
+    constexpr float kFew = 64;
+    const float in_x = std::sqrt(ball_x) * x.leaf.radius[I];
+    const float in_y = std::sqrt(ball_y) * y.leaf.radius[J];
+    found.terms = std::max({found.terms, inner, 0.5f * std::max(in_x, in_y) - kFew});
+    found.tiles[found.kept++] = {static_cast<int32_t>(J),
+                                 inner < search.moments && std::max(most_x, most_y) < kApart};
     return;
   }
   const float part = fast_exp2(bound) * y.leaf.mass[J];

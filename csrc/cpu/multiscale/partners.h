@@ -55,7 +55,7 @@ struct Found {
   // What is left out, of the sums over y at a point of x of the largest density: of pairs that are
   // not listed, and of those that are.
   double left_out, left_out_listed;
-  float inner;  // largest 2k <u, v> of the tiles, whose terms are rounded
+  float terms;  // the largest of the tiles' exponents, by which these are rounded
 };
 
 void find_partners(const Search& search, Found& found);

@@ -32,13 +32,14 @@ void Planes::fit_leaf(const Cloud& cloud, double k, const double* V, int64_t I) 
   const int64_t L = cloud.L, d = cloud.d, stride = cloud.leaf.stride;
   const int64_t count = std::min(L, cloud.n - I * L);  // the others have no weight
   const float* u = &cloud.u[I * d * L];
+  // Exact coordinates, not u: what rounding moves them by counts along the slope, far from y.
+  const double *X = &cloud.X[I * L * d], *at = &cloud.leaf.centre[I * d];
   double left[kMostLeaf], mean = 0, sums[kMultiscaleDims] = {};
-  for (int64_t i = 0; i < L; ++i) left[i] = V[I * L + i];
-  for (int64_t c = 0; c < d; ++c)
-    for (int64_t i = 0; i < L; ++i) {
-      const double x = static_cast<double>(u[c * L + i]);
-      left[i] -= k * x * x;
-    }
+  for (int64_t i = 0; i < count; ++i) {
+    double square = 0;
+    for (int64_t c = 0; c < d; ++c) square += (X[i * d + c] - at[c]) * (X[i * d + c] - at[c]);
+    left[i] = V[I * L + i] - k * square;
+  }
   for (int64_t i = 0; i < count; ++i) mean += left[i];
   mean /= static_cast<double>(count);
   for (int64_t c = 0; c < d; ++c) {
@@ -52,7 +53,7 @@ void Planes::fit_leaf(const Cloud& cloud, double k, const double* V, int64_t I) 
   slope_of(cloud.leaf, d, I, sums, slope.data(), stride);
   for (int64_t c = 0; c < d; ++c) {
     const double along = static_cast<double>(slope[c * stride + I]);
-    for (int64_t i = 0; i < L; ++i) left[i] -= along * static_cast<double>(u[c * L + i]);
+    for (int64_t i = 0; i < count; ++i) left[i] -= along * (X[i * d + c] - at[c]);
   }
   const double most = *std::max_element(left, left + count);
   for (int64_t i = 0; i < L; ++i)

@@ -120,7 +120,7 @@ void Worker::find(int64_t I, bool anew, int64_t least) {
   }
   left_out += (missing + found_.left_out_listed) * std::exp2(static_cast<double>(search_.reach));
   const double mass = static_cast<double>(x.leaf.mass[I]);
-  rounding += mass * (kSumRounding + kTermRounding * static_cast<double>(found_.inner));
+  rounding += mass * (kSumRounding + kTermRounding * static_cast<double>(found_.terms));
   pass_->tiles[I / kSuper] += static_cast<double>(found_.kept);
   direct_ = std::count_if(tiles_.begin(), tiles_.begin() + found_.kept,
                           [](const Tile& tile) { return !tile.moments; });
