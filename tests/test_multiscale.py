@@ -136,11 +136,32 @@ def test_value_marginals_and_potentials(kind, hardness, dtype, rng):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_of_points_and_weights(kind, rng):
+def test_gradients_are_those_at_the_potentials(kind, rng):
+    """Of all pairs in float64, but for what may be left out, over the largest distance."""
     c, eps = made(kind, rng, torch.float32, 0.05)
+    c.x.requires_grad_(), c.y.requires_grad_()
+    result = c.solve(eps, method="multiscale", tol=TOL)
+    got = torch.autograd.grad(result.value, (c.x, c.y))
+    potentials = [v.detach() for v in result.potentials]
+    f, g = (v.double() for v in potentials)
+    fine = c.double()
+    a, b = fine.weights()
+    cost = (fine.x[:, None] - fine.y).square().sum(-1)
+    P = torch.where(a[:, None] * b > 0, a[:, None] * b * ((f[:, None] + g - cost) / eps).exp(), 0)
+    cost = torch.where(P > 0, cost, 0)  # padding lies anywhere
+    allowed = 2 * float(cost.amax().sqrt()) * (TOL / 20 + rounding(fine, eps, *potentials))
+    for z, other, plan, grad in ((fine.x, fine.y, P, got[0]), (fine.y, fine.x, P.T, got[1])):
+        right = 2 * (plan.sum(1)[:, None] * z - plan @ other)
+        assert float((grad.double() - right).norm(dim=1).sum()) <= allowed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_points_and_weights(kind, rng):
+    """At a tol that makes them exact: with outliers 1e-3 leaves up to 2%, by any method."""
+    c, eps = made(kind, rng, torch.float64, 0.05)
     c = Clouds(c.x, c.y, *c.weights()).require_grad()
     fine = c.double().require_grad()
-    got = c.grads(c.loss(eps, method="multiscale", tol=TOL))
+    got = c.grads(c.loss(eps, method="multiscale", tol=TOL / 10))
     right = fine.grads(fine.loss(eps, method="dense", tol=1e-8, max_iters=5000))
     for one, other, w in zip(got, right, (*c.weights(), *c.weights()), strict=True):
         if one.dim() == 1:  # known up to a constant where totals are held
