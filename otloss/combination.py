@@ -165,7 +165,7 @@ def _solve_apart(
         of_pair, weights, present = options, [a, b.view_as(b)], problem.present
         if i == j:
             # Cloud 0 of a solve is held by rho_x, every other by rho_y: the pair are clouds 1, 2.
-            weights = [problem.weights[1 - i], *weights]
+            weights = [problem.weights[1 - i].detach(), *weights]
             present = tuple(present[c] for c in (1 - i, i, i) if present)
             if i == 0:
                 of_pair = options._replace(rho_x=options.rho_y, rho_y=options.rho_x)

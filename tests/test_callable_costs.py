@@ -100,6 +100,16 @@ def test_what_is_taken_for_symmetric(readable, rng, monkeypatch):
         assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_weights_of_one_side_have_gradients(rng):
+    c = clouds(rng, 8, 7, 2, weights="random")
+    a = c.a.requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch's, of an operation outside the graph
+        loss = otloss.sinkhorn_divergence(c.x, c.y, 0.5, a=a, b=c.b, cost=bent(randn(rng, 2, 2)))
+        loss.backward()
+    assert a.grad.isfinite().all()
+
+
 def test_one_entry_that_is_not_symmetric(rng):
     """Wherever it is."""
     x, y = rand(rng, 300, 2), rand(rng, 5, 2)

@@ -167,7 +167,7 @@ def test_gradients_of_points_and_weights(kind, rng):
         if one.dim() == 1:  # known up to a constant where totals are held
             one, other = (t * (w > 0) for t in (one.double(), other))
             one, other = (t - (w * t).sum() / w.sum() for t in (one, other))
-            size = float((w * other.abs()).sum())
+            size = float((w * other.abs()).sum().detach())
             assert float((w * (one - other).abs()).sum()) <= 0.02 * size + 2 * TOL * eps
         else:
             scale = float(2 * (w[:, None] * (c.x.amax() - c.x.amin())).detach().norm())
