@@ -190,7 +190,7 @@ def _seeds(
 def _centred(
     s: Settings, weights: list[Tensor], f: list[Tensor], g: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The same solution with <a, f> = <b, g>: of (f + t, g - t), all solutions, one is returned."""
+    """The solution with <a, f> = <b, g>, of all (f + t, g - t), which are solutions too."""
     all_f, all_g = [], []
     for p, (i, j) in enumerate(as_pairs(s.pairs)):
         a, b = weights[i], weights[j]
