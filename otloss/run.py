@@ -110,7 +110,7 @@ def _are_single(problem: Problem, points: Sequence[Tensor], options: Options) ->
     """Whether the kernels take the clouds as they are, without a batch dimension."""
     return (
         ops.NATIVE
-        and bool(points)
+        and len(points) > 0  # torch 2.10 cannot trace bool of a tuple
         and not (problem.padded or problem.batched or torch.compiler.is_compiling())
         and options.method != "reference"
         and all(
