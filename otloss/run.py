@@ -70,7 +70,7 @@ def run(
         combined=combined,
         options=options,
         potentials=potentials,
-        trace=bool(live) and options.follows_iterations(),
+        trace=len(live) > 0 and options.follows_iterations(),
         dense=dense,
         batched=problem.batched,
         single=_are_single(problem, points, options),
