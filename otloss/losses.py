@@ -48,7 +48,7 @@ MINIBATCH_DEFAULTS = LossOptions(cost="cosine", objective="transport", backward=
 def sinkhorn_divergence(
     x: Tensor,
     y: Tensor,
-    eps: float,
+    eps: float | Tensor,
     *,
     a: Tensor | None = None,
     b: Tensor | None = None,
@@ -83,6 +83,7 @@ def sinkhorn_divergence(
             is computed in float32.
         eps: regularisation, in units of cost, absolute. A few percent of the mean cost: sharp, near
             exact optimal transport. The mean cost or more: blurred, near :func:`energy_distance`.
+            A tensor () or (B,) gives each problem its own, and has a gradient.
         a, b: weights (n,) and (m,), or (B, n) and (B, m), of equal total unless ``unbalanced``;
             default uniform. A point of weight 0 changes nothing, and its coordinates receive
             gradient 0. Its weight has a one-sided derivative where they are finite (an empty bin),
@@ -150,7 +151,7 @@ def sinkhorn_divergence(
 def sinkhorn_loss(
     x: Tensor,
     y: Tensor,
-    eps: float,
+    eps: float | Tensor,
     *,
     a: Tensor | None = None,
     b: Tensor | None = None,
@@ -194,7 +195,7 @@ def minibatch_energy_distance(
     x2: Tensor,
     y1: Tensor,
     y2: Tensor,
-    eps: float,
+    eps: float | Tensor,
     *,
     cost: Cost = "cosine",
     objective: Objective = "transport",

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from otloss import _check, ops
 from otloss._options import Options
+from otloss.costs import COSTS, NAMED, cost_between
 from otloss.reference.arguments import as_pairs
 
 __all__ = ["budget", "choose", "choose_method", "dense_budget", "exceeds_budget", "in_blocks"]
@@ -53,6 +54,7 @@ def choose(
 ) -> tuple[Options, bool]:
     """The options, with ``method="multiscale"`` also where "auto" takes it, and whether cost
     matrices are stored."""
+    options = _with_function(options)
     lacks = _multiscale_lacks(points, options)
     if options.method == "multiscale" and lacks:
         needed, given = lacks
@@ -62,6 +64,26 @@ def choose(
     if options.method == "multiscale":
         return options, False
     return options, not _streams(points, weights, pairs, options)
+
+
+def _with_function(options: Options) -> Options:
+    """A cost that does not scale with the points as a function, where eps has a derivative: that
+    takes costs which can be scaled; see otloss/eps.py."""
+    if not (isinstance(options.cost, str) and options.learns_eps()):
+        return options
+    number = COSTS[options.cost]
+    if NAMED[number].degree:
+        return options
+    if options.method in ("streamed", "multiscale"):
+        raise NotImplementedError(
+            f"the derivative in eps with cost={options.cost!r} needs stored cost matrices, not "
+            f'method={options.method!r}: detach eps, or use "dense"'
+        )
+
+    def cost(x: Tensor, y: Tensor) -> Tensor:
+        return cost_between(x, y, number)
+
+    return options._replace(cost=cost, symmetric=True)
 
 
 def _multiscale_lacks(points: Sequence[Tensor], options: Options) -> tuple[str, Any] | None:
@@ -75,6 +97,8 @@ def _multiscale_lacks(points: Sequence[Tensor], options: Options) -> tuple[str, 
         return f"at most {MULTISCALE_DIMS} dimensions", d
     if options.n_iters >= 0:
         return "a tolerance in place of n_iters", options.n_iters
+    if isinstance(options.eps, Tensor) and options.eps.dim():
+        return "one eps for all problems", tuple(options.eps.shape)
     if options.tol < MULTISCALE_TOL:
         return f"tol of at least {MULTISCALE_TOL:g}", options.tol
     return None

@@ -71,12 +71,12 @@ class Problem:
         present = tuple(p[:, r] for p, r in zip(self.present, (rows, slice(None)), strict=False))
         return replace(self, points=(x[..., rows, :], y), weights=weights, present=present)
 
-    def versions(self, cost: Tensor | None) -> list[tuple[str, Tensor, int]]:
+    def versions(self, cost: Tensor | None, eps: float | Tensor) -> list[tuple[str, Tensor, int]]:
         """The caller's tensors, under their names, and how often they have been changed in
         place."""
         named = [*zip(self.names, self.points, strict=True)]
         named += zip(("a", "b"), self.weights, strict=True)
-        named += [] if cost is None else [("C", cost)]
+        named += [(k, t) for k, t in (("C", cost), ("eps", eps)) if isinstance(t, Tensor)]
         tracked = not torch.compiler.is_compiling()
         return [(k, t, t._version) for k, t in named if tracked and not t.is_inference()]
 

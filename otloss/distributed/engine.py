@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -139,9 +139,9 @@ class ShardedEngine:
 
         return self.rows.ranks.sum(self.b.new_zeros((), dtype=torch.float64), fill)
 
-    def solve(self, symmetric: bool, options: Options) -> Solution:
+    def solve(self, symmetric: bool, options: Options, init: Sequence[Tensor] = ()) -> Solution:
         if options.n_iters < 0:
-            return solve_problem(self, symmetric, options.eps, options.tol, options.max_iters)
+            return solve_problem(self, symmetric, options.eps, options.tol, options.max_iters, init)
         g = torch.zeros_like(self.b)
         for _ in range(options.n_iters):
             f, g, error = plain_iteration(self, options.eps, g)
