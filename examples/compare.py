@@ -46,13 +46,11 @@ BASES = {
     "gan-dcgan": "train_gan.py --data fashion --preset dcgan --epochs 1 --width 0.25",
     "wgan-clip": "train_gan.py --data fashion --preset wgan-clip --epochs 1",
     "wgan-gp": "train_gan.py --data fashion --preset wgan-gp --epochs 3",
-    "sae": "train_sinkhorn.py --data fashion --preset sae --epochs 5",
+    "sae": "train_autoencoder.py --data fashion --preset sae --epochs 5",
     "digits": "train_sinkhorn.py --data digits",
     "genevay-a": "train_sinkhorn.py --data mnist --preset genevay-a",
     "genevay-b": "train_sinkhorn.py --data mnist --preset genevay-b",
     "genevay-c": "train_sinkhorn.py --data mnist --preset genevay-c",
-    "learned-cost": "train_sinkhorn.py --data fashion --preset learned-cost --width 0.125"
-    " --lr 3e-4 --steps 600",
     "mixture": "toy_mixture.py",
     "ellipses": "fit_ellipses.py",
     "ellipses-1000": "fit_ellipses.py --samples 1000 --losses mmd 'eps 1' 'eps 0.1' 'eps 0.03'",
@@ -89,7 +87,6 @@ FASHION = {
     "random matching, 1/8 width": ("otgan-random", "-"),
     "Wasserstein GAN, clipped, 1 epoch": ("wgan-clip", "-"),
     "Wasserstein GAN, gradient penalty, 3 epochs": ("wgan-gp", "-"),
-    "learned cost, 1/8 width, 600 steps": ("learned-cost", "-"),
     "Sinkhorn autoencoder, 5 epochs": ("sae", "-"),
 }
 # Rows of the tables of the other images.
@@ -186,7 +183,6 @@ FIGURES: dict[str, list[tuple[str, str]]] = {
     "critics": [
         ("wgan-clip", "samples_000600.png"),
         ("wgan-gp", "samples_001800.png"),
-        ("learned-cost", "samples_000600.png"),
     ],
     "label": [("otgan-label", "real.png"), ("otgan-label", "samples_000300.png")],
     "cifar10": [
