@@ -259,6 +259,9 @@ def test_batched_gradients_are_refused(rng):
     loss = otloss.sinkhorn_divergence(x, randn(rng, 5, 3), 0.5).expand(3)
     with pytest.raises(NotImplementedError, match=r"with is_grads_batched=True.* one at a time"):
         torch.autograd.grad(loss, x, torch.eye(3).double(), is_grads_batched=True)
+    (first,) = torch.autograd.grad(loss.sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="vectorize=True"):
+        torch.autograd.grad(first, x, torch.eye(12).view(12, 4, 3).double(), is_grads_batched=True)
 
 
 def test_callable_cost_that_is_not_finite():

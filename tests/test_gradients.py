@@ -370,6 +370,17 @@ def test_first_order_in_a_graph(kw, rng):
     )
 
 
+def test_third_order_of_iterations(rng):
+    """Also where the weights are computed from the points."""
+    x, y = randn(rng, 4, 2).requires_grad_(), randn(rng, 3, 2)
+
+    def slope(x: Tensor) -> Tensor:
+        loss = otloss.sinkhorn_loss(x, y, 1.0, a=x.sum(-1).softmax(0), n_iters=2)
+        return grad(loss, x, create_graph=True)[0]
+
+    assert gradgradcheck(slope, x)
+
+
 def test_third_order_is_refused(rng):
     c = clouds(rng, 7, 5, 3).require_grad()
     (first,) = grad(c.loss(1.0, debiased=False), c.x, create_graph=True)

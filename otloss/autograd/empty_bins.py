@@ -57,10 +57,10 @@ def some(empty: Sequence[Tensor]) -> list[bool]:
 
 
 class FirstOrder(torch.autograd.Function):
-    """``(tensor, empty, given)``: the tensor, whose empty bins have no further derivative.
+    """``(tensor, empty, given) -> tensor``, whose empty bins have no further derivative.
 
-    ``given``: it is a gradient, and only what is asked of its empty bins has none. Where data is
-    not read, NaN takes the place of an error.
+    ``given``: the tensor is a gradient, and only a derivative of its entries at empty bins is
+    refused. Where data is not read, NaN takes the place of an error.
     """
 
     @staticmethod
@@ -70,12 +70,12 @@ class FirstOrder(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        asked = ctx.empty
+        refused = ctx.empty
         if ctx.given:
-            asked = (asked & (grad != 0)).any(-1, True)
+            refused = (refused & (grad != 0)).any(-1, True)
         if not _check.readable(grad):
-            grad = torch.where(asked, torch.nan, grad)
-        elif bool(asked.any()):
+            grad = torch.where(refused, torch.nan, grad)
+        elif bool(refused.any()):
             raise NotImplementedError(_SECOND_ORDER)
         return grad, None, None
 

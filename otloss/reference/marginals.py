@@ -113,7 +113,7 @@ def mean_and_magnitude(f: Tensor, w: Tensor, rho: float) -> SoftMean:
 
 
 def target_marginal(f: Tensor, w: Tensor, rho: float) -> Tensor:
-    """w share(f), what is asked of the plan's marginal, scaled to the total of w."""
+    """w share(f), which the plan's marginal is compared with, scaled to the total of w."""
     if math.isinf(rho):
         return w
     return w * share(torch.where(w > 0, f - soft_mean(f, w, rho), 0.0), rho)
