@@ -12,8 +12,10 @@ from torch import Tensor
 from otloss import reference
 from otloss._options import Options
 from otloss.autograd import extended, plan_product
+from otloss.eps import of_rows
 from otloss.method import in_blocks
 from otloss.problem import Problem, build_costs, seen_costs, with_empty_bins
+from otloss.reference.marginals import of_entries
 from otloss.run import Solved
 
 __all__ = ["Plan", "total_of"]
@@ -38,8 +40,9 @@ class Plan:
         self._settings = solved.settings
         self._kept_extended: list[Tensor] | None = None
         self._dense = dense
-        self._versions = problem.versions(cost)
+        self._versions = problem.versions(cost, options.eps)
         self._a, self._b = problem.weights[0], problem.weights[1]
+        self._eps = of_rows(options.eps, self._a)
         self._f, self._g = solved.f[0], solved.g[0]
 
     def _out(self, t: Tensor) -> Tensor:
@@ -81,7 +84,7 @@ class Plan:
 
     def _plan_rows(self, rows: slice, C: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of the plan and of its cost."""
-        eps, a, b = self._options.eps, self._a[:, rows], self._b
+        eps, a, b = self._eps, self._a[:, rows], self._b
         if self._extended is None:
             return reference.plan(eps, C, self._f[:, rows], self._g, a, b), C
         # At empty bins the plan is 0, but not its derivative in their weights.
@@ -93,7 +96,7 @@ class Plan:
             seen = self._problem.seen[0][:, rows]
         x, y = (a > 0).unsqueeze(-1), (b > 0).unsqueeze(-2)
         C = with_empty_bins(C, seen, a, b)
-        exponent = (f.unsqueeze(-1) + g.unsqueeze(-2) - C) / eps
+        exponent = (f.unsqueeze(-1) + g.unsqueeze(-2) - C) / of_entries(eps)
         exponent = torch.where((x & y) | ((x ^ y) & seen.isfinite()), exponent, -torch.inf)
         density = exponent.exp().clamp(max=torch.finfo(C.dtype).max)  # 0 times infinity is NaN
         return a.unsqueeze(-1) * b.unsqueeze(-2) * density, C

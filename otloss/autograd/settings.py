@@ -62,7 +62,7 @@ class Settings(NamedTuple):
         """What the operations take of a set of problems."""
         o, (costs, points, weights, _) = self.options, inputs
         kind = COSTS[str(o.cost)] if points else 0
-        multiscale = bool(points) and o.method == "multiscale"
+        multiscale = o.method == "multiscale" and len(points) > 0
         modes = OBJECTIVES.index(o.objective), o.precision == "tf32", multiscale
         clouds = points, weights, self.pairs, kind
         return Arguments(costs, *clouds, self.coefficients, self.eps, self.rho, *modes)
