@@ -14,7 +14,13 @@ from otloss.costs import full_precision
 from otloss.eps import check_shape
 from otloss.forbidden import solve_allowed
 from otloss.method import choose
-from otloss.problem import Problem, build_costs, check_clouds, see_empty_bins
+from otloss.problem import (
+    Problem,
+    build_costs,
+    check_clouds,
+    ready_for_blocks,
+    see_empty_bins,
+)
 from otloss.reference.arguments import as_pairs
 from otloss.run import Solved, report, run
 from otloss.target import Target
@@ -67,9 +73,12 @@ def combine(
     check_shape(options.eps, problem)
     pairs, keeps = combination.pairs, memory is not None
     options, dense = choose(problem.points, problem.weights, pairs, options)
-    named = isinstance(options.cost, str)
-    costs = None if named else build_costs(problem, pairs, options.cost, options.method)
-    problem = see_empty_bins(problem, pairs, options.cost, options.method)
+    named, costs = isinstance(options.cost, str), None
+    if named or dense:
+        costs = None if named else build_costs(problem, pairs, options.cost, options.method)
+        problem = see_empty_bins(problem, pairs, options.cost, options.method)
+    else:
+        problem = ready_for_blocks(problem)
     of_target = None
     if target is not None and _stays(clouds["y"], weights, options):
         of_target = target.self_problem(

@@ -106,8 +106,7 @@ class Scale(NamedTuple):
         if not self.is_one:
             init = [v / of_rows(self.t.detach(), v) for v in init]
         if costs is not None:
-            factor = 1 / self.t - 1
-            return problem, [C + C * _of_entries(factor, C) for C in costs], init
+            return problem, [self.over(C) for C in costs], init
         centre = _centre(problem)
         factor = self.t.pow(-1 / NAMED[COSTS[str(self.options.cost)]].degree) - 1
         points = []
@@ -116,6 +115,10 @@ class Scale(NamedTuple):
             from_centre = torch.where(x.isfinite(), x - centre, 0.0)  # padding may be anything
             points.append(x + from_centre * _of_entries(factor, x))
         return replace(problem, points=tuple(points)), None, init
+
+    def over(self, C: Tensor) -> Tensor:
+        """Costs over t."""
+        return C + C * _of_entries(1 / self.t - 1, C)
 
     def up(
         self, solved: Solved, problem: Problem, pairs: list[int], coefficients: list[float]

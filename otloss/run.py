@@ -14,6 +14,7 @@ from otloss import _check, ops, status
 from otloss._options import Options
 from otloss.autograd import Places, Settings, Solve, evaluate
 from otloss.autograd.settings import batched
+from otloss.by_rows import solve_by_rows
 from otloss.costs import subtracted
 from otloss.eps import scale_of
 from otloss.problem import Problem
@@ -50,15 +51,20 @@ def run(
     as ``loss`` () or (B,), or (P, B) in float64.
 
     ``costs``: given matrices, or None to compute costs from the points; ``dense`` says whether they
-    are stored.
+    are stored. Those of a function are not.
     ``potentials``: whether f and g are returned too, differentiable.
     ``target``: the last pair, a cloud against itself whose solution is kept for later calls.
     ``system``: receives the status of the linear system when an implicit gradient is taken.
     """
     given, scale = problem, scale_of(problem, options)
+    by_rows = costs is None and not isinstance(options.cost, str)
     if scale:
-        problem, costs, init = scale.down(problem, costs, init)
+        problem, costs, init = scale.down(problem, () if by_rows else costs, init)
         options, potentials = scale.options, potentials or scale.needs_potentials()
+    if by_rows:
+        parts = solve_by_rows(problem, pairs, coefficients, options, init, scale, combined=combined)
+        solved = Solved(*parts)
+        return scale.up(solved, given, pairs, coefficients) if scale else solved
     costs, points = ((), problem.points) if costs is None else (costs, ())
     live = _live_pairs(costs, points, problem.weights, pairs) if torch.is_grad_enabled() else []
     places = None

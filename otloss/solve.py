@@ -29,6 +29,7 @@ from otloss.problem import (
     build_costs,
     check_clouds,
     hide_padding,
+    ready_for_blocks,
     see_empty_bins,
 )
 from otloss.result import OTResult
@@ -178,9 +179,12 @@ def solve_sample(
     )  # fmt: skip
     problem = check_clouds({"x": x, "y": y}, {"a": a, "b": b}, balanced=options.balanced())
     options, dense = choose(problem.points, problem.weights, [0, 1], options)
-    named = isinstance(options.cost, str)
-    costs = None if named else build_costs(problem, [0, 1], options.cost, options.method)
-    problem = see_empty_bins(problem, [0, 1], options.cost, options.method)
+    named, costs = isinstance(options.cost, str), None
+    if named or dense:
+        costs = None if named else build_costs(problem, [0, 1], options.cost, options.method)
+        problem = see_empty_bins(problem, [0, 1], options.cost, options.method)
+    else:
+        problem = ready_for_blocks(problem)
     return _solve_one(problem, costs, options, init, dense=dense)
 
 
@@ -220,7 +224,7 @@ def _solve_one(
     else:
         costs, solved = solve_allowed(problem, one.pairs, costs, options, solve_given)
     report(problem, costs or (), options, solved)
-    return OTResult(problem, costs[0] if costs else None, options, solved, system, dense=dense)
+    return OTResult(problem, costs[0] if costs else None, options, solved, dense=dense)
 
 
 def _initial_potentials(

@@ -27,6 +27,13 @@ BALANCED = Marginals(math.inf, math.inf, True)
 ROUNDING = 8  # machine epsilons: of a sum of weights, and of a loss against its terms
 
 
+def centred(f: Tensor, g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The solution with <a, f> = <b, g>, of all (f + t, g - t), which are solutions too."""
+    excess = (b * g).sum(-1, True) - (a * f).sum(-1, True)
+    shift = excess / (a.sum(-1, True) + b.sum(-1, True))
+    return torch.where(a > 0, f + shift, 0.0), torch.where(b > 0, g - shift, 0.0)
+
+
 def snapped(total: Tensor, to: float | Tensor, dtype: torch.dtype) -> Tensor:
     """A total of weights of the dtype, exactly ``to`` where it differs by rounding: eps would
     multiply that. Its derivative stays."""
@@ -146,7 +153,7 @@ def counted(C: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def value(
-    eps: float,
+    eps: Eps,
     C: Tensor,
     f: Tensor,
     g: Tensor,
