@@ -441,7 +441,7 @@ def test_a_solve_refuses_limits_that_are_none(message, change):
         call(*arguments.values())
 
 
-@pytest.mark.parametrize("weight", [0.0, -1.0, math.nan])
+@pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf])
 def test_multiscale_refuses_clouds_without_weight(weight):
     costs, points, weights, *others = sample_arguments()["solve:multiscale"]
     weights[1][1] = weight

@@ -23,6 +23,8 @@ double positive(double value, const char* name) {
   return value;
 }
 
+constexpr double kLargestMultiscaleEps = 1e150;  // what it multiplies eps by must not overflow
+
 // Multiscale orders the points of a cloud that have a weight.
 void check_some_weight(const Tensor& weights) {
   dispatch_dtype(weights, [&](auto zero) {
@@ -30,8 +32,10 @@ void check_some_weight(const Tensor& weights) {
     const int64_t n = weights.size(1);
     for (int64_t k = 0; k < weights.size(0); ++k)
       STD_TORCH_CHECK(
-          std::any_of(w + k * n, w + (k + 1) * n, [&](auto weight) { return weight > zero; }),
-          "otloss: multiscale needs a weight > 0 in each cloud");
+          std::any_of(w + k * n, w + (k + 1) * n, [&](auto weight) { return weight > zero; }) &&
+              std::none_of(w + k * n, w + (k + 1) * n,
+                           [](auto weight) { return std::isinf(weight); }),
+          "otloss: multiscale needs a weight > 0 in each cloud, and none that is infinite");
   });
 }
 
@@ -100,6 +104,7 @@ void Problem::check() {
     STD_TORCH_CHECK(clouds.points[0].is_cpu(), "otloss: multiscale is on a CPU");
     STD_TORCH_CHECK(clouds.points[0].size(2) <= kMultiscaleDims, "otloss: multiscale has up to ",
                     std::to_string(kMultiscaleDims), " coordinates");
+    STD_TORCH_CHECK(eps.all < kLargestMultiscaleEps, "otloss: multiscale has an eps below 1e150");
     for (const Tensor& weights : clouds.weights) check_some_weight(weights);
   }
   if (!rho_) return;
