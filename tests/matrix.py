@@ -1,12 +1,11 @@
 """The tests that matter most in clean environments: versions of Python times versions of torch.
 
     python tests/matrix.py --python python3.10 python3.13 --torch torch==2.10.0 torch
-    python tests/matrix.py --show
 
 Each cell is an environment of its own in build/matrix, made as a user makes it: torch from where
 pip finds it, then `pip install` of a copy of this checkout, whose tests run with what was
 installed. It is removed when its row stands in benchmarks/results/matrix.json, where it replaces an
-older row of the cell; `--show` prints the rows as a table.
+older row of the cell, and in the table of docs/testing.md.
 
 From the public index torch for Linux brings CUDA libraries: 8 GB of disk for as long as a cell
 runs. With `PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu` and torch==2.10.0+cpu it is
@@ -27,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build/matrix"
-RESULTS = ROOT / "benchmarks/results/matrix.json"
+RESULTS, DOCS = ROOT / "benchmarks/results/matrix.json", ROOT / "docs/testing.md"
 FILES = ("parity", "gradients", "kernels", "compile", "errors", "results")
 COLUMNS = ("python", "torch", "inductor", "passed", "failed", "skipped", "date")
 ABOUT = "import sys, torch; print('%d.%d.%d' % sys.version_info[:3], torch.__version__)"
@@ -93,33 +92,24 @@ class Cell:
         }
 
 
-def rows() -> list[Row]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-
-
 def write(row: Row) -> None:
     def key(row: Row) -> list[tuple[int, ...]]:
         return [tuple(map(int, re.findall(r"\d+", str(row[c])))) for c in ("torch", "python")]
 
-    kept = [other for other in rows() if key(other) != key(row)]
-    lines = ",\n".join(json.dumps(each) for each in sorted([*kept, row], key=key))
-    RESULTS.write_text(f"[\n{lines}\n]\n")
-
-
-def table() -> str:
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *([row[c] for c in COLUMNS] for row in rows())]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    rows = sorted([row, *(other for other in kept if key(other) != key(row))], key=key)
+    RESULTS.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *([row[c] for c in COLUMNS] for row in rows)]
+    table = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    before, after = DOCS.read_text().split(f"| {' | '.join(COLUMNS)} |", 1)
+    DOCS.write_text(before + table + "\n\n" + after.split("\n\n", 1)[1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--python", nargs="+", default=["python3"], help="commands")
     parser.add_argument("--torch", nargs="+", default=["torch"], help="as pip spells it")
-    parser.add_argument("--show", action="store_true", help="print the table of all results")
     given = parser.parse_args()
-    if given.show:
-        print(table())
-        return
     bad = 0
     for torch in given.torch:
         for python in given.python:

@@ -383,6 +383,7 @@ FAULTS: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     "eps of 0": ("eps must be > 0", lambda p: {"eps": 0 * p.eps}),
     "eps that is NaN": ("eps must be > 0", lambda p: {"eps": INF * 0 * p.eps}),
     "eps without end": ("eps must be finite", lambda p: {"eps": INF * p.eps}),
+    "eps whose inverse has no end": ("1 / eps must be", lambda p: {"eps": 1e-309 * p.eps}),
     "eps without memory": ("eps must be a", lambda p: {"eps": without_memory(p.eps)}),
     "a negative rho": ("rho must be > 0", lambda p: {"rho": -p.rho}),
     "one rho": ("rho must be a float64", lambda p: {"rho": p.rho[:1]}),
@@ -438,6 +439,14 @@ def test_a_solve_refuses_limits_that_are_none(message, change):
     arguments = dict(zip(names, sample_arguments()["solve"], strict=True)) | change
     with pytest.raises(RuntimeError, match=message):
         call(*arguments.values())
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf])
+def test_multiscale_refuses_clouds_without_weight(weight):
+    costs, points, weights, *others = sample_arguments()["solve:multiscale"]
+    weights[1][1] = weight
+    with pytest.raises(RuntimeError, match="multiscale needs a weight > 0 in each cloud"):
+        operation_named("solve")(costs, points, weights, *others)
 
 
 def test_wrong_arguments_crash_nothing():

@@ -1,6 +1,9 @@
 #include "bindings/problem.h"
 
+#include <algorithm>
 #include <string>
+
+#include "core/math.h"
 
 namespace otloss {
 namespace {
@@ -18,6 +21,22 @@ const double* numbers(const Tensor& t, int64_t count, const char* name) {
 double positive(double value, const char* name) {
   STD_TORCH_CHECK(value > 0, "otloss: ", name, " must be > 0, but is ", std::to_string(value));
   return value;
+}
+
+constexpr double kLargestMultiscaleEps = 1e150;  // what it multiplies eps by must not overflow
+
+// Multiscale orders the points of a cloud that have a weight.
+void check_some_weight(const Tensor& weights) {
+  dispatch_dtype(weights, [&](auto zero) {
+    const auto* w = static_cast<const decltype(zero)*>(weights.const_data_ptr());
+    const int64_t n = weights.size(1);
+    for (int64_t k = 0; k < weights.size(0); ++k)
+      STD_TORCH_CHECK(
+          std::any_of(w + k * n, w + (k + 1) * n, [&](auto weight) { return weight > zero; }) &&
+              std::none_of(w + k * n, w + (k + 1) * n,
+                           [](auto weight) { return std::isinf(weight); }),
+          "otloss: multiscale needs a weight > 0 in each cloud, and none that is infinite");
+  });
 }
 
 }  // namespace
@@ -75,7 +94,8 @@ void Problem::check() {
   const int64_t given = eps_.numel();
   const double* each = numbers(eps_, given == 1 ? 1 : batch(), "eps");
   for (int64_t k = 0; k < given; ++k)
-    STD_TORCH_CHECK(std::isfinite(positive(each[k], "eps")), "otloss: eps must be finite");
+    STD_TORCH_CHECK(std::isfinite(kLog2E / positive(each[k], "eps")) && std::isfinite(each[k]),
+                    "otloss: eps and 1 / eps must be finite");
   eps = given == 1 ? Eps{each[0]} : Eps{std::numeric_limits<double>::quiet_NaN(), each};
   if (multiscale) {
     STD_TORCH_CHECK(!eps.each, "otloss: multiscale has one eps for all problems");
@@ -84,6 +104,8 @@ void Problem::check() {
     STD_TORCH_CHECK(clouds.points[0].is_cpu(), "otloss: multiscale is on a CPU");
     STD_TORCH_CHECK(clouds.points[0].size(2) <= kMultiscaleDims, "otloss: multiscale has up to ",
                     std::to_string(kMultiscaleDims), " coordinates");
+    STD_TORCH_CHECK(eps.all < kLargestMultiscaleEps, "otloss: multiscale has an eps below 1e150");
+    for (const Tensor& weights : clouds.weights) check_some_weight(weights);
   }
   if (!rho_) return;
   const double* rho = numbers(*rho_, 2, "rho");

@@ -36,7 +36,7 @@ def built(command: list[str]) -> Path:
     newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*.h"))
 
     def compiled(source: Path) -> str:
-        target = folder / f"{source.stem}.o"
+        target = folder / f"{'-'.join(source.relative_to(ROOT).parts)}.o"
         changed = max(newest, source.stat().st_mtime)
         if not target.exists() or target.stat().st_mtime < changed:
             subprocess.run([*command, *FLAGS, "-c", str(source), "-o", str(target)], check=True)
