@@ -71,7 +71,10 @@ def main() -> None:
             rows.append(json.loads(run.stdout))
             print(rows[-1], flush=True)
     if args.out:
-        args.out.write_text(json.dumps({"environment": record({}, torch.device("cpu")), "rows": rows}, indent=1) + "\n")
+        args.out.write_text(
+            json.dumps({"environment": record({}, torch.device("cpu")), "rows": rows}, indent=1)
+            + "\n"
+        )
 
 
 if __name__ == "__main__":
