@@ -81,7 +81,7 @@ def run(
         combined=combined,
         options=options,
         potentials=potentials,
-        trace=bool(live) and options.follows_iterations(),
+        trace=len(live) > 0 and options.follows_iterations(),
         dense=dense,
         batched=problem.batched,
         single=_are_single(problem, points, options),
@@ -122,7 +122,7 @@ def _are_single(problem: Problem, points: Sequence[Tensor], options: Options) ->
     """Whether the kernels take the clouds as they are, without a batch dimension."""
     return (
         ops.NATIVE
-        and bool(points)
+        and len(points) > 0  # torch 2.10 cannot trace bool of a tuple
         and not (problem.padded or problem.batched or torch.compiler.is_compiling())
         and options.method != "reference"
         and all(

@@ -168,7 +168,7 @@ def test_gradients_of_points_and_weights(kind, rng):
             one, other = (t * (w > 0) for t in (one.double(), other))
             one, other = (t - (w * t).sum() / w.sum() for t in (one, other))
             size = float((w * other.abs()).sum().detach())
-            assert float((w * (one - other).abs()).sum()) <= 0.02 * size + 2 * TOL * eps
+            assert (w * (one - other).abs()).sum() <= 0.02 * size + 2 * TOL * eps
         else:
             scale = float(2 * (w[:, None] * (c.x.amax() - c.x.amin())).detach().norm())
             assert float((one - other).norm()) <= 5 * TOL * (float(other.norm()) + 0.02 * scale)

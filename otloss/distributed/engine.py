@@ -9,7 +9,7 @@ So all ranks know the same f and g, and the solver, which each of them runs, dec
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -121,9 +121,9 @@ class ShardedEngine(RowSweep):
 
         return self.rows.ranks.sum(self.b.new_zeros((), dtype=torch.float64), fill)
 
-    def solve(self, symmetric: bool, options: Options) -> Solution:
+    def solve(self, symmetric: bool, options: Options, init: Sequence[Tensor] = ()) -> Solution:
         if options.n_iters < 0:
-            return solve_problem(self, symmetric, options.eps, options.tol, options.max_iters)
+            return solve_problem(self, symmetric, options.eps, options.tol, options.max_iters, init)
         g = torch.zeros_like(self.b)
         for _ in range(options.n_iters):
             f, g, error = plain_iteration(self, options.eps, g)
