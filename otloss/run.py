@@ -61,10 +61,6 @@ def run(
     if scale:
         problem, costs, init = scale.down(problem, () if by_rows else costs, init)
         options, potentials = scale.options, potentials or scale.needs_potentials()
-    if by_rows:
-        parts = solve_by_rows(problem, pairs, coefficients, options, init, scale, combined=combined)
-        solved = Solved(*parts)
-        return scale.up(solved, given, pairs, coefficients) if scale else solved
     costs, points = ((), problem.points) if costs is None else (costs, ())
     live = _live_pairs(costs, points, problem.weights, pairs) if torch.is_grad_enabled() else []
     places = None
@@ -92,6 +88,10 @@ def run(
         system=system,
         places=places,
     )
+    if by_rows:
+        parts = solve_by_rows(problem, pairs, coefficients, options, init, scale, combined=combined)
+        solved = Solved(*parts, settings)
+        return scale.up(solved, given, pairs, coefficients) if scale else solved
     tensors = (*costs, *points, *problem.weights, *init)
     sizes = [len(costs), len(points), len(problem.weights), len(init)]
     # Forward-mode derivatives are not available, which only a node says.

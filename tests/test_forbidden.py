@@ -26,26 +26,32 @@ def masked(rng, n=6, m=5, dtype=torch.float64):
 
 
 def sinkhorn(C: Tensor, a: Tensor, b: Tensor, eps: float, rho: float = INF) -> Tensor:
-    """The plan, by iterations in which exp(-inf) is 0."""
+    """The plan, by iterations in which exp(-inf) is 0, until they move nothing: where few of the
+    pairs that the plan needs are near, 5000 of them can still be 0.4% off."""
     C, a, b = C.double(), a.double(), b.double()
+    if math.isinf(rho):  # totals that differ by the rounding of float32 move g for ever
+        b = b * (a.sum() / b.sum())
     g, damping = torch.zeros_like(b), 1.0 if math.isinf(rho) else rho / (rho + eps)
-    for _ in range(5000):
+    for _ in range(30_000):
+        before = g
         f = -damping * eps * ((g - C) / eps + b.log()).logsumexp(1)
         g = -damping * eps * ((f[:, None] - C) / eps + a.log()[:, None]).logsumexp(0)
         g = g.nan_to_num(posinf=0.0)  # a column that is forbidden as a whole
+        if torch.allclose(g, before, rtol=1e-12, atol=1e-13, equal_nan=True):
+            break
     return a[:, None] * b * ((f[:, None] + g - C) / eps).exp()
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("eps", [0.1, 0.5])
+@pytest.mark.parametrize("eps", [0.02, 0.1, 0.5])
 def test_plan(eps, dtype, method, rng):
     C, a, b = masked(rng, dtype=dtype)
-    tol = 1e-8 if dtype == torch.float64 else 1e-5
+    tol = 1e-8 if dtype == torch.float64 else 1e-6 / eps
     result = otloss.solve(C, eps, a=a, b=b, method=method, tol=tol, max_iters=20_000)
     expected = sinkhorn(C, a, b, eps)
     assert bool((result.plan[C.isinf()] == 0).all())
-    close(result.plan, expected, 1e-4 if dtype == torch.float64 else 1e-3)
+    close(result.plan, expected, 1e-5 if dtype == torch.float64 else 1e-3)
     linear = torch.where(C.isinf(), 0.0, expected * C.double()).sum()
     close(result.value_linear, linear, 1e-4)
     kl = torch.xlogy(expected, expected / (a[:, None] * b).double()).sum()
