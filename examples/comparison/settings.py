@@ -34,8 +34,9 @@ BASES = {
     "conditional-digits": "train_sinkhorn.py --data digits --preset conditional",
     "conv": "train_sinkhorn.py --data fashion --preset conv --width 0.5 --epochs 4",
     "digits": "train_sinkhorn.py --data digits",
-    "flow-ot": "train_flow.py --data digits",
-    "flow-independent": "train_flow.py --data digits --pairs independent",
+    "flow-ot": "train_flow.py --data digits --epochs 300 --hidden 256 256 256",
+    "flow-independent": "train_flow.py --data digits --epochs 300 --hidden 256 256 256"
+    " --pairs independent",
     "flow-plane-ot": "train_flow.py --preset plane",
     "flow-plane-independent": "train_flow.py --preset plane --pairs independent",
     "genevay-a": "train_sinkhorn.py --data mnist --preset genevay-a",
