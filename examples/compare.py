@@ -47,15 +47,15 @@ def name_of(report: Report) -> str | None:
 
 def _agrees(report: Report, wanted: Mapping[str, Any]) -> bool:
     made = report["args"]
+    # Of two options for the length, the one that was not given says nothing.
+    compared = (made.keys() & wanted.keys()) - run.FREE_TO_CHANGE - {"steps", "epochs"}
+    if any(made[option] != wanted[option] for option in compared):
+        return False
     length = wanted["steps"]
     if length is None:
         images = report.get("images", SIZES[made["data"]])
         length = round(wanted["epochs"] * (images // made["batch"]))
-    if report["steps"] != length:
-        return False
-    # Of two options for the length, the one that was not given says nothing.
-    compared = (made.keys() & wanted.keys()) - run.FREE_TO_CHANGE - {"steps", "epochs"}
-    return all(made[option] == wanted[option] for option in compared)
+    return bool(report["steps"] == length)
 
 
 def collect(runs: Path, out: Path) -> dict[str, Report]:
@@ -90,9 +90,10 @@ def _with_sums(report: Report) -> Report:
 
 def figure(out: Path, name: str) -> str:
     """A picture with its caption, or that it is not there."""
-    caption = panels.CAPTIONS[name]
+    titles = "; ".join(filter(None, (title for _, _, title in panels.FIGURES[name])))
+    caption = panels.CAPTIONS[name] + (f": {titles}" if titles else "")
     if not (out / f"{name}.png").is_file():
-        return f"*{caption}*: not run."
+        return f"*{caption}*: no picture yet."
     return f"![{caption}]({name}.png)\n\n*{caption}*"
 
 

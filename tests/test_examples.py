@@ -62,6 +62,7 @@ OTHERS = {
     "genevay-c": (train_sinkhorn, "loss", 0.3),
     "mmd": (train_sinkhorn, "loss", 0.3),
     "eps-10": (train_learned_cost, "loss", -math.inf),
+    "eps-1000": (train_learned_cost, "loss", -math.inf),
     "geist": (train_gan, "loss", -math.inf),
     "basic": (train_gan, "critic_loss", 0.05),
     "wgan-clip": (train_gan, "loss", -math.inf),

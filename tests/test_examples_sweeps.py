@@ -16,7 +16,9 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 import score_by_age  # noqa: E402
 import sweep_eps  # noqa: E402
+import train_flow  # noqa: E402
 import train_gan  # noqa: E402
+import train_learned_cost  # noqa: E402
 import train_sinkhorn  # noqa: E402
 from common import metrics, models, run  # noqa: E402
 
@@ -106,6 +108,24 @@ def test_mistakes_are_one_line_on_the_command_line(tmp_path):
     done = subprocess.run([*script, *words], text=True, capture_output=True, env=environment)
     said = "train_sinkhorn.py: error: --batch is 7, expected an even number: two half-batches\n"
     assert (done.returncode, done.stderr) == (2, said)
+
+
+def test_learned_cost_with_an_mmd_and_flow_of_exact_plans(tmp_path):
+    for script, words in (
+        (train_learned_cost, ["--preset", "mmd"]),
+        (train_flow, ["--pairs", "pot"]),
+    ):
+        out = tmp_path / script.__name__
+        script.main([*SMALL, *words, "--steps", "11", "--stop-at", "10", "--out", str(out)])
+        assert (out / "loss.csv").read_text().startswith("step,loss\n10,")
+
+
+def test_flow_in_the_plane(tmp_path):
+    train_flow.main(["--preset", "plane", "--steps", "20", "--out", str(tmp_path)])
+    report = json.loads((tmp_path / "metrics.json").read_text())
+    assert {"med2_1", "med2_100", "curvature", "modes"} <= report["metrics"].keys()
+    assert report["loss_share"] > 0
+    assert (tmp_path / "euler.png").stat().st_size > 5000
 
 
 def test_smoothness_is_in_units_of_the_data():

@@ -47,9 +47,15 @@ FIGURES: dict[str, list[Tile]] = {
     ],
     "conditional": [
         ("conditional", "classes.png", "a row per class"),
+        ("conditional-digits", "classes.png", "a row per class"),
         ("conv", "last", "convolutions"),
     ],
-    "flow": [("flow-ot", "euler.png", "plan"), ("flow-independent", "euler.png", "independent")],
+    "flow": [
+        ("flow-ot", "euler.png", "plan"),
+        ("flow-independent", "euler.png", "independent"),
+        ("flow-plane-ot", "euler.png", "plane, plan"),
+        ("flow-plane-independent", "euler.png", "plane, independent"),
+    ],
     "digits": [("digits", "real.png", "real digits"), ("digits", "last", "MED")],
     "genevay": [(f"genevay-{part}", "manifold.png", f"genevay-{part}") for part in "abc"],
     "label": [("otgan-label", "real.png", "real 2s"), ("otgan-label", "last", "OT-GAN")],
@@ -74,8 +80,8 @@ CAPTIONS = {
     "french_last": "MNIST at the end, all at one width",
     "matching": "After 2000 steps",
     "autoencoder": "Test images beside their reconstructions, and samples",
-    "conditional": "Images of the class asked for, one to a row; a generator of convolutions",
-    "flow": "One noise per column after 1, 2, 4, 8 and 100 Euler steps",
+    "conditional": "The class asked for, and a generator of convolutions",
+    "flow": "After 1, 2, 4, 8 and 100 Euler steps",
     "digits": "Real digits, and generated ones",
     "genevay": "Manifolds of genevay-a, -b and -c on MNIST",
     "label": "Images of a 2",
@@ -83,6 +89,7 @@ CAPTIONS = {
     "modes": "The mixture along the runs; circles of three deviations around the modes",
     "ellipses": "Flowers by species, and the ellipsoids fitted to them",
 }
+SCORED = ("first", "last", "manifold.png", "classes.png")  # what shows what the scores are of
 WIDTH, GAP, TITLE = 600, 12, 26  # pixels
 
 
@@ -109,7 +116,7 @@ def _title(title: str, picture: str, report: Mapping[str, Any]) -> str:
     scores = report["metrics"]
     if picture == "first" and report["evaluations"]:
         scores = report["evaluations"][0]
-    if picture == "real.png" or "recall" not in scores:
+    if picture not in SCORED or "recall" not in scores:
         return title
     return f"{title}: IS {scores['is']:.2f}, recall {scores['recall']:.2f}"
 
