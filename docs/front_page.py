@@ -102,9 +102,7 @@ def scaling() -> None:
             curves.setdefault(name, []).append((row["n"], row["cpu_seconds"]))
     for (title, eps, method), points in curves.items():
         label = f"{method}: {title}, eps {eps:g}"
-        axes.loglog(
-            *zip(*sorted(points), strict=True), "o-", label=f"{method}: {title}, eps {eps:g}"
-        )
+        axes.loglog(*zip(*sorted(points), strict=True), "o-", label=label)
     axes.set(xlabel="points in each cloud", ylabel="CPU seconds")
     axes.legend(fontsize=6)
     save(figure, "scaling")
