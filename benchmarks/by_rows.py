@@ -71,7 +71,8 @@ def main() -> None:
             rows.append(json.loads(run.stdout))
             print(rows[-1], flush=True)
     if args.out:
-        args.out.write_text(json.dumps({"environment": record({}, torch.device("cpu")), "rows": rows}, indent=1) + "\n")
+        found = {"environment": record({}, torch.device("cpu")), "rows": rows}
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

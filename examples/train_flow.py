@@ -40,7 +40,7 @@ IMAGES: dict[str, Any] = {
     "schedule": "cosine",
     "ema": 0.99,
     "by_data": {
-        "digits": {"epochs": 300.0, "hidden": [256, 256, 256]},
+        "digits": {"epochs": 1000.0},
         "gaussians": {"steps": 3000, "hidden": [128, 128, 128]},
     },
 }

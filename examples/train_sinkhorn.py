@@ -99,8 +99,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "conv": {**MED, "net": "conv"},
     "conditional": {
         **MED,
-        "label_weight": 20.0,
-        "by_data": {"digits": {**MED["by_data"]["digits"], "label_weight": 5.0}},
+        "label_weight": 50.0,
+        "by_data": {"digits": {**MED["by_data"]["digits"], "label_weight": 12.0}},
     },
     "mmd": {**MED, "loss": "mmd"},
     "geist-1": {**GEIST, "eps": 1.0},
@@ -212,7 +212,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     for i in training:
         rows = batches(i).to(device)
-        z = generator.draw(args.batch)
+        if args.label_weight:
+            # Both half-batches, real and generated, get each class about equally often: what is
+            # left over of a class would have to be matched with another one.
+            order = labels[rows].argsort()
+            rows = rows[torch.cat((order[::2], order[1::2]))]
+            z = generator.draw(args.batch, labels[rows])
+        else:
+            z = generator.draw(args.batch)
         with options.autocast(args):
             fake = generator(z).float().flatten(1)
         real = to_float(pixels[rows]).flatten(1)

@@ -37,6 +37,7 @@ class Plan:
         self._problem, self._given_cost, self._options = problem, cost, options
         self._kept_cost: Tensor | None = cost
         self._kept_plan: Tensor | None = None
+        assert solved.settings is not None  # of a solve in this process
         self._settings = solved.settings
         self._kept_extended: list[Tensor] | None = None
         self._dense = dense
@@ -104,13 +105,10 @@ class Plan:
     @property
     def _extended(self) -> list[Tensor] | None:
         """The potentials with those of empty bins, if their weights are differentiated."""
-        settings, problem = self._settings, self._problem
-        if settings is None or settings.places is None:
-            return None
-        if self._kept_extended is None:
-            self._kept_extended = extended(
-                settings, settings.places, problem.weights, self._f, self._g
-            )
+        settings = self._settings
+        if settings.places is not None and self._kept_extended is None:
+            weights = self._problem.weights
+            self._kept_extended = extended(settings, settings.places, weights, self._f, self._g)
         return self._kept_extended
 
     def _over_rows(self, function: Callable[..., tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
@@ -145,7 +143,6 @@ class Plan:
     def _product(self, v: Tensor, axis: int) -> Tensor:
         """P v or P^T v by the multiscale engine."""
         self._check_unchanged()
-        assert self._settings is not None
         problem, potentials = self._problem, (self._f, self._g)
         return plan_product(self._settings, problem.points, problem.weights, potentials, v, axis)
 

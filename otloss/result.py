@@ -44,12 +44,11 @@ class OTResult(PlanPairs):
         cost: Tensor | None,
         options: Options,
         solved: Solved,
-        system: list[Tensor] | None,
         *,
         dense: bool,
     ) -> None:
         super().__init__(problem, cost, options, solved, dense=dense)
-        self._status, self._system = solved.status[0], system
+        self._status = solved.status[0]
         self._reported = _check.readable(self._status)
         self.value = solved.loss
         self.potentials = (self._out(self._f), self._out(self._g))
@@ -165,9 +164,10 @@ class OTResult(PlanPairs):
         """Iterations and relative residual of the last implicit backward pass, as (int, float) or
         (B,) each; None until a backward pass has solved a linear system. A residual above 1e-6
         (float64) or 1e-4 (float32) also warns."""
-        if not self._system:
+        system = self._settings.system
+        if not system:
             return None
-        iterations, residual = self._system[0][0].unbind(-1)
+        iterations, residual = system[0][0].unbind(-1)
         return self._number(iterations.long()), self._number(residual)
 
     def explain(self) -> str:

@@ -224,7 +224,7 @@ def _solve_one(
     else:
         costs, solved = solve_allowed(problem, one.pairs, costs, options, solve_given)
     report(problem, costs or (), options, solved)
-    return OTResult(problem, costs[0] if costs else None, options, solved, system, dense=dense)
+    return OTResult(problem, costs[0] if costs else None, options, solved, dense=dense)
 
 
 def _initial_potentials(

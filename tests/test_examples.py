@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import gzip
 import importlib
@@ -11,7 +10,7 @@ import json
 import math
 import os
 import runpy
-import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +32,6 @@ GALLERY = EXAMPLES / "gallery"
 matplotlib.use("agg")  # pictures without a screen
 sys.path[:0] = [str(EXAMPLES)]
 
-import compare  # noqa: E402
 import fit_ellipses  # noqa: E402
 import score_by_age  # noqa: E402
 import toy_mixture  # noqa: E402
@@ -44,7 +42,7 @@ import train_gan  # noqa: E402
 import train_learned_cost  # noqa: E402
 import train_otgan  # noqa: E402
 import train_sinkhorn  # noqa: E402
-from common import chunks, classifier, data, metrics, models, options, progress, run  # noqa: E402
+from common import chunks, classifier, data, metrics, models, progress, run  # noqa: E402
 
 # Script, steps, the column of loss.csv that falls, and by which share of its first value: the
 # envelope gradient and the one through the iterations, a code, a discriminator, two critics.
@@ -573,6 +571,12 @@ def test_cifar_folders_and_archive(packed, tmp_path):
     assert images.test.shape == (2, 3, 32, 32)
     # The label must have followed its image through the shuffle.
     assert torch.equal(images.train_labels, (images.train[:, 0, 0, 0] > 100).long())
+    # What was decoded is kept, and read the next time.
+    assert (tmp_path / data.CIFAR_CACHE).is_file()
+    shutil.rmtree(folder)
+    again = data.load("cifar10", tmp_path)
+    assert torch.equal(again.train, images.train)
+    assert torch.equal(again.test_labels, images.test_labels)
 
 
 def test_cifar_binary_files(tmp_path):
@@ -716,77 +720,7 @@ def test_moving_average_follows_weights_and_buffers():
     assert average.module.num_batches_tracked == 3
 
 
-# --- the page of results, and the gallery ----------------------------------------------------
-
-
-def test_page_of_results(tmp_path):
-    """Figures of the runs that are there, "not run" for the others, and no number twice."""
-    runs, out = tmp_path / "runs", tmp_path / "results"
-    common = {"is": 8.0, "fid": 300.0, "ot_gap": 1.0, "med2": 20.0}
-    for seed, recall, name, cost in (
-        (0, 0.25, "med", {}),
-        (1, 0.13, "med-seed1", {"cpu_seconds": 50}),
-    ):
-        (runs / name).mkdir(parents=True)
-        args = {"command": f"python examples/train_sinkhorn.py --seed {seed}", "seed": seed}
-        report = {"args": args, "metrics": {**common, "recall": recall}, "floors": {"is": 9.5}}
-        (runs / name / "metrics.json").write_text(json.dumps({**report, "seconds": 60, **cost}))
-    command = ["--runs", str(runs), "--out", str(out)]
-    compare.main(command)
-    page = (out / "README.md").read_text()
-    med = next(line for line in page.splitlines() if line.startswith("| **MED, ours, 15 epochs"))
-    assert "| 0.19 ± 0.08 |" in med
-    assert med.endswith("| 2 | 50 |")
-    for line in (
-        "| med | fid | ≤ 330 | 300.00 ± 0.00 | 2 | yes |",
-        "| med | recall | ≥ 0.15 | 0.19 ± 0.08 | 2 | yes, 1 of 2 seeds |",
-        "| med | med2 | ≤ 9 | 20.00 ± 0.00 | 2 | **no**, 0 of 2 seeds |",
-        "| med-40 | is | ≥ 8.1 | not run | 0 |  |",
-        "\npython examples/train_sinkhorn.py --data fashion --seed 1 --out runs/med-seed1",
-        "\n# not run: python examples/toy_mixture.py --out runs/mixture",
-    ):
-        assert line in page
-    assert "<!-- table" not in page
-    assert "<!-- figure" not in page
-    # The page can be written again from what it kept.
-    compare.main(["--runs", str(tmp_path / "none"), "--out", str(out)])
-    assert (out / "README.md").read_text() == page
-
-
-def parsed(command: str) -> argparse.Namespace:
-    """The options of one of the page's commands."""
-    script, *options = shlex.split(command)
-    module = importlib.import_module(script.removesuffix(".py"))
-    return module.parse(options)
-
-
-def test_kept_results_are_those_of_the_commands():
-    """What is committed was made with the options that the page's command has today."""
-    kept = sorted((EXAMPLES / "results" / "metrics").glob("*.json"))
-    assert kept
-    for path in kept:
-        made = json.loads(path.read_text())["args"]
-        wanted = json.loads(json.dumps(options.plain(parsed(compare.COMMANDS[path.stem]))))
-        if wanted["steps"] is None:  # --epochs decides, and that depends on the data
-            del wanted["steps"]
-        for name in (made.keys() & wanted.keys()) - run.FREE_TO_CHANGE:
-            assert made[name] == wanted[name], (path.stem, name)
-
-
-def test_ellipses_of_the_page():
-    fits = {"mmd": (112, 2), "eps 1": (116, 2)}
-    counts = {name: {"diagonal": d, "off_diagonal": o} for name, (d, o) in fits.items()}
-    report = compare._with_sums({"metrics": counts})
-    assert (report["metrics"]["best"], report["metrics"]["above_mmd"]) == (114, 4)
-    start = {"floors": {"k-means, A = I": {"diagonal": 120, "off_diagonal": 13}}}
-    page = compare.ellipses({"ellipses-1000": {**report, **start}})
-    assert "| eps 1 | 147 - 74 = 73 | - | 116 - 2 = 114 |" in page
-
-
-def test_every_command_of_the_page_parses():
-    for text in compare.COMMANDS.values():
-        assert parsed(text).out.parent == Path("runs")
-
+# --- the gallery ------------------------------------------------------------------------------
 
 PICTURES = sorted(path.stem for path in GALLERY.glob("*.py"))
 

@@ -1,4 +1,4 @@
-"""The one-file examples: a few steps each, a picture, and no more lines than fit a screen or two."""
+"""The one-file examples: a few steps of each, a picture, and at most 80 lines."""
 
 from __future__ import annotations
 

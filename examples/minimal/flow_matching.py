@@ -20,7 +20,8 @@ def images() -> torch.Tensor:
 
 def draw(images: torch.Tensor, path: str) -> None:
     """The first hundred images as one picture."""
-    pixels = images[:100].detach().reshape(10, 10, 8, 8).permute(0, 2, 1, 3).reshape(80, 80)
+    tiles = nn.functional.pad(images[:100].detach().reshape(10, 10, 8, 8), (1, 1, 1, 1))
+    pixels = tiles.permute(0, 2, 1, 3).reshape(100, 100)
     imsave(path, pixels.repeat_interleave(4, 0).repeat_interleave(4, 1).numpy(), cmap="gray")
 
 

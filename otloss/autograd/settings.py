@@ -52,7 +52,7 @@ class Settings(NamedTuple):
     places: Places | None = None  # where weights can be those of empty bins, and are differentiated
 
     def of_live(self) -> Settings:
-        """The same of the pairs that a gradient flows through."""
+        """Those of the pairs that a gradient flows through."""
         pairs = [c for p in self.live for c in self.pairs[2 * p : 2 * p + 2]]
         coefficients = [self.coefficients[p] for p in self.live]
         places = self.places.of_pairs(self.live) if self.places else None

@@ -28,7 +28,7 @@ ROUNDING = 8  # machine epsilons: of a sum of weights, and of a loss against its
 
 
 def centred(f: Tensor, g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The same solution with <a, f> = <b, g>: of (f + t, g - t), all solutions, one is returned."""
+    """The solution with <a, f> = <b, g>, of all (f + t, g - t), which are solutions too."""
     excess = (b * g).sum(-1, True) - (a * f).sum(-1, True)
     shift = excess / (a.sum(-1, True) + b.sum(-1, True))
     return torch.where(a > 0, f + shift, 0.0), torch.where(b > 0, g - shift, 0.0)
