@@ -13,6 +13,7 @@ version = release = otloss.__version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx_gallery.gen_gallery",
 ]
@@ -43,6 +44,7 @@ sphinx_gallery_conf = {
 }
 suppress_warnings = ["config.cache"]  # place is a function, which Sphinx cannot store
 
+autosummary_generate = False  # tables of summaries, no page for each name
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the signatures have them
 napoleon_google_docstring = True
