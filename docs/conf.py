@@ -76,7 +76,7 @@ def inline_formula(translator, node):  # type: ignore[no-untyped-def]
 
 def displayed_formula(translator, node):  # type: ignore[no-untyped-def]
     formula = convert(node.astext(), display="block")
-    translator.body.append(f'<div class="math">{formula}</div>')
+    translator.body.append(f'<div class="math" style="overflow-y: hidden">{formula}</div>')
     raise nodes.SkipNode
 
 
