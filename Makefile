@@ -161,5 +161,5 @@ gpu-check:  ## on a GPU machine: check and time the CUDA kernels, in 7 minutes (
 
 .PHONY: clean
 clean:  ## remove everything built, but not .venv and runs/
-	@rm -rf build dist docs/_build *.egg-info otloss/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf build dist docs/_build docs/gallery docs/sg_execution_times.rst *.egg-info otloss/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find otloss tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,12 +13,38 @@ version = release = otloss.__version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
+    "sphinx_gallery.gen_gallery",
 ]
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 
+GALLERY = [  # in the order of the page
+    "first_loss", "choosing_eps", "gradient_flow", "eps_between", "batches", "outliers",
+    "barycentric_map", "pairs", "colour_transfer", "flow_matching", "matching_scores",
+    "learning_a_cost", "gradient_modes", "second_order", "large_clouds",
+]  # fmt: skip
+
+
+def place(name: str) -> int:
+    """The place of a script in the gallery; one that the list lacks comes last."""
+    stem = name.removesuffix(".py")
+    return GALLERY.index(stem) if stem in GALLERY else len(GALLERY)
+
+
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples/gallery",
+    "gallery_dirs": "gallery",
+    "filename_pattern": "/",  # all scripts are run
+    "within_subsection_order": place,
+    "min_reported_time": 0,
+    "show_memory": False,
+}
+suppress_warnings = ["config.cache"]  # place is a function, which Sphinx cannot store
+
+autosummary_generate = False  # tables of summaries, no page for each name
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the signatures have them
 napoleon_google_docstring = True
@@ -50,7 +76,7 @@ def inline_formula(translator, node):  # type: ignore[no-untyped-def]
 
 def displayed_formula(translator, node):  # type: ignore[no-untyped-def]
     formula = convert(node.astext(), display="block")
-    translator.body.append(f'<div class="math">{formula}</div>')
+    translator.body.append(f'<div class="math" style="overflow-y: hidden">{formula}</div>')
     raise nodes.SkipNode
 
 

@@ -26,7 +26,7 @@ PEERS = {
     "keops": "KeOps loop",
     "torch_logsumexp": "torch loop",
 }
-# The README's choice of the accuracy suite's cases: workload, n, eps.
+# The first table's choice of the accuracy suite's cases: workload, n, eps.
 SELECTED = (
     ("fashion_blurred", 500, 10.0),
     ("fashion_blurred", 500, 1.0),

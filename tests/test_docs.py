@@ -1,4 +1,4 @@
-"""The Python code of README.md and of the documentation runs as it stands."""
+"""README.md and the documentation: their code runs, their links lead somewhere."""
 
 from __future__ import annotations
 
@@ -22,3 +22,30 @@ def test_code_runs(page, capsys):
         line = text.count("\n", 0, block.start(1))
         source = "\n" * line + block[1]  # so that a traceback names the page's own line
         exec(compile(source, str(page), "exec"), namespace)
+
+
+LINK = re.compile(r"\]\(([^)#\s:]*)(?:#[^)\s]*)?\)")
+SCRIPTS = {path.stem for path in (ROOT / "examples" / "gallery").glob("*.py")}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_and_pictures_are_there(page):
+    """Files that links and pictures name; a page of the gallery is there where its script is."""
+    for target in filter(None, LINK.findall(page.read_text(encoding="utf-8"))):
+        if target.startswith("gallery/"):
+            assert target.removeprefix("gallery/") in {"index", *SCRIPTS}, target
+        else:
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_tables_have_as_many_cells_as_columns(page):
+    """A row with more cells loses them, one with fewer is a pipe in its text."""
+    for table in re.findall(r"(?:^\|.*\n)+", page.read_text(encoding="utf-8"), re.MULTILINE):
+        rows = [re.sub(r"\\\|", "", row) for row in table.splitlines()]
+        assert len({row.count("|") for row in rows}) == 1, rows[0]
+
+
+def test_pictures_of_the_front_page_are_small():
+    for picture in (ROOT / "docs" / "images").iterdir():
+        assert 5_000 < picture.stat().st_size < 1_000_000, picture.name

@@ -1,62 +1,55 @@
-"""eps leads from optimal transport to an MMD: the value, and the field of gradients.
+"""
+From transport to an MMD
+========================
 
-Left: the divergence (euclidean cost) between a cloud of two clusters and itself, moved by a shift.
-At small eps it is the distance moved; at large eps ``energy_distance``, an MMD, flat at 0.
-Right: where the gradient sends the points of a cloud with equal clusters, when three quarters of
-the target is on the right. Transport sends each point to a place of its own, some of them across;
-the MMD sends all the points of a cluster to the same side.
+At small eps the divergence is optimal transport, at large eps a maximum mean discrepancy,
+``energy_distance``. Between them both the value and the field of gradients change.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
-import picture
+import matplotlib.pyplot as plt
 import torch
-from torch import Tensor
 
 import otloss
 
-CURVES = (0.01, 0.3, 1.0, 3.0, 30.0)
-FIELDS = (0.01, 1.0, 30.0)
-SHIFTS = torch.linspace(0, 3, 13)
+torch.manual_seed(0)
 
 
-def clusters(n: int, centres: Sequence[Sequence[float]]) -> Tensor:
+def clusters(n, centres):
     """``n`` points around the centres in turn."""
     return torch.tensor(centres)[torch.arange(n) % len(centres)] + 0.15 * torch.randn(n, 2)
 
 
-def divergence(x: Tensor, y: Tensor, eps: float) -> Tensor:
-    return otloss.sinkhorn_divergence(x, y, eps, cost="euclidean")
+# %%
+# **The value**, with the euclidean cost, of a cloud against itself moved by a shift. Transport is
+# the distance moved; the MMD is flat at 0, so that its gradient vanishes near the solution.
 
+cloud = clusters(200, [(-1.0, 0.0), (1.0, 0.0)])
+shifts = torch.linspace(0, 3, 13)
+moved = [cloud + torch.tensor([0.0, float(shift)]) for shift in shifts]
+plt.figure(figsize=(5, 3.4))
+for eps in (0.01, 0.3, 1.0, 3.0, 30.0):
+    values = [otloss.sinkhorn_divergence(cloud, y, eps, cost="euclidean") for y in moved]
+    plt.plot(shifts, values, label=f"eps {eps:g}")
+plt.plot(shifts, [otloss.energy_distance(cloud, y) for y in moved], "k--", label="energy_distance")
+plt.plot(shifts, shifts, "k:", label="transport")
+plt.xlabel("shift")
+plt.legend(fontsize=7)
+plt.show()
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = picture.options(__file__, __doc__ or "", argv)
-    figure, axes = picture.panels(1, 1 + len(FIELDS), (3.2, 3))
-    curves, *fields = axes[0]
+# %%
+# **The gradients**, from equal clusters to a target with three quarters on the right. Transport
+# sends each point to a place of its own, some of them across; the MMD sends all points of a cluster
+# to one side.
 
-    cloud = clusters(200, [(-1, 0), (1, 0)])
-    moved = [cloud + torch.tensor([0.0, float(shift)]) for shift in SHIFTS]
-    for eps in CURVES:
-        curves.plot(SHIFTS, [divergence(cloud, y, eps) for y in moved], label=f"eps {eps:g}")
-    limit = [otloss.energy_distance(cloud, y) for y in moved]
-    curves.plot(SHIFTS, limit, "k--", label="energy_distance")
-    curves.plot(SHIFTS, SHIFTS, "k:", label="transport")
-    curves.set(xlabel="shift", title="value")
-    curves.legend(fontsize=7)
-
-    source = clusters(80, [(-1, -1), (1, -1)])
-    target = clusters(80, [(-1, 1), (1, 1), (1, 1), (1, 1)])
-    for panel, eps in zip(fields, FIELDS, strict=True):
-        x = source.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(divergence(x, target, eps), x)
-        panel.scatter(*target.T, s=6, color="tab:red")
-        panel.scatter(*source.T, s=6, color="tab:blue")
-        panel.quiver(*source.T, *(-len(x) * gradient).T, angles="xy", width=0.004)
-        panel.set(title=f"minus gradient, eps {eps:g}", aspect="equal")
-    picture.save(figure, args)
-
-
-if __name__ == "__main__":
-    main()
+source = clusters(80, [(-1.0, -1.0), (1.0, -1.0)]).requires_grad_()
+target = clusters(80, [(-1.0, 1.0), (1.0, 1.0), (1.0, 1.0), (1.0, 1.0)])
+figure, axes = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
+for panel, eps in zip(axes, (0.01, 1.0, 30.0), strict=True):
+    loss = otloss.sinkhorn_divergence(source, target, eps, cost="euclidean")
+    (gradient,) = torch.autograd.grad(loss, source)
+    points = source.detach()
+    panel.scatter(*target.T, s=6, color="tab:red")
+    panel.scatter(*points.T, s=6, color="tab:blue")
+    panel.quiver(*points.T, *(-len(points) * gradient).T, angles="xy", width=0.004)
+    panel.set(title=f"minus gradient, eps {eps:g}", aspect="equal")
+plt.show()
