@@ -4,6 +4,7 @@ from otloss import compat, distributed
 from otloss._check import ConvergenceWarning
 from otloss.batching import pad, pad_batch_vector
 from otloss.config import show_config
+from otloss.grid import sinkhorn_divergence_grid, solve_grid
 from otloss.losses import (
     energy_distance,
     minibatch_energy_distance,
@@ -45,9 +46,11 @@ __all__ = [
     "progress",
     "show_config",
     "sinkhorn_divergence",
+    "sinkhorn_divergence_grid",
     "sinkhorn_loss",
     "sliced_wasserstein",
     "solve",
+    "solve_grid",
     "solve_sample",
     "suggest_eps",
     "wasserstein_1d",

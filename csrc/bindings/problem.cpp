@@ -22,6 +22,13 @@ double positive(double value, const char* name) {
 
 }  // namespace
 
+Penalties penalties_of(const std::optional<Tensor>& rho) {
+  if (!rho) return {};
+  const double* given = numbers(*rho, 2, "rho");
+  const double x = positive(given[0], "rho"), y = positive(given[1], "rho");
+  return {x, y, std::isinf(x) && std::isinf(y)};
+}
+
 double positive(const Tensor& t, const char* name) { return positive(*numbers(t, 1, name), name); }
 
 Clouds::Clouds(Arguments& in)
@@ -85,10 +92,8 @@ void Problem::check() {
     STD_TORCH_CHECK(clouds.points[0].size(2) <= kMultiscaleDims, "otloss: multiscale has up to ",
                     std::to_string(kMultiscaleDims), " coordinates");
   }
-  if (!rho_) return;
-  const double* rho = numbers(*rho_, 2, "rho");
-  rho_x = positive(rho[0], "rho");
-  rho_y = positive(rho[1], "rho");
+  const Penalties held = penalties_of(rho_);
+  rho_x = held.rho_x, rho_y = held.rho_y;
 }
 
 void Problem::check_eps(const Device& device) const {
