@@ -2,6 +2,7 @@
 
 from otloss import compat, distributed
 from otloss._check import ConvergenceWarning
+from otloss.barycenter import barycenter_grid
 from otloss.batching import pad, pad_batch_vector
 from otloss.config import show_config
 from otloss.grid import sinkhorn_divergence_grid, solve_grid
@@ -34,6 +35,7 @@ __all__ = [
     "OTResult",
     "SinkhornDivergence",
     "SinkhornLoss",
+    "barycenter_grid",
     "compat",
     "cost_matrix",
     "distributed",

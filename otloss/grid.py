@@ -22,7 +22,7 @@ from otloss.result import OTResult
 from otloss.run import Solved, report
 from otloss.totals import Combination, at_given_totals, at_unit_totals
 
-__all__ = ["sinkhorn_divergence_grid", "solve_grid"]
+__all__ = ["axes_of", "sinkhorn_divergence_grid", "solve_grid"]
 
 ONE = Combination([0, 1], [1.0])
 DEBIASED = Combination([0, 1, 0, 0, 1, 1], [1.0, -0.5, -0.5], debiased=True)
@@ -92,7 +92,7 @@ def solve_grid(
         method=_method(method),
     )  # fmt: skip
     problem, shape, dtype = _densities(a, b, options)
-    axes, spaces, displacements = _axes(shape, spacing, periodic, cost, a.device)
+    axes, spaces, displacements = axes_of(shape, spacing, periodic, cost, a.device)
     start: list[Tensor] = []
     if init is not None:
         f, g = init.potentials if isinstance(init, OTResult) else init
@@ -143,7 +143,7 @@ def sinkhorn_divergence_grid(
         method=_method(method),
     )  # fmt: skip
     problem, shape, dtype = _densities(a, b, options)
-    axes, spaces, _ = _axes(shape, spacing, periodic, cost, a.device)
+    axes, spaces, _ = axes_of(shape, spacing, periodic, cost, a.device)
     grid = Grid(axes, options.eps, options.method == "reference")
     return _solve(problem, grid, spaces, DEBIASED, options, []).loss.to(dtype)
 
@@ -178,7 +178,7 @@ def _densities(
     return Problem((), (), weights, True, True, present), shape[1:], dtype
 
 
-def _axes(
+def axes_of(
     shape: tuple[int, ...],
     spacing: float | Sequence[float],
     periodic: bool | Sequence[bool],

@@ -11,11 +11,7 @@ from torch import Tensor
 
 from otloss.costs import NAMED
 from otloss.reference.arguments import as_pairs
-from otloss.reference.engine import (
-    MAX_GAUSSIAN_DIMS,
-    sample,
-    spread,
-)
+from otloss.reference.engine import Clouds, sample, spread
 from otloss.reference.marginals import (
     Marginals,
     SoftMean,
@@ -150,10 +146,10 @@ class GridEngine:
         return spread(grid_costs(self.axes, sample(self.a), sample(self.b)))
 
     def propose(self, sweeps: float, eps: float) -> Tensor | None:
-        if not self.spacing or len(self.axes) > MAX_GAUSSIAN_DIMS:
+        if not self.spacing:
             return None
         x = grid_points([len(C) for C in self.axes], self.spacing).to(self.a)
-        return NAMED[0].gaussian_potential(x, x, self.a, self.b, eps)
+        return Clouds(NAMED[0], x, x, self.a, self.b).propose(sweeps, eps)
 
 
 def grid_costs(axes: list[Tensor], rows: Tensor, columns: Tensor | None = None) -> Tensor:
