@@ -74,7 +74,8 @@ def solve_grid(
         (B, *grid) or (B, *grid, c); ``barycentric_map()`` is (B, *grid, axes), where a point goes
         to on average, in units of ``spacing`` from the first point. Where a density is 0 the
         potential is that of the first mass to come. Differentiable in a and b, ``value`` twice.
-        ``plan`` and what reads single pairs make the matrix of N x N.
+        ``plan`` and what reads single pairs make the matrix of N x N. Under ``torch.compile`` it
+        runs with graph breaks; ``fullgraph=True`` is not available.
 
     Raises:
         ValueError, TypeError: a wrong argument, named, with what is expected.
