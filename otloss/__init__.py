@@ -2,8 +2,10 @@
 
 from otloss import compat, distributed
 from otloss._check import ConvergenceWarning
+from otloss.barycenter import barycenter_grid
 from otloss.batching import pad, pad_batch_vector
 from otloss.config import show_config
+from otloss.grid import sinkhorn_divergence_grid, solve_grid
 from otloss.losses import (
     energy_distance,
     minibatch_energy_distance,
@@ -33,6 +35,7 @@ __all__ = [
     "OTResult",
     "SinkhornDivergence",
     "SinkhornLoss",
+    "barycenter_grid",
     "compat",
     "cost_matrix",
     "distributed",
@@ -45,9 +48,11 @@ __all__ = [
     "progress",
     "show_config",
     "sinkhorn_divergence",
+    "sinkhorn_divergence_grid",
     "sinkhorn_loss",
     "sliced_wasserstein",
     "solve",
+    "solve_grid",
     "solve_sample",
     "suggest_eps",
     "wasserstein_1d",

@@ -14,6 +14,8 @@ against itself. All tensors carry a batch dimension. The native kernels also tak
     implicit_backward  gradients of the loss, f, g            -> gradients, status (P, B, 2):
                        iterations and relative residual of the linear system
     plan_product       f, g and v (B, m, c) per pair          -> P v (B, n, c), of multiscale
+    grid_means         log-weights and channels on a grid     -> log-sum-exps, means with weights
+    grid_solve         densities on a grid                    -> status (P, B, 5), f and g per pair
 
 Problems come as cost matrices, as points, or both: where there are no matrices, costs are made from
 the points on the way. Gradients are those of the pairs in ``want_costs`` and of the clouds in
@@ -51,7 +53,9 @@ from torch import Tensor, inf
 
 from otloss import reference
 from otloss._check import depth_of_caller
+from otloss.reference import grid
 from otloss.reference.arguments import Arguments, as_pairs, read
+from otloss.reference.grid import GRID_OPERATIONS
 from otloss.reference.operations import OPERATIONS
 
 __all__ = [
@@ -62,6 +66,8 @@ __all__ = [
     "cost_backward",
     "describe_plan",
     "envelope_backward",
+    "grid_means",
+    "grid_solve",
     "implicit_backward",
     "makes_plain_tensors",
     "number",
@@ -93,6 +99,9 @@ unrolled_backward({_SEEDS}, {_PROBLEM}, Tensor[] init, Tensor[] traces, {_WANTED
 implicit_backward({_SEEDS}, {_PROBLEM}, Tensor[] f, Tensor[] g, {_WANTED}) \
 -> ({_GRADIENTS}, Tensor status)
 plan_product({_PROBLEM}, Tensor[] f, Tensor[] g, Tensor[] v) -> Tensor[]
+grid_means(Tensor[] axes, Tensor eps, Tensor v, Tensor u) -> (Tensor, Tensor)
+grid_solve(Tensor[] axes, float[] spacing, Tensor[] weights, int[] pairs, Tensor eps, Tensor? rho, \
+Tensor[] init, Tensor tol, int max_iters) -> (Tensor status, Tensor[] f, Tensor[] g)
 """
 _library = torch.library.Library("otloss", "DEF")
 for _schema in _SCHEMAS.strip().splitlines():
@@ -103,12 +112,15 @@ def _load_native() -> Any:
     """The compiled module, whose import registers its kernels; None for a pure-Python install."""
     if importlib.util.find_spec("otloss._C") is not None:
         native = importlib.import_module("otloss._C")
+        for name in GRID_OPERATIONS:  # on a GPU they are plain torch
+            _library.impl(name, getattr(grid, name), "CUDA")
         if not native.build_info()["cuda_architectures"]:
             for name in OPERATIONS:
                 _library.impl(name, getattr(reference, name), "CUDA")
         return native
-    for name in OPERATIONS:
-        _library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
+    for module, names in ((reference, OPERATIONS), (grid, GRID_OPERATIONS)):
+        for name in names:
+            _library.impl(name, getattr(module, name), "CompositeExplicitAutograd")
     warnings.warn(
         f"otloss in {os.path.dirname(__file__)} has no compiled kernels: every operation runs in "
         "plain torch, slowly. In a checkout, which Python started there imports before what is "
@@ -203,6 +215,8 @@ envelope_backward = torch.ops.otloss.envelope_backward.default
 unrolled_backward = torch.ops.otloss.unrolled_backward.default
 implicit_backward = torch.ops.otloss.implicit_backward.default
 plan_product = torch.ops.otloss.plan_product.default
+grid_means = torch.ops.otloss.grid_means.default
+grid_solve = torch.ops.otloss.grid_solve.default
 
 
 # ------------------------------------------------------------------------ shapes, for tracing
@@ -284,3 +298,15 @@ def _(*arguments: Any) -> list[Tensor]:
     problem, (_, _, v) = read(arguments)
     rows = [problem.weights[i] for i in problem.pairs[::2]]
     return [x.new_empty(*a.shape, x.shape[2]) for a, x in zip(rows, v, strict=True)]
+
+
+@torch.library.register_fake("otloss::grid_means", lib=_library)
+def _(axes: list[Tensor], eps: Tensor, v: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(v), torch.empty_like(u)
+
+
+@torch.library.register_fake("otloss::grid_solve", lib=_library)
+def _(*arguments: Any) -> tuple[Any, ...]:
+    _, _, weights, pairs, *_ = arguments
+    status = weights[0].new_empty(len(pairs) // 2, len(weights[0]), 5, dtype=torch.float64)
+    return status, *([torch.empty_like(weights[c]) for c in pairs[side::2]] for side in (0, 1))

@@ -9,7 +9,12 @@
 #include <torch/csrc/stable/accelerator.h>
 #endif
 
-STABLE_TORCH_LIBRARY_IMPL(otloss, CPU, library) { otloss::register_operations(library); }
+STABLE_TORCH_LIBRARY_IMPL(otloss, CPU, library) {
+  otloss::register_operations(library);
+#if !defined(OTLOSS_EMULATED)
+  otloss::register_cpu_operations(library);
+#endif
+}
 #if defined(OTLOSS_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(otloss, CUDA, library) { otloss::register_operations(library); }
 #endif

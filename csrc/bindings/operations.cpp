@@ -4,6 +4,7 @@
 #include "bindings/cost.cpp"
 #include "bindings/envelope.cpp"
 #include "bindings/gradients.cpp"
+#include "bindings/grid.cpp"
 #include "bindings/host.cpp"
 #include "bindings/plan.cpp"
 #include "bindings/points.cpp"

@@ -12,7 +12,7 @@ namespace otloss {
 using Operation = void(StableIValue* stack, uint64_t arguments, uint64_t results);
 
 Operation cost, cost_backward, solve, envelope_backward, unrolled_backward, implicit_backward,
-    plan_product;
+    plan_product, grid_means, grid_solve;
 
 template <Operation* operation>
 void call(StableIValue* stack, uint64_t arguments, uint64_t results) {
@@ -29,6 +29,12 @@ inline void register_operations(torch::stable::detail::StableLibrary& library) {
   library.impl("unrolled_backward", call<unrolled_backward>);
   library.impl("implicit_backward", call<implicit_backward>);
   library.impl("plan_product", call<plan_product>);
+}
+
+// Those of a CPU alone.
+inline void register_cpu_operations(torch::stable::detail::StableLibrary& library) {
+  library.impl("grid_means", call<grid_means>);
+  library.impl("grid_solve", call<grid_solve>);
 }
 
 }  // namespace otloss

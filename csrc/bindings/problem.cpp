@@ -41,6 +41,13 @@ void check_some_weight(const Tensor& weights) {
 
 }  // namespace
 
+Penalties penalties_of(const std::optional<Tensor>& rho) {
+  if (!rho) return {};
+  const double* given = numbers(*rho, 2, "rho");
+  const double x = positive(given[0], "rho"), y = positive(given[1], "rho");
+  return {x, y, std::isinf(x) && std::isinf(y)};
+}
+
 double positive(const Tensor& t, const char* name) { return positive(*numbers(t, 1, name), name); }
 
 Clouds::Clouds(Arguments& in)
@@ -107,10 +114,8 @@ void Problem::check() {
     STD_TORCH_CHECK(eps.all < kLargestMultiscaleEps, "otloss: multiscale has an eps below 1e150");
     for (const Tensor& weights : clouds.weights) check_some_weight(weights);
   }
-  if (!rho_) return;
-  const double* rho = numbers(*rho_, 2, "rho");
-  rho_x = positive(rho[0], "rho");
-  rho_y = positive(rho[1], "rho");
+  const Penalties held = penalties_of(rho_);
+  rho_x = held.rho_x, rho_y = held.rho_y;
 }
 
 void Problem::check_eps(const Device& device) const {

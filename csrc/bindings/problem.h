@@ -42,6 +42,11 @@ void give_back(StableIValue* stack, const Results&... results) {
 // A positive number that travels as a tensor, so that a traced graph does not depend on it.
 double positive(const Tensor& t, const char* name);
 
+constexpr double kConstraint = std::numeric_limits<double>::infinity();  // as rho
+
+// rho_x and rho_y (2,), or nothing: constraints.
+Penalties penalties_of(const std::optional<Tensor>& rho);
+
 // Clouds, and the pairs of them that problems are between: flat, (i0, j0, i1, j1, ...).
 struct Clouds {
   Tensors points;   // (B, n, d) each
@@ -54,8 +59,6 @@ struct Clouds {
   void check() const;  // where there are points
   int64_t count() const { return static_cast<int64_t>(pairs.size()) / 2; }
 };
-
-constexpr double kConstraint = std::numeric_limits<double>::infinity();  // as rho
 
 // A set of OT problems. Either list may be empty: without cost matrices costs are made from points,
 // without points the matrices are all there is.

@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "core/math.h"
+#include "cpu/grid/engine.h"
 #include "cpu/multiscale/engine.h"
 #include "cpu/simd/simd.h"
 #include "cpu/simd/sweep.h"
@@ -180,6 +181,31 @@ double FarMass<double, multiscale::Engine>::moved(double eps, const double* F, c
   return sum;
 }
 
+// The rows by a pass over the plan, the costs from what columns lack along each axis.
+template <>
+double FarMass<double, grid::Engine>::moved(double eps, const double* F, const double* g,
+                                            const Vector& excess,
+                                            const std::vector<int64_t>& lacking, const Vector& v) {
+  const double to_cost = x_.damping(eps) * eps / kLog2E;
+  Vector lack(y_.count);
+  for (size_t l = 0; l < lacking.size(); ++l) lack[lacking[l]] = v[l];
+  const Vector sent = engine_.row_means(eps, g, excess), far = engine_.mean_costs(lack);
+  double sum = 0;
+  for (int64_t i = 0; i < x_.count; ++i) {
+    if (!(plan_.row[i] > 0)) continue;
+    const double u = plan_.row[i] * sent[i];
+    sum += u * (far[i] - to_cost * F[i]) + eps * x_log_ratio(u, x_.weight[i]);
+  }
+  return sum;
+}
+
+// No entry of the plan is looked at, so there are no groups.
+template <>
+FarMass<double, grid::Engine>::Shift FarMass<double, grid::Engine>::shift(
+    double, const double*, const SemidualPoint<double>&, int64_t) {
+  return {};
+}
+
 // Groups were shifted on the coarsest level.
 template <>
 FarMass<double, multiscale::Engine>::Shift FarMass<double, multiscale::Engine>::shift(
@@ -303,9 +329,12 @@ std::vector<double> FarMass<T, E>::between_groups(double eps, const T* F, int64_
 
 template class FarMass<float, Engine<float>>;
 template class FarMass<double, Engine<double>>;
-using Multiscale = FarMass<double, multiscale::Engine>;
-template double Multiscale::size(double, const double*, const SemidualPoint<double>&) const;
-template double Multiscale::cheap_bound(const SemidualPoint<double>&) const;
-template double Multiscale::gap(double, const double*, const SemidualPoint<double>&);
+#define OTLOSS_INSTANTIATE(E)                                                                   \
+  template double FarMass<double, E>::size(double, const double*, const SemidualPoint<double>&) \
+      const;                                                                                    \
+  template double FarMass<double, E>::cheap_bound(const SemidualPoint<double>&) const;          \
+  template double FarMass<double, E>::gap(double, const double*, const SemidualPoint<double>&);
+OTLOSS_INSTANTIATE(multiscale::Engine)
+OTLOSS_INSTANTIATE(grid::Engine)
 
 }  // namespace otloss::cpu

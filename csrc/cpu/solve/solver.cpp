@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/math.h"
+#include "cpu/grid/engine.h"
 #include "cpu/multiscale/group_newton.h"
 #include "cpu/simd/sweep.h"
 #include "cpu/solve/far_mass.h"
@@ -399,6 +400,8 @@ OTLOSS_INSTANTIATE(Engine<float>, float)
 OTLOSS_INSTANTIATE(Engine<double>, double)
 OTLOSS_INSTANTIATE(multiscale::Engine, double)
 #undef OTLOSS_INSTANTIATE
+template Outcome solve_pair(grid::Engine&, const SolveOptions&, double*, double*);
+template Outcome solve_symmetric(grid::Engine&, const SolveOptions&, double*);
 #define OTLOSS_INSTANTIATE(T)                                                               \
   template Outcome solve_fixed(Engine<T>&, const SolveOptions&, T*, T*, T*);                \
   template double regularized_value(const Side<T>&, const Side<T>&, double, bool, const T*, \

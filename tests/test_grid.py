@@ -1,0 +1,161 @@
+"""Densities on a grid against the dense solver on the same points, and finite differences."""
+
+import math
+
+import pytest
+import torch
+
+import otloss
+from otloss import ops
+from otloss.reference import grid as reference
+
+
+def densities(*shape, zeros=True, dtype=torch.float64):
+    a, b = torch.rand(2, 2, *shape, dtype=torch.float64, generator=torch.manual_seed(0)) + 0.05
+    if zeros:
+        a[:, 0], b[:, -1] = 0, 0
+    axes = tuple(range(1, a.dim()))
+    return [(w / w.sum(axes, keepdim=True)).to(dtype) for w in (a, b)]
+
+
+def points(*shape):
+    each = [torch.arange(n, dtype=torch.float64) for n in shape]
+    return torch.cartesian_prod(*each).reshape(-1, len(shape)).expand(2, -1, -1)
+
+
+def relative(x, y):
+    return float(((x - y.reshape(x.shape)).norm() / y.norm()).detach())
+
+
+@pytest.mark.parametrize("shape", [(12, 9), (32, 32), (11,), (4, 3, 5)])
+@pytest.mark.parametrize("unbalanced", [None, (10.0, None), 20.0])
+def test_agrees_with_the_dense_solver(shape, unbalanced):
+    a, b = densities(*shape)
+    b, x = b * (1.3 if unbalanced else 1.0), points(*shape)
+    options = {"unbalanced": unbalanced, "tol": 1e-7, "max_iters": 5000}
+    grid = [w.clone().requires_grad_() for w in (a, b)]
+    dense = [w.flatten(1).clone().requires_grad_() for w in (a, b)]
+    S = otloss.sinkhorn_divergence_grid(*grid, 1.5, **options)
+    expected = otloss.sinkhorn_divergence(x, x, 1.5, a=dense[0], b=dense[1], **options)
+    assert relative(S, expected) < 1e-5
+    of_grid = torch.autograd.grad(S.sum(), grid)
+    for found, right in zip(of_grid, torch.autograd.grad(expected.sum(), dense), strict=True):
+        assert relative(found, right) < 1e-4
+    result = otloss.solve_grid(a, b, 1.5, **options)
+    right = otloss.solve_sample(x, x, 1.5, a=a.flatten(1), b=b.flatten(1), **options)
+    assert relative(result.value, right.value) < 1e-5
+    assert relative(result.value_linear, right.value_linear) < 1e-5
+    assert bool(result.converged.all())
+    assert bool((result.marginal_error < 1e-6).all())
+    there = a.flatten(1) > 0
+    moved = result.barycentric_map().flatten(1, -2)
+    assert relative(moved[there], right.barycentric_map()[there]) < 1e-5
+    v = torch.rand_like(a)
+    assert relative(result.apply(v, axis=0), right.apply(v.flatten(1), axis=0)) < 1e-5
+    assert relative(result.plan, right.plan) < 1e-5
+
+
+QUANTITIES = {
+    "divergence": lambda a, b, w, **o: otloss.sinkhorn_divergence_grid(a, b, 2.0, **o),
+    "value": lambda a, b, w, **o: otloss.solve_grid(a, b, 2.0, **o).value,
+    "linear": lambda a, b, w, **o: otloss.solve_grid(a, b, 2.0, **o).value_linear,
+    "potentials": lambda a, b, w, **o: w * otloss.solve_grid(a, b, 2.0, **o).potentials[0],
+    "marginals": lambda a, b, w, **o: w * otloss.solve_grid(a, b, 2.0, **o).marginals[1],
+    "map": lambda a, b, w, **o: w * otloss.solve_grid(a, b, 2.0, **o).barycentric_map()[..., 0],
+}
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+@pytest.mark.parametrize("unbalanced", [None, 20.0])
+@pytest.mark.parametrize("n_iters", [None, 3])
+def test_gradients_are_those_of_finite_differences(quantity, unbalanced, n_iters):
+    a, b = densities(5, 4)
+    options = {"unbalanced": unbalanced, "n_iters": n_iters, "tol": 1e-11, "max_iters": 3000}
+    w, h = torch.randn_like(a), 1e-5
+    da, db = torch.rand_like(a), torch.rand_like(b)
+    db *= (da.sum((1, 2)) / db.sum((1, 2)))[:, None, None]
+    given = [t.clone().requires_grad_() for t in (a, b)]
+    value = QUANTITIES[quantity](*given, w, **options).sum()
+    of_a, of_b = torch.autograd.grad(value, given)
+
+    def at(t):  # one-sided: some weights are 0
+        with torch.no_grad():
+            return QUANTITIES[quantity](a + t * da, b + t * db, w, **options).sum()
+
+    expected = (4 * at(h) - 3 * at(0) - at(2 * h)) / (2 * h)
+    assert float((of_a * da + of_b * db).sum()) == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_second_derivatives():
+    a, b = densities(4, 3, zeros=False)
+
+    def divergence(a, b):
+        return otloss.sinkhorn_divergence_grid(a, b, 2.0, unbalanced=5.0, tol=1e-13)
+
+    given = [t.clone().requires_grad_() for t in (a, b)]
+    assert torch.autograd.gradgradcheck(divergence, given, atol=1e-4)
+
+
+@pytest.mark.parametrize("eps", [1e-3, 0.5, 300.0])
+def test_means_are_those_of_the_reference(eps):
+    """Also where all products of exponentials underflow."""
+    generator = torch.manual_seed(1)
+    axes = [torch.rand(n, n, dtype=torch.float64, generator=generator) * n for n in (33, 17)]
+    v = 400 * torch.randn(2, 33 * 17, dtype=torch.float64, generator=generator)
+    v[0, :20] = -math.inf
+    u = torch.randn(2, 3, 33 * 17, dtype=torch.float64, generator=generator)
+    arguments = axes, torch.tensor(eps, dtype=torch.float64), v, u
+    for found, expected in zip(
+        ops.grid_means(*arguments), reference.grid_means(*arguments), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_reference_takes_the_sweeps_of_the_kernels():
+    a, b = densities(9, 8)
+    results = [
+        otloss.solve_grid(a, b, 3.0, spacing=(0.5, 2.0), tol=1e-6, method=method)
+        for method in ("auto", "reference")
+    ]
+    assert torch.equal(results[0].n_iters, results[1].n_iters)
+    assert relative(results[0].potentials[1], results[1].potentials[1]) < 1e-8
+
+
+def test_periodic_and_given_costs():
+    a, b = densities(6, 7, zeros=False)
+    i = torch.arange(6)
+    around = (i[:, None] - i).abs()
+    around = torch.minimum(around, 6 - around).double().square()
+    straight = (torch.arange(7)[:, None] - torch.arange(7)).double().square()
+    S = otloss.sinkhorn_divergence_grid(a, b, 1.0, periodic=(True, False))
+    given = otloss.sinkhorn_divergence_grid(a, b, 1.0, cost=[around, straight])
+    torch.testing.assert_close(S, given, rtol=1e-5, atol=0)
+
+
+def test_single_precision():
+    a, b = densities(8, 8, dtype=torch.float32)
+    S = otloss.sinkhorn_divergence_grid(a, b, 2.0)
+    assert S.dtype == torch.float32
+    assert bool((S > 0).all())
+    same = otloss.sinkhorn_divergence_grid(a, a.clone(), 2.0)
+    assert bool((same.abs() < 1e-6 * S).all())
+    assert bool((same >= 0).all())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"a": torch.rand(4)}, r"a must have shape \(B, N\)"),
+        ({"b": torch.ones(1, 4, 5) / 10}, "total mass"),
+        ({"b": torch.ones(1, 5, 4)}, "b must have shape"),
+        ({"a": torch.zeros(1, 4, 5)}, "positive total"),
+        ({"spacing": (1.0, 1.0, 1.0)}, "one per axis"),
+        ({"cost": "euclidean"}, "cost must be 'sqeuclidean'"),
+        ({"cost": [torch.rand(4, 4)]}, "one per axis"),
+        ({"method": "dense"}, "method must be"),
+    ],
+)
+def test_wrong_calls_say_what_is_wrong(change, message):
+    arguments = {"a": torch.ones(1, 4, 5) / 20, "b": torch.ones(1, 4, 5) / 20, "eps": 1.0}
+    with pytest.raises(ValueError, match=message):
+        otloss.solve_grid(**(arguments | change))
