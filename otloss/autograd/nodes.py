@@ -132,7 +132,8 @@ def evaluate(
     )
     if s.target:
         s.target.keep(f[-1], status[-1])
-    if s.potentials and o.balanced() and o.n_iters < 0:
+    centred = o.method == "multiscale"  # in double, before potentials are rounded
+    if s.potentials and o.balanced() and o.n_iters < 0 and not centred:
         f, g = _centred(s, inputs.weights, f, g)
     if not s.combined:
         loss = status[..., ops.TERM].clone()
