@@ -94,29 +94,33 @@ struct SolveGroup {
   const double* known = nullptr;
 };
 
-// The most coordinates, and the least tolerance that single-precision sums over the plan allow, of
-// a multiscale solve; with the costs `has_multiscale` (core/costs.h) allows.
+// The most coordinates of a multiscale solve; with the costs `has_multiscale` (core/costs.h)
+// allows.
 constexpr int64_t kMultiscaleDims = 8;
-constexpr double kMultiscaleTol = 1e-5;
 
 // ------------------------------------------------------------------------------- solve_backward
 
-// Gradient of sum_B grad * coefficient * value at fixed potentials: P scaled, potentials centred.
+// Weights and potentials of a group, and what its value is multiplied by in the gradient.
 template <typename T>
-struct EnvelopeGroup {
+struct SolvedGroup {
   int64_t batch;  // B
   int64_t n;      // rows
   int64_t m;      // columns
-  const T* C;     // (B, n, m)
   const T* a;     // (B, n)
   const T* b;     // (B, m)
   const T* f;     // (B, n)
   const T* g;     // (B, m)
   const T* grad;  // (B,) of the loss
   T coefficient;  // of this group in the loss
-  T* grad_C;      // (B, n, m) or null
-  T* grad_a;      // (B, n) or null
-  T* grad_b;      // (B, m) or null
+};
+
+// Gradient of sum_B grad * coefficient * value at fixed potentials: P scaled, potentials centred.
+template <typename T>
+struct EnvelopeGroup : SolvedGroup<T> {
+  const T* C;  // (B, n, m)
+  T* grad_C;   // (B, n, m) or null
+  T* grad_a;   // (B, n) or null
+  T* grad_b;   // (B, m) or null
   Penalties penalties = {};
 };
 
@@ -137,7 +141,7 @@ struct MadeCost {
   PointSums<T> y;  // (B, m) (B, m, d)
 };
 
-// The same for the iterations that ran: the adjoint of each, from its potentials. f and g of the
+// Gradient of the iterations that ran: the adjoint of each, from its potentials. f and g of the
 // base are not read.
 template <typename T>
 struct UnrolledGroup : EnvelopeGroup<T> {
@@ -149,7 +153,7 @@ struct UnrolledGroup : EnvelopeGroup<T> {
   MadeCost<T> made = {};
 };
 
-// The same for the solution: through the optimality conditions.
+// Gradient of the solution, through the optimality conditions.
 template <typename T>
 struct ImplicitGroup : EnvelopeGroup<T> {
   const T* grad_f;  // (B, n) or null: further gradients, of the potentials
@@ -168,34 +172,16 @@ enum ImplicitStatusField : int {
 
 // What the gradient of the row points needs at fixed potentials: PointSums of the scaled plan.
 template <typename T>
-struct PointGradientGroup {
-  int64_t batch;   // B
-  int64_t n;       // rows
-  int64_t m;       // columns
+struct PointGradientGroup : SolvedGroup<T> {
   bool symmetric;  // a cloud against itself
   PointPair<T> points;
-  const T* a;     // (B, n)
-  const T* b;     // (B, m)
-  const T* f;     // (B, n)
-  const T* g;     // (B, m)
-  const T* grad;  // (B,) of the loss
-  T coefficient;  // of this group in the loss
-  T* sum;         // (B, n) out
-  T* product;     // (B, n, d) out
+  T* sum;      // (B, n) out
+  T* product;  // (B, n, d) out
 };
 
-// The same of both sides, from one multiscale pass over the plan.
+// What both sides' points need, from one multiscale pass over the plan.
 template <typename T>
-struct PlanSumsGroup {
-  int64_t batch;     // B
-  int64_t n;         // rows
-  int64_t m;         // columns
-  const T* a;        // (B, n)
-  const T* b;        // (B, m)
-  const T* f;        // (B, n)
-  const T* g;        // (B, m)
-  const T* grad;     // (B,) of the loss
-  T coefficient;     // of this group in the loss
+struct PlanSumsGroup : SolvedGroup<T> {
   MadeCost<T> made;  // multiscale
 };
 
@@ -203,16 +189,9 @@ struct PlanSumsGroup {
 
 // P v at fixed potentials, by a multiscale pass.
 template <typename T>
-struct PlanProductGroup {
-  int64_t batch;    // B
-  int64_t n;        // rows
-  int64_t m;        // columns
+struct PlanProductGroup : SolvedGroup<T> {
   int64_t columns;  // of v
   PointPair<T> points;
-  const T* a;  // (B, n)
-  const T* b;  // (B, m)
-  const T* f;  // (B, n)
-  const T* g;  // (B, m)
   const T* v;  // (B, m, columns)
   T* out;      // (B, n, columns)
 };
@@ -261,7 +240,7 @@ struct CostWeightGroup {
   T* col_sum;        // (B, m) out
 };
 
-// The same from a solution: W = coefficient * grad * plan is not stored.
+// From a solution: W = coefficient * grad * plan is not stored.
 template <typename T>
 struct PlanWeightGroup : CostWeightGroup<T> {
   const T* a;     // (B, n)
@@ -358,7 +337,7 @@ void plan_products(const std::vector<PlanProductGroup<T>>& groups, double eps);
 
 }  // namespace cpu
 
-// The same on a GPU. Everything is queued on the stream, nothing waits for the device.
+// On a GPU. Everything is queued on the stream, nothing waits for the device.
 namespace cuda {
 
 // Where the kernels of one call run, and device memory for them that lives until the call returns.

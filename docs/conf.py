@@ -1,5 +1,8 @@
 """Sphinx configuration: ``make docs`` builds ``docs/_build/index.html``."""
 
+from docutils import nodes
+from latex2mathml.converter import convert
+
 import otloss
 
 project = "otloss"
@@ -10,7 +13,6 @@ version = release = otloss.__version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
 ]
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist"]
@@ -25,6 +27,7 @@ napoleon_use_ivar = True
 # Modules are named where they are, classes and functions as users import them.
 add_module_names = False
 
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "otloss"
 
@@ -39,5 +42,18 @@ def escape_bars(app, what, name, obj, options, lines):  # type: ignore[no-untype
             )
 
 
+def inline_formula(translator, node):  # type: ignore[no-untyped-def]
+    """MathML, which browsers draw by themselves: the pages need neither scripts nor the network."""
+    translator.body.append(convert(node.astext()))
+    raise nodes.SkipNode
+
+
+def displayed_formula(translator, node):  # type: ignore[no-untyped-def]
+    formula = convert(node.astext(), display="block")
+    translator.body.append(f'<div class="math">{formula}</div>')
+    raise nodes.SkipNode
+
+
 def setup(app):  # type: ignore[no-untyped-def]
+    app.add_html_math_renderer("mathml", (inline_formula, None), (displayed_formula, None))
     app.connect("autodoc-process-docstring", escape_bars)

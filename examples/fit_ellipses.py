@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import run
+from common import options, run
 from common.data import load_iris
 from matplotlib.figure import Figure
 from scipy.optimize import linear_sum_assignment
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 import otloss
 
 COMPONENTS = 3
+SPECIES = ("setosa", "versicolor", "virginica")
 PRESETS: dict[str, dict[str, Any]] = {"iris": {"steps": 500, "lr": 1e-2, "schedule": "cosine"}}
 
 
@@ -85,38 +86,50 @@ def score(model: Ellipsoids, points: Tensor, labels: Tensor) -> dict[str, Any]:
 
 def picture(models: Mapping[str, Ellipsoids], points: Tensor, labels: Tensor, path: Path) -> None:
     """Flowers and ellipsoids on the plane of the first two components, one panel per loss."""
-    figure = Figure(figsize=(3.2 * len(models), 3.2), layout="constrained")
-    panels = figure.subplots(1, len(models), sharex=True, sharey=True, squeeze=False)[0]
+    columns = -(-len(models) // 2)
+    figure = Figure(figsize=(3.2 * columns, 6.6), layout="constrained")
+    panels = figure.subplots(2, columns, sharex=True, sharey=True, squeeze=False)
     angle = torch.linspace(0, 2 * torch.pi, 200)
     circle = torch.stack((angle.cos(), angle.sin()))
-    for panel, (name, model) in zip(panels, models.items(), strict=True):
-        panel.scatter(points[:, 0], points[:, 1], c=labels, s=8, cmap="viridis")
+    for panel, (name, model) in zip(panels.flat, models.items(), strict=False):
+        for species in range(COMPONENTS):
+            of_species = points[labels == species]
+            panel.scatter(*of_species[:, :2].T, s=8, label=SPECIES[species])
         for axes, centre in zip(model.axes.detach(), model.centres.detach(), strict=True):
             # The shadow of {Az} on a plane is the ellipse of the root of (A Aᵀ) cut to the plane.
             outline = torch.linalg.cholesky((axes @ axes.T)[:2, :2]) @ circle + centre[:2, None]
-            panel.plot(*outline, color="tab:red")
+            panel.plot(*outline, color="black", linewidth=1)
         result = score(model, points, labels)
         panel.set_title(f"{name}: {result['diagonal']} right, {result['off_diagonal']} wrong")
-    figure.savefig(path, dpi=100)
+    for panel in panels[-1]:
+        panel.set_xlabel("first principal component")
+    for panel in panels[:, 0]:
+        panel.set_ylabel("second principal component")
+    for unused in panels.flat[len(models) :]:
+        unused.set_axis_off()
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
+    figure.savefig(path, dpi=90)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = run.parser(__file__, __doc__ or "", PRESETS)
+    parser = options.parser(__file__, __doc__ or "", PRESETS)
     add = parser.add_argument
     losses = ["mmd", "eps 1", "eps 0.1", "eps 0.03", "med 1", "med 0.1", "med 0.03"]
     add("--losses", nargs="+", default=losses, help="one fit for each")
     add("--n-iters", type=int, default=20, help="Sinkhorn iterations")
     add("--samples", type=int, default=200, help="points drawn from the model per step")
-    args = run.parse(parser, PRESETS, argv)
+    args = options.parse(parser, PRESETS, argv)
     for name in args.losses:
         if not re.fullmatch(r"mmd|(eps|med) [0-9.e-]+", name):
-            raise ValueError(f"--losses has {name!r}, expected 'mmd', 'eps <e>' or 'med <e>'")
+            raise options.UsageError(
+                f"--losses has {name!r}, expected 'mmd', 'eps <e>' or 'med <e>'"
+            )
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    device = run.begin(args)
+    device = options.begin(args)
     measurements, labels = load_iris()
     centred = measurements - measurements.mean(0)
     points = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:COMPONENTS].T
@@ -127,20 +140,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = points.to(device)
     optimiser = torch.optim.Adam(everything.parameters(), args.lr)
 
-    def step(i: int) -> run.Losses:
+    training = run.Run(args, {"models": everything, "optimiser": optimiser})
+    for _ in training:
         losses = {
-            name: loss_of(name, data, model.draw(args.samples), args.n_iters)
+            name: training.timed(loss_of, name, data, model.draw(args.samples), args.n_iters)
             for name, model in models.items()
         }
-        run.set_rate(optimiser, args, i)
+        training.set_rate(optimiser)
         optimiser.zero_grad()
         torch.stack(list(losses.values())).sum().backward()
         optimiser.step()
-        return losses
+        training.log(**losses)
 
-    state = {"models": everything, "optimiser": optimiser}
-    training = run.Run(args, state)
-    if training.train(step):
+    if training.finished:
         everything.cpu()
         results = {name: score(model, points, labels) for name, model in models.items()}
         picture(models, points, labels, training.out / "ellipses.png")
@@ -153,4 +165,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    options.run_from_shell(main)

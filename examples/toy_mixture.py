@@ -1,11 +1,16 @@
-"""OT-GAN on eight Gaussians in the plane, with a critic that is frozen on the way.
+"""Eight Gaussians in the plane: OT-GAN with a critic that is frozen on the way, and rivals.
 
     python examples/toy_mixture.py --out runs/mixture
+    python examples/toy_mixture.py --preset gan --out runs/mixture-gan
 
 The toy of Salimans et al. 2018: eight Gaussians of deviation .2 on a circle of radius 2, latent
-N(0, I) in 256 dimensions, two half-batches of 256 on each side. Once the critic stops moving, most
-adversarial losses let the generator collapse onto what this critic likes best. Transport between
-minibatches does not: with the critic fixed it is still a distance between distributions.
+N(0, I) in 256 dimensions. Presets:
+
+* ``paper``: OT-GAN, two half-batches of 256 on each side. Once the critic stops moving, most
+  adversarial losses let the generator collapse onto what this critic likes best. Transport between
+  minibatches does not: with the critic fixed it is still a distance between distributions
+* ``gan``, ``wgan-clip``, ``wgan-gp``: the losses of ``train_gan.py`` with these networks, a critic
+  of one output and never frozen
 
 ``modes`` counts Gaussians that get at least a quarter of their fair share of the samples within
 three deviations, ``near`` is the share of samples within three deviations of any of them.
@@ -21,20 +26,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import players, run
+from common import options, run
 from common.models import Generator, moving_average
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from train_gan import critic_loss, generator_loss
 
 import otloss
 
 MODES, RADIUS, DEVIATION = 8, 2.0, 0.2
+RIVAL: dict[str, Any] = {"steps": 40_000, "freeze": 40_000, "n_gen": 1, "features": 1}
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"steps": 40_000, "freeze": 15_000, "lr": 3e-4, "schedule": "cosine"}
+    "paper": {"steps": 40_000, "freeze": 15_000, "lr": 3e-4, "schedule": "cosine"},
+    "gan": {**RIVAL, "loss": "gan", "lr": 3e-4},
+    "wgan-clip": {**RIVAL, "loss": "wgan-clip", "n_critic": 5, "lr": 1e-4, "clip": 0.1},
+    "wgan-gp": {**RIVAL, "loss": "wgan-gp", "n_critic": 5, "lr": 1e-4, "betas": [0.0, 0.9]},
 }
 TOLERANCE = 1e-2  # ten times the default: the noise of a minibatch is larger still
 SHOWN = 5  # times along the run at which samples are kept for the figure
 SAMPLES = 10_000  # in the metrics
+DRAWN = 1000  # of them in the figure
 
 
 def centres() -> Tensor:
@@ -69,85 +80,138 @@ def score(samples: Tensor) -> dict[str, float]:
 
 
 def picture(samples: Mapping[str, Tensor], path: Path) -> None:
-    """Scatter plots side by side, the modes as circles of three deviations."""
-    figure = Figure(figsize=(2.6 * len(samples), 2.8), layout="constrained")
-    panels = figure.subplots(1, len(samples), sharex=True, sharey=True, squeeze=False)[0]
+    """Scatter plots, three to a row, the modes as circles of three deviations."""
+    rows = -(-len(samples) // 3)
+    figure = Figure(figsize=(8.4, 2.9 * rows), layout="constrained")
+    panels = figure.subplots(rows, 3, sharex=True, sharey=True, squeeze=False)
     angle = torch.linspace(0, 2 * math.pi, 60)
     circle = 3 * DEVIATION * torch.stack((angle.cos(), angle.sin()), 1)
-    for panel, (title, points) in zip(panels, samples.items(), strict=True):
-        panel.scatter(*points[:1000].T.cpu(), s=2, alpha=0.5)
+    for panel, (title, points) in zip(panels.flat, samples.items(), strict=False):
+        panel.scatter(*points[:DRAWN].T.cpu(), s=2, alpha=0.5)
         for centre in centres():
             panel.plot(*(centre + circle).T, color="tab:red", linewidth=0.8)
-        panel.set(title=title, aspect="equal", xlim=(-3, 3), ylim=(-3, 3))
+        panel.set_title(title, fontsize=9)
+        panel.set(aspect="equal", xlim=(-3, 3), ylim=(-3, 3))
+    for unused in panels.flat[len(samples) :]:
+        unused.set_axis_off()
     figure.savefig(path, dpi=90)
 
 
+class Mixture(run.Run):
+    """A run that keeps samples of ``shown`` for its figure, in its checkpoint too."""
+
+    def __init__(self, args: argparse.Namespace, state: Any, shown: Generator) -> None:
+        self.kept: dict[str, Tensor] = {}
+        self.shown = shown
+        self.shown_at = {args.freeze, *(round(args.steps * k / SHOWN) for k in range(1, SHOWN + 1))}
+        super().__init__(args, state)
+
+    _kept = (*run.Run._kept, "kept")
+
+    def after_step(self) -> None:
+        if self.step in self.shown_at:
+            samples = self.shown.generate(self.shown.draw(SAMPLES))
+            self.evaluations.append({"step": self.step, **score(samples)})
+            frozen = self.step >= self.args.freeze and self.args.freeze < self.args.steps
+            title = f"step {self.step}" + (", critic frozen" if frozen else "")
+            self.kept[title] = samples[:DRAWN].cpu()
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = run.parser(__file__, __doc__ or "", PRESETS)
+    parser = options.parser(__file__, __doc__ or "", PRESETS)
     add = parser.add_argument
-    add("--batch", type=int, default=512, help="samples per side and step: two half-batches")
+    add("--loss", choices=("otgan", "gan", "wgan-clip", "wgan-gp"), default="otgan")
+    add("--batch", type=int, default=512, help="samples per side and step")
     add("--eps", type=float, default=0.01, help="regularisation, in units of the cosine cost")
-    add("--n-gen", type=int, default=3, help="generator steps per critic step")
+    add("--n-gen", type=int, default=3, help="generator steps per critic step, otgan")
+    add("--n-critic", type=int, default=1, help="critic steps per generator step, the rivals")
     add("--freeze", type=int, default=15_000, help="step after which the critic stays as it is")
     add("--hidden", type=int, default=128, help="width of both networks")
     add("--features", type=int, default=64, help="features of the critic")
     add("--latent", type=int, default=256, help="dimension of the latent vector")
     add("--ema", type=float, default=0.999, help="decay of the weight average")
-    args = run.parse(parser, PRESETS, argv)
-    if args.batch < 2 or args.batch % 2:
-        raise ValueError(f"--batch is {args.batch}, expected an even number: two half-batches")
+    add("--betas", type=float, nargs=2, default=[0.5, 0.999], help="of Adam")
+    add("--clip", type=float, default=0.1, help="bound on critic weights, wgan-clip")
+    add("--penalty", type=float, default=10.0, help="weight of the gradient penalty, wgan-gp")
+    args = options.parse(parser, PRESETS, argv)
+    options.even_batch(args)
+    options.at_least(args, 1, "n_gen", "n_critic")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    device = run.begin(args)
-    generator = Generator(
-        mlp([args.latent, args.hidden, args.hidden, 2], nn.ReLU), args.latent, "normal"
-    )
+    device = options.begin(args)
+    net = mlp([args.latent, args.hidden, args.hidden, 2], nn.ReLU)
+    generator = Generator(net, args.latent, "normal").to(device)
     # A frozen critic holds the modes only if it tells all points apart: one of ReLUs has flat
     # regions, and in runs of 3000 steps it lost two modes of eight where this one kept all.
-    critic = mlp([2, args.hidden, args.hidden, args.features], nn.Tanh)
-    networks = {"generator": generator.to(device), "critic": critic.to(device)}
+    critic = mlp([2, args.hidden, args.hidden, args.features], nn.Tanh).to(device)
     average = moving_average(generator, args.ema)
-    both = players.Players(args, networks, players.adam(args.lr))
+    clipped = args.loss == "wgan-clip"
+    of_generator, of_critic = (
+        torch.optim.RMSprop(net.parameters(), args.lr)
+        if clipped
+        else torch.optim.Adam(net.parameters(), args.lr, betas=tuple(args.betas))
+        for net in (generator, critic)
+    )
+    state = {
+        "generator": generator,
+        "critic": critic,
+        "average": average,
+        "generator_optimiser": of_generator,
+        "critic_optimiser": of_critic,
+    }
+    training = Mixture(args, state, average.module)
 
-    def step(i: int) -> run.Losses:
-        critic_moves = i % (args.n_gen + 1) == 0 and i < args.freeze
-        name = "critic" if critic_moves else "generator"
-        both.turn(name, i)
-        real = draw_mixture(args.batch).to(device)
-        with run.autocast(args):
-            fake = generator(generator.draw(len(real)))
+    def matching(real: Tensor, fake: Tensor) -> Tensor:
+        """OT-GAN's loss, which the critic ascends and the generator descends."""
+        with options.autocast(args):
             features = [critic(cloud).float() for cloud in (real, fake)]
         halves = (half for cloud in features for half in cloud.chunk(2))
-        loss = otloss.minibatch_energy_distance(*halves, args.eps, tol=TOLERANCE)
-        (-loss if critic_moves else loss).backward()
-        both.move(name)
+        loss = otloss.minibatch_energy_distance
+        return training.timed(loss, *halves, args.eps, tol=TOLERANCE)
+
+    for i in training:
+        training.set_rate(of_generator, of_critic)
+        otgan = args.loss == "otgan"
+        critic_moves = i % (args.n_gen + 1) == 0 if otgan else True
+        critic.requires_grad_(True)
+        for _ in range(args.n_critic if critic_moves and i < args.freeze else 0):
+            real = draw_mixture(args.batch).to(device)
+            with torch.no_grad():
+                fake = generator(generator.draw(len(real)))
+            loss = -matching(real, fake) if otgan else critic_loss(args, critic, real, fake)
+            of_critic.zero_grad()
+            loss.backward()
+            of_critic.step()
+            if clipped:
+                with torch.no_grad():
+                    for weight in critic.parameters():
+                        weight.clamp_(-args.clip, args.clip)
+            training.log(critic_loss=-loss if otgan else loss)
+        critic.requires_grad_(False)
+        if not otgan or not critic_moves or i >= args.freeze:
+            fake = generator(generator.draw(args.batch))
+            if otgan:
+                loss = matching(draw_mixture(args.batch).to(device), fake)
+            else:
+                loss = generator_loss(args, critic(fake))
+            of_generator.zero_grad()
+            loss.backward()
+            of_generator.step()
+            training.log(loss=loss)
         average.update_parameters(generator)
-        return {"loss": loss}
 
-    shown_at = {args.freeze, *(round(args.steps * k / SHOWN) for k in range(1, SHOWN + 1))}
-
-    def after(done: int) -> None:
-        if done in shown_at:
-            samples = average.module.generate(generator.draw(SAMPLES))
-            training.evaluations.append({"step": done, **score(samples)})
-            title = f"step {done}" + (", critic frozen" if done >= args.freeze else "")
-            kept[title] = samples
-
-    state = {"generator": generator, "average": average, **both.state()}
-    kept: dict[str, Tensor] = {}
-    training = run.Run(args, state)
-    if training.train(step, after):
+    if training.finished:
         with run.own_randomness(args.seed):
             metrics = score(average.module.generate(generator.draw(SAMPLES)))
             real = draw_mixture(SAMPLES)
-        picture({"real": real, **kept}, training.out / "mixture.png")
+        picture({"real": real, **training.kept}, training.out / "mixture.png")
         training.finish(metrics=metrics, floors=score(real))
         print(f"{metrics['modes']:.0f} of {MODES} modes, {metrics['near']:.1%} within 3 deviations")
         print(f"written to {training.out}")
 
 
 if __name__ == "__main__":
-    main()
+    options.run_from_shell(main)

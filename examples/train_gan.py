@@ -17,11 +17,11 @@ One step moves the discriminator ``--n-critic`` times, then the generator once.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from common import generate, players, run
+from common import generate, options
 from common.data import Batches, to_float
 from common.models import (
     HIDDEN,
@@ -31,6 +31,7 @@ from common.models import (
     leaky,
     mlp_critic,
     mlp_generator,
+    moving_average,
     widths,
 )
 from torch import Tensor, nn
@@ -65,37 +66,19 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def gan_critic_loss(
-    args: argparse.Namespace, critic: nn.Module, real: Tensor, fake: Tensor
-) -> Tensor:
-    """Cross-entropy of telling real from generated."""
-    return F.softplus(-critic(real)).mean() + F.softplus(critic(fake)).mean()
-
-
-def wgan_critic_loss(
-    args: argparse.Namespace, critic: nn.Module, real: Tensor, fake: Tensor
-) -> Tensor:
-    """Minus the estimate of the Wasserstein distance."""
-    return critic(fake).mean() - critic(real).mean()
-
-
-def penalised_critic_loss(
-    args: argparse.Namespace, critic: nn.Module, real: Tensor, fake: Tensor
-) -> Tensor:
-    """The same, and ``--penalty`` times (|gradient| - 1)² at points between real and generated."""
-    t = torch.rand(len(real), 1, 1, 1, device=real.device)
+def critic_loss(args: argparse.Namespace, critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+    """What the critic descends: cross-entropy of telling real from generated, or minus its
+    estimate of the Wasserstein distance, with a penalty on its gradient for ``wgan-gp``."""
+    if args.loss == "gan":
+        return F.softplus(-critic(real)).mean() + F.softplus(critic(fake)).mean()
+    distance = critic(real).mean() - critic(fake).mean()
+    if args.loss == "wgan-clip":
+        return -distance
+    t = torch.rand(len(real), *[1] * (real.dim() - 1), device=real.device)
     between = torch.lerp(real, fake, t).requires_grad_()
     (gradient,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
     penalty = (gradient.flatten(1).norm(dim=1) - 1).square().mean()
-    return wgan_critic_loss(args, critic, real, fake) + args.penalty * penalty
-
-
-CriticLoss = Callable[[argparse.Namespace, nn.Module, Tensor, Tensor], Tensor]
-CRITIC_LOSSES: dict[str, CriticLoss] = {
-    "gan": gan_critic_loss,
-    "wgan-clip": wgan_critic_loss,
-    "wgan-gp": penalised_critic_loss,
-}
+    return args.penalty * penalty - distance
 
 
 def generator_loss(args: argparse.Namespace, scores: Tensor) -> Tensor:
@@ -121,11 +104,10 @@ def networks(args: argparse.Namespace, shape: Sequence[int]) -> tuple[Generator,
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = run.parser(__file__, __doc__ or "", PRESETS)
-    generate.add_options(parser)
+    parser = generate.parser(__file__, __doc__ or "", PRESETS)
     add = parser.add_argument
     add("--net", choices=("mlp", "dcgan"), default="mlp")
-    add("--loss", choices=CRITIC_LOSSES, default="gan")
+    add("--loss", choices=("gan", "wgan-clip", "wgan-gp"), default="gan")
     add("--n-critic", type=int, default=1, help="discriminator updates per generator update")
     add("--betas", type=float, nargs=2, default=[0.5, 0.999], help="of Adam")
     add("--dropout", type=float, default=0.0, help="dropout of the discriminator")
@@ -139,46 +121,63 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--clip", type=float, default=0.01, help="bound on critic weights, wgan-clip")
     add("--penalty", type=float, default=10.0, help="weight of the gradient penalty, wgan-gp")
-    args = run.parse(parser, PRESETS, argv)
-    if args.n_critic < 1:
-        raise ValueError(f"--n-critic is {args.n_critic}, expected at least 1")
+    args = options.parse(parser, PRESETS, argv)
+    options.at_least(args, 1, "n_critic")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    images, device = run.begin_images(args)
-    trained = images.limited(args.limit_train).train
-    batches = Batches(len(trained), args.batch, args.seed)
+    images, device = options.begin_images(args)
+    train = images.train[: args.limit_train]
+    batches = Batches(len(train), args.batch, args.seed)
     generator, critic = (net.to(device) for net in networks(args, images.shape))
-    clipped = args.loss == "wgan-clip"
-    optimiser = players.rmsprop(args.lr) if clipped else players.adam(args.lr, tuple(args.betas))
-    both = players.Players(args, {"generator": generator, "critic": critic}, optimiser)
+    average = moving_average(generator, args.ema)
+    # Momentum is known to break a critic with clipped weights.
+    clipped, betas = args.loss == "wgan-clip", tuple(args.betas)
+    optimisers = [
+        torch.optim.RMSprop(net.parameters(), args.lr)
+        if clipped
+        else torch.optim.Adam(net.parameters(), args.lr, betas=betas)
+        for net in (generator, critic)
+    ]
+    state = {
+        "generator": generator,
+        "critic": critic,
+        "average": average,
+        **dict(zip(("generator_optimiser", "critic_optimiser"), optimisers, strict=True)),
+    }
+    training = generate.Training(args, images, average.module, state)
+    of_generator, of_critic = optimisers
 
-    def critic_update(i: int, batch: int) -> Tensor:
-        both.turn("critic", i)
-        real = to_float(trained[batches(batch).to(device)])
-        with run.autocast(args):
-            fake = generator(generator.draw(len(real)))
-            loss = CRITIC_LOSSES[args.loss](args, critic, real, fake)
-        loss.backward()
-        both.move("critic")
-        if clipped:
-            players.clip(critic, args.clip)
-        return loss
-
-    def step(i: int) -> run.Losses:
+    for i in training:
+        training.set_rate(*optimisers)
+        critic.requires_grad_(True)
         for k in range(args.n_critic):
-            critic_loss = critic_update(i, i * args.n_critic + k)
-        both.turn("generator", i)
-        with run.autocast(args):
-            loss = generator_loss(args, critic(generator(generator.draw(args.batch))))
-        loss.backward()
-        both.move("generator")
-        return {"loss": loss, "critic_loss": critic_loss}
+            real = to_float(train[batches(i * args.n_critic + k).to(device)])
+            with torch.no_grad(), options.autocast(args):
+                fake = generator(generator.draw(len(real)))
+            with options.autocast(args):
+                of_the_critic = critic_loss(args, critic, real, fake)
+            of_critic.zero_grad()
+            of_the_critic.backward()
+            of_critic.step()
+            if clipped:
+                with torch.no_grad():
+                    for weight in critic.parameters():
+                        weight.clamp_(-args.clip, args.clip)
 
-    generate.train(args, images, generator, step, both.state())
+        critic.requires_grad_(False)
+        with options.autocast(args):
+            loss = generator_loss(args, critic(generator(generator.draw(args.batch))))
+        of_generator.zero_grad()
+        loss.backward()
+        of_generator.step()
+        average.update_parameters(generator)
+        training.log(loss=loss, critic_loss=of_the_critic)
+
+    training.conclude()
 
 
 if __name__ == "__main__":
-    main()
+    options.run_from_shell(main)

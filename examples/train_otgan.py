@@ -24,9 +24,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from common import chunks, generate, players, ranks, run
+from common import UsageError, chunks, generate, options, ranks
 from common.data import Batches, to_float
-from common.models import Generator, initialise_from_data, otgan_critic, otgan_generator
+from common.models import (
+    Generator,
+    initialise_from_data,
+    moving_average,
+    otgan_critic,
+    otgan_generator,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -47,13 +53,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def optimal_matching(args: argparse.Namespace, features: Sequence[Tensor]) -> Tensor:
+def optimal_matching(args: argparse.Namespace, *features: Tensor) -> Tensor:
     """2 D²_MED: transport between each real and each generated half-batch, and within."""
     losses = otloss.distributed if ranks.count() > 1 else otloss
     return losses.minibatch_energy_distance(*features, args.eps, cost="cosine")
 
 
-def random_matching(args: argparse.Namespace, features: Sequence[Tensor]) -> Tensor:
+def random_matching(args: argparse.Namespace, *features: Tensor) -> Tensor:
     """The same sum with row i matched to row i, whatever they are: what transport is worth."""
 
     def cost(x: Tensor, y: Tensor) -> Tensor:
@@ -64,55 +70,70 @@ def random_matching(args: argparse.Namespace, features: Sequence[Tensor]) -> Ten
     return across - 2 * cost(x1, x2) - 2 * cost(y1, y2)
 
 
-MATCHINGS: dict[str, Callable[[argparse.Namespace, Sequence[Tensor]], Tensor]] = {
+MATCHINGS: dict[str, Callable[..., Tensor]] = {
     "ot": optimal_matching,
     "random": random_matching,
 }
 
 
 class Game:
-    """What one step does to the generator or the critic, whose turn it is."""
+    """Generator and critic, each with its optimiser, and what one step does to one of them."""
 
     def __init__(self, args: argparse.Namespace, generator: Generator, critic: nn.Module) -> None:
         self.args, self.generator, self.critic = args, generator, critic
-        networks = {"generator": generator, "critic": critic}
-        self.players = players.Players(args, networks, players.adam(args.lr))
+        self.networks: dict[str, nn.Module] = {"generator": generator, "critic": critic}
+        self.optimisers = {
+            name: torch.optim.Adam(net.parameters(), args.lr, betas=tuple(args.betas))
+            for name, net in self.networks.items()
+        }
+        self.timed: Callable[..., Any] = lambda loss, *of: loss(*of)
+
+    def mover(self, i: int) -> str:
+        """Who moves at step ``i``."""
+        return "critic" if i % (self.args.n_gen + 1) == 0 else "generator"
 
     def step(self, i: int, real: Tensor) -> Tensor:
         """One update; the loss is returned as the generator sees it.
 
         ``real`` is the whole batch, of which each process of several takes its share.
         """
-        name = "critic" if i % (self.args.n_gen + 1) == 0 else "generator"
-        self.players.turn(name, i)
+        mover = self.mover(i)
+        for name, net in self.networks.items():
+            net.requires_grad_(name == mover)
+        self.optimisers[mover].zero_grad()
         real, z = (ranks.share(t, 2) for t in (real, self.generator.draw(len(real))))
         size = self.args.chunk or len(real)
         reals = [self._features(part) for part in real.split(size)]
         fakes = [self._generated(part) for part in z.split(size)]
         chunked = len(reals) > 1
-        if name == "critic":
+        if mover == "critic":
             parts = [*reals, *fakes]
             loss = -chunks.backward(parts, lambda both: -self._loss(*both.chunk(2)), chunked)
         else:
             with torch.no_grad():
                 fixed = torch.cat([part() for part in reals])
             loss = chunks.backward(fakes, lambda fake: self._loss(fixed, fake), chunked)
-        self.players.move(name)
+        ranks.add_up(self.networks[mover].parameters())
+        self.optimisers[mover].step()
         return loss
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {**self.networks, **{f"{k}_optimiser": v for k, v in self.optimisers.items()}}
+
     def _loss(self, real: Tensor, fake: Tensor) -> Tensor:
-        return MATCHINGS[self.args.match](self.args, (*real.chunk(2), *fake.chunk(2)))
+        return self.timed(MATCHINGS[self.args.match], self.args, *real.chunk(2), *fake.chunk(2))
 
     def _features(self, images: Tensor) -> Callable[[], Tensor]:
         def features() -> Tensor:
-            with run.autocast(self.args):
+            with options.autocast(self.args):
                 return self.critic(images).float()
 
         return features
 
     def _generated(self, z: Tensor) -> Callable[[], Tensor]:
         def features() -> Tensor:
-            with run.autocast(self.args):
+            with options.autocast(self.args):
                 return self.critic(self.generator(z)).float()
 
         return features
@@ -125,21 +146,17 @@ def flipped(images: Tensor) -> Tensor:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = run.parser(__file__, __doc__ or "", PRESETS)
-    generate.add_options(parser)
+    parser = generate.parser(__file__, __doc__ or "", PRESETS)
     add = parser.add_argument
     add("--eps", type=float, default=0.002, help="regularisation, in units of the cosine cost")
     add("--n-gen", type=int, default=3, help="generator steps per critic step")
     add("--match", choices=MATCHINGS, default="ot", help="how the samples of two clouds are paired")
     add("--chunk", type=int, help="images through the networks at a time; same gradient")
     add("--flip", action="store_true", help="mirror real images at random")
-    args = run.parse(parser, PRESETS, argv)
-    if args.batch % 2:
-        raise ValueError(f"--batch is {args.batch}, expected an even number: two half-batches")
-    for name in ("n_gen", "chunk"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
+    add("--betas", type=float, nargs=2, default=[0.5, 0.999], help="of Adam")
+    args = options.parse(parser, PRESETS, argv)
+    options.even_batch(args)
+    options.at_least(args, 1, "n_gen", "chunk")
     return args
 
 
@@ -151,24 +168,32 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(args: argparse.Namespace) -> None:
     if ranks.count() > 1 and args.match != "ot":
-        raise ValueError(f"--match is {args.match}, expected ot: others need the whole batch")
+        raise UsageError(f"--match is {args.match}, expected ot: others need the whole batch")
     if ranks.count() > args.batch // 2:
-        raise ValueError(f"--batch is {args.batch}, expected two images for each process")
-    images, device = run.begin_images(args)
-    trained = images.limited(args.limit_train).train
-    batches = Batches(len(trained), args.batch, args.seed)
+        raise UsageError(f"--batch is {args.batch}, expected two images for each process")
+    images, device = options.begin_images(args)
+    if device.type == "cpu" and args.width > 0.25 and images.shape[1] > 8:
+        print(f"width {args.width:g} takes seconds a step on a CPU: --width 0.125 is for one")
+    train = images.train[: args.limit_train]
+    batches = Batches(len(train), args.batch, args.seed)
     generator = otgan_generator(images.shape, args.latent, args.prior, args.width).to(device)
     critic = otgan_critic(images.shape, args.width).to(device)
     initialise_from_data(generator, generator.draw(args.batch))
-    initialise_from_data(critic, to_float(trained[: args.batch]))
+    initialise_from_data(critic, to_float(train[: args.batch]))
+    average = moving_average(generator, args.ema)
     game = Game(args, generator, critic)
+    training = generate.Training(args, images, average.module, {**game.state(), "average": average})
+    game.timed = training.timed
 
-    def step(i: int) -> run.Losses:
-        real = to_float(trained[batches(i).to(device)])
-        return {"loss": game.step(i, flipped(real) if args.flip else real)}
+    for i in training:
+        training.set_rate(*game.optimisers.values())
+        real = to_float(train[batches(i).to(device)])
+        loss = game.step(i, flipped(real) if args.flip else real)
+        average.update_parameters(generator)
+        training.log(**{"loss": loss, f"{game.mover(i)}_loss": loss})
 
-    generate.train(args, images, generator, step, game.players.state())
+    training.conclude()
 
 
 if __name__ == "__main__":
-    main()
+    options.run_from_shell(main)

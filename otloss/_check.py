@@ -231,12 +231,12 @@ def finite_gradient(grad: Tensor | None) -> None:
         )
 
 
-def resolution(eps: float, max_cost: float | Tensor, dtype: torch.dtype) -> None:
+def resolution(eps: float | Tensor, max_cost: float | Tensor, dtype: torch.dtype) -> None:
     """Below this eps, (f + g - C) / eps has no correct digit in the dtype."""
     unit = 4 * torch.finfo(dtype).eps
     if isinstance(max_cost, Tensor):  # compiled code has not read it
         below = f"eps is below what {dtype} can resolve against the costs"
-        torch._assert_async(~(unit * max_cost > eps), below)
+        torch._assert_async(~(unit * max_cost > eps).any(), below)
         return
     if eps < unit * max_cost:
         raise ValueError(

@@ -9,6 +9,10 @@ import math
 import numbers
 from typing import Any, Final, Literal, NamedTuple, TypedDict, TypeVar, get_args
 
+import torch
+from torch import Tensor
+
+from otloss import _check
 from otloss._check import describe
 from otloss.costs import COSTS, Cost
 
@@ -21,6 +25,7 @@ __all__ = [
     "Options",
     "Precision",
     "check_cost",
+    "check_eps",
     "check_options",
     "choice",
     "number",
@@ -59,7 +64,8 @@ class LossOptions(TypedDict, total=False):
 class Options(NamedTuple):
     """The checked keyword arguments of a solve."""
 
-    eps: float  # regularisation, in units of cost
+    # Regularisation, in units of cost: a float, or a tensor () or (B,) of float64, see eps.py.
+    eps: Any
     cost: Cost
     objective: str  # what the value is: with the entropy or without
     rho_x: float  # the penalty that holds the plan to a; infinite is a constraint
@@ -74,6 +80,10 @@ class Options(NamedTuple):
 
     def balanced(self) -> bool:
         return self.rho_x == math.inf and self.rho_y == math.inf
+
+    def learns_eps(self) -> bool:
+        """Whether a derivative in eps may be wanted."""
+        return isinstance(self.eps, Tensor) and self.eps.requires_grad and torch.is_grad_enabled()
 
     def gradient(self) -> str:
         """``backward``, where it is left open the mode that is exact for what was asked for.
@@ -114,7 +124,7 @@ def check_options(
     """Checks everything that a solve takes besides tensors."""
     rho_x, rho_y = _penalties(unbalanced)
     checked = Options(
-        eps=number("eps", eps),
+        eps=check_eps(eps),
         cost=check_cost(cost),
         objective=choice("objective", objective, OBJECTIVES),
         rho_x=rho_x,
@@ -133,6 +143,21 @@ def check_options(
             "which was None"
         )
     return checked
+
+
+def check_eps(value: Any) -> float | Tensor:
+    if not isinstance(value, Tensor):
+        return number("eps", value)
+    _check.no_transforms()
+    eps, finite = _check.floating("eps", value), "eps must be finite and > 0"
+    if eps.dim() > 1 or eps.numel() == 0:
+        raise ValueError(f"eps must have shape () or (B,), got {describe(eps)}")
+    good = ((eps.detach() > 0) & eps.detach().isfinite()).all()
+    if _check.unread(eps):
+        torch._assert_async(good, finite)
+    elif _check.readable(eps) and not bool(good):
+        raise ValueError(f"{finite}, got {eps.detach().tolist()}")
+    return eps.double()
 
 
 def number(name: str, value: Any) -> float:

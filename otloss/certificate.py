@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,13 +19,14 @@ class Dual(NamedTuple):
     b: Tensor  # (B, m)
     f: Tensor  # (B, n)
     g: Tensor  # (B, m)
-    eps: float
+    eps: Any  # one, or (B,)
     rho_x: float
     rho_y: float
 
     def log_plan(self, rows: slice, C: Tensor) -> Tensor:
         """log P_ij of some rows, -inf where a weight is 0, from their costs."""
-        exponent = (self.f[:, rows].unsqueeze(-1) + self.g.unsqueeze(-2) - C) / self.eps
+        eps = self.eps.reshape(-1, 1, 1) if isinstance(self.eps, Tensor) else self.eps
+        exponent = (self.f[:, rows].unsqueeze(-1) + self.g.unsqueeze(-2) - C) / eps
         weight = self.a[:, rows].log().unsqueeze(-1) + self.b.log().unsqueeze(-2)
         return torch.where(weight > -math.inf, exponent + weight, -math.inf)
 

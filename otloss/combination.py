@@ -11,9 +11,16 @@ from torch import Tensor
 from otloss import _check, ops
 from otloss._options import Options
 from otloss.costs import full_precision
+from otloss.eps import check_shape
 from otloss.forbidden import solve_allowed
 from otloss.method import choose
-from otloss.problem import Problem, build_costs, check_clouds, see_empty_bins
+from otloss.problem import (
+    Problem,
+    build_costs,
+    check_clouds,
+    ready_for_blocks,
+    see_empty_bins,
+)
 from otloss.reference.arguments import as_pairs
 from otloss.run import Solved, report, run
 from otloss.target import Target
@@ -63,11 +70,15 @@ def combine(
     ``target``: of a divergence, keeps the self problem of y from call to call.
     """
     problem = check_clouds(clouds, weights, balanced=options.balanced())
+    check_shape(options.eps, problem)
     pairs, keeps = combination.pairs, memory is not None
     options, dense = choose(problem.points, problem.weights, pairs, options)
-    named = isinstance(options.cost, str)
-    costs = None if named else build_costs(problem, pairs, options.cost, options.method)
-    problem = see_empty_bins(problem, pairs, options.cost, options.method)
+    named, costs = isinstance(options.cost, str), None
+    if named or dense:
+        costs = None if named else build_costs(problem, pairs, options.cost, options.method)
+        problem = see_empty_bins(problem, pairs, options.cost, options.method)
+    else:
+        problem = ready_for_blocks(problem)
     of_target = None
     if target is not None and _stays(clouds["y"], weights, options):
         of_target = target.self_problem(
@@ -108,6 +119,8 @@ def _stays(y: Tensor, weights: dict[str, Tensor | None], options: Options) -> bo
     """Whether the self problem of y may serve later calls: nothing is differentiated in it, changes
     of its tensors are counted, and the kernels take its solution from an earlier call."""
     if not (ops.NATIVE and y.is_cpu and ops.makes_plain_tensors()):
+        return False
+    if isinstance(options.eps, Tensor):
         return False
     tensors, b = [t for t in (y, *weights.values()) if t is not None], weights["b"]
     held = not (y.requires_grad or (b is not None and b.requires_grad))

@@ -36,6 +36,7 @@ class NamedCost:
 
     name: ClassVar[str]
     number: ClassVar[int]  # of the functor: `CostKind` in csrc/core/costs.h
+    degree: ClassVar[int]  # of t in c(t x, t y)
     subtracted: ClassVar[float] = 0.0  # what a cost is the difference of: it has that rounding
 
     def between(self, x: Tensor, y: Tensor) -> Tensor:
@@ -68,7 +69,7 @@ class NamedCost:
 class SqEuclidean(NamedCost):
     """|x - y|^2, without 1/2."""
 
-    name, number = "sqeuclidean", 0
+    name, number, degree = "sqeuclidean", 0, 2
 
     def between(self, x: Tensor, y: Tensor) -> Tensor:
         return (x.unsqueeze(2) - y.unsqueeze(1)).square().sum(-1)
@@ -100,7 +101,7 @@ class SqEuclidean(NamedCost):
 class Euclidean(NamedCost):
     """|x - y|, with gradient 0 where x = y."""
 
-    name, number = "euclidean", 1
+    name, number, degree = "euclidean", 1, 1
 
     def between(self, x: Tensor, y: Tensor) -> Tensor:
         return _root((x.unsqueeze(2) - y.unsqueeze(1)).square().sum(-1))
@@ -117,7 +118,7 @@ class Euclidean(NamedCost):
 class Cosine(NamedCost):
     """1 - <x, y> / (|x| |y|); 1 with gradient 0 for a point of norm 0."""
 
-    name, number, subtracted = "cosine", 2, 1.0
+    name, number, degree, subtracted = "cosine", 2, 0, 1.0
 
     def between(self, x: Tensor, y: Tensor) -> Tensor:
         with full_precision(x):

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from otloss import _check, ops
 from otloss._options import Options
+from otloss.eps import detached, of_rows
 from otloss.problem import Problem
 from otloss.reference.arguments import as_pairs
-from otloss.reference.marginals import plan
+from otloss.reference.marginals import Eps, of_entries, plan
 from otloss.run import Solved
 
 __all__ = ["solve_allowed"]
@@ -45,25 +46,26 @@ def solve_allowed(
     weights = problem.weights
     sides = [(weights[i].detach(), weights[j].detach()) for i, j in as_pairs(pairs)]
     rho = sum(r for r in (options.rho_x, options.rho_y) if math.isfinite(r))
-    unit = UNDERFLOW[weights[0].dtype]
+    unit, eps = UNDERFLOW[weights[0].dtype], of_rows(detached(options).eps, weights[0])
+    margin = unit * of_entries(eps)
     if not _check.readable(costs[0]):
-        finite = _lifted(costs, forbidden, HEIGHTS[1] * unit * (options.eps + rho))
+        finite = _lifted(costs, forbidden, HEIGHTS[1] * (margin + unit * rho))
         solved = solve(finite, True)
-        return finite, _failed_where(_used(solved, finite, forbidden, unit * options.eps), solved)
+        return finite, _failed_where(_used(solved, finite, forbidden, margin), solved)
     for mask, (i, j), (a, b) in zip(forbidden, as_pairs(pairs), sides, strict=True):
         _check_ways(problem, mask, a, b, options.rho_y if i else options.rho_x, "row", i)
         _check_ways(problem, mask.mT, b, a, options.rho_y if j else options.rho_x, "column", j)
     share = None
     for height in HEIGHTS:
-        finite = _lifted(costs, forbidden, height * unit * (options.eps + rho))
+        finite = _lifted(costs, forbidden, height * (margin + unit * rho))
         solved = solve(finite, True)
         unsettled = solved.status[..., ops.CONVERGED] != 0  # one that did not converge says so
-        unsettled = unsettled & _used(solved, finite, forbidden, unit * options.eps)
+        unsettled = unsettled & _used(solved, finite, forbidden, margin)
         if not bool(unsettled.any()):
             return finite, solved
         # Mass without another way stays at forbidden pairs however high their cost; the share of
         # all other mass falls from one height to the next.
-        last, share = share, _share(solved, finite, forbidden, sides, options.eps)
+        last, share = share, _share(solved, finite, forbidden, sides, eps)
         lost = unsettled & (share > 3 * options.tol)
         if last is not None and bool((lost & (share > 0.5 * last)).any()):
             break
@@ -76,7 +78,7 @@ def solve_allowed(
     )
 
 
-def _lifted(costs: Sequence[Tensor], forbidden: list[Tensor], height: float) -> list[Tensor]:
+def _lifted(costs: Sequence[Tensor], forbidden: list[Tensor], height: Eps) -> list[Tensor]:
     """The costs with forbidden ones ``height`` above the largest of the others."""
     lifted = []
     for C, mask in zip(costs, forbidden, strict=True):
@@ -86,7 +88,7 @@ def _lifted(costs: Sequence[Tensor], forbidden: list[Tensor], height: float) -> 
     return lifted
 
 
-def _used(solved: Solved, costs: list[Tensor], forbidden: list[Tensor], margin: float) -> Tensor:
+def _used(solved: Solved, costs: list[Tensor], forbidden: list[Tensor], margin: Eps) -> Tensor:
     """In which problems the plan is not 0 at a forbidden pair, (P, B)."""
     used = []
     for f, g, C, mask in zip(solved.f, solved.g, costs, forbidden, strict=True):
@@ -100,7 +102,7 @@ def _share(
     costs: list[Tensor],
     forbidden: list[Tensor],
     sides: list[tuple[Tensor, Tensor]],
-    eps: float,
+    eps: Eps,
 ) -> Tensor:
     """How much of the plan is at forbidden pairs, (P, B): where no other plan is possible, the part
     that stays however high these are."""

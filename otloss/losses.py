@@ -24,6 +24,7 @@ from otloss.problem import (
     build_costs,
     check_clouds,
     hide_padding,
+    ready_for_blocks,
     see_empty_bins,
     seen_costs,
     with_empty_bins,
@@ -48,7 +49,7 @@ MINIBATCH_DEFAULTS = LossOptions(cost="cosine", objective="transport", backward=
 def sinkhorn_divergence(
     x: Tensor,
     y: Tensor,
-    eps: float,
+    eps: float | Tensor,
     *,
     a: Tensor | None = None,
     b: Tensor | None = None,
@@ -83,6 +84,7 @@ def sinkhorn_divergence(
             is computed in float32.
         eps: regularisation, in units of cost, absolute. A few percent of the mean cost: sharp, near
             exact optimal transport. The mean cost or more: blurred, near :func:`energy_distance`.
+            A tensor () or (B,) gives each problem its own, and has a gradient.
         a, b: weights (n,) and (m,), or (B, n) and (B, m), of equal total unless ``unbalanced``;
             default uniform. A point of weight 0 changes nothing, and its coordinates receive
             gradient 0. Its weight has a one-sided derivative where they are finite (an empty bin),
@@ -113,7 +115,8 @@ def sinkhorn_divergence(
             - ``"auto"`` (default): unrolled with ``n_iters``, else implicit; for the regularized
               objective implicit equals envelope.
         method: ``"dense"`` stores the cost matrices. ``"streamed"`` computes costs from the points
-            in every sweep, memory O((n + m) d), named costs only. ``"multiscale"`` computes those
+            in every sweep, memory O((n + m) d); a cost function is called on some rows of x and all
+            of y, and has the envelope gradient. ``"multiscale"`` computes those
             that hold something of the plan: large clouds in up to 8 dimensions on a CPU, squared
             or cosine cost. ``"reference"`` is plain torch. ``"auto"`` streams if the matrices
             exceed the memory budget ``otloss.method.dense_budget`` or would be slower, and takes
@@ -150,7 +153,7 @@ def sinkhorn_divergence(
 def sinkhorn_loss(
     x: Tensor,
     y: Tensor,
-    eps: float,
+    eps: float | Tensor,
     *,
     a: Tensor | None = None,
     b: Tensor | None = None,
@@ -194,7 +197,7 @@ def minibatch_energy_distance(
     x2: Tensor,
     y1: Tensor,
     y2: Tensor,
-    eps: float,
+    eps: float | Tensor,
     *,
     cost: Cost = "cosine",
     objective: Objective = "transport",
@@ -263,7 +266,7 @@ def energy_distance(
     Args:
         x, y, a, b, cost: as in :func:`sinkhorn_divergence`.
         method: ``"dense"``, ``"reference"``, ``"streamed"`` (rows of the cost matrices in blocks,
-            again for the gradient: memory O((n + m) d), named costs) or ``"auto"``: dense unless
+            again for the gradient: memory O((n + m) d)) or ``"auto"``: dense unless
             the matrices exceed the memory budget.
 
     Returns:
@@ -271,7 +274,6 @@ def energy_distance(
 
     Raises:
         ValueError, TypeError: as :func:`sinkhorn_divergence`.
-        NotImplementedError: ``"streamed"`` with a cost function.
 
     References:
         Székely and Rizzo, *Energy statistics* (2013); Feydy et al. (2019).
@@ -283,10 +285,14 @@ def energy_distance(
 
 def energy(problem: Problem, cost: Cost, method: str) -> Tensor:
     """The energy distance of checked clouds, whose totals may differ."""
-    problem = see_empty_bins(problem, DEBIASED.pairs, cost, method)
+    by_rows = _streams_rows(problem, cost, method)
+    # By rows no matrix of a function says which bins are empty; the points do.
+    seen_by = "euclidean" if by_rows else cost
+    problem = see_empty_bins(problem, DEBIASED.pairs, seen_by, method)
     pairs, w = as_pairs(DEBIASED.pairs), problem.weights
-    if _streams_rows(problem, cost, method):
-        terms = [_mean_cost_in_blocks(problem, i, j, str(cost)) for i, j in pairs]
+    if by_rows:
+        problem = problem if isinstance(cost, str) else ready_for_blocks(problem)
+        terms = [_mean_cost_in_blocks(problem, i, j, cost) for i, j in pairs]
     else:
         costs = _costs_of_means(problem, DEBIASED.pairs, cost, method)
         terms = [_mean_cost(C, w[i], w[j]) for C, (i, j) in zip(costs, pairs, strict=True)]
@@ -301,16 +307,14 @@ def energy(problem: Problem, cost: Cost, method: str) -> Tensor:
 
 def _streams_rows(problem: Problem, cost: Cost, method: str) -> bool:
     """Whether an energy distance makes its cost matrices a block of rows at a time."""
-    if method == "streamed" and not isinstance(cost, str):
-        raise NotImplementedError(f'method="streamed" needs a cost given by name, got {cost!r}')
-    if method != "auto" or not isinstance(cost, str):
+    if method != "auto" or (torch.compiler.is_compiling() and not isinstance(cost, str)):
         return method == "streamed"
     a, b = problem.weights
     entries = a.shape[0] * (a.shape[1] * b.shape[1] + a.shape[1] ** 2 + b.shape[1] ** 2)
     return exceeds_budget(entries * a.element_size(), a.device)
 
 
-def _mean_cost_in_blocks(problem: Problem, i: int, j: int, cost: str) -> Tensor:
+def _mean_cost_in_blocks(problem: Problem, i: int, j: int, cost: Cost) -> Tensor:
     pair = problem.of_pair(i, j)
     x, b = pair.points[0], pair.weights[1]
     count = torch.arange(b.shape[1], device=b.device)
@@ -318,7 +322,8 @@ def _mean_cost_in_blocks(problem: Problem, i: int, j: int, cost: str) -> Tensor:
     def of_block(rows: slice) -> tuple[Tensor, ...]:
         block = pair.of_rows(rows)
         (C,) = _costs_of_means(block, [0, 1], cost, "streamed")
-        if i == j:  # a cost to itself is exactly 0, which a kernel that sees two clouds cannot know
+        # A cost to itself is exactly 0, which a kernel that sees two clouds cannot know.
+        if i == j and isinstance(cost, str):
             own = NAMED[COSTS[cost]].is_zero_to_itself(x)[..., rows].unsqueeze(-1)
             C = torch.where(own & (count[rows].unsqueeze(-1) == count), 0.0, C)
         return (_mean_cost(C, *block.weights),)

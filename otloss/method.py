@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from otloss import _check, ops
 from otloss._options import Options
+from otloss.costs import COSTS, NAMED, cost_between
 from otloss.reference.arguments import as_pairs
 
 __all__ = ["budget", "choose", "choose_method", "dense_budget", "exceeds_budget", "in_blocks"]
@@ -53,6 +54,7 @@ def choose(
 ) -> tuple[Options, bool]:
     """The options, with ``method="multiscale"`` also where "auto" takes it, and whether cost
     matrices are stored."""
+    options = _with_function(options)
     lacks = _multiscale_lacks(points, options)
     if options.method == "multiscale" and lacks:
         needed, given = lacks
@@ -62,6 +64,26 @@ def choose(
     if options.method == "multiscale":
         return options, False
     return options, not _streams(points, weights, pairs, options)
+
+
+def _with_function(options: Options) -> Options:
+    """A cost that does not scale with the points as a function, where eps has a derivative: that
+    takes costs which can be scaled; see otloss/eps.py."""
+    if not (isinstance(options.cost, str) and options.learns_eps()):
+        return options
+    number = COSTS[options.cost]
+    if NAMED[number].degree:
+        return options
+    if options.method in ("streamed", "multiscale"):
+        raise NotImplementedError(
+            f"the derivative in eps with cost={options.cost!r} needs stored cost matrices, not "
+            f'method={options.method!r}: detach eps, or use "dense"'
+        )
+
+    def cost(x: Tensor, y: Tensor) -> Tensor:
+        return cost_between(x, y, number)
+
+    return options._replace(cost=cost, symmetric=True)
 
 
 def _multiscale_lacks(points: Sequence[Tensor], options: Options) -> tuple[str, Any] | None:
@@ -75,6 +97,8 @@ def _multiscale_lacks(points: Sequence[Tensor], options: Options) -> tuple[str, 
         return f"at most {MULTISCALE_DIMS} dimensions", d
     if options.n_iters >= 0:
         return "a tolerance in place of n_iters", options.n_iters
+    if isinstance(options.eps, Tensor) and options.eps.dim():
+        return "one eps for all problems", tuple(options.eps.shape)
     if options.tol < MULTISCALE_TOL:
         return f"tol of at least {MULTISCALE_TOL:g}", options.tol
     return None
@@ -112,12 +136,14 @@ def _streams(
     points: Sequence[Tensor], weights: Sequence[Tensor], pairs: list[int], options: Options
 ) -> bool:
     """Whether to solve without cost matrices."""
+    if not isinstance(options.cost, str):
+        return _streams_function(weights, pairs, options)
     on_cpu = points[0].device.type == "cpu"
-    possible = isinstance(options.cost, str) and (on_cpu or ops.CUDA_KERNELS)
+    possible = on_cpu or ops.CUDA_KERNELS
     if options.method == "streamed" and not possible:
         raise NotImplementedError(
-            'method="streamed" needs a cost given by name and, on a GPU, a build with CUDA '
-            f"kernels, got cost={options.cost!r} on {points[0].device}"
+            'method="streamed" on a GPU needs a build with CUDA kernels, got points on '
+            f"{points[0].device}"
         )
     if options.method != "auto" or not possible:
         return options.method == "streamed"
@@ -129,6 +155,18 @@ def _streams(
         many_passes_back=options.follows_iterations() or options.solves_system(),
     )
     return chosen == "streamed"
+
+
+def _streams_function(weights: Sequence[Tensor], pairs: list[int], options: Options) -> bool:
+    """Whether a cost function is called on blocks of rows: where its matrices exceed the budget,
+    and the gradient that is asked for is available so."""
+    if options.method != "auto":
+        return options.method == "streamed"
+    learns = torch.is_grad_enabled() and (options.follows_iterations() or options.solves_system())
+    if learns or torch.compiler.is_compiling():
+        return False
+    entries = sum(weights[i].numel() * weights[j].shape[1] for i, j in as_pairs(pairs))
+    return exceeds_budget(entries * weights[0].element_size(), weights[0].device)
 
 
 def choose_method(
@@ -168,12 +206,17 @@ def budget(device: torch.device) -> int:
     return dense_budget
 
 
+def block_rows(across: Tensor) -> int:
+    """Rows of a block over ``across``, (m,) or (B, m)."""
+    return -(-BLOCK_BYTES // (across.numel() * across.element_size()))
+
+
 def in_blocks(
     of_block: Callable[[slice], tuple[Tensor, ...]], count: int, across: Tensor
 ) -> list[tuple[Tensor, ...]]:
     """``of_block(rows)`` for ``count`` rows over ``across`` (B, m), some at a time. What is made on
     the way is not kept for the gradient but made again."""
-    step = -(-BLOCK_BYTES // (across.numel() * across.element_size()))
+    step = block_rows(across)
     blocks = [slice(i, min(i + step, count)) for i in range(0, count, step)]
     if not torch.is_grad_enabled():
         return [of_block(rows) for rows in blocks]

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from otloss import _options, losses
-from otloss._options import EnergyMethod, LossOptions, check_options
+from otloss._options import EnergyMethod, LossOptions, check_eps, check_options
 from otloss.combination import Combination, Memory, combine
 from otloss.costs import Cost
 from otloss.target import Target
@@ -20,7 +20,7 @@ class _Loss(nn.Module):
     options_refused: tuple[str, ...] = ()
 
     def __init__(
-        self, eps: float, *, warm_start: bool = False, **kwargs: Unpack[LossOptions]
+        self, eps: float | Tensor, *, warm_start: bool = False, **kwargs: Unpack[LossOptions]
     ) -> None:
         super().__init__()
         for name in self.options_refused:
@@ -31,7 +31,12 @@ class _Loss(nn.Module):
                 "warm_start must be False with n_iters, whose iterations start from zero "
                 f"potentials, got warm_start=True and n_iters={kwargs['n_iters']}"
             )
-        self.options = check_options(eps, **kwargs)
+        self.options = check_options(eps.detach() if isinstance(eps, Tensor) else eps, **kwargs)
+        # a parameter is registered, and another tensor moves with the module
+        if isinstance(eps, Tensor) and not isinstance(eps, nn.Parameter):
+            self.register_buffer("eps", eps)
+        else:
+            self.eps = eps
         self.cost = self.options.cost  # a module is registered, with its parameters
         self.memory = Memory() if warm_start else None
         self.target: Target | None = None
@@ -43,11 +48,13 @@ class _Loss(nn.Module):
         weights: dict[str, Tensor | None],
         combination: Combination,
     ) -> Tensor:
-        options = self.options._replace(cost=self.cost)
+        eps = check_eps(self.eps) if isinstance(self.eps, Tensor) else self.options.eps
+        options = self.options._replace(cost=self.cost, eps=eps)
         return combine(clouds, weights, combination, options, self.memory, self.target)
 
     def extra_repr(self) -> str:
-        shown = (kv for kv in self._arguments.items() if not isinstance(kv[1], nn.Module))
+        hidden = nn.Module, Tensor
+        shown = (kv for kv in self._arguments.items() if not isinstance(kv[1], hidden))
         return ", ".join(f"{key}={value!r}" for key, value in shown)
 
 
@@ -66,7 +73,7 @@ class SinkhornDivergence(_PairLoss):
     """:func:`otloss.sinkhorn_divergence` as a module: ``SinkhornDivergence(eps, ...)(x, y)``.
 
     Args:
-        eps: regularisation, in units of cost.
+        eps: regularisation, in units of cost. A ``Parameter`` is learnt with the module's others.
         warm_start: start from the potentials of the previous call if the shapes agree. It helps if
             the clouds move slowly between calls, as in a gradient flow, and not with fresh
             minibatches. It changes results only within ``tol``.
@@ -82,7 +89,7 @@ class SinkhornDivergence(_PairLoss):
     combination = losses.DEBIASED
 
     def __init__(
-        self, eps: float, *, warm_start: bool = False, **kwargs: Unpack[LossOptions]
+        self, eps: float | Tensor, *, warm_start: bool = False, **kwargs: Unpack[LossOptions]
     ) -> None:
         super().__init__(eps, warm_start=warm_start, **kwargs)
         self.target = Target()
@@ -107,7 +114,7 @@ class MinibatchEnergyDistance(_Loss):
     options_refused = ("symmetric", "unbalanced")
 
     def __init__(
-        self, eps: float, *, warm_start: bool = False, **kwargs: Unpack[LossOptions]
+        self, eps: float | Tensor, *, warm_start: bool = False, **kwargs: Unpack[LossOptions]
     ) -> None:
         options: LossOptions = {**losses.MINIBATCH_DEFAULTS, **kwargs}
         super().__init__(eps, warm_start=warm_start, **options)

@@ -144,8 +144,10 @@ def set_progress(function: Callable[[int, float], None] | None) -> None:
         _native.set_progress(function)
 
 
-def number(value: float) -> Tensor:
-    """A number of the solver as operations take it: () float64 on the CPU."""
+def number(value: float | Tensor) -> Tensor:
+    """A number of the solver as operations take it: () float64 on the CPU; eps also (B,)."""
+    if isinstance(value, Tensor):
+        return value.reshape(-1 if value.dim() else ()).double().cpu()
     if torch.compiler.is_compiling():
         # A product stays symbolic in the graph, so that another value needs no other graph.
         return torch.ones((), dtype=torch.float64, device="cpu") * value

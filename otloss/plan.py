@@ -12,8 +12,10 @@ from torch import Tensor
 from otloss import reference
 from otloss._options import Options
 from otloss.autograd import extended, plan_product
+from otloss.eps import of_rows
 from otloss.method import in_blocks
 from otloss.problem import Problem, build_costs, seen_costs, with_empty_bins
+from otloss.reference.marginals import of_entries
 from otloss.run import Solved
 
 __all__ = ["Plan", "total_of"]
@@ -35,11 +37,13 @@ class Plan:
         self._problem, self._given_cost, self._options = problem, cost, options
         self._kept_cost: Tensor | None = cost
         self._kept_plan: Tensor | None = None
+        assert solved.settings is not None  # of a solve in this process
         self._settings = solved.settings
         self._kept_extended: list[Tensor] | None = None
         self._dense = dense
-        self._versions = problem.versions(cost)
+        self._versions = problem.versions(cost, options.eps)
         self._a, self._b = problem.weights[0], problem.weights[1]
+        self._eps = of_rows(options.eps, self._a)
         self._f, self._g = solved.f[0], solved.g[0]
 
     def _out(self, t: Tensor) -> Tensor:
@@ -81,7 +85,7 @@ class Plan:
 
     def _plan_rows(self, rows: slice, C: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of the plan and of its cost."""
-        eps, a, b = self._options.eps, self._a[:, rows], self._b
+        eps, a, b = self._eps, self._a[:, rows], self._b
         if self._extended is None:
             return reference.plan(eps, C, self._f[:, rows], self._g, a, b), C
         # At empty bins the plan is 0, but not its derivative in their weights.
@@ -93,7 +97,7 @@ class Plan:
             seen = self._problem.seen[0][:, rows]
         x, y = (a > 0).unsqueeze(-1), (b > 0).unsqueeze(-2)
         C = with_empty_bins(C, seen, a, b)
-        exponent = (f.unsqueeze(-1) + g.unsqueeze(-2) - C) / eps
+        exponent = (f.unsqueeze(-1) + g.unsqueeze(-2) - C) / of_entries(eps)
         exponent = torch.where((x & y) | ((x ^ y) & seen.isfinite()), exponent, -torch.inf)
         density = exponent.exp().clamp(max=torch.finfo(C.dtype).max)  # 0 times infinity is NaN
         return a.unsqueeze(-1) * b.unsqueeze(-2) * density, C
@@ -101,13 +105,10 @@ class Plan:
     @property
     def _extended(self) -> list[Tensor] | None:
         """The potentials with those of empty bins, if their weights are differentiated."""
-        settings, problem = self._settings, self._problem
-        if settings is None or settings.places is None:
-            return None
-        if self._kept_extended is None:
-            self._kept_extended = extended(
-                settings, settings.places, problem.weights, self._f, self._g
-            )
+        settings = self._settings
+        if settings.places is not None and self._kept_extended is None:
+            weights = self._problem.weights
+            self._kept_extended = extended(settings, settings.places, weights, self._f, self._g)
         return self._kept_extended
 
     def _over_rows(self, function: Callable[..., tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
@@ -142,7 +143,6 @@ class Plan:
     def _product(self, v: Tensor, axis: int) -> Tensor:
         """P v or P^T v by the multiscale engine."""
         self._check_unchanged()
-        assert self._settings is not None
         problem, potentials = self._problem, (self._f, self._g)
         return plan_product(self._settings, problem.points, problem.weights, potentials, v, axis)
 

@@ -22,6 +22,7 @@ __all__ = [
     "check_clouds",
     "cost_matrix",
     "hide_padding",
+    "ready_for_blocks",
     "see_empty_bins",
     "seen_costs",
     "with_empty_bins",
@@ -64,19 +65,19 @@ class Problem:
             present=present,
         )
 
-    def of_rows(self, rows: slice) -> Problem:
+    def of_rows(self, rows: slice | Tensor) -> Problem:
         """The problem of some points of the first cloud and all of the second."""
         (x, y), (a, b) = self.points, self.weights
         weights = (a[:, rows].contiguous(), b)
         present = tuple(p[:, r] for p, r in zip(self.present, (rows, slice(None)), strict=False))
         return replace(self, points=(x[..., rows, :], y), weights=weights, present=present)
 
-    def versions(self, cost: Tensor | None) -> list[tuple[str, Tensor, int]]:
+    def versions(self, cost: Tensor | None, eps: float | Tensor) -> list[tuple[str, Tensor, int]]:
         """The caller's tensors, under their names, and how often they have been changed in
         place."""
         named = [*zip(self.names, self.points, strict=True)]
         named += zip(("a", "b"), self.weights, strict=True)
-        named += [] if cost is None else [("C", cost)]
+        named += [(k, t) for k, t in (("C", cost), ("eps", eps)) if isinstance(t, Tensor)]
         tracked = not torch.compiler.is_compiling()
         return [(k, t, t._version) for k, t in named if tracked and not t.is_inference()]
 
@@ -162,6 +163,16 @@ def build_costs(problem: Problem, pairs: list[int], cost: Cost, method: str) -> 
         hide_padding(problem, _call_cost(cost, ready[i], ready[j]), weights[i], weights[j])
         for i, j in as_pairs(pairs)
     )
+
+
+def ready_for_blocks(problem: Problem) -> Problem:
+    """The problem with points that a cost function may see, whichever rows it gets: in place of
+    padding a real one."""
+    if not problem.padded:
+        return problem
+    kept = problem.present or [w > 0 for w in problem.weights]
+    sides = zip(problem.points, problem.weights, kept, strict=True)
+    return replace(problem, points=tuple(_replaced(x.to(w.dtype), w, k) for x, w, k in sides))
 
 
 def see_empty_bins(

@@ -44,12 +44,11 @@ class OTResult(PlanPairs):
         cost: Tensor | None,
         options: Options,
         solved: Solved,
-        system: list[Tensor] | None,
         *,
         dense: bool,
     ) -> None:
         super().__init__(problem, cost, options, solved, dense=dense)
-        self._status, self._system = solved.status[0], system
+        self._status = solved.status[0]
         self._reported = _check.readable(self._status)
         self.value = solved.loss
         self.potentials = (self._out(self._f), self._out(self._g))
@@ -147,7 +146,8 @@ class OTResult(PlanPairs):
 
         with torch.no_grad():
             value = self.value.reshape(-1) if o.objective == "regularized" else None
-            gap = duality_gap(Dual(a, b, f, g, o.eps, o.rho_x, o.rho_y), value, blocks)
+            eps = o.eps.detach().to(a) if isinstance(o.eps, Tensor) else o.eps
+            gap = duality_gap(Dual(a, b, f, g, eps, o.rho_x, o.rho_y), value, blocks)
         return self._number(gap)
 
     @property
@@ -164,9 +164,10 @@ class OTResult(PlanPairs):
         """Iterations and relative residual of the last implicit backward pass, as (int, float) or
         (B,) each; None until a backward pass has solved a linear system. A residual above 1e-6
         (float64) or 1e-4 (float32) also warns."""
-        if not self._system:
+        system = self._settings.system
+        if not system:
             return None
-        iterations, residual = self._system[0][0].unbind(-1)
+        iterations, residual = system[0][0].unbind(-1)
         return self._number(iterations.long()), self._number(residual)
 
     def explain(self) -> str:
@@ -229,7 +230,7 @@ class OTResult(PlanPairs):
         y = self._need_points("extend")[1]
         x_new = _check.points("x_new", x_new)
         _check.same_space("y", y, "x_new", x_new)
-        dtype, eps = self._a.dtype, self._options.eps
+        dtype, eps = self._a.dtype, self._eps
         factor = reference.damping(self._options.rho_x, eps)
 
         def of_block(rows: slice) -> tuple[Tensor, ...]:
@@ -251,4 +252,6 @@ class OTResult(PlanPairs):
     def __repr__(self) -> str:
         batch = tuple(self._a.shape[:-1]) if self._problem.batched else ()
         shape = (*batch, self._a.shape[-1], self._b.shape[-1])
-        return f"OTResult({shape}, eps={self._options.eps:g}, cost={self._options.cost!r})"
+        eps = self._options.eps
+        shown = f"a tensor {tuple(eps.shape)}" if isinstance(eps, Tensor) else f"{eps:g}"
+        return f"OTResult({shape}, eps={shown}, cost={self._options.cost!r})"

@@ -14,7 +14,9 @@ from otloss import _check, ops, status
 from otloss._options import Options
 from otloss.autograd import Places, Settings, Solve, evaluate
 from otloss.autograd.settings import batched
+from otloss.by_rows import solve_by_rows
 from otloss.costs import subtracted
+from otloss.eps import scale_of
 from otloss.problem import Problem
 from otloss.reference.arguments import as_pairs
 from otloss.target import SelfProblem
@@ -49,11 +51,20 @@ def run(
     as ``loss`` () or (B,), or (P, B) in float64.
 
     ``costs``: given matrices, or None to compute costs from the points; ``dense`` says whether they
-    are stored.
+    are stored. Those of a function are not.
     ``potentials``: whether f and g are returned too, differentiable.
     ``target``: the last pair, a cloud against itself whose solution is kept for later calls.
     ``system``: receives the status of the linear system when an implicit gradient is taken.
     """
+    given, scale = problem, scale_of(problem, options)
+    by_rows = costs is None and not isinstance(options.cost, str)
+    if scale:
+        problem, costs, init = scale.down(problem, () if by_rows else costs, init)
+        options, potentials = scale.options, potentials or scale.needs_potentials()
+    if by_rows:
+        parts = solve_by_rows(problem, pairs, coefficients, options, init, scale, combined=combined)
+        solved = Solved(*parts)
+        return scale.up(solved, given, pairs, coefficients) if scale else solved
     costs, points = ((), problem.points) if costs is None else (costs, ())
     live = _live_pairs(costs, points, problem.weights, pairs) if torch.is_grad_enabled() else []
     places = None
@@ -70,7 +81,7 @@ def run(
         combined=combined,
         options=options,
         potentials=potentials,
-        trace=bool(live) and options.follows_iterations(),
+        trace=len(live) > 0 and options.follows_iterations(),
         dense=dense,
         batched=problem.batched,
         single=_are_single(problem, points, options),
@@ -90,7 +101,8 @@ def run(
         outputs, _ = evaluate(settings, sizes, tensors)
     loss, how, *rest = outputs
     half = len(rest) // 2
-    return Solved(loss, how, tuple(rest[:half]), tuple(rest[half:]), settings)
+    solved = Solved(loss, how, tuple(rest[:half]), tuple(rest[half:]), settings)
+    return scale.up(solved, given, pairs, coefficients) if scale else solved
 
 
 def _live_pairs(
@@ -110,7 +122,7 @@ def _are_single(problem: Problem, points: Sequence[Tensor], options: Options) ->
     """Whether the kernels take the clouds as they are, without a batch dimension."""
     return (
         ops.NATIVE
-        and bool(points)
+        and len(points) > 0  # torch 2.10 cannot trace bool of a tuple
         and not (problem.padded or problem.batched or torch.compiler.is_compiling())
         and options.method != "reference"
         and all(
@@ -127,7 +139,7 @@ def report(problem: Problem, costs: Sequence[Tensor], options: Options, solved: 
     status.record(solved.status)
     dtype, least = problem.weights[0].dtype, subtracted(options.cost)
     if _check.unread(solved.status):
-        costs_up_to = solved.status[..., ops.MAX_COST].amax().clamp(min=least)
+        costs_up_to = solved.status[..., ops.MAX_COST].amax(0).clamp(min=least)
         _check.resolution(options.eps, costs_up_to, dtype)
     if not _check.readable(solved.status):
         return
@@ -139,7 +151,12 @@ def report(problem: Problem, costs: Sequence[Tensor], options: Options, solved: 
         for C in costs:
             _check.finite("C" if not problem.points else "the cost matrix", C)
         raise ValueError(f"costs overflow {dtype}: scale the data down")
-    _check.resolution(options.eps, max(largest, least), dtype)
+    eps, largest = options.eps, max(largest, least)
+    if isinstance(eps, Tensor):
+        each = solved.status[..., ops.MAX_COST].amax(0).clamp(min=least)
+        hardest = (each / eps.detach()).argmax()
+        eps, largest = eps.expand_as(each)[hardest].item(), each[hardest].item()
+    _check.resolution(eps, largest, dtype)
     values = solved.loss.tolist()
     if not all(map(math.isfinite, values if problem.batched else [values])):
         raise ValueError(f"sums of costs up to {largest:.3g} overflow {dtype}: scale the data down")

@@ -19,6 +19,7 @@ from otloss._options import (
     check_options,
 )
 from otloss.costs import Cost
+from otloss.eps import check_shape, detached
 from otloss.forbidden import solve_allowed
 from otloss.method import choose
 from otloss.problem import (
@@ -28,6 +29,7 @@ from otloss.problem import (
     build_costs,
     check_clouds,
     hide_padding,
+    ready_for_blocks,
     see_empty_bins,
 )
 from otloss.result import OTResult
@@ -39,7 +41,7 @@ __all__ = ["solve", "solve_sample"]
 
 def solve(
     C: Tensor,
-    eps: float,
+    eps: float | Tensor,
     *,
     a: Tensor | None = None,
     b: Tensor | None = None,
@@ -67,7 +69,8 @@ def solve(
         C: cost matrix (n, m), or (B, n, m) for a batch of independent problems. One matrix serves
             many weights, (n, m) with a (B, n) and b (B, m), or (1, n, m). Infinity forbids a pair:
             the plan is exactly 0 there, and so is the gradient.
-        eps: regularisation, in units of ``C``, absolute.
+        eps: regularisation, in units of ``C``, absolute. A tensor () or (B,) gives each problem
+            its own, and has a gradient.
         a, b: weights (n,) and (m,), or (B, n) and (B, m); default uniform. A row of weight 0
             changes nothing and receives gradient 0. Its weight has a one-sided derivative if its
             costs are finite, an empty bin, and else is padding, with gradient 0.
@@ -137,7 +140,7 @@ def solve(
 def solve_sample(
     x: Tensor,
     y: Tensor,
-    eps: float,
+    eps: float | Tensor,
     *,
     a: Tensor | None = None,
     b: Tensor | None = None,
@@ -176,9 +179,12 @@ def solve_sample(
     )  # fmt: skip
     problem = check_clouds({"x": x, "y": y}, {"a": a, "b": b}, balanced=options.balanced())
     options, dense = choose(problem.points, problem.weights, [0, 1], options)
-    named = isinstance(options.cost, str)
-    costs = None if named else build_costs(problem, [0, 1], options.cost, options.method)
-    problem = see_empty_bins(problem, [0, 1], options.cost, options.method)
+    named, costs = isinstance(options.cost, str), None
+    if named or dense:
+        costs = None if named else build_costs(problem, [0, 1], options.cost, options.method)
+        problem = see_empty_bins(problem, [0, 1], options.cost, options.method)
+    else:
+        problem = ready_for_blocks(problem)
     return _solve_one(problem, costs, options, init, dense=dense)
 
 
@@ -191,7 +197,9 @@ def _solve_one(
     dense: bool = True,
 ) -> OTResult:
     one = Combination([0, 1], [1.0])
+    check_shape(options.eps, problem)
     if not torch.is_grad_enabled():  # what the result makes later must not start a graph either
+        options = detached(options)
         problem = replace(
             problem,
             points=tuple(x.detach() for x in problem.points),
@@ -216,7 +224,7 @@ def _solve_one(
     else:
         costs, solved = solve_allowed(problem, one.pairs, costs, options, solve_given)
     report(problem, costs or (), options, solved)
-    return OTResult(problem, costs[0] if costs else None, options, solved, system, dense=dense)
+    return OTResult(problem, costs[0] if costs else None, options, solved, dense=dense)
 
 
 def _initial_potentials(

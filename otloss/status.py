@@ -73,6 +73,8 @@ def warn_not_converged(options: Options, rows: list[list[float]], dtype: torch.d
     """Warns if a solve that was to converge did not."""
     if options.n_iters < 0 and not all(row[ops.CONVERGED] for row in rows):
         found = worst(rows)
+        if isinstance(options.eps, Tensor):
+            options = options._replace(eps=options.eps.detach().amin().item())
         _check.not_converged(options, found.n_iters, found.marginal_error, max_cost(rows), dtype)
 
 

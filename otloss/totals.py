@@ -58,10 +58,14 @@ class Totals(NamedTuple):
     weights: tuple[Tensor, ...]  # at unit totals
     options: Options
 
+    @property
+    def eps(self) -> Number:
+        return _near(self.options.eps, self.weights[0])
+
     def ways(self, pairs: list[int]) -> list[Way]:
         o, found = self.options, []
         for i, j in as_pairs(pairs):
-            way = _way(self.logs[i], self.logs[j], o.eps, marginals_of(o.rho_x, o.rho_y, i, j))
+            way = _way(self.logs[i], self.logs[j], self.eps, marginals_of(o.rho_x, o.rho_y, i, j))
             if o.n_iters >= 0:  # g starts as it was given, and all the shift is in f
                 way = way._replace(f=way.f + way.g, g=0.0 * way.g)
             found.append(way)
@@ -101,16 +105,15 @@ class Totals(NamedTuple):
 
     def _column(self, numbers: list[Number]) -> Tensor:
         """One for each pair, (P, B) or (P, 1)."""
-        if isinstance(numbers[0], Tensor):
-            return torch.stack(numbers)
-        like = self.weights[0]
-        return torch.tensor(numbers, dtype=torch.float64, device=like.device).unsqueeze(-1)
+        like = self.weights[0].double()
+        each = [v if isinstance(v, Tensor) else like.new_tensor(v) for v in numbers]
+        return torch.stack(torch.broadcast_tensors(*(v.reshape(-1) for v in each)))
 
     def _between(self, ways: list[Way]) -> Number:
         """What the totals add to a divergence: all of order eps m_a m_b has cancelled."""
         o, (ab, *own) = self.options, ways
         terms = [
-            (o.eps + 2 * rho) * _phi(way.log_mu - ab.log_mu)
+            (self.eps + 2 * rho) * _phi(way.log_mu - ab.log_mu)
             for way, rho in zip(own, (o.rho_x, o.rho_y), strict=True)
             if not math.isinf(rho)
         ]
@@ -195,7 +198,7 @@ def _mass_term(problem: Problem, combination: Combination, o: Options) -> Tensor
         if not combination.debiased:
             return None
         a, b = (total(w).squeeze(-1) for w in problem.counted_weights())
-        return 0.5 * o.eps * (a - b).square()
+        return 0.5 * _near(o.eps, a) * (a - b).square()
     sides = zip(combination.pairs, (c for c in combination.coefficients for _ in "ab"), strict=True)
     shares = [0.0] * len(problem.weights)
     for cloud, coefficient in sides:
@@ -205,14 +208,15 @@ def _mass_term(problem: Problem, combination: Combination, o: Options) -> Tensor
     if not any(w.requires_grad for w in problem.weights):
         return None
     masses = torch.stack([w.sum(-1, dtype=torch.float64) for w in problem.counted_weights()], -1)
-    return -0.5 * o.eps * (masses - masses.detach()) @ masses.new_tensor(shares)
+    change = (masses - masses.detach()) @ masses.new_tensor(shares)
+    return -0.5 * _near(o.eps, masses) * change
 
 
-def _way(log_a: Number, log_b: Number, eps: float, marginals: Marginals) -> Way:
+def _way(log_a: Number, log_b: Number, eps: Number, marginals: Marginals) -> Way:
     """With R = eps + rho_x + rho_y, each part of R in its limit where a side is a constraint."""
     rho_x, rho_y, balanced = marginals
     R = eps + rho_x + rho_y
-    if math.isfinite(R):
+    if math.isfinite(rho_x + rho_y):
         of_x, of_y, of_eps, both = rho_x / R, rho_y / R, eps / R, rho_x * rho_y / R
     elif rho_x == rho_y:  # and equal totals
         of_x, of_y, of_eps, both = 0.5, 0.5, 0.0, 0.0
@@ -229,6 +233,10 @@ def _way(log_a: Number, log_b: Number, eps: float, marginals: Marginals) -> Way:
         if not math.isinf(rho):
             constant = constant + rho * _phi(v / rho)
     return Way(log_mu, constant, f, g)
+
+
+def _near(eps: Number, like: Tensor) -> Number:
+    return eps.to(like.device) if isinstance(eps, Tensor) else eps
 
 
 def _exp(u: Any) -> Any:

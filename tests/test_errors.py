@@ -34,7 +34,7 @@ OPTIONS = [
     ),
     *(
         ({"eps": eps}, TypeError, r"eps must be a number, got")
-        for eps in ("0.1", None, True, torch.tensor(0.1), 1j, [0.1])
+        for eps in ("0.1", None, True, 1j, [0.1])
     ),
     ({"eps": 10**400}, ValueError, r"must be finite and > 0, got more than 1.8e308"),
     ({"tol": 10**400}, ValueError, r"must be finite and > 0, got more than 1.8e308"),

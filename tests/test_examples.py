@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import gzip
 import importlib
@@ -10,7 +9,7 @@ import io
 import json
 import math
 import os
-import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,11 +28,14 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 GALLERY = EXAMPLES / "gallery"
 sys.path[:0] = [str(EXAMPLES), str(GALLERY)]
 
-import compare  # noqa: E402
 import fit_ellipses  # noqa: E402
+import score_by_age  # noqa: E402
 import toy_mixture  # noqa: E402
+import train_autoencoder  # noqa: E402
 import train_classifier  # noqa: E402
+import train_flow  # noqa: E402
 import train_gan  # noqa: E402
+import train_learned_cost  # noqa: E402
 import train_otgan  # noqa: E402
 import train_sinkhorn  # noqa: E402
 from common import chunks, classifier, data, metrics, models, progress, run  # noqa: E402
@@ -44,7 +46,11 @@ LEARNING = {
     "med": (train_sinkhorn, 60, "loss", 0.3),
     "geist-10": (train_sinkhorn, 60, "loss", 0.3),
     "genevay-a": (train_sinkhorn, 60, "loss", 0.3),
-    "sae": (train_sinkhorn, 60, "reconstruction", 0.3),
+    "conv": (train_sinkhorn, 60, "loss", 0.2),
+    "conditional": (train_sinkhorn, 60, "loss", 0.3),
+    "sae": (train_autoencoder, 60, "reconstruction", 0.3),
+    "vae-2": (train_autoencoder, 60, "reconstruction", 0.2),
+    "images": (train_flow, 60, "loss", 0.05),
     "dcgan": (train_gan, 30, "critic_loss", 0.1),
     "wgan-gp": (train_gan, 30, "critic_loss", 0.3),
     "tiny": (train_otgan, 60, "loss", 0.3),
@@ -54,13 +60,21 @@ LEARNING = {
 OTHERS = {
     "genevay-b": (train_sinkhorn, "loss", 0.3),
     "genevay-c": (train_sinkhorn, "loss", 0.3),
-    "learned-cost": (train_sinkhorn, "loss", -math.inf),
+    "mmd": (train_sinkhorn, "loss", 0.3),
+    "eps-10": (train_learned_cost, "loss", -math.inf),
     "geist": (train_gan, "loss", -math.inf),
     "basic": (train_gan, "critic_loss", 0.05),
     "wgan-clip": (train_gan, "loss", -math.inf),
     "mnist": (train_otgan, "loss", 0.3),
 }
-SCRIPTS = (train_sinkhorn, train_gan, train_otgan)
+SCRIPTS = (
+    train_sinkhorn,
+    train_gan,
+    train_otgan,
+    train_autoencoder,
+    train_learned_cost,
+    train_flow,
+)
 TINY = ["--data", "digits", "--width", "0.125", "--batch", "64", "--eval-samples", "300"]
 
 
@@ -109,15 +123,20 @@ def test_generator_learns_and_writes_everything(preset, digits_classifier, tmp_p
 
     assert_falls(losses(out, column), share)
     written = {path.name for path in out.iterdir()}
-    assert {"ckpt.pt", "loss.csv", "loss.png", "metrics.json", "real.png"} <= written
+    assert {"ckpt.pt", "loss.csv", "loss.png", "metrics.json", "real.png", "report.html"} <= written
     last = f"samples_{steps:06d}.png"
     assert {"samples_000020.png", last} <= written
-    assert ("manifold.png" in written) == (preset in ("geist-10", "genevay-a"))
-    assert ("reconstructions.png" in written) == (preset == "sae")
+    two_dimensional = preset in ("geist-10", "genevay-a", "vae-2")
+    assert ("manifold.png" in written) == two_dimensional
+    assert ("reconstructions.png" in written) == (preset in ("sae", "vae-2"))
+    assert ("classes.png" in written) == (preset == "conditional")
+    assert ("euler.png" in written) == (preset == "images")
     assert not [name for name in written if name.startswith(".")]
 
     report = report_of(out)
     assert report["steps"] == steps
+    assert 0 <= report["loss_share"] < 1
+    assert (report["loss_share"] > 0) == (preset not in ("vae-2", "dcgan", "wgan-gp"))
     assert report["args"]["command"].startswith(f"python examples/{script.__name__}.py --data")
     assert set(report["floors"]) == {"is", "fid", "precision", "recall", "ot", "med2"}
     assert set(report["floors"]) < set(report["metrics"])
@@ -158,14 +177,19 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path, digits_classifier):
 
 RESUMED: dict[str, tuple[Any, list[str]]] = {
     "dropout": (train_sinkhorn, [*TINY, "--preset", "geist-10"]),
-    "sae": (train_sinkhorn, [*TINY, "--preset", "sae"]),
-    "learned-cost": (train_sinkhorn, [*TINY, "--preset", "learned-cost"]),
+    "sae": (train_autoencoder, [*TINY, "--preset", "sae"]),
+    "vae": (train_autoencoder, [*TINY, "--preset", "vae-20"]),
+    "flow": (train_flow, TINY),
+    "conditional": (train_sinkhorn, [*TINY, "--preset", "conditional"]),
+    "follow": (train_sinkhorn, [*TINY, "--schedule", "follow"]),
+    "learned-cost": (train_learned_cost, TINY),
     "dcgan": (train_gan, [*TINY, "--preset", "dcgan"]),
     "wgan-gp": (train_gan, [*TINY, "--preset", "wgan-gp"]),
     "wgan-clip": (train_gan, [*TINY, "--preset", "wgan-clip"]),
     "otgan": (train_otgan, [*TINY, "--flip", "--chunk", "20"]),
     "classifier": (train_classifier, ["--data", "digits"]),
     "mixture": (toy_mixture, ["--batch", "64", "--freeze", "12"]),
+    "mixture-gan": (toy_mixture, ["--batch", "64", "--preset", "wgan-gp"]),
     "ellipses": (fit_ellipses, ["--losses", "mmd", "eps 1", "med .1"]),
 }
 
@@ -304,8 +328,8 @@ def test_chunked_otgan_step_is_the_whole_one(turn):
     real = torch.rand(24, 1, 8, 8) * 2 - 1
     step = {"critic": 0, "generator": 1}[turn]
     losses_, gradients = [], []
-    for options in ([], ["--chunk", "7"]):
-        played = game(*options)
+    for words in ([], ["--chunk", "7"]):
+        played = game(*words)
         losses_.append(played.step(step, real).item())
         gradients.append([w.grad for w in getattr(played, turn).parameters()])
     assert losses_[0] == pytest.approx(losses_[1], rel=1e-4)
@@ -378,11 +402,11 @@ def test_an_out_that_cannot_be_written_is_refused_at_once(folder, tmp_path):
 
 
 def test_interrupt_saves_a_whole_step(tmp_path):
-    args = classifier.parse(["--data", "digits", "--steps", "100", "--out", str(tmp_path)])
+    args = train_classifier.parse(["--data", "digits", "--steps", "100", "--out", str(tmp_path)])
     model = torch.nn.Linear(1, 1)
     training = run.Run(args, {"model": model})
 
-    def step(i: int) -> run.Losses:
+    def step(i: int) -> dict[str, torch.Tensor]:
         if i == 3:
             os.kill(os.getpid(), signal.SIGINT)
         with torch.no_grad():
@@ -390,7 +414,9 @@ def test_interrupt_saves_a_whole_step(tmp_path):
         return {"loss": torch.tensor(0.0)}
 
     before = signal.getsignal(signal.SIGINT)
-    assert not training.train(step)
+    for i in training:
+        training.log(**step(i))
+    assert not training.finished
     assert signal.getsignal(signal.SIGINT) is before
     checkpoint = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     assert checkpoint["step"] == 4
@@ -398,14 +424,18 @@ def test_interrupt_saves_a_whole_step(tmp_path):
 
 
 def test_diverged_loss_is_an_error(tmp_path):
-    args = classifier.parse(["--data", "digits", "--steps", "20", "--out", str(tmp_path)])
+    args = train_classifier.parse(["--data", "digits", "--steps", "20", "--out", str(tmp_path)])
     training = run.Run(args, {})
+    steps = iter(training)
+    for _ in range(10):
+        next(steps)
+        training.log(loss=torch.tensor(float("nan")))
     with pytest.raises(FloatingPointError, match="loss is nan at step 10"):
-        training.train(lambda i: {"loss": torch.tensor(float("nan"))})
+        next(steps)
 
 
 def test_help_explains_every_script(capsys):
-    for script in (*SCRIPTS, train_classifier, toy_mixture, fit_ellipses):
+    for script in (*SCRIPTS, train_classifier, toy_mixture, fit_ellipses, score_by_age):
         with pytest.raises(SystemExit) as caught:
             script.main(["--help"])
         assert caught.value.code == 0
@@ -418,9 +448,9 @@ def test_help_explains_every_script(capsys):
 
 def test_help_shows_the_defaults_of_the_preset(capsys):
     iterations = "iterations of the divergence, else to convergence (default: 10)"
-    for options, expected in (([], "(default: 0.003)"), (["--preset", "geist-10"], iterations)):
+    for words, expected in (([], "(default: 0.003)"), (["--preset", "geist-10"], iterations)):
         with pytest.raises(SystemExit):
-            train_sinkhorn.main([*options, "--help"])
+            train_sinkhorn.main([*words, "--help"])
         assert expected in " ".join(capsys.readouterr().out.split())
     with pytest.raises(SystemExit):
         train_sinkhorn.main(["--preset", "gan"])
@@ -438,11 +468,11 @@ def test_command_line():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_presets_parse(script):
-    for preset, options in script.PRESETS.items():
+    for preset, settings in script.PRESETS.items():
         args = script.parse(["--preset", preset])
-        changed = set(options.get("by_data", {}).get(args.data, {}))
-        for name in options.keys() - changed - {"by_data"}:
-            assert getattr(args, name) == options[name]
+        changed = set(settings.get("by_data", {}).get(args.data, {}))
+        for name in settings.keys() - changed - {"by_data"}:
+            assert getattr(args, name) == settings[name]
         # The command line has the last word.
         assert script.parse(["--preset", preset, "--lr", "3"]).lr == 3
 
@@ -451,6 +481,8 @@ DIGITS = ["--data", "digits"]
 BAD = [
     (train_sinkhorn, [*DIGITS, "--batch", "99"], "--batch is 99, expected an even number"),
     (train_sinkhorn, [*DIGITS, "--batch", "2000", "--steps", "1"], "2000, expected 1..1297"),
+    (train_sinkhorn, [*DIGITS, "--batch", "2000"], "--batch is 2000, expected 1..1297"),
+    (train_sinkhorn, [*DIGITS, "--n-iters", "5"], "--n-iters is 5, expected none with med"),
     (train_sinkhorn, [*DIGITS, "--epochs", "0"], "--epochs 0.0 gives 0 steps"),
     (train_sinkhorn, [*DIGITS, "--ema", "1", "--steps", "1"], "--ema is 1.0, expected 0 <= ema"),
     (train_sinkhorn, [*DIGITS, "--limit-train", "0"], "--limit-train is 0"),
@@ -505,8 +537,6 @@ def test_idx_images(name, gz, tmp_path, monkeypatch):
         stored = getattr(images, split)[:, 0], getattr(images, f"{split}_labels")
         for found, file in zip(stored, files, strict=True):
             assert np.array_equal(found.numpy(), arrays[file])
-    assert len(images.limited(2).train) == 2
-    assert len(images.limited(2).test) == 3
 
 
 def test_spoilt_idx_is_named(tmp_path):
@@ -537,6 +567,12 @@ def test_cifar_folders_and_archive(packed, tmp_path):
     assert images.test.shape == (2, 3, 32, 32)
     # The label must have followed its image through the shuffle.
     assert torch.equal(images.train_labels, (images.train[:, 0, 0, 0] > 100).long())
+    # What was decoded is kept, and read the next time.
+    assert (tmp_path / data.CIFAR_CACHE).is_file()
+    shutil.rmtree(folder)
+    again = data.load("cifar10", tmp_path)
+    assert torch.equal(again.train, images.train)
+    assert torch.equal(again.test_labels, images.test_labels)
 
 
 def test_cifar_binary_files(tmp_path):
@@ -680,77 +716,7 @@ def test_moving_average_follows_weights_and_buffers():
     assert average.module.num_batches_tracked == 3
 
 
-# --- the page of results, and the gallery ----------------------------------------------------
-
-
-def test_page_of_results(tmp_path):
-    """Figures of the runs that are there, "not run" for the others, and no number twice."""
-    runs, out = tmp_path / "runs", tmp_path / "results"
-    common = {"is": 8.0, "fid": 300.0, "ot_gap": 1.0, "med2": 20.0}
-    for seed, recall, name, cost in (
-        (0, 0.25, "med", {}),
-        (1, 0.13, "med-seed1", {"cpu_seconds": 50}),
-    ):
-        (runs / name).mkdir(parents=True)
-        args = {"command": f"python examples/train_sinkhorn.py --seed {seed}", "seed": seed}
-        report = {"args": args, "metrics": {**common, "recall": recall}, "floors": {"is": 9.5}}
-        (runs / name / "metrics.json").write_text(json.dumps({**report, "seconds": 60, **cost}))
-    command = ["--runs", str(runs), "--out", str(out)]
-    compare.main(command)
-    page = (out / "README.md").read_text()
-    med = next(line for line in page.splitlines() if line.startswith("| **MED, ours, 15 epochs"))
-    assert "| 0.19 ± 0.08 |" in med
-    assert med.endswith("| 2 | 50 |")
-    for line in (
-        "| med | fid | ≤ 330 | 300.00 ± 0.00 | 2 | yes |",
-        "| med | recall | ≥ 0.15 | 0.19 ± 0.08 | 2 | yes, 1 of 2 seeds |",
-        "| med | med2 | ≤ 9 | 20.00 ± 0.00 | 2 | **no**, 0 of 2 seeds |",
-        "| med-40 | is | ≥ 8.1 | not run | 0 |  |",
-        "\npython examples/train_sinkhorn.py --data fashion --seed 1 --out runs/med-seed1",
-        "\n# not run: python examples/toy_mixture.py --out runs/mixture",
-    ):
-        assert line in page
-    assert "<!-- table" not in page
-    assert "<!-- figure" not in page
-    # The page can be written again from what it kept.
-    compare.main(["--runs", str(tmp_path / "none"), "--out", str(out)])
-    assert (out / "README.md").read_text() == page
-
-
-def parsed(command: str) -> argparse.Namespace:
-    """The options of one of the page's commands."""
-    script, *options = shlex.split(command)
-    module = importlib.import_module(script.removesuffix(".py"))
-    return getattr(module, "parse", classifier.parse)(options)
-
-
-def test_kept_results_are_those_of_the_commands():
-    """What is committed was made with the options that the page's command has today."""
-    kept = sorted((EXAMPLES / "results" / "metrics").glob("*.json"))
-    assert kept
-    for path in kept:
-        made = json.loads(path.read_text())["args"]
-        wanted = json.loads(json.dumps(run._plain(parsed(compare.COMMANDS[path.stem]))))
-        if wanted["steps"] is None:  # --epochs decides, and that depends on the data
-            del wanted["steps"]
-        for name in (made.keys() & wanted.keys()) - run.FREE_TO_CHANGE:
-            assert made[name] == wanted[name], (path.stem, name)
-
-
-def test_ellipses_of_the_page():
-    fits = {"mmd": (112, 2), "eps 1": (116, 2)}
-    counts = {name: {"diagonal": d, "off_diagonal": o} for name, (d, o) in fits.items()}
-    report = compare._with_sums({"metrics": counts})
-    assert (report["metrics"]["best"], report["metrics"]["above_mmd"]) == (114, 4)
-    start = {"floors": {"k-means, A = I": {"diagonal": 120, "off_diagonal": 13}}}
-    page = compare.ellipses({"ellipses-1000": {**report, **start}})
-    assert "| eps 1 | 147 - 74 = 73 | - | 116 - 2 = 114 |" in page
-
-
-def test_every_command_of_the_page_parses():
-    for text in compare.COMMANDS.values():
-        assert parsed(text).out == Path("runs/run")
-
+# --- the gallery ------------------------------------------------------------------------------
 
 PICTURES = sorted(path.stem for path in GALLERY.glob("*.py") if path.stem != "picture")
 
@@ -793,7 +759,7 @@ def test_shapes_are_registered(tmp_path, capsys):
 def test_the_demo_needs_no_data_and_no_training_of_a_classifier(tmp_path, monkeypatch, capsys):
     write_idx_set(tmp_path, "fashion", gz=True)
     monkeypatch.setenv("OTLOSS_DATA", str(tmp_path))
-    monkeypatch.setattr(classifier, "train", None)
+    monkeypatch.setattr(train_classifier, "main", None)
     out = tmp_path / "runs" / "demo"
     train_sinkhorn.main(["--preset", "demo", "--steps", "40", "--out", str(out)])
     printed, log = capsys.readouterr()
@@ -824,10 +790,10 @@ def test_the_shipped_classifier_is_the_one_that_is_stated():
 
 def test_a_missing_classifier_is_trained_before_the_generator(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(classifier, "SHIPPED", tmp_path / "none")
-    options = [*TINY, "--steps", "3", "--out", str(tmp_path / "run")]
-    parse = classifier.parse
-    monkeypatch.setattr(classifier, "parse", lambda argv: parse([*argv, "--steps", "20"]))
-    train_sinkhorn.main([*options, "--ema", "0.9"])
+    words = [*TINY, "--steps", "3", "--out", str(tmp_path / "run")]
+    parse = train_classifier.parse
+    monkeypatch.setattr(train_classifier, "parse", lambda argv: parse([*argv, "--steps", "20"]))
+    train_sinkhorn.main([*words, "--ema", "0.9"])
     printed, log = capsys.readouterr()
     assert f"training it in {tmp_path / 'classifier_digits'}" in printed
     lines = [line for line in log.splitlines() if line.startswith(("classifier_digits:", "run:"))]
@@ -835,16 +801,16 @@ def test_a_missing_classifier_is_trained_before_the_generator(tmp_path, monkeypa
     assert lines[-1].startswith("run: step 3 of 3")
     # The generator's random numbers do not depend on it.
     first = weights(tmp_path / "run")
-    train_sinkhorn.main([*options, "--ema", "0.9"])
+    train_sinkhorn.main([*words, "--ema", "0.9"])
     assert "training it" not in capsys.readouterr().out
     assert_close(weights(tmp_path / "run"), first, rtol=0, atol=0)
     # One that was named is not made up for, and one that was stopped is not used.
     with pytest.raises(FileNotFoundError, match=r"--classifier: .*weights.pt is missing"):
-        train_sinkhorn.main([*options, "--classifier", str(tmp_path / "other")])
-    monkeypatch.setattr(classifier, "train", lambda args: False)
+        train_sinkhorn.main([*words, "--classifier", str(tmp_path / "other")])
+    monkeypatch.setattr(train_classifier, "main", lambda args: False)
     (tmp_path / "classifier_digits" / "weights.pt").unlink()
     with pytest.raises(SystemExit, match="without its classifier"):
-        train_sinkhorn.main(options)
+        train_sinkhorn.main(words)
 
 
 @pytest.mark.parametrize("terminal", [False, True])

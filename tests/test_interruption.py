@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,9 @@ def program(text: str, number: int) -> tuple[int, str]:
     """Exit status and errors of a program that is sent a signal half a second after `ready`."""
     command = [sys.executable, "-c", textwrap.dedent(text)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes) as process:
+    # A shell starts background jobs, and so these tests, with SIGINT ignored.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, preexec_fn=heed, **pipes) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"

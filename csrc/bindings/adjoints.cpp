@@ -64,10 +64,9 @@ void implicit_as(StableIValue* stack, const Device& device, const Problem& probl
   std::vector<ImplicitGroup<T>> groups;
   for (int64_t p = 0; p < P; ++p) {
     ImplicitGroup<T> group{};
-    static_cast<EnvelopeGroup<T>&>(group) = gradients.group(p, stored);
+    static_cast<EnvelopeGroup<T>&>(group) =
+        gradients.group(p, stored, data<T>(f[p]), data<T>(g[p]));
     seeds.place(group, p);
-    group.f = data<T>(f[p]);
-    group.g = data<T>(g[p]);
     group.symmetric = problem.x(p) == problem.y(p);
     group.status = data<double>(status) + p * B * kImplicitStatusFields;
     group.P = group.grad_C;

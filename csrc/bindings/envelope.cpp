@@ -11,11 +11,8 @@ void envelope_as(StableIValue* stack, const Device& device, const Problem& probl
   Gradients<T> gradients(device, problem, grad_loss, wanted);
   if (!wanted.costs.empty() || wanted.weights) {
     std::vector<EnvelopeGroup<T>> groups;
-    for (int64_t p = 0; p < problem.count(); ++p) {
-      groups.push_back(gradients.group(p, false));
-      groups.back().f = data<T>(f[p]);
-      groups.back().g = data<T>(g[p]);
-    }
+    for (int64_t p = 0; p < problem.count(); ++p)
+      groups.push_back(gradients.group(p, false, data<T>(f[p]), data<T>(g[p])));
     OTLOSS_LAUNCH(device, envelope_backward, groups, problem.eps, problem.objective);
   }
   if (!wanted.points.empty() && !problem.costs.empty()) gradients.add_plans(f, g);

@@ -24,31 +24,31 @@ Gradients<T>::Gradients(const Device& device, const Problem& problem, const Tens
       grad_C_(problem.count()) {}
 
 template <typename T>
-EnvelopeGroup<T> Gradients<T>::group(int64_t p, bool matrices) {
+SolvedGroup<T> Gradients<T>::solved(int64_t p, int64_t i, int64_t j, const T* f, const T* g) const {
+  const Tensor &a = problem_.clouds.weights[i], &b = problem_.clouds.weights[j];
+  const T coefficient = static_cast<T>(problem_.coefficients[p]);
+  return {a.size(0), a.size(1), b.size(1), data<T>(a), data<T>(b), f, g, grad(p), coefficient};
+}
+
+template <typename T>
+EnvelopeGroup<T> Gradients<T>::group(int64_t p, bool matrices, const T* f, const T* g) {
   const Tensor &a = problem_.a(p), &b = problem_.b(p);
-  const int64_t B = problem_.batch(), n = a.size(1), m = b.size(1);
   const auto listed = [&](const Ints& list, int64_t k) {
     return std::find(list.begin(), list.end(), k) != list.end();
   };
   const bool of_points =
       listed(wanted_.points, problem_.x(p)) || listed(wanted_.points, problem_.y(p));
   EnvelopeGroup<T> group{};
-  group.batch = B;
-  group.n = n;
-  group.m = m;
+  static_cast<SolvedGroup<T>&>(group) = solved(p, problem_.x(p), problem_.y(p), f, g);
   if (!problem_.costs.empty()) group.C = data<T>(problem_.costs[p]);
-  group.a = data<T>(a);
-  group.b = data<T>(b);
-  group.grad = grad(p);
-  group.coefficient = static_cast<T>(problem_.coefficients[p]);
   if (listed(wanted_.costs, p) || (matrices && of_points)) {
     STD_TORCH_CHECK(problem_.costs[p].is_contiguous(), "otloss: costs must be contiguous");
-    grad_C_[p] = empty(a, {B, n, m});
+    grad_C_[p] = empty(a, {group.batch, group.n, group.m});
     group.grad_C = data<T>(grad_C_[p]);
   }
   if (wanted_.weights) {
-    grad_a_.push_back(empty(a, {B, n}));
-    grad_b_.push_back(empty(b, {B, m}));
+    grad_a_.push_back(empty(a, {group.batch, group.n}));
+    grad_b_.push_back(empty(b, {group.batch, group.m}));
     group.grad_a = data<T>(grad_a_.back());
     group.grad_b = data<T>(grad_b_.back());
   }
@@ -76,30 +76,19 @@ template <typename T>
 void Gradients<T>::add_plan_side(std::vector<PointGradientGroup<T>>& groups, int64_t p, int64_t i,
                                  int64_t j, const Tensor& f, const Tensor& g) {
   if (!points_.wants(i)) return;
-  const Tensor &a = problem_.clouds.weights[i], &b = problem_.clouds.weights[j];
-  const PointSums<T> sums = side(i, {data<T>(a), data<T>(f)});
-  groups.push_back({a.size(0), a.size(1), b.size(1), i == j,
-                    point_pair<T>(clouds_, i, j, problem_.tf32, false), data<T>(a), data<T>(b),
-                    data<T>(f), data<T>(g), grad(p), static_cast<T>(problem_.coefficients[p]),
-                    sums.sum, sums.product});
+  const SolvedGroup<T> group = solved(p, i, j, data<T>(f), data<T>(g));
+  const PointSums<T> sums = side(i, {group.a, group.f});
+  groups.push_back(
+      {group, i == j, point_pair<T>(clouds_, i, j, problem_.tf32, false), sums.sum, sums.product});
 }
 
 template <typename T>
 PlanSumsGroup<T> Gradients<T>::plan_sides(int64_t p, const Tensor& f, const Tensor& g) {
   const int64_t i = problem_.x(p), j = problem_.y(p);
-  const Tensor &a = problem_.a(p), &b = problem_.b(p);
-  const PointSums<T> x = side(i, {data<T>(a), data<T>(f)});
-  const PointSums<T> y = i == j ? PointSums<T>{} : side(j, {data<T>(b), data<T>(g)});
-  return {a.size(0),
-          a.size(1),
-          b.size(1),
-          data<T>(a),
-          data<T>(b),
-          data<T>(f),
-          data<T>(g),
-          grad(p),
-          static_cast<T>(problem_.coefficients[p]),
-          {point_pair<T>(clouds_, i, j, false, true), i == j, x, y}};
+  const SolvedGroup<T> group = solved(p, i, j, data<T>(f), data<T>(g));
+  const PointSums<T> x = side(i, {group.a, group.f});
+  const PointSums<T> y = i == j ? PointSums<T>{} : side(j, {group.b, group.g});
+  return {group, {point_pair<T>(clouds_, i, j, false, true), i == j, x, y}};
 }
 
 template <typename T>

@@ -23,9 +23,8 @@ class Gradients {
   Gradients(const Device& device, const Problem& problem, const Tensor& grad_loss,
             const Wanted& wanted);
 
-  // Of pair p, f and g left to the caller. With `matrices`, the gradient of its cost matrix too if
-  // points need it.
-  EnvelopeGroup<T> group(int64_t p, bool matrices);
+  // Of pair p. With `matrices`, the gradient of its cost matrix too if points need it.
+  EnvelopeGroup<T> group(int64_t p, bool matrices, const T* f = nullptr, const T* g = nullptr);
   // In place of the cost matrix of pair p: the points, and memory for the sums their gradients
   // need.
   MadeCost<T> made(int64_t p);
@@ -62,6 +61,8 @@ class Gradients {
     const int64_t B = problem_.batch();
     return data<T>(grad_loss_) + (grad_loss_.dim() > 1 ? p * B : 0);
   }
+  // Clouds i and j of pair p, in either order.
+  SolvedGroup<T> solved(int64_t p, int64_t i, int64_t j, const T* f, const T* g) const;
   PointSums<T> side(int64_t c, SolvedSide<T> solved = {});
 
   const Device& device_;

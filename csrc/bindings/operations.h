@@ -20,7 +20,7 @@ void call(StableIValue* stack, uint64_t arguments, uint64_t results) {
   operation(stack, arguments, results);
 }
 
-// The same functions serve every device.
+// One set of functions serves every device.
 inline void register_operations(torch::stable::detail::StableLibrary& library) {
   library.impl("cost", call<cost>);
   library.impl("cost_backward", call<cost_backward>);

@@ -15,10 +15,12 @@ void plan_product_as(StableIValue* stack, const Device& device, const Problem& p
     const Tensor &a = problem.a(p), &b = problem.b(p);
     const int64_t B = problem.batch(), n = a.size(1), m = b.size(1), columns = v[p].size(2);
     products.push_back(empty(a, {B, n, columns}));
-    groups.push_back({B, n, m, columns,
-                      point_pair<T>(clouds, problem.x(p), problem.y(p), false, true), data<T>(a),
-                      data<T>(b), data<T>(f[p]), data<T>(g[p]), data<T>(v[p]),
-                      data<T>(products.back())});
+    groups.push_back(
+        {{B, n, m, data<T>(a), data<T>(b), data<T>(f[p]), data<T>(g[p]), nullptr, T(1)},
+         columns,
+         point_pair<T>(clouds, problem.x(p), problem.y(p), false, true),
+         data<T>(v[p]),
+         data<T>(products.back())});
   }
   OTLOSS_LAUNCH_ON_CPU(plan_products, groups, problem.eps.all);
   give_back(stack, products);

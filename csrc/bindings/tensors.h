@@ -22,7 +22,7 @@ using Doubles = std::vector<double>;
 // memory.
 void check(const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dtype,
            const char* name);
-// The same, or such rows as empty_rows makes.
+// Contiguous, or with rows as empty_rows makes them.
 void check_rows(const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dtype,
                 const char* name);
 void check_dims(const Tensor& t, int64_t dims, const char* name);
@@ -33,7 +33,7 @@ void check_indices(const Ints& indices, size_t count, const char* name);
 // Contiguous and uninitialised, on the device of `like` and of its dtype unless another is named.
 // In the emulated build filled with NaN: what is read before it is written shows.
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, int32_t dtype = -1);
-// The same memory in another shape.
+// The memory of `t` in another shape.
 Tensor view(const Tensor& t, const Ints& sizes, const Ints& strides);
 // A cloud (n, d) as a batch (1, n, d) of one, and the reverse.
 Tensor batch_of_one(const Tensor& t);

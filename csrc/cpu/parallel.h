@@ -58,7 +58,7 @@ class FunctionRef<Result(Arguments...)> {
 void parallel_for(int64_t begin, int64_t end, int64_t grain,
                   FunctionRef<void(int64_t begin, int64_t end)> function);
 
-// Calls function(i) for each i in [0, count), one thread each where there are so many.
+// Calls function(i) for each i in [0, count), on a thread each as far as there are threads.
 void parallel_tasks(int64_t count, FunctionRef<void(int64_t i)> function);
 
 // Calls function(i, split) for each of some problems, until interrupted: in parallel, one thread

@@ -1,21 +1,19 @@
-"""The classifier whose logits and features the metrics use.
+"""The classifier whose logits and features the metrics use: where it comes from.
 
 That of the bundled digits comes with the examples, in ``classifiers/digits``; one of another data
-set is trained once and kept beside the runs.
+set is trained once by ``train_classifier.py`` and kept beside the runs.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F  # noqa: N812
 
-from common import run
-from common.data import Batches, ImageData, to_float
+from common.data import ImageData, to_float
 from common.models import Classifier
 
 SHIPPED = Path(__file__).resolve().parents[1] / "classifiers"
@@ -30,56 +28,7 @@ CNN: dict[str, Any] = {
     # The 1297 digits are ten batches an epoch.
     "by_data": {"digits": {"epochs": 60.0}, "cifar10": {"epochs": 15.0}},
 }
-DESCRIPTION = """Train the small CNN whose logits and features the metrics use.
-
-    python examples/train_classifier.py --data fashion --out runs/classifier_fashion
-
-The other scripts look for it in ``classifier_<data>`` beside their ``--out``, and train it first
-when it is not there; that of the digits comes with them. Presets:
-
-* ``cnn``: until real images score as in the tables that we compare with
-* ``quick``: two epochs, for a first look
-"""
-PRESETS = {
-    "cnn": CNN,
-    "quick": {**CNN, "epochs": 2.0},
-}
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Options of ``train_classifier.py``."""
-    parser = run.parser("train_classifier.py", DESCRIPTION, PRESETS)
-    run.add_image_options(parser)
-    return run.parse(parser, PRESETS, argv)
-
-
-def train(args: argparse.Namespace) -> bool:
-    """Train, test and write the run folder ``args.out``; ``False`` if it was stopped before."""
-    images, device = run.begin_images(args)
-    trained = images.limited(args.limit_train)
-    model = Classifier(images.shape).to(device)
-    optimiser = torch.optim.Adam(model.parameters(), args.lr)
-    batches = Batches(len(trained.train), args.batch, args.seed)
-
-    def step(i: int) -> run.Losses:
-        rows = batches(i).to(device)
-        with run.autocast(args):
-            logits = model(to_float(trained.train[rows]))
-        loss = F.cross_entropy(logits.float(), trained.train_labels[rows])
-        run.set_rate(optimiser, args, i)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        return {"loss": loss}
-
-    training = run.Run(args, {"model": model, "optimiser": optimiser})
-    finished = training.train(step)
-    if finished:
-        accuracy = accuracy_on_test(model, images)
-        torch.save(model.state_dict(), args.out / WEIGHTS)
-        training.finish(metrics={"accuracy": accuracy})
-        print(f"{args.data}: test accuracy {accuracy:.2%}, written to {args.out}", flush=True)
-    return finished
+PRESETS = {"cnn": CNN, "quick": {**CNN, "epochs": 2.0}}
 
 
 @torch.no_grad()
@@ -106,11 +55,15 @@ def obtain(args: argparse.Namespace, images: ImageData) -> Classifier:
             f"examples/train_classifier.py --data {args.data}"
         )
     if not weights.is_file():
+        import train_classifier  # which needs this module
+
         print(f"first the classifier of the metrics, once: training it in {folder}", flush=True)
         options = ["--data", args.data, "--preset", args.classifier_preset, "--out", str(folder)]
         options += ["--data-dir", str(args.data_dir)] if args.data_dir else []
-        if not train(parse([*options, "--device", args.device])):
+        options += ["--resume"] if (folder / "ckpt.pt").is_file() else []
+        if not train_classifier.main([*options, "--device", args.device]):
             raise SystemExit("without its classifier a run has no metrics: nothing was trained")
     model = Classifier(images.shape).to(images.train.device)
     model.load_state_dict(torch.load(weights, map_location=images.train.device, weights_only=True))
+    model.epochs = json.loads((folder / "metrics.json").read_text())["args"]["epochs"]
     return model.eval()

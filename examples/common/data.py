@@ -14,18 +14,22 @@ Layouts (``root`` is ``--data-dir``; each IDX file may also be gzipped, as ``.gz
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from common import UsageError
+
 NAMES = ("digits", "mnist", "fashion", "cifar10")
+BUNDLED = ("digits", "gaussians")  # the second is drawn, not read
 IDX_FOLDERS = {"mnist": "MNIST", "fashion": "FashionMNIST"}
 SOURCES = {
     "mnist": "https://yann.lecun.com/exdb/mnist",
@@ -37,6 +41,7 @@ IDX_FILES = {
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
 CIFAR_FOLDER = "cifar-10-batches-bin"
+CIFAR_CACHE = "cifar10-decoded.pt"
 CIFAR_FILES = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
 DIGITS_TEST = 500
 
@@ -62,15 +67,11 @@ class ImageData:
         fields = ("train", "train_labels", "test", "test_labels")
         return replace(self, **{name: getattr(self, name).to(device) for name in fields})
 
-    def limited(self, n: int | None) -> ImageData:
-        """Only the first ``n`` training images; ``None`` keeps all. The test split stays whole."""
-        return replace(self, train=self.train[:n], train_labels=self.train_labels[:n])
-
     def only(self, labels: Sequence[int]) -> ImageData:
         """The images of these classes, in both splits."""
         present = self.train_labels.unique().tolist()
         if missing := sorted(set(labels) - set(present)):
-            raise ValueError(f"--labels has {missing}, expected classes of {self.name}: {present}")
+            raise UsageError(f"--labels has {missing}, expected classes of {self.name}: {present}")
         wanted = torch.tensor(labels)
         train = torch.isin(self.train_labels, wanted)
         test = torch.isin(self.test_labels, wanted)
@@ -137,7 +138,7 @@ class Batches:
 
     def __init__(self, n: int, batch: int, seed: int) -> None:
         if not 1 <= batch <= n:
-            raise ValueError(f"--batch is {batch}, expected 1..{n}, the number of training images")
+            raise UsageError(f"--batch is {batch}, expected 1..{n}, the number of training images")
         self.n, self.batch, self.seed = n, batch, seed
         self.per_epoch = n // batch
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
@@ -202,6 +203,9 @@ def _load_digits() -> ImageData:
 
 
 def _cifar_source(root: Path) -> Path | None:
+    for cache in _cifar_caches(root):
+        if cache.is_file():
+            return cache
     binary = root / CIFAR_FOLDER
     if all((binary / file).is_file() for split in CIFAR_FILES.values() for file in split):
         return binary
@@ -210,6 +214,28 @@ def _cifar_source(root: Path) -> Path | None:
         return folder
     archive = folder / "cifar10-jpeg.tar.xz"
     return archive if archive.is_file() else None
+
+
+def _cifar_caches(root: Path) -> list[Path]:
+    """Where the decoded images may be kept: beside the files, else in the user's cache."""
+    key = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return [root / CIFAR_CACHE, home / "otloss" / key / CIFAR_CACHE]
+
+
+def _keep(images: ImageData, root: Path) -> None:
+    """Decoding takes most of a minute, so what it gave is kept where that can be written."""
+    tensors = {field.name: getattr(images, field.name) for field in fields(images)[1:]}
+    for path in _cifar_caches(root):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f".{path.name}.{os.getpid()}")
+            torch.save(tensors, part)
+            part.replace(path)
+        except OSError:
+            continue
+        print(f"kept as {path}", flush=True)
+        return
 
 
 def _jpegs(source: Path) -> Iterator[tuple[str, bytes]]:
@@ -228,6 +254,8 @@ def _load_cifar10(root: Path) -> ImageData:
     source = _cifar_source(root)
     if source is None:
         raise FileNotFoundError(_missing("cifar10", root))
+    if source.name == CIFAR_CACHE:
+        return ImageData("cifar10", **torch.load(source, weights_only=True))
     if source.name == CIFAR_FOLDER:
         splits = [[source / file for file in files] for files in CIFAR_FILES.values()]
         return ImageData("cifar10", *_cifar_records(splits[0]), *_cifar_records(splits[1]))
@@ -246,6 +274,7 @@ def _cifar_records(paths: Sequence[Path]) -> tuple[Tensor, Tensor]:
 def _load_cifar_jpegs(root: Path, source: Path) -> ImageData:
     from PIL import Image
 
+    print(f"cifar10: decoding the images in {source}, once", flush=True)
     found: dict[str, list[tuple[str, np.ndarray]]] = {"train": [], "test": []}
     for name, contents in _jpegs(source):
         split = name.split("/")[0]
@@ -254,9 +283,11 @@ def _load_cifar_jpegs(root: Path, source: Path) -> ImageData:
     if not all(found.values()):
         raise FileNotFoundError(_missing("cifar10", root))
     classes = sorted({name.split("/")[1] for name, _ in found["train"]})
-    return ImageData(
+    images = ImageData(
         "cifar10", *_labelled(found["train"], classes), *_labelled(found["test"], classes)
     )
+    _keep(images, root)
+    return images
 
 
 def _labelled(files: list[tuple[str, np.ndarray]], classes: Sequence[str]) -> tuple[Tensor, Tensor]:

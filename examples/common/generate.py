@@ -1,20 +1,23 @@
-"""What all scripts that train a generator share: its options, and the run around its step."""
+"""Around the loop of a script that trains a generator: pictures on the way, metrics at the end."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from common import classifier, ranks, run
+import torch
+
+from common import classifier, options, ranks, run
 from common.data import ImageData, to_float
 from common.figures import save_grid
-from common.metrics import Evaluator, table
-from common.models import PRIORS, Generator, moving_average
+from common.metrics import Evaluator, med2, smoothness, table
+from common.models import PRIORS, Generator
 
 PICTURES = 8  # sample grids along a run, besides the one after the first epoch
 GRID = 10  # images to a side of a sample grid
 MANIFOLD = 20  # and of a latent manifold
+FOLLOW_PARTS = 30  # looks at the held-out MED² along a run with --schedule follow
 READING = """
 real-real is what real images score against real ones. Better is: inception score, precision and
 recall higher; Fréchet distance and MED² lower; the OT distance closer to real-real, since blurred
@@ -23,12 +26,22 @@ images are below it.
 generated images  {out}/{last}
 real ones         {out}/real.png
 losses            {out}/loss.png
+all on one page   {out}/report.html
 all numbers       {out}/metrics.json"""
 
+Extra = Callable[[Path, Evaluator], Mapping[str, float]]
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of every generator script, on top of those of :func:`common.run.parser`."""
-    run.add_image_options(parser)
+
+def parser(
+    script: str, description: str, presets: options.Presets, also: Sequence[str] = ()
+) -> argparse.ArgumentParser:
+    """The options of every generator script; ``also`` names more data sets.
+
+    ``--schedule follow`` halves the learning rate whenever MED² on held-out images has grown.
+    """
+    schedules = ("constant", "cosine", "follow")
+    parser = options.parser(script, description, presets, schedules)
+    options.add_image_options(parser, also)
     add = parser.add_argument
     add("--latent", type=int, default=64, help="dimension of the latent vector")
     add("--prior", choices=PRIORS, default="normal", help="distribution of the latent vector")
@@ -49,91 +62,117 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default="cnn",
         help="how to train it, if it is neither in the examples nor classifier_<data> beside --out",
     )
+    return parser
 
 
-def train(
-    args: argparse.Namespace,
-    images: ImageData,
-    generator: Generator,
-    step: Callable[[int], run.Losses],
-    state: Mapping[str, run.Stateful],
-    pictures: Callable[[Path], None] | None = None,
-) -> bool:
-    """Run ``step`` for the length of the run, with weight average, pictures, metrics and report.
+class Training(run.Run):
+    """A run whose result is ``shown``, a generator: the weight average of the one that learns.
 
-    ``state`` is what ``step`` changes apart from the generator; ``pictures`` draws more into the
-    folder of the finished run. ``False`` if it was stopped before its end.
+    ``extra(folder, evaluator)`` draws more pictures at the end, and gives more metrics.
     """
-    writes = ranks.number() == 0
-    if writes:
-        print(
-            f"{args.data}, preset {args.preset}: {args.steps} steps of {args.batch} images on "
-            f"{args.device}, written to {args.out}",
-            flush=True,
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        images: ImageData,
+        shown: Generator,
+        state: Mapping[str, run.Stateful],
+        extra: Extra | None = None,
+    ) -> None:
+        writes = ranks.number() == 0
+        if writes:
+            weights = sum(weight.numel() for weight in shown.parameters())
+            print(
+                f"{args.data}, preset {args.preset}: {args.steps} steps of {args.batch} images on "
+                f"{args.device}, a generator of {weights} weights, written to {args.out}",
+                flush=True,
+            )
+        self.images, self.shown, self.extra = images, shown, extra
+        self.followed: list[float] = []  # held-out MED², by --schedule follow
+        super().__init__(args, state)
+        judged = args.eval_every or (args.stop_at or args.steps) >= args.steps
+        self.evaluator = self._evaluator() if judged and writes else None
+        self.per_epoch = len(images.train[: args.limit_train]) // args.batch
+        pictures = (round(args.steps * i / PICTURES) for i in range(1, PICTURES + 1))
+        self.shown_at = {self.per_epoch, *pictures} if writes else set()
+
+    _kept = (*run.Run._kept, "followed")
+
+    def after_step(self) -> None:
+        if self.step in self.shown_at:
+            self._draw(f"{self.step:06d}")
+        due = self.args.eval_every and self.step % self.args.eval_every == 0
+        if self.evaluator and due and self.step < self.args.steps:
+            scores = self.evaluator(self._samples())
+            self.evaluations.append(
+                {"step": self.step, "cpu_seconds": round(self.cpu_seconds, 1), **scores}
+            )
+
+    def rate_factor(self) -> float:
+        """By ``--schedule``; ``follow`` halves the rate whenever the held-out MED² has grown."""
+        if self.args.schedule != "follow":
+            return super().rate_factor()
+        if self.step and self.step % max(1, self.args.steps // FOLLOW_PARTS) == 0:
+            with run.own_randomness(self.args.seed), torch.no_grad():
+                held_out = to_float(self.images.train[-options.HELD_OUT :])
+                generated = self.shown.generate(self.shown.draw(5 * options.HELD_OUT))
+                looks = [med2(part, held_out) for part in generated.split(options.HELD_OUT)]
+                self.followed.append(sum(looks) / len(looks))
+        grown = sum(b > a for a, b in zip(self.followed, self.followed[1:], strict=False))
+        return 0.5**grown
+
+    def conclude(self) -> None:
+        """Last pictures, metrics beside their floors, and where everything is; nothing if the run
+        was stopped before its end."""
+        if not self.finished or self.evaluator is None:
+            return
+        with run.own_randomness(self.args.seed):
+            self._report(self.evaluator)
+
+    def _evaluator(self) -> Evaluator:
+        """The metrics; the classifier is trained first if it is not there, so that nobody who
+        waited for the generator has to wait again."""
+        with run.own_randomness(self.args.seed), ranks.alone():
+            model = classifier.obtain(self.args, self.images)
+        return Evaluator(self.images, model, self.args.eval_samples)
+
+    def _samples(self) -> torch.Tensor:
+        return self.shown.generate(self.shown.draw(self.args.eval_samples))
+
+    def _draw(self, name: str) -> None:
+        """The sample grid, always of the latent vectors of ``--seed``, and a 2-D latent's map."""
+        images = self.shown.generate(self.shown.draw(GRID**2))
+        save_grid(images, self.out / f"samples_{name}.png", GRID)
+        if self.shown.latent == 2:
+            grid = self.shown.generate(self.shown.latent_grid(MANIFOLD))
+            save_grid(grid, self.out / f"manifold_{name}.png", MANIFOLD)
+
+    def _report(self, evaluator: Evaluator) -> None:
+        out, shown = self.out, self.shown
+        save_grid(to_float(evaluator.test[: GRID**2]), out / "real.png", GRID)
+        generated = self._samples()
+        floors, metrics = evaluator.floors(), evaluator(generated)
+        metrics["ot_gap"] = abs(metrics["ot"] - floors["ot"])
+        if shown.latent == 2:
+            grid = shown.generate(shown.latent_grid(MANIFOLD))
+            save_grid(grid, out / "manifold.png", MANIFOLD)
+            metrics |= smoothness(grid, MANIFOLD, evaluator.test)
+        if self.args.protocol == "geist":
+            metrics |= evaluator.geist_protocol(shown)
+        if self.extra:
+            metrics |= self.extra(out, evaluator)
+        pixels = generated.add(1).mul(127.5).round().to(torch.uint8).cpu()
+        torch.save(pixels, out / "generated.pt")
+        self.finish(
+            metrics=metrics,
+            floors=floors,
+            images=len(self.images.train[: self.args.limit_train]),
+            classifier_accuracy=classifier.accuracy_on_test(evaluator.classifier, evaluator.data),
+            classifier_epochs=evaluator.classifier.epochs,
+            **({"followed": self.followed} if self.followed else {}),
         )
-    average = moving_average(generator, args.ema) if args.ema else None
-    shown: Generator = average.module if average else generator
-    parts = {"generator": generator, **state, **({"average": average} if average else {})}
-    training = run.Run(args, parts)
-    judged = args.eval_every or (args.stop_at or args.steps) >= args.steps
-    evaluator = _evaluator(args, images) if judged and writes else None
-    per_epoch = len(images.limited(args.limit_train).train) // args.batch
-    shown_at = {per_epoch, *(round(args.steps * i / PICTURES) for i in range(1, PICTURES + 1))}
-
-    def averaged_step(i: int) -> run.Losses:
-        losses = step(i)
-        if average:
-            average.update_parameters(generator)
-        return losses
-
-    def after(done: int) -> None:
-        if done in shown_at:
-            grid = shown.generate(shown.draw(GRID**2))
-            save_grid(grid, training.out / _samples(done), GRID)
-        if args.eval_every and done % args.eval_every == 0 and done < args.steps:
-            scores = evaluator(shown.generate(shown.draw(args.eval_samples)))
-            training.evaluations.append({"step": done, **scores})
-
-    finished = training.train(averaged_step, after if writes else None)
-    if finished and writes:
-        with run.own_randomness(args.seed):
-            if pictures:
-                pictures(training.out)
-            _report(args, training, shown, evaluator)
-    return finished
-
-
-def _evaluator(args: argparse.Namespace, images: ImageData) -> Evaluator:
-    """The metrics; the classifier is trained first if it is not there, so that nobody who waited
-    for the generator has to wait again."""
-    with run.own_randomness(args.seed), ranks.alone():
-        model = classifier.obtain(args, images)
-    return Evaluator(images, model, args.eval_samples)
-
-
-def _report(
-    args: argparse.Namespace, training: run.Run, generator: Generator, evaluator: Evaluator
-) -> None:
-    """Last pictures, metrics beside their floors, and where everything is."""
-    save_grid(to_float(evaluator.test[: GRID**2]), training.out / "real.png", GRID)
-    if generator.latent == 2:
-        grid = generator.generate(generator.latent_grid(MANIFOLD))
-        save_grid(grid, training.out / "manifold.png", MANIFOLD)
-    floors = evaluator.floors()
-    metrics = evaluator(generator.generate(generator.draw(args.eval_samples)))
-    metrics["ot_gap"] = abs(metrics["ot"] - floors["ot"])
-    if args.protocol == "geist":
-        metrics |= evaluator.geist_protocol(generator)
-    training.finish(
-        metrics=metrics,
-        floors=floors,
-        classifier_accuracy=classifier.accuracy_on_test(evaluator.classifier, evaluator.data),
-    )
-    print(f"\n{args.data}, preset {args.preset}: {training.step} steps, {training.seconds:.0f} s")
-    print(table(metrics, floors))
-    print(READING.format(out=training.out, last=_samples(training.step)))
-
-
-def _samples(done: int) -> str:
-    """The file of the sample grid after ``done`` steps."""
-    return f"samples_{done:06d}.png"
+        print(f"\n{self.args.data}, preset {self.args.preset}: ", end="")
+        share = self.loss_seconds / self.seconds
+        print(f"{self.step} steps, {self.seconds:.0f} s, {share:.0%} of it in the loss")
+        print(table(metrics, floors))
+        print(READING.format(out=out, last=f"samples_{self.step:06d}.png"))

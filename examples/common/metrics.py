@@ -9,6 +9,8 @@ runs of these scripts with each other, not with Inception scores of other papers
   (Kynkäänniemi 2019)
 * ``ot``: half the squared-L2 optimal-transport distance between 200 generated and 200 test images.
   Not lower-is-better: below the floor means blur, so read ``ot_gap`` = |ot - floor|
+* ``smooth``: distance of neighbouring images on a grid over a 2-D latent, in units of that between
+  nearest neighbours in the data
 * ``med2``: half-squared minibatch energy distance (Salimans 2018), 200 images per half-batch;
   0 in expectation for a perfect generator
 """
@@ -41,6 +43,9 @@ LABELS = {
     "ot": "OT distance, n=200",
     "ot_gap": "|OT - floor|",
     "med2": "MED², n=200",
+    "smooth": "latent neighbours, mean",
+    "smooth_95": "latent neighbours, 95th pct",
+    "as_asked": "classified as asked",
     "geist_ot": "OT, train mode and split",
     "geist_is": "inception score of 200",
 }
@@ -90,6 +95,18 @@ def med2(x: Tensor, y: Tensor) -> float:
     halves = (half.flatten(1) for half in (*x.chunk(2), *y.chunk(2)))
     # The loss is twice MED², of squared and not half-squared distances.
     return float(otloss.minibatch_energy_distance(*halves, **EXACT)) / 4
+
+
+def smoothness(grid: Tensor, side: int, test: Tensor) -> dict[str, float]:
+    """Distances between neighbours on a ``side`` x ``side`` grid of images, in units of the mean
+    distance from a test image to its nearest neighbour: their mean and 95th percentile."""
+    images = grid.reshape(side, side, -1)
+    steps = ((images[1:] - images[:-1]), (images[:, 1:] - images[:, :-1]))
+    distances = torch.cat([step.norm(dim=2).flatten() for step in steps])
+    real = to_float(test[:CHUNK]).flatten(1)
+    nearest = torch.cdist(real, real).fill_diagonal_(torch.inf).min(1).values.mean()
+    relative = distances / nearest
+    return {"smooth": float(relative.mean()), "smooth_95": float(relative.quantile(0.95))}
 
 
 class Evaluator:

@@ -13,6 +13,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.swa_utils import AveragedModel
 
+from common import UsageError
+
 PRIORS = ("unit", "uniform", "normal")
 HIDDEN = (256, 512, 1024)  # of the generators without convolutions
 
@@ -26,7 +28,7 @@ class Generator(nn.Module):
     def __init__(self, net: nn.Module, latent: int, prior: str) -> None:
         super().__init__()
         if prior not in PRIORS:
-            raise ValueError(f"--prior is {prior!r}, expected one of {', '.join(PRIORS)}")
+            raise UsageError(f"--prior is {prior!r}, expected one of {', '.join(PRIORS)}")
         self.net, self.latent, self.prior = net, latent, prior
 
     def forward(self, z: Tensor) -> Tensor:
@@ -56,6 +58,21 @@ class Generator(nn.Module):
         quantiles = {"unit": ticks, "uniform": 2 * ticks - 1, "normal": torch.special.ndtri(ticks)}
         q = quantiles[self.prior].to(next(self.parameters()).device)
         return torch.cartesian_prod(q, q)
+
+
+class LabelledGenerator(Generator):
+    """A generator whose latent vector ends in a class as ``classes`` numbers, one of them 1."""
+
+    def __init__(self, base: Generator, classes: int) -> None:
+        super().__init__(base.net, base.latent, base.prior)
+        self.classes = classes
+
+    def draw(self, n: int, labels: Tensor | None = None) -> Tensor:
+        """``n`` latent vectors, of these classes or of random ones."""
+        z = super().draw(n)
+        labels = torch.randint(self.classes, (n,), device=z.device) if labels is None else labels
+        z[:, -self.classes :] = F.one_hot(labels, self.classes)
+        return z
 
 
 def mlp_generator(
@@ -105,17 +122,18 @@ def dcgan_generator(shape: Sequence[int], latent: int, prior: str, width: float)
     channels, height, _ = shape
     base, sizes = height // 4, widths((256, 128, 64, 32), width)
     layers: list[nn.Module] = [
-        nn.Linear(latent, sizes[0] * base**2, bias=False),
+        nn.Linear(latent, sizes[0] * base**2),
         nn.Unflatten(1, (sizes[0], base, base)),
-        nn.BatchNorm2d(sizes[0]),
-        nn.ReLU(),
     ]
     for (fan_in, fan_out), stride in zip(pairwise(sizes), (2, 1, 1), strict=True):
-        # Kernels of 4 at stride 2 and of 3 at stride 1 give exact multiples of the size.
-        up = nn.ConvTranspose2d(fan_in, fan_out, 2 + stride, stride, 1)
-        layers += [up, nn.BatchNorm2d(fan_out), nn.ReLU()]
-    layers += [nn.ConvTranspose2d(sizes[-1], channels, 4, 2, 1), nn.Tanh()]
+        layers += [_transposed(fan_in, fan_out, stride), nn.BatchNorm2d(fan_out), nn.ReLU()]
+    layers += [_transposed(sizes[-1], channels, 2), nn.Tanh()]
     return Generator(nn.Sequential(*layers), latent, prior)
+
+
+def _transposed(fan_in: int, fan_out: int, stride: int) -> nn.ConvTranspose2d:
+    """A transposed 3x3 convolution whose output is exactly ``stride`` times its input."""
+    return nn.ConvTranspose2d(fan_in, fan_out, 3, stride, 1, output_padding=stride - 1)
 
 
 def dcgan_critic(
@@ -127,9 +145,24 @@ def dcgan_critic(
     layers: list[nn.Module] = []
     for (fan_in, fan_out), stride in zip(pairwise(sizes), (2, 1, 1, 2), strict=True):
         layers += [nn.Conv2d(fan_in, fan_out, 3, stride, 1)]
-        layers += [nn.BatchNorm2d(fan_out)] if norm and fan_in != channels else []
+        layers += [nn.BatchNorm2d(fan_out)] if norm else []
         layers += [leaky(), nn.Dropout(dropout)]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(sizes[-1] * (height // 4) ** 2, outputs))
+
+
+def upsampling_generator(shape: Sequence[int], latent: int, prior: str, width: float) -> Generator:
+    """A hidden layer, then twice upsampling and a 5x5 convolution: what a loss of pixels trains
+    well, because neighbouring pixels share their weights."""
+    channels, height, _ = shape
+    base, sizes = height // 4, widths((128, 64, 32), width)
+    hidden, start = widths((1024,), width)[0], sizes[0] * base**2
+    layers: list[nn.Module] = [nn.Linear(latent, hidden, bias=False), nn.BatchNorm1d(hidden)]
+    layers += [nn.ReLU(), nn.Linear(hidden, start, bias=False), nn.BatchNorm1d(start), nn.ReLU()]
+    layers += [nn.Unflatten(1, (sizes[0], base, base))]
+    for fan_in, fan_out in pairwise(sizes):
+        layers += [UpConv(fan_in, fan_out), nn.BatchNorm2d(fan_out), nn.ReLU()]
+    layers += [nn.Conv2d(sizes[-1], channels, 5, padding=2), nn.Tanh()]
+    return Generator(nn.Sequential(*layers), latent, prior)
 
 
 class UpConv(nn.Conv2d):
@@ -236,6 +269,7 @@ class Classifier(nn.Module):
     """conv32-pool-conv64-pool-fc128-fc10; its 128 hidden units are the features of the metrics."""
 
     FEATURES = 128
+    epochs = 0.0  # that it was trained for
 
     def __init__(self, shape: Sequence[int], classes: int = 10) -> None:
         super().__init__()
@@ -270,7 +304,7 @@ def moving_average(model: nn.Module, decay: float) -> AveragedModel:
     still be 22% of the average after 1500 steps of decay .999.
     """
     if not 0 <= decay < 1:
-        raise ValueError(f"--ema is {decay}, expected 0 <= ema < 1 (0 averages nothing)")
+        raise UsageError(f"--ema is {decay}, expected 0 <= ema < 1 (0 averages nothing)")
 
     @torch.no_grad()
     def update(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:

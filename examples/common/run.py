@@ -1,8 +1,15 @@
-"""One training run in one folder: options, the loop, logs, checkpoints, and how to resume.
+"""One training run in one folder: the steps counted, logged, timed and saved, so that it resumes.
 
-A folder holds ``ckpt.pt`` (everything needed to continue), ``loss.csv`` and ``loss.png``, and
-``metrics.json``. An interrupted run continued with ``--resume`` gives, on the CPU, exactly the
-weights of a run that was never interrupted.
+    training = Run(args, {"model": model, "optimiser": optimiser})
+    for i in training:
+        ...                       # one step, in the script
+        training.log(loss=loss)
+    if training.finished:
+        training.finish(metrics=...)
+
+A folder holds ``ckpt.pt`` (everything needed to continue), ``loss.csv`` and ``loss.png``,
+``metrics.json`` and ``report.html``. An interrupted run continued with ``--resume`` gives, on the
+CPU, exactly the weights of a run that was never interrupted.
 """
 
 from __future__ import annotations
@@ -13,12 +20,9 @@ import json
 import math
 import os
 import platform
-import shlex
 import signal
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,8 +32,9 @@ import torch
 from torch import Tensor
 
 import otloss
-from common import data, ranks
+from common import UsageError, ranks, report
 from common.figures import save_curves
+from common.options import plain
 from common.progress import Progress
 
 LOG_EVERY = 10  # steps averaged into one row of loss.csv
@@ -47,150 +52,12 @@ FREE_TO_CHANGE = {
     "eval_samples",
 }
 
-Losses = Mapping[str, Tensor]
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults behind the options that have one, and the description as it is written."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        unset = action.default is None or action.default is False
-        return action.help if unset else super()._get_help_string(action)
-
 
 class Stateful(Protocol):
     """Modules and optimisers: what a checkpoint can hold."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
-
-
-def parser(
-    script: str, description: str, presets: Mapping[str, Mapping[str, Any]]
-) -> argparse.ArgumentParser:
-    """The options that every training script has; ``script`` is its file."""
-    parser = argparse.ArgumentParser(
-        prog=f"examples/{Path(script).name}",
-        description=description,
-        formatter_class=_HelpFormatter,
-    )
-    add = parser.add_argument
-    add("--preset", choices=presets, default=next(iter(presets)), help="named set of options")
-    add("--out", type=Path, default=Path("runs/run"), help="folder for all that the run writes")
-    add("--steps", type=int, help="length of the run")
-    add("--lr", type=float, default=1e-3, help="learning rate")
-    add(
-        "--schedule",
-        choices=("constant", "cosine"),
-        default="constant",
-        help="learning rate over time",
-    )
-    add("--seed", type=int, default=0)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    add("--amp", action="store_true", help="networks in bfloat16; losses stay in float32")
-    add("--resume", action="store_true", help="continue the run in --out; else start it afresh")
-    add("--stop-at", type=int, help="save and leave after this step, to --resume later")
-    return parser
-
-
-def add_image_options(parser: argparse.ArgumentParser) -> None:
-    """The options of every script that trains on images."""
-    add = parser.add_argument
-    add(
-        "--data",
-        choices=("auto", *data.NAMES),
-        default="auto",
-        help="auto: FashionMNIST if its files are found, else the bundled digits",
-    )
-    add("--data-dir", type=Path, help="folder of the data sets, else $OTLOSS_DATA")
-    add("--epochs", type=float, default=1.0, help="length in passes over the images, if no --steps")
-    add("--batch", type=int, default=200, help="real images per step")
-    add("--limit-train", type=int, help="use only this many training images")
-    add("--labels", type=int, nargs="+", help="only images of these classes, e.g. --labels 2")
-
-
-def parse(
-    parser: argparse.ArgumentParser,
-    presets: Mapping[str, Mapping[str, Any]],
-    argv: Sequence[str] | None,
-) -> argparse.Namespace:
-    """Command line over preset over defaults.
-
-    A preset maps options to values; its entry ``by_data`` maps names of data sets to what differs
-    there.
-    """
-    # A parser without --help, so that the help shows the defaults of the preset.
-    named = argparse.ArgumentParser(add_help=False)
-    named.add_argument("--preset", default=next(iter(presets)))
-    preset = dict(presets.get(named.parse_known_args(argv)[0].preset, {}))
-    by_data = preset.pop("by_data", {})
-    parser.set_defaults(**preset)
-    first = parser.parse_known_args(argv)[0]
-    if getattr(first, "data", None) == "auto":
-        # A folder that was named and is wrong must not fall back to digits in silence.
-        found = first.data_dir or data.available("fashion", data.default_dir())
-        first.data = "fashion" if found else "digits"
-    if by_data:
-        parser.set_defaults(**by_data.get(first.data, {}))
-    args = parser.parse_args(argv)
-    if hasattr(args, "data"):
-        args.data = first.data
-        if args.data == "digits" and args.data_dir:
-            raise ValueError(
-                f"--data-dir is {args.data_dir}, expected none: digits come with scikit-learn; "
-                "--data names another set"
-            )
-    words = sys.argv[1:] if argv is None else argv
-    # As one would repeat the run from its start.
-    args.command = shlex.join(["python", parser.prog, *(w for w in words if w != "--resume")])
-    return args
-
-
-def begin(args: argparse.Namespace) -> torch.device:
-    """Seed, check what every script shares, make ``args.out``, and give the device."""
-    torch.manual_seed(args.seed)
-    if args.steps is not None and args.steps < 1:
-        raise ValueError(f"--steps is {args.steps}, expected at least 1")
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device is {args.device}, expected cpu: torch sees no GPU")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()
-    except OSError as error:
-        raise ValueError(f"--out is {args.out}, expected a folder to write in: {error}") from error
-    return device
-
-
-def begin_images(args: argparse.Namespace) -> tuple[data.ImageData, torch.device]:
-    """``begin`` for scripts on images: read them too, and settle the number of steps."""
-    device = begin(args)
-    if args.limit_train is not None and args.limit_train < 1:
-        raise ValueError(f"--limit-train is {args.limit_train}, expected at least 1")
-    images = data.load(args.data, args.data_dir)
-    images = images.only(args.labels) if args.labels else images
-    if args.steps is None:
-        trained = len(images.limited(args.limit_train).train)
-        args.steps = round(args.epochs * (trained // args.batch))
-        if args.steps < 1:
-            raise ValueError(
-                f"--epochs {args.epochs} gives {args.steps} steps, expected at least 1"
-            )
-    return images.to(device), device
-
-
-def autocast(args: argparse.Namespace) -> torch.autocast:
-    """bfloat16 for networks with ``--amp``. It needs no loss scaling, and otloss computes in
-    float32 inside it."""
-    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.amp)
-
-
-def set_rate(optimiser: torch.optim.Optimizer, args: argparse.Namespace, step: int) -> None:
-    """Learning rate of step ``step`` by ``--schedule``: constant, or half a cosine down to 0."""
-    cosine = args.schedule == "cosine"
-    factor = 0.5 * (1 + math.cos(math.pi * step / args.steps)) if cosine else 1.0
-    for group in optimiser.param_groups:
-        group["lr"] = args.lr * factor
 
 
 @contextmanager
@@ -202,7 +69,7 @@ def own_randomness(seed: int) -> Iterator[None]:
 
 
 class Run:
-    """Calls ``step`` until ``args.steps``, and keeps ``args.out`` up to date.
+    """Counts the steps up to ``args.steps``, and keeps ``args.out`` up to date between them.
 
     ``state`` names everything that training changes; together with the random number generators
     and the step count it is the checkpoint.
@@ -211,22 +78,15 @@ class Run:
     def __init__(self, args: argparse.Namespace, state: Mapping[str, Stateful]) -> None:
         self.args, self.state = args, state
         self.out: Path = args.out
-        self.step, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
+        self.step, self.seconds, self.cpu_seconds, self.loss_seconds = 0, 0.0, 0.0, 0.0
         self.rows: list[dict[str, float]] = []
         self.pending: list[dict[str, Tensor]] = []
-        self.evaluations: list[dict[str, float]] = []
+        self.evaluations: list[dict[str, Any]] = []
         if args.resume:
             self._load()
 
-    def train(
-        self, step: Callable[[int], Losses], after: Callable[[int], None] | None = None
-    ) -> bool:
-        """Run the loop; ``False`` if it was told to stop before the last step.
-
-        ``step(i)`` does one update and returns its losses, without reading them: that would make
-        a GPU wait. ``after(i)`` is called when ``i`` steps are done, for pictures and metrics; it
-        runs with its own random numbers and outside the measured time.
-        """
+    def __iter__(self) -> Iterator[int]:
+        """The numbers of the steps to do, until the last one, ``--stop-at``, Ctrl-C or SIGTERM."""
         last = min(self.args.steps, self.args.stop_at or self.args.steps)
         saved = time.monotonic()
         with (
@@ -235,21 +95,66 @@ class Run:
         ):
             while self.step < last and not ranks.any_of(bool(stopped)):
                 start, cpu_start = time.monotonic(), time.process_time()
-                self._record(step(self.step), progress)
+                yield self.step
+                self.step += 1
+                progress.notes = self._average_losses() or progress.notes
                 self.seconds += time.monotonic() - start
                 self.cpu_seconds += time.process_time() - cpu_start
-                self.step += 1
                 progress(self.step)
-                if after is not None:
-                    with own_randomness(self.args.seed):
-                        after(self.step)
+                with own_randomness(self.args.seed):
+                    self.after_step()
                 if time.monotonic() - saved > SAVE_SECONDS:
                     self.save()
                     saved = time.monotonic()
         self.save()
-        if self.step < self.args.steps and ranks.number() == 0:
+        if not self.finished and ranks.number() == 0:
             print(f"stopped at step {self.step} of {self.args.steps}; --resume continues")
-        return self.step == self.args.steps
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done."""
+        return bool(self.step == self.args.steps)
+
+    def log(self, **losses: Tensor) -> None:
+        """The losses of this step. They are read later: to read now would make a GPU wait."""
+        self.pending.append({name: value.detach() for name, value in losses.items()})
+
+    def after_step(self) -> None:
+        """Pictures and metrics; with random numbers of its own, and outside the measured time."""
+
+    def set_rate(self, *optimisers: torch.optim.Optimizer) -> None:
+        """Learning rate of this step by ``--schedule``."""
+        rate = self.args.lr * self.rate_factor()
+        for group in (group for optimiser in optimisers for group in optimiser.param_groups):
+            group["lr"] = rate
+
+    def rate_factor(self) -> float:
+        """1, or half a cosine from 1 down to 0."""
+        if self.args.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * self.step / self.args.steps))
+
+    def timed(self, loss: Callable[..., Any], *tensors: Any, **options: Any) -> Any:
+        """``loss(*tensors, **options)``; its seconds, backward included, are those of the loss."""
+        start = time.monotonic()
+        value = loss(*tensors, **options)
+        self.loss_seconds += time.monotonic() - start
+        if isinstance(value, Tensor) and value.requires_grad:
+            began: list[float] = []
+
+            def begin(gradient: Tensor) -> None:
+                began[:] = [time.monotonic()]
+
+            def end(gradient: Tensor) -> None:
+                now = time.monotonic()
+                self.loss_seconds += now - began[0]
+                began[:] = [now]
+
+            value.register_hook(begin)
+            for tensor in tensors:
+                if isinstance(tensor, Tensor) and tensor.requires_grad:
+                    tensor.register_hook(end)
+        return value
 
     def save(self) -> None:
         """Write checkpoint and logs, each whole or not at all."""
@@ -257,7 +162,7 @@ class Run:
             return
         checkpoint = {
             "state": {name: item.state_dict() for name, item in self.state.items()},
-            "args": _plain(self.args),
+            "args": plain(self.args),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             **{name: getattr(self, name) for name in self._kept},
@@ -266,14 +171,15 @@ class Run:
             torch.save(checkpoint, path)
         if self.rows:
             with _replacing(self.out / "loss.csv") as path, path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, self.rows[0])
+                writer = csv.DictWriter(file, self._columns())
                 writer.writeheader()
                 writer.writerows(self.rows)
 
     def finish(self, **results: Any) -> None:
-        """Write ``metrics.json`` and the loss figure."""
-        report = {
-            "args": _plain(self.args),
+        """Write ``metrics.json``, the loss figure and ``report.html``."""
+        on_cpu = torch.device(self.args.device).type == "cpu"  # a GPU computes behind the clock
+        contents = {
+            "args": plain(self.args),
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
@@ -284,42 +190,54 @@ class Run:
             "seconds": round(self.seconds, 2),
             # What the run cost on the CPU, whatever else the machine did meanwhile.
             "cpu_seconds": round(self.cpu_seconds, 2),
+            "loss_share": round(self.loss_seconds / self.seconds, 4) if on_cpu else None,
             **results,
             "evaluations": self.evaluations,
         }
         with _replacing(self.out / "metrics.json") as path:
-            path.write_text(json.dumps(report, indent=2) + "\n")
-        if self.rows:
-            steps = [row["step"] for row in self.rows]
-            names = [name for name in self.rows[0] if name != "step"]
-            curves = {name: (steps, [row[name] for row in self.rows]) for name in names}
+            path.write_text(json.dumps(contents, indent=2) + "\n")
+        curves = {}
+        for name in self._columns()[1:]:
+            rows = [row for row in self.rows if name in row]
+            curves[name] = ([row["step"] for row in rows], [row[name] for row in rows])
+        if curves:
             save_curves(curves, self.out / "loss.png")
+        report.write(self.out, contents)
 
-    _kept = ("step", "seconds", "cpu_seconds", "rows", "pending", "evaluations")
+    _kept: tuple[str, ...] = (
+        "step",
+        "seconds",
+        "cpu_seconds",
+        "loss_seconds",
+        "rows",
+        "pending",
+        "evaluations",
+    )
 
-    def _record(self, losses: Losses, progress: Progress) -> None:
-        self.pending.append({name: value.detach() for name, value in losses.items()})
-        if len(self.pending) < LOG_EVERY:
-            return
-        row: dict[str, float] = {"step": self.step + 1}
-        for name in losses:
-            row[name] = float(torch.stack([entry[name] for entry in self.pending]).mean())
+    def _columns(self) -> list[str]:
+        """Of ``loss.csv``: the step, and every loss there is."""
+        return list(dict.fromkeys(name for row in self.rows for name in row))
+
+    def _average_losses(self) -> str:
+        """Every ``LOG_EVERY`` steps a row of ``loss.csv``, and the same in words."""
+        if self.step % LOG_EVERY or not self.pending:
+            return ""
+        row: dict[str, float] = {"step": self.step}
+        for name in dict.fromkeys(name for entry in self.pending for name in entry):
+            values = [entry[name] for entry in self.pending if name in entry]
+            row[name] = float(torch.stack(values).mean())
             if not math.isfinite(row[name]):
-                raise FloatingPointError(f"{name} is {row[name]} at step {self.step + 1}")
+                raise FloatingPointError(f"{name} is {row[name]} at step {self.step}")
         self.pending.clear()
         self.rows.append(row)
-        progress.notes = ", ".join(f"{name} {row[name]:.4g}" for name in losses)
+        return ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
 
     def _load(self) -> None:
         path = self.out / "ckpt.pt"
         if not path.is_file():
             raise FileNotFoundError(f"--resume: {path} is missing, expected a run begun in --out")
         checkpoint = torch.load(path, map_location=self.args.device, weights_only=True)
-        for name, now in _plain(self.args).items():
-            then = checkpoint["args"].get(name)
-            if name not in FREE_TO_CHANGE and then != now:
-                option = "--" + name.replace("_", "-")
-                raise ValueError(f"{option} is {now!r}, expected {then!r} as the run in {path}")
+        self._check_arguments(checkpoint["args"], checkpoint["step"])
         for name, item in self.state.items():
             item.load_state_dict(checkpoint["state"][name])
         for name in self._kept:
@@ -328,10 +246,16 @@ class Run:
         if checkpoint["cuda_rng"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all([state.cpu() for state in checkpoint["cuda_rng"]])
 
-
-def _plain(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments as JSON and ``torch.load(weights_only=True)`` can hold them."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in sorted(vars(args).items())}
+    def _check_arguments(self, before: Mapping[str, Any], done: int) -> None:
+        """Those of the run so far; one whose rate does not depend on its length may be longer."""
+        longer = self.args.schedule != "cosine" and self.args.steps >= done
+        free = FREE_TO_CHANGE | ({"steps", "epochs"} if longer else set())
+        for name, now in plain(self.args).items():
+            if name not in free and before.get(name) != now:
+                option = "--" + name.replace("_", "-")
+                raise UsageError(
+                    f"{option} is {now!r}, expected {before.get(name)!r} as the run in {self.out}"
+                )
 
 
 @contextmanager

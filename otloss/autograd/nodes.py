@@ -23,6 +23,7 @@ from otloss.autograd.settings import (
     unbatched,
 )
 from otloss.reference.arguments import as_pairs
+from otloss.reference.marginals import centred
 
 __all__ = ["Solve", "evaluate"]
 
@@ -132,9 +133,10 @@ def evaluate(
     )
     if s.target:
         s.target.keep(f[-1], status[-1])
-    centred = o.method == "multiscale"  # in double, before potentials are rounded
-    if s.potentials and o.balanced() and o.n_iters < 0 and not centred:
-        f, g = _centred(s, inputs.weights, f, g)
+    exact = o.method == "multiscale"  # centred in double, before potentials are rounded
+    if s.potentials and o.balanced() and o.n_iters < 0 and not exact:
+        w, sides = inputs.weights, zip(f, g, as_pairs(s.pairs), strict=True)
+        f, g = zip(*(centred(f, g, w[i], w[j]) for f, g, (i, j) in sides), strict=True)
     if not s.combined:
         loss = status[..., ops.TERM].clone()
     elif not (s.batched or s.single):
@@ -186,17 +188,3 @@ def _seeds(
     if grad_loss.dtype != dtype:  # a call that changes nothing takes 1% of a small loss
         grad_loss = grad_loss.to(dtype)
     return Seeds(grad_loss.contiguous(), given[:half], given[half:])
-
-
-def _centred(
-    s: Settings, weights: list[Tensor], f: list[Tensor], g: list[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The same solution with <a, f> = <b, g>: of (f + t, g - t), all solutions, one is returned."""
-    all_f, all_g = [], []
-    for p, (i, j) in enumerate(as_pairs(s.pairs)):
-        a, b = weights[i], weights[j]
-        excess = (b * g[p]).sum(-1, True) - (a * f[p]).sum(-1, True)
-        shift = excess / (a.sum(-1, True) + b.sum(-1, True))
-        all_f.append(torch.where(a > 0, f[p] + shift, 0.0))
-        all_g.append(torch.where(b > 0, g[p] - shift, 0.0))
-    return all_f, all_g

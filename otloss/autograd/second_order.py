@@ -1,19 +1,20 @@
-"""Second derivatives: where a graph of a gradient is being made, it is computed in plain torch.
+"""Second derivatives: the gradient as a node, whose own gradient is made in plain torch.
 
-Costs and the solution are nodes there, functions of what the solve was given; all else torch
-differentiates.
+Costs and the solution are nodes there, functions of what the solve was given; torch differentiates
+everything else.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from otloss import _check, reference
 from otloss import method as methods
-from otloss import reference
 from otloss._options import OBJECTIVES
 from otloss.autograd.cost_matrices import CostMatrices, points_gradients
 from otloss.autograd.empty_bins import FirstOrder, masks, some
@@ -62,21 +63,84 @@ def differentiable_gradients(
 
     Of weights at empty bins there is no second derivative: asking for one raises.
     """
+    weights = inputs.weights
+    if s.places:
+        empty = masks(s.places, weights, wanted.weights)
+        weights = _first_order(weights, empty, False)
+    parts = [seeds.loss], seeds.f, seeds.g, *inputs._replace(weights=weights), solution
+    sizes = [len(part) for part in parts]
+    found = iter(_Gradients.apply(s, wanted, sizes, *itertools.chain(*parts)))
+    costs, points = ([next(found) for _ in each] for each in wanted[:2])
+    of_weights = list(found)
+    if s.places:
+        of_weights = _first_order(of_weights, empty, True)
+    return Gradients(costs, points, of_weights)
+
+
+def _first_order(tensors: Sequence[Any], empty: Sequence[Tensor], given: bool) -> list[Any]:
+    return [
+        t if t is None or not there else FirstOrder.apply(t, e, given)
+        for t, e, there in zip(tensors, empty, some(empty), strict=True)
+    ]
+
+
+class _Gradients(torch.autograd.Function):
+    """``gradients`` as a node: by the kernels, and differentiated by way of ``_in_torch``."""
+
+    @staticmethod
+    def forward(ctx: Any, s: Settings, wanted: Wanted, sizes: list[int], *tensors: Tensor) -> Any:
+        ctx.arguments = s, wanted, sizes
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        return tuple(itertools.chain(*gradients(s, *_parts(sizes, tensors), wanted)))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        _check.not_batched(grads)
+        s, wanted, sizes = ctx.arguments
+        s = s._replace(places=None)  # what it fills in is constant here
+        needed, again = ctx.needs_input_grad[3:], torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Views: one input may have been computed from another.
+            tensors = [
+                t.view_as(t) if again else t.detach().requires_grad_(want)
+                for t, want in zip(ctx.saved_tensors, needed, strict=True)
+            ]
+            made = itertools.chain(*_in_torch(s, *_parts(sizes, tensors), wanted))
+            given = [
+                (of, grad)
+                for of, grad in zip(made, grads, strict=True)
+                if of is not None and grad is not None and of.requires_grad
+            ]
+        result: list[Tensor | None] = [None] * len(tensors)
+        if given:
+            outputs, seeds = zip(*given, strict=True)
+            wants = [k for k, want in enumerate(needed) if want]
+            found = torch.autograd.grad(
+                outputs, [tensors[k] for k in wants], seeds, create_graph=again, allow_unused=True
+            )
+            for k, grad in zip(wants, found, strict=True):
+                result[k] = grad
+        return None, None, None, *result
+
+
+def _parts(sizes: list[int], tensors: Sequence[Tensor]) -> tuple[Seeds, Inputs, list[Tensor]]:
+    rest = iter(tensors)
+    (loss,), f, g, *inputs, solution = (list(itertools.islice(rest, size)) for size in sizes)
+    return Seeds(loss, f, g), Inputs(*inputs), solution
+
+
+def _in_torch(
+    s: Settings, seeds: Seeds, inputs: Inputs, solution: Sequence[Tensor], wanted: Wanted
+) -> Gradients:
+    """As ``gradients``, differentiable."""
     P, points, pairs = len(s.coefficients), inputs.points, as_pairs(s.pairs)
-    solution = [t.detach() for t in solution]
     if points and not s.dense:
         size = sum(points[i].shape[1] * points[j].shape[1] for i, j in pairs)
         size *= points[0].shape[0] * points[0].element_size()
         if size > methods.budget(points[0].device):
-            return _first_order_only(s, seeds, inputs, solution, wanted, size)
-    weights, empty = inputs.weights, list[Tensor]()
-    if s.places:
-        empty = masks(s.places, weights, [w.requires_grad for w in weights])
-        has = some(empty)
-        weights = [
-            FirstOrder.apply(w, e, False) if any_there else w
-            for w, e, any_there in zip(weights, empty, has, strict=True)
-        ]
+            raise NotImplementedError(_STREAMED.format(size=size / 1e9))
+    weights = inputs.weights
     # Those of 0 are in totals, and have no gradient there either.
     counts = [torch.where(w > 0, w, 0.0) for w in weights]
     costs, kind = inputs.costs, COSTS[str(s.options.cost)] if points else 0
@@ -87,34 +151,11 @@ def differentiable_gradients(
     of_costs, *of_sides = IN_TORCH[mode(s, seeds)](s, seeds, problem, solution)
     potentials = solution[:P], solution[P : 2 * P]
     of_weights = of_clouds(s, seeds, weights, potentials, of_sides, wanted.weights)
-    if s.places:
-        of_weights = [
-            grad if grad is None or not any_there else FirstOrder.apply(grad, e, True)
-            for grad, e, any_there in zip(of_weights, empty, has, strict=True)
-        ]
     of_points = list[Tensor]()
     if wanted.points:
         every = points_gradients(of_costs, costs, points, inputs.weights, s.pairs, kind)
         of_points = [every[c] for c in wanted.points]
     return Gradients([of_costs[p] for p in wanted.costs], of_points, of_weights)
-
-
-def _first_order_only(
-    s: Settings,
-    seeds: Seeds,
-    inputs: Inputs,
-    solution: Sequence[Tensor],
-    wanted: Wanted,
-    size: int,
-) -> Gradients:
-    """Gradients without cost matrices, of which a further derivative raises."""
-    found = gradients(s, seeds, inputs, solution, wanted)
-    given = [*found.points, *(grad for grad in found.weights if grad is not None)]
-    sources = (*inputs.points, *inputs.weights, seeds.loss, *seeds.f, *seeds.g)
-    refused = iter(refuse_higher_order(given, sources, _STREAMED.format(size=size / 1e9)))
-    of_points = [next(refused) for _ in found.points]
-    of_weights = [None if grad is None else next(refused) for grad in found.weights]
-    return Gradients([], of_points, of_weights)
 
 
 OfPairs = tuple[list[Tensor], list[Tensor], list[Tensor]]  # of costs and both weights

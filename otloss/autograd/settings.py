@@ -52,7 +52,7 @@ class Settings(NamedTuple):
     places: Places | None = None  # where weights can be those of empty bins, and are differentiated
 
     def of_live(self) -> Settings:
-        """The same of the pairs that a gradient flows through."""
+        """Those of the pairs that a gradient flows through."""
         pairs = [c for p in self.live for c in self.pairs[2 * p : 2 * p + 2]]
         coefficients = [self.coefficients[p] for p in self.live]
         places = self.places.of_pairs(self.live) if self.places else None
@@ -62,7 +62,7 @@ class Settings(NamedTuple):
         """What the operations take of a set of problems."""
         o, (costs, points, weights, _) = self.options, inputs
         kind = COSTS[str(o.cost)] if points else 0
-        multiscale = bool(points) and o.method == "multiscale"
+        multiscale = o.method == "multiscale" and len(points) > 0
         modes = OBJECTIVES.index(o.objective), o.precision == "tf32", multiscale
         clouds = points, weights, self.pairs, kind
         return Arguments(costs, *clouds, self.coefficients, self.eps, self.rho, *modes)

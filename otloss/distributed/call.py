@@ -87,6 +87,8 @@ def agree(
 ) -> Call:
     def checked() -> tuple[tuple[Options, Problem], tuple[dict[str, str], list[int]]]:
         options = check()
+        if isinstance(options.eps, Tensor):
+            raise TypeError("eps must be a number over several processes, got a tensor")
         if options.backward != "envelope":
             raise NotImplementedError(
                 f"backward={options.backward!r} is not available over several processes: use "

@@ -9,13 +9,11 @@ So all ranks know the same f and g, and the solver, which each of them runs, dec
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from otloss import ops
 from otloss._options import OBJECTIVES, Options
 from otloss.distributed.ranks import Shard
 from otloss.reference.engine import Clouds, range_of, sample, spread
@@ -29,11 +27,12 @@ from otloss.reference.marginals import (
     value,
 )
 from otloss.reference.solver import Solution, plain_iteration, solve_problem
+from otloss.row_sweep import RowSweep
 
 __all__ = ["ShardedEngine"]
 
 
-class ShardedEngine:
+class ShardedEngine(RowSweep):
     """Sweeps over this rank's rows of one problem, joined with those of the others."""
 
     def __init__(
@@ -45,35 +44,18 @@ class ShardedEngine:
         marginals: Marginals,
         clouds: Clouds | None,
     ) -> None:
-        self.rows, self.C, self.a, self.marginals, self.clouds = shard, C, a, marginals, clouds
+        super().__init__(a, b, marginals)
+        self.rows, self.C, self.clouds = shard, C, clouds
         self.own_a = shard.own(a).contiguous()
-        mass_x, mass_y, own = (float(w.double().sum()) for w in (a, b, self.own_a))
-        # The kernel scales b to the total of a where both are constraints, here to this rank's.
-        scaled = math.isinf(marginals.x) and math.isinf(marginals.y)
-        self.b = b * (mass_x / mass_y) if scaled else b
-        self.mass = mass_x, mass_x if scaled else mass_y
-        self.log_part = math.log(own / mass_x) if scaled and own > 0 else 0.0
 
-    def softmins(self, eps: float, g: Tensor) -> tuple[Tensor, Tensor]:
-        """T_x(g) of this rank's rows, and what these, damped, make of T_y without the others."""
-        a, shift = self.own_a, eps * self.log_part
-        if not bool((a > 0).any()):
-            return torch.zeros_like(a), torch.full_like(g, math.inf)
-        rho_x, rho_y, _ = self.marginals
-        weights = [a[None], self.b[None]]
-        problem = ops.problems(
-            weights, [0, 1], [1.0], eps, costs=[self.C[None]], rho=(rho_x, rho_y)
-        )
-        start, unread = [torch.zeros_like(weights[0]), g[None]], ops.number(1.0)
-        _, _, (f,), (part,), *_ = ops.solve(*problem, start, unread, 1, 1, False, False)
-        f = torch.where(a > 0, f[0] / damping(rho_x, eps) + shift, 0.0)
-        return f, part[0] / damping(rho_y, eps) - shift
+    def own_softmins(self, eps: float, g: Tensor) -> tuple[Tensor, Tensor]:
+        return self.softmins(self.C, self.own_a, eps, g)
 
     def iterate(self, eps: float, g: Tensor) -> tuple[Tensor, SoftMean, Tensor]:
         n, ranks = len(self.a), self.rows.ranks
 
         def fill(whole: Tensor) -> None:
-            f, part = self.softmins(eps, g)
+            f, part = self.own_softmins(eps, g)
             self.rows.own(whole[:n]).copy_(f)
             whole[n:].view(ranks.count, -1)[ranks.rank] = part
 
@@ -85,7 +67,7 @@ class ShardedEngine:
 
     def update_rows(self, eps: float, g: Tensor) -> Tensor:
         def fill(whole: Tensor) -> None:
-            self.rows.own(whole).copy_(self.softmins(eps, g)[0])
+            self.rows.own(whole).copy_(self.own_softmins(eps, g)[0])
 
         return self.rows.ranks.sum(torch.zeros_like(self.a), fill)
 
@@ -139,9 +121,9 @@ class ShardedEngine:
 
         return self.rows.ranks.sum(self.b.new_zeros((), dtype=torch.float64), fill)
 
-    def solve(self, symmetric: bool, options: Options) -> Solution:
+    def solve(self, symmetric: bool, options: Options, init: Sequence[Tensor] = ()) -> Solution:
         if options.n_iters < 0:
-            return solve_problem(self, symmetric, options.eps, options.tol, options.max_iters)
+            return solve_problem(self, symmetric, options.eps, options.tol, options.max_iters, init)
         g = torch.zeros_like(self.b)
         for _ in range(options.n_iters):
             f, g, error = plain_iteration(self, options.eps, g)

@@ -75,6 +75,8 @@ def combine(
         call = agree(ranks, clouds, given, check)
         pairs = zip(as_pairs(combination.pairs), combination.coefficients, strict=True)
         solved = [_solve(call, i, j, coefficient) for (i, j), coefficient in pairs]
+        if combination.debiased:
+            _solve_negative_again(call, solved)
     solutions = tuple(solution for solution, _ in solved)
     costs = [C for _, C in solved if C is not None]
     points = [cloud.points for cloud in call.clouds]
@@ -94,10 +96,23 @@ def combine(
 
 
 def _solve(call: Call, i: int, j: int, coefficient: float) -> tuple[Solution, Tensor | None]:
-    """A pair, and this rank's rows of its costs (B, n_local, m), with the graph of a cost function;
-    named costs are not kept."""
-    x, y, options, made = call.clouds[i], call.clouds[j], call.options, list[Tensor]()
-    marginals = marginals_of(options.rho_x, options.rho_y, i, j)
+    """A pair, and this rank's rows of its costs, with the graph of a cost function; named costs are
+    not kept."""
+    C, largest = _own_rows(call, i, j)
+    _check_costs(call, C.detach(), float(largest.max()))
+    marginals = marginals_of(call.options.rho_x, call.options.rho_y, i, j)
+    f, g = (call.clouds[c].weights.clone() for c in (i, j))
+    status = torch.zeros(len(largest), 5, dtype=torch.float64)
+    status[:, ops.MAX_COST] = largest
+    solution = Solution(i, j, coefficient, marginals, f, g, status)
+    for k in range(len(largest)):
+        _solve_entry(call, solution, C.detach(), k, ())
+    return solution, None if call.named() else C
+
+
+def _own_rows(call: Call, i: int, j: int) -> tuple[Tensor, Tensor]:
+    """This rank's rows of a pair's costs, (B, n_local, m), and the largest of all ranks, (B,)."""
+    x, y, made = call.clouds[i], call.clouds[j], list[Tensor]()
 
     def fill(largest: Tensor) -> None:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not call.named()):
@@ -107,28 +122,46 @@ def _solve(call: Call, i: int, j: int, coefficient: float) -> tuple[Solution, Te
             C = counted(C, x.own_weights(), y.weights) if call.problem.padded else C
             largest[:, call.ranks.rank] = torch.maximum(-C.amin((1, 2)), C.amax((1, 2)))
 
-    largest = call.ranks.sum(x.whole.new_zeros(len(x.whole), call.ranks.count), fill).amax(-1)
-    C = made[0].detach()
-    _check_costs(call, C, float(largest.max()))
+    largest = call.ranks.sum(x.whole.new_zeros(len(x.whole), call.ranks.count), fill)
+    return made[0], largest.amax(-1)
+
+
+@torch.no_grad()
+def _solve_entry(
+    call: Call, solution: Solution, C: Tensor, k: int, init: tuple[Tensor, ...]
+) -> None:
+    """Entry k of the batch, from f and g if given; its sweeps are added to those before."""
+    (i, j, coefficient, marginals, f, g, status), options = solution, call.options
+    x, y = call.clouds[i], call.clouds[j]
     clouds = call.between(x, y)
-    found, statuses = [], []
-    with torch.no_grad():
-        for k in range(len(C)):
-            points = clouds.item(k) if clouds else None
-            engine = ShardedEngine(x.shard, C[k], x.weights[k], y.weights[k], marginals, points)
-            if points:
-                same = points.equal and marginals.x == marginals.y
-            else:
-                same = i == j and options.symmetric is True
-            solved = engine.solve(same, options)
-            term = coefficient * float(engine.value(options, solved.f, solved.g))
-            reached = float(solved.converged)
-            statuses.append([solved.iterations, solved.error, reached, float(largest[k]), term])
-            found.append((solved.f, solved.g))
-    f, g = (torch.stack(potentials) for potentials in zip(*found, strict=True))
-    status = torch.tensor(statuses, dtype=torch.float64)
-    solution = Solution(i, j, coefficient, marginals, f, g, status)
-    return solution, None if call.named() else made[0]
+    points = clouds.item(k) if clouds else None
+    engine = ShardedEngine(x.shard, C[k], x.weights[k], y.weights[k], marginals, points)
+    if points:
+        same = points.equal and marginals.x == marginals.y
+    else:
+        same = i == j and options.symmetric is True
+    solved = engine.solve(same, options, init)
+    f[k], g[k] = solved.f, solved.g
+    status[k, ops.ITERATIONS] += solved.iterations
+    status[k, ops.ERROR], status[k, ops.CONVERGED] = solved.error, float(solved.converged)
+    status[k, ops.TERM] = coefficient * float(engine.value(options, solved.f, solved.g))
+
+
+def _solve_negative_again(call: Call, solved: list[tuple[Solution, Tensor | None]]) -> None:
+    """As in ``solve_negative_again`` of csrc/cpu/solve/solve.cpp: the pair of a divergence that is
+    negative, from the potentials of the clouds against themselves."""
+    (pair, costs), options = solved[0], call.options
+    status = torch.stack([solution.status for solution, _ in solved])
+    every, dtype = status[..., ops.TERM], pair.f.dtype
+    again = clamped(every.sum(0), every.abs().sum(0), dtype) < 0
+    again &= status[0, :, ops.CONVERGED] > 0
+    metric = call.named() or options.symmetric is True
+    applies = metric and options.n_iters < 0 and options.objective == "regularized"
+    if not (applies and bool(again.any())):
+        return
+    C = _own_rows(call, pair.i, pair.j)[0] if costs is None else costs
+    for k in again.nonzero()[:, 0].tolist():
+        _solve_entry(call, pair, C.detach(), k, (solved[1][0].f[k], solved[2][0].g[k]))
 
 
 def _check_costs(call: Call, C: Tensor, largest: float) -> None:

@@ -6,21 +6,9 @@ These functions define what the kernels compute. They take the same arguments as
 
 from __future__ import annotations
 
-from otloss.costs import cost_between, cost_gradient, full_precision, without_padding
+from otloss.costs import cost_gradient, full_precision, without_padding
 from otloss.reference.arguments import as_pairs
-from otloss.reference.gradients import implicit_gradient
-from otloss.reference.marginals import (
-    TRANSPORT,
-    Marginals,
-    damping,
-    dual,
-    marginals_of,
-    plan,
-    share,
-    soft_mean,
-    softmin,
-    value,
-)
+from otloss.reference.marginals import damping, marginals_of, plan, share, softmin, value
 from otloss.reference.operations import (
     OPERATIONS,
     cost,
@@ -35,25 +23,19 @@ from otloss.reference.solver import fixed_iterations
 
 __all__ = [
     "OPERATIONS",
-    "TRANSPORT",
-    "Marginals",
     "as_pairs",
     "cost",
     "cost_backward",
-    "cost_between",
     "cost_gradient",
     "damping",
-    "dual",
     "envelope_backward",
     "fixed_iterations",
     "full_precision",
     "implicit_backward",
-    "implicit_gradient",
     "marginals_of",
     "plan",
     "plan_product",
     "share",
-    "soft_mean",
     "softmin",
     "solve",
     "unrolled_backward",

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from otloss.reference.marginals import (
     TRANSPORT,
+    Eps,
     Marginals,
     counted,
     damping,
@@ -18,7 +19,7 @@ from otloss.reference.marginals import (
 
 
 def weight_gradients(
-    eps: float, f: Tensor, g: Tensor, a: Tensor, b: Tensor, marginals: Marginals
+    eps: Eps, f: Tensor, g: Tensor, a: Tensor, b: Tensor, marginals: Marginals
 ) -> tuple[Tensor, Tensor]:
     """dOT/da and dOT/db at the solution, where the plan has the row sums a share(f).
 

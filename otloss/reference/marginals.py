@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+# Of all problems, () or (B, 1).
+Eps = Any
 
 TRANSPORT = 1  # the objective's number, see csrc/kernels.h
 
@@ -22,6 +25,13 @@ class Marginals(NamedTuple):
 BALANCED = Marginals(math.inf, math.inf, True)
 
 ROUNDING = 8  # machine epsilons: of a sum of weights, and of a loss against its terms
+
+
+def centred(f: Tensor, g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The solution with <a, f> = <b, g>, of all (f + t, g - t), which are solutions too."""
+    excess = (b * g).sum(-1, True) - (a * f).sum(-1, True)
+    shift = excess / (a.sum(-1, True) + b.sum(-1, True))
+    return torch.where(a > 0, f + shift, 0.0), torch.where(b > 0, g - shift, 0.0)
 
 
 def snapped(total: Tensor, to: float | Tensor, dtype: torch.dtype) -> Tensor:
@@ -49,7 +59,7 @@ def marginals_of(rho_x: float, rho_y: float, i: int, j: int) -> Marginals:
     return Marginals(x, y, math.isinf(rho_x) and math.isinf(rho_y))
 
 
-def damping(rho: float, eps: float) -> float:
+def damping(rho: float, eps: Eps) -> Eps:
     """The factor of a softmin in the update of a potential; 1 for a constraint."""
     return 1 / (1 + eps / rho)
 
@@ -109,7 +119,12 @@ def target_marginal(f: Tensor, w: Tensor, rho: float) -> Tensor:
     return w * share(torch.where(w > 0, f - soft_mean(f, w, rho), 0.0), rho)
 
 
-def softmin(eps: float, C: Tensor, g: Tensor, b: Tensor) -> Tensor:
+def of_entries(eps: Eps) -> Eps:
+    """eps as it divides costs (B, n, m)."""
+    return eps.unsqueeze(-1) if isinstance(eps, Tensor) and eps.dim() else eps
+
+
+def softmin(eps: Eps, C: Tensor, g: Tensor, b: Tensor) -> Tensor:
     """T(g)_i = -eps log sum_j b_j exp((g_j - C_ij) / eps); differentiable, 0 for b_j = 0.
 
     Where the total of b is 1 and exponents are small, rounding is that of C, not of eps: the
@@ -117,7 +132,7 @@ def softmin(eps: float, C: Tensor, g: Tensor, b: Tensor) -> Tensor:
     """
     positive = b > 0
     log_b = torch.where(positive, torch.where(positive, b, 1.0).log(), -math.inf)
-    z = (g.unsqueeze(-2) - C) / eps
+    z = (g.unsqueeze(-2) - C) / of_entries(eps)
     whole = torch.logsumexp(log_b.unsqueeze(-2) + z, dim=-1)
     z = torch.where(positive.unsqueeze(-2), z, 0.0)
     small, mass = (z.abs().amax(-1) < 1) & (total(b) == 1), b.sum(-1, True)
@@ -125,9 +140,9 @@ def softmin(eps: float, C: Tensor, g: Tensor, b: Tensor) -> Tensor:
     return -eps * torch.where(small, torch.where(small, excess, 0.0).log1p(), whole)
 
 
-def plan(eps: float, C: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def plan(eps: Eps, C: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps); exactly 0 where a weight is 0."""
-    exponent = (f.unsqueeze(-1) + g.unsqueeze(-2) - C) / eps
+    exponent = (f.unsqueeze(-1) + g.unsqueeze(-2) - C) / of_entries(eps)
     weight = a.unsqueeze(-1) * b.unsqueeze(-2)
     return weight * torch.where(weight > 0, exponent, 0.0).exp()
 
@@ -138,7 +153,7 @@ def counted(C: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def value(
-    eps: float,
+    eps: Eps,
     C: Tensor,
     f: Tensor,
     g: Tensor,
@@ -155,8 +170,8 @@ def value(
     if objective == TRANSPORT:
         return (plan(eps, C, f, g, a, b) * counted(C, a, b)).sum((-2, -1), dtype=torch.float64)
     of_f = (a.double() * dual(f.double(), marginals.x)).sum(-1)
-    of_g = (b.double() * dual(g.double(), marginals.y)).sum(-1)
+    of_g = b.double() * dual(g.double(), marginals.y)
     if marginals.balanced:
-        return of_f + of_g
+        return of_f + of_g.sum(-1)
     rest = (eps * total(b) * (total(a) - 1)).squeeze(-1)
-    return of_f + (1 + eps / marginals.y) * of_g + rest
+    return of_f + ((1 + eps / marginals.y) * of_g).sum(-1) + rest

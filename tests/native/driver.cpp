@@ -179,34 +179,29 @@ class Run {
     tell(g_, "g");
   }
 
-  void fill(EnvelopeGroup<T>& group, bool matrix) {
-    group.batch = B();
-    group.n = c_.n;
-    group.m = m();
-    group.C = c_.stored ? C_.data() : nullptr;
-    group.a = x_.weight.data();
-    group.b = other().weight.data();
-    group.f = f_.data();
-    group.g = g_.data();
-    group.grad = grad_.data();
-    group.coefficient = T(0.5);
-    group.grad_C = matrix ? grad_C_.data() : nullptr;
-    group.grad_a = grad_a_.data();
-    group.grad_b = grad_b_.data();
-    group.penalties = penalties();
+  SolvedGroup<T> solved() {
+    return {B(),       c_.n,         m(),   x_.weight.data(), other().weight.data(), f_.data(),
+            g_.data(), grad_.data(), T(0.5)};
   }
 
-  void tell_gradients(bool matrix) {
-    if (matrix) tell(grad_C_, "gradient of costs");
+  EnvelopeGroup<T> envelope_group() {
+    return {solved(),
+            c_.stored ? C_.data() : nullptr,
+            c_.stored ? grad_C_.data() : nullptr,
+            grad_a_.data(),
+            grad_b_.data(),
+            penalties()};
+  }
+
+  void tell_gradients() {
+    if (c_.stored) tell(grad_C_, "gradient of costs");
     tell(grad_a_, "gradient of a");
     tell(grad_b_, "gradient of b");
   }
 
   void envelope() {
-    EnvelopeGroup<T> group{};
-    fill(group, c_.stored);
-    cpu::envelope_backward<T>({group}, eps_, c_.objective);
-    tell_gradients(c_.stored);
+    cpu::envelope_backward<T>({envelope_group()}, eps_, c_.objective);
+    tell_gradients();
     if (!c_.stored) return;
     PlanWeightGroup<T> weights{};
     fill(weights);
@@ -234,9 +229,7 @@ class Run {
 
   void point_sums() {
     cpu::point_gradient_sums<T>(
-        {PointGradientGroup<T>{B(), c_.n, m(), c_.self, points(), x_.weight.data(),
-                               other().weight.data(), f_.data(), g_.data(), grad_.data(), T(0.5),
-                               row_sum_.data(), product_.data()}},
+        {PointGradientGroup<T>{solved(), c_.self, points(), row_sum_.data(), product_.data()}},
         eps_);
     x_.grad.fill(0);
     cpu::cost_gradient(CostGradientGroup<T>{B(),
@@ -267,7 +260,7 @@ class Run {
 
   void implicit() {
     ImplicitGroup<T> group{};
-    fill(group, c_.stored);
+    static_cast<EnvelopeGroup<T>&>(group) = envelope_group();
     group.grad_f = grad_f_.data();
     group.grad_g = c_.self ? nullptr : grad_g_.data();
     group.symmetric = c_.self;
@@ -276,20 +269,20 @@ class Run {
     group.status = status.data();
     group.made = made();
     cpu::implicit_backward<T>({group}, eps_, c_.objective);
-    tell_gradients(c_.stored);
+    tell_gradients();
     tell_made();
   }
 
   void unrolled() {
     UnrolledGroup<T> group{};
-    fill(group, c_.stored);
+    static_cast<EnvelopeGroup<T>&>(group) = envelope_group();
     group.grad_f = grad_f_.data();
     group.grad_g = grad_g_.data();
     group.L = kIterations;
     group.trace = trace_.data();
     group.made = made();
     cpu::unrolled_backward<T>({group}, eps_, c_.objective);
-    tell_gradients(c_.stored);
+    tell_gradients();
     tell_made();
   }
 

@@ -40,7 +40,7 @@ struct BlockAllocator {
 template <typename T>
 using BlockVector = std::vector<T, BlockAllocator<T>>;
 
-// The same, not cleared: where all is written before it is read.
+// A BlockVector that is not cleared: for what is written before it is read.
 template <typename T>
 struct UnclearedAllocator : BlockAllocator<T> {
   template <typename U>

@@ -79,7 +79,7 @@ OTLOSS_INLINE void add_rows(int64_t width, const T* w, const T* e, T* c) {
   for (int64_t j = 0; j < width; ++j) c[j] += (w0 * e0[j] + w1 * e1[j]) + (w2 * e2[j] + w3 * e3[j]);
 }
 
-// The same for kRows rows at once, `stride` apart in C and `width` apart in e, up to the padded
+// Exponentials of kRows rows at once, `stride` apart in C and `width` apart in e, up to the padded
 // width: G is loaded once and the latencies overlap.
 template <typename T>
 OTLOSS_INLINE void exponentials_of_rows(int64_t stride, int64_t width, const T* F, T k, const T* C,

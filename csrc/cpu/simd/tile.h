@@ -76,7 +76,7 @@ struct Differences {
 template <typename T>
 void squared_differences(const Differences<T>& args);
 
-// Rows of a block of products: so many that what all blocks read of the other side is used often
+// Rows of a block of products: enough that what all blocks read of the other side is used often
 // once it is in the L2 cache.
 constexpr int64_t kProductRows = 8 * kTileRows;
 

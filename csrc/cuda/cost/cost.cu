@@ -298,9 +298,12 @@ template <typename T>
 void plan_weights(const Context& context, const PlanWeightGroup<T>& group, CostKind kind,
                   double eps) {
   T* W = context.scratch<T>(group.batch * group.n * group.m);
-  const EnvelopeGroup<T> plan{group.batch, group.n, group.m, group.C,    group.a,
-                              group.b,     group.f, group.g, group.grad, group.coefficient,
-                              W,           nullptr, nullptr};
+  const EnvelopeGroup<T> plan{{group.batch, group.n, group.m, group.a, group.b, group.f, group.g,
+                               group.grad, group.coefficient},
+                              group.C,
+                              W,
+                              nullptr,
+                              nullptr};
   envelope_backward(context, std::vector{plan}, eps, Objective::kRegularized);
   CostWeightGroup<T> weights = group;
   weights.W = W;

@@ -74,7 +74,7 @@ constexpr size_t block_sum_bytes(int count) {
   return sizeof(double) * count * (kThreads / kWarp);
 }
 
-// The same over the block. `scratch` holds block_sum_bytes<kThreads>(kCount) and is free again
+// Sums over the block. `scratch` holds block_sum_bytes<kThreads>(kCount) and is free again
 // when the function returns.
 template <int kThreads, int kCount, class Block>
 OTLOSS_DEVICE void block_sum(Block& block, double (&values)[kCount], double* scratch) {

@@ -66,7 +66,7 @@ struct ImplicitKernel {
   OTLOSS_DEVICE void operator()(Block& block) const;
 };
 
-// The same without cost matrices.
+// Without cost matrices.
 template <typename T>
 struct MadeImplicitKernel {
   static constexpr int kThreads = kSolveThreads;

@@ -388,7 +388,7 @@ struct SideSumKernel {
   }
 };
 
-// The same by tensor cores, see tensor_side_sums.cuh.
+// By tensor cores, see tensor_side_sums.cuh.
 template <class Weights>
 struct TensorSideSumKernel {
   static constexpr int kThreads = kSolveThreads;

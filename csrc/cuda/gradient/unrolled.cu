@@ -166,7 +166,7 @@ struct AdjointKernel {
   OTLOSS_DEVICE void operator()(Block& block) const;
 };
 
-// The same without cost matrices.
+// Without cost matrices.
 template <typename T>
 struct MadeAdjointKernel {
   static constexpr int kThreads = kSolveThreads;

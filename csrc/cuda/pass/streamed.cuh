@@ -36,7 +36,7 @@ OTLOSS_DEVICE void dispatch_tiles(CostKind kind, int64_t d, F&& function) {
   });
 }
 
-// The same for tensor cores: function(Cost, std::bool_constant<whether with low halves>).
+// For tensor cores: function(Cost, std::bool_constant<whether with low halves>).
 template <class F>
 OTLOSS_DEVICE void dispatch_tensor_tiles(CostKind kind, TileKind made_by, F&& function) {
   const bool low = made_by == TileKind::kTensor;

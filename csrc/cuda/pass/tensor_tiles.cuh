@@ -74,8 +74,7 @@ class TensorTileMaker {
       run_chunks<false, false>(first, rows, use, nothing);
   }
 
-  // The same, and after each tile visit(columns) for its columns' points, some coordinates at a
-  // time.
+  // After each tile also visit(columns) for its columns' points, some coordinates at a time.
   template <class Use, class Visit>
   OTLOSS_DEVICE void run(int64_t first, int rows, Use&& use, Visit&& visit) {
     if (chunks_ == 1)

@@ -48,7 +48,7 @@ OTLOSS_HOST_DEVICE PackedCloud<T> packed_cloud(const T* clouds, int64_t batch, i
   return {z, z + d * stride, count, stride};
 }
 
-// The same for tensor cores: scaled by a power of two and split into halves, z = high + low.
+// A packed cloud for tensor cores: scaled by a power of two and split into halves, z = high + low.
 struct SplitCloud {
   const uint16_t*
       z;  // (split_depth(d) / 8, 2, stride, 8) coordinates: 8 of a point, high, then low

@@ -23,9 +23,9 @@ constexpr double kClusterSync = 300;
 constexpr double kGridSync = 2000;
 constexpr double kSyncsPerPass = 4;
 
-// Streamed: instructions per entry beside those on its coordinates, at so many per clock; barriers
-// in a pass; and what problems lose that run side by side, since they need different numbers of
-// passes and the last one has the device to itself on its share of it only.
+// Streamed: instructions per entry beside those on its coordinates, and how many run per clock;
+// barriers in a pass; and what problems lose that run side by side, since they need different
+// numbers of passes and the last one has the device to itself on its share of it only.
 constexpr double kEntryOperations = 8;
 constexpr double kOperations = 128;
 constexpr double kStreamedSyncs = 5;
@@ -103,7 +103,7 @@ double streamed_rate(const Shape& shape, int64_t d, TileKind tiles) {
   return 1 / (products * depths * kMmaCycles / kMmaEntries + kTensorOperations / kOperations);
 }
 
-// Cycles of a sweep of a team for `rows`, where so many blocks share rows and cut the columns.
+// Cycles of a sweep of a team for `rows`, where `parts` blocks share rows and cut the columns.
 double sweep_cycles(const Shape& shape, int64_t rows, int64_t columns, int64_t team, int64_t parts,
                     TileKind tiles, double rate) {
   int64_t own = std::min(rows, ceil_to(ceil_div(rows, team), kTileRows) * parts);

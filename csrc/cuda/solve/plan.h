@@ -171,7 +171,7 @@ OTLOSS_HOST_DEVICE constexpr int64_t packed_stride(int64_t count) {
   return ceil_div(count, kPackedAlign) * kPackedAlign;
 }
 
-constexpr int kManyColumns = 32;  // the same in the other, float32 only
+constexpr int kManyColumns = 32;  // per thread, in the instance for many, float32 only
 constexpr int kFewColumns = 4;    // per thread, in the instance for few columns
 constexpr int kLargestCluster = 16;
 

@@ -98,7 +98,7 @@ struct SolveKernel {
   OTLOSS_DEVICE void operator()(Block& block) const;
 };
 
-// The same without cost matrices.
+// Without cost matrices.
 template <typename T>
 struct StreamedKernel {
   static constexpr int kThreads = kSolveThreads;
@@ -589,7 +589,7 @@ class Solver {
     }
   }
 
-  // The same for more columns than the registers of a block hold: rows first, a warp each, then
+  // A pass for more columns than the registers of a block hold: rows first, a warp each, then
   // column sums, a panel of columns at a time.
   OTLOSS_NOINLINE void wide_pass() {
     for (int i = warp_; i < rows_; i += kWarps) {
