@@ -94,10 +94,9 @@ struct SolveGroup {
   const double* known = nullptr;
 };
 
-// The most coordinates, and the least tolerance that single-precision sums over the plan allow, of
-// a multiscale solve; with the costs `has_multiscale` (core/costs.h) allows.
+// The most coordinates of a multiscale solve; with the costs `has_multiscale` (core/costs.h)
+// allows.
 constexpr int64_t kMultiscaleDims = 8;
-constexpr double kMultiscaleTol = 1e-5;
 
 // ------------------------------------------------------------------------------- solve_backward
 

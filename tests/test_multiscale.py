@@ -135,6 +135,40 @@ def test_value_marginals_and_potentials(kind, hardness, dtype, rng):
     assert abs(below) <= got.duality_gap + noise  # of all pairs, in float64
 
 
+def _far_outlier(rng: torch.Generator) -> Clouds:
+    x, y = randn(rng, 600, 3), randn(rng, 500, 3)
+    y[0] *= 1e4
+    return Clouds(x, y, None, None)
+
+
+def _sparse(rng: torch.Generator) -> Clouds:
+    """Leaves that are far wider than the square root of eps."""
+    return Clouds(rand(rng, 900, 1), rand(rng, 8, 1), None, None)
+
+
+# Terms of exponents that single precision does not hold.
+@pytest.mark.filterwarnings("ignore::otloss.ConvergenceWarning")
+@pytest.mark.parametrize(("make", "eps"), [(_far_outlier, 0.1), (_sparse, 2e-6)])
+def test_wide_leaves_cost_no_digits(make, eps, rng):
+    c = make(rng).require_grad()
+    with torch.no_grad():
+        got = c.solve(eps, method="multiscale", tol=1e-4, max_iters=50)
+    assert true_error(c, eps, *got.potentials) <= got.marginal_error + 1e-6
+    assert got.marginal_error < 1
+    grads = c.grads(c.loss(eps, method="multiscale", tol=1e-3, max_iters=50))
+    assert all(torch.isfinite(g).all() for g in grads)
+
+
+@pytest.mark.filterwarnings("ignore::otloss.ConvergenceWarning")  # the error holds all the same
+def test_rounded_potentials_are_within_the_error(rng):
+    """Of few distinct points, all potentials of which are off in one direction."""
+    x = torch.tensor([[0.0, 0.0], [1.3, 2.1], [3.1, 0.7]], dtype=torch.float64)
+    x = x[torch.randint(3, (N,), generator=rng)]
+    c = Clouds(x, x[:M] + torch.tensor([3.0, 1.7]), None, None).to(torch.float32)
+    got = c.solve(5e-3, method="multiscale", tol=TOL)
+    assert true_error(c, 5e-3, *got.potentials) <= got.marginal_error + 1e-6
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_at_the_potentials(kind, rng):
     """Of all pairs in float64, but for what may be left out, over the largest distance."""

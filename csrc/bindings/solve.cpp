@@ -114,8 +114,6 @@ void solve(StableIValue* stack, uint64_t, uint64_t) {
   options.eps = problem.eps.all;
   options.each_eps = problem.eps.each;
   options.tol = positive(tol, "tol");
-  STD_TORCH_CHECK(!problem.multiscale || options.tol >= kMultiscaleTol,
-                  "otloss: multiscale has tolerances from ", std::to_string(kMultiscaleTol));
   options.objective = problem.objective;
   options.warm_start = !init.empty();
   const Device device(problem.clouds.weights[0],

@@ -133,7 +133,8 @@ def evaluate(
     )
     if s.target:
         s.target.keep(f[-1], status[-1])
-    if s.potentials and o.balanced() and o.n_iters < 0:
+    exact = o.method == "multiscale"  # centred in double, before potentials are rounded
+    if s.potentials and o.balanced() and o.n_iters < 0 and not exact:
         w, sides = inputs.weights, zip(f, g, as_pairs(s.pairs), strict=True)
         f, g = zip(*(centred(f, g, w[i], w[j]) for f, g, (i, j) in sides), strict=True)
     if not s.combined:

@@ -204,6 +204,20 @@ double Cloud::squared_radius(int64_t points) const {
   return *median;
 }
 
+double largest_square(const Cloud& X, const Cloud& Y) {
+  double low[kMultiscaleDims], high[kMultiscaleDims], most = 0;
+  for (int64_t c = 0; c < X.d; ++c) {
+    low[c] = high[c] = X.X[c];
+    for (const Cloud* cloud : {&X, &Y})
+      for (int64_t i = 0; i < cloud->n; ++i) {
+        low[c] = std::min(low[c], cloud->X[i * X.d + c]);
+        high[c] = std::max(high[c], cloud->X[i * X.d + c]);
+      }
+    most += std::pow(high[c] - low[c], 2);
+  }
+  return most;
+}
+
 template <typename T>
 Cloud ordered_cloud(int64_t count, int64_t d, const T* z, const T* weight, double scale, bool split,
                     std::vector<int32_t>& index) {

@@ -53,6 +53,9 @@ struct Cloud {
   void bound(Nodes& nodes, int64_t I, int64_t points, bool leaves);
 };
 
+// The largest squared distance of points of the two, at most.
+double largest_square(const Cloud& X, const Cloud& Y);
+
 // The cloud of the points of positive weight, in the order of the tree, coordinates times `scale`.
 // split: over threads. index (n,) out: where each is in z.
 template <typename T>

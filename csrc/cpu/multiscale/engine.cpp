@@ -13,21 +13,6 @@ constexpr int64_t kLeastMoments = 64;  // points of a leaf from which on moments
 constexpr float kSlack = 3;      // log2 by which densities may rise before a list is of no use
 constexpr double kShare = 0.01;  // of what may be left out, by one pair of leaves
 
-// The largest squared distance of points of the two, at most.
-CostRange range_of(const Cloud& X, const Cloud& Y) {
-  double low[kMultiscaleDims], high[kMultiscaleDims], most = 0;
-  for (int64_t c = 0; c < X.d; ++c) {
-    low[c] = high[c] = X.X[c];
-    for (const Cloud* cloud : {&X, &Y})
-      for (int64_t i = 0; i < cloud->n; ++i) {
-        low[c] = std::min(low[c], cloud->X[i * X.d + c]);
-        high[c] = std::max(high[c], cloud->X[i * X.d + c]);
-      }
-    most += std::pow(high[c] - low[c], 2);
-  }
-  return {0, most};
-}
-
 // 2 R R' / eps of runs of this number of points, of which exp(2 <u, v> / eps) is a function.
 double inner_products(const Cloud& X, const Cloud& Y, double eps, int64_t points) {
   return 2 / eps * std::sqrt(X.squared_radius(points) * Y.squared_radius(points));
@@ -53,10 +38,11 @@ Engine::Engine(const Cloud& X, const Cloud& Y, double rho_x, double rho_y, doubl
       x(X.size, X.w.data(), rho_x),
       y(Y.size, Y.w.data(), rho_y),
       precision_(precision),
-      cost_range_(range_of(X, Y)),
+      cost_range_{0, largest_square(X, Y)},
       moments_(X.L >= kLeastMoments && precision.moments()
                    ? static_cast<float>(kMomentReach * kLog2E)
                    : 0.0f),
+      single_(static_cast<float>(precision.left_out / (2 * kTermRounding))),
       group_(X.L),
       threshold_(kShare * precision.left_out * 4),
       G_(Y.size),
@@ -116,6 +102,7 @@ Pass Engine::begin(double eps, const double* g, double* F, double* s) {
           static_cast<float>(std::log2(threshold_)),
           0,
           moments_,
+          single_,
           false,
           false,
           rise_.data(),

@@ -87,7 +87,7 @@ class Engine {
 
   const Precision precision_;
   const CostRange cost_range_;
-  float moments_ = 0;
+  float moments_ = 0, single_;
   int64_t group_ = 0;
   bool wants_groups_ = false;
   double threshold_;

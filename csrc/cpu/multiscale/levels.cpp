@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <utility>
 
 #include "core/math.h"
@@ -13,6 +14,8 @@ constexpr int64_t kPoints = 4;      // that a centroid stands for
 constexpr int64_t kCoarsest = 500;  // points of the coarsest level, at most
 constexpr double kStageTol = 0.01;  // of all but the finest
 constexpr int64_t kStagePasses = 100;
+// Potentials are rounded for return, and again where they are brought to the totals of a caller.
+constexpr double kRoundings = 2;
 
 // Clouds from fine to coarse; spread: mean squared distance of the points to those of a level.
 struct Levels {
@@ -46,16 +49,38 @@ std::vector<double> times(std::vector<double> v, double factor) {
   return v;
 }
 
-// The error that potentials add to a plan when they are rounded for return: v of a side of the
-// cloud, in units of cost.
-double rounding_error(const Cloud& cloud, const std::vector<double>& v, double roundoff,
-                      double eps) {
-  double sum = 0, mass = 0, squares = 0;
-  for (int64_t i = 0; i < cloud.n; ++i) {
-    const double w = cloud.w[i];
-    sum += w * std::abs(v[i]), mass += w, squares += w * w;
-  }
-  return rounding_share(equal_points(mass, squares)) * roundoff * sum / mass / eps;
+// The mean over a cloud's points of function(v), which is 0 where v is.
+template <typename F>
+double mean(const Cloud& cloud, const std::vector<double>& v, F&& function) {
+  double sum = 0, mass = 0;
+  for (int64_t i = 0; i < cloud.n; ++i) sum += cloud.w[i] * function(v[i]), mass += cloud.w[i];
+  return sum / mass;
+}
+
+// Of (f + t, g - t), all solutions, the one of equal means: here, where potentials have all digits.
+void centre(const Cloud& X, std::vector<double>& f, const Cloud& Y, std::vector<double>& g) {
+  const auto same = [](double value) { return value; };
+  const double shift = (mean(Y, g, same) - mean(X, f, same)) / 2;
+  for (double& value : f) value += shift;
+  for (double& value : g) value -= shift;
+}
+
+// What rounding to single precision, of potentials that are `to_cost` v, will add to the error of a
+// plan: a number is off by a quarter of the distance to the next on average.
+double expected_rounding(const Cloud& cloud, const std::vector<double>& v, double to_cost,
+                         double eps) {
+  constexpr double kQuarter = 0.25 * kRoundings * std::numeric_limits<float>::epsilon();
+  return kQuarter * to_cost / eps * mean(cloud, v, [](double value) { return std::abs(value); });
+}
+
+// What it adds at most: entries of the plan change by the part that those of their row and column
+// do, and so do the masses that a penalty allows.
+double rounding_error(const Cloud& cloud, const std::vector<double>& v, double eps,
+                      const Penalties& penalties) {
+  const double per_cost = 1 / eps + 1 / std::min(penalties.rho_x, penalties.rho_y);
+  return kRoundings * per_cost * mean(cloud, v, [](double value) {
+           return std::abs(value - static_cast<double>(static_cast<float>(value)));
+         });
 }
 
 // The tolerance of a solve whose error this is added to.
@@ -64,7 +89,8 @@ double tolerance(double tol, double rounding) {
   return std::max(tol - 1.1 * rounding, kLeast * tol);
 }
 
-void add_rounding(Outcome& outcome, double rounding, double tol) {
+void add_rounding(Solution& solution, double rounding, double tol) {
+  Outcome& outcome = solution.outcome;
   outcome.error += rounding;
   outcome.converged = outcome.converged && outcome.error <= tol;
 }
@@ -146,6 +172,7 @@ Solution finished(Engine& engine, const SolveOptions& options, const Penalties& 
   result.g = g;
   result.value = value_of(engine, options, penalties.balanced, result.f.data(), result.g.data());
   result.f.resize(engine.X.n), result.g.resize(engine.Y.n);
+  if (penalties.balanced) centre(engine.X, result.f, engine.Y, result.g);
   return result;
 }
 
@@ -170,7 +197,7 @@ void Clouds::set_masses(double mass_x, double mass_y) {
 }
 
 Solution solve_pair(Clouds clouds, const Penalties& penalties, const SolveOptions& options,
-                    Solution start, double roundoff, bool split) {
+                    Solution start, bool single, bool split) {
   const double eps = options.eps;
   constexpr double kPerSpread = 1.5;  // eps of a level, at least
   constexpr double kLog2Ratio = 2.2;  // of one eps to the next, at most
@@ -204,7 +231,7 @@ Solution solve_pair(Clouds clouds, const Penalties& penalties, const SolveOption
       xs.clouds.pop_back(), ys.clouds.pop_back();
     }
     const double rounding =
-        rounding_error(X, F, roundoff * at / kLog2E, eps) + rounding_error(Y, g, roundoff, eps);
+        single ? expected_rounding(X, F, at / kLog2E, eps) + expected_rounding(Y, g, 1, eps) : 0;
     const double tol = finest ? tolerance(options.tol, rounding) : kStageTol;
     const Precision wanted = precision(tol, false, split);
     build(X, Y, target, wanted);
@@ -221,10 +248,11 @@ Solution solve_pair(Clouds clouds, const Penalties& penalties, const SolveOption
                                         F.data(), g.data());
       if (!finest || s < stages) continue;
       Solution result = finished(engine, options, penalties, outcome, F, g);
-      add_rounding(
-          result.outcome,
-          rounding_error(X, result.f, roundoff, eps) + rounding_error(Y, result.g, roundoff, eps),
-          options.tol);
+      if (single)
+        add_rounding(result,
+                     rounding_error(X, result.f, eps, penalties) +
+                         rounding_error(Y, result.g, eps, penalties),
+                     options.tol);
       return result;
     }
     F.resize(X.n), g.resize(Y.n);
@@ -233,7 +261,7 @@ Solution solve_pair(Clouds clouds, const Penalties& penalties, const SolveOption
 }
 
 Solution solve_self(Clouds clouds, const Penalties& penalties, const SolveOptions& options,
-                    Solution start, double roundoff, bool split) {
+                    Solution start, bool single, bool split) {
   constexpr double kPerSpread = 6;  // eps of a level, at least
   const double eps = options.eps, k = kLog2E / eps;
   Levels levels(std::move(clouds.x), options.warm_start ? 1 : level_count(clouds.x.n));
@@ -272,7 +300,7 @@ Solution solve_self(Clouds clouds, const Penalties& penalties, const SolveOption
       F = times(std::move(finer), damping);
       levels.clouds.pop_back();
     }
-    const double rounding = rounding_error(X, F, 2 * roundoff / k, eps);
+    const double rounding = single ? expected_rounding(X, F, 2 / k, eps) : 0;
     const double tol = at ? std::max(options.tol, kStageTol) : tolerance(options.tol, rounding);
     const Precision wanted = precision(tol, true, split);
     build(X, X, eps, wanted);
@@ -283,7 +311,8 @@ Solution solve_self(Clouds clouds, const Penalties& penalties, const SolveOption
     if (at == 0) {
       const std::vector<double> f = times(F, 1 / k);
       Solution result = finished(engine, options, penalties, outcome, times(F, 1 / damping), f);
-      add_rounding(result.outcome, rounding, options.tol);
+      if (single)
+        add_rounding(result, 2 * rounding_error(X, result.f, eps, penalties), options.tol);
       return result;
     }
     F.resize(X.n);

@@ -22,6 +22,8 @@ struct Clouds {
          bool one, bool split);
   // Scales the weights to these totals.
   void set_masses(double mass_x, double mass_y);
+  // The largest cost, at most.
+  double max_cost() const { return largest_square(x, y.n ? y : x); }
 };
 
 struct Solution {
@@ -30,12 +32,12 @@ struct Solution {
   std::vector<double> f, g;  // of the points in order
 };
 
-// start: f and g in order, or empty. roundoff: of the potentials that are returned.
+// start: f and g in order, or empty. single: they are returned in single precision.
 Solution solve_pair(Clouds clouds, const Penalties& penalties, const SolveOptions& options,
-                    Solution start, double roundoff, bool split);
+                    Solution start, bool single, bool split);
 // A cloud against itself.
 Solution solve_self(Clouds clouds, const Penalties& penalties, const SolveOptions& options,
-                    Solution start, double roundoff, bool split);
+                    Solution start, bool single, bool split);
 
 // Calls function(group, problem, split) for all problems: large ones one after the other, each over
 // all threads, which do not all take as long.

@@ -8,6 +8,9 @@
 namespace otloss::cpu::multiscale {
 namespace {
 
+// Of the largest number in it.
+constexpr float kBoundRounding = 1e-6f;
+
 // Nodes with the planes of their potential.
 struct Bounded {
   const Nodes* nodes;
@@ -52,7 +55,7 @@ OTLOSS_INLINE void bound_nodes(float k, const Bounded& x, int64_t I, const Bound
     // cancel.
     const float size = std::abs(top) + std::abs(other) + tilts +
                        k * (distance + radius * radius + radius_y * radius_y);
-    bound[j] = top + other - k * distance + tilts + 2 * k * both + 1e-6f * size;
+    bound[j] = top + other - k * distance + tilts + 2 * k * both + kBoundRounding * size;
   }
 }
 
@@ -97,20 +100,20 @@ OTLOSS_INLINE void add_pair(const Search& search, int64_t J, Found& found) {
     alpha[h] = s, beta[h] = r + shift + log_w[h];
     most_x = s > most_x ? s : most_x, most_y = r > most_y ? r : most_y;
   }
-  const float bound = most_x + most_y + shift + inner;
+  constexpr float kApart = 60;  // log2 that the powers of either side alone may reach
+  const float in_x = std::sqrt(ball_x) * x.leaf.radius[I];
+  const float in_y = std::sqrt(ball_y) * y.leaf.radius[J];
+  const float terms = std::max({inner, in_x, in_y});
+  const float size = std::abs(most_x) + std::abs(most_y) + std::abs(shift) + terms;
+  const float bound = most_x + most_y + shift + inner + kBoundRounding * size;
   const float held = bound + std::max(search.reach, y.leaf.log_mass[J]);
   const bool listed = held >= search.threshold - search.slack;
   if (listed && found.listed) found.listed[found.listed_count++] = static_cast<int32_t>(J);
   if (held >= search.threshold) {
-    constexpr float kApart = 60;  // log2 that the powers of either side alone may reach
-    // Along a tilt few entries hold mass unless terms of alpha or beta cancel, as in leaves that
-    // lie in a plane across the way to a far cloud.
-    constexpr float kFew = 64;
-    const float in_x = std::sqrt(ball_x) * x.leaf.radius[I];
-    const float in_y = std::sqrt(ball_y) * y.leaf.radius[J];
-    found.terms = std::max({found.terms, inner, 0.5f * std::max(in_x, in_y) - kFew});
-    found.tiles[found.kept++] = {static_cast<int32_t>(J),
-                                 inner < search.moments && std::max(most_x, most_y) < kApart};
+    const bool wide = terms > search.single;
+    const bool moments = !wide && inner < search.moments && std::max(most_x, most_y) < kApart;
+    if (!wide) found.terms = std::max(found.terms, terms);
+    found.tiles[found.kept++] = {static_cast<int32_t>(J), moments, wide};
     return;
   }
   const float part = fast_exp2(bound) * y.leaf.mass[J];

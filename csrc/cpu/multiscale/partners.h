@@ -24,9 +24,14 @@ struct View {
 
 // A pair of leaves that is kept.
 struct Tile {
-  int32_t leaf;     // of y
-  int32_t moments;  // whether exp(2k <u, v>) is near enough to a polynomial
+  int32_t leaf;  // of y
+  bool moments;  // exp(2k <u, v>) is near enough to a polynomial
+  bool wide;     // terms of an exponent are so large that they are added up in double
 };
+
+// The part of an entry of the plan that single precision changes, for each bit that the largest
+// term of its exponent can have: terms that cancel leave their rounding behind.
+constexpr double kTermRounding = 2.5e-8;
 
 // In numbers of base 2: `reach` is of the mass of a leaf, or a super, of x as columns see it, at
 // least that of its weights; a pair is left out where 2^bound times it or the mass of y's is below
@@ -36,6 +41,7 @@ struct Search {
   View x, y;
   float threshold, slack;  // pairs down to threshold - slack are listed
   float moments;           // largest 2k <u, v> for moments
+  float single;            // largest term of exponents in single precision
 
   int64_t I;  // leaf of x
   float reach;
@@ -55,7 +61,7 @@ struct Found {
   // What is left out, of the sums over y at a point of x of the largest density: of pairs that are
   // not listed, and of those that are.
   double left_out, left_out_listed;
-  float terms;  // the largest of the tiles' exponents, by which these are rounded
+  float terms;  // the largest of exponents in single precision
 };
 
 void find_partners(const Search& search, Found& found);

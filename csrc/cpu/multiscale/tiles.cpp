@@ -16,11 +16,39 @@ OTLOSS_INLINE void for_each_block(const TileRows& t, F&& block) {
   }
 }
 
-// Calls each(r, e) for the entries of the rows from `first` on in a block of columns.
+// The exponents of wide tiles, to e.
+template <int kD, int kBytes>
+OTLOSS_INLINE void make_exponents(const TileRows& t) {
+  constexpr int64_t kLanes = Lanes<kBytes>::kCount;
+  for_each_block<kBytes>(t, [&](int64_t q, int64_t h, float* e) OTLOSS_ALWAYS_INLINE {
+    if (!t.tile[q].wide) return;
+    const int64_t j = t.tile[q].leaf * t.L + h;
+    for (int64_t r = 0; r < kTileRows; ++r)
+#pragma omp simd
+      for (int64_t l = 0; l < kLanes; ++l) {
+        double square = 0;
+        for (int c = 0; c < kD; ++c) {
+          const double delta = t.x[r * kD + c] - t.y[(j + l) * kD + c];
+          square += delta * delta;
+        }
+        const double z = t.F[r] + t.G[j + l] - t.k * square;
+        e[r * kLanes + l] = static_cast<float>(z) + t.log_w[j + l];
+      }
+  });
+}
+
+// Calls each(r, e) for the entries of the rows from `offset` on in a block of columns.
 template <int kD, int kBytes, int kRows, typename F>
-OTLOSS_INLINE void for_each_entry(const TileRows& t, int64_t first, int64_t q, int64_t h,
-                                  F&& each) {
+OTLOSS_INLINE void for_each_entry(const TileRows& t, int64_t offset, int64_t q, int64_t h,
+                                  const float* e, F&& each) {
   using Vector = Lanes<kBytes>;
+  if (t.tile[q].wide) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+      each(r, Vector::exp2(Vector::load(e + (offset + r) * Vector::kCount)));
+    return;
+  }
+  const int64_t first = t.first + offset;
   const float* v = t.v + t.tile[q].leaf * kD * t.L + h;
   const float* alpha = t.alpha + q * t.L + first;
   typename Vector::Float y[kD];
@@ -40,9 +68,10 @@ struct Rows {
   static OTLOSS_INLINE void run(const TileRows& t) {
     using Vector = Lanes<kBytes>;
     typename Vector::Float sum[kTileRows] = {};
+    make_exponents<kD, kBytes>(t);
     for_each_block<kBytes>(t, [&](int64_t q, int64_t h, float* e) OTLOSS_ALWAYS_INLINE {
       for_each_entry<kD, kBytes, kTileRows>(
-          t, t.first, q, h, [&](int r, const typename Vector::Float& value) OTLOSS_ALWAYS_INLINE {
+          t, 0, q, h, e, [&](int r, const typename Vector::Float& value) OTLOSS_ALWAYS_INLINE {
             Vector::store(e + r * Vector::kCount, value);
             sum[r] += value;
           });
@@ -71,11 +100,12 @@ struct Both {
   static OTLOSS_INLINE void run(const TileRows& t) {
     using Vector = Lanes<kBytes>;
     typename Vector::Float sum[kTileRows] = {};
-    for_each_block<kBytes>(t, [&](int64_t q, int64_t h, float*) OTLOSS_ALWAYS_INLINE {
+    make_exponents<kD, kBytes>(t);
+    for_each_block<kBytes>(t, [&](int64_t q, int64_t h, const float* e) OTLOSS_ALWAYS_INLINE {
       float* to = t.column + q * t.L + h;
       auto column = Vector::load(to);
       for_each_entry<kD, kBytes, kTileRows>(
-          t, t.first, q, h, [&](int r, const typename Vector::Float& value) OTLOSS_ALWAYS_INLINE {
+          t, 0, q, h, e, [&](int r, const typename Vector::Float& value) OTLOSS_ALWAYS_INLINE {
             column += t.w[r] * value;
             sum[r] += value;
           });
@@ -106,6 +136,7 @@ struct Products {
 
   template <int kBytes>
   static OTLOSS_INLINE void run(const TileProducts& t) {
+    make_exponents<kD, kBytes>(t);
     for (int64_t r = 0; r < kTileRows; r += kRows) some<kBytes>(t, r);
   }
 
@@ -113,19 +144,18 @@ struct Products {
   static OTLOSS_INLINE void some(const TileProducts& t, int64_t offset) {
     using Vector = Lanes<kBytes>;
     using Float = typename Vector::Float;
-    const int64_t first = t.first + offset;
-    const float* w = t.w + offset;
+    const float *w = t.w + offset, *u = t.u + t.first + offset;
     Float sum[kRows] = {}, product[kRows][kD] = {};
     float wu[kRows][kD];
     for (int r = 0; r < kRows; ++r)
-      for (int c = 0; c < kD; ++c) wu[r][c] = w[r] * t.u[c * t.L + first + r];
-    for_each_block<kBytes>(t, [&](int64_t q, int64_t h, float*) OTLOSS_ALWAYS_INLINE {
+      for (int c = 0; c < kD; ++c) wu[r][c] = w[r] * u[c * t.L + r];
+    for_each_block<kBytes>(t, [&](int64_t q, int64_t h, const float* e) OTLOSS_ALWAYS_INLINE {
       const int64_t J = t.tile[q].leaf;
       Float y[kD], along[kD] = {}, column = {};
       for (int c = 0; c < kD; ++c)
         y[c] = Vector::load(t.v + (J * kD + c) * t.L + h) +
                static_cast<float>(t.centres[J * kD + c] - t.centre[c]);
-      for_each_entry<kD, kBytes, kRows>(t, first, q, h,
+      for_each_entry<kD, kBytes, kRows>(t, offset, q, h, e,
                                         [&](int r, const Float& value) OTLOSS_ALWAYS_INLINE {
                                           sum[r] += value;
                                           column += w[r] * value;

@@ -20,16 +20,21 @@ struct TileRows {
   const float* v;             // (leaves, d, L) of the columns
   int64_t first;              // row
   const float* w;             // (kTileRows,) or null where not known yet
-  float* e;                   // (tiles, L / lanes, kTileRows, lanes)
+  float* e;                   // (tiles, L / lanes, kTileRows, lanes); of all but moments
   float* row;                 // (kTileRows,) sums, accumulated
   float* column;              // (tiles, L) likewise
+  // Of wide tiles: log2 P_ij / (a_i b_j) = F_i + G_j - k |x_i - y_j|^2, whose e are made from it.
+  double k;
+  const double *x, *F;  // (kTileRows, d), (kTileRows,)
+  const double *y, *G;  // (leaves, L, d), (leaves, L)
+  const float* log_w;   // (leaves, L) of the columns
 };
 
 // e and the sums of rows.
 void sum_rows(const TileRows& rows);
 // The sums of columns, of e.
 void sum_columns(const TileRows& rows);
-// Both at once, without e.
+// Both at once; e is used.
 void sum_both(const TileRows& rows);
 // Of rows, of e times values (leaves, L).
 void sum_values(const TileRows& rows, const float* values);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "core/math.h"
 #include "cpu/parallel.h"
@@ -12,9 +13,8 @@ namespace {
 // The least log2 of a potential that is a number.
 constexpr double kLowest = -1e300;
 
-// Single precision: the part of a row's sum that rounding changes, and that of each term of an
-// exponent, which partly cancel over the entries of a row.
-constexpr double kSumRounding = 1e-7, kTermRounding = 1.5e-8;
+// The part of a row's sum that single precision changes, beside what it does to exponents.
+constexpr double kSumRounding = 1e-7;
 // The part that polynomials in place of exponentials change.
 constexpr double kMomentError = 1e-5;
 
@@ -29,8 +29,9 @@ template <typename F>
 void Worker::for_each_leaf(const Pass& pass, int64_t begin, int64_t end, F&& leaf) {
   const Cloud &x = *pass.x.cloud, &y = *pass.y.cloud;
   pass_ = &pass, L_ = x.L, d_ = x.d;
-  search_ = Search{pass.k, pass.x,  pass.y, pass.threshold, pass.slack, pass.moments, 0, 0,
-                   0,      nullptr, 0,      nullptr,        0,          nullptr};
+  search_ =
+      Search{pass.k, pass.x,  pass.y, pass.threshold, pass.slack, pass.moments, pass.single, 0, 0,
+             0,      nullptr, 0,      nullptr,        0,          nullptr};
   left_out = rounding = 0, super_ = -1;
   bound_.resize(y.super.stride), U_.resize(d_ * L_);
   if (pass.record) {
@@ -133,7 +134,8 @@ void Worker::find(int64_t I, bool anew, int64_t least) {
   w_.assign(L_, 0.0f), row_.assign(L_, 0.0f);
 }
 
-TileRows Worker::tile_rows(int64_t first, float* sum) {
+TileRows Worker::tile_rows(int64_t I, int64_t first, float* sum) {
+  const Cloud &x = *pass_->x.cloud, &y = *pass_->y.cloud;
   return {d_,
           L_,
           found_.kept,
@@ -141,12 +143,18 @@ TileRows Worker::tile_rows(int64_t first, float* sum) {
           alpha_.data(),
           beta_.data(),
           U_.data(),
-          pass_->y.cloud->u.data(),
+          y.u.data(),
           first,
           w_.data() + first,
           e_.data(),
           sum,
-          sums_.data()};
+          sums_.data(),
+          pass_->k,
+          &x.X[(I * L_ + first) * d_],
+          pass_->F + I * L_ + first,
+          y.X.data(),
+          pass_->G,
+          y.log_w.data()};
 }
 
 MomentRows Worker::moment_rows(int64_t I, bool products) {
@@ -188,7 +196,7 @@ void Worker::update_leaf(int64_t I) {
   for (int64_t first = 0; first < L_ && !interrupted();) {
     float sum[kTileRows];
     std::copy_n(row_.data() + first, kTileRows, sum);
-    const TileRows rows = tile_rows(first, sum);
+    const TileRows rows = tile_rows(I, first, sum);
     sum_rows(rows);
     if (attempts < kAttempts && correct(I, first, sum)) {
       ++attempts;
@@ -209,12 +217,13 @@ void Worker::update_leaf(int64_t I) {
 
 // Whether a row's guess was poor and its sum tells a better one.
 bool Worker::correct(int64_t I, int64_t first, const float* sum) {
-  constexpr float kSome = 1e-30f;
+  constexpr float kSome = 1e-30f, kMost = std::numeric_limits<float>::max();
   bool poor = false, known = true;
   const double* a = &pass_->x.cloud->w[I * L_ + first];
   for (int64_t r = 0; r < kTileRows; ++r) {
     if (!(a[r] > 0)) continue;
-    poor = poor || !is_good_sum(sum[r]), known = known && sum[r] > kSome;
+    poor = poor || !is_good_sum(sum[r]);
+    known = known && sum[r] > kSome && sum[r] < kMost;
   }
   if (!poor || !known) return false;
   double* F = pass_->F + I * L_ + first;
@@ -312,7 +321,7 @@ void Worker::mirror(const Pass& pass, int64_t begin, int64_t end) {
       sum_moment_columns(moment_rows(I, false));
     }
     for (int64_t first = 0; first < L_; first += kTileRows)
-      sum_both(tile_rows(first, row_.data() + first));
+      sum_both(tile_rows(I, first, row_.data() + first));
     for (int64_t i = 0; i < L_; ++i) pass.s[I * L_ + i] = static_cast<double>(row_[i]);
     add_columns(I);
   });
@@ -338,7 +347,7 @@ void Worker::products_leaf(int64_t I, bool symmetric, double* sum, double* produ
   }
   for (int64_t first = 0; first < L_; first += kTileRows) {
     float along[kTileRows * kMultiscaleDims] = {};
-    TileProducts rows{tile_rows(first, row_.data() + first),
+    TileProducts rows{tile_rows(I, first, row_.data() + first),
                       &x.u[I * d_ * L_],
                       &x.leaf.centre[I * d_],
                       y.leaf.centre.data(),
@@ -379,10 +388,10 @@ void Worker::values(const Pass& pass, int64_t begin, int64_t end, int64_t count,
     }
     for (int64_t first = 0; first < L_; first += kTileRows) {
       float sum[kTileRows] = {};
-      sum_rows(tile_rows(first, sum));
+      sum_rows(tile_rows(I, first, sum));
       for (int64_t c = 0; c < count; ++c) {
         std::fill_n(sum, kTileRows, 0.0f);
-        sum_values(tile_rows(first, sum), values + c * m);
+        sum_values(tile_rows(I, first, sum), values + c * m);
         for (int64_t r = 0; r < kTileRows; ++r)
           out[c * n + I * L_ + first + r] += static_cast<double>(sum[r]);
       }

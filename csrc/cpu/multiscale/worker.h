@@ -15,15 +15,15 @@ namespace otloss::cpu::multiscale {
 struct Pass {
   double k;  // log2(e) / eps
   View x, y;
-  Planes* planes;                   // of x, fitted again to leaves whose guess was poor
-  const double* G;                  // (m,) k g
-  double* F;                        // (n,) in: guess, out: exact, or fixed
-  double* s;                        // (n,) row sums at the guess
-  double* tiles;                    // (supers of x,) out: that were kept
-  double tilt;                      // columns are those of the plan of (1 + tilt) F
-  bool columns;                     // whether column sums are wanted
-  int64_t group;                    // points of Newton's groups, 0: not wanted
-  float threshold, slack, moments;  // see Search
+  Planes* planes;                           // of x, fitted again to leaves whose guess was poor
+  const double* G;                          // (m,) k g
+  double* F;                                // (n,) in: guess, out: exact, or fixed
+  double* s;                                // (n,) row sums at the guess
+  double* tiles;                            // (supers of x,) out: that were kept
+  double tilt;                              // columns are those of the plan of (1 + tilt) F
+  bool columns;                             // whether column sums are wanted
+  int64_t group;                            // points of Newton's groups, 0: not wanted
+  float threshold, slack, moments, single;  // see Search
   // From an earlier search:
   bool listed, record;   // whether lists are used, are made
   const float* rise;     // (leaves of x,) by which densities have risen, log2, at most
@@ -72,7 +72,7 @@ class Worker {
   void find_supers(int64_t S, bool all);
   void find(int64_t I, bool anew, int64_t least);
   MomentRows moment_rows(int64_t I, bool products);
-  TileRows tile_rows(int64_t first, float* sum);
+  TileRows tile_rows(int64_t I, int64_t first, float* sum);
 
   void update_leaf(int64_t I);
   bool correct(int64_t I, int64_t first, const float* sum);

@@ -63,14 +63,15 @@ void solve_multiscale(const SolveGroup<T>& group, int64_t p, const SolveOptions&
     const bool one = has_one_potential(group, p);
     multiscale::Clouds clouds(group.points, p, n, a, m, b, one, split);
     clouds.set_masses(mass_x, mass_y);
+    status[kStatusMaxCost] = clouds.max_cost();
     const std::vector<int32_t> in_x = clouds.in_x, in_y = one ? in_x : clouds.in_y;
     if (options.warm_start) {
       for (const int32_t i : in_x) solution.f.push_back(static_cast<double>(f[i]));
       for (const int32_t j : in_y) solution.g.push_back(static_cast<double>(g[j]));
     }
-    const double roundoff = std::numeric_limits<T>::epsilon();
     solution = (one ? multiscale::solve_self : multiscale::solve_pair)(
-        std::move(clouds), penalties, options, std::move(solution), roundoff, split);
+        std::move(clouds), penalties, options, std::move(solution), std::is_same_v<T, float>,
+        split);
     std::fill(f, f + n, T(0)), std::fill(g, g + m, T(0));
     for (size_t i = 0; i < solution.f.size(); ++i) f[in_x[i]] = static_cast<T>(solution.f[i]);
     for (size_t j = 0; j < solution.g.size(); ++j) g[in_y[j]] = static_cast<T>(solution.g[j]);
