@@ -236,6 +236,21 @@ def test_a_divergence_of_nearly_equal_clouds_is_not_negative(method, cost, unbal
             assert bool((loss >= 0).all())
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_divergence_of_rounding_is_not_negative(method, rng):
+    """Between points on one ray all costs are 0, and values only what rounding makes of it."""
+    for dtype in DTYPES:
+        n, m = 84, 4
+        x, y = (torch.rand(50, count, 1, generator=rng, dtype=dtype) + 0.1 for count in (n, m))
+        b = torch.rand(50, m, generator=rng, dtype=dtype) ** 8
+        b /= b.sum(-1, keepdim=True)
+        for direction in (torch.ones(1, dtype=dtype), randn(rng, 3, dtype=dtype)):
+            points = (x * direction, y * direction)
+            loss = otloss.sinkhorn_divergence(*points, 0.003, b=b, cost="cosine", method=method)
+            assert bool((loss >= 0).all()), loss.min()
+            assert float(loss.max()) < 1e-6
+
+
 @pytest.mark.parametrize("cost", COSTS)
 @pytest.mark.parametrize("d", [2, 40])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)

@@ -20,6 +20,7 @@ from otloss.reference.stopping import StopRule
 # A bound of the value's error is suspicious above SUSPICIOUS times the error or tolerance; the gap
 # proves a value to PROOF times the tolerance; a shift gains much above MUCH times it.
 SUSPICIOUS, PROOF, MUCH = 10, 20, 0.1
+UNSEEN = 4  # machine epsilons of the total, which rounding of column sums may make of nothing
 # Iterations stall that have not halved the error in PATIENCE sweeps.
 PATIENCE, PROGRESS = 5, 0.5
 SOON = 3  # sweeps after a shift that gained much
@@ -67,10 +68,13 @@ class FarMass:
         return w, w * point.ratio.double()
 
     def _suspicious(self, point: Point) -> bool:
-        """What the plan lacks and has too much could go as far as any two points are apart."""
+        """What the plan lacks and has too much could go as far as any two points are apart, but for
+        what rounding of the column sums makes of nothing."""
         w, c = self._sums(point)
         least, most = self.engine.cost_range
-        bound = float((w - c).clamp(min=0).sum() * (most - least) - (w - c) @ point.g.double())
+        unseen = UNSEEN * torch.finfo(point.g.dtype).eps * self.engine.mass[1]
+        lacking = float((w - c).clamp(min=0).sum()) - unseen
+        bound = max(0.0, lacking) * (most - least) - float((w - c) @ point.g.double())
         lesser = min(bound, self._own_gap(point))
         return lesser > SUSPICIOUS * max(point.error, self.tol) * self._scale(point)
 

@@ -192,7 +192,11 @@ class Judge:
             self.iterations(k)
             return
         terms = [make_term(case, pair, k) for pair in case.pairs(k)]
-        sizes = [max(abs(t.proof.low), t.mass * (t.spread + U64 * case.eps)) for t in terms]
+        # A thousandth of the rounding of eps is as good a proof, where costs are equal.
+        sizes = [
+            max(abs(t.proof.low), t.mass * (t.spread + 1e-3 / PROVEN * U64 * case.eps))
+            for t in terms
+        ]
         widths = [t.proof.width / size for t, size in zip(terms, sizes, strict=True)]
         self.proven &= all(w <= PROVEN for w in widths)
         value = float(self.answer.value[k])

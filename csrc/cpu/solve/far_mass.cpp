@@ -68,7 +68,8 @@ double FarMass<T, E>::size(double eps, const T* F, const SemidualPoint<T>& point
                              y_.soft_mean(point.g.data(), 1).mean));
 }
 
-// What the plan lacks and has too much could go as far as any pair of points is apart.
+// What the plan lacks and has too much could go as far as any pair of points is apart, but for what
+// rounding of the column sums makes of nothing.
 template <typename T, typename E>
 double FarMass<T, E>::cheap_bound(const SemidualPoint<T>& point) const {
   const double range = engine_.cost_range().most - engine_.cost_range().least;
@@ -77,6 +78,8 @@ double FarMass<T, E>::cheap_bound(const SemidualPoint<T>& point) const {
     const double d = static_cast<double>(point.target[j]) * (1 - static_cast<double>(point.q[j]));
     lacking += std::max(d, 0.0), along += d * static_cast<double>(point.g[j]);
   }
+  constexpr double kUnseen = 4 * static_cast<double>(std::numeric_limits<T>::epsilon());
+  lacking = std::max(0.0, lacking - kUnseen * y_.mass);
   return mass(point) * std::min(lacking * range - along, own_gap(point));
 }
 

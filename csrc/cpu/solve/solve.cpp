@@ -180,13 +180,14 @@ void refine(const std::vector<SolveGroup<float>>& groups, const SolveOptions& op
 // A pair's value is below its optimum by the solver's error, which may make the divergence of
 // nearly equal clouds negative. Then the potentials of the clouds against themselves are better
 // ones: where e^{-C/eps} is positive definite their value is at least half of those of both clouds
-// together (Feydy et al. 2019). So the pair is solved again from there. False: there is no such
-// entry.
+// together, whatever the potentials are (Feydy et al. 2019). So the pair is solved again from
+// there. Returns the entries of which that was done.
 template <typename T>
-bool solve_negative_again(const std::vector<SolveGroup<T>>& groups, const SolveOptions& options) {
+std::vector<int64_t> solve_negative_again(const std::vector<SolveGroup<T>>& groups,
+                                          const SolveOptions& options) {
   constexpr double kUnit = static_cast<double>(std::numeric_limits<T>::epsilon());
-  if (groups.size() != 3 || !groups[1].symmetric || !groups[2].symmetric) return false;
-  if (options.n_iters >= 0 || options.objective != Objective::kRegularized) return false;
+  if (groups.size() != 3 || !groups[1].symmetric || !groups[2].symmetric) return {};
+  if (options.n_iters >= 0 || options.objective != Objective::kRegularized) return {};
   const SolveGroup<T>& pair = groups[0];
   std::vector<int64_t> chosen;
   for (int64_t k = 0; k < pair.batch; ++k) {
@@ -206,7 +207,15 @@ bool solve_negative_again(const std::vector<SolveGroup<T>>& groups, const SolveO
     solve_problem(pair, k, from_there, split);
     sweeps += before;
   });
-  return !chosen.empty();
+  return chosen;
+}
+
+// What is negative still, for a named cost, is rounding: costs that are 0 have only that.
+template <typename T>
+void raise_to_bound(const std::vector<SolveGroup<T>>& groups, const std::vector<int64_t>& entries) {
+  if (!groups[0].points.zx) return;
+  for (const int64_t k : entries)
+    groups[0].status[k * kStatusFields + kStatusTerm] -= std::min(0.0, loss_of(groups, k).sum);
 }
 
 }  // namespace
@@ -226,7 +235,10 @@ void solve(const std::vector<SolveGroup<T>>& groups, const SolveOptions& options
       if (!multiscaled) refine(groups, options);
   };
   in_double();
-  if (solve_negative_again(groups, options)) in_double();
+  const std::vector<int64_t> again = solve_negative_again(groups, options);
+  if (again.empty()) return;
+  in_double();
+  raise_to_bound(groups, again);
 }
 
 template <typename T>

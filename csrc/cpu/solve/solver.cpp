@@ -18,10 +18,6 @@ namespace {
 template <typename T>
 constexpr double kRoundoff = static_cast<double>(std::numeric_limits<T>::epsilon());
 
-Outcome outcome_of(const StepControl& control) {
-  return {control.passes(), control.stop().final_error(), control.stop().reached()};
-}
-
 template <typename E>
 class PairSolver {
   using T = typename E::Value;
@@ -363,35 +359,6 @@ double value_of(E& engine, const SolveOptions& options, bool balanced, const T* 
   return engine.transport(options.eps, F.data(), g);
 }
 
-template <typename T>
-Outcome solve_fixed(Engine<T>& engine, const SolveOptions& options, T* F, T* g, T* trace) {
-  const Side<T>&x = engine.x, &y = engine.y;
-  const int64_t n = x.count, m = y.count;
-  const double eps = options.eps;
-  const T to_cost = static_cast<T>(eps / kLog2E * x.damping(eps));
-  const T damping = static_cast<T>(y.damping(eps));
-  std::vector<T> gt(m), q(m), target(y.weight, y.weight + m);
-  StepControl control(eps, options.tol, options.n_iters, y.mass, std::min(x.points, y.points));
-  for (int64_t it = 0; it < options.n_iters && !interrupted(); ++it) {
-    engine.iterate(eps, g, F, gt.data(), q.data());
-    if (it + 1 == options.n_iters && !y.hard())
-      y.set_target(eps, 0, g, gt.data(), y.soft_mean(g, 1).mean, q.data(), target.data());
-    for (int64_t j = 0; j < m; ++j) g[j] = damping * gt[j];
-    if (trace) {
-      for (int64_t i = 0; i < n; ++i) trace[i] = to_cost * F[i];
-      std::copy(g, g + m, trace + n);
-      trace += n + m;
-    }
-    control.count_passes(1);
-  }
-  if (control.passes() > 0) {
-    const double size = x.soft_mean(F, to_cost).magnitude + y.soft_mean(g, 1).magnitude;
-    control.observe(
-        {0, 4 * kRoundoff<T> * y.mass * size, marginal_error(m, target.data(), q.data()) / y.mass});
-  }
-  return outcome_of(control);
-}
-
 #define OTLOSS_INSTANTIATE(E, T)                                 \
   template Outcome solve_pair(E&, const SolveOptions&, T*, T*);  \
   template Outcome solve_symmetric(E&, const SolveOptions&, T*); \
@@ -403,7 +370,6 @@ OTLOSS_INSTANTIATE(multiscale::Engine, double)
 template Outcome solve_pair(grid::Engine&, const SolveOptions&, double*, double*);
 template Outcome solve_symmetric(grid::Engine&, const SolveOptions&, double*);
 #define OTLOSS_INSTANTIATE(T)                                                               \
-  template Outcome solve_fixed(Engine<T>&, const SolveOptions&, T*, T*, T*);                \
   template double regularized_value(const Side<T>&, const Side<T>&, double, bool, const T*, \
                                     const T*);
 OTLOSS_INSTANTIATE(float)

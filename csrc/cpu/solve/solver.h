@@ -21,6 +21,10 @@ struct Outcome {
   bool converged = false;
 };
 
+inline Outcome outcome_of(const StepControl& control) {
+  return {control.passes(), control.stop().final_error(), control.stop().reached()};
+}
+
 // A general pair. F (n,) and g (m,) in: start (warm_start), out: solution.
 template <typename E, typename T = typename E::Value>
 Outcome solve_pair(E& engine, const SolveOptions& options, T* F, T* g);
