@@ -41,6 +41,7 @@ sphinx_gallery_conf = {
     "within_subsection_order": place,
     "min_reported_time": 0,
     "show_memory": False,
+    "write_computation_times": False,  # its tables load scripts from the network
 }
 suppress_warnings = ["config.cache"]  # place is a function, which Sphinx cannot store
 

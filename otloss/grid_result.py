@@ -32,7 +32,7 @@ class GridResult(OTResult):
         dtype: torch.dtype,
     ) -> None:
         self._grid, self._shape, self._moves, self._dtype = grid, shape, displacements, dtype
-        super().__init__(problem, None, options, solved, None, dense=True)
+        super().__init__(problem, None, options, solved, dense=True)
         if options.n_iters < 0:  # iterations have potentials everywhere
             marginals = marginals_of(options.rho_x, options.rho_y, 0, 1)
             self._f, self._g = extended(grid, self._f, self._g, self._a, self._b, marginals)

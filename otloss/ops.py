@@ -53,10 +53,7 @@ from torch import Tensor, inf
 
 from otloss import reference
 from otloss._check import depth_of_caller
-from otloss.reference import grid
 from otloss.reference.arguments import Arguments, as_pairs, read
-from otloss.reference.grid import GRID_OPERATIONS
-from otloss.reference.operations import OPERATIONS
 
 __all__ = [
     "CUDA_KERNELS",
@@ -112,15 +109,14 @@ def _load_native() -> Any:
     """The compiled module, whose import registers its kernels; None for a pure-Python install."""
     if importlib.util.find_spec("otloss._C") is not None:
         native = importlib.import_module("otloss._C")
-        for name in GRID_OPERATIONS:  # on a GPU they are plain torch
-            _library.impl(name, getattr(grid, name), "CUDA")
+        plain = reference.GRID_OPERATIONS  # grids have no CUDA kernels
         if not native.build_info()["cuda_architectures"]:
-            for name in OPERATIONS:
-                _library.impl(name, getattr(reference, name), "CUDA")
+            plain = (*plain, *reference.OPERATIONS)
+        for name in plain:
+            _library.impl(name, getattr(reference, name), "CUDA")
         return native
-    for module, names in ((reference, OPERATIONS), (grid, GRID_OPERATIONS)):
-        for name in names:
-            _library.impl(name, getattr(module, name), "CompositeExplicitAutograd")
+    for name in (*reference.OPERATIONS, *reference.GRID_OPERATIONS):
+        _library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
     warnings.warn(
         f"otloss in {os.path.dirname(__file__)} has no compiled kernels: every operation runs in "
         "plain torch, slowly. In a checkout, which Python started there imports before what is "

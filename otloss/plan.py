@@ -37,7 +37,6 @@ class Plan:
         self._problem, self._given_cost, self._options = problem, cost, options
         self._kept_cost: Tensor | None = cost
         self._kept_plan: Tensor | None = None
-        assert solved.settings is not None  # of a solve in this process
         self._settings = solved.settings
         self._kept_extended: list[Tensor] | None = None
         self._dense = dense
@@ -106,7 +105,7 @@ class Plan:
     def _extended(self) -> list[Tensor] | None:
         """The potentials with those of empty bins, if their weights are differentiated."""
         settings = self._settings
-        if settings.places is not None and self._kept_extended is None:
+        if settings is not None and settings.places is not None and self._kept_extended is None:
             weights = self._problem.weights
             self._kept_extended = extended(settings, settings.places, weights, self._f, self._g)
         return self._kept_extended
@@ -144,6 +143,7 @@ class Plan:
         """P v or P^T v by the multiscale engine."""
         self._check_unchanged()
         problem, potentials = self._problem, (self._f, self._g)
+        assert self._settings is not None  # of a solve of points
         return plan_product(self._settings, problem.points, problem.weights, potentials, v, axis)
 
     def _sums(self) -> tuple[Tensor, Tensor]:

@@ -164,7 +164,7 @@ class OTResult(PlanPairs):
         """Iterations and relative residual of the last implicit backward pass, as (int, float) or
         (B,) each; None until a backward pass has solved a linear system. A residual above 1e-6
         (float64) or 1e-4 (float32) also warns."""
-        system = self._settings.system
+        system = self._settings and self._settings.system
         if not system:
             return None
         iterations, residual = system[0][0].unbind(-1)

@@ -67,9 +67,9 @@ def test_totals_of_half_precision_weights(dtype, rng):
     """1/7 rounded to bfloat16 has a total of 1.004: equal to 1 as far as the dtype can tell."""
     x, y = randn(rng, 7, 3).to(dtype), randn(rng, 6, 3).to(dtype)
     a, b = torch.full((7,), 1 / 7).to(dtype), torch.full((6,), 1 / 6).to(dtype)
-    result = otloss.solve_sample(x, y, 1.0, a=a, b=b, tol=1e-6)
+    result = otloss.solve_sample(x, y, 1.0, a=a, b=b, tol=1e-5)
     assert result.converged
-    expected = otloss.solve_sample(x.float(), y.float(), 1.0, tol=1e-6)
+    expected = otloss.solve_sample(x.float(), y.float(), 1.0, tol=1e-5)
     assert_close(result.value, expected.value, rtol=2e-2, atol=0)
     with pytest.raises(ValueError, match="same total mass"):
         otloss.solve_sample(x, y, 1.0, a=1.1 * a, b=b)
@@ -141,13 +141,18 @@ def test_autocast_around_a_network(rng):
     assert bool(network.weight.grad.isfinite().all())
 
 
+def careful(x, y, a, b):
+    """Potentials that differ by less than the allowed error wherever a solve stops."""
+    return otloss.solve_sample(x, y, 0.5, a=a, b=b, tol=1e-5)
+
+
 MIXED = {
     "divergence": lambda x, y, a, b: otloss.sinkhorn_divergence(x, y, 0.5, a=a, b=b),
     "callable": lambda x, y, a, b: otloss.sinkhorn_loss(x, y, 0.5, a=a, b=b, cost=torch.cdist),
     "energy": lambda x, y, a, b: otloss.energy_distance(x, y, a=a, b=b),
     "matrix": lambda x, y, a, b: otloss.solve(x, 0.5, a=a).value,
-    "map": lambda x, y, a, b: otloss.solve_sample(x, y, 0.5, a=a, b=b).barycentric_map().sum(),
-    "extend": lambda x, y, a, b: otloss.solve_sample(x, y, 0.5, a=a, b=b).extend(y + 1).sum(),
+    "map": lambda *given: careful(*given).barycentric_map().sum(),
+    "extend": lambda x, y, *weights: careful(x, y, *weights).extend(y + 1).sum(),
 }
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

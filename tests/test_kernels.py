@@ -258,6 +258,8 @@ def sample_arguments() -> dict[str, tuple[Any, ...]]:
     ones = torch.ones(2, dtype=torch.float64)
     fg = [t for two in zip(f, g, strict=True) for t in two]
     limits = (ops.number(1e-3), 1000, -1, False)
+    axes = [uniform(2).repeat(2, 1), 2 * uniform(2).repeat(2, 1)]
+    densities, half, penalties = [a, a.flip(1)], ops.number(0.5), ops.penalties(*rho)
     given = {
         "": (stored, ([0], [], True)),
         ":points": (made, ([], [1, 0], True)),
@@ -271,6 +273,8 @@ def sample_arguments() -> dict[str, tuple[Any, ...]]:
         "solve:multiscale": (*multiscale, [], *limits, False, None),
         "solve:dense": (*made, [], *limits, True, None),
         "plan_product:multiscale": (*multiscale, f, g, [b.unsqueeze(-1), a.unsqueeze(-1)]),
+        "grid_means": (axes, half, f[0], f[0].unsqueeze(1)),
+        "grid_solve": (axes, [1.0, 1.0], densities, pairs, half, penalties, [], half, 1000),
         "envelope_backward:multiscale": (ones, *multiscale, f, g, [], [1, 0], True),
         "envelope_backward:weights": (ones, *stored._replace(costs=[]), f, g, [], [], True),
         **{f"envelope_backward{k}": (ones, *p, f, g, *w) for k, (p, w) in given.items()},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from otloss.costs import cost_gradient, full_precision, without_padding
 from otloss.reference.arguments import as_pairs
+from otloss.reference.grid import GRID_OPERATIONS, grid_means, grid_solve
 from otloss.reference.marginals import damping, marginals_of, plan, share, softmin, value
 from otloss.reference.operations import (
     OPERATIONS,
@@ -22,6 +23,7 @@ from otloss.reference.operations import (
 from otloss.reference.solver import fixed_iterations
 
 __all__ = [
+    "GRID_OPERATIONS",
     "OPERATIONS",
     "as_pairs",
     "cost",
@@ -31,6 +33,8 @@ __all__ = [
     "envelope_backward",
     "fixed_iterations",
     "full_precision",
+    "grid_means",
+    "grid_solve",
     "implicit_backward",
     "marginals_of",
     "plan",
