@@ -109,7 +109,7 @@ def _load_native() -> Any:
     """The compiled module, whose import registers its kernels; None for a pure-Python install."""
     if importlib.util.find_spec("otloss._C") is not None:
         native = importlib.import_module("otloss._C")
-        plain = reference.GRID_OPERATIONS  # grids have no CUDA kernels
+        plain: tuple[str, ...] = reference.GRID_OPERATIONS  # grids have no CUDA kernels
         if not native.build_info()["cuda_architectures"]:
             plain = (*plain, *reference.OPERATIONS)
         for name in plain:

@@ -51,7 +51,7 @@ def test_float32_keeps_its_digits(method, eps, rho, totals, rng):
     assert relative(found[0], true[0]) < 1e-6
     assert relative(found[1], true[1]) < 1e-5
     got, expected = (grad(v[1], (d.x, d.a)) for v, d in ((found, single), (true, exact)))
-    assert relative(got[0], expected[0]) < 5e-5
+    assert relative(got[0], expected[0]) < 1e-4  # tol over the least eps, in units of costs
     if math.isinf(rho):
         got, expected = ([g[0], g[1] - g[1].mean()] for g in (got, expected))
     assert relative(got[1], expected[1]) < 1e-3  # to first order in the marginal error

@@ -134,7 +134,7 @@ def solve(
             _solve_again(problem, costs[0], again, tol, max_iters, status, terms, all_f, all_g)
             every = refined()
             if points:  # a named cost, for which what is negative still is rounding
-                every[0] -= torch.where(again, every.sum(0).clamp(max=0.0), 0.0)
+                every[0] = torch.where(again, every[0].maximum(-every[1:].sum(0)), every[0])
     loss = clamped(every.sum(0), every.abs().sum(0), dtype).to(dtype)
     return loss, torch.cat([status, every.unsqueeze(-1)], dim=-1), all_f, all_g, traces, made
 

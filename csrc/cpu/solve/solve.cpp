@@ -214,8 +214,12 @@ std::vector<int64_t> solve_negative_again(const std::vector<SolveGroup<T>>& grou
 template <typename T>
 void raise_to_bound(const std::vector<SolveGroup<T>>& groups, const std::vector<int64_t>& entries) {
   if (!groups[0].points.zx) return;
-  for (const int64_t k : entries)
-    groups[0].status[k * kStatusFields + kStatusTerm] -= std::min(0.0, loss_of(groups, k).sum);
+  for (const int64_t k : entries) {
+    const auto term = [&](int p) -> double& {
+      return groups[p].status[k * kStatusFields + kStatusTerm];
+    };
+    term(0) = std::max(term(0), -(term(1) + term(2)));
+  }
 }
 
 }  // namespace
