@@ -71,9 +71,9 @@ def solve_grid(
 
     Returns:
         :class:`OTResult` whose potentials and marginals have the shape of a and b. ``apply`` takes
-        (B, *grid) or (B, *grid, c); ``barycentric_map()`` is (B, *grid, axes), where a point goes
-        to on average, in units of ``spacing`` from the first point. Where a density is 0 the
-        potential is that of the first mass to come. Differentiable in a and b, ``value`` twice.
+        ``(B, *grid)`` or ``(B, *grid, c)``; ``barycentric_map()`` is ``(B, *grid, axes)``, where a
+        point goes to on average, in units of ``spacing`` from the first point. Where a density is 0
+        the potential is that of the first mass to come. Differentiable in a and b, ``value`` twice.
         ``plan`` and what reads single pairs make the matrix of N x N. Under ``torch.compile`` it
         runs with graph breaks; ``fullgraph=True`` is not available.
 
