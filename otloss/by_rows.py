@@ -8,7 +8,6 @@ into what made the costs, the points or the parameters of the function.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -24,7 +23,7 @@ from otloss.eps import Scale
 from otloss.method import block_rows, in_blocks
 from otloss.problem import Problem, build_costs, see_empty_bins
 from otloss.reference.arguments import as_pairs
-from otloss.reference.engine import range_of, sample, spread
+from otloss.reference.engine import sample, spread
 from otloss.reference.gradients import weight_gradients
 from otloss.reference.marginals import (
     Marginals,
@@ -38,7 +37,6 @@ from otloss.reference.marginals import (
     plan,
     value,
 )
-from otloss.reference.solver import Solution, plain_iteration, solve_problem
 from otloss.row_sweep import RowSweep
 
 __all__ = ["solve_by_rows"]
@@ -83,10 +81,6 @@ class RowEngine(RowSweep):
         ]
         return torch.stack(parts).to(zero)
 
-    @functools.cached_property
-    def cost_range(self) -> tuple[float, float]:
-        return range_of(self)
-
     def sigma(self) -> float:
         return spread(self.costs(sample(self.a))[:, sample(self.b)])
 
@@ -106,15 +100,6 @@ class RowEngine(RowSweep):
             squares += float(C.square().sum())
         limit = 64 * torch.finfo(self.a.dtype).eps * (squares / n) ** 0.5
         return not bool((right - left).abs().amax() > limit)
-
-    def solve(self, symmetric: bool, options: Options, init: Sequence[Tensor]) -> Solution:
-        o, eps = options, float(options.eps)
-        if o.n_iters < 0:
-            return solve_problem(self, symmetric, eps, o.tol, o.max_iters, init)
-        g = init[1] if init else torch.zeros_like(self.b)
-        for _ in range(o.n_iters):
-            f, g, error = plain_iteration(self, eps, g)
-        return Solution(f, g, float(error), o.n_iters, float(error) <= o.tol)
 
 
 def solve_by_rows(
@@ -141,7 +126,7 @@ def solve_by_rows(
         if options.balanced() and options.n_iters < 0:
             f, g = centred(f, g, *(w.detach() for w in pair.weights))
         if found.requires_grad:
-            f, g = (_NoDerivative.apply(v, found) for v in (f, g))
+            f, g = refuse_higher_order([f, g], [found], _NO_IMPLICIT)
         all_f.append(f)
         all_g.append(g)
     every, status = torch.stack(terms), torch.stack(statuses)
@@ -267,15 +252,3 @@ class _Product(torch.autograd.Function):
         C, P = ctx.saved_tensors
         found = P * grad.to(P.dtype)[:, None, None]
         return *refuse_higher_order([found], [C, grad], _NO_IMPLICIT), None, None
-
-
-class _NoDerivative(torch.autograd.Function):
-    """``(v, what it depends on) -> v``, whose derivative raises."""
-
-    @staticmethod
-    def forward(ctx: Any, v: Tensor, source: Tensor) -> Tensor:
-        return v.view_as(v)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        raise NotImplementedError(_NO_IMPLICIT)

@@ -134,7 +134,7 @@ class Scale(NamedTuple):
         else:
             if o.objective == "regularized":
                 loss = _Value.apply(loss, t, self._penalties(solved, problem, pairs, coefficients))
-            potentials = [[_NoDerivative.apply(v, t) for v in each] for each in potentials]
+            potentials = [refuse_higher_order(each, [t], _SOFT) for each in potentials]
         f, g = map(tuple, potentials)
         return replace(solved, loss=loss, f=f, g=g)
 
@@ -206,15 +206,3 @@ class _Value(torch.autograd.Function):
         of_t = (grad * (loss - penalties)).to(t.dtype).sum_to_size(t.shape)
         grads = refuse_higher_order([grad * t, of_t], [loss, t, grad], _SOFT)
         return *grads, None
-
-
-class _NoDerivative(torch.autograd.Function):
-    """``(v, t) -> v``, whose derivative in t raises."""
-
-    @staticmethod
-    def forward(ctx: Any, v: Tensor, t: Tensor) -> Tensor:
-        return v.view_as(v)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        raise NotImplementedError(_SOFT)

@@ -12,20 +12,18 @@ from otloss import _check, ops
 from otloss._options import Options, Unbalanced, check_options, number
 from otloss.autograd.grid import Grid, GridPotentials, GridValue, extended, softmin
 from otloss.grid_result import GridResult
+from otloss.losses import DEBIASED, LOSS
 from otloss.problem import Problem
 from otloss.reference import grid as reference
 from otloss.reference.arguments import as_pairs
 from otloss.reference.gradients import weight_gradients
-from otloss.reference.marginals import damping, marginals_of, value
+from otloss.reference.marginals import centred, clamped, damping, marginals_of, value
 from otloss.reference.semidual import column_ratio, marginal_error
 from otloss.result import OTResult
 from otloss.run import Solved, report
 from otloss.totals import Combination, at_given_totals, at_unit_totals
 
 __all__ = ["axes_of", "sinkhorn_divergence_grid", "solve_grid"]
-
-ONE = Combination([0, 1], [1.0])
-DEBIASED = Combination([0, 1, 0, 0, 1, 1], [1.0, -0.5, -0.5], debiased=True)
 
 Cost = str | Sequence[Tensor]
 
@@ -104,7 +102,7 @@ def solve_grid(
                 )
         start = [v.detach().double().flatten(1) for v in (f, g)]
     grid = Grid(axes, options.eps, options.method == "reference")
-    solved = _solve(problem, grid, spaces, ONE, options, start)
+    solved = _solve(problem, grid, spaces, LOSS, options, start)
     return GridResult(problem, grid, shape, displacements, options, solved, dtype)
 
 
@@ -261,7 +259,7 @@ def _solution(
     if combination.debiased and _check.readable(status):
         terms = coefficients * status[..., ops.TERM]
         # The potentials of both densities with themselves are better ones where S is negative.
-        if bool((terms.sum(0) < -1e-15 * terms.abs().sum(0)).any()):
+        if bool((clamped(terms.sum(0), terms.abs().sum(0), terms.dtype) < 0).any()):
             again, f, g = solve(pairs[:2], [all_f[1], all_g[2]])
             again[..., ops.ITERATIONS] += status[:1, :, ops.ITERATIONS]
             status[0], all_f[0], all_g[0] = again[0], f[0], g[0]
@@ -270,9 +268,7 @@ def _solution(
         a, b, marginals = weights[i], weights[j], marginals_of(o.rho_x, o.rho_y, i, j)
         f, g, term = all_f[p], all_g[p], status[p, :, ops.TERM]
         if marginals.balanced:
-            of_a, of_b = (a * f).sum(-1, True), (b * g).sum(-1, True)
-            shift = ((of_b - of_a) / (a + b).sum(-1, True)).detach()
-            f, g = torch.where(a > 0, f + shift, 0.0), torch.where(b > 0, g - shift, 0.0)
+            f, g = centred(f, g, a.detach(), b.detach())
         if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
             f, g = GridPotentials.apply(grid, marginals, a, b, f, g)
             full = extended(grid, f, g, a, b, marginals)

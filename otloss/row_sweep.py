@@ -3,13 +3,18 @@ cost matrix is not in one piece."""
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from otloss import ops
+from otloss._options import Options
+from otloss.reference.engine import Engine, range_of
 from otloss.reference.marginals import Marginals, damping
+from otloss.reference.solver import Solution, plain_iteration, solve_problem
 
 __all__ = ["RowSweep"]
 
@@ -38,3 +43,18 @@ class RowSweep:
         _, _, (f,), (part,), *_ = ops.solve(*problem, start, unread, 1, 1, False, False)
         f = torch.where(a > 0, f[0] / damping(rho_x, eps) + shift, 0.0)
         return f, part[0] / damping(rho_y, eps) - shift
+
+    @functools.cached_property
+    def cost_range(self: Engine) -> tuple[float, float]:
+        return range_of(self)
+
+    def solve(
+        self: Engine, symmetric: bool, options: Options, init: Sequence[Tensor] = ()
+    ) -> Solution:
+        o, eps = options, float(options.eps)
+        if o.n_iters < 0:
+            return solve_problem(self, symmetric, eps, o.tol, o.max_iters, init)
+        g = init[1] if init else torch.zeros_like(self.b)
+        for _ in range(o.n_iters):
+            f, g, error = plain_iteration(self, eps, g)
+        return Solution(f, g, float(error), o.n_iters, float(error) <= o.tol)

@@ -8,15 +8,14 @@ So all ranks know the same f and g, and the solver, which each of them runs, dec
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from otloss._options import OBJECTIVES, Options
 from otloss.distributed.ranks import Shard
-from otloss.reference.engine import Clouds, range_of, sample, spread
+from otloss.reference.engine import Clouds, sample, spread
 from otloss.reference.marginals import (
     Marginals,
     SoftMean,
@@ -26,7 +25,6 @@ from otloss.reference.marginals import (
     plan,
     value,
 )
-from otloss.reference.solver import Solution, plain_iteration, solve_problem
 from otloss.row_sweep import RowSweep
 
 __all__ = ["ShardedEngine"]
@@ -79,10 +77,6 @@ class ShardedEngine(RowSweep):
 
         return ranks.sum(zero.new_zeros(ranks.count, *zero.shape), fill)
 
-    @functools.cached_property
-    def cost_range(self) -> tuple[float, float]:
-        return range_of(self)
-
     def sigma(self) -> float:
         rows, columns = sample(self.a), sample(self.b)
 
@@ -120,11 +114,3 @@ class ShardedEngine(RowSweep):
             total.copy_((P * counted(self.C, self.own_a, self.b)).double().sum())
 
         return self.rows.ranks.sum(self.b.new_zeros((), dtype=torch.float64), fill)
-
-    def solve(self, symmetric: bool, options: Options, init: Sequence[Tensor] = ()) -> Solution:
-        if options.n_iters < 0:
-            return solve_problem(self, symmetric, options.eps, options.tol, options.max_iters, init)
-        g = torch.zeros_like(self.b)
-        for _ in range(options.n_iters):
-            f, g, error = plain_iteration(self, options.eps, g)
-        return Solution(f, g, float(error), options.n_iters, float(error) <= options.tol)
