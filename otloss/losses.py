@@ -297,11 +297,7 @@ def energy(problem: Problem, cost: Cost, method: str) -> Tensor:
         costs = _costs_of_means(problem, DEBIASED.pairs, cost, method)
         terms = [_mean_cost(C, w[i], w[j]) for C, (i, j) in zip(costs, pairs, strict=True)]
     loss = terms[0] - 0.5 * terms[1] - 0.5 * terms[2]
-    if _check.readable(loss) and not bool(loss.detach().isfinite().all()):
-        for name, x in zip(problem.names, problem.points, strict=True):
-            _check.finite(name, x)
-        if not isinstance(cost, str):
-            raise ValueError("costs must be finite in an energy distance, got NaN or infinite ones")
+    _check.finite_value("an energy distance", loss, zip(problem.names, problem.points, strict=True))
     return loss if problem.batched else loss[0]
 
 
