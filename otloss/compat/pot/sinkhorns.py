@@ -175,8 +175,8 @@ def empirical_sinkhorn2(
     Example:
         >>> import otloss.compat.pot as ot
         >>> x = torch.tensor([[0.0], [1.0]])
-        >>> print(f"{ot.empirical_sinkhorn2(x, x + 2, reg=1.0):.2f}")
-        4.00
+        >>> print(f"{ot.empirical_sinkhorn2(x, x + 2, reg=1.0).item():.2f}")
+        4.27
     """
     result, logged = _empirical(
         X_s, X_t, reg, a, b, metric, numIterMax, stopThr, isLazy, warn, warmstart, kwargs,
@@ -207,7 +207,7 @@ def empirical_sinkhorn_divergence(
     Example:
         >>> import otloss.compat.pot as ot
         >>> x = torch.tensor([[0.0], [1.0]])
-        >>> print(f"{ot.empirical_sinkhorn_divergence(x, x + 2, reg=1.0):.2f}")
+        >>> print(f"{ot.empirical_sinkhorn_divergence(x, x + 2, reg=1.0).item():.2f}")
         4.00
     """
     if warmstart is not None:
