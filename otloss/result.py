@@ -136,7 +136,7 @@ class OTResult(PlanPairs):
         wider by that. With ``objective="transport"`` it is for the regularized value.
 
         Computed on demand by two readings of the costs in float64, in blocks of rows, and without a
-        gradient. See docs/math.md.
+        gradient. See docs/totals.md.
         """
         self._check_unchanged()
         o = self._options
