@@ -312,6 +312,12 @@ def cost_matrix(x: Tensor, y: Tensor, cost: Cost = "sqeuclidean") -> Tensor:
 
     Raises:
         ValueError, TypeError: a wrong argument, or NaN or infinity in x or y (on the CPU).
+
+    Example:
+        >>> x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0]])
+        >>> otloss.cost_matrix(x, y)
+        tensor([[9.],
+                [4.]])
     """
     cost = _options.check_cost(cost)
     problem = check_clouds({"x": x} if x is y else {"x": x, "y": y})

@@ -104,6 +104,15 @@ def solve(
             the forbidden pairs. On CUDA and in compiled code the value is NaN instead.
         NotImplementedError: a derivative that is not available, with what to use instead.
 
+    Example:
+        >>> C = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+        >>> result = otloss.solve(C, eps=0.05)
+        >>> result.plan.round(decimals=2)  # everything stays
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.5000]])
+        >>> print(result.converged, f"{result.value_linear.item():.3f}")
+        True 0.000
+
     References:
         Cuturi, *Sinkhorn distances* (2013); Feydy et al., *Interpolating between optimal transport
         and MMD using Sinkhorn divergences* (2019).
@@ -172,6 +181,15 @@ def solve_sample(
 
     Raises:
         ValueError, TypeError, NotImplementedError: as :func:`otloss.solve`.
+
+    Example:
+        >>> x = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
+        >>> result = otloss.solve_sample(x, x.flip(0) + 0.1, eps=0.01)
+        >>> result.argmax()
+        tensor([1, 0])
+        >>> result.barycentric_map().round(decimals=2)
+        tensor([[0.1000, 0.1000],
+                [1.1000, 0.1000]])
     """
     options = check_options(
         eps, cost=cost, objective=objective, unbalanced=unbalanced, tol=tol, max_iters=max_iters,
