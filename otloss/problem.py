@@ -12,6 +12,7 @@ from torch import Tensor
 from otloss import _check, _options, ops
 from otloss.autograd import CostMatrices, FirstOrder
 from otloss.costs import COSTS, Cost
+from otloss.first_use import first_use
 from otloss.reference.arguments import as_pairs
 
 __all__ = [
@@ -155,6 +156,7 @@ def build_costs(problem: Problem, pairs: list[int], cost: Cost, method: str) -> 
     """C (B, n, m) of each pair; differentiable in the points."""
     points = problem.points
     if isinstance(cost, str):
+        first_use(points[0])
         weights = tuple(w.detach() for w in problem.weights) if problem.padded else ()
         return CostMatrices.apply(pairs, COSTS[cost], method, len(points), *points, *weights)
     weights = problem.weights
