@@ -1,13 +1,12 @@
 """Put the runs beside the papers: one page of tables and figures.
 
-    python examples/compare.py --runs runs --out examples/results           # what there is
-    python examples/compare.py --runs runs --out examples/results --train   # train what is missing
+    python examples/compare.py --runs runs --out examples/results
 
 Reads the ``metrics.json`` of every folder in ``--runs``. Which run it is follows from the options
 that the report itself states, and not from the name of its folder; a report with other options, or
 of a run with another length, is none of the page's. Reports are copied into ``--out``, where the
 page, ``README.md``, is written. A run that is not in ``--runs`` keeps what ``--out`` has of it, and
-is "not run" if that is nothing.
+is "not run" if that is nothing. ``reproduce.py`` runs what is missing.
 """
 
 from __future__ import annotations
@@ -47,10 +46,12 @@ def name_of(report: Report) -> str | None:
 
 def _agrees(report: Report, wanted: Mapping[str, Any]) -> bool:
     made = report["args"]
-    # Of two options for the length, the one that was not given says nothing.
-    compared = (made.keys() & wanted.keys()) - run.FREE_TO_CHANGE - {"steps", "epochs"}
+    # Of two options for the length, the one that was not given says nothing; folders say nothing.
+    compared = (made.keys() & wanted.keys()) - run.FREE_TO_CHANGE - {"steps", "epochs", "runs"}
     if any(made[option] != wanted[option] for option in compared):
         return False
+    if "steps" not in wanted:
+        return True  # a sweep, whose length is among the options of its runs
     length = wanted["steps"]
     if length is None:
         images = report.get("images", SIZES[made["data"]])
@@ -107,15 +108,6 @@ def page(reports: Mapping[str, Report], out: Path) -> str:
     return f"<!-- Written by examples/compare.py from examples/compare.md. -->\n\n{text}"
 
 
-def train_missing(runs: Path, there: Mapping[str, Report]) -> None:
-    """Every run of the page that has no report, one after the other."""
-    for name in COMMANDS.keys() - there.keys():
-        script, *words = shlex.split(COMMANDS[name])
-        module = importlib.import_module(script.removesuffix(".py"))
-        unfinished = ["--resume"] if (runs / name / "ckpt.pt").is_file() else []
-        module.main([*words, "--out", str(runs / name), *unfinished])
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="examples/compare.py",
@@ -124,12 +116,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
     parser.add_argument("--out", type=Path, default=Path("runs/results"), help="folder of the page")
-    parser.add_argument("--train", action="store_true", help="train what is missing: hours")
     args = parser.parse_args(argv)
     reports = collect(args.runs, args.out)
-    if args.train:
-        train_missing(args.runs, reports)
-        reports = collect(args.runs, args.out)
     (args.out / "README.md").write_text(page(reports, args.out))
     print(f"{len(reports)} of {len(COMMANDS)} runs, written to {args.out / 'README.md'}")
 

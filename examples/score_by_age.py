@@ -39,9 +39,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--ages", type=int, nargs="+", default=AGES, help="epochs after which to score")
     args = options.parse(parser, PRESETS, argv)
     args.runs = [str(path) for path in args.runs]
-    for folder in args.runs:
-        if not Path(folder, "generated.pt").is_file():
-            raise FileNotFoundError(f"--runs: {folder} has no generated.pt: not a finished run")
     return args
 
 
@@ -111,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     train, labels = images.train[: args.limit_train], images.train_labels[: args.limit_train]
     clouds = {"test images": images.test, "training images": images.train[: len(images.test)]}
     for folder in args.runs:
+        if not Path(folder, "generated.pt").is_file():
+            raise FileNotFoundError(f"--runs: {folder} has no generated.pt: not a finished run")
         made = torch.load(Path(folder, "generated.pt"), weights_only=True)
         if made.shape[1:] != images.train.shape[1:]:
             raise options.UsageError(f"--runs: {folder} made images {tuple(made.shape[1:])}")

@@ -137,6 +137,13 @@ def sinkhorn_divergence(
         ValueError, TypeError: a wrong argument, named, with what is expected.
         NotImplementedError: a derivative that is not available, with what to use instead.
 
+    Example:
+        >>> x = torch.tensor([[0.0], [1.0]], requires_grad=True)
+        >>> loss = otloss.sinkhorn_divergence(x, x.detach() + 2, eps=0.5)  # a translation by 2
+        >>> loss.backward()
+        >>> print(f"{loss.item():.2f}", x.grad.round(decimals=2).tolist())
+        4.00 [[-2.0], [-2.0]]
+
     References:
         Genevay, Peyré, Cuturi, *Learning generative models with Sinkhorn divergences* (2018);
         Feydy et al., *Interpolating between optimal transport and MMD* (2019); Séjourné et al.,
@@ -180,6 +187,11 @@ def sinkhorn_loss(
     larger ``eps``. :func:`sinkhorn_divergence` has no such bias.
 
     Args, returns and raises: as :func:`sinkhorn_divergence`, without ``symmetric``.
+
+    Example:
+        >>> x = torch.tensor([[0.0], [1.0]])
+        >>> print(f"{otloss.sinkhorn_loss(x, x, eps=0.5):.2f}")  # not 0: a divergence is
+        0.28
 
     References:
         Cuturi, *Sinkhorn distances: lightspeed computation of optimal transport* (2013); Chizat et
@@ -236,6 +248,11 @@ def minibatch_energy_distance(
     Raises:
         ValueError, TypeError, NotImplementedError: as :func:`sinkhorn_divergence`.
 
+    Example:
+        >>> features = torch.eye(2).repeat(8, 1).chunk(4)  # four minibatches of two classes
+        >>> print(f"{otloss.minibatch_energy_distance(*features, eps=0.002):.2f}")
+        0.00
+
     References:
         Salimans, Zhang, Radford, Metaxas, *Improving GANs using optimal transport* (2018).
     """
@@ -274,6 +291,11 @@ def energy_distance(
 
     Raises:
         ValueError, TypeError: as :func:`sinkhorn_divergence`.
+
+    Example:
+        >>> x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([[2.0], [3.0]])
+        >>> print(f"{otloss.energy_distance(x, y):.2f}")  # 2 - 0.5 / 2 - 0.5 / 2
+        1.50
 
     References:
         Székely and Rizzo, *Energy statistics* (2013); Feydy et al. (2019).

@@ -12,6 +12,7 @@ from torch import Tensor
 from otloss import _check, _options, ops
 from otloss.autograd import CostMatrices, FirstOrder
 from otloss.costs import COSTS, Cost
+from otloss.first_use import first_use
 from otloss.reference.arguments import as_pairs
 
 __all__ = [
@@ -155,6 +156,7 @@ def build_costs(problem: Problem, pairs: list[int], cost: Cost, method: str) -> 
     """C (B, n, m) of each pair; differentiable in the points."""
     points = problem.points
     if isinstance(cost, str):
+        first_use(points[0])
         weights = tuple(w.detach() for w in problem.weights) if problem.padded else ()
         return CostMatrices.apply(pairs, COSTS[cost], method, len(points), *points, *weights)
     weights = problem.weights
@@ -312,6 +314,12 @@ def cost_matrix(x: Tensor, y: Tensor, cost: Cost = "sqeuclidean") -> Tensor:
 
     Raises:
         ValueError, TypeError: a wrong argument, or NaN or infinity in x or y (on the CPU).
+
+    Example:
+        >>> x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0]])
+        >>> otloss.cost_matrix(x, y)
+        tensor([[9.],
+                [4.]])
     """
     cost = _options.check_cost(cost)
     problem = check_clouds({"x": x} if x is y else {"x": x, "y": y})

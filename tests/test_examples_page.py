@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import compare  # noqa: E402
+import reproduce  # noqa: E402
+import train_gan  # noqa: E402
 from comparison import panels, settings, tables  # noqa: E402
 from PIL import Image  # noqa: E402
 
@@ -62,7 +65,7 @@ def test_page_of_results(tmp_path):
         "\n# not run: python examples/toy_mixture.py --out runs/mixture",
     ):
         assert line in page
-    assert "0.99" not in page
+    assert "| 0.99 |" not in page
     assert "<!-- table" not in page
     assert "<!-- figure" not in page
     assert Image.open(out / "samples.png").size == (panels.WIDTH, panels.WIDTH + 38)
@@ -119,3 +122,48 @@ def test_every_command_of_the_page_parses(name):
     assert module.parse(words).out.parent == Path("runs")
     known = {tile[0] for tiles in panels.FIGURES.values() for tile in tiles}
     assert known <= settings.COMMANDS.keys()
+
+
+def test_queue_skips_what_is_finished_continues_the_rest_and_names_failures(
+    tmp_path, monkeypatch, capfd
+):
+    path = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
+    monkeypatch.setenv("PYTHONPATH", path)
+    short = "--batch 64 --width 0.125 --eval-samples 300"
+    commands = {
+        "whole": f"train_gan.py --data digits --steps 4 {short}",
+        "begun": f"train_gan.py --data digits --steps 6 {short}",
+        "odd": f"train_sinkhorn.py --data digits --steps 4 {short} --batch 7",
+    }
+    monkeypatch.setattr(reproduce, "COMMANDS", commands)
+    monkeypatch.setattr(reproduce, "EXPERIMENTS", {"all": commands})
+    train_gan.main(
+        [*shlex.split(commands["begun"])[1:], "--stop-at", "2", "--out", f"{tmp_path}/begun"]
+    )
+    words = ["--runs", str(tmp_path)]
+    with pytest.raises(SystemExit, match="failed: odd"):
+        reproduce.main(words)
+    for name, steps in (("whole", 4), ("begun", 6)):
+        report = json.loads((tmp_path / name / "metrics.json").read_text())
+        assert report["steps"] == steps
+    assert "--resume" in next(
+        line for line in capfd.readouterr().out.splitlines() if line.startswith("begun: ")
+    )
+    reproduce.main([*words, "--only", "whole", "begun"])
+    said = capfd.readouterr().out
+    assert "2 of 2 runs are finished" in said
+    assert "train_gan.py" not in said
+    with pytest.raises(ValueError, match="--only has mist, expected all or a run"):
+        reproduce.main([*words, "--only", "mist"])
+
+
+def test_queue_stops_in_time_and_goes_on(tmp_path, monkeypatch, capfd):
+    path = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
+    monkeypatch.setenv("PYTHONPATH", path)
+    command = "toy_mixture.py --preset gan --steps 1000000 --hidden 8 --batch 16"
+    monkeypatch.setattr(reproduce, "COMMANDS", dict.fromkeys("ab", command))
+    monkeypatch.setattr(reproduce, "EXPERIMENTS", {"all": {"a": command, "b": command}})
+    reproduce.main(["--runs", str(tmp_path), "--hours", str(15 / 3600)])
+    assert "stopped; the same command continues" in capfd.readouterr().out
+    assert (tmp_path / "a" / "ckpt.pt").is_file()
+    assert not (tmp_path / "b").exists()

@@ -30,7 +30,7 @@ def test_sweep_runs_each_setting_once_and_draws(tmp_path, monkeypatch, capsys):
     sweep_eps.main(words)
     assert "best MED²" in capsys.readouterr().out
     assert (tmp_path / "sweep.png").stat().st_size > 5000
-    summary = json.loads((tmp_path / "sweep.json").read_text())
+    summary = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
     assert list(summary) == ["euclidean, eps 0.1", "euclidean, eps 1", "mmd"]
     made = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*eps-1-*/metrics.json"))]
     assert [(r["args"]["eps"], r["args"]["seed"]) for r in made] == [(1, 0), (1, 1)]
@@ -59,7 +59,9 @@ def test_scores_by_the_age_of_the_classifier(tmp_path):
     again = json.loads((tmp_path / "parts" / "metrics.json").read_text())
     assert again["evaluations"] == report["evaluations"]
     with pytest.raises(FileNotFoundError, match=r"has no generated.pt"):
-        score_by_age.main(["--data", "digits", "--runs", str(tmp_path)])
+        score_by_age.main(
+            ["--data", "digits", "--runs", str(tmp_path), "--out", str(tmp_path / "none")]
+        )
 
 
 LINES = ("test images", "training images", "gan basic")

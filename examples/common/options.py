@@ -102,10 +102,14 @@ def parse(
     if args.out is None:
         parts = (script.removeprefix("train_"), getattr(args, "data", ""), args.preset)
         args.out = Path("runs", "_".join(filter(None, parts)))
-    words = sys.argv[1:] if argv is None else argv
-    # As one would repeat the run from its start.
-    args.command = shlex.join(["python", parser.prog, *(w for w in words if w != "--resume")])
+    args.command = command_of(parser, argv)
     return args
+
+
+def command_of(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> str:
+    """As one would repeat the run from its start."""
+    words = sys.argv[1:] if argv is None else argv
+    return shlex.join(["python", parser.prog, *(word for word in words if word != "--resume")])
 
 
 def at_least(args: argparse.Namespace, least: float, *names: str) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-# Every run by name, and its command. A report belongs to a name if its own options are those of the
-# command, wherever it lies.
-BASES = {
-    "classifier_fashion": "train_classifier.py --data fashion",
+# Every run by the experiment that it belongs to, its name, and its command. A report belongs to a
+# name if its own options are those of the command, wherever it lies. `reproduce.py` runs them in
+# this order. Lengths and widths are such that an experiment takes the CPU hours written above it.
+SHORT: dict[str, str] = {
     "classifier_fashion_5": "train_classifier.py --data fashion --epochs 5",
-    "classifier_mnist": "train_classifier.py --data mnist --epochs 5",
-    "classifier_cifar10": "train_classifier.py --data cifar10 --epochs 5",
     "med": "train_sinkhorn.py --data fashion",
     "med-40": "train_sinkhorn.py --data fashion --epochs 40 --batch 1000 --eps 0.3",
     "geist-1": "train_sinkhorn.py --data fashion --preset geist-1 --epochs 12",
@@ -22,10 +20,6 @@ BASES = {
     " --eval-every 450",
     "otgan-cifar10-random": "train_otgan.py --preset cifar10 --width 0.125 --batch 200 --steps 250"
     " --match random",
-    "mnist-basic": "train_gan.py --data mnist --preset basic --width 0.125 --eval-every 3000",
-    "mnist-dcgan": "train_gan.py --data mnist --preset dcgan --width 0.125 --eval-every 3000",
-    "mnist-otgan": "train_otgan.py --data mnist --preset tiny --batch 100 --lr 2e-4 --steps 6000"
-    " --eval-every 600",
     "wgan-clip": "train_gan.py --data fashion --preset wgan-clip --epochs 1",
     "wgan-gp": "train_gan.py --data fashion --preset wgan-gp --epochs 3",
     "sae": "train_autoencoder.py --data fashion --preset sae --epochs 5",
@@ -43,16 +37,86 @@ BASES = {
     "genevay-b": "train_sinkhorn.py --data mnist --preset genevay-b",
     "genevay-c": "train_sinkhorn.py --data mnist --preset genevay-c",
     "mixture": "toy_mixture.py",
-    "mixture-gan": "toy_mixture.py --preset gan --steps 20000 --freeze 20000",
-    "mixture-wgan-clip": "toy_mixture.py --preset wgan-clip --steps 8000 --freeze 8000",
-    "mixture-wgan-gp": "toy_mixture.py --preset wgan-gp --steps 8000 --freeze 8000",
     "ellipses": "fit_ellipses.py",
     "ellipses-1000": "fit_ellipses.py --samples 1000 --losses mmd 'eps 1' 'eps 0.1' 'eps 0.03'",
 }
+LI_LIANG = "train_otgan.py --data mnist --preset tiny --batch 256 --steps 2000"
+LEARNED = "train_learned_cost.py --data cifar10 --width 0.25 --epochs 15"
+EXPERIMENTS: dict[str, dict[str, str]] = {
+    # Of the metrics of the others.
+    "classifiers": {
+        "classifier_fashion": "train_classifier.py --data fashion",
+        "classifier_mnist": "train_classifier.py --data mnist --epochs 5",
+        "classifier_cifar10": "train_classifier.py --data cifar10 --epochs 5",
+    },
+    # The report on OT-GAN, at a quarter of the width: 3
+    "french": {
+        "mnist-basic": "train_gan.py --data mnist --preset basic --width 0.25 --eval-every 600",
+        "mnist-dcgan": "train_gan.py --data mnist --preset dcgan --width 0.25 --eval-every 600",
+        "mnist-otgan": "train_otgan.py --data mnist --preset tiny --width 0.25 --batch 100"
+        " --lr 2e-4 --steps 6000 --eval-every 600",
+    },
+    # Genevay et al. 2018: 3
+    "genevay": {
+        **{
+            f"cifar10-{preset}": f"{LEARNED} --preset {preset}"
+            for preset in ("mmd", "eps-10", "eps-100", "eps-1000")
+        },
+        "sweep-eps": "sweep_eps.py --data fashion --epochs 4 --costs euclidean sqeuclidean",
+    },
+    # Li & Liang 2022, at an eighth of the width: 2.5
+    "li-liang": {
+        "otgan-mnist-500": f"{LI_LIANG} --eps 0.002",
+        "otgan-mnist-100": f"{LI_LIANG} --eps 0.01",
+        "otgan-mnist-500-beta": f"{LI_LIANG} --eps 0.002 --betas 0.9 0.999",
+        "otgan-mnist-100-beta": f"{LI_LIANG} --eps 0.01 --betas 0.9 0.999",
+        "otgan-label-2000": "train_otgan.py --data mnist --preset tiny --labels 2",
+        "genevay-b-70": "train_sinkhorn.py --data mnist --preset genevay-b --epochs 70",
+        "otgan-follow": "train_otgan.py --data fashion --preset tiny --eval-every 500"
+        " --schedule follow",
+    },
+    # Geist & Gérard 2023: 2
+    "geist": {
+        **{
+            f"geist-{eps}-{data}": f"train_sinkhorn.py --data {data} --preset geist-{eps}"
+            for data in ("fashion", "mnist")
+            for eps in (1, 10, 100)
+        },
+        "gan-geist-fashion": "train_gan.py --data fashion --preset geist",
+        "gan-geist-mnist": "train_gan.py --data mnist --preset geist",
+        "age": "score_by_age.py --data fashion --runs {runs}/geist-1-fashion"
+        " {runs}/geist-10-fashion {runs}/geist-100-fashion {runs}/gan-geist-fashion",
+    },
+    # Vayer 2018: 1
+    "vayer": {
+        "mixture-gan": "toy_mixture.py --preset gan --steps 20000 --freeze 20000",
+        "mixture-wgan-clip": "toy_mixture.py --preset wgan-clip --steps 8000 --freeze 8000",
+        "mixture-wgan-gp": "toy_mixture.py --preset wgan-gp --steps 8000 --freeze 8000",
+        "sae-15": "train_autoencoder.py --data fashion --preset sae",
+        "vae-2-15": "train_autoencoder.py --data fashion --preset vae-2",
+        "vae-20-15": "train_autoencoder.py --data fashion --preset vae-20",
+        "conditional-15": "train_sinkhorn.py --data fashion --preset conditional",
+        "wgan-clip-10": "train_gan.py --data fashion --preset wgan-clip --epochs 10 --width 0.5",
+        "wgan-gp-10": "train_gan.py --data fashion --preset wgan-gp --epochs 10 --width 0.5",
+    },
+    # One step past the sources: 1.5
+    "beyond": {
+        **{
+            f"flow-{data}-{pairs}": f"train_flow.py --data {data} --pairs {pairs}"
+            for data in ("digits", "fashion")
+            for pairs in ("ot", "independent", "pot")
+        },
+        "conv-15": "train_sinkhorn.py --data fashion --preset conv --width 0.5 --epochs 11",
+        "sweep-batch": "sweep_eps.py --data fashion --steps 1200 --over batch"
+        " --values 100 200 500 1000 2000 --seeds 2",
+    },
+    "short": SHORT,
+}
+BASES = {name: command for part in EXPERIMENTS.values() for name, command in part.items()}
 # Runs that are repeated: how often, each time with another seed.
 SEEDS = {
     **dict.fromkeys(("med", "geist-1", "geist-10", "geist-100", "gan-geist", "otgan"), 3),
-    **dict.fromkeys(("ellipses", "ellipses-1000"), 3),
+    **dict.fromkeys(("ellipses", "ellipses-1000", "otgan-follow"), 3),
 }
 
 

@@ -253,7 +253,8 @@ def modes(reports: Reports) -> str:
 def commands(reports: Reports) -> str:
     """The command of every run."""
     lines = [
-        ("" if name in reports else "# not run: ") + f"python examples/{text} --out runs/{name}"
+        ("" if name in reports else "# not run: ")
+        + f"python examples/{text.format(runs='runs')} --out runs/{name}"
         for name, text in COMMANDS.items()
     ]
     return "```sh\n" + "\n".join(lines) + "\n```"
