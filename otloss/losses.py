@@ -346,7 +346,8 @@ def _mean_cost_in_blocks(problem: Problem, i: int, j: int, cost: Cost) -> Tensor
             C = torch.where(own & (count[rows].unsqueeze(-1) == count), 0.0, C)
         return (_mean_cost(C, *block.weights),)
 
-    return torch.stack([part for (part,) in in_blocks(of_block, x.shape[-2], b)]).sum(0)
+    parts = in_blocks(of_block, x.shape[-2], b, [*pair.reads(cost), *pair.weights])
+    return torch.stack([part for (part,) in parts]).sum(0)
 
 
 def _costs_of_means(problem: Problem, pairs: list[int], cost: Cost, method: str) -> list[Tensor]:
