@@ -208,7 +208,7 @@ class _Pair:
                 P = plan(eps, C.detach(), f[:, rows], g, at_a[:, rows], at_b)
                 return (_Product.apply(scale.over(C) if scale else C, P, refused),)
 
-            parts = in_blocks(of_block, a.shape[1], b)
+            parts = in_blocks(of_block, a.shape[1], b, self.problem.reads(o.cost))
             product = torch.stack([part for (part,) in parts]).sum(0)
         if transport:
             return product

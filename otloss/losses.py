@@ -319,11 +319,7 @@ def energy(problem: Problem, cost: Cost, method: str) -> Tensor:
         costs = _costs_of_means(problem, DEBIASED.pairs, cost, method)
         terms = [_mean_cost(C, w[i], w[j]) for C, (i, j) in zip(costs, pairs, strict=True)]
     loss = terms[0] - 0.5 * terms[1] - 0.5 * terms[2]
-    if _check.readable(loss) and not bool(loss.detach().isfinite().all()):
-        for name, x in zip(problem.names, problem.points, strict=True):
-            _check.finite(name, x)
-        if not isinstance(cost, str):
-            raise ValueError("costs must be finite in an energy distance, got NaN or infinite ones")
+    _check.finite_value("an energy distance", loss, zip(problem.names, problem.points, strict=True))
     return loss if problem.batched else loss[0]
 
 
@@ -350,7 +346,8 @@ def _mean_cost_in_blocks(problem: Problem, i: int, j: int, cost: Cost) -> Tensor
             C = torch.where(own & (count[rows].unsqueeze(-1) == count), 0.0, C)
         return (_mean_cost(C, *block.weights),)
 
-    return torch.stack([part for (part,) in in_blocks(of_block, x.shape[-2], b)]).sum(0)
+    parts = in_blocks(of_block, x.shape[-2], b, [*pair.reads(cost), *pair.weights])
+    return torch.stack([part for (part,) in parts]).sum(0)
 
 
 def _costs_of_means(problem: Problem, pairs: list[int], cost: Cost, method: str) -> list[Tensor]:

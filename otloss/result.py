@@ -254,7 +254,11 @@ class OTResult(PlanPairs):
             return (factor * reference.softmin(eps, C, self._g, self._b),)
 
         count = x_new.shape[-2]
-        parts = [of_block(slice(None))] if self._dense else in_blocks(of_block, count, self._b)
+        parts = (
+            [of_block(slice(None))]
+            if self._dense
+            else in_blocks(of_block, count, self._b, (x_new, y))
+        )
         return self._out(torch.cat([part for (part,) in parts], -1))
 
     def _need_points(self, name: str) -> tuple[Tensor, ...]:

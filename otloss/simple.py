@@ -199,9 +199,8 @@ def _mean_over_lines(problem: Problem, p: float, directions: Tensor | None) -> T
             z = z if directions is None else z @ directions
         sides.append((z.mT, w.unsqueeze(-2)))
     value = _transport_on_lines(*sides[0], *sides[1], p).mean(-1)
-    if _check.readable(value) and not bool(value.detach().isfinite().all()):
-        for name, x in zip(problem.names, problem.points, strict=True):
-            _check.finite(name, x)
+    named = zip(problem.names, problem.points, strict=True)
+    _check.finite_value("a mean of transport costs", value, named)
     return value if problem.batched else value[0]
 
 
