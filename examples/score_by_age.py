@@ -106,6 +106,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     images, device = options.begin_images(args)
     train, labels = images.train[: args.limit_train], images.train_labels[: args.limit_train]
+    batches = Batches(len(train), args.batch, args.seed)
+    if max(args.ages) * batches.per_epoch > args.steps:
+        epochs = args.steps / batches.per_epoch
+        raise options.UsageError(f"--ages has {max(args.ages)}, expected at most {epochs:g} epochs")
     clouds = {"test images": images.test, "training images": images.train[: len(images.test)]}
     for folder in args.runs:
         if not Path(folder, "generated.pt").is_file():
@@ -116,13 +120,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         clouds[name_of(folder)] = made
     model = Classifier(images.shape).to(device)
     optimiser = torch.optim.Adam(model.parameters(), args.lr)
-    batches = Batches(len(train), args.batch, args.seed)
     state = {"model": model, "optimiser": optimiser}
     training = Ageing(args, model, state, clouds, batches.per_epoch)
 
     for i in training:
         rows = batches(i).to(device)
-        loss = F.cross_entropy(model(to_float(train[rows])), labels[rows])
+        with options.autocast(args):
+            logits = model(to_float(train[rows]))
+        loss = F.cross_entropy(logits.float(), labels[rows])
         training.set_rate(optimiser)
         optimiser.zero_grad()
         loss.backward()

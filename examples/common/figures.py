@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from torch import Tensor
 
+Curve = tuple[Sequence[float], Sequence[float]]  # steps, values
 SHORTEST_TILE = 28  # pixels; smaller images are enlarged to be visible
 
 
@@ -27,7 +28,7 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
     imsave(path, picture.contiguous().numpy())
 
 
-def save_curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path) -> None:
+def save_curves(series: Mapping[str, Curve], path: Path) -> None:
     """One panel per named (steps, values), with a running mean over 2% of the points."""
     figure = Figure(figsize=(6, 2.2 * len(series) + 0.6), layout="constrained")
     panels = figure.subplots(len(series), 1, sharex=True, squeeze=False)[:, 0]

@@ -33,7 +33,7 @@ from torch import Tensor
 
 import otloss
 from common import UsageError, ranks, report
-from common.figures import save_curves
+from common.figures import Curve, save_curves
 from common.options import plain
 from common.progress import Progress
 
@@ -196,13 +196,17 @@ class Run:
         }
         with _replacing(self.out / "metrics.json") as path:
             path.write_text(json.dumps(contents, indent=2) + "\n")
+        if curves := self.curves():
+            save_curves(curves, self.out / "loss.png")
+        report.write(self.out, contents)
+
+    def curves(self) -> dict[str, Curve]:
+        """What ``loss.png`` shows, by name."""
         curves = {}
         for name in self._columns()[1:]:
             rows = [row for row in self.rows if name in row]
             curves[name] = ([row["step"] for row in rows], [row[name] for row in rows])
-        if curves:
-            save_curves(curves, self.out / "loss.png")
-        report.write(self.out, contents)
+        return curves
 
     _kept: tuple[str, ...] = (
         "step",
