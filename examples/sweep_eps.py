@@ -32,6 +32,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Options of the sweep, and as ``rest`` those that go on to ``train_sinkhorn.py``."""
     parser = argparse.ArgumentParser(
         prog="examples/sweep_eps.py",
+        allow_abbrev=False,  # --seed is not short for --seeds
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Other options are those of train_sinkhorn.py: --data, --epochs, --width, ...",

@@ -12,7 +12,7 @@ from matplotlib.image import imsave
 from torch import Tensor
 
 Curve = tuple[Sequence[float], Sequence[float]]  # steps, values
-SHORTEST_TILE = 28  # pixels; smaller images are enlarged to be visible
+GRID_WIDTH = 560  # pixels; grids of small images are enlarged to it
 
 
 def save_grid(images: Tensor, path: Path, columns: int) -> None:
@@ -23,7 +23,7 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
     _, channels, height, width = pixels.shape
     tiles = pixels[: rows * columns].reshape(rows, columns, channels, height, width)
     picture = tiles.permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, channels)
-    zoom = -(-SHORTEST_TILE // min(height, width))
+    zoom = -(-GRID_WIDTH // (columns * width))
     picture = picture.expand(-1, -1, 3).repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
     imsave(path, picture.contiguous().numpy())
 

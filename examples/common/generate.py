@@ -87,13 +87,6 @@ class Training(run.Run):
         extra: Extra | None = None,
     ) -> None:
         writes = ranks.number() == 0
-        if writes:
-            weights = sum(weight.numel() for weight in shown.parameters())
-            print(
-                f"{args.data}, preset {args.preset}: {args.steps} steps of {args.batch} images on "
-                f"{args.device}, a generator of {weights} weights, written to {args.out}",
-                flush=True,
-            )
         self.images, self.shown, self.extra = images, shown, extra
         self.followed: list[float] = []  # held-out MED², by --schedule follow
         super().__init__(args, state)
@@ -104,6 +97,9 @@ class Training(run.Run):
         self.shown_at = {self.per_epoch, *pictures} if writes else set()
 
     _kept = (*run.Run._kept, "followed")
+
+    def subject(self) -> str:
+        return f"{self.args.data}, {super().subject()} of {self.args.batch} images"
 
     def after_step(self) -> None:
         if self.step in self.shown_at:
