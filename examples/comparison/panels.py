@@ -81,7 +81,6 @@ FIGURES: dict[str, list[Tile]] = {
     ],
     "conditional": [
         ("conditional-15", "classes.png", "a row per class"),
-        ("conditional", "classes.png", "a row per class"),
         ("conditional-digits", "classes.png", "a row per class"),
     ],
     "flow": [
