@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +19,13 @@ import score_by_age  # noqa: E402
 import sweep_eps  # noqa: E402
 import toy_mixture  # noqa: E402
 import train_autoencoder  # noqa: E402
+import train_classifier  # noqa: E402
 import train_flow  # noqa: E402
 import train_gan  # noqa: E402
 import train_learned_cost  # noqa: E402
 import train_otgan  # noqa: E402
 import train_sinkhorn  # noqa: E402
-from common import metrics, models, run  # noqa: E402
+from common import classifier, data, metrics, models, run  # noqa: E402
 
 SMALL = ["--data", "digits", "--width", "0.125", "--batch", "64", "--eval-samples", "300"]
 
@@ -65,6 +67,15 @@ def test_scores_by_the_age_of_the_classifier(tmp_path):
         score_by_age.main(
             ["--data", "digits", "--runs", str(tmp_path), "--out", str(tmp_path / "none")]
         )
+
+
+def test_runs_of_a_sweep_share_the_classifier_beside_it(tmp_path, monkeypatch):
+    shutil.copytree(classifier.SHIPPED / "digits", tmp_path / "classifier_digits")
+    monkeypatch.setattr(classifier, "SHIPPED", tmp_path / "none")
+    monkeypatch.setattr(train_classifier, "main", None)
+    for out in (tmp_path / "run", tmp_path / "sweep" / "run"):
+        args = train_sinkhorn.parse(["--data", "digits", "--out", str(out)])
+        assert classifier.obtain(args, data.load("digits")).epochs == 60
 
 
 LINES = ("test images", "training images", "gan basic")
