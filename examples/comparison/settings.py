@@ -39,7 +39,8 @@ SHORT: dict[str, str] = {
     "sweep-digits": "sweep_eps.py --data digits --epochs 100 --seeds 2 --values 0.01 0.1 1 10",
     **{
         f"cifar10-{preset}-short": "train_learned_cost.py --data cifar10 --width 0.125 --batch 100"
-        f" --limit-train 5000 --steps 400 --eval-samples 2000 --preset {preset}"
+        f" --limit-train 5000 --steps 400 --eval-samples 2000 --classifier-preset quick"
+        f" --preset {preset}"
         for preset in ("mmd", "eps-10", "eps-100", "eps-1000")
     },
     "flow-ot": "train_flow.py --data digits --epochs 300 --hidden 256 256 256",
