@@ -9,22 +9,16 @@ torch are timed in turn.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import timing
+from benchmarks.levels import LEVELS, at_each_level
 from benchmarks.suites import Context, text_table
 
 TITLE = "Matrix products of the kernels against torch's"
-ROOT = Path(__file__).resolve().parents[2]
-LEVELS = ("avx512", "avx2", "baseline")
 SIZES = [(n, d) for n in (64, 200, 1000) for d in (16, 64, 784, 3072)]
 PARTS = ("cost", "gradient")
 
@@ -48,34 +42,19 @@ def _calls(n: int, d: int) -> dict[str, Callable[[], Any]]:
     }
 
 
-def worker(repetitions: int, clock: str) -> None:
+def worker(repetitions: int, clock: str) -> list[dict[str, Any]]:
     timer, rows = timing.Timer(torch.device("cpu"), clock), []
     for n, d in SIZES:
         samples = timing.interleaved(_calls(n, d), repetitions, timer, shortest=5e-3)
         seconds = {name: timing.statistics(each)["q1"] for name, each in samples.items()}
         rows.append({"n": n, "d": d, **seconds})
-    print(json.dumps(rows))
+    return rows
 
 
 def run(context: Context) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    threads, options = torch.get_num_threads(), context.options
-    for level in LEVELS:
-        code = (
-            "from benchmarks.suites import products; import torch; "
-            f"torch.set_num_threads({threads}); "
-            f"products.worker({options.repetitions}, {options.clock!r})"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "OTLOSS_SIMD": level},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        found[level] = json.loads(done.stdout)
-    return {"rows": found, "threads": threads}
+    options = context.options
+    rows = at_each_level(__name__, options.repetitions, options.clock)
+    return {"rows": rows, "threads": torch.get_num_threads()}
 
 
 def ratios(result: dict[str, Any]) -> dict[tuple[int, int], dict[str, list[float]]]:
