@@ -117,20 +117,15 @@ def costs() -> str:
 
 
 def products() -> str:
-    from benchmarks.suites.products import LEVELS, PARTS, ratios
+    from benchmarks.suites.products import cells
 
     result, how = load("products")
-    rates = {(row["n"], row["d"]): row for row in result["rows"][LEVELS[0]]}
-    rows = []
-    for (n, d), of_level in ratios(result).items():
-        rate = [f"{2e-9 * n * n * d / rates[n, d][part]:.0f}" for part in PARTS]
-        cells = [" / ".join(number(ratio) for ratio in of_level[level]) for level in LEVELS]
-        rows.append([f"{n}, {d}", " / ".join(rate), *cells])
-    note = (
-        "The time of torch's product over that of a whole cost matrix / of the gradient of one "
-        f"cloud, by instruction set ({how}):"
+    header = ["n = m, d", "GFLOP/s", "torch's whole", "product, AVX-512", "AVX2", "SSE2"]
+    return (
+        "The time of torch over that of a cost matrix / of the gradient of one cloud: of all that\n"
+        f"torch does for it, and of its product alone, by instruction set ({how}):\n\n"
+        f"{table(header, cells(result))}\n"
     )
-    return f"{note}\n\n{table(['n = m, d', 'GFLOP/s', 'AVX-512', 'AVX2', 'SSE2'], rows)}\n"
 
 
 def floors() -> str:
