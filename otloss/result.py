@@ -182,7 +182,7 @@ class OTResult(PlanPairs):
 
     def explain(self) -> str:
         """How the problem was solved: the method and, on a GPU, the launch layout that the cost
-        model chose (docs/performance-notes.md)."""
+        model chose (docs/cuda-performance.md)."""
         where, how = self._a.device, self._options.method
         if how not in ("reference", "multiscale"):
             how = "dense" if self._dense else "streamed"
