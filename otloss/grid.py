@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from otloss import _check, ops
-from otloss._options import Options, Unbalanced, check_options, number
-from otloss.autograd.grid import Grid, GridPotentials, GridValue, extended, softmin
+from otloss._options import Objective, Options, Unbalanced, check_options, number
+from otloss.autograd import refuse_higher_order
+from otloss.autograd.grid import Grid, GridPotentials, GridValue, extended, softmin, transport
+from otloss.eps import Scale, ScaledValue
 from otloss.grid_result import GridResult
 from otloss.losses import DEBIASED, LOSS
 from otloss.problem import Problem
@@ -26,16 +29,21 @@ from otloss.totals import Combination, at_given_totals, at_unit_totals
 __all__ = ["axes_of", "sinkhorn_divergence_grid", "solve_grid"]
 
 Cost = str | Sequence[Tensor]
+_LEARNT = (
+    "the derivative in eps of a grid is available for the regularized value at a tolerance, and "
+    "once: detach eps"
+)
 
 
 def solve_grid(
     a: Tensor,
     b: Tensor,
-    eps: float,
+    eps: float | Tensor,
     *,
     spacing: float | Sequence[float] = 1.0,
     periodic: bool | Sequence[bool] = False,
     cost: Cost = "sqeuclidean",
+    objective: Objective = "regularized",
     unbalanced: Unbalanced = None,
     tol: float = 1e-3,
     max_iters: int = 1000,
@@ -57,14 +65,14 @@ def solve_grid(
         a, b: densities (B, N), (B, H, W) or (B, D, H, W), the batch first; non-negative, of equal
             total unless ``unbalanced``. They may be 0.
         eps: regularisation, in units of cost, absolute: ``2 * s**2`` blurs by about s, in units of
-            ``spacing``.
+            ``spacing``. A tensor () gives the regularized value a gradient in it.
         spacing: distance of neighbouring points, one or one per axis.
         periodic: whether the last point of an axis is a neighbour of the first, one or one per
             axis.
         cost: ``"sqeuclidean"`` |x - y|^2 (no 1/2), or a list of matrices, (H, H), (W, W), one per
             axis, which are constants; then ``spacing`` and ``periodic`` are not used.
-        unbalanced, tol, max_iters, n_iters, init: as in :func:`otloss.solve`. With ``n_iters`` the
-            gradient is that of the iterations, else that of the solution.
+        objective, unbalanced, tol, max_iters, n_iters, init: as in :func:`otloss.solve`. With
+            ``n_iters`` the gradient is that of the iterations, else that of the solution.
         method: ``"auto"`` or ``"reference"`` (plain torch).
 
     Returns:
@@ -72,12 +80,12 @@ def solve_grid(
         ``(B, *grid)`` or ``(B, *grid, c)``; ``barycentric_map()`` is ``(B, *grid, axes)``, where a
         point goes to on average, in units of ``spacing`` from the first point. Where a density is 0
         the potential is that of the first mass to come. Differentiable in a and b, ``value`` twice.
-        ``plan`` and what reads single pairs make the matrix of N x N. Under ``torch.compile`` it
-        runs with graph breaks; ``fullgraph=True`` is not available.
+        ``plan`` and what reads single pairs make the matrix of N x N.
 
     Raises:
         ValueError, TypeError: a wrong argument, named, with what is expected.
-        NotImplementedError: cost matrices that require a gradient.
+        NotImplementedError: cost matrices that require a gradient; derivatives in eps of more than
+            the regularized value.
 
     Example:
         >>> a, b = torch.rand(2, 1, 64, 64)
@@ -87,8 +95,8 @@ def solve_grid(
         Solomon et al., *Convolutional Wasserstein distances* (2015), for the separable kernel.
     """
     options = check_options(
-        eps, unbalanced=unbalanced, tol=tol, max_iters=max_iters, n_iters=n_iters,
-        method=_method(method),
+        eps, objective=objective, unbalanced=unbalanced, tol=tol, max_iters=max_iters,
+        n_iters=n_iters, method=_method(method),
     )  # fmt: skip
     problem, shape, dtype = _densities(a, b, options)
     axes, spaces, displacements = axes_of(shape, spacing, periodic, cost, a.device)
@@ -101,7 +109,7 @@ def solve_grid(
                     f"init {name} must have shape {tuple(a.shape)}, got {_check.describe(v)}"
                 )
         start = [v.detach().double().flatten(1) for v in (f, g)]
-    grid = Grid(axes, options.eps, options.method == "reference")
+    grid = _grid(axes, options)
     solved = _solve(problem, grid, spaces, LOSS, options, start)
     return GridResult(problem, grid, shape, displacements, options, solved, dtype)
 
@@ -109,11 +117,12 @@ def solve_grid(
 def sinkhorn_divergence_grid(
     a: Tensor,
     b: Tensor,
-    eps: float,
+    eps: float | Tensor,
     *,
     spacing: float | Sequence[float] = 1.0,
     periodic: bool | Sequence[bool] = False,
     cost: Cost = "sqeuclidean",
+    objective: Objective = "regularized",
     unbalanced: Unbalanced = None,
     tol: float = 1e-3,
     max_iters: int = 1000,
@@ -138,12 +147,12 @@ def sinkhorn_divergence_grid(
         Feydy et al., *Interpolating between optimal transport and MMD* (2019).
     """
     options = check_options(
-        eps, unbalanced=unbalanced, tol=tol, max_iters=max_iters, n_iters=n_iters,
-        method=_method(method),
+        eps, objective=objective, unbalanced=unbalanced, tol=tol, max_iters=max_iters,
+        n_iters=n_iters, method=_method(method),
     )  # fmt: skip
     problem, shape, dtype = _densities(a, b, options)
     axes, spaces, _ = axes_of(shape, spacing, periodic, cost, a.device)
-    grid = Grid(axes, options.eps, options.method == "reference")
+    grid = _grid(axes, options)
     return _solve(problem, grid, spaces, DEBIASED, options, []).loss.to(dtype)
 
 
@@ -151,6 +160,18 @@ def _method(method: Any) -> Any:
     if method not in ("auto", "reference"):
         raise ValueError(f"method must be 'auto' or 'reference', got {method!r}")
     return method
+
+
+def _grid(axes: list[Tensor], o: Options) -> Grid:
+    eps = o.eps
+    if isinstance(eps, Tensor):
+        if eps.dim():
+            raise ValueError(f"eps must be a number or have shape (), got {_check.describe(eps)}")
+        if _check.traced(eps):
+            raise NotImplementedError("eps of a grid in compiled code must be a number")
+        eps = eps.item()
+    system: list[Tensor] | None = None if torch.compiler.is_compiling() else []
+    return Grid(axes, eps, o.method == "reference", system)
 
 
 def _densities(
@@ -224,6 +245,10 @@ def _solve(
     options: Options,
     init: list[Tensor],
 ) -> Solved:
+    learnt = options.learns_eps()
+    if learnt and (options.objective == "transport" or options.n_iters >= 0):
+        raise NotImplementedError(_LEARNT)
+    of_eps, options = options.eps, options._replace(eps=grid.eps)
     unit, totals = at_unit_totals(problem, options)
     init = totals.start(init, combination.pairs) if totals and init else init
     run = _iterations if options.n_iters >= 0 else _solution
@@ -232,7 +257,17 @@ def _solve(
         solved.loss = solved.loss.sum(0)
     solved = at_given_totals(solved, problem, totals, combination, options)
     report(problem, (), options, solved)
-    return solved
+    if not learnt:
+        return solved
+    t = of_eps.to(solved.loss.device) / grid.eps
+    pairs, coefficients, _ = combination
+    with torch.no_grad():  # see otloss/eps.py
+        fixed = Scale(t, True, options).penalties(solved, problem, pairs, coefficients)
+        for p, (i, j) in enumerate(as_pairs(pairs)):
+            sides = solved.f[p], solved.g[p], problem.weights[i], problem.weights[j]
+            fixed = fixed + coefficients[p] * transport(grid, *sides)
+    f, g = (tuple(refuse_higher_order(list(v), [t], _LEARNT)) for v in (solved.f, solved.g))
+    return replace(solved, loss=ScaledValue.apply(solved.loss, t, fixed), f=f, g=g)
 
 
 def _solution(
@@ -256,28 +291,38 @@ def _solution(
 
     status, all_f, all_g = solve(pairs, init)
     coefficients = status.new_tensor(combination.coefficients).unsqueeze(-1)
-    if combination.debiased and _check.readable(status):
+    transports = o.objective == "transport"
+    if combination.debiased and not transports and _check.readable(status):
         terms = coefficients * status[..., ops.TERM]
         # The potentials of both densities with themselves are better ones where S is negative.
         if bool((clamped(terms.sum(0), terms.abs().sum(0), terms.dtype) < 0).any()):
             again, f, g = solve(pairs[:2], [all_f[1], all_g[2]])
             again[..., ops.ITERATIONS] += status[:1, :, ops.ITERATIONS]
             status[0], all_f[0], all_g[0] = again[0], f[0], g[0]
-    values = []
+    values: list[Tensor] = []
+    some_f: list[Tensor] = []
+    some_g: list[Tensor] = []
     for p, (i, j) in enumerate(as_pairs(pairs)):
         a, b, marginals = weights[i], weights[j], marginals_of(o.rho_x, o.rho_y, i, j)
+        b = b.view_as(b) if i == j else b  # a traced node takes no tensor twice
         f, g, term = all_f[p], all_g[p], status[p, :, ops.TERM]
         if marginals.balanced:
             f, g = centred(f, g, a.detach(), b.detach())
-        if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        moves = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+        if moves:
             f, g = GridPotentials.apply(grid, marginals, a, b, f, g)
+        if moves or transports:
             full = extended(grid, f, g, a, b, marginals)
+        if transports:
+            term = transport(grid, *full, a, b)
+        elif moves:
             term = GridValue.apply(term, *weight_gradients(o.eps, *full, a, b, marginals), a, b)
-        all_f[p], all_g[p] = f, g
         values.append(term)
+        some_f.append(f)
+        some_g.append(g)
     terms = coefficients * torch.stack(values)
     status[..., ops.TERM] = terms.detach()
-    return Solved(terms, status, tuple(all_f), tuple(all_g))
+    return Solved(terms, status, tuple(some_f), tuple(some_g))
 
 
 def _iterations(
@@ -300,7 +345,11 @@ def _iterations(
             f = damping(marginals.x, o.eps) * softmin(grid, g, b)
             t = softmin(grid.transposed, f, a)
             g = damping(marginals.y, o.eps) * t
-        term = combination.coefficients[p] * value(o.eps, f, f, g, a, b, 0, marginals)
+        if o.objective == "transport":
+            term = transport(grid, f, g, a, b)
+        else:
+            term = value(o.eps, f, f, g, a, b, 0, marginals)
+        term = combination.coefficients[p] * term
         ratio = column_ratio(before.detach(), t.detach(), o.eps, marginals.y)
         error = marginal_error(b.detach(), ratio)
         fixed = [torch.full_like(error, v) for v in (o.n_iters, most)]
