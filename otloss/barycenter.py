@@ -50,6 +50,7 @@ def barycenter_grid(
         ValueError, TypeError: a wrong argument, named, with what is expected.
 
     Example:
+        >>> images = torch.rand(2, 16, 16)
         >>> halfway = otloss.barycenter_grid(images, torch.tensor([0.5, 0.5]), eps=8.0)
 
     References:

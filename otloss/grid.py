@@ -103,6 +103,7 @@ def solve_grid(
         start = [v.detach().double().flatten(1) for v in (f, g)]
     grid = Grid(axes, options.eps, options.method == "reference")
     solved = _solve(problem, grid, spaces, LOSS, options, start)
+    _check.finite_value("a grid", solved.loss.to(dtype))
     return GridResult(problem, grid, shape, displacements, options, solved, dtype)
 
 
@@ -144,7 +145,9 @@ def sinkhorn_divergence_grid(
     problem, shape, dtype = _densities(a, b, options)
     axes, spaces, _ = axes_of(shape, spacing, periodic, cost, a.device)
     grid = Grid(axes, options.eps, options.method == "reference")
-    return _solve(problem, grid, spaces, DEBIASED, options, []).loss.to(dtype)
+    loss = _solve(problem, grid, spaces, DEBIASED, options, []).loss.to(dtype)
+    _check.finite_value("a grid", loss)
+    return loss
 
 
 def _method(method: Any) -> Any:
