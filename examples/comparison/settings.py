@@ -176,6 +176,7 @@ FASHION = {
     "VAE with 20 latent dimensions, 15 epochs": ("vae-20-15", "-"),
     "MED, ours, a class on demand, 15 epochs": ("conditional-15", "-"),
 }
+CLAIM = {"eps 1": "geist-1", "eps 10": "geist-10", "eps 100": "geist-100", "GAN": "gan-geist"}
 # Rows of the tables of the other images.
 MNIST = {
     "(1, 200, 10)": "genevay-a",
