@@ -493,6 +493,8 @@ BAD = [
     (train_sinkhorn, ["--steps", "2", "--epochs", "1"], "--steps and --epochs are both given"),
     (train_sinkhorn, ["--label-weight", "2", "--labels", "1"], r"--labels is \[1\], expected none"),
     (train_flow, ["--preset", "plane", "--schedule", "follow"], "--schedule follow needs images"),
+    (train_gan, [*DIGITS, "--steps", "3", "--eval-every", "3"], "--eval-every is 3, expected less"),
+    (train_gan, ["--classifier", "x", "--classifier-preset", "cnn"], "--classifier-preset does no"),
     (fit_ellipses, ["--losses", "mmd", "--n-iters", "5"], "--n-iters does nothing without an"),
     (score_by_age, ["--epochs", "2", "--runs", "x"], "--ages has 25, expected at most 2 epochs"),
     (sweep_eps, ["--seed", "3"], "--seed is given, expected none: the sweep sets it"),
