@@ -136,7 +136,7 @@ def test_starts_and_new_points(clouds):
     result = by_points(*clouds, 0.6)
     for start in (result, result.potentials):
         again = by_points(*clouds, 0.6, init=start)
-        assert again.n_iters <= 3
+        assert again.n_iters < result.n_iters
     f = result.extend(clouds[0])
     torch.testing.assert_close(f, result.potentials[0], rtol=1e-6, atol=1e-8)
     i, j = result.sample(50)
