@@ -28,7 +28,7 @@ SHORT: dict[str, str] = {
     "conv": "train_sinkhorn.py --data fashion --preset conv --width 0.25 --epochs 4",
     "digits": "train_sinkhorn.py --data digits",
     "digits-constant": "train_sinkhorn.py --data digits --schedule constant",
-    "digits-follow": "train_sinkhorn.py --data digits --schedule follow",
+    "digits-follow": "train_sinkhorn.py --data digits --schedule follow --steps 1500",
     **{
         f"geist-{eps}-digits": f"train_sinkhorn.py --data digits --preset geist-{eps} --epochs 300"
         for eps in (1, 10, 100)
