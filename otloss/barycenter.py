@@ -80,7 +80,10 @@ def barycenter(
         NotImplementedError: clouds or weights that require a gradient.
 
     Example:
-        >>> x, info = otloss.barycenter([circle, square], [0.5, 0.5], eps=0.01, n=200)
+        >>> y = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
+        >>> x, info = otloss.barycenter([y, y + 2], [0.5, 0.5], eps=0.1)  # halfway
+        >>> print(x.sort(0).values.round(decimals=2).tolist(), info.converged)
+        [[1.0, 1.0], [2.0, 1.0]] True
 
     References:
         Cuturi, Doucet, *Fast computation of Wasserstein barycenters* (2014), for free supports;
@@ -247,6 +250,7 @@ def barycenter_grid(
         ValueError, TypeError: a wrong argument, named, with what is expected.
 
     Example:
+        >>> images = torch.rand(2, 16, 16)
         >>> halfway = otloss.barycenter_grid(images, torch.tensor([0.5, 0.5]), eps=8.0)
 
     References:

@@ -98,6 +98,7 @@ def solve_grid(
         start = [v.detach().double().flatten(1) for v in (f, g)]
     grid = _grid(axes, options)
     solved = solve_densities(problem, grid, spaces, LOSS, options, start)
+    _check.finite_value("a grid", solved.loss.to(dtype))
     return GridResult(problem, grid, shape, displacements, options, solved, dtype)
 
 
@@ -139,8 +140,10 @@ def sinkhorn_divergence_grid(
     )  # fmt: skip
     problem, shape, dtype = _densities(a, b, options)
     axes, spaces, _ = axes_of(shape, spacing, periodic, cost, a.device)
-    grid = _grid(axes, options)
-    return solve_densities(problem, grid, spaces, DEBIASED, options, []).loss.to(dtype)
+    loss = solve_densities(problem, _grid(axes, options), spaces, DEBIASED, options, []).loss
+    loss = loss.to(dtype)
+    _check.finite_value("a grid", loss)
+    return loss
 
 
 def _method(method: Any) -> Any:

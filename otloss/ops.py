@@ -72,6 +72,7 @@ __all__ = [
     "number",
     "plan_product",
     "problems",
+    "serve_in_plain_torch",
     "set_progress",
     "solve",
     "unrolled_backward",
@@ -133,6 +134,12 @@ def _load_native() -> Any:
 _native = _load_native()
 NATIVE = _native is not None
 CUDA_KERNELS = NATIVE and bool(_native.build_info()["cuda_architectures"])
+
+
+def serve_in_plain_torch(key: str) -> None:
+    """From here on, in place of the kernels of a dispatch key."""
+    for name in reference.OPERATIONS:
+        _library.impl(name, getattr(reference, name), key, allow_override=True)
 
 
 def build_info() -> dict[str, str]:

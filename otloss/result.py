@@ -36,6 +36,16 @@ class OTResult(PlanPairs):
         potentials: ``(f, g)``, (n,) and (m,). They give the plan
             ``P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps)``, balanced or not. Points of weight 0
             have potential 0.
+
+    Example:
+        >>> x, y = torch.rand(2, 50, 3, generator=torch.manual_seed(0))
+        >>> result = otloss.solve_sample(x, y, eps=0.05, tol=1e-6)
+        >>> f, g = result.potentials
+        >>> abs(result.value - (f + g).mean()).item() < 1e-5  # <a, f> + <b, g>
+        True
+        >>> i, j = result.sample()  # a partner j of every i
+        >>> abs(result.value_linear - (result.plan * otloss.cost_matrix(x, y)).sum()).item() < 1e-6
+        True
     """
 
     def __init__(
@@ -126,7 +136,7 @@ class OTResult(PlanPairs):
         wider by that. With ``objective="transport"`` it is for the regularized value.
 
         Computed on demand by two readings of the costs in float64, in blocks of rows, and without a
-        gradient. See docs/math.md.
+        gradient. See docs/totals.md.
         """
         self._check_unchanged()
         o = self._options
@@ -175,7 +185,7 @@ class OTResult(PlanPairs):
 
     def explain(self) -> str:
         """How the problem was solved: the method and, on a GPU, the launch layout that the cost
-        model chose (docs/performance-notes.md)."""
+        model chose (docs/cuda-performance.md)."""
         where, how = self._a.device, self._options.method
         if how not in ("reference", "multiscale"):
             how = "dense" if self._dense else "streamed"
@@ -247,7 +257,11 @@ class OTResult(PlanPairs):
             return (factor * reference.softmin(eps, C, self._g, self._b),)
 
         count = x_new.shape[-2]
-        parts = [of_block(slice(None))] if self._dense else in_blocks(of_block, count, self._b)
+        parts = (
+            [of_block(slice(None))]
+            if self._dense
+            else in_blocks(of_block, count, self._b, (x_new, y))
+        )
         return self._out(torch.cat([part for (part,) in parts], -1))
 
     def _need_points(self, name: str) -> tuple[Tensor, ...]:

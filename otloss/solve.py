@@ -112,6 +112,15 @@ def solve(
             the forbidden pairs. On CUDA and in compiled code the value is NaN instead.
         NotImplementedError: a derivative that is not available, with what to use instead.
 
+    Example:
+        >>> C = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+        >>> result = otloss.solve(C, eps=0.05)
+        >>> result.plan.round(decimals=2)  # everything stays
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.5000]])
+        >>> print(result.converged, f"{result.value_linear.item():.3f}")
+        True 0.000
+
     References:
         Cuturi, *Sinkhorn distances* (2013); Feydy et al., *Interpolating between optimal transport
         and MMD using Sinkhorn divergences* (2019); for ``mass`` Chapel, Alaya, Gasso, *Partial
@@ -191,8 +200,21 @@ def solve_sample(
         ValueError, TypeError, NotImplementedError: as :func:`otloss.solve`.
 
     Example:
-        >>> half = otloss.solve_sample(x, y, 0.1, mass=0.5)  # of weights with a total of 1
-        >>> moved = half.marginals[0] / (1 / len(x))  # the share of each x that is transported
+        >>> x = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
+        >>> result = otloss.solve_sample(x, x.flip(0) + 0.1, eps=0.01)
+        >>> result.argmax()
+        tensor([1, 0])
+        >>> result.barycentric_map().round(decimals=2)
+        tensor([[0.1000, 0.1000],
+                [1.1000, 0.1000]])
+
+        Half of the mass, whatever is near:
+
+        >>> y = torch.tensor([[0.0, 0.1], [9.0, 9.0]])  # an outlier
+        >>> half = otloss.solve_sample(x, y, eps=0.01, mass=0.5)
+        >>> half.plan.round(decimals=2)
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.0000]])
     """
     options = check_options(
         eps, cost=cost, objective=objective, unbalanced=unbalanced, tol=tol, max_iters=max_iters,

@@ -6,7 +6,7 @@
 #include "cpu/grid/engine.h"
 #include "cpu/parallel.h"
 #include "cpu/solve/solver.h"
-#include "kernels.h"
+#include "grid_kernels.h"
 
 namespace otloss::cpu {
 
