@@ -141,8 +141,9 @@ format: $(STAMPS)/extra-lint  ## rewrite the sources in the project's format
 	@$(VENV)/bin/clang-format -i $(SOURCES)
 
 .PHONY: docs
-docs: build $(STAMPS)/extra-docs  ## build docs/_build/index.html; a warning is an error
+docs: build $(STAMPS)/extra-docs  ## build and check docs/_build/index.html; a warning is an error
 	$(call step,docs,docs,$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build)
+	@$(PY) docs/check.py docs/_build
 	@echo "docs/_build/index.html"
 
 .PHONY: bench

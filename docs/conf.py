@@ -57,6 +57,7 @@ add_module_names = False
 html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "otloss"
+html_use_index = False  # the API page and the search have what it lists
 
 
 def escape_bars(app, what, name, obj, options, lines):  # type: ignore[no-untyped-def]

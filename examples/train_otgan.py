@@ -74,6 +74,7 @@ MATCHINGS: dict[str, Callable[..., Tensor]] = {
     "ot": optimal_matching,
     "random": random_matching,
 }
+NEEDS: options.Needs = {"eps": ("match", ["ot"])}
 
 
 class Game:
@@ -154,7 +155,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--chunk", type=int, help="images through the networks at a time; same gradient")
     add("--flip", action="store_true", help="mirror real images at random")
     add("--betas", type=float, nargs=2, default=[0.5, 0.999], help="of Adam")
-    args = options.parse(parser, PRESETS, argv)
+    args = options.parse(parser, PRESETS, argv, NEEDS)
     options.even_batch(args)
     options.at_least(args, 1, "n_gen", "chunk")
     return args

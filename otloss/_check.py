@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import FrameType
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ __all__ = [
     "compute_dtype",
     "finite",
     "finite_gradient",
+    "finite_value",
     "matrix",
     "not_converged",
     "points",
@@ -217,6 +218,16 @@ def finite(name: str, value: Tensor) -> None:
         raise ValueError(
             f"{name} must be finite, but {name}{list(where)} is {first}; "
             f"{int(bad.sum())} of {bad.numel()} values are NaN or infinite"
+        )
+
+
+def finite_value(of: str, value: Tensor, inputs: Iterable[tuple[str, Tensor]] = ()) -> None:
+    """Raises on the CPU where a value is NaN or infinite, of inputs that are, or too large."""
+    if readable(value) and not bool(value.detach().isfinite().all()):
+        for name, x in inputs:
+            finite(name, x)
+        raise ValueError(
+            f"costs must be finite in {of}, and sums not overflow {value.dtype}: scale data down"
         )
 
 

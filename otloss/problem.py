@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from itertools import chain, repeat
 from typing import Any, Final
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from otloss import _check, _options, ops
 from otloss.autograd import CostMatrices, FirstOrder
 from otloss.costs import COSTS, Cost
+from otloss.first_use import first_use
 from otloss.reference.arguments import as_pairs
 
 __all__ = [
@@ -72,14 +74,22 @@ class Problem:
         present = tuple(p[:, r] for p, r in zip(self.present, (rows, slice(None)), strict=False))
         return replace(self, points=(x[..., rows, :], y), weights=weights, present=present)
 
-    def versions(self, cost: Tensor | None, eps: float | Tensor) -> list[tuple[str, Tensor, int]]:
+    def reads(self, cost: Any) -> list[Tensor]:
+        """What the costs are made from: points, and the parameters of a cost function."""
+        return [*self.points, *(cost.parameters() if isinstance(cost, torch.nn.Module) else ())]
+
+    def versions(
+        self, C: Tensor | None, options: _options.Options
+    ) -> list[tuple[str, Tensor, int]]:
         """The caller's tensors, under their names, and how often they have been changed in
         place."""
-        named = [*zip(self.names, self.points, strict=True)]
+        if torch.compiler.is_compiling():
+            return []
+        names = chain(self.names, repeat("a parameter of cost"))
+        named = [*zip(names, self.reads(options.cost), strict=False)]
         named += zip(("a", "b"), self.weights, strict=True)
-        named += [(k, t) for k, t in (("C", cost), ("eps", eps)) if isinstance(t, Tensor)]
-        tracked = not torch.compiler.is_compiling()
-        return [(k, t, t._version) for k, t in named if tracked and not t.is_inference()]
+        named += [(k, t) for k, t in (("C", C), ("eps", options.eps)) if isinstance(t, Tensor)]
+        return [(k, t, t._version) for k, t in named if not t.is_inference()]
 
     def counted_weights(self) -> list[Tensor]:
         """The weights; those of padding are 0 and get gradient 0, in sums too."""
@@ -155,6 +165,7 @@ def build_costs(problem: Problem, pairs: list[int], cost: Cost, method: str) -> 
     """C (B, n, m) of each pair; differentiable in the points."""
     points = problem.points
     if isinstance(cost, str):
+        first_use(points[0])
         weights = tuple(w.detach() for w in problem.weights) if problem.padded else ()
         return CostMatrices.apply(pairs, COSTS[cost], method, len(points), *points, *weights)
     weights = problem.weights
@@ -312,6 +323,12 @@ def cost_matrix(x: Tensor, y: Tensor, cost: Cost = "sqeuclidean") -> Tensor:
 
     Raises:
         ValueError, TypeError: a wrong argument, or NaN or infinity in x or y (on the CPU).
+
+    Example:
+        >>> x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0]])
+        >>> otloss.cost_matrix(x, y)
+        tensor([[9.],
+                [4.]])
     """
     cost = _options.check_cost(cost)
     problem = check_clouds({"x": x} if x is y else {"x": x, "y": y})

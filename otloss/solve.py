@@ -22,6 +22,7 @@ from otloss.costs import Cost
 from otloss.eps import check_shape, detached
 from otloss.forbidden import solve_allowed
 from otloss.method import choose
+from otloss.partial import Mass, PartialResult, check_options_of, with_dummies
 from otloss.problem import (
     Problem,
     as_one_batch,
@@ -47,6 +48,7 @@ def solve(
     b: Tensor | None = None,
     objective: Objective = "regularized",
     unbalanced: Unbalanced = None,
+    mass: Mass = None,
     tol: float = 1e-3,
     max_iters: int = 1000,
     n_iters: int | None = None,
@@ -65,6 +67,10 @@ def solve(
     the totals of a and b may differ. At the solution the marginals are
     :math:`a\, e^{-f / \rho_x}` and :math:`b\, e^{-g / \rho_y}`.
 
+    With ``mass`` the plan is any of that total with :math:`P 1 \le a,\; P^T 1 \le b`, partial
+    transport; totals may differ. What stays has an entropy too (docs/math.md), so that it is the
+    limit of small eps that is exact.
+
     Args:
         C: cost matrix (n, m), or (B, n, m) for a batch of independent problems. One matrix serves
             many weights, (n, m) with a (B, n) and b (B, m), or (1, n, m). Infinity forbids a pair:
@@ -79,6 +85,8 @@ def solve(
         unbalanced: penalty rho on the KL divergence of the plan's marginals from a and b, in units
             of ``C``, absolute. A number, or a pair ``(rho_x, rho_y)`` in which None makes a side a
             constraint. Default None: balanced.
+        mass: how much is transported, at most the totals of a and b; a number, or a tensor () or
+            (B,), which has a gradient. The cost matrix gets a row and a column more.
         tol: stop when the marginal error, L1 over the total mass, is at most this.
         max_iters: upper bound on the sweeps; reaching it gives a :class:`ConvergenceWarning`, on
             CUDA when ``converged`` or ``n_iters`` of the result is first read.
@@ -104,14 +112,25 @@ def solve(
             the forbidden pairs. On CUDA and in compiled code the value is NaN instead.
         NotImplementedError: a derivative that is not available, with what to use instead.
 
+    Example:
+        >>> C = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+        >>> result = otloss.solve(C, eps=0.05)
+        >>> result.plan.round(decimals=2)  # everything stays
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.5000]])
+        >>> print(result.converged, f"{result.value_linear.item():.3f}")
+        True 0.000
+
     References:
         Cuturi, *Sinkhorn distances* (2013); Feydy et al., *Interpolating between optimal transport
-        and MMD using Sinkhorn divergences* (2019).
+        and MMD using Sinkhorn divergences* (2019); for ``mass`` Chapel, Alaya, Gasso, *Partial
+        optimal transport with applications on positive-unlabeled learning* (2020).
     """
     options = check_options(
         eps, objective=objective, unbalanced=unbalanced, tol=tol, max_iters=max_iters,
         n_iters=n_iters, backward=backward, method=method,
     )  # fmt: skip
+    check_options_of(mass, options)
     if options.method == "multiscale":
         raise NotImplementedError(
             'method="multiscale" needs the points: use solve_sample(x, y, ...), not solve(C)'
@@ -128,13 +147,17 @@ def solve(
     dtype = _check.compute_dtype(C, *given)
     weights = (as_weights(a, C, n, dtype), as_weights(b, C, m, dtype))
     padded = a is not None or b is not None
-    if padded and options.balanced():
+    if padded and options.balanced() and mass is None:
         _check.same_mass(*weights, (a, b))
     problem = Problem((), (), weights, padded, C.dim() == 3)
     C = C.to(dtype).reshape(-1, n, m)
+    start = _initial_potentials(init, problem)
+    if mass is not None:
+        problem, (C,), options, start = with_dummies(problem, (C,), mass, options, start)
     problem = see_empty_bins(problem, [0, 1], options.cost, options.method, C)
-    costs = (hide_padding(problem, C, *weights),)
-    return _solve_one(problem, costs, options, init)
+    costs = (hide_padding(problem, C, *problem.weights),)
+    result = _solve_one(problem, costs, options, start)
+    return result if mass is None else PartialResult(result)
 
 
 def solve_sample(
@@ -147,6 +170,7 @@ def solve_sample(
     cost: Cost = "sqeuclidean",
     objective: Objective = "regularized",
     unbalanced: Unbalanced = None,
+    mass: Mass = None,
     tol: float = 1e-3,
     max_iters: int = 1000,
     n_iters: int | None = None,
@@ -163,8 +187,10 @@ def solve_sample(
         eps: regularisation, in units of cost, absolute.
         cost: ``"sqeuclidean"`` |x - y|^2 (no 1/2), ``"euclidean"`` |x - y|, ``"cosine"``
             1 - <x, y> / (|x| |y|), or a function ``(x, y) -> C``.
-        method, precision: as in :func:`otloss.sinkhorn_divergence`.
-        a, b, objective, unbalanced, tol, max_iters, n_iters, backward, init: as in
+        method, precision: as in :func:`otloss.sinkhorn_divergence`. With ``mass`` costs are stored,
+            or, where that takes too much memory or with "streamed", made in plain torch a block of
+            rows at a time, as those of functions are.
+        a, b, objective, unbalanced, mass, tol, max_iters, n_iters, backward, init: as in
             :func:`otloss.solve`.
 
     Returns:
@@ -172,12 +198,34 @@ def solve_sample(
 
     Raises:
         ValueError, TypeError, NotImplementedError: as :func:`otloss.solve`.
+
+    Example:
+        >>> x = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
+        >>> result = otloss.solve_sample(x, x.flip(0) + 0.1, eps=0.01)
+        >>> result.argmax()
+        tensor([1, 0])
+        >>> result.barycentric_map().round(decimals=2)
+        tensor([[0.1000, 0.1000],
+                [1.1000, 0.1000]])
+
+        Half of the mass, whatever is near:
+
+        >>> y = torch.tensor([[0.0, 0.1], [9.0, 9.0]])  # an outlier
+        >>> half = otloss.solve_sample(x, y, eps=0.01, mass=0.5)
+        >>> half.plan.round(decimals=2)
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.0000]])
     """
     options = check_options(
         eps, cost=cost, objective=objective, unbalanced=unbalanced, tol=tol, max_iters=max_iters,
         n_iters=n_iters, backward=backward, method=method, precision=precision,
     )  # fmt: skip
-    problem = check_clouds({"x": x, "y": y}, {"a": a, "b": b}, balanced=options.balanced())
+    check_options_of(mass, options)
+    balanced = options.balanced() and mass is None
+    problem = check_clouds({"x": x, "y": y}, {"a": a, "b": b}, balanced=balanced)
+    start = _initial_potentials(init, problem)
+    if mass is not None:
+        problem, _, options, start = with_dummies(problem, (), mass, options, start)
     options, dense = choose(problem.points, problem.weights, [0, 1], options)
     named, costs = isinstance(options.cost, str), None
     if named or dense:
@@ -185,14 +233,15 @@ def solve_sample(
         problem = see_empty_bins(problem, [0, 1], options.cost, options.method)
     else:
         problem = ready_for_blocks(problem)
-    return _solve_one(problem, costs, options, init, dense=dense)
+    result = _solve_one(problem, costs, options, start, dense=dense)
+    return result if mass is None else PartialResult(result)
 
 
 def _solve_one(
     problem: Problem,
     costs: Sequence[Tensor] | None,
     options: Options,
-    init: OTResult | tuple[Tensor, Tensor] | None,
+    start: Sequence[Tensor],
     *,
     dense: bool = True,
 ) -> OTResult:
@@ -205,7 +254,6 @@ def _solve_one(
             points=tuple(x.detach() for x in problem.points),
             weights=tuple(w.detach() for w in problem.weights),
         )
-    start: Sequence[Tensor] = _initial_potentials(init, problem)
     unit, totals = at_unit_totals(problem, options)
     if totals:
         start = totals.start(start, one.pairs)

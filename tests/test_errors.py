@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from helpers import METHODS, randn
+from helpers import METHODS, rand, randn
 from torch.testing import assert_close
 
 import otloss
@@ -243,6 +244,22 @@ def test_sums_that_overflow(method, scale, rng):
     x, y = scale * randn(rng, 20, 3), scale * randn(rng, 30, 3)
     with pytest.raises(ValueError, match=r"sums of costs up to .* overflow torch.float64: scale"):
         otloss.sinkhorn_loss(x, y, 0.1 * scale**2, method=method)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        otloss.energy_distance,
+        partial(otloss.energy_distance, method="streamed"),
+        otloss.sliced_wasserstein,
+        lambda x, y: otloss.wasserstein_1d(x[:, 0], y[:, 0]),
+        lambda x, y: otloss.solve_grid(x.abs(), x.abs(), 1.0),
+    ],
+)
+def test_means_that_overflow(call, rng):
+    x, y = 3e38 - 1e38 * rand(rng, 20, 3, dtype=torch.float32), torch.full((20, 3), -3e38)
+    with pytest.raises(ValueError, match=r"sums not overflow torch.float32"):
+        call(x, y)
 
 
 def test_a_mask_of_large_costs():

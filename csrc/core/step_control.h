@@ -263,9 +263,16 @@ class StepControl {
   // The start is chosen; sigma: of the cost, not read where the start is near. True: it is to be
   // evaluated again, at the eps of the first stage.
   OTLOSS_HOST_DEVICE bool begin_stages(bool near, double sigma) {
+    staged_ = !near;
     if (!near) stages_ = make_stages(stages_.eps, sigma);
-    enter(0);
+    if (stages_.count > 0) enter(0);
     return stage_ < stages_.count;
+  }
+  // Iterations that began without stages, near the solution as it seemed, and are not near after so
+  // many passes: whether stages can still begin.
+  OTLOSS_HOST_DEVICE bool may_begin_stages(bool near) const {
+    constexpr int64_t kPatience = 20;
+    return !staged_ && !near && passes_ >= kPatience && may_pass(2);
   }
 
   // The value rises by `slope` per unit of the new direction, to first order. length: of the first
@@ -328,6 +335,7 @@ class StepControl {
   int64_t max_iters_ = 0, passes_ = 0;
   int64_t limit_ = 0;  // of passes, at the end of the stage
   int stage_ = 0, attempt_ = 0;
+  bool staged_ = false;
   PointScalars point_;
   StopRule stop_;
   double slope_ = 0, length_ = 0;
