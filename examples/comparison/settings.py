@@ -27,6 +27,7 @@ SHORT: dict[str, str] = {
     "conditional-digits": "train_sinkhorn.py --data digits --preset conditional",
     "conv": "train_sinkhorn.py --data fashion --preset conv --width 0.25 --epochs 4",
     "digits": "train_sinkhorn.py --data digits",
+    "conv-digits": "train_sinkhorn.py --data digits --preset conv --epochs 250",
     "digits-constant": "train_sinkhorn.py --data digits --schedule constant",
     "digits-follow": "train_sinkhorn.py --data digits --schedule follow --steps 1500",
     **{
