@@ -60,42 +60,45 @@ def _agrees(report: Report, wanted: Mapping[str, Any]) -> bool:
 
 
 def collect(runs: Path, out: Path) -> dict[str, Report]:
-    """The reports by name, copied into ``out``, and the figures of what is in ``runs``."""
+    """The reports by name, copied into ``out`` with the pictures of what is in ``runs``."""
     kept = out / "metrics"
     kept.mkdir(parents=True, exist_ok=True)
     folders: dict[str, Path] = {}
     for path in sorted(runs.glob("*/metrics.json")):
-        if name := name_of(json.loads(path.read_text())):
+        report = json.loads(path.read_text())
+        if name := name_of(report):
             folders[name] = path.parent
-            (kept / f"{name}.json").write_text(path.read_text())
+            text = json.dumps(_without_places(name, report), indent=2)
+            (kept / f"{name}.json").write_text(text + "\n")
     reports = {}
     for path in sorted(kept.glob("*.json")):
         report = json.loads(path.read_text())
         if name := name_of(report):
             reports[name] = _with_sums(report)
-    for name in panels.FIGURES:
-        panels.draw(name, folders, reports, out)
+    panels.collect(folders, out)
     return reports
+
+
+def _without_places(name: str, report: Report) -> Report:
+    """The report without the folders of the machine where it was made."""
+    folder = f"runs/{name}"
+    command = f"python examples/{COMMANDS[name].format(runs='runs')} --out {folder}"
+    args = {**report["args"], "command": command, "out": folder}
+    args.update(dict.fromkeys(args.keys() & {"data_dir", "classifier"}))
+    if "runs" in args:
+        args["runs"] = [f"runs/{Path(run).name}" for run in args["runs"]]
+    return {**report, "args": args}
 
 
 def _with_sums(report: Report) -> Report:
     """Ellipses: the best difference of the fits, and by how much it is above that of the MMD."""
     fits = {k: v for k, v in report["metrics"].items() if isinstance(v, dict)}
-    if fits:
+    if any("diagonal" in fit for fit in fits.values()):
         gains = {name: fit["diagonal"] - fit["off_diagonal"] for name, fit in fits.items()}
         mmd = gains.pop("mmd")
         best = max(gains.values())
         report["metrics"] = {**fits, "best": best, "above_mmd": best - mmd}
     return report
-
-
-def figure(out: Path, name: str) -> str:
-    """A picture with its caption, or that it is not there."""
-    titles = "; ".join(filter(None, (title for _, _, title in panels.FIGURES[name])))
-    caption = panels.CAPTIONS[name] + (f": {titles}" if titles else "")
-    if not (out / f"{name}.png").is_file():
-        return f"*{caption}*: no picture yet."
-    return f"![{caption}]({name}.png)\n\n*{caption}*"
 
 
 def page(reports: Mapping[str, Report], out: Path) -> str:
@@ -104,7 +107,8 @@ def page(reports: Mapping[str, Report], out: Path) -> str:
     for name, part in TABLES.items():
         text = text.replace(f"<!-- table: {name} -->", part(reports))
     for name in panels.FIGURES:
-        text = text.replace(f"<!-- figure: {name} -->", figure(out, name))
+        text = text.replace(f"<!-- figure: {name} -->", panels.show(name, reports, out))
+    text = text.replace("<!-- curves -->", panels.curves(reports, out))
     return f"<!-- Written by examples/compare.py from examples/compare.md. -->\n\n{text}"
 
 

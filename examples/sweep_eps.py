@@ -32,6 +32,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Options of the sweep, and as ``rest`` those that go on to ``train_sinkhorn.py``."""
     parser = argparse.ArgumentParser(
         prog="examples/sweep_eps.py",
+        allow_abbrev=False,  # --seed is not short for --seeds
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Other options are those of train_sinkhorn.py: --data, --epochs, --width, ...",
@@ -44,6 +45,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/sweep_eps"))
     args, args.rest = parser.parse_known_args(argv)
     options.at_least(args, 1, "seeds")
+    varied = {"seed", "cost", args.over} & options.given(train_sinkhorn.parser(), args.rest)
+    if args.over == "batch" and "values" not in options.given(parser, argv):
+        raise options.UsageError("--over batch needs --values, expected batch sizes")
+    if varied:
+        raise options.UsageError(f"--{varied.pop()} is given, expected none: the sweep sets it")
     train_sinkhorn.parse(args.rest)  # a mistake shows before the first run, not in it
     args.command = options.command_of(parser, argv)
     return args

@@ -174,15 +174,18 @@ class OTResult(PlanPairs):
         """Iterations and relative residual of the last implicit backward pass, as (int, float) or
         (B,) each; None until a backward pass has solved a linear system. A residual above 1e-6
         (float64) or 1e-4 (float32) also warns."""
-        system = self._settings and self._settings.system
+        system = self._system()
         if not system:
             return None
         iterations, residual = system[0][0].unbind(-1)
         return self._number(iterations.long()), self._number(residual)
 
+    def _system(self) -> list[Tensor] | None:
+        return None if self._settings is None else self._settings.system
+
     def explain(self) -> str:
         """How the problem was solved: the method and, on a GPU, the launch layout that the cost
-        model chose (docs/performance-notes.md)."""
+        model chose (docs/cuda-performance.md)."""
         where, how = self._a.device, self._options.method
         if how not in ("reference", "multiscale"):
             how = "dense" if self._dense else "streamed"

@@ -1,5 +1,7 @@
 #include "bindings/tensors.h"
 
+#include <torch/csrc/stable/ops.h>
+
 #include <array>
 #include <cstring>
 #include <string>
@@ -158,6 +160,13 @@ int64_t row_stride(const Tensor& C) {
   const int64_t stride = C.stride(1);
   const bool rows = C.is_cpu() && C.stride(2) == 1 && stride >= m;
   return rows && (C.size(0) == 1 || C.stride(0) == n * stride) ? stride : 0;
+}
+
+bool is_shared(const Tensor& C, int64_t B) { return C.dim() == 3 && C.size(0) == 1 && B > 1; }
+
+Tensor repeated(const Tensor& C, int64_t B) {
+  return torch::stable::contiguous(
+      view(C, {B, C.size(1), C.size(2)}, {0, C.stride(1), C.stride(2)}));
 }
 
 Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape) {

@@ -24,10 +24,26 @@ SHORT: dict[str, str] = {
     "wgan-gp": "train_gan.py --data fashion --preset wgan-gp --epochs 3",
     "sae": "train_autoencoder.py --data fashion --preset sae --epochs 5",
     "vae-20": "train_autoencoder.py --data fashion --preset vae-20 --epochs 5",
-    "conditional": "train_sinkhorn.py --data fashion --preset conditional --epochs 8",
     "conditional-digits": "train_sinkhorn.py --data digits --preset conditional",
-    "conv": "train_sinkhorn.py --data fashion --preset conv --width 0.5 --epochs 4",
+    "conv": "train_sinkhorn.py --data fashion --preset conv --width 0.25 --epochs 4",
     "digits": "train_sinkhorn.py --data digits",
+    "conv-digits": "train_sinkhorn.py --data digits --preset conv --epochs 250",
+    "digits-constant": "train_sinkhorn.py --data digits --schedule constant",
+    "digits-follow": "train_sinkhorn.py --data digits --schedule follow --steps 1500",
+    **{
+        f"geist-{eps}-digits": f"train_sinkhorn.py --data digits --preset geist-{eps} --epochs 300"
+        for eps in (1, 10, 100)
+    },
+    "gan-geist-digits": "train_gan.py --data digits --preset geist --epochs 300",
+    "age-digits": "score_by_age.py --data digits --epochs 60 --ages 2 4 8 15 30 60 --runs"
+    " {runs}/digits {runs}/conditional-digits {runs}/geist-10-digits {runs}/gan-geist-digits",
+    "sweep-digits": "sweep_eps.py --data digits --epochs 100 --seeds 2 --values 0.01 0.1 1 10",
+    **{
+        f"cifar10-{preset}-short": "train_learned_cost.py --data cifar10 --width 0.125 --batch 100"
+        f" --limit-train 5000 --steps 400 --eval-samples 2000 --classifier-preset quick"
+        f" --preset {preset}"
+        for preset in ("mmd", "eps-10", "eps-100", "eps-1000")
+    },
     "flow-ot": "train_flow.py --data digits --epochs 300 --hidden 256 256 256",
     "flow-independent": "train_flow.py --data digits --epochs 300 --hidden 256 256 256"
     " --pairs independent",
@@ -89,13 +105,13 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
     },
     # Vayer 2018: 1
     "vayer": {
-        "mixture-gan": "toy_mixture.py --preset gan --steps 20000 --freeze 20000",
+        "mixture-gan": "toy_mixture.py --preset gan --steps 10000 --freeze 10000",
         "mixture-wgan-clip": "toy_mixture.py --preset wgan-clip --steps 8000 --freeze 8000",
         "mixture-wgan-gp": "toy_mixture.py --preset wgan-gp --steps 8000 --freeze 8000",
         "sae-15": "train_autoencoder.py --data fashion --preset sae",
         "vae-2-15": "train_autoencoder.py --data fashion --preset vae-2",
         "vae-20-15": "train_autoencoder.py --data fashion --preset vae-20",
-        "conditional-15": "train_sinkhorn.py --data fashion --preset conditional",
+        "conditional-15": "train_sinkhorn.py --data fashion --preset conditional --batch 500",
         "wgan-clip-10": "train_gan.py --data fashion --preset wgan-clip --epochs 10 --width 0.5",
         "wgan-gp-10": "train_gan.py --data fashion --preset wgan-gp --epochs 10 --width 0.5",
     },
@@ -117,6 +133,7 @@ BASES = {name: command for part in EXPERIMENTS.values() for name, command in par
 SEEDS = {
     **dict.fromkeys(("med", "geist-1", "geist-10", "geist-100", "gan-geist", "otgan"), 3),
     **dict.fromkeys(("ellipses", "ellipses-1000", "otgan-follow"), 3),
+    **dict.fromkeys(("digits", "digits-constant", "digits-follow"), 2),
 }
 
 
@@ -147,16 +164,60 @@ FASHION = {
     "Wasserstein GAN, gradient penalty, 3 epochs": ("wgan-gp", "-"),
     "Sinkhorn autoencoder, 5 epochs": ("sae", "-"),
     "VAE with 20 latent dimensions, 5 epochs": ("vae-20", "-"),
-    "MED, ours, a class on demand, 8 epochs": ("conditional", "-"),
-    "MED, ours, convolutions, 4 epochs": ("conv", "-"),
+    "MED, ours, convolutions at 1/4 width, 4 epochs": ("conv", "-"),
+    "MED, ours, convolutions at 1/2 width, 11 epochs": ("conv-15", "-"),
+    "Sinkhorn, eps 1, 40 epochs": ("geist-1-fashion", "49 / 6.8"),
+    "Sinkhorn, eps 10, 40 epochs": ("geist-10-fashion", "63 / 7.7"),
+    "Sinkhorn, eps 100, 40 epochs": ("geist-100-fashion", "75 / 7.5"),
+    "GAN, 40 epochs": ("gan-geist-fashion", "82 / 8.3"),
+    "Wasserstein GAN, clipped, 10 epochs at 1/2 width": ("wgan-clip-10", "-"),
+    "Wasserstein GAN, gradient penalty, 10 epochs at 1/2 width": ("wgan-gp-10", "-"),
+    "Sinkhorn autoencoder, 15 epochs": ("sae-15", "-"),
+    "VAE with 2 latent dimensions, 15 epochs": ("vae-2-15", "-"),
+    "VAE with 20 latent dimensions, 15 epochs": ("vae-20-15", "-"),
+    "MED, ours, a class on demand, 15 epochs": ("conditional-15", "-"),
 }
+CLAIM = {"eps 1": "geist-1", "eps 10": "geist-10", "eps 100": "geist-100", "GAN": "gan-geist"}
 # Rows of the tables of the other images.
 MNIST = {
     "(1, 200, 10)": "genevay-a",
     "(.1, 200, 100)": "genevay-b",
     "(.1, 10, 300)": "genevay-c",
+    "(.1, 200, 100), 70 epochs": "genevay-b-70",
 }
-LABEL = {"OT-GAN at 1/8 width, 300 steps": "otgan-label"}
+LABEL = {
+    "OT-GAN at 1/8 width, 300 steps": "otgan-label",
+    "OT-GAN at 1/8 width, 2000 steps": "otgan-label-2000",
+}
+LI_LIANG_RUNS = {
+    "penalty 500, beta_1 0.5": "otgan-mnist-500",
+    "penalty 100, beta_1 0.5": "otgan-mnist-100",
+    "penalty 500, beta_1 0.9": "otgan-mnist-500-beta",
+    "penalty 100, beta_1 0.9": "otgan-mnist-100-beta",
+}
+FOLLOW = {
+    "digits, constant": "digits-constant",
+    "digits, half a cosine": "digits",
+    "digits, follows the held-out MED²": "digits-follow",
+    "OT-GAN, constant": "otgan",
+    "OT-GAN, follows the held-out MED²": "otgan-follow",
+}
+LEARNED_RUNS = {
+    f"{loss}{text}": f"cifar10-{loss}{length}"
+    for length, text in (("", ""), ("-short", ", 400 steps"))
+    for loss in ("mmd", "eps-1000", "eps-100", "eps-10")
+}
+SMOOTH = {
+    f"{data}, {label}": f"{run}-{data}"
+    for data in ("fashion", "mnist", "digits")
+    for label, run in (
+        ("Sinkhorn, eps 1", "geist-1"),
+        ("Sinkhorn, eps 10", "geist-10"),
+        ("Sinkhorn, eps 100", "geist-100"),
+        ("GAN", "gan-geist"),
+    )
+}
+SWEEPS = ("sweep-eps", "sweep-digits", "sweep-batch")
 CIFAR10 = {
     "OT-GAN, 600 steps": "otgan-cifar10",
     "random matching, 250 steps": "otgan-cifar10-random",
@@ -171,13 +232,29 @@ COLUMNS = {
     "precision": "precision",
     "recall": "recall",
     "med2": "MED²",
+    "smooth": "neighbours, mean",
+    "smooth_95": "neighbours, 95%",
+    "as_asked": "as asked",
 }
-DIGITS = {"fid": 1, "precision": 2, "recall": 2, "is": 2, "geist_is": 2}
+PLAIN = ("ot", "ot_gap", "is", "fid", "precision", "recall", "med2")
+GEIST_COLUMNS = ("geist_ot", "geist_is", *PLAIN)
+DIGITS = dict.fromkeys(
+    ("precision", "recall", "is", "geist_is", "smooth", "smooth_95", "as_asked"), 2
+)
 
 # The report on OT-GAN: the runs beside each other, at one width.
 FRENCH = {"BasicGAN": "mnist-basic", "DCGAN": "mnist-dcgan", "OT-GAN": "mnist-otgan"}
+FRENCH_SCORES = {
+    "is": "inception score",
+    "fid": "Fréchet distance",
+    "recall": "recall",
+    "med2": "MED²",
+}
 # Pairs of flow matching: label, run.
 FLOWS = {
+    "FashionMNIST, plan": "flow-fashion-ot",
+    "FashionMNIST, independent": "flow-fashion-independent",
+    "FashionMNIST, exact plan of POT": "flow-fashion-pot",
     "digits, plan": "flow-ot",
     "digits, independent": "flow-independent",
     "plane, plan": "flow-plane-ot",
@@ -210,7 +287,12 @@ BARS: list[tuple[str, str, float, float]] = [
     ("med", "med2", -INF, 9),
     ("med-40", "is", 8.1, INF),
     ("med-40", "fid", 0, 270),
-    ("conditional", "as_asked", 0.85, 1),
+    ("conditional-15", "as_asked", 0.85, 1),
+    ("otgan-label-2000", "as_asked", 0.9, 1),
+    ("otgan-label-2000", "recall", 0.3, 1),
+    ("conv-15", "fid", 0, 200),
+    ("conv-15", "recall", 0.4, 1),
+    ("conv-15", "is", 8.8, INF),
     ("conditional-digits", "as_asked", 0.85, 1),
     ("digits", "is", 8, INF),
     ("digits", "med2", -INF, 1.5),
