@@ -80,6 +80,7 @@ struct SolveGroup {
   bool symmetric;  // a cloud against itself: C symmetric, a == b, one potential
   const T* C;      // (B, n, m), or null: costs are made from the points, row by row
   int64_t stride;  // distance of rows of C; m on a GPU
+  bool shared;     // C is (1, n, m), of all problems; on a CPU
   PointPair<T> points;
   const T* a;          // (B, n)
   const T* b;          // (B, m)
@@ -92,6 +93,8 @@ struct SolveGroup {
   // (B, n + kStatusFields) f and the status, from an earlier call, or null. Of a symmetric group
   // that has no C, on a CPU.
   const double* known = nullptr;
+
+  const T* matrix(int64_t p) const { return C ? C + (shared ? 0 : p * n * stride) : nullptr; }
 };
 
 // The most coordinates of a multiscale solve; with the costs `has_multiscale` (core/costs.h)
@@ -122,6 +125,11 @@ struct EnvelopeGroup : SolvedGroup<T> {
   T* grad_a;   // (B, n) or null
   T* grad_b;   // (B, m) or null
   Penalties penalties = {};
+  bool shared = false;  // C is (1, n, m), of all problems; on a CPU
+
+  const T* matrix(int64_t p) const {
+    return C ? C + (shared ? 0 : p * this->n * this->m) : nullptr;
+  }
 };
 
 // What the gradient of the points of one side needs, without a matrix: with V = gradient_weight of

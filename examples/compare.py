@@ -65,9 +65,11 @@ def collect(runs: Path, out: Path) -> dict[str, Report]:
     kept.mkdir(parents=True, exist_ok=True)
     folders: dict[str, Path] = {}
     for path in sorted(runs.glob("*/metrics.json")):
-        if name := name_of(json.loads(path.read_text())):
+        report = json.loads(path.read_text())
+        if name := name_of(report):
             folders[name] = path.parent
-            (kept / f"{name}.json").write_text(path.read_text())
+            text = json.dumps(_without_places(name, report), indent=2)
+            (kept / f"{name}.json").write_text(text + "\n")
     reports = {}
     for path in sorted(kept.glob("*.json")):
         report = json.loads(path.read_text())
@@ -75,6 +77,17 @@ def collect(runs: Path, out: Path) -> dict[str, Report]:
             reports[name] = _with_sums(report)
     panels.collect(folders, out)
     return reports
+
+
+def _without_places(name: str, report: Report) -> Report:
+    """The report without the folders of the machine where it was made."""
+    folder = f"runs/{name}"
+    command = f"python examples/{COMMANDS[name].format(runs='runs')} --out {folder}"
+    args = {**report["args"], "command": command, "out": folder}
+    args.update(dict.fromkeys(args.keys() & {"data_dir", "classifier"}))
+    if "runs" in args:
+        args["runs"] = [f"runs/{Path(run).name}" for run in args["runs"]]
+    return {**report, "args": args}
 
 
 def _with_sums(report: Report) -> Report:

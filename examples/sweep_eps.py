@@ -46,6 +46,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args, args.rest = parser.parse_known_args(argv)
     options.at_least(args, 1, "seeds")
     varied = {"seed", "cost", args.over} & options.given(train_sinkhorn.parser(), args.rest)
+    if args.over == "batch" and "values" not in options.given(parser, argv):
+        raise options.UsageError("--over batch needs --values, expected batch sizes")
     if varied:
         raise options.UsageError(f"--{varied.pop()} is given, expected none: the sweep sets it")
     train_sinkhorn.parse(args.rest)  # a mistake shows before the first run, not in it

@@ -25,6 +25,7 @@ from otloss.reference.engine import is_symmetric
 from otloss.run import Solved, report, run
 from otloss.target import Target
 from otloss.totals import Combination, at_given_totals, at_unit_totals
+from otloss.transforms import inside
 
 __all__ = ["Combination", "Memory", "combine"]
 
@@ -69,6 +70,11 @@ def combine(
 
     ``target``: of a divergence, keeps the self problem of y from call to call.
     """
+    if _check.transformed():
+        return inside(
+            lambda clouds, weights, o: (combine(clouds, weights, combination, o, memory),),
+            clouds, weights, options, combination.pairs,
+        )[0]  # fmt: skip
     problem = check_clouds(clouds, weights, balanced=options.balanced())
     check_shape(options.eps, problem)
     pairs, keeps = combination.pairs, memory is not None

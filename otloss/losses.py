@@ -30,6 +30,7 @@ from otloss.problem import (
     with_empty_bins,
 )
 from otloss.reference.arguments import as_pairs
+from otloss.transforms import inside
 
 __all__ = [
     "energy_distance",
@@ -37,7 +38,6 @@ __all__ = [
     "sinkhorn_divergence",
     "sinkhorn_loss",
 ]
-
 
 LOSS = Combination([0, 1], [1.0])
 DEBIASED = Combination([0, 1, 0, 0, 1, 1], [1.0, -0.5, -0.5], debiased=True)
@@ -282,9 +282,8 @@ def energy_distance(
 
     Args:
         x, y, a, b, cost: as in :func:`sinkhorn_divergence`.
-        method: ``"dense"``, ``"reference"``, ``"streamed"`` (rows of the cost matrices in blocks,
-            again for the gradient: memory O((n + m) d)) or ``"auto"``: dense unless
-            the matrices exceed the memory budget.
+        method: ``"dense"``, ``"reference"``, ``"streamed"`` (blocks of rows of the cost matrices,
+            memory O((n + m) d)) or ``"auto"``: dense unless these exceed the memory budget.
 
     Returns:
         () or (B,); differentiable, also twice.
@@ -300,8 +299,13 @@ def energy_distance(
     References:
         Székely and Rizzo, *Energy statistics* (2013); Feydy et al. (2019).
     """
-    cost = _options.check_cost(cost)
     method = _options.choice("method", method, _options.ENERGY_METHODS)
+    options = check_options(1.0, cost=cost, method=method)
+    if _check.transformed():
+        return inside(
+            lambda clouds, weights, o: (energy(check_clouds(clouds, weights), o.cost, o.method),),
+            {"x": x, "y": y}, {"a": a, "b": b}, options, DEBIASED.pairs,
+        )[0]  # fmt: skip
     return energy(check_clouds({"x": x, "y": y}, {"a": a, "b": b}), cost, method)
 
 

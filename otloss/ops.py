@@ -19,7 +19,8 @@ against itself. All tensors carry a batch dimension. The native kernels also tak
     grid_adjoint       gradients of f and g on a grid         -> of the densities, status (B, 2)
 
 Problems come as cost matrices, as points, or both: where there are no matrices, costs are made from
-the points on the way. Gradients are those of the pairs in ``want_costs`` and of the clouds in
+the points on the way. A given matrix may be (1, n, m), one for all problems; its
+gradients are (B, n, m). Gradients are those of the pairs in ``want_costs`` and of the clouds in
 ``want_points``, in that order, and with ``want_weights`` of both sides' weights of every pair.
 
 The loss is the sum over the pairs of a coefficient times OT of the pair, its terms: fields of
@@ -169,7 +170,7 @@ def set_progress(function: Callable[[int, float], None] | None) -> None:
 def number(value: float | Tensor) -> Tensor:
     """A number of the solver as operations take it: () float64 on the CPU; eps also (B,)."""
     if isinstance(value, Tensor):
-        return value.reshape(-1 if value.dim() else ()).double().cpu()
+        return value.reshape(-1 if value.dim() else ()).double().cpu().contiguous()
     if torch.compiler.is_compiling():
         # A product stays symbolic in the graph, so that another value needs no other graph.
         return torch.ones((), dtype=torch.float64, device="cpu") * value

@@ -35,7 +35,7 @@ class Plan:
         dense: bool,
     ) -> None:
         self._problem, self._given_cost, self._options = problem, cost, options
-        self._kept_cost: Tensor | None = cost
+        self._kept_cost = cost if cost is None else cost.expand(len(problem.weights[0]), -1, -1)
         self._kept_plan: Tensor | None = None
         self._settings = solved.settings
         self._kept_extended: list[Tensor] | None = None

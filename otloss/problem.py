@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from otloss import _check, _options, ops
-from otloss.autograd import CostMatrices, FirstOrder
+from otloss.autograd import Argument, CostMatrices, FirstOrder, through
 from otloss.costs import COSTS, Cost
 from otloss.first_use import first_use
 from otloss.reference.arguments import as_pairs
@@ -21,10 +21,12 @@ __all__ = [
     "as_one_batch",
     "as_weights",
     "build_costs",
+    "call_cost",
     "check_clouds",
     "cost_matrix",
     "hide_padding",
     "ready_for_blocks",
+    "replaced",
     "see_empty_bins",
     "seen_costs",
     "with_empty_bins",
@@ -171,7 +173,7 @@ def build_costs(problem: Problem, pairs: list[int], cost: Cost, method: str) -> 
     weights = problem.weights
     ready = [_ready(x, w, problem.padded) for x, w in zip(points, weights, strict=True)]
     return tuple(
-        hide_padding(problem, _call_cost(cost, ready[i], ready[j]), weights[i], weights[j])
+        hide_padding(problem, call_cost(cost, ready[i], ready[j]), weights[i], weights[j])
         for i, j in as_pairs(pairs)
     )
 
@@ -183,7 +185,7 @@ def ready_for_blocks(problem: Problem) -> Problem:
         return problem
     kept = problem.present or [w > 0 for w in problem.weights]
     sides = zip(problem.points, problem.weights, kept, strict=True)
-    return replace(problem, points=tuple(_replaced(x.to(w.dtype), w, k) for x, w, k in sides))
+    return replace(problem, points=tuple(replaced(x.to(w.dtype), w, k) for x, w, k in sides))
 
 
 def see_empty_bins(
@@ -238,10 +240,10 @@ def seen_costs(problem: Problem, pairs: list[int], cost: Cost, method: str) -> t
         costs = build_costs(far, pairs, cost, method)
     else:
         ready = [
-            _replaced(x.to(w.dtype), w, p)
+            replaced(x.to(w.dtype), w, p)
             for x, w, p in zip(problem.points, problem.weights, present, strict=True)
         ]
-        costs = tuple(_call_cost(cost, ready[i], ready[j]) for i, j in as_pairs(pairs))
+        costs = tuple(call_cost(cost, ready[i], ready[j]) for i, j in as_pairs(pairs))
     return tuple(
         torch.where(
             present[i].unsqueeze(-1) & present[j].unsqueeze(-2),
@@ -264,10 +266,16 @@ def with_empty_bins(C: Tensor, seen: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def hide_padding(problem: Problem, C: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """C (B, n, m) with 0 in rows and columns of weight 0, whatever they hold, even NaN."""
+    """C (B, n, m) with 0 in rows and columns of weight 0, whatever they hold, even NaN; of one
+    matrix (1, n, m) for all problems, where no problem has a positive weight."""
     if not problem.padded or (_all_positive(a) and _all_positive(b)):
         return C
-    return torch.where((a.unsqueeze(-1) > 0) & (b.unsqueeze(-2) > 0), C, 0.0)
+    x, y = a > 0, b > 0
+    if len(C) < len(a):
+        counts = (x.mT.to(a) @ y.to(b) > 0).unsqueeze(0)
+    else:
+        counts = x.unsqueeze(-1) & y.unsqueeze(-2)
+    return torch.where(counts, C, 0.0)
 
 
 def _all_positive(w: Tensor) -> bool:
@@ -282,14 +290,14 @@ def _ready(x: Tensor, w: Tensor, padded: bool) -> Tensor:
     """
     x = x.to(w.dtype)
     if padded and not _all_positive(w):
-        x = _replaced(x, w, w > 0)
+        x = replaced(x, w, w > 0)
     if x.requires_grad and _check.readable(x):
         x = x.view_as(x)  # the hook is this call's, not the caller's tensor's
         x.register_hook(_check.finite_gradient)
     return x
 
 
-def _replaced(x: Tensor, w: Tensor, kept: Tensor) -> Tensor:
+def replaced(x: Tensor, w: Tensor, kept: Tensor) -> Tensor:
     """The cloud with its point of the largest weight in place of those that are not kept (B, n)."""
     batched = x if x.dim() == 3 else x.unsqueeze(0)
     index = w.argmax(-1, keepdim=True).unsqueeze(-1)
@@ -297,7 +305,7 @@ def _replaced(x: Tensor, w: Tensor, kept: Tensor) -> Tensor:
     return torch.where(kept.unsqueeze(-1), batched, real).view_as(x)
 
 
-def _call_cost(cost: Any, x: Tensor, y: Tensor) -> Tensor:
+def call_cost(cost: Any, x: Tensor, y: Tensor) -> Tensor:
     C = cost(x, y)
     expected = (*x.shape[:-1], y.shape[-2])
     if not isinstance(C, Tensor) or tuple(C.shape) != expected:
@@ -331,9 +339,25 @@ def cost_matrix(x: Tensor, y: Tensor, cost: Cost = "sqeuclidean") -> Tensor:
                 [4.]])
     """
     cost = _options.check_cost(cost)
+    if _check.transformed():
+        return _cost_matrix_inside(x, y, cost)
     problem = check_clouds({"x": x} if x is y else {"x": x, "y": y})
     (C,) = build_costs(problem, [0, len(problem.points) - 1], cost, "auto")
     if _check.readable(C) and not bool(C.detach().sum().isfinite()):
         _check.finite("x", x)
         _check.finite("y", y)
     return C if problem.batched else C[0]
+
+
+def _cost_matrix_inside(x: Tensor, y: Tensor, cost: Cost) -> Tensor:
+    """Of torch.func's transforms; a function may hold tensors of these."""
+    points = {"x": _check.cloud("x", x), "y": _check.cloud("y", y)}
+    if not isinstance(cost, str):
+        x, y = (t.to(_check.compute_dtype(*points.values())) for t in points.values())
+        C = call_cost(cost, x, y)
+        return C if x.dim() == 3 else C[0]
+
+    def function(t: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return (cost_matrix(t["x"], t["x"] if x is y else t["y"], cost),)
+
+    return through(function, {k: Argument(t, 2) for k, t in points.items()})[0]

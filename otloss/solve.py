@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -36,6 +37,7 @@ from otloss.problem import (
 from otloss.result import OTResult
 from otloss.run import Solved, report, run
 from otloss.totals import Combination, at_given_totals, at_unit_totals
+from otloss.transforms import ResultInside, inside
 
 __all__ = ["solve", "solve_sample"]
 
@@ -135,29 +137,8 @@ def solve(
         raise NotImplementedError(
             'method="multiscale" needs the points: use solve_sample(x, y, ...), not solve(C)'
         )
-    C = _check.matrix(C)
-    n, m = C.shape[-2:]
-    given = [w for w in (a, b) if isinstance(w, Tensor)]
-    if C.dim() == 2 and given and all(w.dim() == 2 for w in given):
-        C = C.unsqueeze(0)
-    (C,) = as_one_batch([C], given)
-    for name, w, size in (("a", a, n), ("b", b, m)):
-        if w is not None:
-            _check.weights(name, w, (*C.shape[:-2], size), "C", C)
-    dtype = _check.compute_dtype(C, *given)
-    weights = (as_weights(a, C, n, dtype), as_weights(b, C, m, dtype))
-    padded = a is not None or b is not None
-    if padded and options.balanced() and mass is None:
-        _check.same_mass(*weights, (a, b))
-    problem = Problem((), (), weights, padded, C.dim() == 3)
-    C = C.to(dtype).reshape(-1, n, m)
-    start = _initial_potentials(init, problem)
-    if mass is not None:
-        problem, (C,), options, start = with_dummies(problem, (C,), mass, options, start)
-    problem = see_empty_bins(problem, [0, 1], options.cost, options.method, C)
-    costs = (hide_padding(problem, C, *problem.weights),)
-    result = _solve_one(problem, costs, options, start)
-    return result if mass is None else PartialResult(result)
+    matrix = functools.partial(_solve_matrix, mass=mass)
+    return _inside_or_now(matrix, {"C": C}, {"a": a, "b": b}, options, init)
 
 
 def solve_sample(
@@ -221,6 +202,83 @@ def solve_sample(
         n_iters=n_iters, backward=backward, method=method, precision=precision,
     )  # fmt: skip
     check_options_of(mass, options)
+    points = functools.partial(_solve_points, mass=mass)
+    return _inside_or_now(points, {"x": x, "y": y}, {"a": a, "b": b}, options, init)
+
+
+Init = OTResult | tuple[Tensor, Tensor] | None
+
+
+def _inside_or_now(
+    function: functools.partial[OTResult],
+    given: dict[str, Tensor],
+    weights: dict[str, Tensor | None],
+    options: Options,
+    init: Init,
+) -> OTResult:
+    """``function(*given, a, b, options, init)``, or its result inside torch.func."""
+    if not _check.transformed():
+        return function(*given.values(), *weights.values(), options, init)
+    if function.keywords["mass"] is not None:
+        raise NotImplementedError("mass= is not available inside torch.func: call it for a batch")
+    if "C" in given and any(w is not None and w.dim() == 2 for w in weights.values()):
+        given = {"C": _one_for_all(given["C"])}
+    f, g = init.potentials if isinstance(init, OTResult) else init or (None, None)
+
+    def call(
+        given: dict[str, Tensor], rest: dict[str, Tensor | None], options: Options
+    ) -> tuple[Tensor, ...]:
+        *weights, f, g = rest.values()
+        start = None if f is None or g is None else (f, g)
+        return ResultInside.tensors_of(function(*given.values(), *weights, options, start))
+
+    return ResultInside(inside(call, given, {**weights, "f": f, "g": g}, options, [0, 1]))
+
+
+def _solve_matrix(
+    C: Tensor, a: Tensor | None, b: Tensor | None, options: Options, init: Init, *, mass: Mass
+) -> OTResult:
+    C = _check.matrix(C)
+    n, m = C.shape[-2:]
+    given = [w for w in (a, b) if isinstance(w, Tensor)]
+    if given and all(w.dim() == 2 for w in given):
+        C = _one_for_all(C)
+    (like,) = as_one_batch([C], given)
+    for name, w, size in (("a", a, n), ("b", b, m)):
+        if w is not None:
+            _check.weights(name, w, (*like.shape[:-2], size), "C", C)
+    dtype = _check.compute_dtype(C, *given)
+    weights = (as_weights(a, like, n, dtype), as_weights(b, like, m, dtype))
+    padded = a is not None or b is not None
+    if padded and options.balanced() and mass is None:
+        _check.same_mass(*weights, (a, b))
+    problem = Problem((), (), weights, padded, C.dim() == 3)
+    C = C.to(dtype).reshape(-1, n, m)
+    start = _initial_potentials(init, problem)
+    if mass is not None:
+        C = C.expand(len(weights[0]), n, m)
+        problem, (C,), options, start = with_dummies(problem, (C,), mass, options, start)
+    problem = see_empty_bins(problem, [0, 1], options.cost, options.method, C)
+    costs = (hide_padding(problem, C, *problem.weights),)
+    result = _solve_one(problem, costs, options, start)
+    return result if mass is None else PartialResult(result)
+
+
+def _one_for_all(C: Tensor) -> Tensor:
+    """(n, m) as a batch of one."""
+    return C.unsqueeze(0) if C.dim() == 2 else C
+
+
+def _solve_points(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    options: Options,
+    init: Init,
+    *,
+    mass: Mass,
+) -> OTResult:
     balanced = options.balanced() and mass is None
     problem = check_clouds({"x": x, "y": y}, {"a": a, "b": b}, balanced=balanced)
     start = _initial_potentials(init, problem)
@@ -275,9 +333,7 @@ def _solve_one(
     return OTResult(problem, costs[0] if costs else None, options, solved, dense=dense)
 
 
-def _initial_potentials(
-    init: OTResult | tuple[Tensor, Tensor] | None, problem: Problem
-) -> tuple[Tensor, ...]:
+def _initial_potentials(init: Init, problem: Problem) -> tuple[Tensor, ...]:
     if init is None:
         return ()
     f, g = init.potentials if isinstance(init, OTResult) else init

@@ -417,12 +417,13 @@ def test_a_wrong_argument_is_named(call, kind, message):
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x: otloss.sinkhorn_divergence(x, x + 1, 0.5),
-        lambda x: otloss.energy_distance(x, x + 1),
-        lambda x: otloss.solve(x, 0.5).value,
+        lambda x: otloss.mmd(x, x + 1, "energy"),
+        lambda x: otloss.sliced_wasserstein(x, x + 1),
+        lambda x: otloss.sinkhorn_divergence_grid(x, x, 0.5),
+        lambda x: otloss.barycenter_grid(torch.stack([x, x]), torch.ones(2) / 2, 0.5),
     ],
 )
-def test_function_transforms_are_refused_by_name(function, transform):
+def test_function_transforms_without_a_rule_are_refused_by_name(function, transform):
     x = torch.rand(2, 4, 3) if transform is torch.func.vmap else torch.rand(4, 3)
     with pytest.raises(NotImplementedError, match=r"batch \(B, n, d\) in place of vmap"):
         transform(function)(x)

@@ -46,7 +46,7 @@ def test_page_of_results(tmp_path):
     med = settings.COMMANDS["med"]
     for folder, seed, recall, cost in (("a", 0, 0.25, {}), ("b", 1, 0.13, {"cpu_seconds": 50})):
         scores = {"metrics": {**common, "recall": recall}, "floors": floors, **cost}
-        write(runs / folder, report_of(f"{med} --seed {seed}", **scores))
+        write(runs / folder, report_of(f"{med} --seed {seed} --out {runs / folder}", **scores))
     # Called like one of the page's runs, but shorter, or with another eps.
     poor = {"metrics": {**common, "recall": 0.99}, "floors": floors}
     write(runs / "med", report_of(f"{med} --seed 2 --steps 300", **poor))
@@ -69,6 +69,7 @@ def test_page_of_results(tmp_path):
     ):
         assert line in page
     assert "| 0.99 |" not in page
+    assert str(tmp_path) not in (out / "metrics" / "med.json").read_text()
     assert "<!-- table" not in page
     assert "<!-- figure" not in page
     assert (out / "pictures" / "med-last.png").read_bytes() == b"last"

@@ -201,24 +201,27 @@ class FarMassRule {
     return stop.ends() || sweeps - marked_ >= kPatience;
   }
 
-  // Whether to examine a point that is suspicious, ever more rarely.
+  // Whether to examine a point that is suspicious, ever more rarely: points within the tolerance,
+  // which may be proven, and others on their own.
   OTLOSS_HOST_DEVICE bool examines(const StopRule& stop, int64_t sweeps) {
-    if (sweeps < next_ && !stop.stuck()) return false;
-    next_ = stop.reached() ? sweeps + wait_ : 2 * sweeps;
-    wait_ *= 2;
+    if (sweeps < (stop.reached() ? next_reached_ : next_) && !stop.stuck()) return false;
+    if (stop.reached())
+      next_reached_ = sweeps + wait_, wait_ *= 2;
+    else
+      next_ = 2 * sweeps;
     return true;
   }
 
   OTLOSS_HOST_DEVICE void shifted(bool much, int64_t sweeps) {
     constexpr int64_t kSoon = 3;
-    const int64_t later = next_ > 2 * sweeps ? next_ : 2 * sweeps;
-    next_ = much ? sweeps + kSoon : later;
+    if (next_ < 2 * sweeps) next_ = 2 * sweeps;
+    if (much) next_ = next_reached_ = sweeps + kSoon;
     mark_ = std::numeric_limits<double>::infinity();
   }
 
  private:
   double mark_ = std::numeric_limits<double>::infinity();  // the last error that was clearly less
-  int64_t marked_ = 0, next_ = 2, wait_ = 3;
+  int64_t marked_ = 0, next_ = 2, next_reached_ = 2, wait_ = 3;  // sweeps
 };
 
 // ---------------------------------------------------------------------------------- decisions

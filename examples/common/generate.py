@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from common import classifier, options, ranks, run
+from common import UsageError, classifier, options, ranks, run
 from common.data import ImageData, to_float
 from common.figures import Curve, save_grid
 from common.metrics import Evaluator, med2, smoothness, table
@@ -87,6 +87,10 @@ class Training(run.Run):
         extra: Extra | None = None,
     ) -> None:
         writes = ranks.number() == 0
+        if args.eval_every >= args.steps:
+            raise UsageError(
+                f"--eval-every is {args.eval_every}, expected less than the {args.steps} steps"
+            )
         self.images, self.shown, self.extra = images, shown, extra
         self.followed: list[float] = []  # held-out MED², by --schedule follow
         super().__init__(args, state)

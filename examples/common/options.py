@@ -129,6 +129,8 @@ def given(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> set[st
 def _refuse_unused(args: argparse.Namespace, given: set[str], needs: Needs) -> None:
     if {"steps", "epochs"} <= given:
         raise UsageError("--steps and --epochs are both given, expected one: each sets the length")
+    if {"classifier", "classifier_preset"} <= given:
+        raise UsageError("--classifier-preset does nothing with --classifier, which is trained")
     for name in sorted(given & needs.keys()):
         other, values = needs[name]
         if getattr(args, other) not in values:

@@ -269,7 +269,7 @@ class Run:
 
     def _check_arguments(self, before: Mapping[str, Any], done: int) -> None:
         """Those of the run so far; one whose rate does not depend on its length may be longer."""
-        longer = self.args.schedule != "cosine" and self.args.steps >= done
+        longer = self.args.schedule == "constant" and self.args.steps >= done
         free = FREE_TO_CHANGE | ({"steps", "epochs"} if longer else set())
         for name, now in plain(self.args).items():
             if name not in free and before.get(name) != now:

@@ -91,7 +91,11 @@ FIGURES: dict[str, list[Tile]] = {
         ("flow-plane-ot", "euler.png", "plane, pairs from the plan"),
         ("flow-plane-independent", "euler.png", "plane, independent pairs"),
     ],
-    "digits": [("digits", "real.png", "real digits"), ("digits", "last", "MED")],
+    "digits": [
+        ("digits", "real.png", "real digits"),
+        ("digits", "last", "MED"),
+        ("conv-digits", "last", "MED, convolutions"),
+    ],
     "genevay": [
         *((f"genevay-{part}", "manifold.png", f"genevay-{part}") for part in "abc"),
         ("genevay-b-70", "manifold.png", "genevay-b"),

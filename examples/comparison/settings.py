@@ -27,8 +27,9 @@ SHORT: dict[str, str] = {
     "conditional-digits": "train_sinkhorn.py --data digits --preset conditional",
     "conv": "train_sinkhorn.py --data fashion --preset conv --width 0.25 --epochs 4",
     "digits": "train_sinkhorn.py --data digits",
+    "conv-digits": "train_sinkhorn.py --data digits --preset conv --epochs 250",
     "digits-constant": "train_sinkhorn.py --data digits --schedule constant",
-    "digits-follow": "train_sinkhorn.py --data digits --schedule follow",
+    "digits-follow": "train_sinkhorn.py --data digits --schedule follow --steps 1500",
     **{
         f"geist-{eps}-digits": f"train_sinkhorn.py --data digits --preset geist-{eps} --epochs 300"
         for eps in (1, 10, 100)
@@ -176,6 +177,7 @@ FASHION = {
     "VAE with 20 latent dimensions, 15 epochs": ("vae-20-15", "-"),
     "MED, ours, a class on demand, 15 epochs": ("conditional-15", "-"),
 }
+CLAIM = {"eps 1": "geist-1", "eps 10": "geist-10", "eps 100": "geist-100", "GAN": "gan-geist"}
 # Rows of the tables of the other images.
 MNIST = {
     "(1, 200, 10)": "genevay-a",

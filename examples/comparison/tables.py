@@ -9,6 +9,7 @@ from typing import Any
 from comparison.settings import (
     BARS,
     CIFAR10,
+    CLAIM,
     COLUMNS,
     COMMANDS,
     DIGITS,
@@ -73,7 +74,7 @@ def cpu_seconds(reports: Sequence[Report]) -> str:
 
 
 def scores(reports: Reports, rows: Mapping[str, str], columns: Sequence[str]) -> list[list[str]]:
-    """Rows of figures by label, the floors of the first run that is there above them."""
+    """Rows of figures by label, and above them the floors on each of the data sets."""
     table_rows = []
     for label, base in rows.items():
         if found := present(reports, base):
@@ -81,10 +82,13 @@ def scores(reports: Reports, rows: Mapping[str, str], columns: Sequence[str]) ->
             table_rows.append([label, *cells, f"{len(found)}", cpu_seconds(found)])
         else:
             table_rows.append([label, "not run", *[""] * (len(columns) + 1)])
-    if real := [report for base in rows.values() for report in present(reports, base)]:
-        floors = [cell(real[:1], key, "floors") for key in columns]
-        table_rows.insert(0, ["real against real", *floors, "", ""])
-    return table_rows
+    found = [report for base in rows.values() for report in present(reports, base)]
+    by_data = {report["args"]["data"]: report for report in reversed(found)}
+    floors = []
+    for data, report in sorted(by_data.items()):
+        label = "real against real" + (f", {data}" if len(by_data) > 1 else "")
+        floors.append([label, *(cell([report], key, "floors") for key in columns), "", ""])
+    return [*floors, *table_rows]
 
 
 def fashion(reports: Reports) -> str:
@@ -94,6 +98,21 @@ def fashion(reports: Reports) -> str:
     rows = [[label, published.get(label, "-"), *rest] for label, *rest in rows]
     names = [COLUMNS[key] for key in GEIST_COLUMNS]
     return table(["", "report: OT / IS", *names, "seeds", "CPU seconds"], rows)
+
+
+def best_score(reports: Reports) -> str:
+    """Whether the GAN has the best inception score, as Geist & Gérard found, in a sentence."""
+    found = {
+        label: statistics.fmean(report["metrics"]["geist_is"] for report in seeds)
+        for label, base in CLAIM.items()
+        if (seeds := present(reports, base))
+    }
+    if len(found) < len(CLAIM):
+        return "not run"
+    best = max(found, key=lambda label: found[label])
+    verdict = "reproduced" if best == "GAN" else "not reproduced"
+    listed = ", ".join(f"{label} {value:.2f}" for label, value in found.items())
+    return f"Their finding that the GAN has the best inception score is {verdict}: {listed}."
 
 
 def plain_scores(
@@ -288,6 +307,7 @@ def commands(reports: Reports) -> str:
 TABLES: dict[str, Callable[[Reports], str]] = {
     "fashion": fashion,
     "mnist": plain_scores(MNIST),
+    "best_score": best_score,
     "label": plain_scores(LABEL, ("as_asked", *PLAIN)),
     "li_liang": plain_scores(LI_LIANG_RUNS),
     "follow": plain_scores(FOLLOW),

@@ -11,7 +11,7 @@
 namespace otloss::cpu {
 
 void solve_grid(const std::vector<GridGroup>& groups, const SolveOptions& options) {
-  for_each_problem(groups, [&](const GridGroup& group, int64_t p, bool split) {
+  for_each_problem(groups, kEndless, [&](const GridGroup& group, int64_t p, bool split) {
     const int64_t N = group.axes.size();
     const double *a = group.a + p * N, eps = options.eps;
     double *f = group.f + p * N, *g = group.g + p * N;
