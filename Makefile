@@ -96,7 +96,7 @@ test-matrix:  ## the tests that matter most in clean environments: PYTHONS times
 # kernels run without it. Clang, a cross compiler and valgrind are used where there are any. A limit
 # of time ends a step that hangs.
 SANITIZED := build/sanitize
-ASAN := g++ -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
+ASAN := -O1 -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
 UNDER_ASAN = timeout 60m env PYTHONPATH=$$PWD/$(SANITIZED)/lib OMP_NUM_THREADS=2 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1
@@ -104,8 +104,8 @@ NATIVE := timeout 30m $(PY) tests/native/run.py
 
 .PHONY: sanitize
 sanitize: $(STAMPS)/extra-test  ## sanitizers: the extension, wrong arguments, the kernels alone
-	@CXX="$(ASAN)" OTLOSS_BUILD_CUDA=0 $(PY) setup.py -q build --build-base $(SANITIZED) \
-		--build-lib $(SANITIZED)/lib
+	@CXX="g++ $(ASAN)" CXXFLAGS="$(ASAN)" OTLOSS_BUILD_CUDA=0 $(PY) setup.py -q build \
+		--build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	@$(UNDER_ASAN) $(VENV)/bin/pytest -m "not slow" tests/test_kernels.py tests/test_results.py \
 		tests/test_batching.py tests/test_interruption.py
 	@$(UNDER_ASAN) $(PY) tests/fuzz_ops.py --calls 2000
@@ -141,8 +141,9 @@ format: $(STAMPS)/extra-lint  ## rewrite the sources in the project's format
 	@$(VENV)/bin/clang-format -i $(SOURCES)
 
 .PHONY: docs
-docs: build $(STAMPS)/extra-docs  ## build docs/_build/index.html; a warning is an error
+docs: build $(STAMPS)/extra-docs  ## build and check docs/_build/index.html; a warning is an error
 	$(call step,docs,docs,$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build)
+	@$(PY) docs/check.py docs/_build
 	@echo "docs/_build/index.html"
 
 .PHONY: bench

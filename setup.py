@@ -233,7 +233,8 @@ def compilations(torch: Torch, cuda: Cuda | None) -> list[Compilation]:
     gcc = version_of(cxx[0])
     # clang warns of each loop that it does not vectorise though it was allowed to
     quiet = ["-Wno-pass-failed"] if "clang" in gcc else []
-    kernel = [*cxx, *CXX_FLAGS, *quiet, *(["-Werror"] if werror else []), f"-I{CSRC}", "-c"]
+    own = shlex.split(os.environ.get("CXXFLAGS", ""))
+    kernel = [*cxx, *CXX_FLAGS, *own, *quiet, *(["-Werror"] if werror else []), f"-I{CSRC}", "-c"]
     macros = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     if cuda:
         macros += ["-DOTLOSS_WITH_CUDA", f'-DOTLOSS_CUDA_ARCH="{cuda.arch}"']

@@ -268,6 +268,8 @@ def checks(check: Check, options: argparse.Namespace) -> int:
     if not library(check):
         return check.finish()
     rows = [pytest_step(name, arguments) for name, arguments in TESTS.items()]
+    self_test = [sys.executable, "-m", "otloss.check"]
+    rows.append(Step("self-test", self_test, proof=r"cuda:0: [1-9]\d* calls .* 0 wrong"))
     if tool := find_sanitizer():
         # Caching in torch's allocator would hide a read past the end of a tensor. (Without it there
         # is no graph capture.)

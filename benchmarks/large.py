@@ -6,7 +6,7 @@
 The child notes its peak resident memory, calls, notes it again, and then checks what it got in
 float64. Up to `MOST_SOLVED` points value and gradient are compared with the converged ones. Larger
 clouds have none: rows of the gradient, and of the plan's marginals, are there computed in full
-from potentials, those of the multiscale engine where a run of it kept them, else the call's own.
+from potentials, those of `FINE` where a run of it kept them, else the call's own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.memory import ROOT, GaveUpError, cpu_limit, resident_peak
 from benchmarks.process import set_thread_variables
@@ -38,6 +38,7 @@ WARM_UP = 2000  # points of a first call: what is loaded once is not the problem
 REPEATED = 10.0  # CPU seconds in which a short call is repeated, `ROUNDS` times at most
 ROUNDS = 3
 MAX_ITERS = 20_000
+FINE = "otloss multiscale, float64, tol=1e-05"
 
 
 class Measured(NamedTuple):
@@ -85,12 +86,14 @@ def _answer(method: str, problem: Problem) -> _Answer:
         return _Answer(*variants[setting].call(), [])
     import otloss
 
-    name, tol = setting.split(", tol=")
+    head, tol = setting.split(", tol=")
+    name, double = head.split(",")[0], "float64" in head
+    options: dict[str, Any] = {"method": name}
     loss = otloss.SinkhornDivergence(
-        problem.eps, method=name, tol=float(tol), max_iters=MAX_ITERS, warm_start=True
+        problem.eps, **options, tol=float(tol), max_iters=MAX_ITERS, warm_start=True
     )
-    x = problem.x.detach().requires_grad_()
-    value = loss(x, problem.y)
+    x, y = (t.detach().double() if double else t.detach() for t in (problem.x, problem.y))
+    value = loss(x.requires_grad_(), y)
     gradient = torch.autograd.grad(value, x)[0]
     assert loss.memory is not None
     return _Answer(value.detach(), gradient, loss.memory.potentials)
@@ -110,14 +113,14 @@ def _solution(problem: Problem, answer: _Answer, method: str) -> _Checked | None
         found = reference.divergence(x, y, a, b, problem.cost, problem.eps)
         return _Checked(found, "the converged solution")
     kept = _kept(problem)
-    if "multiscale, tol" in method or (answer.potentials and not kept.exists()):
-        own = _from_potentials(problem, answer)
-        if "multiscale, tol" in method:
-            _keep(kept, own)
-        return _Checked(own, "own potentials")
-    if kept.exists():
-        return _Checked(_load(kept), "the multiscale engine's potentials")
-    return None
+    if method != FINE and kept.exists():
+        return _Checked(_load(kept), f"potentials of {FINE}")
+    if not answer.potentials:
+        return None
+    own = _from_potentials(problem, answer)
+    if method == FINE:
+        _keep(kept, own)
+    return _Checked(own, "own potentials")
 
 
 def _kept(problem: Problem) -> Path:

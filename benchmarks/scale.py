@@ -1,7 +1,7 @@
 """Worst relative errors in float32, by eps over the mean cost: ``python -m benchmarks.scale``.
 
 Values and gradients against float64, over totals and penalties. Printed as a table of
-``docs/math.md`` and kept in ``benchmarks/results/scale.json``.
+``docs/totals.md`` and kept in ``benchmarks/results/scale.json``.
 """
 
 from __future__ import annotations

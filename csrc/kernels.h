@@ -80,6 +80,7 @@ struct SolveGroup {
   bool symmetric;  // a cloud against itself: C symmetric, a == b, one potential
   const T* C;      // (B, n, m), or null: costs are made from the points, row by row
   int64_t stride;  // distance of rows of C; m on a GPU
+  bool shared;     // C is (1, n, m), of all problems; on a CPU
   PointPair<T> points;
   const T* a;          // (B, n)
   const T* b;          // (B, m)
@@ -92,6 +93,8 @@ struct SolveGroup {
   // (B, n + kStatusFields) f and the status, from an earlier call, or null. Of a symmetric group
   // that has no C, on a CPU.
   const double* known = nullptr;
+
+  const T* matrix(int64_t p) const { return C ? C + (shared ? 0 : p * n * stride) : nullptr; }
 };
 
 // The most coordinates of a multiscale solve; with the costs `has_multiscale` (core/costs.h)
@@ -122,6 +125,11 @@ struct EnvelopeGroup : SolvedGroup<T> {
   T* grad_a;   // (B, n) or null
   T* grad_b;   // (B, m) or null
   Penalties penalties = {};
+  bool shared = false;  // C is (1, n, m), of all problems; on a CPU
+
+  const T* matrix(int64_t p) const {
+    return C ? C + (shared ? 0 : p * this->n * this->m) : nullptr;
+  }
 };
 
 // What the gradient of the points of one side needs, without a matrix: with V = gradient_weight of
@@ -194,44 +202,6 @@ struct PlanProductGroup : SolvedGroup<T> {
   PointPair<T> points;
   const T* v;  // (B, m, columns)
   T* out;      // (B, n, columns)
-};
-
-// -------------------------------------------------------------------------------- grids
-
-// A regular grid with a cost that is the sum of one along each axis.
-struct GridAxes {
-  std::vector<int64_t> shape;       // (axes,)
-  std::vector<const double*> cost;  // (axes,) each (n, n)
-  std::vector<double> spacing;      // of the squared distance: starts in closed form; else empty
-
-  int64_t size() const {  // N
-    int64_t points = 1;
-    for (const int64_t n : shape) points *= n;
-    return points;
-  }
-};
-
-// log sum_j e^(v_j - C_ij / eps), and means of channels u with the weights of these sums.
-struct GridMeans {
-  int64_t batch;  // B
-  int64_t channels;
-  GridAxes axes;
-  double eps;
-  double* v;  // (B, N) in: v, out: the sums' logarithms
-  double* u;  // (B, channels, N) in: u, out: the means
-};
-
-// Problems between densities, as SolveGroup.
-struct GridGroup {
-  int64_t batch;  // B
-  GridAxes axes;
-  bool symmetric;   // a density against itself
-  const double* a;  // (B, N)
-  const double* b;  // (B, N)
-  double* f;        // (B, N) in: start (warm_start), out: potential
-  double* g;        // (B, N) likewise
-  double* status;   // (B, kStatusFields)
-  Penalties penalties;
 };
 
 // -------------------------------------------------------------------------------- cost matrices
@@ -372,8 +342,6 @@ template <typename T>
 void plan_sums(const std::vector<PlanSumsGroup<T>>& groups, double eps);
 template <typename T>
 void plan_products(const std::vector<PlanProductGroup<T>>& groups, double eps);
-void grid_means(const GridMeans& means);
-void solve_grid(const std::vector<GridGroup>& groups, const SolveOptions& options);
 
 }  // namespace cpu
 

@@ -23,6 +23,7 @@ exclude_patterns = ["_build"]
 
 GALLERY = [  # in the order of the page
     "first_loss", "choosing_eps", "gradient_flow", "eps_between", "batches", "outliers",
+    "partial_transport", "barycenters", "images_on_grids",
     "barycentric_map", "pairs", "colour_transfer", "flow_matching", "matching_scores",
     "learning_a_cost", "gradient_modes", "second_order", "large_clouds",
 ]  # fmt: skip
@@ -57,6 +58,7 @@ add_module_names = False
 html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "otloss"
+html_use_index = False  # the API page and the search have what it lists
 
 
 def escape_bars(app, what, name, obj, options, lines):  # type: ignore[no-untyped-def]

@@ -1,13 +1,12 @@
 """Put the runs beside the papers: one page of tables and figures.
 
-    python examples/compare.py --runs runs --out examples/results           # what there is
-    python examples/compare.py --runs runs --out examples/results --train   # train what is missing
+    python examples/compare.py --runs runs --out examples/results
 
 Reads the ``metrics.json`` of every folder in ``--runs``. Which run it is follows from the options
 that the report itself states, and not from the name of its folder; a report with other options, or
 of a run with another length, is none of the page's. Reports are copied into ``--out``, where the
 page, ``README.md``, is written. A run that is not in ``--runs`` keeps what ``--out`` has of it, and
-is "not run" if that is nothing.
+is "not run" if that is nothing. ``reproduce.py`` runs what is missing.
 """
 
 from __future__ import annotations
@@ -47,10 +46,12 @@ def name_of(report: Report) -> str | None:
 
 def _agrees(report: Report, wanted: Mapping[str, Any]) -> bool:
     made = report["args"]
-    # Of two options for the length, the one that was not given says nothing.
-    compared = (made.keys() & wanted.keys()) - run.FREE_TO_CHANGE - {"steps", "epochs"}
+    # Of two options for the length, the one that was not given says nothing; folders say nothing.
+    compared = (made.keys() & wanted.keys()) - run.FREE_TO_CHANGE - {"steps", "epochs", "runs"}
     if any(made[option] != wanted[option] for option in compared):
         return False
+    if "steps" not in wanted:
+        return True  # a sweep, whose length is among the options of its runs
     length = wanted["steps"]
     if length is None:
         images = report.get("images", SIZES[made["data"]])
@@ -59,42 +60,45 @@ def _agrees(report: Report, wanted: Mapping[str, Any]) -> bool:
 
 
 def collect(runs: Path, out: Path) -> dict[str, Report]:
-    """The reports by name, copied into ``out``, and the figures of what is in ``runs``."""
+    """The reports by name, copied into ``out`` with the pictures of what is in ``runs``."""
     kept = out / "metrics"
     kept.mkdir(parents=True, exist_ok=True)
     folders: dict[str, Path] = {}
     for path in sorted(runs.glob("*/metrics.json")):
-        if name := name_of(json.loads(path.read_text())):
+        report = json.loads(path.read_text())
+        if name := name_of(report):
             folders[name] = path.parent
-            (kept / f"{name}.json").write_text(path.read_text())
+            text = json.dumps(_without_places(name, report), indent=2)
+            (kept / f"{name}.json").write_text(text + "\n")
     reports = {}
     for path in sorted(kept.glob("*.json")):
         report = json.loads(path.read_text())
         if name := name_of(report):
             reports[name] = _with_sums(report)
-    for name in panels.FIGURES:
-        panels.draw(name, folders, reports, out)
+    panels.collect(folders, out)
     return reports
+
+
+def _without_places(name: str, report: Report) -> Report:
+    """The report without the folders of the machine where it was made."""
+    folder = f"runs/{name}"
+    command = f"python examples/{COMMANDS[name].format(runs='runs')} --out {folder}"
+    args = {**report["args"], "command": command, "out": folder}
+    args.update(dict.fromkeys(args.keys() & {"data_dir", "classifier"}))
+    if "runs" in args:
+        args["runs"] = [f"runs/{Path(run).name}" for run in args["runs"]]
+    return {**report, "args": args}
 
 
 def _with_sums(report: Report) -> Report:
     """Ellipses: the best difference of the fits, and by how much it is above that of the MMD."""
     fits = {k: v for k, v in report["metrics"].items() if isinstance(v, dict)}
-    if fits:
+    if any("diagonal" in fit for fit in fits.values()):
         gains = {name: fit["diagonal"] - fit["off_diagonal"] for name, fit in fits.items()}
         mmd = gains.pop("mmd")
         best = max(gains.values())
         report["metrics"] = {**fits, "best": best, "above_mmd": best - mmd}
     return report
-
-
-def figure(out: Path, name: str) -> str:
-    """A picture with its caption, or that it is not there."""
-    titles = "; ".join(filter(None, (title for _, _, title in panels.FIGURES[name])))
-    caption = panels.CAPTIONS[name] + (f": {titles}" if titles else "")
-    if not (out / f"{name}.png").is_file():
-        return f"*{caption}*: no picture yet."
-    return f"![{caption}]({name}.png)\n\n*{caption}*"
 
 
 def page(reports: Mapping[str, Report], out: Path) -> str:
@@ -103,17 +107,9 @@ def page(reports: Mapping[str, Report], out: Path) -> str:
     for name, part in TABLES.items():
         text = text.replace(f"<!-- table: {name} -->", part(reports))
     for name in panels.FIGURES:
-        text = text.replace(f"<!-- figure: {name} -->", figure(out, name))
+        text = text.replace(f"<!-- figure: {name} -->", panels.show(name, reports, out))
+    text = text.replace("<!-- curves -->", panels.curves(reports, out))
     return f"<!-- Written by examples/compare.py from examples/compare.md. -->\n\n{text}"
-
-
-def train_missing(runs: Path, there: Mapping[str, Report]) -> None:
-    """Every run of the page that has no report, one after the other."""
-    for name in COMMANDS.keys() - there.keys():
-        script, *words = shlex.split(COMMANDS[name])
-        module = importlib.import_module(script.removesuffix(".py"))
-        unfinished = ["--resume"] if (runs / name / "ckpt.pt").is_file() else []
-        module.main([*words, "--out", str(runs / name), *unfinished])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -124,12 +120,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
     parser.add_argument("--out", type=Path, default=Path("runs/results"), help="folder of the page")
-    parser.add_argument("--train", action="store_true", help="train what is missing: hours")
     args = parser.parse_args(argv)
     reports = collect(args.runs, args.out)
-    if args.train:
-        train_missing(args.runs, reports)
-        reports = collect(args.runs, args.out)
     (args.out / "README.md").write_text(page(reports, args.out))
     print(f"{len(reports)} of {len(COMMANDS)} runs, written to {args.out / 'README.md'}")
 

@@ -119,6 +119,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--n-iters", type=int, default=20, help="Sinkhorn iterations")
     add("--samples", type=int, default=200, help="points drawn from the model per step")
     args = options.parse(parser, PRESETS, argv)
+    if "n_iters" in options.given(parser, argv) and not any("eps" in loss for loss in args.losses):
+        raise options.UsageError("--n-iters does nothing without an 'eps <e>' among the --losses")
     for name in args.losses:
         if not re.fullmatch(r"mmd|(eps|med) [0-9.e-]+", name):
             raise options.UsageError(

@@ -28,6 +28,7 @@ from torch.nn import functional as F  # noqa: N812
 
 AGES = [2, 4, 8, 12, 18, 25]
 PRESETS: dict[str, dict[str, Any]] = {"age": {"batch": 128, "lr": 1e-3, "epochs": 25.0}}
+REFERENCE = "test images"  # of the Fréchet distance
 LABELS = {"is": "inception score", "fid": "Fréchet distance"}
 
 
@@ -39,9 +40,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--ages", type=int, nargs="+", default=AGES, help="epochs after which to score")
     args = options.parse(parser, PRESETS, argv)
     args.runs = [str(path) for path in args.runs]
-    for folder in args.runs:
-        if not Path(folder, "generated.pt").is_file():
-            raise FileNotFoundError(f"--runs: {folder} has no generated.pt: not a finished run")
     return args
 
 
@@ -71,7 +69,7 @@ class Ageing(run.Run):
                 "age": self.ages[self.step],
                 "run": name,
                 "is": inception_score(self.model.head(of_run).detach()),
-                "fid": frechet_distance(of_run, features["test images"]),
+                "fid": frechet_distance(of_run, features[REFERENCE]),
             }
             self.evaluations.append(entry)
 
@@ -85,8 +83,11 @@ def picture(evaluations: Sequence[dict[str, Any]], path: Path) -> None:
     """Both scores over the age, a line per run."""
     figure = Figure(figsize=(6, 6), layout="constrained")
     panels = figure.subplots(2, 1, sharex=True)
+    names = dict.fromkeys(entry["run"] for entry in evaluations)
     for panel, (key, label) in zip(panels, LABELS.items(), strict=True):
-        for name in dict.fromkeys(entry["run"] for entry in evaluations):
+        for name in names:
+            if key == "fid" and name == REFERENCE:
+                continue
             of_run = [entry for entry in evaluations if entry["run"] == name]
             style = ":" if name.endswith("images") else "-"
             panel.plot(
@@ -94,7 +95,7 @@ def picture(evaluations: Sequence[dict[str, Any]], path: Path) -> None:
             )
         panel.set_ylabel(label)
         panel.grid(alpha=0.3)
-    panels[1].set(xlabel="epochs that the classifier has trained", yscale="symlog")
+    panels[1].set(xlabel="epochs that the classifier has trained", yscale="log")
     panels[0].legend(fontsize=8)
     figure.savefig(path, dpi=100)
 
@@ -109,21 +110,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     images, device = options.begin_images(args)
     train, labels = images.train[: args.limit_train], images.train_labels[: args.limit_train]
-    clouds = {"test images": images.test, "training images": images.train[: len(images.test)]}
+    batches = Batches(len(train), args.batch, args.seed)
+    if max(args.ages) * batches.per_epoch > args.steps:
+        epochs = args.steps / batches.per_epoch
+        raise options.UsageError(f"--ages has {max(args.ages)}, expected at most {epochs:g} epochs")
+    clouds = {REFERENCE: images.test, "training images": images.train[: len(images.test)]}
     for folder in args.runs:
+        if not Path(folder, "generated.pt").is_file():
+            raise FileNotFoundError(f"--runs: {folder} has no generated.pt: not a finished run")
         made = torch.load(Path(folder, "generated.pt"), weights_only=True)
         if made.shape[1:] != images.train.shape[1:]:
             raise options.UsageError(f"--runs: {folder} made images {tuple(made.shape[1:])}")
         clouds[name_of(folder)] = made
     model = Classifier(images.shape).to(device)
     optimiser = torch.optim.Adam(model.parameters(), args.lr)
-    batches = Batches(len(train), args.batch, args.seed)
     state = {"model": model, "optimiser": optimiser}
     training = Ageing(args, model, state, clouds, batches.per_epoch)
 
     for i in training:
         rows = batches(i).to(device)
-        loss = F.cross_entropy(model(to_float(train[rows])), labels[rows])
+        with options.autocast(args):
+            logits = model(to_float(train[rows]))
+        loss = F.cross_entropy(logits.float(), labels[rows])
         training.set_rate(optimiser)
         optimiser.zero_grad()
         loss.backward()

@@ -28,10 +28,11 @@ METRICS = {"fid": "Fréchet distance", "recall": "recall", "med2": "MED²"}
 Runs = dict[str, list[dict[str, Any]]]  # reports of the seeds
 
 
-def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Options of the sweep, and those that go on to ``train_sinkhorn.py``."""
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Options of the sweep, and as ``rest`` those that go on to ``train_sinkhorn.py``."""
     parser = argparse.ArgumentParser(
         prog="examples/sweep_eps.py",
+        allow_abbrev=False,  # --seed is not short for --seeds
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Other options are those of train_sinkhorn.py: --data, --epochs, --width, ...",
@@ -42,25 +43,31 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add("--costs", nargs="+", default=["euclidean"], choices=("euclidean", "sqeuclidean"))
     add("--seeds", type=int, default=3, help="runs of each setting (default: 3)")
     add("--out", type=Path, default=Path("runs/sweep_eps"))
-    args, rest = parser.parse_known_args(argv)
+    args, args.rest = parser.parse_known_args(argv)
     options.at_least(args, 1, "seeds")
-    train_sinkhorn.parse(rest)  # a mistake shows before the first run, not in it
-    return args, rest
+    varied = {"seed", "cost", args.over} & options.given(train_sinkhorn.parser(), args.rest)
+    if args.over == "batch" and "values" not in options.given(parser, argv):
+        raise options.UsageError("--over batch needs --values, expected batch sizes")
+    if varied:
+        raise options.UsageError(f"--{varied.pop()} is given, expected none: the sweep sets it")
+    train_sinkhorn.parse(args.rest)  # a mistake shows before the first run, not in it
+    args.command = options.command_of(parser, argv)
+    return args
 
 
-def trained(args: argparse.Namespace, rest: list[str], setting: str, seed: int) -> dict[str, Any]:
+def trained(args: argparse.Namespace, setting: str, seed: int) -> dict[str, Any]:
     """The report of the run with these options, which is made if it is not there."""
     name = setting.replace("--", "").replace(" ", "-")
     folder = args.out / f"{name}-seed-{seed}"
     if not (folder / "metrics.json").is_file():
         started = ["--resume"] if (folder / "ckpt.pt").is_file() else []
-        words = [*rest, *setting.split(), "--seed", str(seed), "--out", str(folder), *started]
+        words = [*args.rest, *setting.split(), "--seed", str(seed), "--out", str(folder), *started]
         train_sinkhorn.main(words)
     if not (folder / "metrics.json").is_file():
         raise SystemExit("stopped; the same command continues")
     report: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
     here = f" --seed {seed} --out {folder}"
-    if shlex.split(report["args"]["command"])[2:] != [*rest, *f"{setting}{here}".split()]:
+    if shlex.split(report["args"]["command"])[2:] != [*args.rest, *f"{setting}{here}".split()]:
         raise options.UsageError(
             f"--out is {args.out}, expected another: {folder} is of {report['args']['command']}"
         )
@@ -94,18 +101,16 @@ def picture(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args, rest = parse(argv)
+    args = parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     seeds = range(args.seeds)
     written = [f"{value:g}" for value in sorted(args.values)]
     curves = {}
     for cost in args.costs:
         settings = [f"--cost {cost} --{args.over} {value}" for value in written]
-        reports = [[trained(args, rest, setting, seed) for seed in seeds] for setting in settings]
+        reports = [[trained(args, setting, seed) for seed in seeds] for setting in settings]
         curves[cost] = ([float(value) for value in written], reports)
-    limit = (
-        [trained(args, rest, "--loss mmd", seed) for seed in seeds] if args.over == "eps" else []
-    )
+    limit = [trained(args, "--loss mmd", seed) for seed in seeds] if args.over == "eps" else []
     picture(curves, limit, args)
     rows = {
         f"{cost}, {args.over} {value:g}": of_value
@@ -116,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         name: {key: statistics.fmean(r["metrics"][key] for r in reports) for key in METRICS}
         for name, reports in rows.items()
     }
-    (args.out / "sweep.json").write_text(json.dumps(summary, indent=2) + "\n")
+    report = {"args": options.plain(args), "metrics": summary, "floors": reports[0][0]["floors"]}
+    (args.out / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
     for key, label in METRICS.items():
         choose = max if key == "recall" else min
         best = choose(summary, key=lambda name: summary[name][key])

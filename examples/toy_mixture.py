@@ -35,12 +35,19 @@ from train_gan import critic_loss, generator_loss
 import otloss
 
 MODES, RADIUS, DEVIATION = 8, 2.0, 0.2
-RIVAL: dict[str, Any] = {"steps": 40_000, "freeze": 40_000, "n_gen": 1, "features": 1}
+RIVAL: dict[str, Any] = {"steps": 40_000, "freeze": 40_000}
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"steps": 40_000, "freeze": 15_000, "lr": 3e-4, "schedule": "cosine"},
     "gan": {**RIVAL, "loss": "gan", "lr": 3e-4},
     "wgan-clip": {**RIVAL, "loss": "wgan-clip", "n_critic": 5, "lr": 1e-4, "clip": 0.1},
     "wgan-gp": {**RIVAL, "loss": "wgan-gp", "n_critic": 5, "lr": 1e-4, "betas": [0.0, 0.9]},
+}
+NEEDS: options.Needs = {
+    **dict.fromkeys(("eps", "n_gen", "features"), ("loss", ["otgan"])),
+    "n_critic": ("loss", ["gan", "wgan-clip", "wgan-gp"]),
+    "clip": ("loss", ["wgan-clip"]),
+    "penalty": ("loss", ["wgan-gp"]),
+    "betas": ("loss", ["otgan", "gan", "wgan-gp"]),
 }
 TOLERANCE = 1e-2  # ten times the default: the noise of a minibatch is larger still
 SHOWN = 5  # times along the run at which samples are kept for the figure
@@ -127,13 +134,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--n-critic", type=int, default=1, help="critic steps per generator step, the rivals")
     add("--freeze", type=int, default=15_000, help="step after which the critic stays as it is")
     add("--hidden", type=int, default=128, help="width of both networks")
-    add("--features", type=int, default=64, help="features of the critic")
+    add("--features", type=int, default=64, help="outputs of the critic, otgan")
     add("--latent", type=int, default=256, help="dimension of the latent vector")
     add("--ema", type=float, default=0.999, help="decay of the weight average")
     add("--betas", type=float, nargs=2, default=[0.5, 0.999], help="of Adam")
     add("--clip", type=float, default=0.1, help="bound on critic weights, wgan-clip")
     add("--penalty", type=float, default=10.0, help="weight of the gradient penalty, wgan-gp")
-    args = options.parse(parser, PRESETS, argv)
+    options.add_amp(parser)
+    args = options.parse(parser, PRESETS, argv, NEEDS)
     options.even_batch(args)
     options.at_least(args, 1, "n_gen", "n_critic")
     return args
@@ -146,7 +154,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     generator = Generator(net, args.latent, "normal").to(device)
     # A frozen critic holds the modes only if it tells all points apart: one of ReLUs has flat
     # regions, and in runs of 3000 steps it lost two modes of eight where this one kept all.
-    critic = mlp([2, args.hidden, args.hidden, args.features], nn.Tanh).to(device)
+    otgan = args.loss == "otgan"
+    outputs = args.features if otgan else 1
+    critic = mlp([2, args.hidden, args.hidden, outputs], nn.Tanh).to(device)
     average = moving_average(generator, args.ema)
     clipped = args.loss == "wgan-clip"
     of_generator, of_critic = (
@@ -166,22 +176,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def matching(real: Tensor, fake: Tensor) -> Tensor:
         """OT-GAN's loss, which the critic ascends and the generator descends."""
-        with options.autocast(args):
-            features = [critic(cloud).float() for cloud in (real, fake)]
+        features = [critic(cloud).float() for cloud in (real, fake)]
         halves = (half for cloud in features for half in cloud.chunk(2))
         loss = otloss.minibatch_energy_distance
         return training.timed(loss, *halves, args.eps, tol=TOLERANCE)
 
     for i in training:
         training.set_rate(of_generator, of_critic)
-        otgan = args.loss == "otgan"
         critic_moves = i % (args.n_gen + 1) == 0 if otgan else True
         critic.requires_grad_(True)
         for _ in range(args.n_critic if critic_moves and i < args.freeze else 0):
             real = draw_mixture(args.batch).to(device)
             with torch.no_grad():
                 fake = generator(generator.draw(len(real)))
-            loss = -matching(real, fake) if otgan else critic_loss(args, critic, real, fake)
+            with options.autocast(args):
+                loss = -matching(real, fake) if otgan else critic_loss(args, critic, real, fake)
             of_critic.zero_grad()
             loss.backward()
             of_critic.step()
@@ -193,10 +202,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         critic.requires_grad_(False)
         if not otgan or not critic_moves or i >= args.freeze:
             fake = generator(generator.draw(args.batch))
-            if otgan:
-                loss = matching(draw_mixture(args.batch).to(device), fake)
-            else:
-                loss = generator_loss(args, critic(fake))
+            with options.autocast(args):
+                if otgan:
+                    loss = matching(draw_mixture(args.batch).to(device), fake)
+                else:
+                    loss = generator_loss(args, critic(fake))
             of_generator.zero_grad()
             loss.backward()
             of_generator.step()

@@ -56,6 +56,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "vae-20": VAE,
     "vae-2": {**VAE, "latent": 2},
 }
+# The divergence of Kullback and Leibler is to a normal distribution.
+NEEDS: options.Needs = {"eps": ("method", ["sae"]), "prior": ("method", ["sae"])}
 PAIRS = 50  # images beside their reconstructions
 
 
@@ -72,7 +74,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=True,
         help="batch normalisation in the decoder",
     )
-    return options.parse(parser, PRESETS, argv)
+    return options.parse(parser, PRESETS, argv, NEEDS)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

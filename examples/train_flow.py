@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import generate, options, run
+from common import data, generate, options, run
 from common.data import Batches, to_float
 from common.figures import save_grid
 from common.metrics import OT_BATCH, OT_REPEATS, Evaluator, med2
@@ -45,6 +45,11 @@ IMAGES: dict[str, Any] = {
     },
 }
 PRESETS: dict[str, dict[str, Any]] = {"images": IMAGES, "plane": {**IMAGES, "data": "gaussians"}}
+OF_IMAGES = ("epochs", "labels", "limit_train", "eval_every", "eval_samples", "protocol")
+NEEDS: options.Needs = {
+    "eps": ("pairs", ["ot"]),
+    **dict.fromkeys((*OF_IMAGES, "classifier", "classifier_preset"), ("data", data.NAMES)),
+}
 EULER_STEPS = (1, 2, 4, 8, 100)
 MOST = EULER_STEPS[-1]
 
@@ -125,12 +130,14 @@ def flow_metrics(flow: Flow, real: Tensor) -> dict[str, float]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = generate.parser(__file__, __doc__ or "", PRESETS, also=("gaussians",))
+    parser = generate.parser(__file__, __doc__ or "", PRESETS, also=("gaussians",), latent=False)
     add = parser.add_argument
     add("--pairs", choices=("ot", "independent", "pot"), default="ot", help="how x0 finds its x1")
     add("--eps", type=float, default=0.01, help="regularisation, in units of the mean cost")
     add("--hidden", type=int, nargs="+", default=[512, 512, 512], help="layers of the velocity")
-    args = options.parse(parser, PRESETS, argv)
+    args = options.parse(parser, PRESETS, argv, NEEDS)
+    if args.data == "gaussians" and args.schedule == "follow":
+        raise options.UsageError("--schedule follow needs images, and --data is gaussians")
     if args.pairs == "pot" and args.device != "cpu":
         raise options.UsageError(f"--pairs pot needs the CPU, and --device is {args.device}")
     return args

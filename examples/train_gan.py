@@ -65,6 +65,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "wgan-gp": {**WASSERSTEIN, "loss": "wgan-gp", "lr": 1e-4, "betas": [0.0, 0.9]},
 }
 
+NEEDS: options.Needs = {
+    "clip": ("loss", ["wgan-clip"]),
+    "penalty": ("loss", ["wgan-gp"]),
+    "betas": ("loss", ["gan", "wgan-gp"]),
+    "norm": ("net", ["mlp"]),
+    "generator_dropout": ("net", ["mlp"]),
+    "critic_norm": ("net", ["dcgan"]),
+}
+
 
 def critic_loss(args: argparse.Namespace, critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
     """What the critic descends: cross-entropy of telling real from generated, or minus its
@@ -121,7 +130,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--clip", type=float, default=0.01, help="bound on critic weights, wgan-clip")
     add("--penalty", type=float, default=10.0, help="weight of the gradient penalty, wgan-gp")
-    args = options.parse(parser, PRESETS, argv)
+    args = options.parse(parser, PRESETS, argv, NEEDS)
     options.at_least(args, 1, "n_critic")
     return args
 

@@ -41,6 +41,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "eps-1000": {**LEARNED, "eps": 1000.0},
     "mmd": {**LEARNED, "loss": "mmd"},
 }
+NEEDS: options.Needs = {
+    "eps": ("loss", ["divergence"]),
+    "n_iters": ("loss", ["divergence"]),
+}
 FEATURES = 64
 
 
@@ -53,7 +57,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--scale", type=float, default=10.0, help="root mean square of the features")
     add("--n-critic", type=int, default=1, help="encoder updates per step")
     add("--clip", type=float, default=0.01, help="bound on the encoder's weights")
-    args = options.parse(parser, PRESETS, argv)
+    args = options.parse(parser, PRESETS, argv, NEEDS)
     options.at_least(args, 1, "n_critic")
     return args
 

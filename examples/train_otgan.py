@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,27 +54,24 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def optimal_matching(args: argparse.Namespace, *features: Tensor) -> Tensor:
-    """2 D²_MED: transport between each real and each generated half-batch, and within."""
-    losses = otloss.distributed if ranks.count() > 1 else otloss
-    return losses.minibatch_energy_distance(*features, args.eps, cost="cosine")
+def matched(args: argparse.Namespace, x1: Tensor, x2: Tensor, y1: Tensor, y2: Tensor) -> Tensor:
+    """2 D²_MED: transport between each real and each generated half-batch, and within.
 
-
-def random_matching(args: argparse.Namespace, *features: Tensor) -> Tensor:
-    """The same sum with row i matched to row i, whatever they are: what transport is worth."""
+    For ``--match random`` the same sum with row i matched to row i, whatever they are: what
+    transport is worth.
+    """
+    if args.match == "ot":
+        losses = otloss.distributed if ranks.count() > 1 else otloss
+        return losses.minibatch_energy_distance(x1, x2, y1, y2, args.eps, cost="cosine")
 
     def cost(x: Tensor, y: Tensor) -> Tensor:
         return 1 - F.cosine_similarity(x, y).mean()
 
-    x1, x2, y1, y2 = features
     across = cost(x1, y1) + cost(x1, y2) + cost(x2, y1) + cost(x2, y2)
     return across - 2 * cost(x1, x2) - 2 * cost(y1, y2)
 
 
-MATCHINGS: dict[str, Callable[..., Tensor]] = {
-    "ot": optimal_matching,
-    "random": random_matching,
-}
+NEEDS: options.Needs = {"eps": ("match", ["ot"])}
 
 
 class Game:
@@ -103,8 +101,9 @@ class Game:
         self.optimisers[mover].zero_grad()
         real, z = (ranks.share(t, 2) for t in (real, self.generator.draw(len(real))))
         size = self.args.chunk or len(real)
-        reals = [self._features(part) for part in real.split(size)]
-        fakes = [self._generated(part) for part in z.split(size)]
+        both = nn.Sequential(self.generator, self.critic)
+        reals = [partial(self._features, self.critic, part) for part in real.split(size)]
+        fakes = [partial(self._features, both, part) for part in z.split(size)]
         chunked = len(reals) > 1
         if mover == "critic":
             parts = [*reals, *fakes]
@@ -122,21 +121,11 @@ class Game:
         return {**self.networks, **{f"{k}_optimiser": v for k, v in self.optimisers.items()}}
 
     def _loss(self, real: Tensor, fake: Tensor) -> Tensor:
-        return self.timed(MATCHINGS[self.args.match], self.args, *real.chunk(2), *fake.chunk(2))
+        return self.timed(matched, self.args, *real.chunk(2), *fake.chunk(2))
 
-    def _features(self, images: Tensor) -> Callable[[], Tensor]:
-        def features() -> Tensor:
-            with options.autocast(self.args):
-                return self.critic(images).float()
-
-        return features
-
-    def _generated(self, z: Tensor) -> Callable[[], Tensor]:
-        def features() -> Tensor:
-            with options.autocast(self.args):
-                return self.critic(self.generator(z)).float()
-
-        return features
+    def _features(self, net: nn.Module, batch: Tensor) -> Tensor:
+        with options.autocast(self.args):
+            return net(batch).float()
 
 
 def flipped(images: Tensor) -> Tensor:
@@ -150,11 +139,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--eps", type=float, default=0.002, help="regularisation, in units of the cosine cost")
     add("--n-gen", type=int, default=3, help="generator steps per critic step")
-    add("--match", choices=MATCHINGS, default="ot", help="how the samples of two clouds are paired")
+    add(
+        "--match",
+        choices=("ot", "random"),
+        default="ot",
+        help="how the samples of two clouds are paired",
+    )
     add("--chunk", type=int, help="images through the networks at a time; same gradient")
     add("--flip", action="store_true", help="mirror real images at random")
     add("--betas", type=float, nargs=2, default=[0.5, 0.999], help="of Adam")
-    args = options.parse(parser, PRESETS, argv)
+    args = options.parse(parser, PRESETS, argv, NEEDS)
     options.even_batch(args)
     options.at_least(args, 1, "n_gen", "chunk")
     return args

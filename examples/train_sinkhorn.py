@@ -144,6 +144,11 @@ LOSSES: dict[str, Callable[[argparse.Namespace, Tensor, Tensor], Tensor]] = {
     "divergence": divergence_loss,
     "mmd": mmd_loss,
 }
+NEEDS: options.Needs = {
+    "eps": ("loss", ["med", "divergence"]),
+    "n_iters": ("loss", ["divergence"]),
+    **dict.fromkeys(("hidden", "activation", "norm", "dropout"), ("net", ["mlp"])),
+}
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "softplus": nn.Softplus}
 CLASSES = 10
 AFTER_THE_DEMO = """
@@ -167,7 +172,7 @@ def build(args: argparse.Namespace, shape: Sequence[int]) -> Generator:
     return LabelledGenerator(generator, CLASSES) if args.label_weight else generator
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     parser = generate.parser(__file__, __doc__ or "", PRESETS)
     add = parser.add_argument
     add("--loss", choices=LOSSES, default="med")
@@ -190,11 +195,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=0.0,
         help="distance that another class adds to the pixels' one; 0: no classes",
     )
-    args = options.parse(parser, PRESETS, argv)
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    args = options.parse(parser(), PRESETS, argv, NEEDS)
     if args.loss in ("med", "mmd"):
         options.even_batch(args)
-    if args.loss != "divergence" and args.n_iters is not None:
-        raise options.UsageError(f"--n-iters is {args.n_iters}, expected none with {args.loss}")
+    if args.label_weight and args.labels:
+        raise options.UsageError(
+            f"--labels is {args.labels}, expected none with a --label-weight: all classes are drawn"
+        )
     return args
 
 

@@ -2,7 +2,7 @@
 
 from otloss import compat, distributed
 from otloss._check import ConvergenceWarning
-from otloss.barycenter import barycenter_grid
+from otloss.barycenter import BarycenterInfo, barycenter, barycenter_grid
 from otloss.batching import pad, pad_batch_vector
 from otloss.config import show_config
 from otloss.grid import sinkhorn_divergence_grid, solve_grid
@@ -29,12 +29,14 @@ from otloss.status import last_status
 __version__ = "0.1.0"
 
 __all__ = [
+    "BarycenterInfo",
     "ConvergenceWarning",
     "EnergyDistance",
     "MinibatchEnergyDistance",
     "OTResult",
     "SinkhornDivergence",
     "SinkhornLoss",
+    "barycenter",
     "barycenter_grid",
     "compat",
     "cost_matrix",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import FrameType
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ __all__ = [
     "compute_dtype",
     "finite",
     "finite_gradient",
+    "finite_value",
     "matrix",
     "not_converged",
     "points",
@@ -43,24 +44,31 @@ def describe(value: object) -> str:
     return repr(value)
 
 
+def transformed() -> bool:
+    """Whether the call is inside of torch.func's vmap, grad or jacrev."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def no_transforms() -> None:
-    """The differentiable operations here have no rules for torch.func."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    """For what has no rule for torch.func."""
+    if transformed():
         raise NotImplementedError(
-            "otloss does not work inside torch.func.vmap, grad, jacrev or jvp: give a batch "
-            "(B, n, d) in place of vmap and differentiate with torch.autograd.grad"
+            "this function of otloss does not work inside torch.func.vmap, grad, jacrev or jvp, as "
+            "the losses, cost_matrix, solve and solve_sample do: give a batch (B, n, d) in place "
+            "of vmap and differentiate with torch.autograd.grad"
         )
 
 
 def not_batched(grads: Sequence[Tensor | None]) -> None:
-    """Neither have the gradients, for the vmap inside of torch.autograd.grad."""
+    """The nodes have no rule for the vmap inside of torch.autograd.grad."""
     if torch.compiler.is_compiling():
         return
     for grad in grads:
         if grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad):
             raise NotImplementedError(
                 "gradients of otloss cannot be taken with is_grads_batched=True, nor by "
-                "torch.autograd.functional with vectorize=True: take them one at a time"
+                "torch.autograd.functional with vectorize=True: use torch.func.jacrev, or "
+                "torch.func.vmap of torch.func.grad, or take them one at a time"
             )
 
 
@@ -88,11 +96,16 @@ def floating(name: str, value: Any) -> Tensor:
 def points(name: str, value: Any, part: bool = False) -> Tensor:
     """A cloud (n, d) or (B, n, d), not empty; or a part of one, which may have no points."""
     no_transforms()
+    x = cloud(name, value)
+    if 0 in (x.shape[:-2] + x.shape[-1:] if part else x.shape):
+        raise ValueError(f"{name} must not be empty, got {describe(x)}")
+    return x
+
+
+def cloud(name: str, value: Any) -> Tensor:
     x = floating(name, value)
     if x.dim() not in (2, 3):
         raise ValueError(f"{name} must have shape (n, d) or (B, n, d), got {describe(x)}")
-    if 0 in (x.shape[:-2] + x.shape[-1:] if part else x.shape):
-        raise ValueError(f"{name} must not be empty, got {describe(x)}")
     return x
 
 
@@ -217,6 +230,16 @@ def finite(name: str, value: Tensor) -> None:
         raise ValueError(
             f"{name} must be finite, but {name}{list(where)} is {first}; "
             f"{int(bad.sum())} of {bad.numel()} values are NaN or infinite"
+        )
+
+
+def finite_value(of: str, value: Tensor, inputs: Iterable[tuple[str, Tensor]] = ()) -> None:
+    """Raises on the CPU where a value is NaN or infinite, of inputs that are, or too large."""
+    if readable(value) and not bool(value.detach().isfinite().all()):
+        for name, x in inputs:
+            finite(name, x)
+        raise ValueError(
+            f"costs must be finite in {of}, and sums not overflow {value.dtype}: scale data down"
         )
 
 

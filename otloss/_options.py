@@ -148,10 +148,11 @@ def check_options(
 def check_eps(value: Any) -> float | Tensor:
     if not isinstance(value, Tensor):
         return number("eps", value)
-    _check.no_transforms()
     eps, finite = _check.floating("eps", value), "eps must be finite and > 0"
     if eps.dim() > 1 or eps.numel() == 0:
         raise ValueError(f"eps must have shape () or (B,), got {describe(eps)}")
+    if _check.transformed():  # checked again where it is read
+        return eps.double()
     good = ((eps.detach() > 0) & eps.detach().isfinite()).all()
     if _check.unread(eps):
         torch._assert_async(good, finite)

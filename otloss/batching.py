@@ -26,6 +26,11 @@ def pad(clouds: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
     Raises:
         ValueError, TypeError: no clouds, an empty one, or clouds that do not go together.
+
+    Example:
+        >>> x, a = otloss.pad([torch.ones(2, 3), torch.ones(4, 3)])
+        >>> x.shape, a[0]
+        (torch.Size([2, 4, 3]), tensor([0.5000, 0.5000, 0.0000, 0.0000]))
     """
     clouds = list(clouds)
     if not clouds:
@@ -56,6 +61,11 @@ def pad_batch_vector(x: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises:
         ValueError, TypeError: a wrong argument, or a number that no point has.
+
+    Example:
+        >>> x, a = otloss.pad_batch_vector(torch.rand(6, 3), torch.tensor([0, 0, 1, 1, 1, 1]))
+        >>> x.shape, a[0]
+        (torch.Size([2, 4, 3]), tensor([0.5000, 0.5000, 0.0000, 0.0000]))
     """
     if _check.points("x", x).dim() != 2:
         raise ValueError(f"x must have shape (N, d), got {_check.describe(x)}")

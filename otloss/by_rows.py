@@ -23,7 +23,7 @@ from otloss.eps import Scale
 from otloss.method import block_rows, in_blocks
 from otloss.problem import Problem, build_costs, see_empty_bins
 from otloss.reference.arguments import as_pairs
-from otloss.reference.engine import sample, spread
+from otloss.reference.engine import is_symmetric, sample, spread
 from otloss.reference.gradients import weight_gradients
 from otloss.reference.marginals import (
     Marginals,
@@ -86,20 +86,6 @@ class RowEngine(RowSweep):
 
     def propose(self, sweeps: float, eps: float) -> Tensor | None:
         return None
-
-    def is_symmetric(self) -> bool:
-        """As of a stored matrix: C v = C^T v, to rounding, for a v without period; see
-        ``otloss.combination``."""
-        n = len(self.a)
-        v = torch.arange(1, n + 1, dtype=torch.float64, device=self.a.device).sin()
-        right, left, squares = torch.zeros_like(v), torch.zeros_like(v), 0.0
-        for rows in self.blocks:
-            C = self.costs(rows).double()
-            right[rows] = C @ v
-            left += v[rows] @ C
-            squares += float(C.square().sum())
-        limit = 64 * torch.finfo(self.a.dtype).eps * (squares / n) ** 0.5
-        return not bool((right - left).abs().amax() > limit)
 
 
 def solve_by_rows(
@@ -200,7 +186,8 @@ class _Pair:
             )
         if same:
             same = options.symmetric is not False and self.marginals.x == self.marginals.y
-            same = same and (options.symmetric is True or engine.is_symmetric())
+        if same and options.symmetric is None:
+            same = is_symmetric((rows, costs(rows)) for rows in engine.blocks)
         solved = engine.solve(same, options, init)
         numbers = [solved.iterations, solved.error, solved.converged, largest]
         status = torch.tensor(numbers, dtype=torch.float64, device=solved.f.device)
@@ -221,7 +208,7 @@ class _Pair:
                 P = plan(eps, C.detach(), f[:, rows], g, at_a[:, rows], at_b)
                 return (_Product.apply(scale.over(C) if scale else C, P, refused),)
 
-            parts = in_blocks(of_block, a.shape[1], b)
+            parts = in_blocks(of_block, a.shape[1], b, self.problem.reads(o.cost))
             product = torch.stack([part for (part,) in parts]).sum(0)
         if transport:
             return product

@@ -1,4 +1,4 @@
-"""A bound on the error of a value, from any potentials: primal minus dual; see docs/math.md."""
+"""A bound on the error of a value, from any potentials: primal minus dual; see docs/totals.md."""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from otloss import _check, ops
 from otloss._options import Options
-from otloss.costs import full_precision
 from otloss.eps import check_shape
 from otloss.forbidden import solve_allowed
 from otloss.method import choose
@@ -22,9 +21,11 @@ from otloss.problem import (
     see_empty_bins,
 )
 from otloss.reference.arguments import as_pairs
+from otloss.reference.engine import is_symmetric
 from otloss.run import Solved, report, run
 from otloss.target import Target
 from otloss.totals import Combination, at_given_totals, at_unit_totals
+from otloss.transforms import inside
 
 __all__ = ["Combination", "Memory", "combine"]
 
@@ -69,6 +70,11 @@ def combine(
 
     ``target``: of a divergence, keeps the self problem of y from call to call.
     """
+    if _check.transformed():
+        return inside(
+            lambda clouds, weights, o: (combine(clouds, weights, combination, o, memory),),
+            clouds, weights, options, combination.pairs,
+        )[0]  # fmt: skip
     problem = check_clouds(clouds, weights, balanced=options.balanced())
     check_shape(options.eps, problem)
     pairs, keeps = combination.pairs, memory is not None
@@ -143,21 +149,7 @@ def _self_problems_are_symmetric(
     own = [C for C, (i, j) in zip(costs, as_pairs(pairs), strict=True) if i == j]
     if options.symmetric is not None or not own:
         return options.symmetric is not False
-    return all(_check.readable(C) and _is_symmetric(C.detach()) for C in own)
-
-
-def _is_symmetric(C: Tensor) -> bool:
-    """To rounding, or not finite: C v = C^T v for one v, which costs two readings of C.
-
-    The difference of C and C^T maps almost no v to 0. This one has no period and both signs, so
-    that the sums and their rounding stay small in whatever order they are added.
-    """
-    n = C.shape[-1]
-    v = torch.arange(1, n + 1, dtype=C.dtype, device=C.device).sin()
-    with full_precision(C):
-        apart = (C @ v - C.mT @ v).abs().amax(-1)
-    limit = 64 * torch.finfo(C.dtype).eps * torch.linalg.vector_norm(C, dim=(-2, -1)) / n**0.5
-    return not bool((apart > limit).any())
+    return all(_check.readable(C) and is_symmetric([(slice(None), C.detach())]) for C in own)
 
 
 def _solve_apart(

@@ -33,7 +33,7 @@ from otloss.reference.marginals import marginals_of
 if TYPE_CHECKING:
     from otloss.run import Solved
 
-__all__ = ["Scale", "check_shape", "detached", "of_rows", "scale_of"]
+__all__ = ["Scale", "ScaledValue", "check_shape", "detached", "of_rows", "scale_of"]
 
 _SOFT = (
     "with unbalanced= the derivative in eps is available for the value of the regularized "
@@ -133,7 +133,9 @@ class Scale(NamedTuple):
             loss = loss * t
         else:
             if o.objective == "regularized":
-                loss = _Value.apply(loss, t, self._penalties(solved, problem, pairs, coefficients))
+                loss = ScaledValue.apply(
+                    loss, t, self.penalties(solved, problem, pairs, coefficients)
+                )
             potentials = [refuse_higher_order(each, [t], _SOFT) for each in potentials]
         f, g = map(tuple, potentials)
         return replace(solved, loss=loss, f=f, g=g)
@@ -155,7 +157,7 @@ class Scale(NamedTuple):
         if self.t.requires_grad and not o.balanced() and mode_lacks:
             raise NotImplementedError(_SOFT)
 
-    def _penalties(
+    def penalties(
         self, solved: Solved, problem: Problem, pairs: list[int], coefficients: list[float]
     ) -> Tensor:
         """What the penalties add to the loss, like it: rho KL(P 1 | a) of every side."""
@@ -192,7 +194,7 @@ def _penalty(w: Tensor, f: Tensor, rho: float) -> Tensor:
     return 0.0 * w.sum(-1) if math.isinf(rho) else rho * (w * (1 - kept - u * kept)).sum(-1)
 
 
-class _Value(torch.autograd.Function):
+class ScaledValue(torch.autograd.Function):
     """``(loss, t, penalties) -> t loss``, of which the penalties' part does not grow with t."""
 
     @staticmethod

@@ -8,20 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from otloss import _check, ops
-from otloss._options import Options, Unbalanced, check_options, number
-from otloss.autograd.grid import Grid, GridPotentials, GridValue, extended, softmin
+from otloss import _check
+from otloss._options import Objective, Options, Unbalanced, check_options, number
+from otloss.autograd.grid import Grid
 from otloss.grid_result import GridResult
+from otloss.grid_solve import solve_densities
 from otloss.losses import DEBIASED, LOSS
 from otloss.problem import Problem
-from otloss.reference import grid as reference
-from otloss.reference.arguments import as_pairs
-from otloss.reference.gradients import weight_gradients
-from otloss.reference.marginals import centred, clamped, damping, marginals_of, value
-from otloss.reference.semidual import column_ratio, marginal_error
 from otloss.result import OTResult
-from otloss.run import Solved, report
-from otloss.totals import Combination, at_given_totals, at_unit_totals
 
 __all__ = ["axes_of", "sinkhorn_divergence_grid", "solve_grid"]
 
@@ -31,11 +25,12 @@ Cost = str | Sequence[Tensor]
 def solve_grid(
     a: Tensor,
     b: Tensor,
-    eps: float,
+    eps: float | Tensor,
     *,
     spacing: float | Sequence[float] = 1.0,
     periodic: bool | Sequence[bool] = False,
     cost: Cost = "sqeuclidean",
+    objective: Objective = "regularized",
     unbalanced: Unbalanced = None,
     tol: float = 1e-3,
     max_iters: int = 1000,
@@ -57,14 +52,14 @@ def solve_grid(
         a, b: densities (B, N), (B, H, W) or (B, D, H, W), the batch first; non-negative, of equal
             total unless ``unbalanced``. They may be 0.
         eps: regularisation, in units of cost, absolute: ``2 * s**2`` blurs by about s, in units of
-            ``spacing``.
+            ``spacing``. A tensor () gives the regularized value a gradient in it.
         spacing: distance of neighbouring points, one or one per axis.
         periodic: whether the last point of an axis is a neighbour of the first, one or one per
             axis.
         cost: ``"sqeuclidean"`` |x - y|^2 (no 1/2), or a list of matrices, (H, H), (W, W), one per
             axis, which are constants; then ``spacing`` and ``periodic`` are not used.
-        unbalanced, tol, max_iters, n_iters, init: as in :func:`otloss.solve`. With ``n_iters`` the
-            gradient is that of the iterations, else that of the solution.
+        objective, unbalanced, tol, max_iters, n_iters, init: as in :func:`otloss.solve`. With
+            ``n_iters`` the gradient is that of the iterations, else that of the solution.
         method: ``"auto"`` or ``"reference"`` (plain torch).
 
     Returns:
@@ -72,12 +67,12 @@ def solve_grid(
         ``(B, *grid)`` or ``(B, *grid, c)``; ``barycentric_map()`` is ``(B, *grid, axes)``, where a
         point goes to on average, in units of ``spacing`` from the first point. Where a density is 0
         the potential is that of the first mass to come. Differentiable in a and b, ``value`` twice.
-        ``plan`` and what reads single pairs make the matrix of N x N. Under ``torch.compile`` it
-        runs with graph breaks; ``fullgraph=True`` is not available.
+        ``plan`` and what reads single pairs make the matrix of N x N.
 
     Raises:
         ValueError, TypeError: a wrong argument, named, with what is expected.
-        NotImplementedError: cost matrices that require a gradient.
+        NotImplementedError: cost matrices that require a gradient; derivatives in eps of more than
+            the regularized value.
 
     Example:
         >>> a, b = torch.rand(2, 1, 64, 64)
@@ -87,8 +82,8 @@ def solve_grid(
         Solomon et al., *Convolutional Wasserstein distances* (2015), for the separable kernel.
     """
     options = check_options(
-        eps, unbalanced=unbalanced, tol=tol, max_iters=max_iters, n_iters=n_iters,
-        method=_method(method),
+        eps, objective=objective, unbalanced=unbalanced, tol=tol, max_iters=max_iters,
+        n_iters=n_iters, method=_method(method),
     )  # fmt: skip
     problem, shape, dtype = _densities(a, b, options)
     axes, spaces, displacements = axes_of(shape, spacing, periodic, cost, a.device)
@@ -101,19 +96,21 @@ def solve_grid(
                     f"init {name} must have shape {tuple(a.shape)}, got {_check.describe(v)}"
                 )
         start = [v.detach().double().flatten(1) for v in (f, g)]
-    grid = Grid(axes, options.eps, options.method == "reference")
-    solved = _solve(problem, grid, spaces, LOSS, options, start)
+    grid = _grid(axes, options)
+    solved = solve_densities(problem, grid, spaces, LOSS, options, start)
+    _check.finite_value("a grid", solved.loss.to(dtype))
     return GridResult(problem, grid, shape, displacements, options, solved, dtype)
 
 
 def sinkhorn_divergence_grid(
     a: Tensor,
     b: Tensor,
-    eps: float,
+    eps: float | Tensor,
     *,
     spacing: float | Sequence[float] = 1.0,
     periodic: bool | Sequence[bool] = False,
     cost: Cost = "sqeuclidean",
+    objective: Objective = "regularized",
     unbalanced: Unbalanced = None,
     tol: float = 1e-3,
     max_iters: int = 1000,
@@ -138,19 +135,33 @@ def sinkhorn_divergence_grid(
         Feydy et al., *Interpolating between optimal transport and MMD* (2019).
     """
     options = check_options(
-        eps, unbalanced=unbalanced, tol=tol, max_iters=max_iters, n_iters=n_iters,
-        method=_method(method),
+        eps, objective=objective, unbalanced=unbalanced, tol=tol, max_iters=max_iters,
+        n_iters=n_iters, method=_method(method),
     )  # fmt: skip
     problem, shape, dtype = _densities(a, b, options)
     axes, spaces, _ = axes_of(shape, spacing, periodic, cost, a.device)
-    grid = Grid(axes, options.eps, options.method == "reference")
-    return _solve(problem, grid, spaces, DEBIASED, options, []).loss.to(dtype)
+    loss = solve_densities(problem, _grid(axes, options), spaces, DEBIASED, options, []).loss
+    loss = loss.to(dtype)
+    _check.finite_value("a grid", loss)
+    return loss
 
 
 def _method(method: Any) -> Any:
     if method not in ("auto", "reference"):
         raise ValueError(f"method must be 'auto' or 'reference', got {method!r}")
     return method
+
+
+def _grid(axes: list[Tensor], o: Options) -> Grid:
+    eps = o.eps
+    if isinstance(eps, Tensor):
+        if eps.dim():
+            raise ValueError(f"eps must be a number or have shape (), got {_check.describe(eps)}")
+        if _check.traced(eps):
+            raise NotImplementedError("eps of a grid in compiled code must be a number")
+        eps = eps.item()
+    system: list[Tensor] | None = None if torch.compiler.is_compiling() else []
+    return Grid(axes, eps, o.method == "reference", system)
 
 
 def _densities(
@@ -214,99 +225,3 @@ def axes_of(
         if _check.readable(C):
             _check.finite(f"cost[{k}]", C)
     return [C.detach().to(device, torch.float64).contiguous() for C in matrices], [], moves
-
-
-def _solve(
-    problem: Problem,
-    grid: Grid,
-    spacing: list[float],
-    combination: Combination,
-    options: Options,
-    init: list[Tensor],
-) -> Solved:
-    unit, totals = at_unit_totals(problem, options)
-    init = totals.start(init, combination.pairs) if totals and init else init
-    run = _iterations if options.n_iters >= 0 else _solution
-    solved = run(unit, grid, spacing, combination, options, init)
-    if totals is None:
-        solved.loss = solved.loss.sum(0)
-    solved = at_given_totals(solved, problem, totals, combination, options)
-    report(problem, (), options, solved)
-    return solved
-
-
-def _solution(
-    problem: Problem,
-    grid: Grid,
-    spacing: list[float],
-    combination: Combination,
-    o: Options,
-    init: list[Tensor],
-) -> Solved:
-    """The terms (P, B) of a loss, differentiable by the conditions of optimality."""
-    pairs, weights = combination.pairs, problem.weights
-    where: Any = reference if grid.plain else ops
-    numbers = ops.number(o.eps), ops.penalties(o.rho_x, o.rho_y)
-
-    def solve(chosen: list[int], start: list[Tensor]) -> Any:
-        return where.grid_solve(
-            grid.axes, spacing, [w.detach().contiguous() for w in weights], chosen, *numbers,
-            [v.contiguous() for v in start], ops.number(o.tol), o.max_iters,
-        )  # fmt: skip
-
-    status, all_f, all_g = solve(pairs, init)
-    coefficients = status.new_tensor(combination.coefficients).unsqueeze(-1)
-    if combination.debiased and _check.readable(status):
-        terms = coefficients * status[..., ops.TERM]
-        # The potentials of both densities with themselves are better ones where S is negative.
-        if bool((clamped(terms.sum(0), terms.abs().sum(0), terms.dtype) < 0).any()):
-            again, f, g = solve(pairs[:2], [all_f[1], all_g[2]])
-            again[..., ops.ITERATIONS] += status[:1, :, ops.ITERATIONS]
-            status[0], all_f[0], all_g[0] = again[0], f[0], g[0]
-    values = []
-    for p, (i, j) in enumerate(as_pairs(pairs)):
-        a, b, marginals = weights[i], weights[j], marginals_of(o.rho_x, o.rho_y, i, j)
-        f, g, term = all_f[p], all_g[p], status[p, :, ops.TERM]
-        if marginals.balanced:
-            f, g = centred(f, g, a.detach(), b.detach())
-        if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-            f, g = GridPotentials.apply(grid, marginals, a, b, f, g)
-            full = extended(grid, f, g, a, b, marginals)
-            term = GridValue.apply(term, *weight_gradients(o.eps, *full, a, b, marginals), a, b)
-        all_f[p], all_g[p] = f, g
-        values.append(term)
-    terms = coefficients * torch.stack(values)
-    status[..., ops.TERM] = terms.detach()
-    return Solved(terms, status, tuple(all_f), tuple(all_g))
-
-
-def _iterations(
-    problem: Problem,
-    grid: Grid,
-    spacing: list[float],
-    combination: Combination,
-    o: Options,
-    init: list[Tensor],
-) -> Solved:
-    """The same after a number of iterations, differentiable by each of them."""
-    rows, terms, all_f, all_g = [], [], [], []
-    most = sum(float(C.abs().amax()) for C in grid.axes)
-    for p, (i, j) in enumerate(as_pairs(combination.pairs)):
-        a, b = problem.weights[i], problem.weights[j]
-        marginals = marginals_of(o.rho_x, o.rho_y, i, j)
-        g = init[2 * p + 1] if init else torch.zeros_like(b)
-        for _ in range(o.n_iters):
-            before = g
-            f = damping(marginals.x, o.eps) * softmin(grid, g, b)
-            t = softmin(grid.transposed, f, a)
-            g = damping(marginals.y, o.eps) * t
-        term = combination.coefficients[p] * value(o.eps, f, f, g, a, b, 0, marginals)
-        ratio = column_ratio(before.detach(), t.detach(), o.eps, marginals.y)
-        error = marginal_error(b.detach(), ratio)
-        fixed = [torch.full_like(error, v) for v in (o.n_iters, most)]
-        reached = (error <= o.tol).to(error)
-        rows.append(torch.stack([fixed[0], error, reached, fixed[1], term.detach()], -1))
-        terms.append(term)
-        all_f.append(f)
-        all_g.append(g)
-    return Solved(torch.stack(terms), torch.stack(rows), tuple(all_f), tuple(all_g))

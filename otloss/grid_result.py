@@ -7,7 +7,7 @@ from torch import Tensor
 
 from otloss import _check
 from otloss._options import Options
-from otloss.autograd.grid import Grid, extended, means, plan_product
+from otloss.autograd.grid import Grid, axis_means, extended, plan_product, transport
 from otloss.problem import Problem
 from otloss.reference import grid as reference
 from otloss.reference.marginals import marginals_of
@@ -72,30 +72,13 @@ class GridResult(OTResult):
         rows, columns = self._sums()
         return self._on_grid(rows), self._on_grid(columns)
 
-    def _row_means(self, matrices: list[Tensor]) -> list[Tensor]:
-        """Of matrices M (n, n), one per axis: means of M_ij with the weights of row i, (B, N) each.
-
-        By M = U S V^T every M takes as many channels as its rank, 3 for a squared distance.
-        """
-        found = []
-        for k, M in enumerate(matrices):
-            U, S, Vh = torch.linalg.svd(M)
-            rank = int((1e-14 * S[0] < S).sum())
-            left, right = U[:, :rank] * S[:rank], Vh[:rank]
-            along = [1] * len(self._shape)
-            along[k] = -1
-            channels = torch.stack([v.reshape(along).expand(self._shape) for v in right])
-            factors = torch.stack([v.reshape(along).expand(self._shape) for v in left.mT])
-            u = channels.reshape(1, rank, -1).expand(len(self._a), -1, -1)
-            of_u = means(self._grid, self._g, self._b, u)[1]
-            found.append((factors.reshape(1, rank, -1) * of_u).sum(1))
-        return found
+    def _system(self) -> list[Tensor] | None:
+        return self._grid.system
 
     @property
     def value_linear(self) -> Tensor:
-        rows = self._sums()[0]
-        per_row = torch.stack(self._row_means(self._grid.axes)).sum(0)
-        return (rows * per_row).sum(-1).to(self._dtype)
+        self._check_unchanged()
+        return transport(self._grid, self._f, self._g, self._a, self._b).to(self._dtype)
 
     def apply(self, v: Tensor, axis: int = 1) -> Tensor:
         if axis not in (0, 1):
@@ -113,7 +96,7 @@ class GridResult(OTResult):
 
     def barycentric_map(self) -> Tensor:
         """Where the points of a go to on average, (B, *grid, axes)."""
-        moved = torch.stack(self._row_means(self._moves), -1)
+        moved = torch.stack(axis_means(self._grid, self._moves, self._g, self._b)[1], -1)
         starts = torch.cartesian_prod(*(D[0] - D[0, :1] for D in self._starts()))
         return (
             (starts.reshape(-1, len(self._shape)) + moved).unflatten(1, self._shape).to(self._dtype)

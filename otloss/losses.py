@@ -30,6 +30,7 @@ from otloss.problem import (
     with_empty_bins,
 )
 from otloss.reference.arguments import as_pairs
+from otloss.transforms import inside
 
 __all__ = [
     "energy_distance",
@@ -37,7 +38,6 @@ __all__ = [
     "sinkhorn_divergence",
     "sinkhorn_loss",
 ]
-
 
 LOSS = Combination([0, 1], [1.0])
 DEBIASED = Combination([0, 1, 0, 0, 1, 1], [1.0, -0.5, -0.5], debiased=True)
@@ -137,6 +137,13 @@ def sinkhorn_divergence(
         ValueError, TypeError: a wrong argument, named, with what is expected.
         NotImplementedError: a derivative that is not available, with what to use instead.
 
+    Example:
+        >>> x = torch.tensor([[0.0], [1.0]], requires_grad=True)
+        >>> loss = otloss.sinkhorn_divergence(x, x.detach() + 2, eps=0.5)  # a translation by 2
+        >>> loss.backward()
+        >>> print(f"{loss.item():.2f}", x.grad.round(decimals=2).tolist())
+        4.00 [[-2.0], [-2.0]]
+
     References:
         Genevay, Peyré, Cuturi, *Learning generative models with Sinkhorn divergences* (2018);
         Feydy et al., *Interpolating between optimal transport and MMD* (2019); Séjourné et al.,
@@ -180,6 +187,11 @@ def sinkhorn_loss(
     larger ``eps``. :func:`sinkhorn_divergence` has no such bias.
 
     Args, returns and raises: as :func:`sinkhorn_divergence`, without ``symmetric``.
+
+    Example:
+        >>> x = torch.tensor([[0.0], [1.0]])
+        >>> print(f"{otloss.sinkhorn_loss(x, x, eps=0.5):.2f}")  # not 0: a divergence is
+        0.28
 
     References:
         Cuturi, *Sinkhorn distances: lightspeed computation of optimal transport* (2013); Chizat et
@@ -236,6 +248,11 @@ def minibatch_energy_distance(
     Raises:
         ValueError, TypeError, NotImplementedError: as :func:`sinkhorn_divergence`.
 
+    Example:
+        >>> features = torch.eye(2).repeat(8, 1).chunk(4)  # four minibatches of two classes
+        >>> print(f"{otloss.minibatch_energy_distance(*features, eps=0.002):.2f}")
+        0.00
+
     References:
         Salimans, Zhang, Radford, Metaxas, *Improving GANs using optimal transport* (2018).
     """
@@ -265,9 +282,8 @@ def energy_distance(
 
     Args:
         x, y, a, b, cost: as in :func:`sinkhorn_divergence`.
-        method: ``"dense"``, ``"reference"``, ``"streamed"`` (rows of the cost matrices in blocks,
-            again for the gradient: memory O((n + m) d)) or ``"auto"``: dense unless
-            the matrices exceed the memory budget.
+        method: ``"dense"``, ``"reference"``, ``"streamed"`` (blocks of rows of the cost matrices,
+            memory O((n + m) d)) or ``"auto"``: dense unless these exceed the memory budget.
 
     Returns:
         () or (B,); differentiable, also twice.
@@ -275,11 +291,21 @@ def energy_distance(
     Raises:
         ValueError, TypeError: as :func:`sinkhorn_divergence`.
 
+    Example:
+        >>> x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([[2.0], [3.0]])
+        >>> print(f"{otloss.energy_distance(x, y):.2f}")  # 2 - 0.5 / 2 - 0.5 / 2
+        1.50
+
     References:
         Székely and Rizzo, *Energy statistics* (2013); Feydy et al. (2019).
     """
-    cost = _options.check_cost(cost)
     method = _options.choice("method", method, _options.ENERGY_METHODS)
+    options = check_options(1.0, cost=cost, method=method)
+    if _check.transformed():
+        return inside(
+            lambda clouds, weights, o: (energy(check_clouds(clouds, weights), o.cost, o.method),),
+            {"x": x, "y": y}, {"a": a, "b": b}, options, DEBIASED.pairs,
+        )[0]  # fmt: skip
     return energy(check_clouds({"x": x, "y": y}, {"a": a, "b": b}), cost, method)
 
 
@@ -297,11 +323,7 @@ def energy(problem: Problem, cost: Cost, method: str) -> Tensor:
         costs = _costs_of_means(problem, DEBIASED.pairs, cost, method)
         terms = [_mean_cost(C, w[i], w[j]) for C, (i, j) in zip(costs, pairs, strict=True)]
     loss = terms[0] - 0.5 * terms[1] - 0.5 * terms[2]
-    if _check.readable(loss) and not bool(loss.detach().isfinite().all()):
-        for name, x in zip(problem.names, problem.points, strict=True):
-            _check.finite(name, x)
-        if not isinstance(cost, str):
-            raise ValueError("costs must be finite in an energy distance, got NaN or infinite ones")
+    _check.finite_value("an energy distance", loss, zip(problem.names, problem.points, strict=True))
     return loss if problem.batched else loss[0]
 
 
@@ -328,7 +350,8 @@ def _mean_cost_in_blocks(problem: Problem, i: int, j: int, cost: Cost) -> Tensor
             C = torch.where(own & (count[rows].unsqueeze(-1) == count), 0.0, C)
         return (_mean_cost(C, *block.weights),)
 
-    return torch.stack([part for (part,) in in_blocks(of_block, x.shape[-2], b)]).sum(0)
+    parts = in_blocks(of_block, x.shape[-2], b, [*pair.reads(cost), *pair.weights])
+    return torch.stack([part for (part,) in parts]).sum(0)
 
 
 def _costs_of_means(problem: Problem, pairs: list[int], cost: Cost, method: str) -> list[Tensor]:

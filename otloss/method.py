@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -212,12 +212,26 @@ def block_rows(across: Tensor) -> int:
 
 
 def in_blocks(
-    of_block: Callable[[slice], tuple[Tensor, ...]], count: int, across: Tensor
+    of_block: Callable[[slice], tuple[Tensor, ...]],
+    count: int,
+    across: Tensor,
+    reads: Iterable[Tensor] = (),
 ) -> list[tuple[Tensor, ...]]:
     """``of_block(rows)`` for ``count`` rows over ``across`` (B, m), some at a time. What is made on
-    the way is not kept for the gradient but made again."""
+    the way is not kept for the gradient but made again, from ``reads`` as they were."""
     step = block_rows(across)
     blocks = [slice(i, min(i + step, count)) for i in range(0, count, step)]
     if not torch.is_grad_enabled():
         return [of_block(rows) for rows in blocks]
-    return [checkpoint(of_block, rows, use_reentrant=False) for rows in blocks]
+    tracked = () if torch.compiler.is_compiling() else reads
+    versions = [(t, t._version) for t in tracked if not t.is_inference()]
+
+    def made(rows: slice) -> tuple[Tensor, ...]:
+        if any(t._version != version for t, version in versions):
+            raise RuntimeError(
+                "a tensor that the gradient is made from has been modified by an inplace operation "
+                "since: take the gradient before, or give a copy"
+            )
+        return of_block(rows)
+
+    return [checkpoint(made, rows, use_reentrant=False) for rows in blocks]

@@ -84,6 +84,13 @@ class SinkhornDivergence(_PairLoss):
     ``.data`` or a NumPy array it does not see). Without ``warm_start`` results are the same to the
     last bit. This is for balanced and unbalanced divergences of named costs, ``"regularized"`` and
     without ``n_iters``.
+
+    Example:
+        >>> loss = otloss.SinkhornDivergence(eps=0.1, cost="cosine")
+        >>> loss(torch.rand(20, 8), torch.rand(30, 8)).shape
+        torch.Size([])
+        >>> loss
+        SinkhornDivergence(eps=0.1, warm_start=False, cost='cosine')
     """
 
     combination = losses.DEBIASED
@@ -99,6 +106,12 @@ class SinkhornLoss(_PairLoss):
     """:func:`otloss.sinkhorn_loss` as a module: ``SinkhornLoss(eps, ...)(x, y)``.
 
     Arguments as :class:`SinkhornDivergence`.
+
+    Example:
+        >>> loss = otloss.SinkhornLoss(eps=torch.nn.Parameter(torch.tensor(0.1)))  # learns its eps
+        >>> loss(torch.rand(20, 8), torch.rand(30, 8)).backward()
+        >>> loss.eps.grad.shape
+        torch.Size([])
     """
 
     combination = losses.LOSS
@@ -109,6 +122,11 @@ class MinibatchEnergyDistance(_Loss):
     """:func:`otloss.minibatch_energy_distance` as a module, called with x1, x2, y1, y2.
 
     Arguments as :class:`SinkhornDivergence`; defaults as :func:`otloss.minibatch_energy_distance`.
+
+    Example:
+        >>> loss = otloss.MinibatchEnergyDistance(eps=0.01)
+        >>> loss(*torch.rand(4, 16, 8)).shape  # four minibatches of 16
+        torch.Size([])
     """
 
     options_refused = ("symmetric", "unbalanced")
@@ -124,7 +142,13 @@ class MinibatchEnergyDistance(_Loss):
 
 
 class EnergyDistance(nn.Module):
-    """:func:`otloss.energy_distance` as a module: ``EnergyDistance(cost=...)(x, y)``."""
+    """:func:`otloss.energy_distance` as a module: ``EnergyDistance(cost=...)(x, y)``.
+
+    Example:
+        >>> x = torch.rand(20, 3)
+        >>> print(f"{abs(otloss.EnergyDistance()(x, x)):.3f}")
+        0.000
+    """
 
     def __init__(self, cost: Cost = "euclidean", method: EnergyMethod = "auto") -> None:
         super().__init__()

@@ -16,9 +16,11 @@ against itself. All tensors carry a batch dimension. The native kernels also tak
     plan_product       f, g and v (B, m, c) per pair          -> P v (B, n, c), of multiscale
     grid_means         log-weights and channels on a grid     -> log-sum-exps, means with weights
     grid_solve         densities on a grid                    -> status (P, B, 5), f and g per pair
+    grid_adjoint       gradients of f and g on a grid         -> of the densities, status (B, 2)
 
 Problems come as cost matrices, as points, or both: where there are no matrices, costs are made from
-the points on the way. Gradients are those of the pairs in ``want_costs`` and of the clouds in
+the points on the way. A given matrix may be (1, n, m), one for all problems; its
+gradients are (B, n, m). Gradients are those of the pairs in ``want_costs`` and of the clouds in
 ``want_points``, in that order, and with ``want_weights`` of both sides' weights of every pair.
 
 The loss is the sum over the pairs of a coefficient times OT of the pair, its terms: fields of
@@ -63,6 +65,7 @@ __all__ = [
     "cost_backward",
     "describe_plan",
     "envelope_backward",
+    "grid_adjoint",
     "grid_means",
     "grid_solve",
     "implicit_backward",
@@ -70,6 +73,7 @@ __all__ = [
     "number",
     "plan_product",
     "problems",
+    "serve_in_plain_torch",
     "set_progress",
     "solve",
     "unrolled_backward",
@@ -99,6 +103,8 @@ plan_product({_PROBLEM}, Tensor[] f, Tensor[] g, Tensor[] v) -> Tensor[]
 grid_means(Tensor[] axes, Tensor eps, Tensor v, Tensor u) -> (Tensor, Tensor)
 grid_solve(Tensor[] axes, float[] spacing, Tensor[] weights, int[] pairs, Tensor eps, Tensor? rho, \
 Tensor[] init, Tensor tol, int max_iters) -> (Tensor status, Tensor[] f, Tensor[] g)
+grid_adjoint(Tensor[] axes, Tensor eps, Tensor? rho, Tensor a, Tensor b, Tensor f, Tensor g, \
+Tensor grad_f, Tensor grad_g) -> (Tensor grad_a, Tensor grad_b, Tensor status)
 """
 _library = torch.library.Library("otloss", "DEF")
 for _schema in _SCHEMAS.strip().splitlines():
@@ -131,6 +137,12 @@ NATIVE = _native is not None
 CUDA_KERNELS = NATIVE and bool(_native.build_info()["cuda_architectures"])
 
 
+def serve_in_plain_torch(key: str) -> None:
+    """From here on, in place of the kernels of a dispatch key."""
+    for name in reference.OPERATIONS:
+        _library.impl(name, getattr(reference, name), key, allow_override=True)
+
+
 def build_info() -> dict[str, str]:
     """Compiler, SIMD level and CUDA architectures of the native library; empty without it."""
     return dict(_native.build_info()) if NATIVE else {}
@@ -155,7 +167,7 @@ def set_progress(function: Callable[[int, float], None] | None) -> None:
 def number(value: float | Tensor) -> Tensor:
     """A number of the solver as operations take it: () float64 on the CPU; eps also (B,)."""
     if isinstance(value, Tensor):
-        return value.reshape(-1 if value.dim() else ()).double().cpu()
+        return value.reshape(-1 if value.dim() else ()).double().cpu().contiguous()
     if torch.compiler.is_compiling():
         # A product stays symbolic in the graph, so that another value needs no other graph.
         return torch.ones((), dtype=torch.float64, device="cpu") * value
@@ -211,8 +223,14 @@ envelope_backward = torch.ops.otloss.envelope_backward.default
 unrolled_backward = torch.ops.otloss.unrolled_backward.default
 implicit_backward = torch.ops.otloss.implicit_backward.default
 plan_product = torch.ops.otloss.plan_product.default
+grid_adjoint = torch.ops.otloss.grid_adjoint.default
 grid_means = torch.ops.otloss.grid_means.default
 grid_solve = torch.ops.otloss.grid_solve.default
+
+
+@torch.library.impl("otloss::grid_adjoint", "CompositeExplicitAutograd", lib=_library)
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    return reference.grid.adjoint(grid_means, *arguments)
 
 
 # ------------------------------------------------------------------------ shapes, for tracing
@@ -306,3 +324,9 @@ def _(*arguments: Any) -> tuple[Any, ...]:
     _, _, weights, pairs, *_ = arguments
     status = weights[0].new_empty(len(pairs) // 2, len(weights[0]), 5, dtype=torch.float64)
     return status, *([torch.empty_like(weights[c]) for c in pairs[side::2]] for side in (0, 1))
+
+
+@torch.library.register_fake("otloss::grid_adjoint", lib=_library)
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    a, b = arguments[3:5]
+    return torch.empty_like(a), torch.empty_like(b), a.new_empty(len(a), 2)

@@ -35,12 +35,12 @@ class Plan:
         dense: bool,
     ) -> None:
         self._problem, self._given_cost, self._options = problem, cost, options
-        self._kept_cost: Tensor | None = cost
+        self._kept_cost = cost if cost is None else cost.expand(len(problem.weights[0]), -1, -1)
         self._kept_plan: Tensor | None = None
         self._settings = solved.settings
         self._kept_extended: list[Tensor] | None = None
         self._dense = dense
-        self._versions = problem.versions(cost, options.eps)
+        self._versions = problem.versions(cost, options)
         self._a, self._b = problem.weights[0], problem.weights[1]
         self._eps = of_rows(options.eps, self._a)
         self._f, self._g = solved.f[0], solved.g[0]
@@ -121,7 +121,7 @@ class Plan:
         def of_block(rows: slice) -> tuple[Tensor, ...]:
             return function(rows, *self._made_rows(rows))
 
-        return in_blocks(of_block, self._a.shape[1], self._b)
+        return in_blocks(of_block, self._a.shape[1], self._b, [t for _, t, _ in self._versions])
 
     def _made_rows(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Rows of the plan and of its cost, neither of which is stored."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from itertools import chain, repeat
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from otloss import _check, _options, ops
-from otloss.autograd import CostMatrices, FirstOrder
+from otloss.autograd import Argument, CostMatrices, FirstOrder, through
 from otloss.costs import COSTS, Cost
+from otloss.first_use import first_use
 from otloss.reference.arguments import as_pairs
 
 __all__ = [
@@ -19,10 +21,12 @@ __all__ = [
     "as_one_batch",
     "as_weights",
     "build_costs",
+    "call_cost",
     "check_clouds",
     "cost_matrix",
     "hide_padding",
     "ready_for_blocks",
+    "replaced",
     "see_empty_bins",
     "seen_costs",
     "with_empty_bins",
@@ -72,14 +76,22 @@ class Problem:
         present = tuple(p[:, r] for p, r in zip(self.present, (rows, slice(None)), strict=False))
         return replace(self, points=(x[..., rows, :], y), weights=weights, present=present)
 
-    def versions(self, cost: Tensor | None, eps: float | Tensor) -> list[tuple[str, Tensor, int]]:
+    def reads(self, cost: Any) -> list[Tensor]:
+        """What the costs are made from: points, and the parameters of a cost function."""
+        return [*self.points, *(cost.parameters() if isinstance(cost, torch.nn.Module) else ())]
+
+    def versions(
+        self, C: Tensor | None, options: _options.Options
+    ) -> list[tuple[str, Tensor, int]]:
         """The caller's tensors, under their names, and how often they have been changed in
         place."""
-        named = [*zip(self.names, self.points, strict=True)]
+        if torch.compiler.is_compiling():
+            return []
+        names = chain(self.names, repeat("a parameter of cost"))
+        named = [*zip(names, self.reads(options.cost), strict=False)]
         named += zip(("a", "b"), self.weights, strict=True)
-        named += [(k, t) for k, t in (("C", cost), ("eps", eps)) if isinstance(t, Tensor)]
-        tracked = not torch.compiler.is_compiling()
-        return [(k, t, t._version) for k, t in named if tracked and not t.is_inference()]
+        named += [(k, t) for k, t in (("C", C), ("eps", options.eps)) if isinstance(t, Tensor)]
+        return [(k, t, t._version) for k, t in named if not t.is_inference()]
 
     def counted_weights(self) -> list[Tensor]:
         """The weights; those of padding are 0 and get gradient 0, in sums too."""
@@ -155,12 +167,13 @@ def build_costs(problem: Problem, pairs: list[int], cost: Cost, method: str) -> 
     """C (B, n, m) of each pair; differentiable in the points."""
     points = problem.points
     if isinstance(cost, str):
+        first_use(points[0])
         weights = tuple(w.detach() for w in problem.weights) if problem.padded else ()
         return CostMatrices.apply(pairs, COSTS[cost], method, len(points), *points, *weights)
     weights = problem.weights
     ready = [_ready(x, w, problem.padded) for x, w in zip(points, weights, strict=True)]
     return tuple(
-        hide_padding(problem, _call_cost(cost, ready[i], ready[j]), weights[i], weights[j])
+        hide_padding(problem, call_cost(cost, ready[i], ready[j]), weights[i], weights[j])
         for i, j in as_pairs(pairs)
     )
 
@@ -172,7 +185,7 @@ def ready_for_blocks(problem: Problem) -> Problem:
         return problem
     kept = problem.present or [w > 0 for w in problem.weights]
     sides = zip(problem.points, problem.weights, kept, strict=True)
-    return replace(problem, points=tuple(_replaced(x.to(w.dtype), w, k) for x, w, k in sides))
+    return replace(problem, points=tuple(replaced(x.to(w.dtype), w, k) for x, w, k in sides))
 
 
 def see_empty_bins(
@@ -227,10 +240,10 @@ def seen_costs(problem: Problem, pairs: list[int], cost: Cost, method: str) -> t
         costs = build_costs(far, pairs, cost, method)
     else:
         ready = [
-            _replaced(x.to(w.dtype), w, p)
+            replaced(x.to(w.dtype), w, p)
             for x, w, p in zip(problem.points, problem.weights, present, strict=True)
         ]
-        costs = tuple(_call_cost(cost, ready[i], ready[j]) for i, j in as_pairs(pairs))
+        costs = tuple(call_cost(cost, ready[i], ready[j]) for i, j in as_pairs(pairs))
     return tuple(
         torch.where(
             present[i].unsqueeze(-1) & present[j].unsqueeze(-2),
@@ -253,10 +266,16 @@ def with_empty_bins(C: Tensor, seen: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def hide_padding(problem: Problem, C: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """C (B, n, m) with 0 in rows and columns of weight 0, whatever they hold, even NaN."""
+    """C (B, n, m) with 0 in rows and columns of weight 0, whatever they hold, even NaN; of one
+    matrix (1, n, m) for all problems, where no problem has a positive weight."""
     if not problem.padded or (_all_positive(a) and _all_positive(b)):
         return C
-    return torch.where((a.unsqueeze(-1) > 0) & (b.unsqueeze(-2) > 0), C, 0.0)
+    x, y = a > 0, b > 0
+    if len(C) < len(a):
+        counts = (x.mT.to(a) @ y.to(b) > 0).unsqueeze(0)
+    else:
+        counts = x.unsqueeze(-1) & y.unsqueeze(-2)
+    return torch.where(counts, C, 0.0)
 
 
 def _all_positive(w: Tensor) -> bool:
@@ -271,14 +290,14 @@ def _ready(x: Tensor, w: Tensor, padded: bool) -> Tensor:
     """
     x = x.to(w.dtype)
     if padded and not _all_positive(w):
-        x = _replaced(x, w, w > 0)
+        x = replaced(x, w, w > 0)
     if x.requires_grad and _check.readable(x):
         x = x.view_as(x)  # the hook is this call's, not the caller's tensor's
         x.register_hook(_check.finite_gradient)
     return x
 
 
-def _replaced(x: Tensor, w: Tensor, kept: Tensor) -> Tensor:
+def replaced(x: Tensor, w: Tensor, kept: Tensor) -> Tensor:
     """The cloud with its point of the largest weight in place of those that are not kept (B, n)."""
     batched = x if x.dim() == 3 else x.unsqueeze(0)
     index = w.argmax(-1, keepdim=True).unsqueeze(-1)
@@ -286,7 +305,7 @@ def _replaced(x: Tensor, w: Tensor, kept: Tensor) -> Tensor:
     return torch.where(kept.unsqueeze(-1), batched, real).view_as(x)
 
 
-def _call_cost(cost: Any, x: Tensor, y: Tensor) -> Tensor:
+def call_cost(cost: Any, x: Tensor, y: Tensor) -> Tensor:
     C = cost(x, y)
     expected = (*x.shape[:-1], y.shape[-2])
     if not isinstance(C, Tensor) or tuple(C.shape) != expected:
@@ -312,11 +331,33 @@ def cost_matrix(x: Tensor, y: Tensor, cost: Cost = "sqeuclidean") -> Tensor:
 
     Raises:
         ValueError, TypeError: a wrong argument, or NaN or infinity in x or y (on the CPU).
+
+    Example:
+        >>> x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0]])
+        >>> otloss.cost_matrix(x, y)
+        tensor([[9.],
+                [4.]])
     """
     cost = _options.check_cost(cost)
+    if _check.transformed():
+        return _cost_matrix_inside(x, y, cost)
     problem = check_clouds({"x": x} if x is y else {"x": x, "y": y})
     (C,) = build_costs(problem, [0, len(problem.points) - 1], cost, "auto")
     if _check.readable(C) and not bool(C.detach().sum().isfinite()):
         _check.finite("x", x)
         _check.finite("y", y)
     return C if problem.batched else C[0]
+
+
+def _cost_matrix_inside(x: Tensor, y: Tensor, cost: Cost) -> Tensor:
+    """Of torch.func's transforms; a function may hold tensors of these."""
+    points = {"x": _check.cloud("x", x), "y": _check.cloud("y", y)}
+    if not isinstance(cost, str):
+        x, y = (t.to(_check.compute_dtype(*points.values())) for t in points.values())
+        C = call_cost(cost, x, y)
+        return C if x.dim() == 3 else C[0]
+
+    def function(t: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return (cost_matrix(t["x"], t["x"] if x is y else t["y"], cost),)
+
+    return through(function, {k: Argument(t, 2) for k, t in points.items()})[0]

@@ -36,6 +36,16 @@ class OTResult(PlanPairs):
         potentials: ``(f, g)``, (n,) and (m,). They give the plan
             ``P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps)``, balanced or not. Points of weight 0
             have potential 0.
+
+    Example:
+        >>> x, y = torch.rand(2, 50, 3, generator=torch.manual_seed(0))
+        >>> result = otloss.solve_sample(x, y, eps=0.05, tol=1e-6)
+        >>> f, g = result.potentials
+        >>> abs(result.value - (f + g).mean()).item() < 1e-5  # <a, f> + <b, g>
+        True
+        >>> i, j = result.sample()  # a partner j of every i
+        >>> abs(result.value_linear - (result.plan * otloss.cost_matrix(x, y)).sum()).item() < 1e-6
+        True
     """
 
     def __init__(
@@ -126,7 +136,7 @@ class OTResult(PlanPairs):
         wider by that. With ``objective="transport"`` it is for the regularized value.
 
         Computed on demand by two readings of the costs in float64, in blocks of rows, and without a
-        gradient. See docs/math.md.
+        gradient. See docs/totals.md.
         """
         self._check_unchanged()
         o = self._options
@@ -164,15 +174,18 @@ class OTResult(PlanPairs):
         """Iterations and relative residual of the last implicit backward pass, as (int, float) or
         (B,) each; None until a backward pass has solved a linear system. A residual above 1e-6
         (float64) or 1e-4 (float32) also warns."""
-        system = self._settings and self._settings.system
+        system = self._system()
         if not system:
             return None
         iterations, residual = system[0][0].unbind(-1)
         return self._number(iterations.long()), self._number(residual)
 
+    def _system(self) -> list[Tensor] | None:
+        return None if self._settings is None else self._settings.system
+
     def explain(self) -> str:
         """How the problem was solved: the method and, on a GPU, the launch layout that the cost
-        model chose (docs/performance-notes.md)."""
+        model chose (docs/cuda-performance.md)."""
         where, how = self._a.device, self._options.method
         if how not in ("reference", "multiscale"):
             how = "dense" if self._dense else "streamed"
@@ -212,14 +225,17 @@ class OTResult(PlanPairs):
         """Mean of the points that x_i is transported to, rows of ``P y / a``, (n, d); 0 for points
         of weight 0.
 
-        With ``unbalanced`` the mean over the mass transported, ``P y / P 1``.
+        With ``unbalanced`` or ``mass`` the mean over the mass transported, ``P y / P 1``.
         """
         y = self._need_points("barycentric_map")[1]
         there = self._out(self._b > 0).unsqueeze(-1) | y.isfinite().all(-1, keepdim=True)
         image = self.apply(torch.where(there, y, 0.0))
-        mass = self._a if self._options.balanced() else self._sums()[0]
-        mass = self._out(mass).unsqueeze(-1)
+        mass = self._out(self._moved()).unsqueeze(-1)
         return torch.where(mass > 0, image / torch.where(mass > 0, mass, 1.0), 0.0)
+
+    def _moved(self) -> Tensor:
+        """How much of every x_i the plan transports."""
+        return self._a if self._options.balanced() else self._sums()[0]
 
     def extend(self, x_new: Tensor) -> Tensor:
         """f on new points, (k,): ``-eps log sum_j b_j exp((g_j - c(x_new, y_j)) / eps)``.
@@ -241,7 +257,11 @@ class OTResult(PlanPairs):
             return (factor * reference.softmin(eps, C, self._g, self._b),)
 
         count = x_new.shape[-2]
-        parts = [of_block(slice(None))] if self._dense else in_blocks(of_block, count, self._b)
+        parts = (
+            [of_block(slice(None))]
+            if self._dense
+            else in_blocks(of_block, count, self._b, (x_new, y))
+        )
         return self._out(torch.cat([part for (part,) in parts], -1))
 
     def _need_points(self, name: str) -> tuple[Tensor, ...]:

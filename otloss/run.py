@@ -17,6 +17,7 @@ from otloss.autograd.settings import batched
 from otloss.by_rows import solve_by_rows
 from otloss.costs import subtracted
 from otloss.eps import scale_of
+from otloss.first_use import first_use
 from otloss.problem import Problem
 from otloss.reference.arguments import as_pairs
 from otloss.target import SelfProblem
@@ -56,6 +57,7 @@ def run(
     ``target``: the last pair, a cloud against itself whose solution is kept for later calls.
     ``system``: receives the status of the linear system when an implicit gradient is taken.
     """
+    first_use(problem.weights[0])
     given, scale = problem, scale_of(problem, options)
     by_rows = costs is None and not isinstance(options.cost, str)
     if scale:

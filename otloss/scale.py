@@ -50,6 +50,11 @@ def suggest_eps(
 
     Raises:
         ValueError, TypeError: a wrong argument, or a mean cost that is not positive.
+
+    Example:
+        >>> x, y = torch.zeros(10, 3), torch.ones(20, 3)
+        >>> print(f"{otloss.suggest_eps(x, y):.2f}")  # 0.05 times the mean cost of 3
+        0.15
     """
     cost, sharpness = check_cost(cost), number("sharpness", sharpness)
     points = check_clouds({"x": x, "y": y}).points

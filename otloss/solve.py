@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ from otloss.costs import Cost
 from otloss.eps import check_shape, detached
 from otloss.forbidden import solve_allowed
 from otloss.method import choose
+from otloss.partial import Mass, PartialResult, check_options_of, with_dummies
 from otloss.problem import (
     Problem,
     as_one_batch,
@@ -35,6 +37,7 @@ from otloss.problem import (
 from otloss.result import OTResult
 from otloss.run import Solved, report, run
 from otloss.totals import Combination, at_given_totals, at_unit_totals
+from otloss.transforms import ResultInside, inside
 
 __all__ = ["solve", "solve_sample"]
 
@@ -47,6 +50,7 @@ def solve(
     b: Tensor | None = None,
     objective: Objective = "regularized",
     unbalanced: Unbalanced = None,
+    mass: Mass = None,
     tol: float = 1e-3,
     max_iters: int = 1000,
     n_iters: int | None = None,
@@ -65,6 +69,10 @@ def solve(
     the totals of a and b may differ. At the solution the marginals are
     :math:`a\, e^{-f / \rho_x}` and :math:`b\, e^{-g / \rho_y}`.
 
+    With ``mass`` the plan is any of that total with :math:`P 1 \le a,\; P^T 1 \le b`, partial
+    transport; totals may differ. What stays has an entropy too (docs/math.md), so that it is the
+    limit of small eps that is exact.
+
     Args:
         C: cost matrix (n, m), or (B, n, m) for a batch of independent problems. One matrix serves
             many weights, (n, m) with a (B, n) and b (B, m), or (1, n, m). Infinity forbids a pair:
@@ -79,6 +87,8 @@ def solve(
         unbalanced: penalty rho on the KL divergence of the plan's marginals from a and b, in units
             of ``C``, absolute. A number, or a pair ``(rho_x, rho_y)`` in which None makes a side a
             constraint. Default None: balanced.
+        mass: how much is transported, at most the totals of a and b; a number, or a tensor () or
+            (B,), which has a gradient. The cost matrix gets a row and a column more.
         tol: stop when the marginal error, L1 over the total mass, is at most this.
         max_iters: upper bound on the sweeps; reaching it gives a :class:`ConvergenceWarning`, on
             CUDA when ``converged`` or ``n_iters`` of the result is first read.
@@ -104,37 +114,31 @@ def solve(
             the forbidden pairs. On CUDA and in compiled code the value is NaN instead.
         NotImplementedError: a derivative that is not available, with what to use instead.
 
+    Example:
+        >>> C = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+        >>> result = otloss.solve(C, eps=0.05)
+        >>> result.plan.round(decimals=2)  # everything stays
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.5000]])
+        >>> print(result.converged, f"{result.value_linear.item():.3f}")
+        True 0.000
+
     References:
         Cuturi, *Sinkhorn distances* (2013); Feydy et al., *Interpolating between optimal transport
-        and MMD using Sinkhorn divergences* (2019).
+        and MMD using Sinkhorn divergences* (2019); for ``mass`` Chapel, Alaya, Gasso, *Partial
+        optimal transport with applications on positive-unlabeled learning* (2020).
     """
     options = check_options(
         eps, objective=objective, unbalanced=unbalanced, tol=tol, max_iters=max_iters,
         n_iters=n_iters, backward=backward, method=method,
     )  # fmt: skip
+    check_options_of(mass, options)
     if options.method == "multiscale":
         raise NotImplementedError(
             'method="multiscale" needs the points: use solve_sample(x, y, ...), not solve(C)'
         )
-    C = _check.matrix(C)
-    n, m = C.shape[-2:]
-    given = [w for w in (a, b) if isinstance(w, Tensor)]
-    if C.dim() == 2 and given and all(w.dim() == 2 for w in given):
-        C = C.unsqueeze(0)
-    (C,) = as_one_batch([C], given)
-    for name, w, size in (("a", a, n), ("b", b, m)):
-        if w is not None:
-            _check.weights(name, w, (*C.shape[:-2], size), "C", C)
-    dtype = _check.compute_dtype(C, *given)
-    weights = (as_weights(a, C, n, dtype), as_weights(b, C, m, dtype))
-    padded = a is not None or b is not None
-    if padded and options.balanced():
-        _check.same_mass(*weights, (a, b))
-    problem = Problem((), (), weights, padded, C.dim() == 3)
-    C = C.to(dtype).reshape(-1, n, m)
-    problem = see_empty_bins(problem, [0, 1], options.cost, options.method, C)
-    costs = (hide_padding(problem, C, *weights),)
-    return _solve_one(problem, costs, options, init)
+    matrix = functools.partial(_solve_matrix, mass=mass)
+    return _inside_or_now(matrix, {"C": C}, {"a": a, "b": b}, options, init)
 
 
 def solve_sample(
@@ -147,6 +151,7 @@ def solve_sample(
     cost: Cost = "sqeuclidean",
     objective: Objective = "regularized",
     unbalanced: Unbalanced = None,
+    mass: Mass = None,
     tol: float = 1e-3,
     max_iters: int = 1000,
     n_iters: int | None = None,
@@ -163,8 +168,10 @@ def solve_sample(
         eps: regularisation, in units of cost, absolute.
         cost: ``"sqeuclidean"`` |x - y|^2 (no 1/2), ``"euclidean"`` |x - y|, ``"cosine"``
             1 - <x, y> / (|x| |y|), or a function ``(x, y) -> C``.
-        method, precision: as in :func:`otloss.sinkhorn_divergence`.
-        a, b, objective, unbalanced, tol, max_iters, n_iters, backward, init: as in
+        method, precision: as in :func:`otloss.sinkhorn_divergence`. With ``mass`` costs are stored,
+            or, where that takes too much memory or with "streamed", made in plain torch a block of
+            rows at a time, as those of functions are.
+        a, b, objective, unbalanced, mass, tol, max_iters, n_iters, backward, init: as in
             :func:`otloss.solve`.
 
     Returns:
@@ -172,12 +179,111 @@ def solve_sample(
 
     Raises:
         ValueError, TypeError, NotImplementedError: as :func:`otloss.solve`.
+
+    Example:
+        >>> x = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
+        >>> result = otloss.solve_sample(x, x.flip(0) + 0.1, eps=0.01)
+        >>> result.argmax()
+        tensor([1, 0])
+        >>> result.barycentric_map().round(decimals=2)
+        tensor([[0.1000, 0.1000],
+                [1.1000, 0.1000]])
+
+        Half of the mass, whatever is near:
+
+        >>> y = torch.tensor([[0.0, 0.1], [9.0, 9.0]])  # an outlier
+        >>> half = otloss.solve_sample(x, y, eps=0.01, mass=0.5)
+        >>> half.plan.round(decimals=2)
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.0000]])
     """
     options = check_options(
         eps, cost=cost, objective=objective, unbalanced=unbalanced, tol=tol, max_iters=max_iters,
         n_iters=n_iters, backward=backward, method=method, precision=precision,
     )  # fmt: skip
-    problem = check_clouds({"x": x, "y": y}, {"a": a, "b": b}, balanced=options.balanced())
+    check_options_of(mass, options)
+    points = functools.partial(_solve_points, mass=mass)
+    return _inside_or_now(points, {"x": x, "y": y}, {"a": a, "b": b}, options, init)
+
+
+Init = OTResult | tuple[Tensor, Tensor] | None
+
+
+def _inside_or_now(
+    function: functools.partial[OTResult],
+    given: dict[str, Tensor],
+    weights: dict[str, Tensor | None],
+    options: Options,
+    init: Init,
+) -> OTResult:
+    """``function(*given, a, b, options, init)``, or its result inside torch.func."""
+    if not _check.transformed():
+        return function(*given.values(), *weights.values(), options, init)
+    if function.keywords["mass"] is not None:
+        raise NotImplementedError("mass= is not available inside torch.func: call it for a batch")
+    if "C" in given and any(w is not None and w.dim() == 2 for w in weights.values()):
+        given = {"C": _one_for_all(given["C"])}
+    f, g = init.potentials if isinstance(init, OTResult) else init or (None, None)
+
+    def call(
+        given: dict[str, Tensor], rest: dict[str, Tensor | None], options: Options
+    ) -> tuple[Tensor, ...]:
+        *weights, f, g = rest.values()
+        start = None if f is None or g is None else (f, g)
+        return ResultInside.tensors_of(function(*given.values(), *weights, options, start))
+
+    return ResultInside(inside(call, given, {**weights, "f": f, "g": g}, options, [0, 1]))
+
+
+def _solve_matrix(
+    C: Tensor, a: Tensor | None, b: Tensor | None, options: Options, init: Init, *, mass: Mass
+) -> OTResult:
+    C = _check.matrix(C)
+    n, m = C.shape[-2:]
+    given = [w for w in (a, b) if isinstance(w, Tensor)]
+    if given and all(w.dim() == 2 for w in given):
+        C = _one_for_all(C)
+    (like,) = as_one_batch([C], given)
+    for name, w, size in (("a", a, n), ("b", b, m)):
+        if w is not None:
+            _check.weights(name, w, (*like.shape[:-2], size), "C", C)
+    dtype = _check.compute_dtype(C, *given)
+    weights = (as_weights(a, like, n, dtype), as_weights(b, like, m, dtype))
+    padded = a is not None or b is not None
+    if padded and options.balanced() and mass is None:
+        _check.same_mass(*weights, (a, b))
+    problem = Problem((), (), weights, padded, C.dim() == 3)
+    C = C.to(dtype).reshape(-1, n, m)
+    start = _initial_potentials(init, problem)
+    if mass is not None:
+        C = C.expand(len(weights[0]), n, m)
+        problem, (C,), options, start = with_dummies(problem, (C,), mass, options, start)
+    problem = see_empty_bins(problem, [0, 1], options.cost, options.method, C)
+    costs = (hide_padding(problem, C, *problem.weights),)
+    result = _solve_one(problem, costs, options, start)
+    return result if mass is None else PartialResult(result)
+
+
+def _one_for_all(C: Tensor) -> Tensor:
+    """(n, m) as a batch of one."""
+    return C.unsqueeze(0) if C.dim() == 2 else C
+
+
+def _solve_points(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    options: Options,
+    init: Init,
+    *,
+    mass: Mass,
+) -> OTResult:
+    balanced = options.balanced() and mass is None
+    problem = check_clouds({"x": x, "y": y}, {"a": a, "b": b}, balanced=balanced)
+    start = _initial_potentials(init, problem)
+    if mass is not None:
+        problem, _, options, start = with_dummies(problem, (), mass, options, start)
     options, dense = choose(problem.points, problem.weights, [0, 1], options)
     named, costs = isinstance(options.cost, str), None
     if named or dense:
@@ -185,14 +291,15 @@ def solve_sample(
         problem = see_empty_bins(problem, [0, 1], options.cost, options.method)
     else:
         problem = ready_for_blocks(problem)
-    return _solve_one(problem, costs, options, init, dense=dense)
+    result = _solve_one(problem, costs, options, start, dense=dense)
+    return result if mass is None else PartialResult(result)
 
 
 def _solve_one(
     problem: Problem,
     costs: Sequence[Tensor] | None,
     options: Options,
-    init: OTResult | tuple[Tensor, Tensor] | None,
+    start: Sequence[Tensor],
     *,
     dense: bool = True,
 ) -> OTResult:
@@ -205,7 +312,6 @@ def _solve_one(
             points=tuple(x.detach() for x in problem.points),
             weights=tuple(w.detach() for w in problem.weights),
         )
-    start: Sequence[Tensor] = _initial_potentials(init, problem)
     unit, totals = at_unit_totals(problem, options)
     if totals:
         start = totals.start(start, one.pairs)
@@ -227,9 +333,7 @@ def _solve_one(
     return OTResult(problem, costs[0] if costs else None, options, solved, dense=dense)
 
 
-def _initial_potentials(
-    init: OTResult | tuple[Tensor, Tensor] | None, problem: Problem
-) -> tuple[Tensor, ...]:
+def _initial_potentials(init: Init, problem: Problem) -> tuple[Tensor, ...]:
     if init is None:
         return ()
     f, g = init.potentials if isinstance(init, OTResult) else init

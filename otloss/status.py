@@ -48,6 +48,11 @@ def last_status() -> Status:
 
     Raises:
         RuntimeError: nothing has been solved yet.
+
+    Example:
+        >>> loss = otloss.sinkhorn_divergence(torch.rand(20, 2), torch.rand(30, 2), eps=0.1)
+        >>> otloss.last_status().converged
+        True
     """
     if _last.status is None:
         raise RuntimeError("last_status() needs a solve before it: none has run in this process")

@@ -1,4 +1,4 @@
-"""Problems at unit totals, and the exact way back to the caller's totals; docs/math.md has both.
+"""Problems at unit totals, and the exact way back to the caller's totals; docs/totals.md has both.
 
 With O the value and f1, g1 the potentials of a pair whose weights sum to 1, the caller's are
 OT = mu (O + constant), f = f1 + shift, g = g1 + shift. These numbers are functions of the totals

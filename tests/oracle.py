@@ -399,6 +399,20 @@ def _uniform(x: Tensor) -> Tensor:
     return torch.full_like(x[:, 0], 1 / x.shape[0]).detach()
 
 
+# --------------------------------------------------------------------------------------- partial
+
+
+def enlarged(C: Tensor, a: Tensor, b: Tensor, mass: float | Tensor) -> tuple[Tensor, ...]:
+    """C (n + 1, m + 1) and weights of the balanced problem whose plan moves ``mass`` between the
+    given points; differentiable."""
+    n, m = C.shape
+    larger = torch.cat([torch.cat([C, C.new_zeros(n, 1)], 1), C.new_zeros(1, m + 1)])
+    corner = torch.zeros_like(larger)
+    corner[n, m] = 1e3 * (1 + float(C.detach().abs().max()))
+    kept_x, kept_y = (a.sum() - mass).reshape(1), (b.sum() - mass).reshape(1)
+    return larger + corner, torch.cat([a, kept_y]), torch.cat([b, kept_x])
+
+
 # ----------------------------------------------------------------------------------- closed forms
 
 

@@ -71,7 +71,38 @@ def refused(pick: random.Random) -> None:
     raise AssertionError("a wrong call was accepted")
 
 
-KINDS: list[Callable[[random.Random], None]] = [loss, loss, loss, result, refused, second_order]
+def multiscale(pick: random.Random) -> None:
+    x, y = torch.randn(2, pick.randint(1, 300), 2)
+    x.requires_grad_()
+    otloss.sinkhorn_divergence(x, y, 0.1, method="multiscale").backward()
+
+
+def of_a_cost_function(pick: random.Random) -> None:
+    x, y = clouds(pick, batch=False)
+    eps = torch.tensor(0.5, requires_grad=True)
+    otloss.sinkhorn_loss(x, y, eps, cost=torch.cdist).backward()
+
+
+def forbidden(pick: random.Random) -> None:
+    C = torch.rand(pick.randint(1, 40), pick.randint(1, 40), requires_grad=True)
+    costs = C.masked_fill(torch.rand(C.shape) < 0.1, torch.inf)
+    otloss.solve(costs, 0.1, unbalanced=1.0).value.backward()
+
+
+def grid(pick: random.Random) -> None:
+    a, b = torch.rand(2, 1, pick.randint(2, 20), pick.randint(2, 20)).requires_grad_()
+    otloss.sinkhorn_divergence_grid(a / a.sum(), b / b.sum(), 2.0).backward()
+    otloss.barycenter_grid(torch.cat([a, b]), torch.ones(2), 2.0, tol=1e-2)
+
+
+def without_solving(pick: random.Random) -> None:
+    x, y = clouds(pick, batch=False)
+    (otloss.energy_distance(x, y) + otloss.sliced_wasserstein(x, y, 8)).sum().backward()
+
+
+COMMON = [loss, loss, loss, result, refused, second_order, without_solving]
+RARE = [multiscale, of_a_cost_function, forbidden, grid]
+KINDS: list[Callable[[random.Random], None]] = [*COMMON, *COMMON, *RARE]
 
 
 def mixed(pick: random.Random) -> Iterator[str]:

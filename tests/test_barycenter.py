@@ -1,7 +1,11 @@
 """Barycenters against closed forms for Gaussians and POT's."""
 
+import itertools
+import math
+
 import pytest
 import torch
+from helpers import rand
 
 import otloss
 
@@ -51,3 +55,87 @@ def test_wrong_calls_say_what_is_wrong():
         otloss.barycenter_grid(a, torch.ones(3), 1.0)
     with pytest.warns(otloss.ConvergenceWarning, match="still changed"):
         otloss.barycenter_grid(a, torch.ones(2), 0.01, max_iters=2)
+
+
+def normal(n):
+    """Quantiles, so that a cloud of them is as good as a normal distribution."""
+    return torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)
+
+
+@pytest.mark.parametrize("eps", [0.05, 0.5, 2.0])
+def test_points_of_gaussians_are_a_gaussian_between_them(eps):
+    """Where the gradient of the closed form (Janati et al. 2020) is 0 in the variance v of x:
+    sum_k w_k sqrt(4 v v_k + s^2) = sqrt(4 v^2 + s^2), s = eps / 2."""
+    means, deviations, w, s = (-1.0, 2.0), (0.5, 1.5), (0.4, 0.6), eps / 2
+    clouds = [m + d * normal(150).unsqueeze(-1) for m, d in zip(means, deviations, strict=True)]
+    x, info = otloss.barycenter(clouds, w, eps, n=100, tol=1e-3)
+    variances = [float(y.var(correction=0)) for y in clouds]
+    low, high = variances
+    for _ in range(60):
+        v = (low + high) / 2
+        sum_k = sum(p * math.sqrt(4 * v * q + s * s) for p, q in zip(w, variances, strict=True))
+        low, high = (v, high) if sum_k > math.sqrt(4 * v * v + s * s) else (low, v)
+    assert info.converged
+    assert float(x.mean()) == pytest.approx(0.8, abs=1e-3)
+    assert float(x.var(correction=0)) == pytest.approx(v, rel=0.01)
+
+
+def test_points_of_gaussians_in_the_plane():
+    """With eps to 0, covariances that commute: the square of the mean of their roots."""
+    z = torch.cartesian_prod(normal(12), normal(12))
+    clouds = [z * torch.tensor([1.0, 0.3]), z * torch.tensor([0.4, 0.9]) + 2]
+    x, _ = otloss.barycenter(clouds, torch.tensor([0.5, 0.5]), 0.05, tol=1e-3)
+    expected = sum(y.std(0, correction=0) / 2 for y in clouds).square().diag()
+    torch.testing.assert_close(x.mean(0), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-3)
+    # The plan between grids is not quite that of Gaussians.
+    torch.testing.assert_close(x.T.cov(correction=0), expected, rtol=0, atol=0.02)
+
+
+def test_of_one_cloud_is_that_cloud(rng):
+    y = rand(rng, 40, 2)
+    x, info = otloss.barycenter([y], [1.0], 1e-3, init=rand(rng, 40, 2), tol=1e-3, max_iters=300)
+    assert info.values[-1] < 0.02 * info.values[0]
+    assert float(torch.cdist(y, x).amin(1).median()) < 0.02
+
+
+def test_steps_fall_and_repeat(rng):
+    clouds, b = [rand(rng, m, 3) for m in (30, 50, 41)], [rand(rng, m) for m in (30, 50, 41)]
+    w = torch.tensor([1.0, 2.0, 0.5])
+    x, info = otloss.barycenter(clouds, w, 0.05, n=25, b=b, tol=1e-2)
+    again, _ = otloss.barycenter(clouds, w, 0.05, n=25, b=b, tol=1e-2)
+    assert torch.equal(x, again)
+    assert x.shape == (25, 3)
+    assert all(after < before for before, after in itertools.pairwise(info.values))
+    each = [otloss.sinkhorn_divergence(x, y, 0.05, b=v / v.sum(), a=torch.full((25,), 1 / 25,
+            dtype=x.dtype), tol=1e-7) for y, v in zip(clouds, b, strict=True)]  # fmt: skip
+    assert float((w / w.sum()) @ torch.stack(each).float()) == pytest.approx(info.values[-1], 1e-3)
+
+
+@pytest.mark.parametrize(
+    "cost", ["euclidean", lambda x, y: (x.unsqueeze(-2) - y.unsqueeze(-3)).abs().sum(-1)]
+)
+def test_other_costs(rng, cost):
+    clouds = [rand(rng, 30, 2), rand(rng, 30, 2) + 1]
+    x, info = otloss.barycenter(clouds, [0.5, 0.5], 0.2, cost=cost, tol=0.05)
+    assert info.converged
+    assert info.values[-1] <= info.values[0]
+    assert x.shape == (30, 2)
+
+
+def test_wrong_calls_of_points_say_what_is_wrong(rng):
+    y = rand(rng, 5, 2)
+    for options, error, message in (
+        ({"weights": [1.0, 2.0]}, ValueError, r"weights must have shape \(1,\)"),
+        ({"n": 9}, ValueError, "n must be at most 5"),
+        ({"init": rand(rng, 4, 3)}, ValueError, r"init must have shape \(4, 2\)"),
+        ({"b": [rand(rng, 4)]}, ValueError, r"b\[0\] must have shape"),
+        ({"b": []}, ValueError, "weights of 1 clouds"),
+        ({"clouds": []}, ValueError, "at least one cloud"),
+        ({"eps": -1.0}, ValueError, "eps must be"),
+        ({"clouds": [y.clone().requires_grad_()]}, NotImplementedError, "detach"),
+    ):
+        given = {"clouds": [y], "weights": [1.0], "eps": 0.1} | options
+        with pytest.raises(error, match=message):
+            otloss.barycenter(**given)
+    with pytest.warns(otloss.ConvergenceWarning, match="would still move"):
+        otloss.barycenter([y], [1.0], 0.1, init=rand(rng, 5, 2), max_iters=1, tol=1e-6)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import METHODS, Clouds, clouds, rand, randn, simplex
+from backends import BACKENDS
+from helpers import METHODS, Clouds, clouds, rand, randn, simplex, some_of
 from torch.testing import assert_close
 
 import otloss
@@ -93,14 +94,35 @@ def test_one_cloud_for_many(method, weights, rng):
     assert_close(one.energy(), spread.energy())
 
 
-@pytest.mark.parametrize("shape", [(3, 4), (1, 4)])
-def test_one_matrix_for_many_weights(shape, rng):
-    """Values, plans and the gradient of the matrix, the sum over the problems."""
-    C = rand(rng, 5, 4).requires_grad_()
-    a, b = simplex(randn(rng, 3, 5)), simplex(randn(rng, *shape))
-    result = otloss.solve(C, 0.3, a=a, b=b, tol=1e-9)
-    each = [otloss.solve(C, 0.3, a=a[k], b=b.expand(3, 4)[k], tol=1e-9) for k in range(3)]
-    assert_close(result.value, torch.stack([r.value for r in each]))
-    assert_close(result.plan, torch.stack([r.plan for r in each]))
-    (grad,) = torch.autograd.grad(result.value.sum(), C)
-    assert_close(grad, sum(r.plan for r in each))
+MODES = [{}, {"objective": "transport"}, {"n_iters": 3}, {"unbalanced": 0.5}]
+
+
+@some_of(
+    "backend, mode, shape, zeros, forbidden",
+    BACKENDS, MODES, [(3, 4), (1, 4)], [True, False], [True, False],
+    whole=2,
+)  # fmt: skip
+def test_one_matrix_for_many_weights(backend, mode, shape, zeros, forbidden, rng):
+    """Values, plans and potentials; their gradients, that of the matrix summed over the problems,
+    and second derivatives."""
+    C, a, b = rand(rng, 5, 4), simplex(rand(rng, 3, 5)), simplex(rand(rng, *shape))
+    if zeros:  # a row of the matrix counts in no problem, others in some
+        a[0, 1] = a[:, 2] = 0
+        a, C[2] = a / a.sum(-1, True), torch.nan
+    if forbidden and "n_iters" not in mode:
+        C[4, 3] = torch.inf
+    C, a, b = (t.to(backend.device).requires_grad_() for t in (C, a, b))
+    options = {"tol": 1e-10, "method": backend.method, **mode}
+
+    def found(results):
+        value = torch.cat([r.value.reshape(-1) for r in results])
+        plan = torch.cat([r.plan.reshape(-1, 5, 4) for r in results])
+        f = torch.cat([r.potentials[0].reshape(-1, 5) for r in results])
+        total = value.square().sum() + (f * torch.arange(5).to(f)).sum()
+        grads = torch.autograd.grad(total, (C, a, b), create_graph=True)
+        again = [] if forbidden or zeros else torch.autograd.grad(grads[0].square().sum(), (C, a))
+        return [value, plan, f, *grads, *again]
+
+    together = found([otloss.solve(C, 0.3, a=a, b=b, **options)])
+    each = [otloss.solve(C, 0.3, a=a[k], b=b.expand(3, 4)[k], **options) for k in range(3)]
+    assert_close(together, found(each), rtol=1e-6, atol=1e-8)

@@ -121,6 +121,27 @@ def test_other_losses(of, rng):
     assert_close(*found, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("of", ["loss", "energy"])
+def test_a_change_in_place_before_the_gradient_is_noticed(of, rng):
+    """Costs are made again for it, and would be other ones."""
+    c, cost = clouds(rng, 8, 7, 2), Bent(randn(rng, 2, 2))
+    for changed in (c.x, c.y, cost.W):
+        c.x.requires_grad_()
+        if of == "loss":
+            loss = c.loss(0.5, cost=cost, method="streamed")
+        else:
+            loss = otloss.energy_distance(c.x, c.y, cost=cost, method="streamed")
+        with torch.no_grad():
+            changed.mul_(2.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    result = c.solve(0.5, cost=cost, method="streamed")
+    with torch.no_grad():
+        cost.W.mul_(2.0)
+    with pytest.raises(RuntimeError, match=r"^a parameter of cost was changed in place"):
+        _ = result.plan
+
+
 def test_auto_streams_above_the_budget(rng, monkeypatch):
     x, y, cost = randn(rng, 8, 2).requires_grad_(), randn(rng, 7, 2), Bent(torch.eye(2).double())
     assert otloss.solve_sample(x, y, 0.5, cost=cost).explain() == "dense on cpu"

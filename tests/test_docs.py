@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
+import pkgutil
 import re
 from pathlib import Path
 
 import pytest
+import torch
+
+import otloss
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -49,3 +55,27 @@ def test_tables_have_as_many_cells_as_columns(page):
 def test_pictures_of_the_front_page_are_small():
     for picture in (ROOT / "docs" / "images").iterdir():
         assert 5_000 < picture.stat().st_size < 1_000_000, picture.name
+
+
+MODULES = ["otloss", *(found.name for found in pkgutil.walk_packages(otloss.__path__, "otloss."))]
+DOCSTRINGS = [
+    found
+    for name in MODULES
+    if not name.endswith("._C")
+    for found in doctest.DocTestFinder(exclude_empty=True).find(importlib.import_module(name))
+    if found.examples
+]
+
+
+@pytest.mark.parametrize("docstring", DOCSTRINGS, ids=lambda docstring: docstring.name)
+def test_examples_of_docstrings_run(docstring):
+    """They show what they say they show, as a user types them after two imports."""
+    docstring.globs.update(torch=torch, otloss=otloss)
+    assert doctest.DocTestRunner().run(docstring).failed == 0
+
+
+def test_every_public_call_has_an_example():
+    described = {docstring.name.split(".")[-1] for docstring in DOCSTRINGS}
+    calls = {name for name in otloss.__all__ if callable(getattr(otloss, name))}
+    shows_nothing = {"BarycenterInfo", "ConvergenceWarning", "progress"}
+    assert calls - described == shows_nothing

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from helpers import METHODS, randn
+from helpers import METHODS, rand, randn
 from torch.testing import assert_close
 
 import otloss
@@ -245,6 +246,22 @@ def test_sums_that_overflow(method, scale, rng):
         otloss.sinkhorn_loss(x, y, 0.1 * scale**2, method=method)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        otloss.energy_distance,
+        partial(otloss.energy_distance, method="streamed"),
+        otloss.sliced_wasserstein,
+        lambda x, y: otloss.wasserstein_1d(x[:, 0], y[:, 0]),
+        lambda x, y: otloss.solve_grid(x.abs(), x.abs(), 1.0),
+    ],
+)
+def test_means_that_overflow(call, rng):
+    x, y = 3e38 - 1e38 * rand(rng, 20, 3, dtype=torch.float32), torch.full((20, 3), -3e38)
+    with pytest.raises(ValueError, match=r"sums not overflow torch.float32"):
+        call(x, y)
+
+
 def test_a_mask_of_large_costs():
     """The message names a mask that works, and it does."""
     C, mask = torch.rand(3, 3), 1 - torch.eye(3)
@@ -400,12 +417,13 @@ def test_a_wrong_argument_is_named(call, kind, message):
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x: otloss.sinkhorn_divergence(x, x + 1, 0.5),
-        lambda x: otloss.energy_distance(x, x + 1),
-        lambda x: otloss.solve(x, 0.5).value,
+        lambda x: otloss.mmd(x, x + 1, "energy"),
+        lambda x: otloss.sliced_wasserstein(x, x + 1),
+        lambda x: otloss.sinkhorn_divergence_grid(x, x, 0.5),
+        lambda x: otloss.barycenter_grid(torch.stack([x, x]), torch.ones(2) / 2, 0.5),
     ],
 )
-def test_function_transforms_are_refused_by_name(function, transform):
+def test_function_transforms_without_a_rule_are_refused_by_name(function, transform):
     x = torch.rand(2, 4, 3) if transform is torch.func.vmap else torch.rand(4, 3)
     with pytest.raises(NotImplementedError, match=r"batch \(B, n, d\) in place of vmap"):
         transform(function)(x)

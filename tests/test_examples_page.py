@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shlex
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +19,9 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import compare  # noqa: E402
+import reproduce  # noqa: E402
+import train_gan  # noqa: E402
 from comparison import panels, settings, tables  # noqa: E402
-from PIL import Image  # noqa: E402
 
 
 def report_of(command: str, steps: int | None = None, **parts: Any) -> dict[str, Any]:
@@ -41,12 +46,13 @@ def test_page_of_results(tmp_path):
     med = settings.COMMANDS["med"]
     for folder, seed, recall, cost in (("a", 0, 0.25, {}), ("b", 1, 0.13, {"cpu_seconds": 50})):
         scores = {"metrics": {**common, "recall": recall}, "floors": floors, **cost}
-        write(runs / folder, report_of(f"{med} --seed {seed}", **scores))
+        write(runs / folder, report_of(f"{med} --seed {seed} --out {runs / folder}", **scores))
     # Called like one of the page's runs, but shorter, or with another eps.
     poor = {"metrics": {**common, "recall": 0.99}, "floors": floors}
     write(runs / "med", report_of(f"{med} --seed 2 --steps 300", **poor))
     write(runs / "med-seed2", report_of(f"{med} --seed 2 --eps 2", **poor))
-    Image.new("RGB", (300, 300), (200, 30, 30)).save(runs / "a" / "samples_003600.png")
+    (runs / "a" / "samples_003600.png").write_bytes(b"last")
+    (runs / "a" / "samples_000240.png").write_bytes(b"first")
     command = ["--runs", str(runs), "--out", str(out)]
     compare.main(command)
     page = (out / "README.md").read_text()
@@ -62,36 +68,46 @@ def test_page_of_results(tmp_path):
         "\n# not run: python examples/toy_mixture.py --out runs/mixture",
     ):
         assert line in page
-    assert "0.99" not in page
+    assert "| 0.99 |" not in page
+    assert str(tmp_path) not in (out / "metrics" / "med.json").read_text()
     assert "<!-- table" not in page
     assert "<!-- figure" not in page
-    assert Image.open(out / "samples.png").size == (panels.WIDTH, panels.WIDTH + 38)
+    assert (out / "pictures" / "med-last.png").read_bytes() == b"last"
+    assert "| MED: fashion, 3600 steps, IS 8.00, recall 0.25 |\n| --- |\n| ![MED: " in page
     # The page can be written again from what it kept.
     compare.main(["--runs", str(tmp_path / "none"), "--out", str(out)])
     assert (out / "README.md").read_text() == page
 
 
-def test_figures_keep_their_colours_and_have_two_tiles_to_a_row(tmp_path):
-    """No palette: as many colours as the pictures have."""
+def test_figures_are_the_pictures_of_the_runs_two_to_a_row(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    ramp = Image.linear_gradient("L").resize((300, 300))
-    Image.merge("RGB", (ramp, ramp.rotate(90), ramp.rotate(180))).save(folder / "manifold.png")
-    names = [run for run, _, _ in panels.FIGURES["latent_grids"]]
-    report = {"metrics": {"is": 7.5, "recall": 0.25}, "evaluations": []}
-    panels.draw(
-        "latent_grids", dict.fromkeys(names, folder), dict.fromkeys(names, report), tmp_path
-    )
-    picture = Image.open(tmp_path / "latent_grids.png")
-    assert picture.mode == "RGB"
-    height = panels.TITLE + panels.WIDTH + panels.GAP
-    assert picture.size == (2 * panels.WIDTH + panels.GAP, 2 * height)
-    assert len(picture.getcolors(1 << 24)) > 5000
-    # Above each tile is something dark: its name.
-    for top in (0, height):
-        for left in (0, panels.WIDTH + panels.GAP):
-            title = picture.crop((left, top, left + panels.WIDTH, top + panels.TITLE))
-            assert title.convert("L").getextrema()[0] < 80
+    (folder / "scores.png").write_bytes(b"any")
+    (folder / "mixture.png").write_bytes(b"any")
+    names = [run for name in ("age", "modes") for run, _, _ in panels.FIGURES[name]]
+    reports = {run: {"metrics": {}, "evaluations": []} for run in names}
+    panels.collect(dict.fromkeys(names, folder), tmp_path)
+    lines = panels.show("modes", reports, tmp_path).splitlines()
+    assert [line.count("|") - 1 for line in lines if line] == [2] * 6
+    assert lines[0] == "| OT-GAN | GAN |"
+    assert lines[2].startswith("| ![OT-GAN](pictures/mixture-mixture.png) | ![GAN](pictures/")
+    # What is not there is left out: a picture, or the report that its title is of.
+    (tmp_path / panels.kept("mixture-gan", "mixture.png")).unlink()
+    del reports["mixture-wgan-gp"]
+    lines = panels.show("modes", reports, tmp_path).splitlines()
+    assert lines[0] == "| OT-GAN | WGAN, clipped |"
+    assert len(lines) == 3
+
+
+def test_curves_are_of_the_runs_that_are_there(tmp_path):
+    assert panels.curves({}, tmp_path) == "*No picture yet.*"
+    (tmp_path / "pictures").mkdir()
+    scores = {"is": 8.0, "fid": 300.0, "recall": 0.5, "med2": 2.0}
+    report = {"cpu_seconds": 60, "metrics": scores, "floors": scores}
+    report["evaluations"] = [{"step": 600, "cpu_seconds": 30, **scores}]
+    text = panels.curves({"mnist-basic": report}, tmp_path)
+    assert text.endswith("(pictures/french-curves.png)")
+    assert (tmp_path / "pictures" / "french-curves.png").stat().st_size > 5000
 
 
 def test_kept_results_are_of_the_commands():
@@ -119,3 +135,80 @@ def test_every_command_of_the_page_parses(name):
     assert module.parse(words).out.parent == Path("runs")
     known = {tile[0] for tiles in panels.FIGURES.values() for tile in tiles}
     assert known <= settings.COMMANDS.keys()
+
+
+def test_queue_skips_what_is_finished_continues_the_rest_and_names_failures(
+    tmp_path, monkeypatch, capfd
+):
+    path = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
+    monkeypatch.setenv("PYTHONPATH", path)
+    short = "--batch 64 --width 0.125 --eval-samples 300"
+    commands = {
+        "whole": f"train_gan.py --data digits --steps 4 {short}",
+        "begun": f"train_gan.py --data digits --steps 6 {short}",
+        "odd": f"train_sinkhorn.py --data digits --steps 4 {short} --batch 7",
+    }
+    monkeypatch.setattr(reproduce, "COMMANDS", commands)
+    monkeypatch.setattr(reproduce, "EXPERIMENTS", {"all": commands})
+    for name, stop in (("whole", []), ("begun", ["--stop-at", "2"])):
+        train_gan.main([*shlex.split(commands[name])[1:], *stop, "--out", str(tmp_path / name)])
+    capfd.readouterr()
+    words = ["--runs", str(tmp_path)]
+    with pytest.raises(SystemExit, match="failed: odd"):
+        reproduce.main(words)
+    assert json.loads((tmp_path / "begun" / "metrics.json").read_text())["steps"] == 6
+    said = capfd.readouterr().out
+    assert "--resume" in next(line for line in said.splitlines() if line.startswith("begun: "))
+    assert "whole: " not in said
+    reproduce.main([*words, "--only", "whole", "begun"])
+    said = capfd.readouterr().out
+    assert "2 of 2 runs are finished" in said
+    assert "train_gan.py" not in said
+    with pytest.raises(ValueError, match="--only has mist, expected all or a run"):
+        reproduce.main([*words, "--only", "mist"])
+
+
+WAITS = """
+import pathlib, signal, sys, time
+def save(number, frame):
+    pathlib.Path("saved").touch()
+    sys.exit()
+signal.signal(signal.SIGTERM, save)
+pathlib.Path("ready").touch()
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def two_that_wait(tmp_path, monkeypatch):
+    """A queue of two runs that wait until they are stopped, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    commands = dict.fromkeys("ab", "toy_mixture.py")
+    monkeypatch.setattr(reproduce, "COMMANDS", commands)
+    monkeypatch.setattr(reproduce, "EXPERIMENTS", {"all": commands})
+    monkeypatch.setattr(reproduce, "words_of", lambda *_: [sys.executable, "-c", WAITS])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_queue_hands_on_a_stop_and_begins_nothing_more(tmp_path, two_that_wait, capfd):
+    def stop():
+        while not (tmp_path / "ready").is_file():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    reproduce.main([])
+    said = capfd.readouterr().out
+    assert "stopped; the same command continues" in said
+    assert "b:" not in said
+    assert (tmp_path / "saved").is_file()
+
+
+def test_queue_stops_in_time(two_that_wait, capfd):
+    reproduce.main(["--hours", "1e-9"])
+    said = capfd.readouterr().out
+    assert "stopped; the same command continues" in said
+    assert "b:" not in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +17,15 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 import score_by_age  # noqa: E402
 import sweep_eps  # noqa: E402
+import toy_mixture  # noqa: E402
+import train_autoencoder  # noqa: E402
+import train_classifier  # noqa: E402
 import train_flow  # noqa: E402
 import train_gan  # noqa: E402
 import train_learned_cost  # noqa: E402
+import train_otgan  # noqa: E402
 import train_sinkhorn  # noqa: E402
-from common import metrics, models, run  # noqa: E402
+from common import classifier, data, metrics, models, run  # noqa: E402
 
 SMALL = ["--data", "digits", "--width", "0.125", "--batch", "64", "--eval-samples", "300"]
 
@@ -30,7 +35,7 @@ def test_sweep_runs_each_setting_once_and_draws(tmp_path, monkeypatch, capsys):
     sweep_eps.main(words)
     assert "best MED²" in capsys.readouterr().out
     assert (tmp_path / "sweep.png").stat().st_size > 5000
-    summary = json.loads((tmp_path / "sweep.json").read_text())
+    summary = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
     assert list(summary) == ["euclidean, eps 0.1", "euclidean, eps 1", "mmd"]
     made = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*eps-1-*/metrics.json"))]
     assert [(r["args"]["eps"], r["args"]["seed"]) for r in made] == [(1, 0), (1, 1)]
@@ -59,7 +64,18 @@ def test_scores_by_the_age_of_the_classifier(tmp_path):
     again = json.loads((tmp_path / "parts" / "metrics.json").read_text())
     assert again["evaluations"] == report["evaluations"]
     with pytest.raises(FileNotFoundError, match=r"has no generated.pt"):
-        score_by_age.main(["--data", "digits", "--runs", str(tmp_path)])
+        score_by_age.main(
+            ["--data", "digits", "--runs", str(tmp_path), "--out", str(tmp_path / "none")]
+        )
+
+
+def test_runs_of_a_sweep_share_the_classifier_beside_it(tmp_path, monkeypatch):
+    shutil.copytree(classifier.SHIPPED / "digits", tmp_path / "classifier_digits")
+    monkeypatch.setattr(classifier, "SHIPPED", tmp_path / "none")
+    monkeypatch.setattr(train_classifier, "main", None)
+    for out in (tmp_path / "run", tmp_path / "sweep" / "run"):
+        args = train_sinkhorn.parse(["--data", "digits", "--out", str(out)])
+        assert classifier.obtain(args, data.load("digits")).epochs == 60
 
 
 LINES = ("test images", "training images", "gan basic")
@@ -141,3 +157,43 @@ def test_labelled_generator_appends_the_class():
     assert z[:, 5:].argmax(1).tolist() == [0, 2, 1, 2]
     assert torch.equal(z[:, 5:].sum(1), torch.ones(4))
     assert torch.equal(generator.draw(50)[:, 5:].sum(1), torch.ones(50))
+
+
+# A mode, and options that would do nothing in it.
+UNUSED = [
+    (train_gan, "--loss gan", ["--clip 1", "--penalty 1"]),
+    (train_gan, "--preset wgan-clip", ["--betas 0 .9"]),
+    (train_gan, "--net dcgan", ["--norm", "--generator-dropout .1"]),
+    (train_gan, "--net mlp", ["--no-critic-norm"]),
+    (train_otgan, "--match random", ["--eps 1"]),
+    (train_learned_cost, "--loss mmd", ["--eps 1", "--n-iters 3"]),
+    (train_sinkhorn, "--loss mmd", ["--eps 1", "--n-iters 3"]),
+    (train_sinkhorn, "--net conv", ["--hidden 8", "--activation relu", "--no-norm", "--dropout 0"]),
+    (train_autoencoder, "--preset vae-2", ["--eps 1", "--prior unit"]),
+    (train_flow, "--pairs pot", ["--eps 1"]),
+    (train_flow, "--preset plane", ["--epochs 2", "--labels 1", "--limit-train 9"]),
+    (train_flow, "--preset plane", ["--eval-every 2", "--eval-samples 9", "--protocol geist"]),
+    (train_flow, "--preset plane", ["--classifier x", "--classifier-preset cnn"]),
+    (toy_mixture, "--loss gan", ["--eps 1", "--n-gen 2", "--features 3", "--clip 1"]),
+    (toy_mixture, "--loss wgan-clip", ["--betas 0 .9", "--penalty 1"]),
+    (toy_mixture, "--loss otgan", ["--n-critic 2"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("script", "mode", "option"),
+    [(script, mode, option) for script, mode, names in UNUSED for option in names],
+)
+def test_an_option_that_would_do_nothing_is_refused(script, mode, option):
+    name = option.split()[0].replace("--no-", "--")
+    with pytest.raises(ValueError, match=f"{name} does nothing with "):
+        script.parse([*mode.split(), *option.split()])
+
+
+def test_every_rule_of_options_is_tried():
+    tried: dict[str, set[str]] = {}
+    for script, _, names in UNUSED:
+        options = (name.split()[0].replace("--no-", "--")[2:] for name in names)
+        tried.setdefault(script.__name__, set()).update(o.replace("-", "_") for o in options)
+    for script, *_ in UNUSED:
+        assert tried[script.__name__] == set(script.NEEDS)

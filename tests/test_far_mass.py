@@ -17,13 +17,13 @@ import otloss
 TOL = 1e-3  # the default
 
 
-def two_clusters(gap: float) -> Clouds:
-    """A hundred apart, with masses that differ by ``gap`` of a half."""
+def two_clusters(gap: float, apart: float = 100) -> Clouds:
+    """With masses that differ by ``gap`` of a half."""
     rng = torch.Generator().manual_seed(0)
     x, y = (0.1 * torch.randn(100, 2, generator=rng).double() for _ in range(2))
     a, b = torch.full((2, 100), 0.01).double()
-    x[:50, 0] += 100
-    y[:50, 0] += 100
+    x[:50, 0] += apart
+    y[:50, 0] += apart
     b[:50] *= 1 + gap
     b[50:] *= 1 - gap
     return Clouds(x, y, a, b)
@@ -77,6 +77,15 @@ def test_two_clusters(method, gap, value):
         loss, gradient = divergence_and_gradient(c, method=method, tol=tol)
         assert loss == pytest.approx(expected, rel=tol)
         assert (gradient - its_gradient).norm() <= off * its_gradient.norm()
+
+
+@pytest.mark.parametrize("gap", [0.1, 0.2, 0.5])
+def test_a_start_that_only_seems_near(gap):
+    """Its error is small, but mass has to go ten million eps far."""
+    c = two_clusters(gap, apart=1000)
+    result = otloss.solve(torch.cdist(c.x, c.y).square(), 0.1, a=c.a, b=c.b)
+    assert result.converged
+    assert result.n_iters < 150  # 163 to 460 where no larger eps is gone through
 
 
 @pytest.mark.parametrize("k", [3, 8])

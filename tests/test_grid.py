@@ -159,3 +159,83 @@ def test_wrong_calls_say_what_is_wrong(change, message):
     arguments = {"a": torch.ones(1, 4, 5) / 20, "b": torch.ones(1, 4, 5) / 20, "eps": 1.0}
     with pytest.raises(ValueError, match=message):
         otloss.solve_grid(**(arguments | change))
+
+
+@pytest.mark.parametrize("unbalanced", [None, (10.0, None), 20.0])
+@pytest.mark.parametrize("n_iters", [None, 3])
+def test_transport_agrees_with_the_dense_solver(unbalanced, n_iters):
+    a, b = densities(7, 6)
+    b, x = b * (1.3 if unbalanced else 1.0), points(7, 6)
+    options = {"unbalanced": unbalanced, "n_iters": n_iters, "objective": "transport"}
+    options |= {"tol": 1e-9, "max_iters": 5000}
+    grid = [w.clone().requires_grad_() for w in (a, b)]
+    dense = [w.flatten(1).clone().requires_grad_() for w in (a, b)]
+    weights = {"a": dense[0], "b": dense[1]}
+    for found, right in (
+        (otloss.sinkhorn_divergence_grid(*grid, 1.5, **options),
+         otloss.sinkhorn_divergence(x, x, 1.5, **weights, **options)),
+        (otloss.solve_grid(*grid, 1.5, **options).value,
+         otloss.solve_sample(x, x, 1.5, **weights, **options).value),
+    ):  # fmt: skip
+        assert relative(found, right) < 1e-6
+        of_grid = torch.autograd.grad(found.sum(), grid)
+        for one, other in zip(of_grid, torch.autograd.grad(right.sum(), dense), strict=True):
+            assert relative(one, other) < 1e-4
+
+
+@pytest.mark.parametrize("unbalanced", [None, (5.0, None), 20.0])
+def test_eps_has_a_gradient(unbalanced):
+    a, b = densities(6, 5)
+    a, b = 2 * a, b * (2.6 if unbalanced else 2.0)
+    options = {"unbalanced": unbalanced, "tol": 1e-11, "max_iters": 5000}
+    eps = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    for function in (
+        lambda eps: otloss.sinkhorn_divergence_grid(a, b, eps, **options).sum(),
+        lambda eps: otloss.solve_grid(a, b, eps, **options).value.sum(),
+    ):
+        assert torch.autograd.gradcheck(function, eps, atol=1e-5)
+    result = otloss.solve_grid(a, b, eps, **options)
+    with pytest.raises(NotImplementedError, match="detach eps"):
+        result.potentials[0].sum().backward()
+    with pytest.raises(NotImplementedError, match="detach eps"):
+        otloss.solve_grid(a, b, eps, n_iters=3, **options)
+    with pytest.raises(ValueError, match="eps must be a number or"):
+        otloss.solve_grid(a, b, torch.ones(2), **options)
+
+
+COMPILED = {
+    "divergence": lambda a, b: otloss.sinkhorn_divergence_grid(a, b, 2.0, unbalanced=9.0),
+    "transport": lambda a, b: otloss.solve_grid(a, b, 2.0, objective="transport").value,
+    "map": lambda a, b: otloss.solve_grid(a, b, 2.0).barycentric_map().square(),
+    "iterations": lambda a, b: otloss.sinkhorn_divergence_grid(a, b, 2.0, n_iters=3),
+}
+
+
+SLOW = [pytest.param(k, marks=pytest.mark.slow) for k in ("map", "iterations")]
+
+
+@pytest.mark.parametrize("quantity", ["divergence", "transport", *SLOW])
+def test_compiles_without_a_break(quantity):
+    given = [w.requires_grad_() for w in densities(5, 4)]
+
+    def of(a, b):
+        return COMPILED[quantity](a, b).sum()
+
+    compiled = torch.compile(of, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(of(*given), given)
+    for found, right in zip(torch.autograd.grad(compiled(*given), given), expected, strict=True):
+        torch.testing.assert_close(found, right)
+
+
+def test_linear_system_is_reported(monkeypatch):
+    a, b = (w.requires_grad_() for w in densities(6, 5))
+    result = otloss.solve_grid(a, b, 2.0)
+    assert result.linear_system is None
+    result.value_linear.sum().backward()
+    iterations, residual = result.linear_system
+    assert bool((iterations > 0).all())
+    assert bool((residual < 1e-8).all())
+    monkeypatch.setattr(reference, "MOST_STEPS", 2)
+    result = otloss.solve_grid(a, b, 2.0)
+    with pytest.warns(otloss.ConvergenceWarning, match="linear system"):
+        result.value_linear.sum().backward()

@@ -274,6 +274,7 @@ def sample_arguments() -> dict[str, tuple[Any, ...]]:
         "solve:dense": (*made, [], *limits, True, None),
         "plan_product:multiscale": (*multiscale, f, g, [b.unsqueeze(-1), a.unsqueeze(-1)]),
         "grid_means": (axes, half, f[0], f[0].unsqueeze(1)),
+        "grid_adjoint": (axes, half, penalties, *densities, f[0], f[1], f[0], f[1]),
         "grid_solve": (axes, [1.0, 1.0], densities, pairs, half, penalties, [], half, 1000),
         "envelope_backward:multiscale": (ones, *multiscale, f, g, [], [1, 0], True),
         "envelope_backward:weights": (ones, *stored._replace(costs=[]), f, g, [], [], True),

@@ -244,6 +244,16 @@ def test_a_change_in_place_after_the_solve_is_noticed(quantity, method, c):
     ON_DEMAND[quantity](c.solve(0.5, method=method, **TIGHT))  # not changed
 
 
+@pytest.mark.parametrize("quantity", ["value_linear", "apply", "extend"])
+def test_a_change_in_place_before_the_gradient_is_noticed(quantity, c):
+    c.x.requires_grad_()
+    found = ON_DEMAND[quantity](c.solve(0.5, method="streamed"))
+    with torch.no_grad():
+        c.y.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        found.sum().backward()
+
+
 def test_an_optimiser_step_on_a_cost_matrix_is_noticed(rng):
     C = randn(rng, 5, 4).requires_grad_()
     result = otloss.solve(C, 0.5)

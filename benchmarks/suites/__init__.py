@@ -27,6 +27,7 @@ from benchmarks.timing import Timer
 
 NAMES = (
     "iteration",
+    "sweeps",
     "costs",
     "products",
     "floors",

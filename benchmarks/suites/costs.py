@@ -27,14 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """No options of its own."""
 
 
-def _expanded(x: Tensor, y: Tensor) -> Tensor:
+def expanded(x: Tensor, y: Tensor) -> Tensor:
     norms = (x * x).sum(1, True) + (y * y).sum(1)
     return torch.addmm(norms, x, y.T, alpha=-2).clamp_min_(0)
 
 
 COSTS: dict[str, Cost] = {
     "otloss": otloss.cost_matrix,
-    "torch, |x|^2 + |y|^2 - 2 xy": _expanded,
+    "torch, |x|^2 + |y|^2 - 2 xy": expanded,
     "torch.cdist squared": lambda x, y: torch.cdist(x, y).square(),
     "torch.mm": lambda x, y: x @ y.T,
 }

@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks import workloads
-from benchmarks.large import GaveUpError, measure
+from benchmarks.large import FINE, GaveUpError, measure
 from benchmarks.suites import Context, integers, numbers, text_table
 
 TITLE = "Divergences of large clouds, value and gradient"
 KEYS = ("workload", "eps", "n", "method", "threads")
 METHODS = {
+    "multiscale-fine": FINE,
     "multiscale": "otloss multiscale, tol=0.001",
     "streamed": "otloss streamed, tol=0.01",
     "streamed-fine": "otloss streamed, tol=0.001",
@@ -42,7 +43,7 @@ def _cases(options: argparse.Namespace) -> Iterator[tuple[str, float, int, str]]
         for n in options.large_sizes:
             for eps in options.large_eps or workloads.WORKLOADS[name].eps:
                 for method in options.large_methods.split(","):
-                    if method == "multiscale" or n <= MOST_STREAMED:
+                    if method.startswith("multiscale") or n <= MOST_STREAMED:
                         yield name, eps, n, METHODS[method]
 
 
@@ -125,7 +126,11 @@ def table(result: dict[str, Any]) -> str:
 def figure(result: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
-    rows = [r for r in result["rows"] if "cpu_seconds" in r and r["threads"] == 1]
+    rows = [
+        r
+        for r in result["rows"]
+        if "cpu_seconds" in r and r["threads"] == 1 and r["method"] != FINE
+    ]
     problems = list(dict.fromkeys((r["title"], r["eps"]) for r in rows))
     fig = Figure(figsize=(7.4, 1 + 2.7 * -(-len(problems) // 2)), layout="constrained")
     panels = fig.subplots(-(-len(problems) // 2), 2, squeeze=False, sharex=True, sharey=True).flat

@@ -1,30 +1,26 @@
 """The matrix products of the CPU kernels against torch's (MKL), by size and instruction set.
 
 A cost matrix of squared distances and its gradient in x are timed whole: with the centring, the
-formula and the sums that come with the product. torch makes the products alone. An instruction set
-is chosen when the library is loaded, so each has a process of its own, in which the kernels and
-torch are timed in turn.
+formula and the sums that come with the product. torch makes the products alone, and then all of the
+matrix and of the gradient around them, which is what calling its product would come to. An
+instruction set is chosen when the library is loaded, so each has a process of its own, in which the
+kernels and torch are timed in turn.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import timing
+from benchmarks.levels import LEVELS, at_each_level
 from benchmarks.suites import Context, text_table
+from benchmarks.suites.costs import expanded
 
 TITLE = "Matrix products of the kernels against torch's"
-ROOT = Path(__file__).resolve().parents[2]
-LEVELS = ("avx512", "avx2", "baseline")
 SIZES = [(n, d) for n in (64, 200, 1000) for d in (16, 64, 784, 3072)]
 PARTS = ("cost", "gradient")
 
@@ -45,57 +41,59 @@ def _calls(n: int, d: int) -> dict[str, Callable[[], Any]]:
         "gradient": lambda: ops.cost_backward([V], C, [x, y], [], [0, 1], 0, [0]),
         "torch cost": lambda: x[0] @ y[0].T,
         "torch gradient": lambda: V[0] @ y[0],
+        "whole cost": lambda: expanded(x[0], y[0]),
+        "whole gradient": lambda: 2 * (V[0].sum(1, True) * x[0] - V[0] @ y[0]),
     }
 
 
-def worker(repetitions: int, clock: str) -> None:
+def worker(repetitions: int, clock: str) -> list[dict[str, Any]]:
     timer, rows = timing.Timer(torch.device("cpu"), clock), []
     for n, d in SIZES:
         samples = timing.interleaved(_calls(n, d), repetitions, timer, shortest=5e-3)
         seconds = {name: timing.statistics(each)["q1"] for name, each in samples.items()}
         rows.append({"n": n, "d": d, **seconds})
-    print(json.dumps(rows))
+    return rows
 
 
 def run(context: Context) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    threads, options = torch.get_num_threads(), context.options
-    for level in LEVELS:
-        code = (
-            "from benchmarks.suites import products; import torch; "
-            f"torch.set_num_threads({threads}); "
-            f"products.worker({options.repetitions}, {options.clock!r})"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "OTLOSS_SIMD": level},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        found[level] = json.loads(done.stdout)
-    return {"rows": found, "threads": threads}
+    options = context.options
+    rows = at_each_level(__name__, options.repetitions, options.clock)
+    return {"rows": rows, "threads": torch.get_num_threads()}
 
 
 def ratios(result: dict[str, Any]) -> dict[tuple[int, int], dict[str, list[float]]]:
-    """By size: torch's time over the kernels', for the cost and for the gradient, of each level."""
+    """By size: torch's time over the kernels', for the cost and for the gradient. Of all that torch
+    would do, and of its product alone at each level."""
     found: dict[tuple[int, int], dict[str, list[float]]] = {}
     for level, rows in result["rows"].items():
         for row in rows:
-            both = [row[f"torch {part}"] / row[part] for part in PARTS]
-            found.setdefault((row["n"], row["d"]), {})[level] = both
+            of_size = found.setdefault((row["n"], row["d"]), {})
+            if level == LEVELS[0]:
+                of_size["whole"] = [row[f"whole {part}"] / row[part] for part in PARTS]
+            of_size[level] = [row[f"torch {part}"] / row[part] for part in PARTS]
     return found
 
 
+def rates(result: dict[str, Any], n: int, d: int) -> list[float]:
+    """GFLOP/s of the products in the cost and in the gradient, at the highest level."""
+    (row,) = (row for row in result["rows"][LEVELS[0]] if (row["n"], row["d"]) == (n, d))
+    return [2e-9 * n * n * d / row[part] for part in PARTS]
+
+
+def cells(result: dict[str, Any]) -> list[list[str]]:
+    return [
+        [
+            f"{n}, {d}",
+            " / ".join(f"{rate:.0f}" for rate in rates(result, n, d)),
+            *(" / ".join(f"{ratio:.2f}" for ratio in both) for both in found.values()),
+        ]
+        for (n, d), found in ratios(result).items()
+    ]
+
+
 def table(result: dict[str, Any]) -> str:
-    rates = {(row["n"], row["d"]): row for row in result["rows"][LEVELS[0]]}
-    rows = []
-    for (n, d), of_level in ratios(result).items():
-        gflops = [2e-9 * n * n * d / rates[n, d][part] for part in PARTS]
-        cells = [" / ".join(f"{ratio:.2f}" for ratio in of_level[level]) for level in LEVELS]
-        rows.append([f"{n}", f"{d}", " / ".join(f"{rate:.0f}" for rate in gflops), *cells])
-    return text_table(["n = m", "d", f"GFLOP/s, {LEVELS[0]}", *LEVELS], rows)
+    header = ["n, d", f"GFLOP/s, {LEVELS[0]}", "torch's whole", *(f"mm, {x}" for x in LEVELS)]
+    return text_table(header, cells(result))
 
 
 def figure(result: dict[str, Any]) -> Any:

@@ -104,7 +104,7 @@ void unrolled_backward(StableIValue* stack, uint64_t, uint64_t) {
   }
   const Device device(seeds.loss, {&seeds.f, &seeds.g, &problem.costs, &problem.clouds.points,
                                    &problem.clouds.weights, &init, &traces});
-  problem.check_eps(device);
+  problem.fit(device);
   dispatch_dtype(seeds.loss, [&](auto zero) {
     unrolled_as<decltype(zero)>(stack, device, problem, seeds, init, traces, wanted);
   });
@@ -123,7 +123,7 @@ void implicit_backward(StableIValue* stack, uint64_t, uint64_t) {
   problem.check_g(g, "g");
   const Device device(seeds.loss, {&seeds.f, &seeds.g, &problem.costs, &problem.clouds.points,
                                    &problem.clouds.weights, &f, &g});
-  problem.check_eps(device);
+  problem.fit(device);
   dispatch_dtype(seeds.loss, [&](auto zero) {
     implicit_as<decltype(zero)>(stack, device, problem, seeds, f, g, wanted);
   });

@@ -49,7 +49,7 @@ void envelope_backward(StableIValue* stack, uint64_t, uint64_t) {
   problem.check_g(g, "g");
   const Device device(grad_loss,
                       {&problem.costs, &problem.clouds.points, &problem.clouds.weights, &f, &g});
-  problem.check_eps(device);
+  problem.fit(device);
   dispatch_dtype(grad_loss, [&](auto zero) {
     envelope_as<decltype(zero)>(stack, device, problem, grad_loss, f, g, wanted);
   });

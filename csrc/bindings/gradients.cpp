@@ -40,7 +40,8 @@ EnvelopeGroup<T> Gradients<T>::group(int64_t p, bool matrices, const T* f, const
       listed(wanted_.points, problem_.x(p)) || listed(wanted_.points, problem_.y(p));
   EnvelopeGroup<T> group{};
   static_cast<SolvedGroup<T>&>(group) = solved(p, problem_.x(p), problem_.y(p), f, g);
-  if (!problem_.costs.empty()) group.C = data<T>(problem_.costs[p]);
+  if (!problem_.costs.empty())
+    group.C = data<T>(problem_.costs[p]), group.shared = is_shared(problem_.costs[p], group.batch);
   if (listed(wanted_.costs, p) || (matrices && of_points)) {
     STD_TORCH_CHECK(problem_.costs[p].is_contiguous(), "otloss: costs must be contiguous");
     grad_C_[p] = empty(a, {group.batch, group.n, group.m});

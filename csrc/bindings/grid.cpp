@@ -3,6 +3,7 @@
 
 #include "bindings/operations.h"
 #include "bindings/problem.h"
+#include "grid_kernels.h"
 
 namespace otloss {
 namespace {

@@ -8,6 +8,8 @@
 #endif
 
 #include <chrono>
+#include <exception>
+#include <mutex>
 #include <utility>
 
 #include "cpu/parallel.h"
@@ -117,7 +119,8 @@ void set_progress(const pybind11::object& callback) {
 
 namespace cpu {
 
-// Each thread works for the call of the thread that shares its work out.
+// Each thread works for the call of the thread that shares its work out, and the first exception
+// of any, which torch would replace by one of its own, leaves here.
 void run_parallel(int64_t begin, int64_t end, int64_t grain, RangeFunction function,
                   void* context) {
   if (end - begin <= grain) return function(begin, end, context);
@@ -125,13 +128,20 @@ void run_parallel(int64_t begin, int64_t end, int64_t grain, RangeFunction funct
     RangeFunction function;
     void* context;
     Call* call;
+    std::once_flag failed{};
+    std::exception_ptr error{};
   } work{function, context, current_call};
   const auto run = [](int64_t first, int64_t last, void* data) {
-    const Work& shared = *static_cast<Work*>(data);
+    Work& shared = *static_cast<Work*>(data);
     const WorkingFor scope(shared.call);
-    shared.function(first, last, shared.context);
+    try {
+      shared.function(first, last, shared.context);
+    } catch (...) {
+      std::call_once(shared.failed, [&] { shared.error = std::current_exception(); });
+    }
   };
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, run, &work));
+  if (work.error) std::rethrow_exception(work.error);
 }
 
 int64_t thread_count() { return torch::stable::get_num_threads(); }

@@ -96,8 +96,10 @@ void Problem::check() {
                   "otloss: there is no objective of number ",
                   std::to_string(static_cast<int>(objective)));
   if (!costs.empty()) check_count(costs.size(), count(), "costs");
-  for (size_t p = 0; p < costs.size(); ++p)
-    check_rows(costs[p], {batch(), a(p).size(1), b(p).size(1)}, dtype(), "costs");
+  for (size_t p = 0; p < costs.size(); ++p) {
+    const int64_t matrices = is_shared(costs[p], batch()) ? 1 : batch();
+    check_rows(costs[p], {matrices, a(p).size(1), b(p).size(1)}, dtype(), "costs");
+  }
   const int64_t given = eps_.numel();
   const double* each = numbers(eps_, given == 1 ? 1 : batch(), "eps");
   for (int64_t k = 0; k < given; ++k)
@@ -118,9 +120,12 @@ void Problem::check() {
   rho_x = held.rho_x, rho_y = held.rho_y;
 }
 
-void Problem::check_eps(const Device& device) const {
-  STD_TORCH_CHECK(!device.is_cuda() || !eps.each,
+void Problem::fit(const Device& device) {
+  if (!device.is_cuda()) return;
+  STD_TORCH_CHECK(!eps.each,
                   "otloss: an eps for each problem of a batch is not available on a GPU");
+  for (Tensor& C : costs)
+    if (is_shared(C, batch())) C = repeated(C, batch());
 }
 
 void Problem::check_grad(const Tensor& grad_loss) const {

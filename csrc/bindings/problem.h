@@ -63,7 +63,7 @@ struct Clouds {
 // A set of OT problems. Either list may be empty: without cost matrices costs are made from points,
 // without points the matrices are all there is.
 struct Problem {
-  Tensors costs;  // (B, n, m) per pair
+  Tensors costs;  // (B, n, m) per pair, or one for all problems, (1, n, m)
   Clouds clouds;
   Doubles coefficients;  // of each problem in the loss
   Eps eps;
@@ -75,8 +75,8 @@ struct Problem {
 
   // To be called once all arguments are read: eps and rho are not known before.
   void check();
-  // Raises where its kernels take one eps for all problems only.
-  void check_eps(const Device& device) const;
+  // For the kernels of a GPU: a copy of a cost matrix for every problem. Raises for what they lack.
+  void fit(const Device& device);
   // Raises unless it is a gradient of the loss (B,), or one of the value of each pair (P, B).
   void check_grad(const Tensor& grad_loss) const;
   // Raises unless there is a tensor for each pair, of the shape of f, or of g.

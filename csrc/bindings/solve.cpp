@@ -57,7 +57,8 @@ void solve_as(StableIValue* stack, const Device& device, const Problem& problem,
     if (known && p + 1 == P)
       group.known = data<double>(*target);
     else if (!costs.empty())
-      group.C = data<T>(costs[p]), group.stride = row_stride(costs[p]);
+      group.C = data<T>(costs[p]), group.stride = row_stride(costs[p]),
+      group.shared = is_shared(costs[p], B);
     if (from_points)
       group.points =
           point_pair<T>(clouds, problem.x(p), problem.y(p), problem.tf32, problem.multiscale);
@@ -118,7 +119,7 @@ void solve(StableIValue* stack, uint64_t, uint64_t) {
   options.warm_start = !init.empty();
   const Device device(problem.clouds.weights[0],
                       {&problem.costs, &problem.clouds.points, &problem.clouds.weights, &init});
-  problem.check_eps(device);
+  problem.fit(device);
   dispatch_dtype(problem.clouds.weights[0], [&](auto zero) {
     solve_as<decltype(zero)>(stack, device, problem, init, options, trace, dense, target);
   });

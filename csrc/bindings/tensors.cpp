@@ -1,5 +1,7 @@
 #include "bindings/tensors.h"
 
+#include <torch/csrc/stable/ops.h>
+
 #include <array>
 #include <cstring>
 #include <string>
@@ -92,9 +94,15 @@ Tensor strided(const Tensor& like, std::initializer_list<int64_t> shape, const i
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(),
-                                                  strides, dtype, device_type, device_index,
-                                                  &handle));
+  const auto dims = static_cast<int64_t>(shape.size());
+  const bool made = aoti_torch_empty_strided(dims, shape.begin(), strides, dtype, device_type,
+                                             device_index, &handle) == AOTI_TORCH_SUCCESS;
+  // In torch's words, by which programs know that a smaller batch may help.
+  STD_TORCH_CHECK(made, "otloss: ",
+                  device_type == aoti_torch_device_type_cpu()
+                      ? "DefaultCPUAllocator: can't allocate memory"
+                      : "CUDA out of memory.",
+                  " for a tensor of shape ", in_words(shape.begin(), dims));
   Tensor t(handle);
 #if defined(OTLOSS_EMULATED)
   std::memset(t.mutable_data_ptr(), 0xff, count * t.element_size());
@@ -152,6 +160,13 @@ int64_t row_stride(const Tensor& C) {
   const int64_t stride = C.stride(1);
   const bool rows = C.is_cpu() && C.stride(2) == 1 && stride >= m;
   return rows && (C.size(0) == 1 || C.stride(0) == n * stride) ? stride : 0;
+}
+
+bool is_shared(const Tensor& C, int64_t B) { return C.dim() == 3 && C.size(0) == 1 && B > 1; }
+
+Tensor repeated(const Tensor& C, int64_t B) {
+  return torch::stable::contiguous(
+      view(C, {B, C.size(1), C.size(2)}, {0, C.stride(1), C.stride(2)}));
 }
 
 Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape) {

@@ -45,6 +45,9 @@ Tensor empty_matrices(const Tensor& like, int64_t B, int64_t n, int64_t m);
 Tensor empty_rows(const Tensor& like, int64_t B, int64_t n, int64_t m);
 // The distance of rows of such matrices, or of contiguous ones; 0 where they are neither.
 int64_t row_stride(const Tensor& C);
+// Whether C (1, n, m) is one matrix of B problems, and B copies of it.
+bool is_shared(const Tensor& C, int64_t B);
+Tensor repeated(const Tensor& C, int64_t B);
 
 template <typename T>
 constexpr ScalarType dtype_of() {

@@ -201,24 +201,27 @@ class FarMassRule {
     return stop.ends() || sweeps - marked_ >= kPatience;
   }
 
-  // Whether to examine a point that is suspicious, ever more rarely.
+  // Whether to examine a point that is suspicious, ever more rarely: points within the tolerance,
+  // which may be proven, and others on their own.
   OTLOSS_HOST_DEVICE bool examines(const StopRule& stop, int64_t sweeps) {
-    if (sweeps < next_ && !stop.stuck()) return false;
-    next_ = stop.reached() ? sweeps + wait_ : 2 * sweeps;
-    wait_ *= 2;
+    if (sweeps < (stop.reached() ? next_reached_ : next_) && !stop.stuck()) return false;
+    if (stop.reached())
+      next_reached_ = sweeps + wait_, wait_ *= 2;
+    else
+      next_ = 2 * sweeps;
     return true;
   }
 
   OTLOSS_HOST_DEVICE void shifted(bool much, int64_t sweeps) {
     constexpr int64_t kSoon = 3;
-    const int64_t later = next_ > 2 * sweeps ? next_ : 2 * sweeps;
-    next_ = much ? sweeps + kSoon : later;
+    if (next_ < 2 * sweeps) next_ = 2 * sweeps;
+    if (much) next_ = next_reached_ = sweeps + kSoon;
     mark_ = std::numeric_limits<double>::infinity();
   }
 
  private:
   double mark_ = std::numeric_limits<double>::infinity();  // the last error that was clearly less
-  int64_t marked_ = 0, next_ = 2, wait_ = 3;
+  int64_t marked_ = 0, next_ = 2, next_reached_ = 2, wait_ = 3;  // sweeps
 };
 
 // ---------------------------------------------------------------------------------- decisions
@@ -263,9 +266,16 @@ class StepControl {
   // The start is chosen; sigma: of the cost, not read where the start is near. True: it is to be
   // evaluated again, at the eps of the first stage.
   OTLOSS_HOST_DEVICE bool begin_stages(bool near, double sigma) {
+    staged_ = !near;
     if (!near) stages_ = make_stages(stages_.eps, sigma);
-    enter(0);
+    if (stages_.count > 0) enter(0);
     return stage_ < stages_.count;
+  }
+  // Iterations that began without stages, near the solution as it seemed, and are not near after so
+  // many passes: whether stages can still begin.
+  OTLOSS_HOST_DEVICE bool may_begin_stages(bool near) const {
+    constexpr int64_t kPatience = 20;
+    return !staged_ && !near && passes_ >= kPatience && may_pass(2);
   }
 
   // The value rises by `slope` per unit of the new direction, to first order. length: of the first
@@ -328,6 +338,7 @@ class StepControl {
   int64_t max_iters_ = 0, passes_ = 0;
   int64_t limit_ = 0;  // of passes, at the end of the stage
   int stage_ = 0, attempt_ = 0;
+  bool staged_ = false;
   PointScalars point_;
   StopRule stop_;
   double slope_ = 0, length_ = 0;

@@ -1,5 +1,6 @@
 #include "cpu/parallel.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <thread>
@@ -71,11 +72,13 @@ void parallel_tasks(int64_t count, FunctionRef<void(int64_t i)> function) {
   });
 }
 
-void parallel_problems(int64_t count, FunctionRef<void(int64_t i, bool split)> function) {
-  const int64_t threads = thread_count();
-  if (count < threads || threads == 1) {
+void parallel_problems(int64_t count, int64_t entries,
+                       FunctionRef<void(int64_t i, bool split)> function) {
+  const int64_t threads = std::min(count, thread_count());
+  const int64_t sharing = std::min(thread_count(), entries / kSplitGrain);
+  if (threads <= 1 || count < sharing) {
     const FlushDenormals flush;
-    for (int64_t i = 0; i < count && !interrupted(); ++i) function(i, count < threads);
+    for (int64_t i = 0; i < count && !interrupted(); ++i) function(i, threads < thread_count());
     return;
   }
   std::atomic<int64_t> next{0}, busy{threads};

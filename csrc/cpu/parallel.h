@@ -1,9 +1,10 @@
-// Loops over threads, and how a set of problems is spread over them: problems first, and where they
-// are fewer than threads the rows of each.
+// Loops over threads, and how a set of problems is spread over them: problems first, and where more
+// threads can share the rows of one than there are problems, the rows of each.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -61,26 +62,36 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain,
 // Calls function(i) for each i in [0, count), on a thread each as far as there are threads.
 void parallel_tasks(int64_t count, FunctionRef<void(int64_t i)> function);
 
-// Calls function(i, split) for each of some problems, until interrupted: in parallel, one thread
-// each from start to end, each thread taking the next one when it is free; when there are fewer
-// than threads one after the other, each to be split over threads.
-void parallel_problems(int64_t count, FunctionRef<void(int64_t i, bool split)> function);
+// Rows given to one thread of a split problem hold at least this number of entries: 50 us of work,
+// some ten times what starting a parallel region costs.
+constexpr int64_t kSplitGrain = 1 << 18;
+// Entries of a problem that is worth all threads.
+constexpr int64_t kEndless = std::numeric_limits<int64_t>::max();
+
+// Calls function(i, split) for each of some problems of up to `entries` entries, until interrupted:
+// in parallel, one thread each from start to end, each thread taking the next one when it is free;
+// when they are fewer than the threads that can share one of them, one after the other, each to be
+// split.
+void parallel_problems(int64_t count, int64_t entries,
+                       FunctionRef<void(int64_t i, bool split)> function);
 
 // Calls function(group, problem, split) for all problems of all groups.
 template <typename Group, typename F>
-void for_each_problem(const std::vector<Group>& groups, F&& function) {
+void for_each_problem(const std::vector<Group>& groups, int64_t entries, F&& function) {
   int64_t count = 0;
   for (const Group& group : groups) count += group.batch;
-  parallel_problems(count, [&](int64_t problem, bool split) {
+  parallel_problems(count, entries, [&](int64_t problem, bool split) {
     const Group* group = groups.data();
     while (problem >= group->batch) problem -= (group++)->batch;
     function(*group, problem, split);
   });
 }
-
-// Rows given to one thread of a split problem hold at least this number of entries: 50 us of work,
-// some ten times what starting a parallel region costs.
-constexpr int64_t kSplitGrain = 1 << 18;
+template <typename Group, typename F>
+void for_each_problem(const std::vector<Group>& groups, F&& function) {
+  int64_t entries = 0;
+  for (const Group& group : groups) entries = std::max(entries, group.n * group.m);
+  for_each_problem(groups, entries, std::forward<F>(function));
+}
 
 // The rows of one problem in parts, one thread each.
 class RowParts {

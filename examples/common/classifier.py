@@ -44,10 +44,12 @@ def obtain(args: argparse.Namespace, images: ImageData) -> Classifier:
     """The trained classifier for the metrics of the run ``args``.
 
     It is that of ``--classifier``, else the one that comes with the examples, else that beside
-    ``--out``, which is trained if it is not there.
+    ``--out`` or, for the runs of a sweep, beside the folder of these. If there is none, it is
+    trained beside ``--out``.
     """
-    shipped, beside = SHIPPED / args.data, args.out.parent / f"classifier_{args.data}"
-    folder = args.classifier or (shipped if shipped.is_dir() else beside)
+    near = [place / f"classifier_{args.data}" for place in args.out.parents[:2]]
+    there = (place for place in (SHIPPED / args.data, *near) if (place / WEIGHTS).is_file())
+    folder = args.classifier or next(there, near[0])
     weights = folder / WEIGHTS
     if args.classifier and not weights.is_file():
         raise FileNotFoundError(

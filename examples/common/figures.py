@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from torch import Tensor
 
-SHORTEST_TILE = 28  # pixels; smaller images are enlarged to be visible
+Curve = tuple[Sequence[float], Sequence[float]]  # steps, values
+GRID_WIDTH = 560  # pixels; grids of small images are enlarged to it
 
 
 def save_grid(images: Tensor, path: Path, columns: int) -> None:
@@ -22,12 +23,12 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
     _, channels, height, width = pixels.shape
     tiles = pixels[: rows * columns].reshape(rows, columns, channels, height, width)
     picture = tiles.permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, channels)
-    zoom = -(-SHORTEST_TILE // min(height, width))
+    zoom = -(-GRID_WIDTH // (columns * width))
     picture = picture.expand(-1, -1, 3).repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
     imsave(path, picture.contiguous().numpy())
 
 
-def save_curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path) -> None:
+def save_curves(series: Mapping[str, Curve], path: Path) -> None:
     """One panel per named (steps, values), with a running mean over 2% of the points."""
     figure = Figure(figsize=(6, 2.2 * len(series) + 0.6), layout="constrained")
     panels = figure.subplots(len(series), 1, sharex=True, squeeze=False)[:, 0]

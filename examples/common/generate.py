@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 
-from common import classifier, options, ranks, run
+from common import UsageError, classifier, options, ranks, run
 from common.data import ImageData, to_float
-from common.figures import save_grid
+from common.figures import Curve, save_grid
 from common.metrics import Evaluator, med2, smoothness, table
 from common.models import PRIORS, Generator
 
@@ -33,9 +34,14 @@ Extra = Callable[[Path, Evaluator], Mapping[str, float]]
 
 
 def parser(
-    script: str, description: str, presets: options.Presets, also: Sequence[str] = ()
+    script: str,
+    description: str,
+    presets: options.Presets,
+    also: Sequence[str] = (),
+    latent: bool = True,
 ) -> argparse.ArgumentParser:
-    """The options of every generator script; ``also`` names more data sets.
+    """The options of every generator script; ``also`` names more data sets, and ``latent`` is
+    false where the latent vector is not chosen.
 
     ``--schedule follow`` halves the learning rate whenever MED² on held-out images has grown.
     """
@@ -43,8 +49,9 @@ def parser(
     parser = options.parser(script, description, presets, schedules)
     options.add_image_options(parser, also)
     add = parser.add_argument
-    add("--latent", type=int, default=64, help="dimension of the latent vector")
-    add("--prior", choices=PRIORS, default="normal", help="distribution of the latent vector")
+    if latent:
+        add("--latent", type=int, default=64, help="dimension of the latent vector")
+        add("--prior", choices=PRIORS, default="normal", help="distribution of the latent vector")
     add("--width", type=float, default=1.0, help="factor on all layer widths")
     add("--ema", type=float, default=0.0, help="decay of the weight average, 0 for none")
     add("--eval-every", type=int, default=0, help="steps between metrics, 0: only at the end")
@@ -80,12 +87,9 @@ class Training(run.Run):
         extra: Extra | None = None,
     ) -> None:
         writes = ranks.number() == 0
-        if writes:
-            weights = sum(weight.numel() for weight in shown.parameters())
-            print(
-                f"{args.data}, preset {args.preset}: {args.steps} steps of {args.batch} images on "
-                f"{args.device}, a generator of {weights} weights, written to {args.out}",
-                flush=True,
+        if args.eval_every >= args.steps:
+            raise UsageError(
+                f"--eval-every is {args.eval_every}, expected less than the {args.steps} steps"
             )
         self.images, self.shown, self.extra = images, shown, extra
         self.followed: list[float] = []  # held-out MED², by --schedule follow
@@ -97,6 +101,9 @@ class Training(run.Run):
         self.shown_at = {self.per_epoch, *pictures} if writes else set()
 
     _kept = (*run.Run._kept, "followed")
+
+    def subject(self) -> str:
+        return f"{self.args.data}, {super().subject()} of {self.args.batch} images"
 
     def after_step(self) -> None:
         if self.step in self.shown_at:
@@ -112,14 +119,31 @@ class Training(run.Run):
         """By ``--schedule``; ``follow`` halves the rate whenever the held-out MED² has grown."""
         if self.args.schedule != "follow":
             return super().rate_factor()
-        if self.step and self.step % max(1, self.args.steps // FOLLOW_PARTS) == 0:
+        if self.step and self.step % self._look_every == 0:
             with run.own_randomness(self.args.seed), torch.no_grad():
                 held_out = to_float(self.images.train[-options.HELD_OUT :])
                 generated = self.shown.generate(self.shown.draw(5 * options.HELD_OUT))
                 looks = [med2(part, held_out) for part in generated.split(options.HELD_OUT)]
                 self.followed.append(sum(looks) / len(looks))
-        grown = sum(b > a for a, b in zip(self.followed, self.followed[1:], strict=False))
-        return 0.5**grown
+        return self._followed_rates()[-1]
+
+    def curves(self) -> dict[str, Curve]:
+        """The losses, and for ``follow`` what it looked at and what it did."""
+        steps = [self._look_every * (i + 1) for i in range(len(self.followed))]
+        rates = [self.args.lr * factor for factor in self._followed_rates()[1:]]
+        looks = {"held-out MED²": (steps, self.followed), "learning rate": (steps, rates)}
+        return {**super().curves(), **(looks if self.followed else {})}
+
+    @property
+    def _look_every(self) -> int:
+        return max(1, self.args.steps // FOLLOW_PARTS)
+
+    def _followed_rates(self) -> list[float]:
+        """Factors on the learning rate: at the start, and from each look on."""
+        factors = [1.0] * min(2, 1 + len(self.followed))
+        for before, now in pairwise(self.followed):
+            factors.append(factors[-1] * (0.5 if now > before else 1.0))
+        return factors
 
     def conclude(self) -> None:
         """Last pictures, metrics beside their floors, and where everything is; nothing if the run
@@ -157,6 +181,8 @@ class Training(run.Run):
             grid = shown.generate(shown.latent_grid(MANIFOLD))
             save_grid(grid, out / "manifold.png", MANIFOLD)
             metrics |= smoothness(grid, MANIFOLD, evaluator.test)
+        if self.args.labels:
+            metrics["as_asked"] = evaluator.share_of(generated, self.args.labels)
         if self.args.protocol == "geist":
             metrics |= evaluator.geist_protocol(shown)
         if self.extra:

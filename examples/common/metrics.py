@@ -18,7 +18,7 @@ runs of these scripts with each other, not with Inception scores of other papers
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -154,6 +154,11 @@ class Evaluator:
             "geist_ot": _mean(ot_distance(x, y) for x, y in pairs),
             "geist_is": inception_score(self._classify(fake[0])[1]),
         }
+
+    def share_of(self, images: Tensor, labels: Sequence[int]) -> float:
+        """Share of the images that the classifier puts into one of these classes."""
+        found = self._classify(images)[1].argmax(1)
+        return float(torch.isin(found, found.new_tensor(labels)).double().mean())
 
     def _classify(self, images: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():

@@ -17,6 +17,8 @@ from common import UsageError, data
 HELD_OUT = 400  # training images that --schedule follow looks at in place of training on them
 
 Presets = Mapping[str, Mapping[str, Any]]
+# Options that count only together with some values of another one: {option: (other, values)}.
+Needs = Mapping[str, tuple[str, Sequence[Any]]]
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -46,7 +48,6 @@ def parser(
     add("--lr", type=float, default=1e-3, help="learning rate")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    add("--amp", action="store_true", help="networks in bfloat16; losses stay in float32")
     add("--resume", action="store_true", help="continue the run in --out; else start it afresh")
     add("--stop-at", type=int, help="save and leave after this step, to --resume later")
     add("--schedule", choices=schedules, default="constant", help="learning rate over time")
@@ -67,15 +68,25 @@ def add_image_options(parser: argparse.ArgumentParser, also: Sequence[str] = ())
     add("--batch", type=int, default=200, help="real images per step")
     add("--limit-train", type=int, help="use only this many training images")
     add("--labels", type=int, nargs="+", help="only images of these classes, e.g. --labels 2")
+    add_amp(parser)
+
+
+def add_amp(parser: argparse.ArgumentParser) -> None:
+    """For scripts that compute networks inside :func:`autocast`."""
+    text = "networks in bfloat16; losses stay in float32"
+    parser.add_argument("--amp", action="store_true", help=text)
 
 
 def parse(
-    parser: argparse.ArgumentParser, presets: Presets, argv: Sequence[str] | None
+    parser: argparse.ArgumentParser,
+    presets: Presets,
+    argv: Sequence[str] | None,
+    needs: Needs | None = None,
 ) -> argparse.Namespace:
     """Command line over preset over defaults.
 
     A preset maps options to values; its entry ``by_data`` maps names of data sets to what differs
-    there.
+    there. An option of the command line that would do nothing, by ``needs``, is refused.
     """
     # A parser without --help, so that the help shows the defaults of the preset.
     named = argparse.ArgumentParser(add_help=False)
@@ -102,10 +113,38 @@ def parse(
     if args.out is None:
         parts = (script.removeprefix("train_"), getattr(args, "data", ""), args.preset)
         args.out = Path("runs", "_".join(filter(None, parts)))
-    words = sys.argv[1:] if argv is None else argv
-    # As one would repeat the run from its start.
-    args.command = shlex.join(["python", parser.prog, *(w for w in words if w != "--resume")])
+    _refuse_unused(args, given(parser, argv), needs or {})
+    args.command = command_of(parser, argv)
     return args
+
+
+def given(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> set[str]:
+    """The options that stand on the command line."""
+    unset = object()
+    # argparse leaves alone what the namespace has, and so what it replaces was given.
+    names = argparse.Namespace(**{action.dest: unset for action in parser._actions})
+    return {k for k, v in vars(parser.parse_known_args(argv, names)[0]).items() if v is not unset}
+
+
+def _refuse_unused(args: argparse.Namespace, given: set[str], needs: Needs) -> None:
+    if {"steps", "epochs"} <= given:
+        raise UsageError("--steps and --epochs are both given, expected one: each sets the length")
+    if {"classifier", "classifier_preset"} <= given:
+        raise UsageError("--classifier-preset does nothing with --classifier, which is trained")
+    for name in sorted(given & needs.keys()):
+        other, values = needs[name]
+        if getattr(args, other) not in values:
+            option, condition = (f"--{word.replace('_', '-')}" for word in (name, other))
+            raise UsageError(
+                f"{option} does nothing with {condition} {getattr(args, other)}, expected "
+                f"{condition} {' or '.join(map(str, values))}, or no {option}"
+            )
+
+
+def command_of(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> str:
+    """As one would repeat the run from its start."""
+    words = sys.argv[1:] if argv is None else argv
+    return shlex.join(["python", parser.prog, *(word for word in words if word != "--resume")])
 
 
 def at_least(args: argparse.Namespace, least: float, *names: str) -> None:

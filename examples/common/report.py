@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.metrics import LABELS
+
 STYLE = """body{font:15px sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}
 figure{display:inline-block;margin:.5em;vertical-align:top}img{max-width:500px}
 table{border-collapse:collapse}
@@ -30,7 +32,10 @@ def write(folder: Path, report: Mapping[str, Any]) -> None:
         ("share of a step spent in the loss", "not measured" if share is None else f"{share:.1%}"),
     ]
     floors = report.get("floors", {})
-    scores = [(k, _number(v), _number(floors.get(k, ""))) for k, v in report["metrics"].items()]
+    scores = [
+        (LABELS.get(key, key), _number(value), _number(floors.get(key, "")))
+        for key, value in report["metrics"].items()
+    ]
     parts = [
         f"<pre>{html.escape(args['command'])}</pre>",
         "<h2>Metrics</h2>",

@@ -29,11 +29,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import otloss
 from common import UsageError, ranks, report
-from common.figures import save_curves
+from common.figures import Curve, save_curves
 from common.options import plain
 from common.progress import Progress
 
@@ -78,6 +79,18 @@ class Run:
     def __init__(self, args: argparse.Namespace, state: Mapping[str, Stateful]) -> None:
         self.args, self.state = args, state
         self.out: Path = args.out
+        if ranks.number() == 0:
+            trained = [item for item in state.values() if isinstance(item, nn.Module)]
+            weights = sum(
+                weight.numel()
+                for model in trained
+                if not isinstance(model, AveragedModel)
+                for weight in model.parameters()
+            )
+            print(
+                f"{self.subject()} on {args.device}, {weights} weights, written to {args.out}",
+                flush=True,
+            )
         self.step, self.seconds, self.cpu_seconds, self.loss_seconds = 0, 0.0, 0.0, 0.0
         self.rows: list[dict[str, float]] = []
         self.pending: list[dict[str, Tensor]] = []
@@ -109,6 +122,10 @@ class Run:
         self.save()
         if not self.finished and ranks.number() == 0:
             print(f"stopped at step {self.step} of {self.args.steps}; --resume continues")
+
+    def subject(self) -> str:
+        """What is trained, for the line at the start."""
+        return f"preset {self.args.preset}: {self.args.steps} steps"
 
     @property
     def finished(self) -> bool:
@@ -196,13 +213,17 @@ class Run:
         }
         with _replacing(self.out / "metrics.json") as path:
             path.write_text(json.dumps(contents, indent=2) + "\n")
+        if curves := self.curves():
+            save_curves(curves, self.out / "loss.png")
+        report.write(self.out, contents)
+
+    def curves(self) -> dict[str, Curve]:
+        """What ``loss.png`` shows, by name."""
         curves = {}
         for name in self._columns()[1:]:
             rows = [row for row in self.rows if name in row]
             curves[name] = ([row["step"] for row in rows], [row[name] for row in rows])
-        if curves:
-            save_curves(curves, self.out / "loss.png")
-        report.write(self.out, contents)
+        return curves
 
     _kept: tuple[str, ...] = (
         "step",
@@ -248,7 +269,7 @@ class Run:
 
     def _check_arguments(self, before: Mapping[str, Any], done: int) -> None:
         """Those of the run so far; one whose rate does not depend on its length may be longer."""
-        longer = self.args.schedule != "cosine" and self.args.steps >= done
+        longer = self.args.schedule == "constant" and self.args.steps >= done
         free = FREE_TO_CHANGE | ({"steps", "epochs"} if longer else set())
         for name, now in plain(self.args).items():
             if name not in free and before.get(name) != now:

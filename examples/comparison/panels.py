@@ -1,64 +1,105 @@
-"""The figures of the page: pictures of runs with their names and scores, two to a row."""
+"""The figures of the page: pictures of runs, two to a row, below their names and scores."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from comparison.settings import FRENCH, FRENCH_SCORES
+from matplotlib.figure import Figure
 
-# Figures: name in `--out`, and the tiles it is made of: run, picture ("last" and "first" sample
-# grid), and what to call it.
+# Figures by name: run, picture ("last" and "first" sample grid), and what to call it.
 Tile = tuple[str, str, str]
 FIGURES: dict[str, list[Tile]] = {
     "samples": [
         ("med", "real.png", "real images"),
         ("med", "last", "MED"),
-        ("med-40", "last", "MED, 40 epochs"),
+        ("med-40", "last", "MED, 2 x 500"),
         ("otgan", "last", "OT-GAN"),
+        ("conv", "last", "MED, convolutions"),
+        ("conv-15", "last", "MED, convolutions"),
     ],
     "latent_grids": [
-        ("geist-1", "manifold.png", "Sinkhorn, eps 1"),
-        ("geist-10", "manifold.png", "Sinkhorn, eps 10"),
-        ("geist-100", "manifold.png", "Sinkhorn, eps 100"),
-        ("gan-geist", "manifold.png", "GAN"),
+        *((f"geist-{eps}-fashion", "manifold.png", f"Sinkhorn, eps {eps}") for eps in (1, 10, 100)),
+        ("gan-geist-fashion", "manifold.png", "GAN"),
+        *((f"geist-{eps}-mnist", "manifold.png", f"Sinkhorn, eps {eps}") for eps in (1, 10, 100)),
+        ("gan-geist-mnist", "manifold.png", "GAN"),
+        *((f"geist-{eps}-digits", "manifold.png", f"Sinkhorn, eps {eps}") for eps in (1, 10, 100)),
+        ("gan-geist-digits", "manifold.png", "GAN"),
     ],
-    "critics": [("wgan-clip", "last", "WGAN, clipped"), ("wgan-gp", "last", "WGAN, penalty")],
+    "age": [
+        ("age", "scores.png", "FashionMNIST"),
+        ("age-digits", "scores.png", "digits"),
+    ],
+    "critics": [
+        ("wgan-clip-10", "last", "WGAN, clipped"),
+        ("wgan-gp-10", "last", "WGAN, penalty"),
+    ],
     "french_first": [
-        ("mnist-basic", "first", "BasicGAN, one epoch"),
-        ("mnist-otgan", "first", "OT-GAN, one epoch"),
-        ("mnist-dcgan", "first", "DCGAN, one epoch"),
+        ("mnist-basic", "first", "BasicGAN, first epoch"),
+        ("mnist-otgan", "first", "OT-GAN, first epoch"),
+        ("mnist-dcgan", "first", "DCGAN, first epoch"),
     ],
     "french_last": [
         ("mnist-basic", "last", "BasicGAN"),
         ("mnist-otgan", "last", "OT-GAN"),
         ("mnist-dcgan", "last", "DCGAN"),
     ],
+    "li_liang": [
+        *((f"otgan-mnist-{weight}", "last", f"penalty {weight}") for weight in (500, 100)),
+        *((f"otgan-mnist-{weight}-beta", "last", f"penalty {weight}") for weight in (500, 100)),
+        ("otgan-mnist-500", "loss.png", "curves, penalty 500"),
+        ("otgan-mnist-100", "loss.png", "curves, penalty 100"),
+    ],
+    "label": [
+        ("otgan-label", "real.png", "real 2s"),
+        ("otgan-label", "last", "OT-GAN"),
+        ("otgan-label-2000", "last", "OT-GAN"),
+    ],
     "matching": [
         ("otgan", "last", "optimal transport"),
         ("otgan-random", "last", "random matching"),
     ],
+    "follow": [("digits-follow", "loss.png", "digits, rate follows")],
+    "sweep": [
+        ("sweep-eps", "sweep.png", "FashionMNIST"),
+        ("sweep-digits", "sweep.png", "digits"),
+        ("sweep-batch", "sweep.png", "FashionMNIST, over the batch"),
+    ],
+    "learned_cost": [
+        (f"cifar10-{loss}{length}", "last", loss.replace("-", " "))
+        for length in ("", "-short")
+        for loss in ("mmd", "eps-10", "eps-100", "eps-1000")
+    ],
     "autoencoder": [
-        ("sae", "reconstructions.png", "Sinkhorn autoencoder, reconstructions"),
-        ("vae-20", "reconstructions.png", "VAE, reconstructions"),
-        ("sae", "last", "Sinkhorn autoencoder, samples"),
-        ("vae-20", "last", "VAE, samples"),
+        (f"{method}{length}", picture, f"{name}, {text}")
+        for length in ("-15", "")
+        for picture, text in (("reconstructions.png", "reconstructions"), ("last", "samples"))
+        for method, name in (("sae", "Sinkhorn autoencoder"), ("vae-20", "VAE"))
     ],
     "conditional": [
-        ("conditional", "classes.png", "a row per class"),
+        ("conditional-15", "classes.png", "a row per class"),
         ("conditional-digits", "classes.png", "a row per class"),
-        ("conv", "last", "convolutions"),
     ],
     "flow": [
-        ("flow-ot", "euler.png", "plan"),
-        ("flow-independent", "euler.png", "independent"),
-        ("flow-plane-ot", "euler.png", "plane, plan"),
-        ("flow-plane-independent", "euler.png", "plane, independent"),
+        ("flow-fashion-ot", "euler.png", "FashionMNIST, pairs from the plan"),
+        ("flow-fashion-independent", "euler.png", "FashionMNIST, independent pairs"),
+        ("flow-ot", "euler.png", "digits, pairs from the plan"),
+        ("flow-independent", "euler.png", "digits, independent pairs"),
+        ("flow-plane-ot", "euler.png", "plane, pairs from the plan"),
+        ("flow-plane-independent", "euler.png", "plane, independent pairs"),
     ],
-    "digits": [("digits", "real.png", "real digits"), ("digits", "last", "MED")],
-    "genevay": [(f"genevay-{part}", "manifold.png", f"genevay-{part}") for part in "abc"],
-    "label": [("otgan-label", "real.png", "real 2s"), ("otgan-label", "last", "OT-GAN")],
+    "digits": [
+        ("digits", "real.png", "real digits"),
+        ("digits", "last", "MED"),
+        ("conv-digits", "last", "MED, convolutions"),
+    ],
+    "genevay": [
+        *((f"genevay-{part}", "manifold.png", f"genevay-{part}") for part in "abc"),
+        ("genevay-b-70", "manifold.png", "genevay-b"),
+    ],
     "cifar10": [
         ("otgan-cifar10", "real.png", "real images"),
         ("otgan-cifar10", "last", "OT-GAN"),
@@ -70,38 +111,40 @@ FIGURES: dict[str, list[Tile]] = {
         ("mixture-wgan-clip", "mixture.png", "WGAN, clipped"),
         ("mixture-wgan-gp", "mixture.png", "WGAN, penalty"),
     ],
-    "ellipses": [("ellipses", "ellipses.png", "")],
-}
-CAPTIONS = {
-    "samples": "FashionMNIST",
-    "latent_grids": "Maps of the 2-D latent of Geist & Gérard",
-    "critics": "Wasserstein GANs",
-    "french_first": "MNIST after one epoch, all at one width",
-    "french_last": "MNIST at the end, all at one width",
-    "matching": "After 2000 steps",
-    "autoencoder": "Test images beside their reconstructions, and samples",
-    "conditional": "The class asked for, and a generator of convolutions",
-    "flow": "After 1, 2, 4, 8 and 100 Euler steps",
-    "digits": "Real digits, and generated ones",
-    "genevay": "Manifolds of genevay-a, -b and -c on MNIST",
-    "label": "Images of a 2",
-    "cifar10": "CIFAR-10",
-    "modes": "The mixture along the runs; circles of three deviations around the modes",
-    "ellipses": "Flowers by species, and the ellipsoids fitted to them",
+    "ellipses": [("ellipses", "ellipses.png", "200 draws")],
 }
 SCORED = ("first", "last", "manifold.png", "classes.png")  # what shows what the scores are of
-WIDTH, GAP, TITLE = 600, 12, 26  # pixels
 
 
-def draw(name: str, folders: Mapping[str, Path], reports: Mapping[str, Any], out: Path) -> None:
-    """Figure ``name`` from the runs that are there; nothing if none is."""
-    tiles = []
-    for run, picture, title in FIGURES[name]:
+def kept(run: str, picture: str) -> Path:
+    """Where the page keeps a picture of a run."""
+    return Path("pictures", f"{run}-{Path(picture).stem}.png")
+
+
+def collect(folders: Mapping[str, Path], out: Path) -> None:
+    """Copies of the pictures that the page shows of the runs that are there."""
+    (out / "pictures").mkdir(exist_ok=True)
+    for run, picture, _ in (tile for tiles in FIGURES.values() for tile in tiles):
         path = _picture(folders[run], picture) if run in folders else None
         if path:
-            tiles.append((Image.open(path).convert("RGB"), _title(title, picture, reports[run])))
-    if tiles:
-        _in_rows(tiles).save(out / f"{name}.png", optimize=True)
+            shutil.copyfile(path, out / kept(run, picture))
+
+
+def show(name: str, reports: Mapping[str, Any], out: Path) -> str:
+    """Figure ``name`` as a table of pictures under their titles."""
+    tiles = [
+        (_title(title, picture, reports[run]), kept(run, picture).as_posix())
+        for run, picture, title in FIGURES[name]
+        if run in reports and (out / kept(run, picture)).is_file()
+    ]
+    rows = [tiles[i : i + 2] for i in range(0, len(tiles), 2)]
+    return "\n\n".join(map(_row, rows)) or "*No picture yet.*"
+
+
+def _row(tiles: Sequence[tuple[str, str]]) -> str:
+    lines = [[title for title, _ in tiles], ["---"] * len(tiles)]
+    lines.append([f"![{title}]({path})" for title, path in tiles])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _picture(folder: Path, picture: str) -> Path | None:
@@ -112,36 +155,35 @@ def _picture(folder: Path, picture: str) -> Path | None:
 
 
 def _title(title: str, picture: str, report: Mapping[str, Any]) -> str:
-    """The name, and for the result of a run its scores."""
+    """The name, and for the result of a run its data, its length and its scores."""
     scores = report["metrics"]
     if picture == "first" and report["evaluations"]:
         scores = report["evaluations"][0]
     if picture not in SCORED or "recall" not in scores:
         return title
-    return f"{title}: IS {scores['is']:.2f}, recall {scores['recall']:.2f}"
+    steps = scores.get("step", report["steps"])
+    figures = f"IS {scores['is']:.2f}, recall {scores['recall']:.2f}"
+    if "as_asked" in scores:
+        figures += f", {scores['as_asked']:.0%} as asked"
+    return f"{title}: {report['args']['data']}, {steps} steps, {figures}"
 
 
-def _in_rows(tiles: Sequence[tuple[Image.Image, str]]) -> Image.Image:
-    """Two tiles of one width to a row, each below its title; one alone as it is."""
-    if len(tiles) == 1 and not tiles[0][1]:
-        return tiles[0][0]
-    scaled = []
-    for image, title in tiles:
-        # Small pixels are enlarged as they are, and all else is smoothed.
-        exact = WIDTH % image.width == 0
-        height = round(image.height * WIDTH / image.width)
-        resample = Image.Resampling.NEAREST if exact else Image.Resampling.LANCZOS
-        scaled.append((image.resize((WIDTH, height), resample), title))
-    rows = [scaled[i : i + 2] for i in range(0, len(scaled), 2)]
-    heights = [TITLE + max(image.height for image, _ in row) + GAP for row in rows]
-    columns = min(2, len(tiles))
-    page = Image.new("RGB", (columns * WIDTH + (columns - 1) * GAP, sum(heights)), "white")
-    pen, top = ImageDraw.Draw(page), 0
-    font = ImageFont.load_default(size=17)
-    for row, height in zip(rows, heights, strict=True):
-        for column, (image, title) in enumerate(row):
-            left = column * (WIDTH + GAP)
-            pen.text((left + 4, top + 3), title, fill="black", font=font)
-            page.paste(image, (left, top + TITLE))
-        top += height
-    return page
+def curves(reports: Mapping[str, Any], out: Path) -> str:
+    """The scores of the French report's runs against the CPU minutes that they took."""
+    runs = {label: reports[name] for label, name in FRENCH.items() if name in reports}
+    if not runs:
+        return "*No picture yet.*"
+    figure = Figure(figsize=(8, 5.6), layout="constrained")
+    for panel, (key, text) in zip(figure.subplots(2, 2).flat, FRENCH_SCORES.items(), strict=True):
+        for label, report in runs.items():
+            last = {"cpu_seconds": report["cpu_seconds"], **report["metrics"]}
+            entries = [*report["evaluations"], last]
+            minutes = [entry["cpu_seconds"] / 60 for entry in entries]
+            panel.plot(minutes, [entry[key] for entry in entries], ".-", label=label)
+        panel.axhline(report["floors"][key], linestyle=":", color="grey", label="real images")
+        panel.set(xlabel="CPU minutes", ylabel=text)
+        panel.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8)
+    path = Path("pictures", "french-curves.png")
+    figure.savefig(out / path, dpi=90)
+    return f"![Scores against CPU minutes]({path.as_posix()})"

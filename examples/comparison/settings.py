@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-# Every run by name, and its command. A report belongs to a name if its own options are those of the
-# command, wherever it lies.
-BASES = {
-    "classifier_fashion": "train_classifier.py --data fashion",
+# Every run by the experiment that it belongs to, its name, and its command. A report belongs to a
+# name if its own options are those of the command, wherever it lies. `reproduce.py` runs them in
+# this order. Lengths and widths are such that an experiment takes the CPU hours written above it.
+SHORT: dict[str, str] = {
     "classifier_fashion_5": "train_classifier.py --data fashion --epochs 5",
-    "classifier_mnist": "train_classifier.py --data mnist --epochs 5",
-    "classifier_cifar10": "train_classifier.py --data cifar10 --epochs 5",
     "med": "train_sinkhorn.py --data fashion",
     "med-40": "train_sinkhorn.py --data fashion --epochs 40 --batch 1000 --eps 0.3",
     "geist-1": "train_sinkhorn.py --data fashion --preset geist-1 --epochs 12",
@@ -22,18 +20,30 @@ BASES = {
     " --eval-every 450",
     "otgan-cifar10-random": "train_otgan.py --preset cifar10 --width 0.125 --batch 200 --steps 250"
     " --match random",
-    "mnist-basic": "train_gan.py --data mnist --preset basic --width 0.125 --eval-every 3000",
-    "mnist-dcgan": "train_gan.py --data mnist --preset dcgan --width 0.125 --eval-every 3000",
-    "mnist-otgan": "train_otgan.py --data mnist --preset tiny --batch 100 --lr 2e-4 --steps 6000"
-    " --eval-every 600",
     "wgan-clip": "train_gan.py --data fashion --preset wgan-clip --epochs 1",
     "wgan-gp": "train_gan.py --data fashion --preset wgan-gp --epochs 3",
     "sae": "train_autoencoder.py --data fashion --preset sae --epochs 5",
     "vae-20": "train_autoencoder.py --data fashion --preset vae-20 --epochs 5",
-    "conditional": "train_sinkhorn.py --data fashion --preset conditional --epochs 8",
     "conditional-digits": "train_sinkhorn.py --data digits --preset conditional",
-    "conv": "train_sinkhorn.py --data fashion --preset conv --width 0.5 --epochs 4",
+    "conv": "train_sinkhorn.py --data fashion --preset conv --width 0.25 --epochs 4",
     "digits": "train_sinkhorn.py --data digits",
+    "conv-digits": "train_sinkhorn.py --data digits --preset conv --epochs 250",
+    "digits-constant": "train_sinkhorn.py --data digits --schedule constant",
+    "digits-follow": "train_sinkhorn.py --data digits --schedule follow --steps 1500",
+    **{
+        f"geist-{eps}-digits": f"train_sinkhorn.py --data digits --preset geist-{eps} --epochs 300"
+        for eps in (1, 10, 100)
+    },
+    "gan-geist-digits": "train_gan.py --data digits --preset geist --epochs 300",
+    "age-digits": "score_by_age.py --data digits --epochs 60 --ages 2 4 8 15 30 60 --runs"
+    " {runs}/digits {runs}/conditional-digits {runs}/geist-10-digits {runs}/gan-geist-digits",
+    "sweep-digits": "sweep_eps.py --data digits --epochs 100 --seeds 2 --values 0.01 0.1 1 10",
+    **{
+        f"cifar10-{preset}-short": "train_learned_cost.py --data cifar10 --width 0.125 --batch 100"
+        f" --limit-train 5000 --steps 400 --eval-samples 2000 --classifier-preset quick"
+        f" --preset {preset}"
+        for preset in ("mmd", "eps-10", "eps-100", "eps-1000")
+    },
     "flow-ot": "train_flow.py --data digits --epochs 300 --hidden 256 256 256",
     "flow-independent": "train_flow.py --data digits --epochs 300 --hidden 256 256 256"
     " --pairs independent",
@@ -43,16 +53,87 @@ BASES = {
     "genevay-b": "train_sinkhorn.py --data mnist --preset genevay-b",
     "genevay-c": "train_sinkhorn.py --data mnist --preset genevay-c",
     "mixture": "toy_mixture.py",
-    "mixture-gan": "toy_mixture.py --preset gan --steps 20000 --freeze 20000",
-    "mixture-wgan-clip": "toy_mixture.py --preset wgan-clip --steps 8000 --freeze 8000",
-    "mixture-wgan-gp": "toy_mixture.py --preset wgan-gp --steps 8000 --freeze 8000",
     "ellipses": "fit_ellipses.py",
     "ellipses-1000": "fit_ellipses.py --samples 1000 --losses mmd 'eps 1' 'eps 0.1' 'eps 0.03'",
 }
+LI_LIANG = "train_otgan.py --data mnist --preset tiny --batch 256 --steps 2000"
+LEARNED = "train_learned_cost.py --data cifar10 --width 0.25 --epochs 15"
+EXPERIMENTS: dict[str, dict[str, str]] = {
+    # Of the metrics of the others.
+    "classifiers": {
+        "classifier_fashion": "train_classifier.py --data fashion",
+        "classifier_mnist": "train_classifier.py --data mnist --epochs 5",
+        "classifier_cifar10": "train_classifier.py --data cifar10 --epochs 5",
+    },
+    # The report on OT-GAN, at a quarter of the width: 3
+    "french": {
+        "mnist-basic": "train_gan.py --data mnist --preset basic --width 0.25 --eval-every 600",
+        "mnist-dcgan": "train_gan.py --data mnist --preset dcgan --width 0.25 --eval-every 600",
+        "mnist-otgan": "train_otgan.py --data mnist --preset tiny --width 0.25 --batch 100"
+        " --lr 2e-4 --steps 6000 --eval-every 600",
+    },
+    # Genevay et al. 2018: 3
+    "genevay": {
+        **{
+            f"cifar10-{preset}": f"{LEARNED} --preset {preset}"
+            for preset in ("mmd", "eps-10", "eps-100", "eps-1000")
+        },
+        "sweep-eps": "sweep_eps.py --data fashion --epochs 4 --costs euclidean sqeuclidean",
+    },
+    # Li & Liang 2022, at an eighth of the width: 2.5
+    "li-liang": {
+        "otgan-mnist-500": f"{LI_LIANG} --eps 0.002",
+        "otgan-mnist-100": f"{LI_LIANG} --eps 0.01",
+        "otgan-mnist-500-beta": f"{LI_LIANG} --eps 0.002 --betas 0.9 0.999",
+        "otgan-mnist-100-beta": f"{LI_LIANG} --eps 0.01 --betas 0.9 0.999",
+        "otgan-label-2000": "train_otgan.py --data mnist --preset tiny --labels 2",
+        "genevay-b-70": "train_sinkhorn.py --data mnist --preset genevay-b --epochs 70",
+        "otgan-follow": "train_otgan.py --data fashion --preset tiny --eval-every 500"
+        " --schedule follow",
+    },
+    # Geist & Gérard 2023: 2
+    "geist": {
+        **{
+            f"geist-{eps}-{data}": f"train_sinkhorn.py --data {data} --preset geist-{eps}"
+            for data in ("fashion", "mnist")
+            for eps in (1, 10, 100)
+        },
+        "gan-geist-fashion": "train_gan.py --data fashion --preset geist",
+        "gan-geist-mnist": "train_gan.py --data mnist --preset geist",
+        "age": "score_by_age.py --data fashion --runs {runs}/geist-1-fashion"
+        " {runs}/geist-10-fashion {runs}/geist-100-fashion {runs}/gan-geist-fashion",
+    },
+    # Vayer 2018: 1
+    "vayer": {
+        "mixture-gan": "toy_mixture.py --preset gan --steps 10000 --freeze 10000",
+        "mixture-wgan-clip": "toy_mixture.py --preset wgan-clip --steps 8000 --freeze 8000",
+        "mixture-wgan-gp": "toy_mixture.py --preset wgan-gp --steps 8000 --freeze 8000",
+        "sae-15": "train_autoencoder.py --data fashion --preset sae",
+        "vae-2-15": "train_autoencoder.py --data fashion --preset vae-2",
+        "vae-20-15": "train_autoencoder.py --data fashion --preset vae-20",
+        "conditional-15": "train_sinkhorn.py --data fashion --preset conditional --batch 500",
+        "wgan-clip-10": "train_gan.py --data fashion --preset wgan-clip --epochs 10 --width 0.5",
+        "wgan-gp-10": "train_gan.py --data fashion --preset wgan-gp --epochs 10 --width 0.5",
+    },
+    # One step past the sources: 1.5
+    "beyond": {
+        **{
+            f"flow-{data}-{pairs}": f"train_flow.py --data {data} --pairs {pairs}"
+            for data in ("digits", "fashion")
+            for pairs in ("ot", "independent", "pot")
+        },
+        "conv-15": "train_sinkhorn.py --data fashion --preset conv --width 0.5 --epochs 11",
+        "sweep-batch": "sweep_eps.py --data fashion --steps 1200 --over batch"
+        " --values 100 200 500 1000 2000 --seeds 2",
+    },
+    "short": SHORT,
+}
+BASES = {name: command for part in EXPERIMENTS.values() for name, command in part.items()}
 # Runs that are repeated: how often, each time with another seed.
 SEEDS = {
     **dict.fromkeys(("med", "geist-1", "geist-10", "geist-100", "gan-geist", "otgan"), 3),
-    **dict.fromkeys(("ellipses", "ellipses-1000"), 3),
+    **dict.fromkeys(("ellipses", "ellipses-1000", "otgan-follow"), 3),
+    **dict.fromkeys(("digits", "digits-constant", "digits-follow"), 2),
 }
 
 
@@ -83,16 +164,60 @@ FASHION = {
     "Wasserstein GAN, gradient penalty, 3 epochs": ("wgan-gp", "-"),
     "Sinkhorn autoencoder, 5 epochs": ("sae", "-"),
     "VAE with 20 latent dimensions, 5 epochs": ("vae-20", "-"),
-    "MED, ours, a class on demand, 8 epochs": ("conditional", "-"),
-    "MED, ours, convolutions, 4 epochs": ("conv", "-"),
+    "MED, ours, convolutions at 1/4 width, 4 epochs": ("conv", "-"),
+    "MED, ours, convolutions at 1/2 width, 11 epochs": ("conv-15", "-"),
+    "Sinkhorn, eps 1, 40 epochs": ("geist-1-fashion", "49 / 6.8"),
+    "Sinkhorn, eps 10, 40 epochs": ("geist-10-fashion", "63 / 7.7"),
+    "Sinkhorn, eps 100, 40 epochs": ("geist-100-fashion", "75 / 7.5"),
+    "GAN, 40 epochs": ("gan-geist-fashion", "82 / 8.3"),
+    "Wasserstein GAN, clipped, 10 epochs at 1/2 width": ("wgan-clip-10", "-"),
+    "Wasserstein GAN, gradient penalty, 10 epochs at 1/2 width": ("wgan-gp-10", "-"),
+    "Sinkhorn autoencoder, 15 epochs": ("sae-15", "-"),
+    "VAE with 2 latent dimensions, 15 epochs": ("vae-2-15", "-"),
+    "VAE with 20 latent dimensions, 15 epochs": ("vae-20-15", "-"),
+    "MED, ours, a class on demand, 15 epochs": ("conditional-15", "-"),
 }
+CLAIM = {"eps 1": "geist-1", "eps 10": "geist-10", "eps 100": "geist-100", "GAN": "gan-geist"}
 # Rows of the tables of the other images.
 MNIST = {
     "(1, 200, 10)": "genevay-a",
     "(.1, 200, 100)": "genevay-b",
     "(.1, 10, 300)": "genevay-c",
+    "(.1, 200, 100), 70 epochs": "genevay-b-70",
 }
-LABEL = {"OT-GAN at 1/8 width, 300 steps": "otgan-label"}
+LABEL = {
+    "OT-GAN at 1/8 width, 300 steps": "otgan-label",
+    "OT-GAN at 1/8 width, 2000 steps": "otgan-label-2000",
+}
+LI_LIANG_RUNS = {
+    "penalty 500, beta_1 0.5": "otgan-mnist-500",
+    "penalty 100, beta_1 0.5": "otgan-mnist-100",
+    "penalty 500, beta_1 0.9": "otgan-mnist-500-beta",
+    "penalty 100, beta_1 0.9": "otgan-mnist-100-beta",
+}
+FOLLOW = {
+    "digits, constant": "digits-constant",
+    "digits, half a cosine": "digits",
+    "digits, follows the held-out MED²": "digits-follow",
+    "OT-GAN, constant": "otgan",
+    "OT-GAN, follows the held-out MED²": "otgan-follow",
+}
+LEARNED_RUNS = {
+    f"{loss}{text}": f"cifar10-{loss}{length}"
+    for length, text in (("", ""), ("-short", ", 400 steps"))
+    for loss in ("mmd", "eps-1000", "eps-100", "eps-10")
+}
+SMOOTH = {
+    f"{data}, {label}": f"{run}-{data}"
+    for data in ("fashion", "mnist", "digits")
+    for label, run in (
+        ("Sinkhorn, eps 1", "geist-1"),
+        ("Sinkhorn, eps 10", "geist-10"),
+        ("Sinkhorn, eps 100", "geist-100"),
+        ("GAN", "gan-geist"),
+    )
+}
+SWEEPS = ("sweep-eps", "sweep-digits", "sweep-batch")
 CIFAR10 = {
     "OT-GAN, 600 steps": "otgan-cifar10",
     "random matching, 250 steps": "otgan-cifar10-random",
@@ -107,13 +232,29 @@ COLUMNS = {
     "precision": "precision",
     "recall": "recall",
     "med2": "MED²",
+    "smooth": "neighbours, mean",
+    "smooth_95": "neighbours, 95%",
+    "as_asked": "as asked",
 }
-DIGITS = {"fid": 1, "precision": 2, "recall": 2, "is": 2, "geist_is": 2}
+PLAIN = ("ot", "ot_gap", "is", "fid", "precision", "recall", "med2")
+GEIST_COLUMNS = ("geist_ot", "geist_is", *PLAIN)
+DIGITS = dict.fromkeys(
+    ("precision", "recall", "is", "geist_is", "smooth", "smooth_95", "as_asked"), 2
+)
 
 # The report on OT-GAN: the runs beside each other, at one width.
 FRENCH = {"BasicGAN": "mnist-basic", "DCGAN": "mnist-dcgan", "OT-GAN": "mnist-otgan"}
+FRENCH_SCORES = {
+    "is": "inception score",
+    "fid": "Fréchet distance",
+    "recall": "recall",
+    "med2": "MED²",
+}
 # Pairs of flow matching: label, run.
 FLOWS = {
+    "FashionMNIST, plan": "flow-fashion-ot",
+    "FashionMNIST, independent": "flow-fashion-independent",
+    "FashionMNIST, exact plan of POT": "flow-fashion-pot",
     "digits, plan": "flow-ot",
     "digits, independent": "flow-independent",
     "plane, plan": "flow-plane-ot",
@@ -146,7 +287,12 @@ BARS: list[tuple[str, str, float, float]] = [
     ("med", "med2", -INF, 9),
     ("med-40", "is", 8.1, INF),
     ("med-40", "fid", 0, 270),
-    ("conditional", "as_asked", 0.85, 1),
+    ("conditional-15", "as_asked", 0.85, 1),
+    ("otgan-label-2000", "as_asked", 0.9, 1),
+    ("otgan-label-2000", "recall", 0.3, 1),
+    ("conv-15", "fid", 0, 200),
+    ("conv-15", "recall", 0.4, 1),
+    ("conv-15", "is", 8.8, INF),
     ("conditional-digits", "as_asked", 0.85, 1),
     ("digits", "is", 8, INF),
     ("digits", "med2", -INF, 1.5),

@@ -9,18 +9,26 @@ from typing import Any
 from comparison.settings import (
     BARS,
     CIFAR10,
+    CLAIM,
     COLUMNS,
     COMMANDS,
     DIGITS,
     ELLIPSES,
     FASHION,
     FLOWS,
+    FOLLOW,
     FRENCH,
+    GEIST_COLUMNS,
     INF,
     LABEL,
+    LEARNED_RUNS,
+    LI_LIANG_RUNS,
     MINUTES,
     MIXTURES,
     MNIST,
+    PLAIN,
+    SMOOTH,
+    SWEEPS,
     names_of,
 )
 
@@ -66,7 +74,7 @@ def cpu_seconds(reports: Sequence[Report]) -> str:
 
 
 def scores(reports: Reports, rows: Mapping[str, str], columns: Sequence[str]) -> list[list[str]]:
-    """Rows of figures by label, the floors of the first run that is there above them."""
+    """Rows of figures by label, and above them the floors on each of the data sets."""
     table_rows = []
     for label, base in rows.items():
         if found := present(reports, base):
@@ -74,29 +82,65 @@ def scores(reports: Reports, rows: Mapping[str, str], columns: Sequence[str]) ->
             table_rows.append([label, *cells, f"{len(found)}", cpu_seconds(found)])
         else:
             table_rows.append([label, "not run", *[""] * (len(columns) + 1)])
-    if real := [report for base in rows.values() for report in present(reports, base)]:
-        floors = [cell(real[:1], key, "floors") for key in columns]
-        table_rows.insert(0, ["real against real", *floors, "", ""])
-    return table_rows
+    found = [report for base in rows.values() for report in present(reports, base)]
+    by_data = {report["args"]["data"]: report for report in reversed(found)}
+    floors = []
+    for data, report in sorted(by_data.items()):
+        label = "real against real" + (f", {data}" if len(by_data) > 1 else "")
+        floors.append([label, *(cell([report], key, "floors") for key in columns), "", ""])
+    return [*floors, *table_rows]
 
 
 def fashion(reports: Reports) -> str:
     """The report's table beside ours."""
     published = {label: figures for label, (_, figures) in FASHION.items()}
-    rows = scores(reports, {label: base for label, (base, _) in FASHION.items()}, list(COLUMNS))
+    rows = scores(reports, {label: base for label, (base, _) in FASHION.items()}, GEIST_COLUMNS)
     rows = [[label, published.get(label, "-"), *rest] for label, *rest in rows]
-    return table(["", "report: OT / IS", *COLUMNS.values(), "seeds", "CPU seconds"], rows)
+    names = [COLUMNS[key] for key in GEIST_COLUMNS]
+    return table(["", "report: OT / IS", *names, "seeds", "CPU seconds"], rows)
 
 
-def plain_scores(rows: Mapping[str, str]) -> Callable[[Reports], str]:
-    """The same without the columns that only Geist & Gérard's protocol fills."""
-    columns = {key: name for key, name in COLUMNS.items() if not key.startswith("geist")}
+def best_score(reports: Reports) -> str:
+    """Whether the GAN has the best inception score, as Geist & Gérard found, in a sentence."""
+    found = {
+        label: statistics.fmean(report["metrics"]["geist_is"] for report in seeds)
+        for label, base in CLAIM.items()
+        if (seeds := present(reports, base))
+    }
+    if len(found) < len(CLAIM):
+        return "not run"
+    best = max(found, key=lambda label: found[label])
+    verdict = "reproduced" if best == "GAN" else "not reproduced"
+    listed = ", ".join(f"{label} {value:.2f}" for label, value in found.items())
+    return f"Their finding that the GAN has the best inception score is {verdict}: {listed}."
+
+
+def plain_scores(
+    rows: Mapping[str, str], columns: Sequence[str] = PLAIN
+) -> Callable[[Reports], str]:
+    """These figures of the runs, a row for each."""
 
     def part(reports: Reports) -> str:
-        header = ["", *columns.values(), "seeds", "CPU seconds"]
-        return table(header, scores(reports, rows, list(columns)))
+        header = ["", *(COLUMNS[key] for key in columns), "seeds", "CPU seconds"]
+        return table(header, scores(reports, rows, columns))
 
     return part
+
+
+def sweeps(reports: Reports) -> str:
+    """The best value of each sweep by each measure."""
+    rows = []
+    for name in SWEEPS:
+        if name not in reports:
+            rows.append([name, "not run", "", ""])
+            continue
+        found = reports[name]["metrics"]
+        cells = []
+        for key, choose in (("fid", min), ("recall", max), ("med2", min)):
+            best = choose(found, key=lambda setting, key=key: found[setting][key])
+            cells.append(f"{best} ({found[best][key]:.{max(1, digits_of(key))}f})")
+        rows.append([name, *cells])
+    return table(["", "best FID", "best recall", "best MED²"], rows)
 
 
 def bars(reports: Reports) -> str:
@@ -253,7 +297,8 @@ def modes(reports: Reports) -> str:
 def commands(reports: Reports) -> str:
     """The command of every run."""
     lines = [
-        ("" if name in reports else "# not run: ") + f"python examples/{text} --out runs/{name}"
+        ("" if name in reports else "# not run: ")
+        + f"python examples/{text.format(runs='runs')} --out runs/{name}"
         for name, text in COMMANDS.items()
     ]
     return "```sh\n" + "\n".join(lines) + "\n```"
@@ -262,7 +307,13 @@ def commands(reports: Reports) -> str:
 TABLES: dict[str, Callable[[Reports], str]] = {
     "fashion": fashion,
     "mnist": plain_scores(MNIST),
-    "label": plain_scores(LABEL),
+    "best_score": best_score,
+    "label": plain_scores(LABEL, ("as_asked", *PLAIN)),
+    "li_liang": plain_scores(LI_LIANG_RUNS),
+    "follow": plain_scores(FOLLOW),
+    "learned_cost": plain_scores(LEARNED_RUNS),
+    "smooth": plain_scores(SMOOTH, ("smooth", "smooth_95", "is", "recall", "med2")),
+    "sweeps": sweeps,
     "cifar10": plain_scores(CIFAR10),
     "bars": bars,
     "ellipses": ellipses,

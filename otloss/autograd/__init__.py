@@ -11,8 +11,10 @@ from otloss.autograd.first_order import plan_product
 from otloss.autograd.nodes import Solve, evaluate
 from otloss.autograd.second_order import refuse_higher_order
 from otloss.autograd.settings import Places, Settings
+from otloss.autograd.transforms import Argument, through
 
 __all__ = [
+    "Argument",
     "CostMatrices",
     "FirstOrder",
     "Places",
@@ -22,4 +24,5 @@ __all__ = [
     "extended",
     "plan_product",
     "refuse_higher_order",
+    "through",
 ]

@@ -22,7 +22,7 @@ from otloss.autograd.settings import (
     mode,
 )
 
-__all__ = ["gradients", "of_clouds", "plan_product"]
+__all__ = ["gradients", "of_clouds", "plan_product", "report_system"]
 
 # The operation of each mode: ``(where, seeds, problem, init, f, g, traces, want)`` to gradients of
 # costs, of points and of both weights of every pair, and of a linear system the status.
@@ -50,7 +50,7 @@ def gradients(
         where, seeds, problem, inputs.init, f, g, traces, want
     )
     if status:
-        _report_system(s, status[0], inputs.weights[0].dtype)
+        report_system(s.system, status[0], inputs.weights[0].dtype)
     of_weights = of_clouds(s, seeds, inputs.weights, (f, g), (grad_a, grad_b), wanted.weights)
     return Gradients(costs, points, of_weights)
 
@@ -95,10 +95,10 @@ def of_clouds(
     return total
 
 
-def _report_system(s: Settings, status: Tensor, dtype: torch.dtype) -> None:
+def report_system(system: list[Tensor] | None, status: Tensor, dtype: torch.dtype) -> None:
     """Keeps the status; warns where conjugate gradients left a residual that shows."""
-    if s.system is not None:
-        s.system[:] = [status]
+    if system is not None:
+        system[:] = [status]
     if not _check.readable(status):
         return
     limit = 1e-6 if dtype == torch.float64 else 1e-4

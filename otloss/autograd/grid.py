@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from otloss import _check, ops
+from otloss.autograd.first_order import report_system
 from otloss.reference import grid as reference
-from otloss.reference.gradients import quotient
 from otloss.reference.marginals import Marginals, damping
 
 __all__ = [
     "Grid",
     "GridPotentials",
     "GridValue",
+    "axis_means",
     "extended",
     "means",
     "plan_product",
     "softmin",
+    "transport",
 ]
-
-RESIDUAL, MOST_STEPS = 1e-10, 1000  # of conjugate gradients
 
 
 class Grid(NamedTuple):
@@ -32,6 +31,7 @@ class Grid(NamedTuple):
     axes: list[Tensor]
     eps: float
     plain: bool  # plain torch in place of kernels
+    system: list[Tensor] | None = None  # receives the status of the implicit gradient's system
 
     @property
     def transposed(self) -> Grid:
@@ -48,10 +48,7 @@ class _Means(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, grid: Grid, v: Tensor, b: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        where = reference if grid.plain else ops
-        positive = b > 0
-        weighted = torch.where(positive, v + torch.where(positive, b, 1.0).log(), -torch.inf)
-        sums, found = where.grid_means(grid.axes, ops.number(grid.eps), weighted, u.contiguous())
+        sums, found = _sums_and_means(grid, v, b, u)
         ctx.grid = grid
         ctx.save_for_backward(v, b, u, sums, found)
         return sums, found
@@ -60,12 +57,20 @@ class _Means(torch.autograd.Function):
     def backward(ctx: Any, of_sums: Tensor, of_means: Tensor) -> Any:
         v, b, u, sums, found = ctx.saved_tensors
         w = torch.cat([of_sums.unsqueeze(1), of_means, of_means * found], 1)
-        columns, back = _Means.apply(ctx.grid.transposed, -sums, torch.ones_like(sums), w)
+        function = _Means.apply if torch.is_grad_enabled() else _sums_and_means
+        columns, back = function(ctx.grid.transposed, -sums, torch.ones_like(sums), w)
         back = (v + columns).exp().unsqueeze(1) * back
         c = u.shape[1]
         direct, of_u, of_product = back[:, 0], back[:, 1 : 1 + c], back[:, 1 + c :]
         of_b = direct + (u * of_u - of_product).sum(1)
         return None, b * of_b, of_b, b.unsqueeze(1) * of_u
+
+
+def _sums_and_means(grid: Grid, v: Tensor, b: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    where = reference if grid.plain else ops
+    positive = b > 0
+    weighted = torch.where(positive, v + torch.where(positive, b, 1.0).log(), -torch.inf)
+    return where.grid_means(grid.axes, ops.number(grid.eps), weighted, u.contiguous())
 
 
 def means(grid: Grid, g: Tensor, b: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,6 +91,37 @@ def plan_product(grid: Grid, f: Tensor, g: Tensor, a: Tensor, b: Tensor, u: Tens
     return (a * ((f - T) / grid.eps).exp()).unsqueeze(1) * found
 
 
+def axis_means(
+    grid: Grid, matrices: list[Tensor], g: Tensor, b: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """T(g), and of matrices M (n, n), one per axis, the means of M_ij with the weights of row i,
+    (B, N) each.
+
+    By M = U S V^T every M takes as many channels as its rank, 3 for a squared distance.
+    """
+    sizes, sums, channels, factors = [len(C) for C in grid.axes], [], [], []
+    for k, M in enumerate(matrices):
+        U, S, Vh = torch.linalg.svd(M)
+        rank = len(S) if _check.traced(S) else int((1e-14 * S[0] < S).sum())
+        along = [1] * len(sizes)
+        along[k] = -1
+        for r in range(rank):
+            channels.append(Vh[r].reshape(along).expand(sizes).flatten())
+            factors.append((S[r] * U[:, r]).reshape(along).expand(sizes).flatten())
+        sums.append(rank)
+    u = torch.stack(channels).expand(len(g), -1, -1)
+    T, found = means(grid, g, b, u)
+    products = (torch.stack(factors) * found).split(sums, 1)
+    return T, [each.sum(1) for each in products]
+
+
+def transport(grid: Grid, f: Tensor, g: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """<P, C>, (B,)."""
+    T, costs = axis_means(grid, grid.axes, g, b)
+    rows = a * ((f - T) / grid.eps).exp()
+    return (rows * torch.stack(costs).sum(0)).sum(-1)
+
+
 def extended(
     grid: Grid, f: Tensor, g: Tensor, a: Tensor, b: Tensor, marginals: Marginals
 ) -> tuple[Tensor, Tensor]:
@@ -102,11 +138,8 @@ def extended(
 
 
 class GridPotentials(torch.autograd.Function):
-    """``(grid, marginals, same, a, b, f, g) -> (f, g)``: the solution given, as a function of the
-    densities. ``same``: of a density against itself.
-
-    Its derivative is the linear system of docs/gradients.md, by conjugate gradients over passes.
-    """
+    """``(grid, marginals, a, b, f, g) -> (f, g)``: the solution given, as a function of the
+    densities."""
 
     @staticmethod
     def forward(ctx: Any, grid: Grid, marginals: Marginals, *tensors: Tensor) -> Any:
@@ -117,69 +150,14 @@ class GridPotentials(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, f_bar: Tensor, g_bar: Tensor) -> Any:
-        grid, (rho_x, rho_y, balanced), eps = ctx.grid, ctx.marginals, ctx.grid.eps
-        a, b, f, g = ctx.saved_tensors
-        f_bar, g_bar = torch.where(a > 0, f_bar, 0.0), torch.where(b > 0, g_bar, 0.0)
-        mass, gauge = (a + b).sum(-1, True), torch.zeros_like(a[:, :1])
-        if balanced:
-            gauge = (f_bar.sum(-1, True) - g_bar.sum(-1, True)) / mass
-            f_bar, g_bar = f_bar - gauge * a, g_bar + gauge * b
-        back = grid.transposed
-
-        def over_columns(u: Tensor) -> Tensor:  # P u / a, also where a is 0
-            T, found = means(grid, g, b, u.unsqueeze(1))
-            here = torch.where(a > 0, f, damping(rho_x, eps) * T)
-            return ((here - T) / eps).exp() * found.squeeze(1)
-
-        def over_rows(u: Tensor) -> Tensor:  # P^T u / b
-            T, found = means(back, f, a, u.unsqueeze(1))
-            here = torch.where(b > 0, g, damping(rho_y, eps) * T)
-            return ((here - T) / eps).exp() * found.squeeze(1)
-
-        r = a * over_columns(torch.ones_like(b)) / damping(rho_x, eps)
-        c = b * over_rows(torch.ones_like(a)) / damping(rho_y, eps)
-
-        def schur(beta: Tensor) -> Tensor:
-            return c * beta - b * over_rows(quotient(a * over_columns(beta), r))
-
-        beta = _conjugate_gradients(
-            schur, g_bar - b * over_rows(quotient(f_bar, r)), c, b if balanced else None
+        grid, m = ctx.grid, ctx.marginals
+        rho = None if m.balanced else torch.tensor([m.x, m.y], dtype=torch.float64)
+        where = reference if grid.plain else ops
+        a_bar, b_bar, status = where.grid_adjoint(
+            grid.axes, ops.number(grid.eps), rho, *ctx.saved_tensors, f_bar, g_bar
         )
-        of_beta = over_columns(beta)
-        alpha = quotient(f_bar - a * of_beta, r)
-        a_bar, b_bar = -eps * of_beta, -eps * over_rows(alpha)
-        if balanced:
-            T, S = softmin(grid, g, b), softmin(back, f, a)
-            a_bar = a_bar - gauge * torch.where(a > 0, f, T)
-            b_bar = b_bar + gauge * torch.where(b > 0, g, S)
-            t = ((b * b_bar).sum(-1, True) - (a * a_bar).sum(-1, True)) / mass
-            a_bar, b_bar = a_bar + t, b_bar - t
+        report_system(grid.system, status.unsqueeze(0), a_bar.dtype)
         return None, None, a_bar, b_bar, None, None
-
-
-def _conjugate_gradients(
-    product: Callable[[Tensor], Tensor], right: Tensor, diagonal: Tensor, null: Tensor | None
-) -> Tensor:
-    """Of (B, N), each problem on its own; ``null``: constants are in the null space, and the mean
-    of the solution with these weights is 0."""
-    x, r = torch.zeros_like(right), right
-    z = quotient(r, diagonal)
-    p, rz = z, (r * z).sum(-1, True)
-    first = rz
-    for _ in range(MOST_STEPS):
-        if not bool((rz > RESIDUAL**2 * first).any()):
-            break
-        q = product(p)
-        slope = (p * q).sum(-1, True)
-        step = torch.where(slope > 0, rz / torch.where(slope > 0, slope, 1.0), 0.0)
-        x, r = x + step * p, r - step * q
-        z = quotient(r, diagonal)
-        after = (r * z).sum(-1, True)
-        p = z + torch.where(rz > 0, after / torch.where(rz > 0, rz, 1.0), 0.0) * p
-        rz = torch.where(slope > 0, after, 0.0)
-    if null is not None:
-        x = torch.where(diagonal > 0, x - (null * x).sum(-1, True) / null.sum(-1, True), 0.0)
-    return x
 
 
 class GridValue(torch.autograd.Function):

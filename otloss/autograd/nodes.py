@@ -33,9 +33,10 @@ class Solve(torch.autograd.Function):
     ``settings.potentials`` ``(loss, status, *f, *g)``. Without ``settings.combined`` the terms of
     the loss, (P, B) in float64, are in its place.
 
-    ``costs`` (B, n, m) one per pair, or ``points`` (n, d) or (B, n, d) one per cloud; ``weights``
-    (B, n) one per cloud; ``init`` potentials f, g of each pair in turn or nothing; ``sizes`` counts
-    each. ``loss`` (B,) or (), ``status`` (P, B, 5) as in ``otloss.ops``.
+    ``costs`` (B, n, m), or (1, n, m) for all problems, one per pair, or ``points`` (n, d) or
+    (B, n, d) one per cloud; ``weights`` (B, n) one per cloud; ``init`` potentials f, g of each pair
+    in turn or nothing; ``sizes`` counts each. ``loss`` (B,) or (), ``status`` (P, B, 5) as in
+    ``otloss.ops``.
 
     From points and without ``settings.dense`` no cost matrix is stored, and first derivatives make
     none. Second derivatives need them.
@@ -87,7 +88,7 @@ class Solve(torch.autograd.Function):
             found = _failed_are_nan(s, ctx.loss, inputs.weights, wanted, found)
         of_costs, of_points, of_weights = found
         for k, grad in zip(wanted.costs, of_costs, strict=True):
-            result[live[k]] = grad
+            result[live[k]] = grad.sum_to_size(saved[live[k]].shape)
         for c, grad in zip(wanted.points, of_points, strict=True):
             result[given + c] = unbatched(grad, saved[given + c])
         result[first_weight : first_weight + weights] = of_weights

@@ -143,7 +143,8 @@ def _in_torch(
     weights = inputs.weights
     # Those of 0 are in totals, and have no gradient there either.
     counts = [torch.where(w > 0, w, 0.0) for w in weights]
-    costs, kind = inputs.costs, COSTS[str(s.options.cost)] if points else 0
+    costs = [C.expand(len(weights[0]), -1, -1) for C in inputs.costs]
+    kind = COSTS[str(s.options.cost)] if points else 0
     if points:
         how = s.options.method
         costs = list(CostMatrices.apply(s.pairs, kind, how, len(points), *points, *weights))

@@ -84,7 +84,7 @@ class Places(NamedTuple):
 class Inputs(NamedTuple):
     """Tensors that a solve starts from, as the operations take them."""
 
-    costs: list[Tensor]  # (B, n, m) per pair, or none
+    costs: list[Tensor]  # (B, n, m) or (1, n, m) per pair, or none
     points: list[Tensor]  # (B, n, d) per cloud, or none
     weights: list[Tensor]  # (B, n) per cloud
     init: list[Tensor]  # f and g of each pair in turn, or none

@@ -63,6 +63,13 @@ class SamplesLoss(nn.Module):
     Raises:
         NotImplementedError: ``loss="hausdorff"``, ``kernel=`` or a cost as a KeOps formula.
         ValueError, TypeError: a wrong argument, named, with what is expected.
+
+    Example:
+        >>> from otloss.compat.geomloss import SamplesLoss  # instead of geomloss's
+        >>> loss = SamplesLoss("sinkhorn", p=2, blur=0.1)
+        >>> x = torch.tensor([[0.0], [1.0]])
+        >>> print(f"{loss(x, x + 2):.2f}")  # half of the squared distance
+        2.00
     """
 
     def __init__(

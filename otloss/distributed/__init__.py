@@ -73,6 +73,14 @@ def sinkhorn_divergence(
             all raise.
         RuntimeError: another rank was interrupted, its cost function failed, or it has died.
 
+    Example:
+        >>> from torch import distributed as dist
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> x = torch.tensor([[0.0], [1.0]])  # this rank's points
+        >>> print(f"{otloss.distributed.sinkhorn_divergence(x, x + 2, eps=0.5):.2f}")
+        4.00
+        >>> dist.destroy_process_group()
+
     References:
         Salimans et al., *Improving GANs using optimal transport* (2018): why large batches.
     """
@@ -106,6 +114,14 @@ def minibatch_energy_distance(
     """:func:`otloss.minibatch_energy_distance` of the minibatches of all ranks, concatenated.
 
     Ranks, arguments, gradients and errors are as in :func:`sinkhorn_divergence`.
+
+    Example:
+        >>> from torch import distributed as dist
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> features = torch.eye(2).repeat(8, 1).chunk(4)  # this rank's part of four minibatches
+        >>> print(f"{otloss.distributed.minibatch_energy_distance(*features, eps=0.002):.2f}")
+        0.00
+        >>> dist.destroy_process_group()
     """
     names = ("x1_local", "x2_local", "y1_local", "y2_local")
     return combine(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from otloss.costs import cost_gradient, full_precision, without_padding
 from otloss.reference.arguments import as_pairs
-from otloss.reference.grid import GRID_OPERATIONS, grid_means, grid_solve
+from otloss.reference.grid import GRID_OPERATIONS, grid_adjoint, grid_means, grid_solve
 from otloss.reference.marginals import damping, marginals_of, plan, share, softmin, value
 from otloss.reference.operations import (
     OPERATIONS,
@@ -33,6 +33,7 @@ __all__ = [
     "envelope_backward",
     "fixed_iterations",
     "full_precision",
+    "grid_adjoint",
     "grid_means",
     "grid_solve",
     "implicit_backward",

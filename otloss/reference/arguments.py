@@ -18,7 +18,7 @@ __all__ = ["Arguments", "as_pairs", "each_problem", "read"]
 class Arguments(NamedTuple):
     """What operations on a set of OT problems take, in the order of the schemas."""
 
-    costs: list[Tensor]  # (B, n, m) per pair, or none: they are made from the points
+    costs: list[Tensor]  # (B, n, m) or (1, n, m) per pair, or none: they are made from the points
     points: list[Tensor]  # (B, n, d) per cloud, or none
     weights: list[Tensor]  # (B, n) per cloud
     pairs: list[int]
@@ -43,9 +43,12 @@ class Arguments(NamedTuple):
 
 
 def read(arguments: Sequence[Any]) -> tuple[Arguments, Sequence[Any]]:
-    """An operation's arguments from those of the problems on: these, and the rest."""
+    """An operation's arguments from those of the problems on: these, costs (B, n, m), and the
+    rest."""
     count = len(Arguments._fields)
-    return Arguments(*arguments[:count]), arguments[count:]
+    problem = Arguments(*arguments[:count])
+    costs = [C.expand(len(problem.weights[0]), -1, -1) for C in problem.costs]
+    return problem._replace(costs=costs), arguments[count:]
 
 
 def each_problem(before: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

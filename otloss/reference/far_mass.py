@@ -41,7 +41,7 @@ class FarMass:
     def __init__(self, engine: Engine, eps: float, tol: float) -> None:
         self.engine, self.eps, self.tol = engine, eps, tol
         self._mark, self._marked = math.inf, 0  # the last error that was clearly less
-        self._next, self._wait = 2, 3
+        self._next, self._next_reached, self._wait = 2, 2, 3
 
     def look(self, point: Point, stop: StopRule, sweeps: int, left: int) -> Found:
         """After ``sweeps`` of the stage; ``left``: how many there may be."""
@@ -50,10 +50,12 @@ class FarMass:
         stalled = sweeps - self._marked >= PATIENCE
         if not (stop.ends or stalled) or not self._suspicious(point):
             return Found()
-        if sweeps < self._next and not stop.stuck:
+        if sweeps < (self._next_reached if stop.reached else self._next) and not stop.stuck:
             return Found(doubtful=True)
-        self._next = sweeps + self._wait if stop.reached else 2 * sweeps
-        self._wait *= 2
+        if stop.reached:
+            self._next_reached, self._wait = sweeps + self._wait, 2 * self._wait
+        else:
+            self._next = 2 * sweeps
         readings = 0
         if stop.reached and left > 0:
             readings = 1
@@ -139,8 +141,9 @@ class FarMass:
         gains_much = gain * float(w.sum()) / self.engine.mass[1] > much
         if not (gains_much or (is_shift and gain > -point.noise)):
             return Found(True, readings + 1)
-        later = max(self._next, 2 * sweeps)
-        self._next, self._mark = sweeps + SOON if gains_much else later, math.inf
+        self._next, self._mark = max(self._next, 2 * sweeps), math.inf
+        if gains_much:
+            self._next = self._next_reached = sweeps + SOON
         return Found(True, readings + 1, shifted)
 
     def _much(self, point: Point) -> float:

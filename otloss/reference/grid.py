@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from otloss.costs import NAMED
 from otloss.reference.arguments import as_pairs
 from otloss.reference.engine import Clouds, sample, spread
+from otloss.reference.gradients import quotient
 from otloss.reference.marginals import (
     Marginals,
     SoftMean,
@@ -23,7 +25,8 @@ from otloss.reference.marginals import (
 )
 from otloss.reference.solver import solve_problem
 
-GRID_OPERATIONS = ("grid_means", "grid_solve")
+GRID_OPERATIONS = ("grid_means", "grid_solve")  # those with kernels
+RESIDUAL, MOST_STEPS = 1e-10, 1000  # of conjugate gradients
 AT_ONCE = 1 << 22  # costs of a block
 
 
@@ -89,6 +92,97 @@ def grid_solve(
         [torch.stack(all_f[first : first + B]) for first in starts],
         [torch.stack(all_g[first : first + B]) for first in starts],
     )
+
+
+def adjoint(
+    means: Callable[..., tuple[Tensor, Tensor]],
+    axes: list[Tensor],
+    eps: Tensor,
+    rho: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    f: Tensor,
+    g: Tensor,
+    grad_f: Tensor,
+    grad_g: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a and b (B, N) from those of the potentials f and g that solve the problem: the
+    linear system of docs/gradients.md, by conjugate gradients over passes. And the system's status
+    (B, 2): iterations and relative residual.
+
+    ``rho``: (2,) of the pair, or none, where every marginal of the call is a constraint.
+    """
+    number, balanced = eps.item(), rho is None
+    on_x, on_y = (damping(r, number) for r in ((math.inf,) * 2 if rho is None else rho.tolist()))
+    f_bar, g_bar = torch.where(a > 0, grad_f, 0.0), torch.where(b > 0, grad_g, 0.0)
+    mass, gauge = (a + b).sum(-1, True), torch.zeros_like(a[:, :1])
+    if balanced:
+        gauge = (f_bar.sum(-1, True) - g_bar.sum(-1, True)) / mass
+        f_bar, g_bar = f_bar - gauge * a, g_bar + gauge * b
+    back = [C.mT.contiguous() for C in axes]
+
+    def softmin_and_means(costs: list[Tensor], v: Tensor, w: Tensor, u: Tensor) -> Any:
+        sums, found = means(costs, eps, v / number + w.log(), u.unsqueeze(1).contiguous())
+        return -number * sums, found.squeeze(1)
+
+    def over_columns(u: Tensor) -> Tensor:  # P u / a, also where a is 0
+        T, found = softmin_and_means(axes, g, b, u)
+        return ((torch.where(a > 0, f, on_x * T) - T) / number).exp() * found
+
+    def over_rows(u: Tensor) -> Tensor:  # P^T u / b
+        T, found = softmin_and_means(back, f, a, u)
+        return ((torch.where(b > 0, g, on_y * T) - T) / number).exp() * found
+
+    r = a * over_columns(torch.ones_like(b)) / on_x
+    c = b * over_rows(torch.ones_like(a)) / on_y
+
+    def schur(beta: Tensor) -> Tensor:
+        return c * beta - b * over_rows(quotient(a * over_columns(beta), r))
+
+    right = g_bar - b * over_rows(quotient(f_bar, r))
+    beta, status = _conjugate_gradients(schur, right, c, b if balanced else None)
+    of_beta = over_columns(beta)
+    alpha = quotient(f_bar - a * of_beta, r)
+    a_bar, b_bar = -number * of_beta, -number * over_rows(alpha)
+    if balanced:
+        T, S = softmin_and_means(axes, g, b, g)[0], softmin_and_means(back, f, a, f)[0]
+        a_bar = a_bar - gauge * torch.where(a > 0, f, T)
+        b_bar = b_bar + gauge * torch.where(b > 0, g, S)
+        t = ((b * b_bar).sum(-1, True) - (a * a_bar).sum(-1, True)) / mass
+        a_bar, b_bar = a_bar + t, b_bar - t
+    return a_bar, b_bar, status
+
+
+def _conjugate_gradients(
+    product: Callable[[Tensor], Tensor], right: Tensor, diagonal: Tensor, null: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Of (B, N), each problem on its own, and its status; ``null``: constants are in the null
+    space, and the mean of the solution with these weights is 0."""
+    x, r = torch.zeros_like(right), right
+    z = quotient(r, diagonal)
+    p, rz = z, (r * z).sum(-1, True)
+    first, steps, runs = rz, torch.zeros_like(rz), rz > 0
+    for _ in range(MOST_STEPS):
+        runs = runs & (rz > RESIDUAL**2 * first)
+        if not bool(runs.any()):
+            break
+        steps = steps + runs
+        q = product(p)
+        slope = (p * q).sum(-1, True)
+        runs = runs & (slope > 0)  # else rounding is all that is left
+        step = torch.where(runs, rz / torch.where(runs, slope, 1.0), 0.0)
+        x, r = x + step * p, r - step * q
+        z = quotient(r, diagonal)
+        before, rz = rz, (r * z).sum(-1, True)
+        p = z + torch.where(before > 0, rz / torch.where(before > 0, before, 1.0), 0.0) * p
+    if null is not None:
+        x = torch.where(diagonal > 0, x - (null * x).sum(-1, True) / null.sum(-1, True), 0.0)
+    residual = torch.where(first > 0, (rz / torch.where(first > 0, first, 1.0)).sqrt(), 0.0)
+    return x, torch.cat([steps, residual], -1)
+
+
+def grid_adjoint(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return adjoint(grid_means, *arguments)
 
 
 class GridEngine:

@@ -40,6 +40,9 @@ from otloss.reference.stopping import StopRule, rounding, rounding_share
 # Stages: none from this eps on, over sigma; else from FIRST_STAGE * sigma by about STAGE_RATIO,
 # each but the last to STAGE_TOL.
 EASY_EPS, FIRST_STAGE, STAGE_RATIO, STAGE_TOL = 0.077, 0.1, 0.25, 0.01
+# Iterations that began without stages, near the solution as it seemed, go through them if they are
+# not near after so many sweeps.
+STAY_NEAR = 20
 # The line search: steps along one direction, the factor from one to the next, and the part of the
 # predicted gain that a step must bring.
 TRIES, SHRINK, SUFFICIENT_GAIN = 5, 0.3, 1e-4
@@ -174,33 +177,36 @@ def solve_pair(
 ) -> Solution:
     """L-BFGS ascent of the semidual from g, by way of larger eps where a start is far away."""
     point, iterations = _begin(engine, eps, max_iters, g)
-    stages = [eps] if is_near(eps, point) else stages_of_eps(eps, engine.sigma())
+    before = stages_of_eps(eps, engine.sigma())
+    stages, later = ([], before) if is_near(eps, point) else (before, [])
     at, share = eps, float(rounding_share(engine.a, engine.b))
-    for stage, stage_eps in enumerate(stages):
-        last = stage == len(stages) - 1
+    while True:
+        last, stage_eps = not stages, stages.pop(0) if stages else eps
         limit = max_iters if last else max_iters - 1
         if not last and iterations + 1 >= limit:
             continue
         if stage_eps != at:
             point, iterations, at = evaluate(engine, stage_eps, point.g), iterations + 1, stage_eps
-        stage_tol = tol if last else max(STAGE_TOL, tol)
         far = FarMass(engine, eps, tol) if last else None
-        stop = StopRule(stage_tol, share)
-        point, iterations, doubtful = _ascend(
-            engine, stage_eps, stop, far, limit, point, iterations
+        stop = StopRule(tol if last else max(STAGE_TOL, tol), share)
+        point, iterations, doubtful, strays = _ascend(
+            engine, stage_eps, stop, far, limit, point, iterations, bool(later)
         )
-        if not last:
-            point = point._replace(g=point.next_g)
-    return Solution(point.f, point.next_g, stop.error, iterations, stop.reached and not doubtful)
+        if last and not strays:
+            reached = stop.reached and not doubtful
+            return Solution(point.f, point.next_g, stop.error, iterations, reached)
+        if strays:
+            stages, later = later, []
+        point = point._replace(g=point.next_g)
 
 
 def stages_of_eps(eps: float, sigma: float) -> list[float]:
-    """The values of eps to go through, from large to small; only the last where that is easy."""
+    """The larger values to go through before eps, from large to small; none where that is easy."""
     if not eps < EASY_EPS * sigma:
-        return [eps]
+        return []
     first = FIRST_STAGE * sigma
     count = max(1, int(math.log(eps / first, STAGE_RATIO) + 0.5))
-    return [first * (eps / first) ** (stage / count) for stage in range(count)] + [eps]
+    return [first * (eps / first) ** (stage / count) for stage in range(count)]
 
 
 def _begin(engine: Engine, eps: float, max_iters: int, g: Tensor | None) -> tuple[Point, int]:
@@ -228,8 +234,12 @@ def _ascend(
     max_iters: int,
     point: Point,
     iterations: int,
-) -> tuple[Point, int, bool]:
-    """Raises the semidual at one eps until ``stop`` ends it, and ``far`` does not doubt that."""
+    may_stray: bool,
+) -> tuple[Point, int, bool, bool]:
+    """Raises the semidual at one eps until ``stop`` ends it, and ``far`` does not doubt that.
+
+    The point, all sweeps, whether ``far`` doubts it, and whether it is not near after all.
+    """
     memory: list[tuple[Tensor, Tensor]] = []  # steps and changes of the residual
     length, r, kept = StepLength(), residual(engine, point), point
     begun = iterations - 1
@@ -247,7 +257,9 @@ def _ascend(
             continue
         ends = stop.stuck or (stop.ends and not found.doubtful)
         if ends or iterations >= max_iters:
-            return (kept if stop.returns_kept else point), iterations, found.doubtful
+            return (kept if stop.returns_kept else point), iterations, found.doubtful, False
+        if may_stray and STAY_NEAR <= iterations < max_iters - 2 and not is_near(eps, point):
+            return point, iterations, found.doubtful, True
         inner = InnerProduct(point.target)
         p = torch.where(
             point.target > NO_MASS * engine.mass[1], two_loop_recursion(r, memory, inner), r

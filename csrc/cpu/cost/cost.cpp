@@ -236,14 +236,14 @@ void prepare_clouds(const std::vector<CloudGroup<T>>& clouds, CostKind kind) {
 
 template <typename T>
 void cost_matrices(const std::vector<CostGroup<T>>& groups, CostKind kind) {
-  parallel_problems(groups.front().batch,
+  parallel_problems(groups.front().batch, kEndless,
                     [&](int64_t p, bool) { costs_of_problem(groups, p, kind); });
 }
 
 template <typename T>
 void cost_weights(const CostWeightGroup<T>& group, CostKind kind) {
   const int64_t n = group.n, m = group.m;
-  parallel_problems(group.batch, [&](int64_t p, bool split) {
+  parallel_problems(group.batch, n * m, [&](int64_t p, bool split) {
     weigh_rows<T>(group, p, kind, split, group.symmetrise,
                   [&](int64_t i, T* /*V*/) { return group.W + (p * n + i) * m; });
   });
@@ -253,7 +253,7 @@ void cost_weights(const CostWeightGroup<T>& group, CostKind kind) {
 template <typename T>
 void plan_weights(const PlanWeightGroup<T>& group, CostKind kind, const Eps& eps) {
   const int64_t n = group.n, m = group.m;
-  parallel_problems(group.batch, [&](int64_t p, bool split) {
+  parallel_problems(group.batch, n * m, [&](int64_t p, bool split) {
     const T k = factor<T>(eps.of(p));
     const T *f = group.f + p * n, *g = group.g + p * m;
     std::vector<T> F(n), G(m);
@@ -359,7 +359,7 @@ void gradients_of_problem(const std::vector<CloudGradientGroup<T>>& clouds, int6
 template <typename T>
 void cloud_gradients(const std::vector<CloudGradientGroup<T>>& clouds, CostKind kind) {
   const bool unit = traits_of(kind).unit_norm;
-  parallel_problems(clouds.front().batch,
+  parallel_problems(clouds.front().batch, kEndless,
                     [&](int64_t p, bool) { gradients_of_problem(clouds, p, unit); });
 }
 

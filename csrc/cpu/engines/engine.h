@@ -92,9 +92,10 @@ class Engine {
   const int64_t problem_;
   const bool split_;
   const int64_t n_ = x.count, m_ = y.count;
-  CostBlocks<T> costs_{RowParts(n_, m_, split_), kFlushRows,
-                       RowSource<T>(n_, m_, group_.C, group_.C ? group_.stride : padded<T>(m_),
-                                    group_.points, problem_, group_.symmetric)};
+  CostBlocks<T> costs_{
+      RowParts(n_, m_, split_), kFlushRows,
+      RowSource<T>(n_, m_, group_.matrix(problem_), group_.C ? group_.stride : padded<T>(m_),
+                   group_.points, problem_, group_.symmetric)};
   const CostRange cost_range_ = costs_.source().cost_range(x.weight, y.weight);
   BlockVector<T> G_ = BlockVector<T>(padded<T>(m_), T(kLog2Zero));
   std::vector<T> s_ = std::vector<T>(n_);

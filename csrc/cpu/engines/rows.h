@@ -17,7 +17,7 @@ namespace otloss::cpu {
 template <typename T>
 class RowSource {
  public:
-  // Of problem `problem`: stored where there is a C (B, n, m), else made from the points; rows are
+  // Of problem `problem`: its C (n, m) where that is stored, else made from the points; rows are
   // `stride` apart. symmetric: a cloud against itself.
   RowSource(int64_t n, int64_t m, const T* C, int64_t stride, const PointPair<T>& points,
             int64_t problem, bool symmetric);

@@ -47,8 +47,9 @@ void matrix_gradient(const EnvelopeGroup<T>& group, int64_t p, double eps, bool 
   absorb_weights(m, k, group.g + p * m, group.b + p * m, G.data());
   RowParts(n, m, split).for_each([&](int64_t, int64_t begin, int64_t end) {
     const int64_t row = p * n + begin;
-    plan_rows(PlanRows<T>{end - begin, m, k, group.coefficient * group.grad[p], group.C + row * m,
-                          m, group.a + row, F.data() + begin, G.data(), group.grad_C + row * m});
+    plan_rows(PlanRows<T>{end - begin, m, k, group.coefficient * group.grad[p],
+                          group.matrix(p) + begin * m, m, group.a + row, F.data() + begin, G.data(),
+                          group.grad_C + row * m});
   });
 }
 

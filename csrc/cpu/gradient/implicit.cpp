@@ -328,7 +328,7 @@ class ImplicitProblem {
   bool plan_is_kept_ = false;
   CostBlocks<T> costs_{
       RowParts(n_, m_, split_), kBlockRows,
-      RowSource<T>(n_, m_, group_.C, m_, group_.made.points, problem_, symmetric_)};
+      RowSource<T>(n_, m_, group_.matrix(problem_), m_, group_.made.points, problem_, symmetric_)};
   BlockVector<T> made_P_ = BlockVector<T>(  // (parts, at_once, m) or nothing
       kept_P_ ? 0 : costs_.parts().count() * costs_.at_once() * m_);
   PartSums<double> columns_{costs_.parts(), m_};                    // (m,)

@@ -245,8 +245,9 @@ class UnrolledProblem {
   const T* const start_ = group_.start ? group_.start + problem_ * m_ : nullptr;   // (m,)
   T* const C_bar_ = group_.grad_C ? group_.grad_C + problem_ * n_ * m_ : nullptr;  // (n, m)
   const RowParts parts_{n_, m_, split_};
-  CostBlocks<T> costs_{parts_, kBlockRows,
-                       RowSource<T>(n_, m_, group_.C, m_, made_.points, problem_, made_.symmetric)};
+  CostBlocks<T> costs_{
+      parts_, kBlockRows,
+      RowSource<T>(n_, m_, group_.matrix(problem_), m_, made_.points, problem_, made_.symmetric)};
   std::vector<Term<T>> terms_;  // of each iteration that was gone back, where costs are made
   PartSums<T> v_{parts_, m_};   // (m,)
   Values e_ = Values(parts_.count() * kAdjointRows * (m_ + kBlock<T>));

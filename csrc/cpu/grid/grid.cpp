@@ -32,7 +32,7 @@ void Kernels::reduce(double* v, int64_t channels, double* u, bool split) const {
 void grid_means(const GridMeans& p) {
   const grid::Kernels kernels(p.axes, false, p.eps);
   const int64_t N = p.axes.size();
-  parallel_problems(p.batch, [&](int64_t k, bool split) {
+  parallel_problems(p.batch, kEndless, [&](int64_t k, bool split) {
     double* v = p.v + k * N;
     for (int64_t j = 0; j < N; ++j) v[j] = v[j] > kLog2Zero ? v[j] * kLog2E : kLog2Zero;
     kernels.reduce(v, p.channels, p.channels ? p.u + k * p.channels * N : nullptr, split);

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "cpu/grid/axis.h"
-#include "kernels.h"
+#include "grid_kernels.h"
 
 namespace otloss::cpu::grid {
 

@@ -6,12 +6,12 @@
 #include "cpu/grid/engine.h"
 #include "cpu/parallel.h"
 #include "cpu/solve/solver.h"
-#include "kernels.h"
+#include "grid_kernels.h"
 
 namespace otloss::cpu {
 
 void solve_grid(const std::vector<GridGroup>& groups, const SolveOptions& options) {
-  for_each_problem(groups, [&](const GridGroup& group, int64_t p, bool split) {
+  for_each_problem(groups, kEndless, [&](const GridGroup& group, int64_t p, bool split) {
     const int64_t N = group.axes.size();
     const double *a = group.a + p * N, eps = options.eps;
     double *f = group.f + p * N, *g = group.g + p * N;

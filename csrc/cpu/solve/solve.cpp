@@ -169,7 +169,8 @@ void refine(const std::vector<SolveGroup<float>>& groups, const SolveOptions& op
     if (std::abs(loss.sum) < kCancelled * loss.size) chosen.push_back(k);
   }
   const int64_t count = static_cast<int64_t>(groups.size());
-  parallel_problems(count * static_cast<int64_t>(chosen.size()), [&](int64_t i, bool split) {
+  const auto again = count * static_cast<int64_t>(chosen.size());
+  parallel_problems(again, groups[0].n * groups[0].m, [&](int64_t i, bool split) {
     const SolveGroup<float>& group = groups[i % count];
     const int64_t k = chosen[i / count];
     group.status[k * kStatusFields + kStatusTerm] =
@@ -196,7 +197,8 @@ std::vector<int64_t> solve_negative_again(const std::vector<SolveGroup<T>>& grou
         pair.status[k * kStatusFields + kStatusConverged] > 0)
       chosen.push_back(k);
   }
-  parallel_problems(static_cast<int64_t>(chosen.size()), [&](int64_t i, bool split) {
+  const auto again = static_cast<int64_t>(chosen.size());
+  parallel_problems(again, pair.n * pair.m, [&](int64_t i, bool split) {
     const int64_t k = chosen[i], n = pair.n, m = pair.m;
     double& sweeps = pair.status[k * kStatusFields + kStatusIterations];
     const double before = sweeps;

@@ -100,6 +100,7 @@ class PairSolver {
     begun_ = passes;
     newton_.reset();
     length_ = StepLength();
+    far_rule_ = FarMassRule();
   }
 
   bool near_enough(const SemidualPoint<T>& point) const {
@@ -152,7 +153,15 @@ class PairSolver {
   void move() {
     do take_trial();
     while (next_ != Next::kStage && control_.at_last_stage() && shifts());
+    if (next_ != Next::kDone && strays()) next_ = Next::kStage;
     if (next_ == Next::kStep) aim();
+  }
+
+  // Whether the iterations, which began near the solution as it seemed, go to the first stage after
+  // all: a marginal error that much mass has to go far for can grow before it falls.
+  bool strays() {
+    return control_.may_begin_stages(near_enough(point_)) &&
+           control_.begin_stages(false, engine_.sigma());
   }
 
   // Looks for small mass that has to go far, see FarMassRule. True: by a shift that moves it, the

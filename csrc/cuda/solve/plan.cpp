@@ -13,7 +13,7 @@
 namespace otloss::cuda {
 namespace {
 
-// Rates per multiprocessor and clock, from data sheets (docs/performance-notes.md).
+// Rates per multiprocessor and clock, from data sheets (docs/cuda-performance.md).
 constexpr double kExponentials = 16;       // float32; the special function units' rate
 constexpr double kDoubleExponentials = 4;  // float64: about 16 operations at 64 per clock
 constexpr double kGlobalBytes = 19;        // 4.3 TB/s over 132 multiprocessors at 1.7 GHz

@@ -1,5 +1,5 @@
 // How a solve is laid out on a GPU: which regime, how many blocks per problem, what stands in
-// shared memory. Host code; docs/performance-notes.md explains the model.
+// shared memory. Host code; docs/cuda-performance.md explains the model.
 #pragma once
 
 #include <cstdint>

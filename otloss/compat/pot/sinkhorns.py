@@ -71,6 +71,13 @@ def sinkhorn(
 
     Raises:
         ValueError, TypeError: a wrong argument, named, with what is expected.
+
+    Example:
+        >>> import otloss.compat.pot as ot  # instead of: import ot
+        >>> a = torch.tensor([0.5, 0.5])
+        >>> ot.sinkhorn(a, a, torch.tensor([[0.0, 1.0], [1.0, 0.0]]), reg=0.05).round(decimals=2)
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.5000]])
     """
     result, logged = _sinkhorn(
         a, b, M, reg, method, numItermax, stopThr, warn, warmstart, kwargs, "regularized"
@@ -95,7 +102,14 @@ def sinkhorn2(
 ) -> Any:
     """``ot.sinkhorn2``: the transport cost <P, M> of the entropic plan, () or, for ``b`` (m, k),
     (k,); without the entropy. Arguments as :func:`sinkhorn`; the gradient counts how the plan
-    changes."""
+    changes.
+
+    Example:
+        >>> import otloss.compat.pot as ot
+        >>> a = torch.tensor([0.5, 0.5])
+        >>> print(f"{ot.sinkhorn2(a, a, torch.tensor([[0.0, 1.0], [1.0, 0.0]]), reg=0.05):.2f}")
+        0.00
+    """
     result, logged = _sinkhorn(
         a, b, M, reg, method, numItermax, stopThr, warn, warmstart, kwargs, "transport"
     )
@@ -119,9 +133,15 @@ def empirical_sinkhorn(
     warmstart: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """``ot.bregman.empirical_sinkhorn``: the plan between samples (n, m); with ``isLazy`` the
+    """``ot.empirical_sinkhorn``: the plan between samples (n, m); with ``isLazy`` the
     potentials ``(log_u, log_v)`` in memory O(n + m). ``metric`` is a cost of :mod:`otloss`;
-    ``batchSize`` has no effect."""
+    ``batchSize`` has no effect.
+
+    Example:
+        >>> import otloss.compat.pot as ot
+        >>> ot.empirical_sinkhorn(torch.rand(5, 2), torch.rand(7, 2), reg=0.1).shape
+        torch.Size([5, 7])
+    """
     result, logged = _empirical(
         X_s, X_t, reg, a, b, metric, numIterMax, stopThr, isLazy, warn, warmstart, kwargs,
         "regularized",
@@ -149,8 +169,15 @@ def empirical_sinkhorn2(
     warmstart: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """``ot.bregman.empirical_sinkhorn2``: the transport cost <P, M> between samples, without the
-    entropy. Arguments as :func:`empirical_sinkhorn`."""
+    """``ot.empirical_sinkhorn2``: the transport cost <P, M> between samples, without the
+    entropy. Arguments as :func:`empirical_sinkhorn`.
+
+    Example:
+        >>> import otloss.compat.pot as ot
+        >>> x = torch.tensor([[0.0], [1.0]])
+        >>> print(f"{ot.empirical_sinkhorn2(x, x + 2, reg=1.0).item():.2f}")
+        4.27
+    """
     result, logged = _empirical(
         X_s, X_t, reg, a, b, metric, numIterMax, stopThr, isLazy, warn, warmstart, kwargs,
         "transport",
@@ -173,9 +200,16 @@ def empirical_sinkhorn_divergence(
     warmstart: None = None,
     **kwargs: Any,
 ) -> Any:
-    """``ot.bregman.empirical_sinkhorn_divergence``: ``sinkhorn_divergence(X_s, X_t, reg,
+    """``ot.empirical_sinkhorn_divergence``: ``sinkhorn_divergence(X_s, X_t, reg,
     objective="transport")``, 0 if that is negative, of shape (1,) as in POT. ``log`` holds the
-    three terms and their logs."""
+    three terms and their logs.
+
+    Example:
+        >>> import otloss.compat.pot as ot
+        >>> x = torch.tensor([[0.0], [1.0]])
+        >>> print(f"{ot.empirical_sinkhorn_divergence(x, x + 2, reg=1.0).item():.2f}")
+        4.00
+    """
     if warmstart is not None:
         raise NotImplementedError("warmstart= of a divergence has no counterpart in otloss")
     _refuse_unknown(kwargs)

@@ -135,6 +135,12 @@ def solve(
     Raises:
         NotImplementedError: what has no counterpart: ``reg=None`` (exact transport), ``c``,
             ``reg_type="L2"``, ``unbalanced_type`` other than ``"KL"``, initial plans.
+
+    Example:
+        >>> import otloss.compat.pot as ot
+        >>> result = ot.solve(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), reg=0.05)
+        >>> print(f"{result.value_linear:.2f}")
+        0.00
     """
     options = _solve_options(reg, c, reg_type, unbalanced, unbalanced_type, grad, max_iter)
     refuse(plan_init=plan_init, potentials_init=potentials_init)
@@ -191,6 +197,11 @@ def solve_sample(
         NotImplementedError: what has no counterpart, as in :func:`solve`; methods other than
             Sinkhorn's (:func:`otloss.wasserstein_1d` and :func:`otloss.sliced_wasserstein` have two
             of them), ``debias="split"``, ``scaler``.
+
+    Example:
+        >>> import otloss.compat.pot as ot
+        >>> ot.solve_sample(torch.rand(5, 2), torch.rand(7, 2), reg=0.1).plan.shape
+        torch.Size([5, 7])
     """
     options = _solve_options(reg, c, reg_type, unbalanced, unbalanced_type, grad, max_iter)
     refuse(plan_init=plan_init, potentials_init=potentials_init, X_init=X_init, scaler=scaler)
@@ -235,6 +246,11 @@ def solve_batch(
 
     Raises:
         NotImplementedError: ``reg=None`` or ``method="proximal"``.
+
+    Example:
+        >>> import otloss.compat.pot as ot
+        >>> ot.solve_batch(torch.rand(3, 5, 7), reg=0.1).plan.shape
+        torch.Size([3, 5, 7])
     """
     if method not in ("auto", "sinkhorn", "log_sinkhorn"):
         raise NotImplementedError(f"method={method!r} has no counterpart in otloss")

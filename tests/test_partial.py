@@ -1,0 +1,211 @@
+"""Partial transport against the enlarged problem of the oracle, POT's linear program and finite
+differences."""
+
+import oracle
+import pytest
+import torch
+from helpers import rand, randn
+
+import otloss
+
+EPS, TIGHT = 0.3, {"tol": 1e-10, "max_iters": 5000}
+
+
+@pytest.fixture
+def clouds(rng):
+    x, y = randn(rng, 7, 2), 1 + randn(rng, 9, 2)
+    a, b = rand(rng, 7) + 0.1, rand(rng, 9) + 0.1
+    return x, y, a / a.sum(), 1.3 * b / b.sum()
+
+
+def by_points(x, y, a, b, mass, cost="sqeuclidean", **options):
+    return otloss.solve_sample(x, y, EPS, a=a, b=b, mass=mass, cost=cost, **(TIGHT | options))
+
+
+def by_matrix(x, y, a, b, mass, cost="sqeuclidean", **options):
+    C = otloss.cost_matrix(x, y, cost)
+    return otloss.solve(C, EPS, a=a, b=b, mass=mass, **(TIGHT | options))
+
+
+WAYS = {
+    "points": by_points,
+    "matrix": by_matrix,
+    "streamed": lambda *given, **o: by_points(*given, method="streamed", **o),
+    "reference": lambda *given, **o: by_points(*given, method="reference", **o),
+}
+
+
+def leaves(*tensors):
+    return [t.clone().requires_grad_() for t in tensors]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "cosine"])
+@pytest.mark.parametrize("objective", ["regularized", "transport"])
+@pytest.mark.parametrize("backward", ["envelope", "implicit"])
+def test_agrees_with_the_oracle(clouds, way, cost, objective, backward):
+    if (way, objective, backward) == ("streamed", "transport", "implicit"):
+        pytest.skip("refused, see below")
+    mass = torch.tensor(0.6, dtype=torch.float64)
+    x, y, a, b, m = given = leaves(*clouds, mass)
+    result = WAYS[way](*given, cost, objective=objective, backward=backward)
+    found = torch.autograd.grad(result.value, given, allow_unused=True, materialize_grads=True)
+    C = oracle.cost(x, y, cost)
+    larger = oracle.enlarged(C, a, b, m)
+    expected = oracle.term(*larger, EPS, objective, backward)
+    torch.testing.assert_close(result.value, expected.value, rtol=1e-7, atol=1e-9)
+    for one, right in zip(found, expected.grads(*given), strict=True):
+        torch.testing.assert_close(one, right, rtol=1e-5, atol=1e-6)
+    P = oracle.solve(*larger, EPS).P[:-1, :-1]
+    torch.testing.assert_close(result.plan, P, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(result.value_linear, (P * C).sum(), rtol=1e-6, atol=1e-9)
+    assert result.converged
+    assert result.duality_gap < 1e-8
+
+
+@pytest.mark.parametrize("way", ["points", "matrix", "streamed"])
+def test_small_eps_is_the_linear_program(clouds, way):
+    ot = pytest.importorskip("ot")
+    x, y, a, b = clouds
+    C = oracle.cost(x, y, "sqeuclidean")
+    for mass in (0.2, 0.7, 0.95):
+        exact = ot.partial.partial_wasserstein2(a.numpy(), b.numpy(), C.numpy(), m=mass)
+        options = {"a": a, "b": b, "mass": mass, "tol": 1e-5, "max_iters": 20000}
+        eps = 1e-3 * float(exact)
+        if way == "matrix":
+            result = otloss.solve(C, eps, **options)
+        else:
+            method = "auto" if way == "points" else way
+            result = otloss.solve_sample(x, y, eps, method=method, **options)
+        assert float(result.value_linear) == pytest.approx(float(exact), rel=0.01)
+        assert float(result.plan.sum()) == pytest.approx(mass, rel=1e-3)
+        assert bool((result.marginals[0] <= a + 1e-4).all())
+        assert bool((result.marginals[1] <= b + 1e-4).all())
+
+
+def test_the_whole_mass_is_balanced_transport(clouds):
+    x, y, a, b = clouds
+    b = (b / b.sum()).requires_grad_()
+    part, whole = by_points(x, y, a, b, 1.0), otloss.solve_sample(x, y, EPS, a=a, b=b, **TIGHT)
+    torch.testing.assert_close(part.value, whole.value)
+    torch.testing.assert_close(part.plan, whole.plan, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("quantity", ["plan", "potentials", "barycentric_map", "marginals"])
+@pytest.mark.parametrize("n_iters", [None, 4])
+def test_gradients_of_results_are_those_of_finite_differences(clouds, quantity, n_iters):
+    def of(x, a, mass):
+        result = by_points(x, clouds[1], a, clouds[3], mass, n_iters=n_iters)
+        found = getattr(result, quantity)
+        found = found() if callable(found) else found
+        if quantity == "potentials":  # balanced ones are free up to a constant
+            return found[0][:, None] + found[1]
+        return found[1] if isinstance(found, tuple) else found
+
+    given = leaves(clouds[0], clouds[2], torch.tensor(0.6, dtype=torch.float64))
+    torch.autograd.gradcheck(of, given, atol=1e-5, rtol=1e-3, nondet_tol=1e-12)
+
+
+def test_second_derivatives(clouds):
+    def value(x, mass):
+        return by_points(x, clouds[1], clouds[2], clouds[3], mass, tol=1e-13).value
+
+    given = leaves(clouds[0], torch.tensor(0.6, dtype=torch.float64))
+    assert torch.autograd.gradgradcheck(value, given, atol=1e-4)
+
+
+def test_batches_and_padding(clouds):
+    """Two problems at once, one with points of weight 0 that hold anything."""
+    x, y, a, b = clouds
+    alone = [by_points(x, y, a, b, 0.5), by_points(x[:4], y, a[:4], b, 0.2)]
+    xs, weights = torch.stack([x, x]), torch.stack([a, a])
+    xs[1, 4:], weights[1, 4:] = torch.nan, 0
+    mass = torch.tensor([0.5, 0.2], dtype=torch.float64)
+    xs, weights, mass = leaves(xs, weights, mass)
+    ys, bs = y.expand(2, -1, -1), b.expand(2, -1)
+    together = by_points(xs, ys, weights, bs, mass)
+    torch.testing.assert_close(together.value, torch.stack([r.value for r in alone]))
+    torch.testing.assert_close(together.plan[1, :4], alone[1].plan, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(together.barycentric_map()[0], alone[0].barycentric_map())
+    together.value.sum().backward()
+    assert bool((xs.grad[1, 4:] == 0).all())
+    assert bool((weights.grad[1, 4:] == 0).all())
+
+
+def test_starts_and_new_points(clouds):
+    result = by_points(*clouds, 0.6)
+    for start in (result, result.potentials):
+        again = by_points(*clouds, 0.6, init=start)
+        assert again.n_iters < result.n_iters
+    f = result.extend(clouds[0])
+    torch.testing.assert_close(f, result.potentials[0], rtol=1e-6, atol=1e-8)
+    i, j = result.sample(50)
+    assert bool((result.plan[i, j] > 0).all())
+
+
+def test_negative_and_forbidden_costs(clouds):
+    """A constant added to all costs adds itself times the mass."""
+    x, y, a, b = clouds
+    C = oracle.cost(x, y, "sqeuclidean")
+    value = otloss.solve(C, EPS, a=a, b=b, mass=0.6, **TIGHT).value
+    shifted = otloss.solve(C - 40, EPS, a=a, b=b, mass=0.6, **TIGHT).value
+    torch.testing.assert_close(shifted, value - 40 * 0.6)
+    for method in ("dense", "streamed"):
+        found = by_points(
+            x, y, a, b, 0.6, cost=lambda x, y: otloss.cost_matrix(x, y) - 40, method=method
+        )
+        torch.testing.assert_close(found.value, shifted)
+    C[2] = torch.inf  # point 2 stays
+    plan = otloss.solve(C, EPS, a=a, b=b, mass=0.6, **TIGHT).plan
+    assert bool((plan[2] == 0).all())
+    torch.testing.assert_close(plan.sum(), torch.tensor(0.6, dtype=torch.float64))
+
+
+def test_single_precision(clouds):
+    exact = by_points(*clouds, 0.6)
+    found = by_points(*(t.float() for t in clouds), 0.6, tol=1e-5)
+    torch.testing.assert_close(found.value, exact.value.float(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(found.plan, exact.plan.float(), rtol=1e-3, atol=1e-5)
+
+
+def test_compiled(clouds):
+    def value(x, mass):
+        return otloss.solve_sample(x, clouds[1], EPS, a=clouds[2], b=clouds[3], mass=mass).value
+
+    compiled = torch.compile(value, fullgraph=True, backend="aot_eager")
+    given = leaves(clouds[0], torch.tensor(0.6, dtype=torch.float64))
+    expected = torch.autograd.grad(value(*given), given)
+    found = torch.autograd.grad(compiled(*given), given)
+    for one, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, right, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"mass": 2.0}, ValueError, "at most the totals"),
+        ({"mass": 0.0}, ValueError, "mass must be finite and > 0"),
+        ({"mass": torch.tensor(-1.0)}, ValueError, "mass must be positive"),
+        ({"mass": torch.tensor(float("nan"))}, ValueError, "mass must be positive"),
+        ({"mass": torch.ones(3)}, ValueError, r"mass must have shape \(\) or \(1,\)"),
+        ({"mass": "all"}, TypeError, "mass must be a number"),
+        ({"mass": 0.5, "unbalanced": 1.0}, ValueError, "mass= and unbalanced="),
+        ({"mass": 0.5, "method": "multiscale"}, NotImplementedError, "mass= is not available"),
+    ],
+)
+def test_wrong_calls_say_what_is_wrong(clouds, options, error, message):
+    x, y, a, b = clouds
+    with pytest.raises(error, match=message):
+        otloss.solve_sample(x, y, EPS, a=a, b=b, **options)
+
+
+def test_what_is_not_available_says_so(clouds):
+    value = by_points(*leaves(*clouds), 0.5, method="streamed", objective="transport").value
+    with pytest.raises(NotImplementedError, match='method="dense"'):
+        value.backward()
+
+
+def test_inside_torch_func_it_is_refused_by_name():
+    x, y = rand(3, 4, 2), rand(3, 5, 2)
+    with pytest.raises(NotImplementedError, match=r"mass= is not available inside torch\.func"):
+        torch.func.vmap(lambda x, y: otloss.solve_sample(x, y, 0.1, mass=0.5).value)(x, y)
