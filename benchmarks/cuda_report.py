@@ -196,10 +196,7 @@ def report_of(build: Any, nvcc: str, nvdisasm: str, source: Path) -> dict[str, A
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     functions, properties = functions_of(text), of_ptxas(told["ptxas"])
     short = demangled([*functions, *(name for name in properties if name not in functions)])
-    kernels = [
-        {"kernel": short[name], "instructions": len(functions.get(name, [])), **values}
-        for name, values in properties.items()
-    ]
+    kernels = [{"kernel": short[name], **values} for name, values in properties.items()]
     loops = [
         {"function": short[name], **loop.facts()}
         for name, lines in functions.items()
@@ -222,7 +219,7 @@ def table(head: list[str], rows: list[list[Any]]) -> str:
 def markdown(files: list[dict[str, Any]], nvcc: str) -> str:
     kernels = [(k, f) for f in files for k in f["kernels"]]
     loops = [(x, f) for f in files for x in f["loops"]]
-    names = ("registers", "spill_stores", "spill_loads", "stack", "instructions")
+    names = ("registers", "spill_stores", "spill_loads", "stack")
     facts = ("exponentials", "tensor", "multiply_adds", "instructions", "per_exponential",
              "loads_ahead", "local")  # fmt: skip
     parts = [
