@@ -11,9 +11,9 @@ from torch import Tensor
 from otloss import _check
 from otloss._options import Objective, Options, Unbalanced, check_options, number
 from otloss.autograd.grid import Grid
+from otloss.combination import DEBIASED, LOSS
 from otloss.grid_result import GridResult
 from otloss.grid_solve import solve_densities
-from otloss.losses import DEBIASED, LOSS
 from otloss.problem import Problem
 from otloss.result import OTResult
 
