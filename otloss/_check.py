@@ -28,6 +28,7 @@ __all__ = [
     "readable",
     "resolution",
     "same_space",
+    "squares",
     "weights",
 ]
 
@@ -267,6 +268,19 @@ def resolution(eps: float | Tensor, max_cost: float | Tensor, dtype: torch.dtype
             f"(least: {unit * max_cost:.3g}); use float64, a larger eps, or data of smaller scale. "
             "If large costs forbid pairs, write infinite ones, or smaller ones: at most "
             f"{eps / unit:.3g}"
+        )
+
+
+def squares(points: Sequence[Tensor], largest: float, dtype: torch.dtype) -> None:
+    """Raises where points differ, but squares of their distances, up to ``largest``, underflow."""
+    if largest >= 1e8 * torch.finfo(dtype).tiny:
+        return
+    one = points[0].detach()[..., :1, :]
+    apart = max(float((x.detach() - one).abs().nan_to_num(0.0).max()) for x in points)
+    if apart > 0:
+        raise ValueError(
+            f"squares of distances underflow {dtype}, of points at most {apart:.3g} apart: scale "
+            "the data up"
         )
 
 

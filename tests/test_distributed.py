@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 from helpers import COSTS
 from torch import Tensor, multiprocessing, nn
 
@@ -240,9 +241,17 @@ RANKS = [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 8))]
 
 @pytest.fixture(scope="module", params=RANKS)
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    arguments = (request.param, str(folder))
-    multiprocessing.start_processes(work, arguments, request.param, start_method="forkserver")
+    """Of every rank. The workers of pytest-xdist share them: the first to ask runs the ranks."""
+    run, base = os.environ.get("PYTEST_XDIST_TESTRUNUID"), tmp_path_factory.getbasetemp()
+    folder = base.parent / f"{run}-{request.param}" if run else base / f"ranks-{request.param}"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not (folder / "begun").exists():
+            (folder / "begun").touch()
+            arguments = (request.param, str(folder))
+            multiprocessing.start_processes(
+                work, arguments, request.param, start_method="forkserver"
+            )
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 

@@ -246,6 +246,17 @@ def test_sums_that_overflow(method, scale, rng):
         otloss.sinkhorn_loss(x, y, 0.1 * scale**2, method=method)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean"])
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e-19), (torch.float64, 1e-160)])
+def test_squares_that_underflow(dtype, scale, cost, method, rng):
+    x, y = scale * randn(rng, 9, 3, dtype=dtype), scale * randn(rng, 7, 3, dtype=dtype)
+    for a, b in ((x, y), (x[:1], y[:1])):
+        with pytest.raises(ValueError, match=rf"squares of distances underflow {dtype}"):
+            otloss.sinkhorn_loss(a, b, 1.0, cost=cost, method=method)
+    assert otloss.sinkhorn_loss(x[:1], x[:1], 1.0, cost=cost, method=method) == 0
+
+
 @pytest.mark.parametrize(
     "call",
     [
