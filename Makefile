@@ -107,7 +107,7 @@ sanitize: $(STAMPS)/extra-test  ## sanitizers: the extension, wrong arguments, t
 	@CXX="g++ $(ASAN)" CXXFLAGS="$(ASAN)" OTLOSS_BUILD_CUDA=0 $(PY) setup.py -q build \
 		--build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	@$(UNDER_ASAN) $(VENV)/bin/pytest -m "not slow" tests/test_kernels.py tests/test_results.py \
-		tests/test_batching.py tests/test_interruption.py
+		tests/test_batching.py tests/test_interruption.py tests/test_grid.py tests/test_multiscale.py
 	@$(UNDER_ASAN) $(PY) tests/fuzz_ops.py --calls 2000
 	@$(NATIVE) g++ -fsanitize=thread
 	@if command -v clang++ >/dev/null; then $(NATIVE) clang++ && \
