@@ -243,7 +243,7 @@ def local_of(files: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def more_local(files: list[dict[str, Any]], known: list[dict[str, Any]]) -> dict[str, int]:
-    """Than known; where there are some, a few more depend on the compiler's mood."""
+    """Than known; where there are some, their number varies with code elsewhere."""
     before = local_of(known)
     allowed = {name: 1.25 * count + 4 for name, count in before.items()}
     return {name: n for name, n in local_of(files).items() if n > allowed.get(name, 0)}
