@@ -348,6 +348,18 @@ def test_gradients_of_some_clouds(wanted, rng):
     assert all(torch.allclose(found[0][k], found[1][k], rtol=1e-5, atol=1e-8) for k in wanted)
 
 
+def test_large_clouds_of_a_divergence_are_ordered_once(rng):
+    """From 20 000 points on; alone each problem finds its orders itself."""
+    x, y = rand(rng, 10_200, 2).float().requires_grad_(), rand(rng, 9_900, 2).float() + 0.2
+    options = {"eps": 0.02, "method": "multiscale"}
+    terms = [(1.0, x, y), (-0.5, x, x), (-0.5, y, y)]
+    alone = sum(c * otloss.sinkhorn_loss(u, v, **options) for c, u, v in terms)
+    together = otloss.sinkhorn_divergence(x, y, **options)
+    grads = [torch.autograd.grad(value, x)[0] for value in (together, alone)]
+    assert abs(float((together - alone).detach())) <= 1e-5 * float(alone.detach())
+    assert float((grads[0] - grads[1]).norm()) <= 1e-4 * float(grads[1].norm())
+
+
 def test_small_groups_far_away(rng):
     """That no centroid of the coarsest level stands for: mass goes from one to another."""
     centres = 60 * randn(rng, 30, 3)
