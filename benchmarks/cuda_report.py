@@ -15,14 +15,17 @@ A loop is what a backward branch spans in the machine code. Compilations are kep
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
+import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +63,6 @@ def disassembler(nvcc: str) -> str:
     sys.exit("nvdisasm was not found: pip install nvidia-cuda-nvdisasm")
 
 
-def cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 def compiled(build: Any, nvcc: str, source: Path) -> tuple[Path, dict[str, Any]]:
     """The machine code of a source, and what was said and used while it was made."""
     target = f"-gencode=arch=compute_{ARCH},code=sm_{ARCH}"
@@ -74,11 +72,16 @@ def compiled(build: Any, nvcc: str, source: Path) -> tuple[Path, dict[str, Any]]
     told = place.with_suffix(".o.json")  # *.o*: removed when it is old
     if not (place.exists() and told.exists()):
         place.parent.mkdir(parents=True, exist_ok=True)
-        before, part = cpu_seconds(), place.with_suffix(".part")
-        done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
-        if done.returncode != 0:
-            sys.exit(done.stderr)
-        told.write_text(json.dumps({"cpu_s": cpu_seconds() - before, "ptxas": done.stderr}))
+        part = place.with_suffix(".part")
+        with tempfile.TemporaryFile("w+") as said:
+            process = subprocess.Popen([*command, "-o", str(part)], stderr=said)
+            _, status, used = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            said.seek(0)
+            text = said.read()
+        if status != 0:
+            raise RuntimeError(text)
+        told.write_text(json.dumps({"cpu_s": used.ru_utime + used.ru_stime, "ptxas": text}))
         part.replace(place)
     return place, json.loads(told.read_text())
 
@@ -262,7 +265,8 @@ def main() -> None:
         sys.exit("nvcc was not found; name it in CUDA_HOME")
     nvcc, nvdisasm = found[0], disassembler(found[0])
     sources = [Path(name) for name in args.files] or sorted(build.CSRC.glob("cuda/**/*.cu"))
-    files = [report_of(build, nvcc, nvdisasm, source) for source in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        files = list(pool.map(functools.partial(report_of, build, nvcc, nvdisasm), sources))
     release = re.findall(r"release .*", build.version_of(nvcc))[0]
     text = markdown(files, f"CUDA {release}")
     table_of = RESULTS / "cuda_report.json"
