@@ -154,6 +154,13 @@ bench: build $(STAMPS)/extra-bench  ## run benchmarks against other libraries (B
 gpu-prepare: build  ## compile and fetch what gpu-check needs (GPU_PYTHON=3.12: of the GPU machine)
 	@$(PY) -m benchmarks.gpu_check prepare $(addprefix --python ,$(GPU_PYTHON))
 
+# The log has the table; REPORT=--write puts it into benchmarks/results.
+.PHONY: cuda-report
+cuda-report: $(STAMPS)/tools  ## read the machine code of the CUDA kernels (needs nvcc, no GPU)
+	@command -v nvcc >/dev/null || { echo "no report: nvcc was not found"; exit 0; }; \
+	command -v nvdisasm >/dev/null || $(PIP) -q nvidia-cuda-nvdisasm
+	$(call step,cuda-report,no more local memory in hot loops than is known,! command -v nvcc || $(PY) -m benchmarks.cuda_report $(REPORT))
+
 # With the GPU machine's own Python and torch: nothing is installed there.
 .PHONY: gpu-check
 gpu-check:  ## on a GPU machine: check and time the CUDA kernels, in 7 minutes (docs/gpu.md)

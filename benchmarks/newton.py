@@ -1,8 +1,8 @@
 """What Newton's step saves on a CPU: ``python -m benchmarks.newton``.
 
 Sweeps and CPU time of a solve in float32 with L-BFGS alone and with Newton's step from the plan's
-large entries, in turns, on one thread. Printed as the table of ``docs/solver.md`` and kept in
-``benchmarks/results/newton.json``.
+large entries, in turns, on one thread. Printed as the table of ``docs/solver-measurements.md`` and
+kept in ``benchmarks/results/newton.json``.
 """
 
 from __future__ import annotations

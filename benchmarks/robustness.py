@@ -8,7 +8,8 @@ Three sets of problems, each solved with default options unless it says otherwis
 - *float32*: those, and problems near what float32 resolves, at five tolerances, with the marginal
   error of the potentials returned measured in float64.
 
-Printed as the tables of ``docs/solver.md`` and kept in ``benchmarks/results/robustness.json``.
+Printed as the tables of ``docs/solver-measurements.md`` and kept in
+``benchmarks/results/robustness.json``.
 """
 
 from __future__ import annotations

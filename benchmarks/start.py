@@ -2,7 +2,7 @@
 
 Sweeps of a solve in float64 from 0 and from the potential between the clouds' Gaussians, to a
 marginal error of 1e-3, by eps over the standard deviation of the costs. Printed as the table of
-``docs/solver.md`` and kept in ``benchmarks/results/start.json``.
+``docs/solver-measurements.md`` and kept in ``benchmarks/results/start.json``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Sweeps of unbalanced problems: ``python -m benchmarks.unbalanced``.
 
 How many sweeps a solve takes to a marginal error of 1e-6 in float64, by eps and rho over the mean
-cost, for totals that agree and totals 1 and 1000. Printed as the table of ``docs/solver.md`` and
-kept in ``benchmarks/results/unbalanced.json``.
+cost, for totals that agree and totals 1 and 1000. Printed as the table of
+``docs/solver-measurements.md`` and kept in ``benchmarks/results/unbalanced.json``.
 """
 
 from __future__ import annotations

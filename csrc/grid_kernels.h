@@ -44,10 +44,16 @@ struct GridGroup {
   Penalties penalties;
 };
 
-// On a CPU only.
+#if defined(OTLOSS_WITH_CUDA)
+namespace cuda {
+void grid_means(const Context& context, const GridMeans& means);
+}  // namespace cuda
+#endif
+
 namespace cpu {
 
 void grid_means(const GridMeans& means);
+// On a CPU only.
 void solve_grid(const std::vector<GridGroup>& groups, const SolveOptions& options);
 
 }  // namespace cpu

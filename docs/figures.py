@@ -348,7 +348,7 @@ def large() -> str:
         f"({commands}; {where}).\n"
         "The exponent is that of n from the size before. Errors of 10 000 points are against\n"
         "the converged gradient, of more points on 256 rows of the gradient, computed from all\n"
-        "pairs in float64 at the potentials of a multiscale solve in float64 to `tol=1e-5`.\n\n"
+        "pairs in float64.\n\n"
         f"{table(header, lines)}\n"
     )
 

@@ -95,7 +95,8 @@ def picture(
         panel.axhline(floor, linestyle=":", color="grey", label="real images")
         panel.set(ylabel=label, xscale="log")
         panel.grid(alpha=0.3)
-    panels[0].legend(fontsize=8)
+    named = panels[0].get_legend_handles_labels()
+    figure.legend(*named, loc="outside upper center", ncols=2, fontsize=8)
     panels[-1].set_xlabel(args.over + (", in units of the cost" if args.over == "eps" else ""))
     figure.savefig(args.out / "sweep.png", dpi=100)
 

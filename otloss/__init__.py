@@ -5,6 +5,7 @@ from otloss._check import ConvergenceWarning
 from otloss.barycenter import BarycenterInfo, barycenter, barycenter_grid
 from otloss.batching import pad, pad_batch_vector
 from otloss.config import show_config
+from otloss.cost_matrices import cost_matrix
 from otloss.grid import sinkhorn_divergence_grid, solve_grid
 from otloss.losses import (
     energy_distance,
@@ -18,7 +19,6 @@ from otloss.modules import (
     SinkhornDivergence,
     SinkhornLoss,
 )
-from otloss.problem import cost_matrix
 from otloss.progress import progress
 from otloss.result import OTResult
 from otloss.scale import suggest_eps

@@ -19,9 +19,10 @@ from torch import Tensor
 from otloss import _check
 from otloss._options import OBJECTIVES, Options
 from otloss.autograd.second_order import refuse_higher_order
+from otloss.cost_matrices import build_costs, see_empty_bins
 from otloss.eps import Scale
 from otloss.method import block_rows, in_blocks
-from otloss.problem import Problem, build_costs, see_empty_bins
+from otloss.problem import Problem
 from otloss.reference.arguments import as_pairs
 from otloss.reference.engine import is_symmetric, sample, spread
 from otloss.reference.gradients import weight_gradients

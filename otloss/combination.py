@@ -10,16 +10,11 @@ from torch import Tensor
 
 from otloss import _check, ops
 from otloss._options import Options
+from otloss.cost_matrices import build_costs, ready_for_blocks, see_empty_bins
 from otloss.eps import check_shape
 from otloss.forbidden import solve_allowed
 from otloss.method import choose
-from otloss.problem import (
-    Problem,
-    build_costs,
-    check_clouds,
-    ready_for_blocks,
-    see_empty_bins,
-)
+from otloss.problem import Problem, check_clouds
 from otloss.reference.arguments import as_pairs
 from otloss.reference.engine import is_symmetric
 from otloss.run import Solved, report, run
@@ -27,7 +22,11 @@ from otloss.target import Target
 from otloss.totals import Combination, at_given_totals, at_unit_totals
 from otloss.transforms import inside
 
-__all__ = ["Combination", "Memory", "combine"]
+__all__ = ["DEBIASED", "LOSS", "MINIBATCH", "Combination", "Memory", "combine"]
+
+LOSS = Combination([0, 1], [1.0])
+DEBIASED = Combination([0, 1, 0, 0, 1, 1], [1.0, -0.5, -0.5], debiased=True)
+MINIBATCH = Combination([0, 2, 0, 3, 1, 2, 1, 3, 0, 1, 2, 3], [1.0, 1.0, 1.0, 1.0, -2.0, -2.0])
 
 
 @dataclass

@@ -11,9 +11,9 @@ from torch import Tensor
 from otloss import _check
 from otloss._options import Objective, Options, Unbalanced, check_options, number
 from otloss.autograd.grid import Grid
+from otloss.combination import DEBIASED, LOSS
 from otloss.grid_result import GridResult
 from otloss.grid_solve import solve_densities
-from otloss.losses import DEBIASED, LOSS
 from otloss.problem import Problem
 from otloss.result import OTResult
 
@@ -46,7 +46,8 @@ def solve_grid(
 
     The cost is a sum over the axes, so that a softmin over all N points is one log-sum-exp along
     each axis in turn: time N (H + W) per sweep and memory N, without a matrix of N x N. All is
-    computed in float64, on a CPU by the library's kernels, on a GPU in plain torch.
+    computed in float64, on a CPU by the library's kernels, on a GPU by a kernel for the softmins
+    under the solver of plain torch.
 
     Args:
         a, b: densities (B, N), (B, H, W) or (B, D, H, W), the batch first; non-negative, of equal

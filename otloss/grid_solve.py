@@ -13,6 +13,7 @@ from otloss._options import Options
 from otloss.autograd import refuse_higher_order
 from otloss.autograd.grid import Grid, GridPotentials, GridValue, extended, softmin, transport
 from otloss.eps import Scale, ScaledValue
+from otloss.first_use import first_use
 from otloss.problem import Problem
 from otloss.reference import grid as reference
 from otloss.reference.arguments import as_pairs
@@ -38,6 +39,7 @@ def solve_densities(
     options: Options,
     init: list[Tensor],
 ) -> Solved:
+    first_use(problem.weights[0])
     learnt = options.learns_eps()
     if learnt and (options.objective == "transport" or options.n_iters >= 0):
         raise NotImplementedError(_LEARNT)

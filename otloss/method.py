@@ -56,6 +56,12 @@ def choose(
     matrices are stored."""
     options = _with_function(options)
     lacks = _multiscale_lacks(points, options)
+    if (
+        options.method == "multiscale"
+        and not lacks
+        and _without_direction(points, weights, options)
+    ):
+        lacks = "points of norm > 0 under cosine", 0.0
     if options.method == "multiscale" and lacks:
         needed, given = lacks
         raise NotImplementedError(f'method="multiscale" needs {needed}, got {given!r}')
@@ -111,9 +117,21 @@ def _multiscale_pays(points: Sequence[Tensor], weights: Sequence[Tensor], option
     wanted = options.balanced() and options.objective == "regularized"
     if not wanted or min(sizes) * max(sizes) < MULTISCALE_FROM or not _check.readable(points[0]):
         return False
+    if _without_direction(points, weights, options):
+        return False
     if min(sizes) <= max(NEIGHBOURS):
         return False
     return max(map(local_dimension, points)) <= MULTISCALE_LOCAL
+
+
+def _without_direction(
+    points: Sequence[Tensor], weights: Sequence[Tensor], options: Options
+) -> bool:
+    """Whether a point of positive weight has norm 0 under cosine, which is no distance there."""
+    if options.cost != "cosine" or not _check.readable(points[0]):
+        return False
+    pairs = zip(points, weights, strict=True)
+    return any(bool(((x == 0).all(-1) & (w > 0)).any()) for x, w in pairs)
 
 
 @torch.no_grad()

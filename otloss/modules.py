@@ -7,7 +7,7 @@ from typing_extensions import Unpack
 
 from otloss import _options, losses
 from otloss._options import EnergyMethod, LossOptions, check_eps, check_options
-from otloss.combination import Combination, Memory, combine
+from otloss.combination import DEBIASED, LOSS, MINIBATCH, Combination, Memory, combine
 from otloss.costs import Cost
 from otloss.target import Target
 
@@ -93,7 +93,7 @@ class SinkhornDivergence(_PairLoss):
         SinkhornDivergence(eps=0.1, warm_start=False, cost='cosine')
     """
 
-    combination = losses.DEBIASED
+    combination = DEBIASED
 
     def __init__(
         self, eps: float | Tensor, *, warm_start: bool = False, **kwargs: Unpack[LossOptions]
@@ -114,7 +114,7 @@ class SinkhornLoss(_PairLoss):
         torch.Size([])
     """
 
-    combination = losses.LOSS
+    combination = LOSS
     options_refused = ("symmetric",)
 
 
@@ -138,7 +138,7 @@ class MinibatchEnergyDistance(_Loss):
         super().__init__(eps, warm_start=warm_start, **options)
 
     def forward(self, x1: Tensor, x2: Tensor, y1: Tensor, y2: Tensor) -> Tensor:
-        return self.combine({"x1": x1, "x2": x2, "y1": y1, "y2": y2}, {}, losses.MINIBATCH)
+        return self.combine({"x1": x1, "x2": x2, "y1": y1, "y2": y2}, {}, MINIBATCH)
 
 
 class EnergyDistance(nn.Module):

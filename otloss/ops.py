@@ -111,15 +111,18 @@ for _schema in _SCHEMAS.strip().splitlines():
     _library.define(_schema)
 
 
+def _grid_solve(*arguments: Any) -> Any:
+    return reference.grid.solve(torch.ops.otloss.grid_means.default, *arguments)
+
+
 def _load_native() -> Any:
     """The compiled module, whose import registers its kernels; None for a pure-Python install."""
     if importlib.util.find_spec("otloss._C") is not None:
         native = importlib.import_module("otloss._C")
-        plain: tuple[str, ...] = reference.GRID_OPERATIONS  # grids have no CUDA kernels
+        _library.impl("grid_solve", _grid_solve, "CUDA")  # a plain solver over the kernel of means
         if not native.build_info()["cuda_architectures"]:
-            plain = (*plain, *reference.OPERATIONS)
-        for name in plain:
-            _library.impl(name, getattr(reference, name), "CUDA")
+            for name in (*reference.OPERATIONS, "grid_means"):
+                _library.impl(name, getattr(reference, name), "CUDA")
         return native
     for name in (*reference.OPERATIONS, *reference.GRID_OPERATIONS):
         _library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
@@ -139,7 +142,7 @@ CUDA_KERNELS = NATIVE and bool(_native.build_info()["cuda_architectures"])
 
 def serve_in_plain_torch(key: str) -> None:
     """From here on, in place of the kernels of a dispatch key."""
-    for name in reference.OPERATIONS:
+    for name in (*reference.OPERATIONS, "grid_means"):
         _library.impl(name, getattr(reference, name), key, allow_override=True)
 
 

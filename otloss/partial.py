@@ -16,11 +16,12 @@ from torch.nn.functional import pad
 
 from otloss import _check
 from otloss._options import Options, number
+from otloss.cost_matrices import build_costs, cost_matrix, ready_for_blocks
 from otloss.costs import Cost
 from otloss.eps import check_shape, of_rows
 from otloss.forbidden import UNDERFLOW
 from otloss.method import in_blocks
-from otloss.problem import Problem, build_costs, cost_matrix, ready_for_blocks
+from otloss.problem import Problem
 from otloss.reference.marginals import ROUNDING, of_entries
 from otloss.result import OTResult
 from otloss.run import Solved

@@ -12,9 +12,10 @@ from torch import Tensor
 from otloss import reference
 from otloss._options import Options
 from otloss.autograd import extended, plan_product
+from otloss.cost_matrices import build_costs, seen_costs, with_empty_bins
 from otloss.eps import of_rows
 from otloss.method import in_blocks
-from otloss.problem import Problem, build_costs, seen_costs, with_empty_bins
+from otloss.problem import Problem
 from otloss.reference.marginals import of_entries
 from otloss.run import Solved
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from otloss._options import check_cost, number
+from otloss.cost_matrices import cost_matrix
 from otloss.costs import Cost
-from otloss.problem import check_clouds, cost_matrix
+from otloss.problem import check_clouds
 
 __all__ = ["suggest_eps"]
 

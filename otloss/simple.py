@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from otloss import _check, _options
+from otloss.cost_matrices import cost_matrix
 from otloss.costs import full_precision
-from otloss.losses import energy
-from otloss.problem import Problem, check_clouds, cost_matrix
+from otloss.energy import energy
+from otloss.problem import Problem, check_clouds
 
 __all__ = ["mmd", "sliced_wasserstein", "wasserstein_1d"]
 

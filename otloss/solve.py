@@ -19,21 +19,13 @@ from otloss._options import (
     Unbalanced,
     check_options,
 )
+from otloss.cost_matrices import build_costs, hide_padding, ready_for_blocks, see_empty_bins
 from otloss.costs import Cost
 from otloss.eps import check_shape, detached
 from otloss.forbidden import solve_allowed
 from otloss.method import choose
 from otloss.partial import Mass, PartialResult, check_options_of, with_dummies
-from otloss.problem import (
-    Problem,
-    as_one_batch,
-    as_weights,
-    build_costs,
-    check_clouds,
-    hide_padding,
-    ready_for_blocks,
-    see_empty_bins,
-)
+from otloss.problem import Problem, as_one_batch, as_weights, check_clouds
 from otloss.result import OTResult
 from otloss.run import Solved, report, run
 from otloss.totals import Combination, at_given_totals, at_unit_totals

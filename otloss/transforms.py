@@ -15,7 +15,7 @@ from torch import Tensor
 from otloss import _check, ops
 from otloss._options import Options, check_eps
 from otloss.autograd import Argument, through
-from otloss.problem import call_cost, replaced
+from otloss.cost_matrices import call_cost, replaced
 from otloss.reference.arguments import as_pairs
 from otloss.result import OTResult
 

@@ -144,6 +144,16 @@ def test_inductor(rng):
     assert_close(*(torch.autograd.grad(loss, tuple(network.parameters())) for loss in losses))
 
 
+def test_inductor_keeps_the_nan_of_a_failure(rng):
+    """Costs that overflow: what is not read raises nothing."""
+    x, y = (randn(rng, n, 3, dtype=torch.float32) for n in (6, 5))
+    x = (1e25 * x).requires_grad_()
+    loss = torch.compile(LOSSES["implicit"], fullgraph=True)(x, y)
+    (grad,) = torch.autograd.grad(loss, x)
+    assert bool(loss.isnan())
+    assert bool(grad.isnan().all())
+
+
 def test_errors_are_still_raised(rng):
     """What can be said without data is said while tracing."""
     loss = torch.compile(lambda x, y: otloss.sinkhorn_loss(x, y, 0.5), backend="eager")

@@ -118,6 +118,14 @@ def test_kept_results_are_of_the_commands():
         assert compare.name_of(json.loads(path.read_text())) == path.stem
 
 
+def test_a_rate_that_follows_holds_images_out():
+    """Which is no other option than the page's command has."""
+    command = settings.COMMANDS["digits-follow"]
+    report = report_of(command)
+    report["args"]["limit_train"] = 897
+    assert compare.name_of(report) == "digits-follow"
+
+
 def test_ellipses_of_the_page():
     fits = {"mmd": (112, 2), "eps 1": (116, 2)}
     counts = {name: {"diagonal": d, "off_diagonal": o} for name, (d, o) in fits.items()}

@@ -78,6 +78,14 @@ def test_runs_of_a_sweep_share_the_classifier_beside_it(tmp_path, monkeypatch):
         assert classifier.obtain(args, data.load("digits")).epochs == 60
 
 
+def test_a_quick_classifier_takes_two_epochs():
+    epochs = {
+        data: train_classifier.parse(["--preset", "quick", "--data", data]).epochs
+        for data in ("cifar10", "fashion", "mnist", "digits")
+    }
+    assert epochs == {"cifar10": 2, "fashion": 2, "mnist": 2, "digits": 60}
+
+
 LINES = ("test images", "training images", "gan basic")
 
 

@@ -13,6 +13,10 @@ from helpers import METHODS, Clouds, randn
 from torch import Tensor
 
 import otloss
+from otloss.reference.engine import DenseEngine
+from otloss.reference.far_mass import UNSEEN
+from otloss.reference.marginals import BALANCED
+from otloss.reference.semidual import evaluate
 
 TOL = 1e-3  # the default
 
@@ -138,6 +142,21 @@ def test_a_doubtful_solve_has_not_converged(rng):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         solve(c)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_rounding_makes_columns_lack(dtype):
+    """Equal costs, so that nothing has to move: less than is left out of the bound of the value."""
+    rng, unit = torch.Generator().manual_seed(0), torch.finfo(dtype).eps
+    for n, m in torch.randint(1, 400, (100, 2), generator=rng).tolist():
+        a, b = (10 ** (-12 * torch.rand(k, generator=rng).double()) for k in (n, m))
+        a, b = (a / a.sum()).to(dtype), (b / b.sum()).to(dtype)
+        b = (b.double() * (a.double().sum() / b.double().sum())).to(dtype)
+        eps, zero = 10 ** float(4 * torch.rand(1, generator=rng)), torch.zeros_like(b)
+        engine = DenseEngine(torch.rand(1, 1, generator=rng).to(dtype).expand(n, m), a, b, BALANCED)
+        point = evaluate(engine, eps, zero)
+        lacking = point.target.double() * (1 - point.ratio.double())
+        assert lacking.clamp(min=0).sum() <= UNSEEN * unit * engine.mass[1]
 
 
 @pytest.mark.parametrize("k", [6, 90])

@@ -66,7 +66,7 @@ def loop(function, tensors):
 
 
 def weighted(t):
-    """A number from potentials, by which the constant that they leave open counts, or a value."""
+    """A number made of potentials, with the constants that they leave open too, or a value."""
     return (t * torch.arange(1.0, 1 + len(t)).to(t)).sum() if t.dim() else t
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from backends import EMULATED, emulated, serving
 
 import otloss
 from otloss import ops
@@ -109,6 +110,25 @@ def test_means_are_those_of_the_reference(eps):
         ops.grid_means(*arguments), reference.grid_means(*arguments), strict=True
     ):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not EMULATED, reason="no compiler")
+@pytest.mark.parametrize("shape", [(7,), (5, 4), (3, 4, 6)])
+def test_emulated_kernel(shape):
+    """Means, a solve over them and the system of its gradient, against plain torch."""
+    a, b = (w.flatten(1) for w in densities(*shape))
+    axes = [torch.rand(n, n, dtype=torch.float64) * n for n in shape]  # not symmetric
+    half, tight, v = ops.number(0.5), ops.number(1e-9), 9 * torch.randn_like(a)
+    v[0, 0] = -math.inf
+    u = torch.randn(2, 3, a.shape[1], dtype=torch.float64)
+    given = axes, [], [a, b], [0, 1], half, None, [], tight, 1000
+    means = reference.grid_means(axes, half, v, u)
+    solved = reference.grid_solve(*given)
+    with serving(emulated()):
+        torch.testing.assert_close(ops.grid_means(axes, half, v, u), means, rtol=1e-9, atol=1e-9)
+        of_kernel = reference.solve(ops.grid_means, *given)
+    torch.testing.assert_close(of_kernel[1:], solved[1:], rtol=1e-6, atol=1e-7)
 
 
 def test_reference_takes_the_sweeps_of_the_kernels():

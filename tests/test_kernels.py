@@ -23,6 +23,7 @@ from torch.testing import assert_close
 import otloss
 from otloss import ops, reference
 from otloss.costs import COSTS as COST_NUMBERS
+from otloss.method import MULTISCALE_TOL
 from otloss.reference.arguments import Arguments
 
 INF = math.inf
@@ -452,6 +453,24 @@ def test_multiscale_refuses_clouds_without_weight(weight):
     weights[1][1] = weight
     with pytest.raises(RuntimeError, match="multiscale needs a weight > 0 in each cloud"):
         operation_named("solve")(costs, points, weights, *others)
+
+
+@pytest.mark.parametrize(
+    ("message", "dims", "change"),
+    [
+        ("multiscale has a tol of at least 1e-5", 3, {"tol": ops.number(0.99 * MULTISCALE_TOL)}),
+        ("multiscale has up to 8 coordinates", 9, {}),
+        ("multiscale has no cosine of points of norm 0", 3, {"kind": COST_NUMBERS["cosine"]}),
+    ],
+)
+def test_multiscale_refuses_what_it_cannot_do(message, dims, change):
+    call = operation_named("solve")
+    names = [argument.name for argument in call._schema.arguments]
+    arguments = dict(zip(names, sample_arguments()["solve:multiscale"], strict=True))
+    call(*(arguments | {"tol": ops.number(MULTISCALE_TOL)}).values())
+    points = [torch.zeros(*x.shape[:-1], dims, dtype=x.dtype) for x in arguments["points"]]
+    with pytest.raises(RuntimeError, match=message):
+        call(*(arguments | {"points": points} | change).values())
 
 
 def test_wrong_arguments_crash_nothing():

@@ -160,13 +160,16 @@ def test_wide_leaves_cost_no_digits(make, eps, rng):
 
 
 @pytest.mark.filterwarnings("ignore::otloss.ConvergenceWarning")  # the error holds all the same
-def test_rounded_potentials_are_within_the_error(rng):
-    """Of few distinct points, all potentials of which are off in one direction."""
-    x = torch.tensor([[0.0, 0.0], [1.3, 2.1], [3.1, 0.7]], dtype=torch.float64)
-    x = x[torch.randint(3, (N,), generator=rng)]
-    c = Clouds(x, x[:M] + torch.tensor([3.0, 1.7]), None, None).to(torch.float32)
-    got = c.solve(5e-3, method="multiscale", tol=TOL)
-    assert true_error(c, 5e-3, *got.potentials) <= got.marginal_error + 1e-6
+@pytest.mark.parametrize("total", [1.0, 700.0])
+def test_rounding_is_within_the_error(total, rng):
+    """Of few distinct points, of costs far larger than eps: what is rounded of the points, of the
+    potentials, or again where these are brought to other totals, is off in one direction."""
+    for _ in range(10):
+        x, y = (randn(rng, 2, 3)[torch.randint(2, (n,), generator=rng)] for n in (N, M))
+        a, b = (total * make_weights(rng, (n,), "random") for n in (N, M))
+        c = Clouds(x, y + 3, a, b).to(torch.float32)
+        got = c.solve(1e-3, method="multiscale", tol=TOL, max_iters=50)
+        assert true_error(c, 1e-3, *got.potentials) <= 1.02 * got.marginal_error + 1e-6
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -325,6 +328,53 @@ def test_cosine(rng):
     assert abs(float(got - right)) <= 20 * TOL * float(right)
     for one, other in zip(c.grads(got), fine.grads(right), strict=True):
         assert float((one - other).norm()) <= 5 * TOL * float(other.norm())
+    x = c.x.detach().clone()
+    x[7] = 0  # has cost 1 to all others, which is no distance on the sphere
+    with pytest.raises(NotImplementedError, match="needs points of norm > 0 under cosine"):
+        otloss.solve_sample(x, c.y, 0.02, cost="cosine", method="multiscale")
+    a = torch.ones(N).index_fill(0, torch.tensor([7]), 0.0)
+    otloss.solve_sample(x, c.y, 0.02, a=a / a.sum(), cost="cosine", method="multiscale")
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (0, 1)])
+def test_gradients_of_some_clouds(wanted, rng):
+    c, eps = made("shapes", rng, torch.float32, 0.05)
+    found = []
+    for chosen in (wanted, (0, 1)):
+        points = [c.x.clone(), c.y.clone()]
+        sought = [points[k].requires_grad_() for k in chosen]
+        value = otloss.sinkhorn_loss(*points, eps, method="multiscale")
+        found.append(dict(zip(chosen, torch.autograd.grad(value, sought), strict=True)))
+    assert all(torch.allclose(found[0][k], found[1][k], rtol=1e-5, atol=1e-8) for k in wanted)
+
+
+def test_large_clouds_of_a_divergence_are_ordered_once(rng):
+    """From 20 000 points on; alone each problem finds its orders itself."""
+    x, y = rand(rng, 10_200, 2).float().requires_grad_(), rand(rng, 9_900, 2).float() + 0.2
+    options = {"eps": 0.02, "method": "multiscale"}
+    terms = [(1.0, x, y), (-0.5, x, x), (-0.5, y, y)]
+    alone = sum(c * otloss.sinkhorn_loss(u, v, **options) for c, u, v in terms)
+    together = otloss.sinkhorn_divergence(x, y, **options)
+    grads = [torch.autograd.grad(value, x)[0] for value in (together, alone)]
+    assert abs(float((together - alone).detach())) <= 1e-5 * float(alone.detach())
+    assert float((grads[0] - grads[1]).norm()) <= 1e-4 * float(grads[1].norm())
+
+
+def test_small_groups_far_away(rng):
+    """That no centroid of the coarsest level stands for: mass goes from one to another."""
+    centres = 60 * randn(rng, 30, 3)
+
+    def cloud(n: int) -> Tensor:
+        group = torch.randint(30, (n,), generator=rng)
+        group = torch.where(rand(rng, n) < 0.985, group % 3, group)
+        return centres[group] + 0.1 * randn(rng, n, 3)
+
+    x, y = cloud(N), cloud(M)
+    with torch.no_grad():
+        got = otloss.solve_sample(x, y, 0.1, method="multiscale", tol=TOL)
+    right = float(exact(Clouds(x, y, None, None), 0.1).value)
+    assert got.converged
+    assert abs(float(got.value) - right) <= 20 * TOL * right
 
 
 def test_warm_starts(rng):

@@ -205,7 +205,7 @@ def test_what_is_not_available_says_so(clouds):
         value.backward()
 
 
-def test_inside_torch_func_it_is_refused_by_name():
-    x, y = rand(3, 4, 2), rand(3, 5, 2)
+def test_inside_torch_func_it_is_refused_by_name(rng):
+    x, y = rand(rng, 3, 4, 2), rand(rng, 3, 5, 2)
     with pytest.raises(NotImplementedError, match=r"mass= is not available inside torch\.func"):
         torch.func.vmap(lambda x, y: otloss.solve_sample(x, y, 0.1, mass=0.5).value)(x, y)

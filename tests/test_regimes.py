@@ -744,6 +744,16 @@ def test_many_problems_on_few_multiprocessors(emulator, regime):
 
 
 @some("regime, mode", [*STORED, "streamed"], MODES)
+def test_at_the_block_size_of_a_gpu(regime, mode):
+    """The other tests have blocks of half as many threads."""
+    machine = emulating(regime in STORED, OTLOSS_SOLVE_THREADS="256")
+    p = problem(SINGLE, 70, 300, 20, batch=1, pairs=(0, 1, 0, 0), eps=0.3)
+    assert_solved(machine, p, 2e-5)
+    p = replace(p, objective=int(mode != "envelope"))
+    assert_gradients(machine, mode, p, seeds(p, mode, n_iters=3), looser=1 if machine.dense else 10)
+
+
+@some("regime, mode", [*STORED, "streamed"], MODES)
 def test_gradients_of_many_problems(emulator, regime, mode):
     """More than run at once, and more pairs than a launch takes."""
     emulator.gpu = FEW
@@ -764,7 +774,7 @@ def test_more_pairs_than_a_launch_takes(machine):
 def test_gradients_are_few_launches(emulator, mode, count):
     """Whatever the number of pairs, problems and iterations."""
     p = problem(SINGLE, eps=0.3, objective=1).stored()
-    s, few = seeds(p, mode, n_iters=20), {"unrolled": 3, "implicit": 1}
+    s, few = seeds(p, mode, n_iters=20), {"unrolled": 2, "implicit": 1}
     assert emulator.launches(lambda: emulator.gradient(mode, p, s)) == few[mode]
 
 
@@ -777,9 +787,10 @@ def test_gradients_are_few_launches(emulator, mode, count):
     [
         (1, 60, 0, "block, 1 block per problem, 1 at once, cost tile in shared memory"),
         (200, 150, 0, "block, 1 block per problem, 132 at once, cost tile in shared memory"),
+        (2000, 64, 0, "block, 1 block per problem, 396 at once, cost tile in shared memory"),
         (1, 600, 0, "cluster, 16 blocks per problem, 1 at once, cost tile in shared memory"),
         (1, 9000, 0, "dense, 132 blocks per problem, 1 at once, cost tile in global memory"),
-        (200, 20000, 0, "dense, 2 blocks per problem, 66 at once, cost tile in global memory"),
+        (200, 20000, 0, "dense, 33 blocks per problem, 4 at once, cost tile in global memory"),
         (1, 9000, 3, "streamed, 132 blocks per problem, 1 at once, costs made on the way"),
     ],
 )

@@ -89,7 +89,7 @@ PlanSumsGroup<T> Gradients<T>::plan_sides(int64_t p, const Tensor& f, const Tens
   const SolvedGroup<T> group = solved(p, i, j, data<T>(f), data<T>(g));
   const PointSums<T> x = side(i, {group.a, group.f});
   const PointSums<T> y = i == j ? PointSums<T>{} : side(j, {group.b, group.g});
-  return {group, {point_pair<T>(clouds_, i, j, false, true), i == j, x, y}};
+  return {group, {point_pair<T>(as_given(problem_.clouds), i, j, false, true), i == j, x, y}};
 }
 
 template <typename T>

@@ -1,4 +1,4 @@
-// Operations on densities on a grid, on a CPU and in float64.
+// Operations on densities on a grid, in float64; the solve on a CPU only.
 #include <torch/csrc/stable/ops.h>
 
 #include "bindings/operations.h"
@@ -44,7 +44,9 @@ void grid_means(StableIValue* stack, uint64_t, uint64_t) {
   means.channels = u.size(1);
   means.v = data<double>(sums);
   means.u = means.channels > 0 ? data<double>(of_u) : nullptr;
-  OTLOSS_LAUNCH_ON_CPU(grid_means, means);
+  const Tensors all{v, u};
+  const Device device(v, {&costs, &all});
+  OTLOSS_LAUNCH(device, grid_means, means);
   give_back(stack, sums, of_u);
 }
 

@@ -29,11 +29,11 @@ inline void register_operations(torch::stable::detail::StableLibrary& library) {
   library.impl("unrolled_backward", call<unrolled_backward>);
   library.impl("implicit_backward", call<implicit_backward>);
   library.impl("plan_product", call<plan_product>);
+  library.impl("grid_means", call<grid_means>);
 }
 
 // Those of a CPU alone.
 inline void register_cpu_operations(torch::stable::detail::StableLibrary& library) {
-  library.impl("grid_means", call<grid_means>);
   library.impl("grid_solve", call<grid_solve>);
 }
 

@@ -6,9 +6,9 @@ namespace otloss {
 namespace {
 
 template <typename T>
-void plan_product_as(StableIValue* stack, const Device& device, const Problem& problem,
-                     const Tensors& f, const Tensors& g, const Tensors& v) {
-  const Prepared clouds = prepare<T>(device, problem.clouds);
+void plan_product_as(StableIValue* stack, const Problem& problem, const Tensors& f,
+                     const Tensors& g, const Tensors& v) {
+  const Prepared clouds = as_given(problem.clouds);
   Tensors products;
   std::vector<PlanProductGroup<T>> groups;
   for (int64_t p = 0; p < problem.count(); ++p) {
@@ -43,9 +43,8 @@ void plan_product(StableIValue* stack, uint64_t, uint64_t) {
   }
   const Device device(problem.clouds.weights[0],
                       {&problem.clouds.points, &problem.clouds.weights, &f, &g, &v});
-  dispatch_dtype(problem.clouds.weights[0], [&](auto zero) {
-    plan_product_as<decltype(zero)>(stack, device, problem, f, g, v);
-  });
+  dispatch_dtype(problem.clouds.weights[0],
+                 [&](auto zero) { plan_product_as<decltype(zero)>(stack, problem, f, g, v); });
 }
 
 }  // namespace otloss

@@ -16,6 +16,9 @@ struct Prepared {
 template <typename T>
 Prepared prepare(const Device& device, const Clouds& clouds);
 
+// The clouds as they are given, without norms: multiscale makes them ready itself, in double.
+inline Prepared as_given(const Clouds& clouds) { return {clouds.kind, clouds.points, {}}; }
+
 // C (B, n, m) of each pair, in memory by `empty` (like, B, n, m).
 template <typename T>
 Tensors cost_matrices(const Device& device, const Prepared& clouds, const Ints& pairs,
@@ -23,12 +26,13 @@ Tensors cost_matrices(const Device& device, const Prepared& clouds, const Ints& 
 
 template <typename T>
 PointPair<T> point_pair(const Prepared& clouds, int64_t i, int64_t j, bool tf32, bool multiscale) {
+  const auto norm = [&](int64_t c) { return multiscale ? nullptr : data<T>(clouds.norm[c]); };
   return {clouds.kind,
           clouds.z[i].size(2),
           data<T>(clouds.z[i]),
           data<T>(clouds.z[j]),
-          data<T>(clouds.norm[i]),
-          data<T>(clouds.norm[j]),
+          norm(i),
+          norm(j),
           tf32,
           multiscale};
 }

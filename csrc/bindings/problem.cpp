@@ -25,17 +25,23 @@ double positive(double value, const char* name) {
 
 constexpr double kLargestMultiscaleEps = 1e150;  // what it multiplies eps by must not overflow
 
-// Multiscale orders the points of a cloud that have a weight.
-void check_some_weight(const Tensor& weights) {
+// Multiscale orders the points of a cloud that have a weight; cosine is to it the distance of
+// points of a sphere.
+void check_multiscale(const Tensor& points, const Tensor& weights, CostKind kind) {
   dispatch_dtype(weights, [&](auto zero) {
+    const auto* z = static_cast<const decltype(zero)*>(points.const_data_ptr());
     const auto* w = static_cast<const decltype(zero)*>(weights.const_data_ptr());
-    const int64_t n = weights.size(1);
+    const int64_t n = weights.size(1), d = points.size(2);
     for (int64_t k = 0; k < weights.size(0); ++k)
       STD_TORCH_CHECK(
           std::any_of(w + k * n, w + (k + 1) * n, [&](auto weight) { return weight > zero; }) &&
               std::none_of(w + k * n, w + (k + 1) * n,
                            [](auto weight) { return std::isinf(weight); }),
           "otloss: multiscale needs a weight > 0 in each cloud, and none that is infinite");
+    for (int64_t i = 0; kind == CostKind::kCosine && i < weights.size(0) * n; ++i)
+      STD_TORCH_CHECK(!(w[i] > zero) || std::any_of(z + i * d, z + (i + 1) * d,
+                                                    [&](auto value) { return value != zero; }),
+                      "otloss: multiscale has no cosine of points of norm 0");
   });
 }
 
@@ -114,7 +120,8 @@ void Problem::check() {
     STD_TORCH_CHECK(clouds.points[0].size(2) <= kMultiscaleDims, "otloss: multiscale has up to ",
                     std::to_string(kMultiscaleDims), " coordinates");
     STD_TORCH_CHECK(eps.all < kLargestMultiscaleEps, "otloss: multiscale has an eps below 1e150");
-    for (const Tensor& weights : clouds.weights) check_some_weight(weights);
+    for (size_t c = 0; c < clouds.weights.size(); ++c)
+      check_multiscale(clouds.points[c], clouds.weights[c], clouds.kind);
   }
   const Penalties held = penalties_of(rho_);
   rho_x = held.rho_x, rho_y = held.rho_y;

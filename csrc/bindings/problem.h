@@ -60,6 +60,9 @@ struct Clouds {
   int64_t count() const { return static_cast<int64_t>(pairs.size()) / 2; }
 };
 
+// The least tol of a multiscale solve, which its single precision can hold.
+constexpr double kMultiscaleTol = 1e-5;
+
 // A set of OT problems. Either list may be empty: without cost matrices costs are made from points,
 // without points the matrices are all there is.
 struct Problem {

@@ -36,7 +36,9 @@ void solve_as(StableIValue* stack, const Device& device, const Problem& problem,
   const int64_t P = problem.count(), B = problem.batch();
   const Tensor& like = problem.clouds.weights[0];
   const bool from_points = !problem.clouds.points.empty();
-  const Prepared clouds = from_points ? prepare<T>(device, problem.clouds) : Prepared{};
+  const Prepared clouds = problem.multiscale ? as_given(problem.clouds)
+                          : from_points      ? prepare<T>(device, problem.clouds)
+                                             : Prepared{};
   const bool made = dense && problem.costs.empty();
   const bool known = target && !device.is_cuda();  // kernels of a GPU solve it again
   Ints pairs = problem.clouds.pairs;
@@ -115,6 +117,8 @@ void solve(StableIValue* stack, uint64_t, uint64_t) {
   options.eps = problem.eps.all;
   options.each_eps = problem.eps.each;
   options.tol = positive(tol, "tol");
+  STD_TORCH_CHECK(!problem.multiscale || options.tol >= kMultiscaleTol,
+                  "otloss: multiscale has a tol of at least 1e-5");
   options.objective = problem.objective;
   options.warm_start = !init.empty();
   const Device device(problem.clouds.weights[0],

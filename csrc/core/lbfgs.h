@@ -76,29 +76,6 @@ struct LbfgsGram {
     count = kept;
   }
 
-  // p = sum_v on_v v: the two-loop recursion on r.
-  OTLOSS_HOST_DEVICE void direction(double (&on)[kBasis]) const {
-    for (double& factor : on) factor = 0;
-    on[kResidual] = 1;
-    if (count == 0) return;
-    double alpha[kPairs];
-    for (int i = count - 1; i >= 0; --i) {
-      double sp = product[order[i]][kResidual];
-      for (int j = i + 1; j < count; ++j) sp -= alpha[j] * sy(order[i], order[j]);
-      alpha[i] = sp / sy(order[i], order[i]);
-    }
-    const int newest = order[count - 1];
-    const double scale = sy(newest, newest) / yy(newest, newest);
-    on[kResidual] = scale;
-    for (int i = 0; i < count; ++i) on[change(order[i])] = -scale * alpha[i];
-    for (int i = 0; i < count; ++i) {
-      double yp = scale * product[change(order[i])][kResidual];
-      for (int j = 0; j < count; ++j) yp += on[change(order[j])] * yy(order[i], order[j]);
-      for (int j = 0; j < i; ++j) yp += on[order[j]] * sy(order[j], order[i]);
-      on[order[i]] = alpha[i] - yp / sy(order[i], order[i]);
-    }
-  }
-
  private:
   OTLOSS_HOST_DEVICE double sy(int i, int j) const { return product[i][change(j)]; }
   OTLOSS_HOST_DEVICE double yy(int i, int j) const { return product[change(i)][change(j)]; }

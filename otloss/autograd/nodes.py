@@ -100,7 +100,9 @@ def _failed_are_nan(
 ) -> Gradients:
     """NaN in the gradients of problems that failed, whatever the kernels make of potentials that
     are NaN, but not for padding."""
-    mark = (0 * (loss.reshape(-1) if s.combined else loss.sum(0))).to(weights[0].dtype)
+    of_problems = loss.reshape(-1) if s.combined else loss.sum(0)
+    # Not 0 * loss, which a compiler takes for 0.
+    mark = torch.where(of_problems.isfinite(), 0.0, torch.nan).to(weights[0].dtype)
     of_rows, of_matrices = mark[:, None], mark[:, None, None]
     present = s.places.present if s.places else [w > 0 for w in weights]
     return Gradients(

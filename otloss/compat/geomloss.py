@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from otloss import _check, losses
 from otloss._options import EnergyMethod, choice, number
+from otloss.cost_matrices import cost_matrix
 from otloss.costs import Cost
-from otloss.problem import cost_matrix
 from otloss.simple import distance_of, mmd
 from otloss.solve import solve_sample
 

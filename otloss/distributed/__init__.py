@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from otloss._options import Backward, Objective, Unbalanced, check_options
+from otloss.combination import DEBIASED, MINIBATCH
 from otloss.costs import Cost
 from otloss.distributed.loss import combine
-from otloss.losses import DEBIASED, MINIBATCH
 
 __all__ = ["minibatch_energy_distance", "sinkhorn_divergence"]
 

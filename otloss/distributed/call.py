@@ -11,9 +11,10 @@ from torch import Tensor
 
 from otloss import _check
 from otloss._options import Options
+from otloss.cost_matrices import build_costs
 from otloss.costs import COSTS, NAMED, without_padding
 from otloss.distributed.ranks import Ranks, Shard
-from otloss.problem import Problem, build_costs, check_clouds
+from otloss.problem import Problem, check_clouds
 from otloss.reference.engine import Clouds
 from otloss.totals import Totals, at_unit_totals
 

@@ -1,4 +1,4 @@
-"""Small mass that has to go far, which the marginal error does not see (docs/solver.md).
+"""Small mass that has to go far, which the marginal error does not see (docs/solver-start.md).
 
 ``FarMassRule`` of csrc/core/step_control.h and the readings of csrc/cpu/solve/far_mass.h.
 """

@@ -27,6 +27,7 @@ from otloss.reference.solver import solve_problem
 
 GRID_OPERATIONS = ("grid_means", "grid_solve")  # those with kernels
 RESIDUAL, MOST_STEPS = 1e-10, 1000  # of conjugate gradients
+Means = Callable[..., tuple[Tensor, Tensor]]  # ``grid_means``, or kernels of it
 AT_ONCE = 1 << 22  # costs of a block
 
 
@@ -57,7 +58,8 @@ def _along_axis(C: Tensor, v: Tensor, u: Tensor, after: int) -> tuple[Tensor, Te
     return all_v, all_u.transpose(0, 1).contiguous()
 
 
-def grid_solve(
+def solve(
+    means: Means,
     axes: list[Tensor],
     spacing: list[float],
     weights: list[Tensor],
@@ -76,7 +78,7 @@ def grid_solve(
         for k in range(len(weights[0])):
             a, b = weights[i][k], weights[j][k]
             b = b * (a.sum() / b.sum()) if marginals.balanced else b
-            engine = GridEngine(axes, spacing, a, b, marginals)
+            engine = GridEngine(means, axes, spacing, a, b, marginals)
             start = [v[k] for v in init[2 * p : 2 * p + 2]]
             f, g, *how = solve_problem(engine, i == j, number, tol.item(), max_iters, start)
             term = value(number, f, f[None], g[None], a[None], b[None], 0, marginals)
@@ -95,7 +97,7 @@ def grid_solve(
 
 
 def adjoint(
-    means: Callable[..., tuple[Tensor, Tensor]],
+    means: Means,
     axes: list[Tensor],
     eps: Tensor,
     rho: Tensor | None,
@@ -181,6 +183,10 @@ def _conjugate_gradients(
     return x, torch.cat([steps, residual], -1)
 
 
+def grid_solve(*arguments: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    return solve(grid_means, *arguments)
+
+
 def grid_adjoint(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return adjoint(grid_means, *arguments)
 
@@ -190,13 +196,14 @@ class GridEngine:
 
     def __init__(
         self,
+        means: Means,
         axes: list[Tensor],
         spacing: list[float],
         a: Tensor,
         b: Tensor,
         marginals: Marginals,
     ) -> None:
-        self.axes, self.spacing, self.a, self.b = axes, spacing, a, b
+        self.means, self.axes, self.spacing, self.a, self.b = means, axes, spacing, a, b
         self.marginals = marginals
 
     @functools.cached_property
@@ -214,7 +221,8 @@ class GridEngine:
     def _softmin(self, axes: list[Tensor], eps: float, g: Tensor, b: Tensor) -> Tensor:
         v = g / eps + b.log()
         none = v.new_zeros(1, 0, len(v))
-        return -eps * grid_means(axes, torch.tensor(eps), v[None], none)[0][0]
+        eps_ = torch.tensor(eps, dtype=torch.float64)
+        return -eps * self.means([C.contiguous() for C in axes], eps_, v[None], none)[0][0]
 
     def over_rows(self, zero: Tensor, function: Callable[[slice, Tensor], Tensor]) -> Tensor:
         N = len(self.a)

@@ -58,6 +58,7 @@ struct HostWarp {
 struct HostBlock {
   int64_t x, y, z;
   Gate gate;
+  Gate groups[16];  // sync_some
   Gate* cluster;
   std::vector<HostWarp> warps;
   std::vector<unsigned char> memory;  // shared memory between two guard zones
@@ -224,6 +225,10 @@ class EmulatedBlock {
   int64_t z() const { return block_.z; }
 
   void sync() const { wait(block_.gate); }
+  void sync_some(int group, int threads) const {
+    block_.groups[group].size = threads;
+    wait(block_.groups[group]);
+  }
   void warp_sync() const { wait(warp().gate); }
   void cluster_sync() const { wait(*block_.cluster); }
 
@@ -392,8 +397,9 @@ class EmulatedBlock {
 inline Limits limits(int) { return Emulation::get().limits; }
 
 template <class Kernel>
-bool cluster_fits(const Context&, int size, size_t shared) {
-  return size <= 16 && shared <= Emulation::get().limits.shared_per_block;
+int clusters_that_fit(const Context&, int size, size_t shared) {
+  const Limits& limits = Emulation::get().limits;
+  return size <= 16 && shared <= limits.shared_per_block ? limits.multiprocessors / size : 0;
 }
 
 inline void clear(const Context&, void* memory, int64_t bytes) {

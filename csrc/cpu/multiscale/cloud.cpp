@@ -5,6 +5,7 @@
 #include <limits>
 #include <utility>
 
+#include "core/math.h"
 #include "cpu/parallel.h"
 
 namespace otloss::cpu::multiscale {
@@ -13,14 +14,12 @@ namespace {
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 // Cuts index (count,), points of x (., d): returns how many come first.
-template <typename T>
-int64_t cut(const T* x, int64_t d, int32_t* index, int64_t count) {
-  T low[kMultiscaleDims], high[kMultiscaleDims];
-  std::fill_n(low, d, std::numeric_limits<T>::max());
-  std::fill_n(high, d, std::numeric_limits<T>::lowest());
+int64_t cut(const double* x, int64_t d, int32_t* index, int64_t count) {
+  double low[kMultiscaleDims], high[kMultiscaleDims];
+  std::fill_n(low, d, kInfinity), std::fill_n(high, d, -kInfinity);
   for (int64_t i = 0; i < count; ++i)
     for (int64_t c = 0; c < d; ++c) {
-      const T v = x[index[i] * d + c];
+      const double v = x[index[i] * d + c];
       low[c] = std::min(low[c], v), high[c] = std::max(high[c], v);
     }
   int64_t axis = 0;
@@ -35,8 +34,8 @@ int64_t cut(const T* x, int64_t d, int32_t* index, int64_t count) {
 }
 
 // Reorders index; the nodes of `levels` levels are left to `later`.
-template <typename T, typename F>
-void order(const T* x, int64_t d, int32_t* index, int64_t count, int levels, F&& later) {
+template <typename F>
+void order(const double* x, int64_t d, int32_t* index, int64_t count, int levels, F&& later) {
   if (count <= kFewest || interrupted()) return;
   if (levels == 0) return later(index, count);
   const int64_t left = cut(x, d, index, count);
@@ -45,8 +44,7 @@ void order(const T* x, int64_t d, int32_t* index, int64_t count, int levels, F&&
 }
 
 // Trees below the first few cuts are one task each.
-template <typename T>
-void order(const T* x, int64_t d, std::vector<int32_t>& index, bool split) {
+void order(const double* x, int64_t d, std::vector<int32_t>& index, bool split) {
   constexpr int kAll = 64, kCuts = 4;
   const auto none = [](int32_t*, int64_t) {};
   const int64_t count = static_cast<int64_t>(index.size());
@@ -191,7 +189,7 @@ Cloud Cloud::coarser(int64_t points, double& spread) const {
   return coarse;
 }
 
-double Cloud::squared_radius(int64_t points) const {
+std::vector<double> Cloud::squared_radii(int64_t points) const {
   constexpr int64_t kSample = 64;
   std::vector<double> squares;
   const int64_t runs = std::max<int64_t>(1, n / points);
@@ -199,9 +197,7 @@ double Cloud::squared_radius(int64_t points) const {
     const Box box(&X[I * points * d], d, std::min(n - I * points, points));
     squares.push_back(box.radius * box.radius);
   }
-  const auto median = squares.begin() + static_cast<int64_t>(squares.size() / 2);
-  std::nth_element(squares.begin(), median, squares.end());
-  return *median;
+  return squares;
 }
 
 double largest_square(const Cloud& X, const Cloud& Y) {
@@ -212,26 +208,53 @@ double largest_square(const Cloud& X, const Cloud& Y) {
       for (int64_t i = 0; i < cloud->n; ++i) {
         low[c] = std::min(low[c], cloud->X[i * X.d + c]);
         high[c] = std::max(high[c], cloud->X[i * X.d + c]);
+        most += 0 * cloud->X[i * X.d + c];  // NaN if that is not finite
       }
     most += std::pow(high[c] - low[c], 2);
   }
   return most;
 }
 
+double log2_sum_of_all(const Cloud& x, int64_t i, const Cloud& y, double k, double scale,
+                       const double* G, std::vector<double>& parts) {
+  double most = -1e300, sum = 0;
+  parts.resize(y.n);
+  for (int64_t j = 0; j < y.n; ++j) {
+    double square = 0;
+    for (int64_t c = 0; c < x.d; ++c) square += std::pow(x.X[i * x.d + c] - y.X[j * x.d + c], 2);
+    parts[j] = scale * G[j] + static_cast<double>(y.log_w[j]) - k * square;
+    most = std::max(most, parts[j]);
+  }
+  for (double& part : parts) sum += part = fast_exp2(part - most);
+  for (double& part : parts) part /= sum;
+  return most + fast_log2(sum);
+}
+
 template <typename T>
-Cloud ordered_cloud(int64_t count, int64_t d, const T* z, const T* weight, double scale, bool split,
-                    std::vector<int32_t>& index) {
-  index.clear(), index.reserve(count);
-  for (int64_t i = 0; i < count; ++i)
-    if (weight[i] > T(0)) index.push_back(static_cast<int32_t>(i));
+Cloud ordered_cloud(int64_t count, int64_t d, const T* z, const T* weight, double radius,
+                    bool split, std::vector<int32_t>& index) {
+  const auto put = [&](int64_t i, double* x) {
+    double square = 0;
+    for (int64_t c = 0; c < d; ++c) x[c] = static_cast<double>(z[i * d + c]), square += x[c] * x[c];
+    for (int64_t c = 0; c < d && radius > 0; ++c) x[c] *= radius / std::sqrt(square);
+  };
+  if (index.empty()) {
+    std::vector<double> x(count * d);
+    double finite = 0;  // NaN if a coordinate is not
+    for (int64_t i = 0; i < count; ++i) {
+      if (!(weight[i] > T(0))) continue;
+      index.push_back(static_cast<int32_t>(i));
+      put(i, &x[i * d]);
+      for (int64_t c = 0; c < d; ++c) finite += 0 * x[i * d + c];
+    }
+    if (finite == 0) order(x.data(), d, index, split);
+  }
   Cloud cloud;
   cloud.d = d, cloud.n = static_cast<int64_t>(index.size());
-  order(z, d, index, split);
   cloud.X.resize(cloud.n * d), cloud.w.resize(cloud.n);
   for (int64_t i = 0; i < cloud.n; ++i) {
+    put(index[i], &cloud.X[i * d]);
     cloud.w[i] = static_cast<double>(weight[index[i]]);
-    for (int64_t c = 0; c < d; ++c)
-      cloud.X[i * d + c] = scale * static_cast<double>(z[index[i] * d + c]);
   }
   return cloud;
 }

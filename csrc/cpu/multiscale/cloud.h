@@ -14,10 +14,10 @@
 
 namespace otloss::cpu::multiscale {
 
-constexpr int64_t kSuper = 16;      // leaves of a super: one vector of single precision
-constexpr int64_t kMostLeaf = 256;  // points of a leaf
-constexpr int64_t kFewest = 4;      // points of a node of the tree
-constexpr float kNone = -1e30f;     // log2 of 0
+constexpr int64_t kSuper = 16;       // leaves of a super: one vector of single precision
+constexpr int64_t kMostLeaf = 1024;  // points of a leaf
+constexpr int64_t kFewest = 4;       // points of a node of the tree
+constexpr float kNone = -1e30f;      // log2 of 0
 
 // Boxes of runs of points, padded to whole supers with boxes of mass 0.
 struct Nodes {
@@ -46,20 +46,26 @@ struct Cloud {
   // Each run of `points` points becomes its centroid. spread: their mean squared distance to it.
   Cloud coarser(int64_t points, double& spread) const;
 
-  // Median over some runs of this number of points of the squared radius about the box's centre.
-  double squared_radius(int64_t points) const;
+  // Of some runs of this number of points, about their box's centre.
+  std::vector<double> squared_radii(int64_t points) const;
 
  private:
   void bound(Nodes& nodes, int64_t I, int64_t points, bool leaves);
 };
 
-// The largest squared distance of points of the two, at most.
+// The largest squared distance of points of the two, at most; NaN if a coordinate is not finite.
 double largest_square(const Cloud& X, const Cloud& Y);
 
-// The cloud of the points of positive weight, in the order of the tree, coordinates times `scale`.
-// split: over threads. index (n,) out: where each is in z.
+// In double, of all points of y: log2 of the sum of w 2^(scale G - k |x_i - y|^2). parts (n,) out:
+// what share of it each is.
+double log2_sum_of_all(const Cloud& x, int64_t i, const Cloud& y, double k, double scale,
+                       const double* G, std::vector<double>& parts);
+
+// The cloud of the points of positive weight, in the order of the tree; radius > 0: on the sphere
+// of it, in their directions. split: over threads. index (n,): where each is in z, empty where
+// that is to be found.
 template <typename T>
-Cloud ordered_cloud(int64_t count, int64_t d, const T* z, const T* weight, double scale, bool split,
-                    std::vector<int32_t>& index);
+Cloud ordered_cloud(int64_t count, int64_t d, const T* z, const T* weight, double radius,
+                    bool split, std::vector<int32_t>& index);
 
 }  // namespace otloss::cpu::multiscale

@@ -13,22 +13,31 @@ constexpr int64_t kLeastMoments = 64;  // points of a leaf from which on moments
 constexpr float kSlack = 3;      // log2 by which densities may rise before a list is of no use
 constexpr double kShare = 0.01;  // of what may be left out, by one pair of leaves
 
-// 2 R R' / eps of runs of this number of points, of which exp(2 <u, v> / eps) is a function.
-double inner_products(const Cloud& X, const Cloud& Y, double eps, int64_t points) {
-  return 2 / eps * std::sqrt(X.squared_radius(points) * Y.squared_radius(points));
+// The share of pairs of runs of this number of points of which 2 R R' / eps, which bounds
+// 2 <u, v> / eps, is at most this.
+double share_within(const Cloud& X, const Cloud& Y, double eps, int64_t points, double most) {
+  const std::vector<double> x = X.squared_radii(points), y = Y.squared_radii(points);
+  int64_t within = 0;
+  for (const double r : x)
+    for (const double s : y) within += 2 / eps * std::sqrt(r * s) <= most;
+  return static_cast<double>(within) / static_cast<double>(x.size() * y.size());
 }
 
 }  // namespace
 
 int64_t leaf_size(const Cloud& X, const Cloud& Y, double eps, const Precision& precision) {
-  constexpr double kWell = 0.75;  // of the reach of moments
-  constexpr int64_t kLeaves = 32;
-  constexpr double kWide = 8;
-  if (X.d <= kMomentDims && precision.moments())
-    for (int64_t L = kMostLeaf; L >= kLeastMoments; L /= 2)
-      if (std::min(X.n, Y.n) >= kLeaves * L && inner_products(X, Y, eps, L) < kWell * kMomentReach)
-        return L;
-  return inner_products(X, Y, eps, 32) < kWide ? 32 : 16;
+  constexpr int64_t kLeaves = 32;  // at least
+  constexpr double kWide = 8, kPays = 0.6;
+  constexpr double kOfMoments = 21;  // time for a pair of leaves, over L times that of an entry
+  int64_t result = share_within(X, Y, eps, 32, kWide) > 0.5 ? 32 : 16;
+  if (X.d > kMomentDims || !precision.moments()) return result;
+  double least = kPays;  // time over that without moments
+  for (int64_t L = kLeastMoments; L <= kMostLeaf && kLeaves * L <= std::min(X.n, Y.n); L *= 2) {
+    const double share = share_within(X, Y, eps, L, kMomentReach);
+    const double time = share * kOfMoments / static_cast<double>(L) + 1 - share;
+    if (time < least) least = time, result = L;
+  }
+  return result;
 }
 
 Engine::Engine(const Cloud& X, const Cloud& Y, double rho_x, double rho_y, double eps,
@@ -52,7 +61,7 @@ Engine::Engine(const Cloud& X, const Cloud& Y, double rho_x, double rho_y, doubl
       rise_(X.leaf.count),
       risen_(Y.super.count) {
   while (X.L < kLeastMoments && group_ > kTileRows &&
-         2 / eps * std::max(X.squared_radius(group_), Y.squared_radius(group_)) > 1)
+         std::min(share_within(X, X, eps, group_, 1), share_within(Y, Y, eps, group_, 1)) < 0.5)
     group_ /= 2;
   constexpr int64_t kSupers = 4;  // of a part, at least
   workers_.resize(precision.split ? std::clamp<int64_t>(X.super.count / kSupers, 1, thread_count())
@@ -181,6 +190,7 @@ void Engine::iterate(double eps, const double* g, double* F, double* gt, double*
   if (interrupted()) return;
   const double to_cost = eps / kLog2E;
   const auto update = [&](int64_t begin, int64_t end) {
+    std::vector<double> parts;
     for (int64_t j = begin; j < end && !interrupted(); ++j) {
       const double b = Y.w[j], ratio = column_[j] / b;
       if (!(b > 0)) {
@@ -188,7 +198,8 @@ void Engine::iterate(double eps, const double* g, double* F, double* gt, double*
       } else if (is_good_sum(ratio)) {
         q[j] = ratio, gt[j] = g[j] - to_cost * fast_log2(ratio);
       } else {
-        gt[j] = dense_column(eps, F, j), q[j] = fast_exp2((g[j] - gt[j]) / to_cost);
+        gt[j] = -to_cost * log2_sum_of_all(Y, j, X, 1 / to_cost, x.damping(eps), F, parts);
+        q[j] = fast_exp2((g[j] - gt[j]) / to_cost);
       }
     }
   };
@@ -225,28 +236,6 @@ bool Engine::sweep_mirrored(double eps, const double* g, double* F, double* s) {
   return true;
 }
 
-double Engine::square(int64_t i, int64_t j) const {
-  double sum = 0;
-  for (int64_t c = 0; c < X.d; ++c) {
-    const double delta = X.X[i * X.d + c] - Y.X[j * X.d + c];
-    sum += delta * delta;
-  }
-  return sum;
-}
-
-// The softmin of a column in full, in double: where its sum cannot be trusted.
-double Engine::dense_column(double eps, const double* F, int64_t j) const {
-  const double k = kLog2E / eps, damping = x.damping(eps);
-  std::vector<double> t(X.n);
-  double most = -1e300, sum = 0;
-  for (int64_t i = 0; i < X.n; ++i) {
-    t[i] = damping * F[i] + static_cast<double>(X.log_w[i]) - k * square(i, j);
-    most = std::max(most, t[i]);
-  }
-  for (int64_t i = 0; i < X.n; ++i) sum += fast_exp2(t[i] - most);
-  return -(most + fast_log2(sum)) / k;
-}
-
 void Engine::apply(double eps, const double* F, const double* g, int64_t count, const double* v,
                    double* out) {
   std::vector<double> fixed(F, F + X.size);
@@ -281,31 +270,28 @@ double Engine::transport(double eps, const double* F, const double* g) {
   return sum;
 }
 
-void Engine::displacements(double eps, const double* F, const double* g, double* row,
-                           double* of_rows, double* column, double* of_columns) {
+void Engine::displacements(double eps, const double* F, const double* g, double* of_rows,
+                           double* of_columns) {
   const int64_t d = X.d, n = X.size, m = Y.size;
   const bool symmetric = precision_.symmetric;
-  std::vector<double> fixed(F, F + n);
+  std::vector<double> fixed(F, F + n), row(n);
   Pass pass = begin(eps, g, fixed.data(), nullptr);
   if (symmetric) pass.y.planes = &px_;
+  pass.columns = symmetric || of_columns;
   for_each_part([&](Worker& worker, int64_t begin, int64_t end) {
-    worker.products(pass, begin, end, symmetric, row, of_rows);
+    worker.products(pass, begin, end, symmetric, row.data(), of_rows);
   });
-  finish(true);
-  for (int64_t i = 0; i < X.n; ++i) {
-    row[i] *= X.w[i];
+  for (int64_t i = 0; i < X.n; ++i)
     for (int64_t c = 0; c < d; ++c) {
       const double from = X.X[i * d + c] - X.leaf.centre[i / X.L * d + c];
-      of_rows[i * d + c] = X.w[i] * of_rows[i * d + c] - row[i] * from;
+      of_rows[i * d + c] = X.w[i] * (of_rows[i * d + c] - row[i] * from);
     }
-  }
-  double* sum = symmetric ? row : column;
+  if (!pass.columns) return;
   double* product = symmetric ? of_rows : of_columns;
-  if (!symmetric) std::fill_n(column, m, 0.0), std::fill_n(of_columns, m * d, 0.0);
+  if (!symmetric) std::fill_n(of_columns, m * d, 0.0);
   for (const Worker& worker : workers_)
     for (int64_t j = 0; j < Y.n; ++j) {
       const int64_t J = j / Y.L, h = j % Y.L;
-      sum[j] += worker.column[j];
       for (int64_t c = 0; c < d; ++c) {
         const double from = Y.X[j * d + c] - Y.leaf.centre[J * d + c];
         product[j * d + c] +=

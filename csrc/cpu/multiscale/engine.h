@@ -61,10 +61,10 @@ class Engine {
   // out (count, n).
   void apply(double eps, const double* F, const double* g, int64_t count, const double* v,
              double* out);
-  // Of the plan a_i b_j 2^(F + k g - k C): its row sums and sums of y_j - x_i times it, (n, d), and
-  // those of columns, of x_i - y_j. A symmetric plan's columns are its rows and not returned.
-  void displacements(double eps, const double* F, const double* g, double* row, double* of_rows,
-                     double* column, double* of_columns);
+  // Of the plan a_i b_j 2^(F + k g - k C): rows' sums of y_j - x_i times it, (n, d), and columns'
+  // of x_i - y_j, (m, d), or null. A symmetric plan's columns are its rows and not returned.
+  void displacements(double eps, const double* F, const double* g, double* of_rows,
+                     double* of_columns);
 
   // For Newton's step. Sums over groups are made while iterations pass.
   int64_t group() const { return group_; }
@@ -82,8 +82,6 @@ class Engine {
   void sweep(double eps, const double* g, double* F, double* s, bool columns);
   bool sweep_mirrored(double eps, const double* g, double* F, double* s);
   bool repeats();
-  double dense_column(double eps, const double* F, int64_t j) const;
-  double square(int64_t i, int64_t j) const;
 
   const Precision precision_;
   const CostRange cost_range_;

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "core/math.h"
+#include "cpu/multiscale/all_pairs.h"
 
 namespace otloss::cpu::multiscale {
 namespace {
@@ -14,8 +15,6 @@ constexpr int64_t kPoints = 4;      // that a centroid stands for
 constexpr int64_t kCoarsest = 500;  // points of the coarsest level, at most
 constexpr double kStageTol = 0.01;  // of all but the finest
 constexpr int64_t kStagePasses = 100;
-// Potentials are rounded for return, and again where they are brought to the totals of a caller.
-constexpr double kRoundings = 2;
 
 // Clouds from fine to coarse; spread: mean squared distance of the points to those of a level.
 struct Levels {
@@ -65,21 +64,26 @@ void centre(const Cloud& X, std::vector<double>& f, const Cloud& Y, std::vector<
   for (double& value : g) value -= shift;
 }
 
-// What rounding to single precision, of potentials that are `to_cost` v, will add to the error of a
-// plan: a number is off by a quarter of the distance to the next on average.
+// Potentials are rounded to single precision for return, and again where they are brought to the
+// totals of a caller. What that adds at most to the error of a plan whose potentials are `to_cost`
+// v, before these are known to all digits: half of the distance to the next number each time, which
+// is half of kUnit or more of the number.
 double expected_rounding(const Cloud& cloud, const std::vector<double>& v, double to_cost,
                          double eps) {
-  constexpr double kQuarter = 0.25 * kRoundings * std::numeric_limits<float>::epsilon();
-  return kQuarter * to_cost / eps * mean(cloud, v, [](double value) { return std::abs(value); });
+  constexpr double kUnit = std::numeric_limits<float>::epsilon();
+  return 0.5 * kUnit * to_cost / eps * mean(cloud, v, [](double value) { return std::abs(value); });
 }
 
-// What it adds at most: entries of the plan change by the part that those of their row and column
-// do, and so do the masses that a penalty allows.
+// What it adds at most, by the first rounding as it is: entries of the plan change by the part that
+// those of their row and column do, and so do the masses that a penalty allows.
 double rounding_error(const Cloud& cloud, const std::vector<double>& v, double eps,
                       const Penalties& penalties) {
   const double per_cost = 1 / eps + 1 / std::min(penalties.rho_x, penalties.rho_y);
-  return kRoundings * per_cost * mean(cloud, v, [](double value) {
-           return std::abs(value - static_cast<double>(static_cast<float>(value)));
+  return per_cost * mean(cloud, v, [](double value) {
+           const float rounded = static_cast<float>(std::abs(value));
+           const float next = std::nextafter(rounded, std::numeric_limits<float>::infinity());
+           return std::abs(std::abs(value) - static_cast<double>(rounded)) +
+                  0.5 * static_cast<double>(next - rounded);
          });
 }
 
@@ -94,30 +98,6 @@ void add_rounding(Solution& solution, double rounding, double tol) {
   outcome.error += rounding;
   outcome.converged = outcome.converged && outcome.error <= tol;
 }
-
-// The few points of the coarsest level, by the solver of streamed costs and all it knows to do.
-struct Coarsest {
-  SolveGroup<double> group{};
-  std::vector<double> norm_x, norm_y;
-  Side<double> x, y;
-
-  Coarsest(const Cloud& X, const Cloud& Y, const Penalties& penalties)
-      : norm_x(norms(X)),
-        norm_y(norms(Y)),
-        x(X.n, X.w.data(), penalties.rho_x),
-        y(Y.n, Y.w.data(), penalties.rho_y) {
-    group.batch = 1, group.n = X.n, group.m = Y.n, group.symmetric = &X == &Y;
-    group.points = {CostKind::kSqEuclidean, X.d,          X.X.data(), Y.X.data(),
-                    norm_x.data(),          norm_y.data()};
-  }
-
-  static std::vector<double> norms(const Cloud& cloud) {
-    std::vector<double> norm(cloud.n);
-    for (int64_t i = 0; i < cloud.n; ++i)
-      for (int64_t c = 0; c < cloud.d; ++c) norm[i] += std::pow(cloud.X[i * cloud.d + c], 2);
-    return norm;
-  }
-};
 
 SolveOptions stage(const SolveOptions& options, double eps, bool finest, double tol) {
   SolveOptions result = options;
@@ -163,6 +143,23 @@ struct Finer {
   }
 };
 
+// A level's solve at one eps after the other, from `at` to `target`, which `at` is then.
+Outcome run_stages(Engine& engine, const SolveOptions& options, double target, bool finest,
+                   double tol, double& at, std::vector<double>& F, std::vector<double>& g) {
+  constexpr double kLog2Ratio = 2.2;  // of one eps to the next, at most
+  const int stages = std::max(1, static_cast<int>(std::ceil(std::log2(at / target) / kLog2Ratio)));
+  const double from = at;
+  Outcome outcome;
+  for (int s = 1; s <= stages; ++s) {
+    const double next = s == stages ? target : from * std::pow(target / from, double(s) / stages);
+    F = times(std::move(F), at / next);
+    at = next;
+    outcome =
+        cpu::solve_pair(engine, stage(options, at, finest && s == stages, tol), F.data(), g.data());
+  }
+  return outcome;
+}
+
 Solution finished(Engine& engine, const SolveOptions& options, const Penalties& penalties,
                   const Outcome& outcome, const std::vector<double>& F,
                   const std::vector<double>& g) {
@@ -180,11 +177,18 @@ Solution finished(Engine& engine, const SolveOptions& options, const Penalties& 
 
 template <typename T>
 Clouds::Clouds(const PointPair<T>& points, int64_t problem, int64_t n, const T* a, int64_t m,
-               const T* b, bool one, bool split)
+               const T* b, bool one, bool split, Orders& orders)
     : scale(points.kind == CostKind::kCosine ? std::sqrt(0.5) : 1.0) {
   const int64_t d = points.d;
-  x = ordered_cloud(n, d, points.zx + problem * n * d, a, scale, split, in_x);
-  if (!one) y = ordered_cloud(m, d, points.zy + problem * m * d, b, scale, split, in_y);
+  const double radius = points.kind == CostKind::kCosine ? scale : 0;
+  const auto ordered = [&](int64_t count, const T* z, const T* weight, std::vector<int32_t>& in) {
+    if (split) in = orders[{z, weight}];
+    Cloud cloud = ordered_cloud(count, d, z, weight, radius, split, in);
+    if (split) orders[{z, weight}] = in;
+    return cloud;
+  };
+  x = ordered(n, points.zx + problem * n * d, a, in_x);
+  if (!one) y = ordered(m, points.zy + problem * m * d, b, in_y);
 }
 
 void Clouds::set_masses(double mass_x, double mass_y) {
@@ -200,7 +204,6 @@ Solution solve_pair(Clouds clouds, const Penalties& penalties, const SolveOption
                     Solution start, bool single, bool split) {
   const double eps = options.eps;
   constexpr double kPerSpread = 1.5;  // eps of a level, at least
-  constexpr double kLog2Ratio = 2.2;  // of one eps to the next, at most
   const int64_t count = options.warm_start ? 1 : level_count(std::max(clouds.x.n, clouds.y.n));
   Levels xs(std::move(clouds.x), count), ys(std::move(clouds.y), count);
   std::vector<double> F, g;  // F of the level's row update, g half a step on
@@ -215,12 +218,11 @@ Solution solve_pair(Clouds clouds, const Penalties& penalties, const SolveOption
     const bool finest = level == 0, first = level == count - 1 && !options.warm_start;
     if (first) {
       at = target;
-      Coarsest coarsest(X, Y, penalties);
+      AllPairs pairs(X, Y, X.n, Y.n, penalties);
       F.assign(X.n, 0), g.assign(Y.n, 0);
-      cpu::Engine<double> engine(coarsest.x, coarsest.y, coarsest.group, 0, split);
+      cpu::Engine<double> engine(pairs.x, pairs.y, pairs.group, 0, split);
       SolveOptions coarse = stage(options, at, finest, options.tol);
       coarse.warm_start = false;
-      if (finest) coarse.tol = options.tol;
       coarse.max_iters = options.max_iters;
       cpu::solve_pair(engine, coarse, F.data(), g.data());
       if (!finest) continue;
@@ -237,16 +239,8 @@ Solution solve_pair(Clouds clouds, const Penalties& penalties, const SolveOption
     build(X, Y, target, wanted);
     F.resize(X.size), g.resize(Y.size);
     Engine engine(X, Y, penalties.rho_x, penalties.rho_y, target, wanted);
-    const int stages =
-        std::max(1, static_cast<int>(std::ceil(std::log2(at / target) / kLog2Ratio)));
-    const double from = at;
-    for (int s = 1; s <= stages; ++s) {
-      const double next = s == stages ? target : from * std::pow(target / from, double(s) / stages);
-      F = times(std::move(F), at / next);
-      at = next;
-      Outcome outcome = cpu::solve_pair(engine, stage(options, at, finest && s == stages, tol),
-                                        F.data(), g.data());
-      if (!finest || s < stages) continue;
+    const Outcome outcome = run_stages(engine, options, target, finest, tol, at, F, g);
+    if (finest) {
       Solution result = finished(engine, options, penalties, outcome, F, g);
       if (single)
         add_rounding(result,
@@ -273,9 +267,9 @@ Solution solve_self(Clouds clouds, const Penalties& penalties, const SolveOption
   const bool small = levels.clouds[level].n <= kCoarsest && !options.warm_start;
   if (small) {
     const Cloud& X = levels.clouds[level];
-    Coarsest coarsest(X, X, penalties);
+    AllPairs pairs(X, X, X.n, X.n, penalties);
     F.assign(X.n, 0);
-    cpu::Engine<double> engine(coarsest.x, coarsest.y, coarsest.group, 0, split);
+    cpu::Engine<double> engine(pairs.x, pairs.y, pairs.group, 0, split);
     SolveOptions coarse = options;
     if (level > 0) coarse.tol = std::max(options.tol, kStageTol);
     cpu::solve_symmetric(engine, coarse, F.data());
@@ -321,8 +315,8 @@ Solution solve_self(Clouds clouds, const Penalties& penalties, const SolveOption
 }
 
 template Clouds::Clouds(const PointPair<float>&, int64_t, int64_t, const float*, int64_t,
-                        const float*, bool, bool);
+                        const float*, bool, bool, Orders&);
 template Clouds::Clouds(const PointPair<double>&, int64_t, int64_t, const double*, int64_t,
-                        const double*, bool, bool);
+                        const double*, bool, bool, Orders&);
 
 }  // namespace otloss::cpu::multiscale

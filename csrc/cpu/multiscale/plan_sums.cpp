@@ -26,8 +26,8 @@ struct Fixed {
 
   template <typename T>
   Fixed(const PointPair<T>& points, int64_t p, int64_t n, const T* a, const T* f, int64_t m,
-        const T* b, const T* v, bool one, double eps, bool split)
-      : clouds(points, p, n, a + p * n, m, b + p * m, one, split),
+        const T* b, const T* v, bool one, double eps, bool split, multiscale::Orders& orders)
+      : clouds(points, p, n, a + p * n, m, b + p * m, one, split, orders),
         x(clouds.x),
         y(one ? clouds.x : clouds.y),
         in_x(clouds.in_x),
@@ -46,70 +46,65 @@ struct Fixed {
   }
 };
 
-// sum and product of one side, V = scale P, from the plan's sums and displacements.
+// One side's product, of V = scale P and the differences to the row's own point: to these its sum
+// of V adds 0. What cancels has done so in double.
 template <typename T>
-void put(const PointSums<T>& out, int64_t p, int64_t count, int64_t d, const T* z, double scale,
-         double per_length, const std::vector<int32_t>& in, const std::vector<double>& sum,
-         const std::vector<double>& displacement) {
+void put(const PointSums<T>& out, int64_t p, int64_t count, int64_t d, double scale,
+         const std::vector<int32_t>& in, const std::vector<double>& displacement) {
   if (!out.sum) return;
   T *sums = out.sum + p * count, *products = out.product + p * count * d;
   std::fill(sums, sums + count, T(0)), std::fill(products, products + count * d, T(0));
-  for (size_t i = 0; i < in.size(); ++i) {
-    const int64_t at = in[i];
-    sums[at] = static_cast<T>(scale * sum[i]);
-    for (int64_t c = 0; c < d; ++c) {
-      const double along = displacement[i * d + c] / per_length;
-      products[at * d + c] = static_cast<T>(
-          scale * (along + static_cast<double>(z[(p * count + at) * d + c]) * sum[i]));
-    }
-  }
+  for (size_t i = 0; i < in.size(); ++i)
+    for (int64_t c = 0; c < d; ++c)
+      products[in[i] * d + c] = static_cast<T>(scale * displacement[i * d + c]);
 }
 
 }  // namespace
 
 template <typename T>
 void plan_sums(const std::vector<PlanSumsGroup<T>>& groups, double eps) {
+  multiscale::Orders orders;
   multiscale::for_each_problem(groups, [&](const PlanSumsGroup<T>& group, int64_t p, bool split) {
     const PointPair<T>& points = group.made.points;
     const bool one = group.made.symmetric;
     const int64_t d = points.d;
     const Fixed fixed(points, p, group.n, group.a, group.f, group.m, group.b, group.g, one, eps,
-                      split);
+                      split, orders);
     multiscale::Engine engine = fixed.engine(eps, one, split);
-    std::vector<double> row(fixed.x.size), of_rows(fixed.x.size * d), column, of_columns;
-    if (!one) column.resize(fixed.y.size), of_columns.resize(fixed.y.size * d);
-    engine.displacements(eps, fixed.F.data(), fixed.g.data(), row.data(), of_rows.data(),
-                         column.data(), of_columns.data());
+    std::vector<double> of_rows(fixed.x.size * d), of_columns;
+    if (group.made.y.sum) of_columns.resize(fixed.y.size * d);
+    engine.displacements(eps, fixed.F.data(), fixed.g.data(), of_rows.data(),
+                         group.made.y.sum ? of_columns.data() : nullptr);
     double scale = static_cast<double>(group.coefficient) * static_cast<double>(group.grad[p]);
     if (points.kind == CostKind::kSqEuclidean) scale *= 2;
     if (one) scale *= 2;  // both sides are x
-    const double per_length = fixed.clouds.scale;
-    put(group.made.x, p, group.n, d, points.zx, scale, per_length, fixed.in_x, row, of_rows);
-    if (!one)
-      put(group.made.y, p, group.m, d, points.zy, scale, per_length, fixed.in_y, column,
-          of_columns);
+    scale /= fixed.clouds.scale;
+    put(group.made.x, p, group.n, d, scale, fixed.in_x, of_rows);
+    put(group.made.y, p, group.m, d, scale, fixed.in_y, of_columns);
   });
 }
 
 template <typename T>
 void plan_products(const std::vector<PlanProductGroup<T>>& groups, double eps) {
-  multiscale::for_each_problem(groups, [&](const PlanProductGroup<T>& group, int64_t p,
-                                           bool split) {
-    const int64_t n = group.n, m = group.m, count = group.columns;
-    const Fixed fixed(group.points, p, n, group.a, group.f, m, group.b, group.g, false, eps, split);
-    multiscale::Engine engine = fixed.engine(eps, false, split);
-    const int64_t rows = fixed.x.size, columns = fixed.y.size;
-    std::vector<double> v(count * columns), out(count * rows);
-    for (int64_t c = 0; c < count; ++c)
-      for (size_t j = 0; j < fixed.in_y.size(); ++j)
-        v[c * columns + j] = static_cast<double>(group.v[(p * m + fixed.in_y[j]) * count + c]);
-    engine.apply(eps, fixed.F.data(), fixed.g.data(), count, v.data(), out.data());
-    T* to = group.out + p * n * count;
-    std::fill(to, to + n * count, T(0));
-    for (size_t i = 0; i < fixed.in_x.size(); ++i)
-      for (int64_t c = 0; c < count; ++c)
-        to[fixed.in_x[i] * count + c] = static_cast<T>(fixed.x.w[i] * out[c * rows + i]);
-  });
+  multiscale::Orders orders;
+  multiscale::for_each_problem(
+      groups, [&](const PlanProductGroup<T>& group, int64_t p, bool split) {
+        const int64_t n = group.n, m = group.m, count = group.columns;
+        const Fixed fixed(group.points, p, n, group.a, group.f, m, group.b, group.g, false, eps,
+                          split, orders);
+        multiscale::Engine engine = fixed.engine(eps, false, split);
+        const int64_t rows = fixed.x.size, columns = fixed.y.size;
+        std::vector<double> v(count * columns), out(count * rows);
+        for (int64_t c = 0; c < count; ++c)
+          for (size_t j = 0; j < fixed.in_y.size(); ++j)
+            v[c * columns + j] = static_cast<double>(group.v[(p * m + fixed.in_y[j]) * count + c]);
+        engine.apply(eps, fixed.F.data(), fixed.g.data(), count, v.data(), out.data());
+        T* to = group.out + p * n * count;
+        std::fill(to, to + n * count, T(0));
+        for (size_t i = 0; i < fixed.in_x.size(); ++i)
+          for (int64_t c = 0; c < count; ++c)
+            to[fixed.in_x[i] * count + c] = static_cast<T>(fixed.x.w[i] * out[c * rows + i]);
+      });
 }
 
 #define OTLOSS_INSTANTIATE(T)                                            \

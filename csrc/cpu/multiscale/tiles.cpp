@@ -137,10 +137,15 @@ struct Products {
   template <int kBytes>
   static OTLOSS_INLINE void run(const TileProducts& t) {
     make_exponents<kD, kBytes>(t);
-    for (int64_t r = 0; r < kTileRows; r += kRows) some<kBytes>(t, r);
+    for (int64_t r = 0; r < kTileRows; r += kRows) {
+      if (t.column_product)
+        some<kBytes, true>(t, r);
+      else
+        some<kBytes, false>(t, r);
+    }
   }
 
-  template <int kBytes>
+  template <int kBytes, bool kColumns>
   static OTLOSS_INLINE void some(const TileProducts& t, int64_t offset) {
     using Vector = Lanes<kBytes>;
     using Float = typename Vector::Float;
@@ -158,13 +163,13 @@ struct Products {
       for_each_entry<kD, kBytes, kRows>(t, offset, q, h, e,
                                         [&](int r, const Float& value) OTLOSS_ALWAYS_INLINE {
                                           sum[r] += value;
-                                          column += w[r] * value;
-                                          for (int c = 0; c < kD; ++c) {
+                                          for (int c = 0; c < kD; ++c)
                                             product[r][c] += value * y[c];
-                                            along[c] += wu[r][c] * value;
-                                          }
+                                          if constexpr (!kColumns) return;
+                                          column += w[r] * value;
+                                          for (int c = 0; c < kD; ++c) along[c] += wu[r][c] * value;
                                         });
-      if (!t.column_product) return;
+      if constexpr (!kColumns) return;
       float* to = t.column + q * t.L + h;
       Vector::store(to, Vector::load(to) + column);
       for (int c = 0; c < kD; ++c) {

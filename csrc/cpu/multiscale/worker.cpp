@@ -10,9 +10,6 @@
 namespace otloss::cpu::multiscale {
 namespace {
 
-// The least log2 of a potential that is a number.
-constexpr double kLowest = -1e300;
-
 // The part of a row's sum that single precision changes, beside what it does to exponents.
 constexpr double kSumRounding = 1e-7;
 // The part that polynomials in place of exponentials change.
@@ -251,25 +248,13 @@ void Worker::take(int64_t I, int64_t first, const float* sum, const double* gues
   }
 }
 
-// All columns, in double: for a row whose sum cannot be trusted.
+// For a row whose sum cannot be trusted.
 void Worker::dense_row(int64_t i, double guess) {
   const Cloud &x = *pass_->x.cloud, &y = *pass_->y.cloud;
-  double most = kLowest, sum = 0;
-  dense_.resize(y.n);
-  for (int64_t j = 0; j < y.n; ++j) {
-    double square = 0;
-    for (int64_t c = 0; c < d_; ++c) {
-      const double delta = x.X[i * d_ + c] - y.X[j * d_ + c];
-      square += delta * delta;
-    }
-    dense_[j] = pass_->G[j] + static_cast<double>(y.log_w[j]) - pass_->k * square;
-    most = std::max(most, dense_[j]);
-  }
-  for (int64_t j = 0; j < y.n; ++j) sum += dense_[j] = fast_exp2(dense_[j] - most);
   double& F = pass_->F[i];
-  F = -most - fast_log2(sum);
+  F = -log2_sum_of_all(x, i, y, pass_->k, 1, pass_->G, dense_);
   pass_->s[i] = fast_exp2(guess - F);
-  const double weight = x.w[i] * fast_exp2(pass_->tilt * F) / sum;
+  const double weight = x.w[i] * fast_exp2(pass_->tilt * F);
   for (int64_t j = 0; pass_->columns && j < y.n; ++j) column[j] += weight * dense_[j];
 }
 
@@ -330,8 +315,8 @@ void Worker::mirror(const Pass& pass, int64_t begin, int64_t end) {
 
 void Worker::products(const Pass& pass, int64_t begin, int64_t end, bool symmetric, double* sum,
                       double* product) {
-  column.assign(pass.y.cloud->size, 0.0);
-  column_product.assign(pass.y.cloud->size * pass.y.cloud->d, 0.0);
+  const int64_t columns = pass.columns ? pass.y.cloud->size : 0;
+  column.assign(columns, 0.0), column_product.assign(columns * pass.y.cloud->d, 0.0);
   for_each_leaf(pass, begin, end, [&](int64_t I) { products_leaf(I, symmetric, sum, product); });
 }
 
@@ -339,11 +324,12 @@ void Worker::products(const Pass& pass, int64_t begin, int64_t end, bool symmetr
 void Worker::products_leaf(int64_t I, bool symmetric, double* sum, double* product) {
   const Cloud &x = *pass_->x.cloud, &y = *pass_->y.cloud;
   find(I, false, symmetric ? I : 0);
-  row_product_.assign(d_ * L_, 0.0f), products_.assign(found_.kept * d_ * L_, 0.0f);
+  row_product_.assign(d_ * L_, 0.0f);
+  if (pass_->columns) products_.assign(found_.kept * d_ * L_, 0.0f);
   for (int64_t i = 0; i < L_; ++i) w_[i] = static_cast<float>(x.w[I * L_ + i]);
   if (direct_ < found_.kept) {
     sum_moment_rows(moment_rows(I, true));
-    sum_moment_columns(moment_rows(I, true));
+    if (pass_->columns) sum_moment_columns(moment_rows(I, true));
   }
   for (int64_t first = 0; first < L_; first += kTileRows) {
     float along[kTileRows * kMultiscaleDims] = {};
@@ -352,7 +338,7 @@ void Worker::products_leaf(int64_t I, bool symmetric, double* sum, double* produ
                       &x.leaf.centre[I * d_],
                       y.leaf.centre.data(),
                       along,
-                      products_.data()};
+                      pass_->columns ? products_.data() : nullptr};
     sum_products(rows);
     for (int64_t r = 0; r < kTileRows; ++r)
       for (int64_t c = 0; c < d_; ++c) row_product_[c * L_ + first + r] += along[r * d_ + c];
@@ -362,6 +348,7 @@ void Worker::products_leaf(int64_t I, bool symmetric, double* sum, double* produ
     for (int64_t c = 0; c < d_; ++c)
       product[(I * L_ + i) * d_ + c] = static_cast<double>(row_product_[c * L_ + i]);
   }
+  if (!pass_->columns) return;
   add_columns(symmetric ? I : -1);
   for (int64_t q = 0; q < found_.kept; ++q) {
     const int64_t J = tiles_[q].leaf;

@@ -58,7 +58,7 @@ class Worker {
   // `column`.
   void mirror(const Pass& pass, int64_t begin, int64_t end);
   // At fixed potentials rows' sum e and sum e (y - c), c the centre of the row's leaf; in `column`
-  // and `column_product` the columns'. symmetric: with half of the pairs.
+  // and `column_product` the columns', if wanted. symmetric: with half of the pairs.
   void products(const Pass& pass, int64_t begin, int64_t end, bool symmetric, double* sum,
                 double* product);
   // At fixed potentials rows' sum e v: values (count, leaves, L), out (count, n).

@@ -4,9 +4,11 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <utility>
 
 #include "core/math.h"
 #include "cpu/grid/engine.h"
+#include "cpu/multiscale/all_pairs.h"
 #include "cpu/multiscale/engine.h"
 #include "cpu/simd/simd.h"
 #include "cpu/simd/sweep.h"
@@ -209,11 +211,18 @@ FarMass<double, grid::Engine>::Shift FarMass<double, grid::Engine>::shift(
   return {};
 }
 
-// Groups were shifted on the coarsest level.
+// By readings of all pairs, while these are few: in larger clouds groups are shifted on the levels
+// that have less points.
 template <>
 FarMass<double, multiscale::Engine>::Shift FarMass<double, multiscale::Engine>::shift(
-    double, const double*, const SemidualPoint<double>&, int64_t) {
-  return {};
+    double eps, const double* F, const SemidualPoint<double>& point, int64_t most_readings) {
+  constexpr double kMostPairs = 1e8;
+  if (static_cast<double>(x_.count) * static_cast<double>(y_.count) > kMostPairs) return {};
+  const Penalties penalties = {1 / x_.rate, 1 / y_.rate, x_.hard() && y_.hard()};
+  const multiscale::AllPairs pairs(engine_.X, engine_.Y, x_.count, y_.count, penalties);
+  Engine<double> engine(pairs.x, pairs.y, pairs.group, 0, false);
+  auto found = FarMass<double, Engine<double>>(engine).shift(eps, F, point, most_readings);
+  return {std::move(found.g), found.largest, found.gain, found.readings};
 }
 
 template <typename T, typename E>

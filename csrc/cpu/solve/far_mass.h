@@ -1,5 +1,5 @@
 // Small mass that has to go far, which the marginal error does not see: how far off the value can
-// be, and a step that moves such mass (docs/solver.md). Balanced or not.
+// be, and a step that moves such mass (docs/solver-start.md). Balanced or not.
 #pragma once
 
 #include <cstdint>

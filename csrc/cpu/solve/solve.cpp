@@ -47,7 +47,7 @@ bool has_one_potential(const SolveGroup<T>& group, int64_t p) {
 
 template <typename T>
 void solve_multiscale(const SolveGroup<T>& group, int64_t p, const SolveOptions& options,
-                      bool split) {
+                      bool split, multiscale::Orders& orders) {
   const int64_t n = group.n, m = group.m;
   const T *a = group.a + p * n, *b = group.b + p * m;
   T *f = group.f + p * n, *g = group.g + p * m;
@@ -55,15 +55,12 @@ void solve_multiscale(const SolveGroup<T>& group, int64_t p, const SolveOptions&
   const Penalties& penalties = group.penalties;
   const double mass_x = Side<T>(n, a, penalties.rho_x).mass;
   const double mass_y = penalties.balanced ? mass_x : Side<T>(m, b, penalties.rho_y).mass;
-  const double max_cost =
-      RowSource<T>(n, m, nullptr, m, group.points, p, group.symmetric).cost_range(a, b).max_abs();
-  status[kStatusMaxCost] = max_cost;
+  const bool one = has_one_potential(group, p);
+  multiscale::Clouds clouds(group.points, p, n, a, m, b, one, split, orders);
+  status[kStatusMaxCost] = clouds.max_cost();
   multiscale::Solution solution;
-  if (std::isfinite(max_cost)) {
-    const bool one = has_one_potential(group, p);
-    multiscale::Clouds clouds(group.points, p, n, a, m, b, one, split);
+  if (std::isfinite(status[kStatusMaxCost])) {
     clouds.set_masses(mass_x, mass_y);
-    status[kStatusMaxCost] = clouds.max_cost();
     const std::vector<int32_t> in_x = clouds.in_x, in_y = one ? in_x : clouds.in_y;
     if (options.warm_start) {
       for (const int32_t i : in_x) solution.f.push_back(static_cast<double>(f[i]));
@@ -93,10 +90,11 @@ SolveOptions of_problem(SolveOptions options, int64_t p) {
 }
 
 template <typename T>
-void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& of_all, bool split) {
+void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& of_all, bool split,
+                   multiscale::Orders& orders) {
   const SolveOptions options = of_problem(of_all, p);
   if (group.known) return take_known(group, p, options.eps);
-  if (group.points.multiscale) return solve_multiscale(group, p, options, split);
+  if (group.points.multiscale) return solve_multiscale(group, p, options, split, orders);
   const int64_t n = group.n, m = group.m;
   const T* a = group.a + p * n;
   T *f = group.f + p * n, *g = group.g + p * m;
@@ -185,7 +183,7 @@ void refine(const std::vector<SolveGroup<float>>& groups, const SolveOptions& op
 // there. Returns the entries of which that was done.
 template <typename T>
 std::vector<int64_t> solve_negative_again(const std::vector<SolveGroup<T>>& groups,
-                                          const SolveOptions& options) {
+                                          const SolveOptions& options, multiscale::Orders& orders) {
   constexpr double kUnit = static_cast<double>(std::numeric_limits<T>::epsilon());
   if (groups.size() != 3 || !groups[1].symmetric || !groups[2].symmetric) return {};
   if (options.n_iters >= 0 || options.objective != Objective::kRegularized) return {};
@@ -206,7 +204,7 @@ std::vector<int64_t> solve_negative_again(const std::vector<SolveGroup<T>>& grou
     std::copy_n(groups[2].f + k * m, m, pair.g + k * m);
     SolveOptions from_there = options;
     from_there.warm_start = true;
-    solve_problem(pair, k, from_there, split);
+    solve_problem(pair, k, from_there, split, orders);
     sweeps += before;
   });
   return chosen;
@@ -229,8 +227,9 @@ void raise_to_bound(const std::vector<SolveGroup<T>>& groups, const std::vector<
 template <typename T>
 void solve(const std::vector<SolveGroup<T>>& groups, const SolveOptions& options) {
   const bool multiscaled = groups[0].points.multiscale;
+  multiscale::Orders orders;
   const auto solve_one = [&](const SolveGroup<T>& group, int64_t p, bool split) {
-    solve_problem(group, p, options, split);
+    solve_problem(group, p, options, split, orders);
   };
   if (multiscaled)
     multiscale::for_each_problem(groups, solve_one);
@@ -241,7 +240,7 @@ void solve(const std::vector<SolveGroup<T>>& groups, const SolveOptions& options
       if (!multiscaled) refine(groups, options);
   };
   in_double();
-  const std::vector<int64_t> again = solve_negative_again(groups, options);
+  const std::vector<int64_t> again = solve_negative_again(groups, options, orders);
   if (again.empty()) return;
   in_double();
   raise_to_bound(groups, again);

@@ -1,11 +1,12 @@
 // Cost matrices and their gradients on a GPU: everything around the matrix products, see the list
 // of steps in csrc/cpu/cost/cost.cpp.
 //
-//     CentreKernel     mean of the points of positive weight       thread: a coordinate of some
-//     rows PrepareKernel    z = x - centre or x / |x|, norms             warp: a point
+//     CentreKernel     sums of the points of positive weight       thread: a coordinate of some
+//     rows JoinPartsKernel  their mean; column sums of V                thread: a value
+//     PrepareKernel    z = x - centre or x / |x|, norms             warp: a point
 //     EpilogueKernel   C = cost(|zx|^2, |zy|^2, <zx, zy>)           warp: part of a row of C
 //     WeightKernel     V = W * gradient_weight(C), row sums         warp: a row of C
-//     ColumnKernel     column sums of V                             thread: a column of some rows
+//     ColumnKernel     column sums of V                            thread: a column of some rows
 //     GradientKernel   grad += z sum - V y                          warp: a point
 //
 // All are bound by memory: neighbouring lanes take neighbouring addresses, and each matrix is read
@@ -25,40 +26,77 @@ namespace {
 constexpr int kBlockThreads = 256;
 constexpr int kBlockWarps = kBlockThreads / kWarp;
 
+// Of sums that are a chain over rows, a block takes a part of them; a second launch adds the parts
+// up.
+constexpr int64_t kSumParts = 64;
+
+// The rows of a part: [first, last).
+struct PartRows {
+  int64_t first, last;
+
+  OTLOSS_HOST_DEVICE PartRows(int64_t n, int64_t part) {
+    const int64_t share = ceil_div(n, kSumParts);
+    first = part * share < n ? part * share : n;
+    last = first + share < n ? first + share : n;
+  }
+};
+
 template <typename T>
 struct CentreKernel {
   static constexpr int kThreads = kBlockThreads;
 
   Pack<CloudGroup<T>> clouds;
-  T* centre;  // (B, d) out
+  double* parts;  // (B, kSumParts, d + 1) out: sums of coordinates, number of points
 
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const {
     const int lane = block.thread() % kWarp, warp = block.thread() / kWarp;
     const int64_t d = clouds.items[0].d, k = block.x() * kWarp + lane;
-    double* scratch = block.template shared<double>();  // (2, kBlockWarps, kWarp)
+    double* const scratch = block.template shared<double>();  // (kBlockWarps, kWarp)
     for (int64_t batch = block.y(); batch < clouds.items[0].batch; batch += kGridY) {
-      double sum = 0, count = 0;
+      double sum = 0;
       for (int c = 0; c < clouds.count; ++c) {
         const CloudGroup<T>& cloud = clouds.items[c];
-        for (int64_t i = warp; i < cloud.n; i += kBlockWarps) {
+        const PartRows rows(cloud.n, block.z());
+        for (int64_t i = rows.first + warp; i < rows.last; i += kBlockWarps) {
           const int64_t row = batch * cloud.n + i;
           if (cloud.weight && !(cloud.weight[row] > T(0))) continue;
-          if (k < d) sum += static_cast<double>(cloud.x[row * d + k]);
-          count += 1;
+          sum += k < d ? static_cast<double>(cloud.x[row * d + k]) : 1.0;
         }
       }
       scratch[warp * kWarp + lane] = sum;
-      scratch[(kBlockWarps + warp) * kWarp + lane] = count;
       block.sync();
-      if (warp == 0 && k < d) {
-        for (int w = 1; w < kBlockWarps; ++w) {
-          sum += scratch[w * kWarp + lane];
-          count += scratch[(kBlockWarps + w) * kWarp + lane];
-        }
-        centre[batch * d + k] = static_cast<T>(sum / (count > 1 ? count : 1));
+      if (warp == 0 && k <= d) {
+        for (int w = 1; w < kBlockWarps; ++w) sum += scratch[w * kWarp + lane];
+        parts[(batch * kSumParts + block.z()) * (d + 1) + k] = sum;
       }
       block.sync();
+    }
+  }
+};
+
+// Adds parts up: the mean over the last column of sums, or the sums. A thread per value.
+template <typename T, typename S>
+struct JoinPartsKernel {
+  static constexpr int kThreads = kBlockThreads;
+
+  int64_t batch, width;  // values of a part
+  bool mean;             // over the last value, which is not wanted
+  const S* parts;        // (B, kSumParts, width)
+  T* out;                // (B, width), or (B, width - 1)
+
+  template <class Block>
+  OTLOSS_DEVICE void operator()(Block& block) const {
+    const int64_t count = mean ? width - 1 : width, k = block.x() * kThreads + block.thread();
+    if (k >= count) return;
+    for (int64_t b = block.y(); b < batch; b += kGridY) {
+      S sum = S(0), points = S(0);
+      for (int64_t part = 0; part < kSumParts; ++part) {
+        const S* const values = parts + (b * kSumParts + part) * width;
+        sum += values[k];
+        if (mean) points += values[count];
+      }
+      out[b * count + k] = static_cast<T>(mean ? sum / (points > S(1) ? points : S(1)) : sum);
     }
   }
 };
@@ -181,24 +219,18 @@ struct ColumnKernel {
   static constexpr int kThreads = kBlockThreads;
 
   CostWeightGroup<T> group;
+  T* parts;  // (B, kSumParts, m) out
 
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const {
-    const int lane = block.thread() % kWarp, warp = block.thread() / kWarp;
-    const int64_t j = block.x() * kWarp + lane;
-    T* scratch = block.template shared<T>();  // (kBlockWarps, kWarp)
+    const int64_t j = block.x() * kThreads + block.thread();
+    if (j >= group.m) return;
+    const PartRows rows(group.n, block.z());
     for (int64_t batch = block.y(); batch < group.batch; batch += kGridY) {
+      const T* const V = group.V + batch * group.n * group.m + j;
       T sum = T(0);
-      if (j < group.m)
-        for (int64_t i = warp; i < group.n; i += kBlockWarps)
-          sum += group.V[(batch * group.n + i) * group.m + j];
-      scratch[warp * kWarp + lane] = sum;
-      block.sync();
-      if (warp == 0 && j < group.m) {
-        for (int w = 1; w < kBlockWarps; ++w) sum += scratch[w * kWarp + lane];
-        group.col_sum[batch * group.m + j] = sum;
-      }
-      block.sync();
+      for (int64_t i = rows.first; i < rows.last; ++i) sum += V[i * group.m];
+      parts[(batch * kSumParts + block.z()) * group.m + j] = sum;
     }
   }
 };
@@ -249,11 +281,15 @@ void prepare_clouds(const Context& context, const std::vector<CloudGroup<T>>& cl
     T* centre = nullptr;
     if (!traits_of(kind).unit_norm) {
       centre = context.scratch<T>(std::max<int64_t>(1, batch * d));
+      double* const parts = context.scratch<double>(batch * kSumParts * (d + 1));
       Grid grid;
-      grid.x = ceil_div(d, kWarp);
+      grid.x = ceil_div(d + 1, kWarp);
       grid.y = std::min(batch, kGridY);
-      grid.shared = 2 * kBlockThreads * sizeof(double);
-      launch(context, CentreKernel<T>{pack, centre}, grid);
+      grid.z = kSumParts;
+      grid.shared = kBlockThreads * sizeof(double);
+      launch(context, CentreKernel<T>{pack, parts}, grid);
+      grid.x = ceil_div(d, kBlockThreads), grid.z = 1, grid.shared = 0;
+      launch(context, JoinPartsKernel<T, double>{batch, d + 1, true, parts, centre}, grid);
     }
     Grid grid;
     for (int c = 0; c < pack.count; ++c)
@@ -288,10 +324,13 @@ void cost_weights(const Context& context, const CostWeightGroup<T>& group, CostK
   });
   if (group.symmetrise) return;
   Grid grid;
-  grid.x = ceil_div(group.m, kWarp);
+  T* const parts = context.scratch<T>(group.batch * kSumParts * group.m);
+  grid.x = ceil_div(group.m, kBlockThreads);
   grid.y = std::min(group.batch, kGridY);
-  grid.shared = kBlockThreads * sizeof(T);
-  launch(context, ColumnKernel<T>{group}, grid);
+  grid.z = kSumParts;
+  launch(context, ColumnKernel<T>{group, parts}, grid);
+  grid.z = 1;
+  launch(context, JoinPartsKernel<T, T>{group.batch, group.m, false, parts, group.col_sum}, grid);
 }
 
 template <typename T>

@@ -5,13 +5,14 @@
 // tests/cuda_host/emulation.h, where each thread is a fiber and barriers switch between them; the
 // whole of csrc/cuda then compiles with g++ alone and is tested without a GPU.
 //
-// A Block gives: thread() and x(), y(), z() (block index); sync() (block barrier), warp_sync(),
-// cluster_sync(), arrive_and_wait(counter, arrivals) (a barrier between blocks, called by one
-// thread of each); shuffle_xor(value, mask), shuffle(value, lane) and any(flag) within a warp;
-// shared<T>() (dynamic shared memory); load, store (global memory that other blocks write, past
-// L1); load_constant (16 bytes that nobody writes during the launch); copy_async(to, from, inside)
-// (16 bytes from global to shared memory, past L1, or zeros), commit_copies() and
-// wait_for_copies<pending>() (those of this thread, but for the last `pending` commits).
+// A Block gives: thread() and x(), y(), z() (block index); sync() (block barrier), sync_some(group,
+// threads) (of some of its warps), warp_sync(), cluster_sync(), arrive_and_wait(counter, arrivals)
+// (a barrier between blocks, called by one thread of each); shuffle_xor(value, mask),
+// shuffle(value, lane) and any(flag) within a warp; shared<T>() (dynamic shared memory); load,
+// store (global memory that other blocks write, past L1); load_constant (16 bytes that nobody
+// writes during the launch); copy_async(to, from, inside) (16 bytes from global to shared memory,
+// past L1, or zeros), commit_copies() and wait_for_copies<pending>() (those of this thread, but for
+// the last `pending` commits).
 //
 // And for tensor cores, on half precision numbers as their 16 bits, two in a word, where lane l is
 // in row l / 4 with the neighbouring columns 2 (l % 4) and the next one of each 8 x 8 matrix:
@@ -47,6 +48,7 @@ struct Grid {
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 
 #define OTLOSS_DEVICE __device__ __forceinline__
 #define OTLOSS_NOINLINE __device__ __noinline__
@@ -99,14 +101,20 @@ class GpuBlock {
 #endif
   }
 
-  // The counter only grows; the difference is compared, so that it may wrap around.
+  // A barrier of `threads` threads, whole warps; `group`: 1 to 15, for those that meet at once.
+  __device__ void sync_some(int group, int threads) const {
+    asm volatile("bar.sync %0, %1;" ::"r"(group), "r"(threads) : "memory");
+  }
+
+  // The block's barrier orders all of its writes before the release, and its reads after the
+  // fence. The counter only grows; the difference is compared, so that it may wrap around.
   __device__ void arrive_and_wait(unsigned* counter, unsigned arrivals) const {
-    __threadfence();
     asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
     unsigned seen;
     do {
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+      asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
     } while (static_cast<int>(seen - arrivals) < 0);
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
   }
 
   template <typename T>
@@ -164,8 +172,15 @@ class GpuBlock {
   }
 };
 
+// Blocks that a multiprocessor is to have at once: Kernel::kBlocks, or 1.
+template <class Kernel, class = void>
+constexpr int kBlocksOf = 1;
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads, 1) kernel(const __grid_constant__ Kernel work) {
+constexpr int kBlocksOf<Kernel, std::void_t<decltype(Kernel::kBlocks)>> = Kernel::kBlocks;
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, kBlocksOf<Kernel>)
+    kernel(const __grid_constant__ Kernel work) {
   GpuBlock block;
   work(block);
 }
@@ -192,7 +207,7 @@ cudaError_t allow_shared(int device) {
 }
 
 template <class Kernel>
-bool ask_cluster_fits(int device, int size, size_t shared) {
+int ask_clusters_that_fit(int device, int size, size_t shared) {
   check(cudaSetDevice(device), "selecting the device", "the device of the tensors");
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -210,20 +225,21 @@ bool ask_cluster_fits(int device, int size, size_t shared) {
           cudaSuccess &&
       cudaOccupancyMaxActiveClusters(&clusters, kernel<Kernel>, &config) == cudaSuccess;
   if (!asked) cudaGetLastError();
-  return asked && clusters > 0;
+  return asked ? clusters : 0;
 }
 
-// Whether clusters of this size with so much shared memory can run on the device. The driver is
-// asked once for each, not at every call.
+// How many clusters of this size with so much shared memory the device runs at once: fewer than its
+// multiprocessors would hold, since a cluster must not cross a group of them. The driver is asked
+// once for each, not at every call.
 template <class Kernel>
-bool cluster_fits(const Context& context, int size, size_t shared) {
+int clusters_that_fit(const Context& context, int size, size_t shared) {
   static std::mutex mutex;
-  static std::map<std::tuple<int, int, size_t>, bool> known;
+  static std::map<std::tuple<int, int, size_t>, int> known;
   const std::lock_guard<std::mutex> lock(mutex);
   const std::tuple<int, int, size_t> question(context.device, size, shared);
   const auto answer = known.find(question);
   if (answer != known.end()) return answer->second;
-  return known[question] = ask_cluster_fits<Kernel>(context.device, size, shared);
+  return known[question] = ask_clusters_that_fit<Kernel>(context.device, size, shared);
 }
 
 inline void clear(const Context& context, void* memory, int64_t bytes) {

@@ -32,27 +32,18 @@ struct Max {
   }
 };
 
-// Everything a team is, to be passed by value.
-struct TeamState {
-  Barrier barrier;
-  int rank;           // of this block in the team
-  int size;           // blocks of the team
-  int parity;         // of the buffer for the next reduction
-  unsigned arrivals;  // at the counter, so far
-  unsigned* counter;  // 0 at the start of the kernel
-  double* partial;    // (2, size, kTeamValues) global
-  double* scratch;    // team_doubles(threads), shared
-};
-
 template <class Block>
-OTLOSS_DEVICE void team_sync(Block& block, const TeamState& team) {
+OTLOSS_DEVICE void team_sync(Block& block, TeamState& team) {
   if (team.barrier == Barrier::kBlock) {
     block.sync();
   } else if (team.barrier == Barrier::kCluster) {
     block.cluster_sync();
   } else {
     block.sync();
-    if (block.thread() == 0) block.arrive_and_wait(team.counter, team.arrivals);
+    if (block.thread() == 0) {
+      team.arrivals += static_cast<unsigned>(team.size);
+      block.arrive_and_wait(team.counter, team.arrivals);
+    }
     block.sync();
   }
 }
@@ -65,21 +56,21 @@ OTLOSS_DEVICE double warp_join(Block& block, double value, int width) {
 }
 
 // See Team::reduce. Not inlined: it is called in many places, and never in an inner loop.
-template <class Join, int kThreads, class Block>
-OTLOSS_NOINLINE void team_reduce(Block block, TeamState team, double* values, int count) {
-  constexpr int kWarps = kThreads / kWarp, kLanes = kWarp / kReduced;
+template <class Join, int kThreads, int kCount, class Block>
+OTLOSS_NOINLINE void team_reduce(Block block, TeamState& team, double (&values)[kCount]) {
+  constexpr int kWarps = kThreads / kWarp;
   static_assert(kWarps <= kWarp, "a warp joins the results of all warps at once");
   const int lane = block.thread() % kWarp, warp = block.thread() / kWarp;
   double* const result = team.scratch + kReduced * kWarps;
-  double own[kReduced];
 #pragma unroll
-  for (int v = 0; v < kReduced; ++v) own[v] = v < count ? values[v] : Join::identity();
-  const double joined = scatter_reduce<Join>(block, own);
-  if (lane % kLanes == 0) team.scratch[lane / kLanes * kWarps + warp] = joined;
+  for (int v = 0; v < kCount; ++v) {
+    const double joined = warp_join<Join>(block, values[v], kWarp);
+    if (lane == 0) team.scratch[v * kWarps + warp] = joined;
+  }
   block.sync();
   double* const mine = team.partial + (team.parity * team.size + team.rank) * kTeamValues;
 #pragma unroll 1
-  for (int v = warp; v < count; v += kWarps) {
+  for (int v = warp; v < kCount; v += kWarps) {
     const double total = warp_join<Join>(block, team.scratch[v * kWarps + lane % kWarps], kWarps);
     if (lane != 0) continue;
     if (team.size == 1)
@@ -91,7 +82,7 @@ OTLOSS_NOINLINE void team_reduce(Block block, TeamState team, double* values, in
     team_sync(block, team);
     const double* const all = team.partial + team.parity * team.size * kTeamValues;
 #pragma unroll 1
-    for (int v = warp; v < count; v += kWarps) {
+    for (int v = warp; v < kCount; v += kWarps) {
       double total = Join::identity();
       for (int r = lane; r < team.size; r += kWarp)
         total = Join::join(total, block.load(all + r * kTeamValues + v));
@@ -100,23 +91,21 @@ OTLOSS_NOINLINE void team_reduce(Block block, TeamState team, double* values, in
     }
   }
   block.sync();
-#pragma unroll 1
-  for (int v = 0; v < count; ++v) values[v] = result[v];
+#pragma unroll
+  for (int v = 0; v < kCount; ++v) values[v] = result[v];
+  if (block.thread() == 0) team.parity ^= 1;  // the next call has a barrier before it is read
 }
 
 template <class Block, int kThreads>
 class Team {
  public:
-  OTLOSS_DEVICE Team(Block& block, const TeamState& state) : block_(block), state_(state) {}
+  OTLOSS_DEVICE Team(Block& block, TeamState& state) : block_(block), state_(state) {}
 
   OTLOSS_DEVICE int rank() const { return state_.rank; }
   OTLOSS_DEVICE int size() const { return state_.size; }
 
   // All threads of all blocks arrive before one leaves; what they wrote before is seen after.
-  OTLOSS_DEVICE void sync() {
-    state_.arrivals += static_cast<unsigned>(state_.size);
-    team_sync(block_, state_);
-  }
+  OTLOSS_DEVICE void sync() { team_sync(block_, state_); }
 
   template <typename T>
   OTLOSS_DEVICE T load(const T* p) const {
@@ -135,14 +124,13 @@ class Team {
   template <class Join, int kCount>
   OTLOSS_DEVICE void reduce(double (&values)[kCount]) {
     static_assert(kCount <= kReduced, "raise kReduced");
-    if (state_.size > 1) state_.arrivals += static_cast<unsigned>(state_.size);
-    team_reduce<Join, kThreads>(block_, state_, values, kCount);
-    state_.parity ^= 1;
+    team_reduce<Join, kThreads>(block_, state_, values);
   }
 
   // Up to kTeamValues values of which each block has a part: each is summed by one warp, that of
   // the lanes that call. First all blocks show() their parts, then all threads sync(), then total()
-  // gives the sum to all lanes of the warp. After the last total() flip() the buffers.
+  // gives the sum to all lanes of the warp. After the last total() and a barrier of the block
+  // flip() the buffers; another barrier follows before they are used again.
   OTLOSS_DEVICE void show(int value, double part) const {
     store(state_.partial + (state_.parity * state_.size + state_.rank) * kTeamValues + value, part);
   }
@@ -153,11 +141,13 @@ class Team {
       sum += load(all + r * kTeamValues);
     return warp_join<Sum>(block_, sum, kWarp);
   }
-  OTLOSS_DEVICE void flip() { state_.parity ^= 1; }
+  OTLOSS_DEVICE void flip() {
+    if (block_.thread() == 0) state_.parity ^= 1;
+  }
 
  private:
   Block& block_;
-  TeamState state_;
+  TeamState& state_;
 };
 
 // The largest problem of a pack.
@@ -165,7 +155,6 @@ template <typename T, typename Group>
 Shape shape_of(const Pack<Group>& pack) {
   Shape shape;
   shape.element = sizeof(T);
-  shape.most_entries = kEntries<T>;
   for (int i = 0; i < pack.count; ++i) {
     const Group& p = pack.items[i];
     shape.problems += p.batch;

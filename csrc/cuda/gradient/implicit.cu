@@ -5,13 +5,13 @@
 // by conjugate gradients on the Schur complement diag(c) - P^T diag(1/r) P, or, for a cloud against
 // itself, on diag(r) + P.
 //
-// All of it is one launch. A team of blocks has one problem (sweep.cuh); each block makes its rows
-// of the plan once, in shared memory or in global memory, and a product with the Schur complement
-// is one pass over them: row sums w = P x / r, then column sums P^T w, while the entries are in
-// registers. Vectors of the iteration are cut by columns, a thread touches its own entries only but
-// for the direction, which all read. A step waits four times for the team: for the parts of the
-// product, the curvature, the norm of the residual (with what the projection removes), and the next
-// direction; scalars are the same in every thread, so all stop together.
+// All of it is one launch. A team of blocks has one problem; each block makes its rows of the plan
+// once, in shared memory or in global memory, and a product with the Schur complement is one pass
+// over them (pass.cuh): row sums w = P x / r, then column sums P^T w. Vectors of the iteration are
+// cut by columns, a thread touches its own entries only but for the direction, which all read. A
+// step waits four times for the team: for the parts of the product, the curvature, the norm of the
+// residual (with what the projection removes), and the next direction; scalars are the same in
+// every thread, so all stop together.
 //
 // Vectors and sums are in double as on the CPU, whatever the plan's dtype. An entry is converted
 // once per pass: 16 per clock and multiprocessor, as fast as the exponentials of a solve.
@@ -21,15 +21,9 @@
 // more launch, by the potentials and the solution (alpha, beta) that this one leaves.
 #include <limits>
 
-#include "core/math.h"
 #include "core/penalty.h"
 #include "core/rounding.h"
-#include "cuda/device/block.cuh"
-#include "cuda/device/reduce.cuh"
-#include "cuda/gradient/point_sums.h"
-#include "cuda/pass/made_sums.cuh"
-#include "cuda/pass/pack.cuh"
-#include "cuda/pass/sweep.cuh"
+#include "cuda/gradient/implicit_plans.cuh"
 
 namespace otloss::cuda {
 namespace {
@@ -40,274 +34,6 @@ OTLOSS_HOST_DEVICE constexpr double implicit_tolerance() {
   return sizeof(T) == 4 ? 1e-8 : 1e-13;
 }
 constexpr int kMaxCgIterations = 2000;
-
-// Vectors of a problem in double, of rows and of columns, see Implicit::place; the last is the
-// plan's.
-constexpr int kRowVectors = 7, kColumnVectors = 10;
-
-template <typename T>
-struct ImplicitArguments {
-  Pack<ImplicitGroup<T>> groups;
-  TeamArguments<double> team;
-  double eps;
-  Objective objective;
-  double* rows;     // (teams, kRowVectors, rows)
-  double* columns;  // (teams, kColumnVectors, columns)
-};
-
-template <typename T>
-struct ImplicitKernel {
-  static constexpr int kThreads = kSolveThreads;
-
-  ImplicitArguments<T> arguments;
-  T* published;  // (teams, columns)
-
-  template <class Block>
-  OTLOSS_DEVICE void operator()(Block& block) const;
-};
-
-// Without cost matrices.
-template <typename T>
-struct MadeImplicitKernel {
-  static constexpr int kThreads = kSolveThreads;
-
-  ImplicitArguments<T> arguments;
-  MadeLayout layout;
-  PlanOfPoints<T> plans[kMaxGroups];
-
-  template <class Block>
-  OTLOSS_DEVICE void operator()(Block& block) const;
-};
-
-// ------------------------------------------------------------------------- the plan in memory
-
-struct NoPart {};
-
-// Sums of P, or of P C.
-template <typename T>
-struct PlanSumsWork {
-  using Row = NoPart;
-  using Column = NoPart;
-  const T* P;  // (rows, m)
-  const T* C;  // (rows, m) or null
-  int64_t m;
-  double* out;  // (rows,) row sums
-
-  OTLOSS_DEVICE Row row(int) const { return {}; }
-  OTLOSS_DEVICE Column column(int) const { return {}; }
-  OTLOSS_DEVICE double entry(Row, Column, int i, int j) const {
-    const int64_t at = static_cast<int64_t>(i) * m + j;
-    const double p = static_cast<double>(P[at]);
-    if (C == nullptr) return p;
-    return p != 0 ? p * static_cast<double>(C[at]) : 0.0;  // whatever C is there
-  }
-  OTLOSS_DEVICE double again(Row row, Column column, int i, int j) const {
-    return entry(row, column, i, j);
-  }
-  OTLOSS_DEVICE double factor(int) const { return 1; }
-  OTLOSS_DEVICE double finish(int i, double sum, bool leader) const {
-    if (leader) out[i] = sum;
-    return 1;
-  }
-};
-
-// w = base + sign (P x) / divisor, and the column sums P^T w.
-template <class Block, typename T>
-struct ProductWork {
-  using Row = NoPart;
-  using Column = NoPart;
-  TeamMemory<Block> memory;
-  const T* P;  // (rows, m)
-  int64_t m;
-  const double* x;        // (m,) or null: 0
-  const double* base;     // (rows,) or null: 0
-  const double* inverse;  // (rows,) of the divisor, or null: 1
-  double sign;
-  double* w;  // (rows,) out
-
-  OTLOSS_DEVICE Row row(int) const { return {}; }
-  OTLOSS_DEVICE Column column(int) const { return {}; }
-  OTLOSS_DEVICE double entry(Row, Column, int i, int j) const {
-    return static_cast<double>(P[static_cast<int64_t>(i) * m + j]);
-  }
-  OTLOSS_DEVICE double again(Row row, Column column, int i, int j) const {
-    return entry(row, column, i, j);
-  }
-  OTLOSS_DEVICE double factor(int j) const { return x ? memory.load(x + j) : 0.0; }
-  OTLOSS_DEVICE double finish(int i, double sum, bool leader) const {
-    const double value = (base ? base[i] : 0.0) + sign * (inverse ? inverse[i] : 1.0) * sum;
-    if (leader) w[i] = value;
-    return value;
-  }
-};
-
-// The plan of a problem as the linear system needs it; likewise MadePlan.
-template <typename T, class Block>
-class StoredPlan {
- public:
-  using Kernel = ImplicitKernel<T>;
-  using Team = TeamSweep<T, double, Block>;
-
-  OTLOSS_DEVICE StoredPlan(Block&, const Kernel& kernel, Team& team)
-      : kernel_(kernel), team_(team) {}
-
-  OTLOSS_DEVICE void place(const ImplicitGroup<T>& p, int64_t batch) {
-    const int64_t at = batch * p.n + team_.first_row();
-    m_ = p.m;
-    a_ = p.a + at, b_ = p.b + batch * m_;
-    C_ = p.C + at * m_;
-    P_ = team_.tile(p.P + at * m_);
-    grad_C_ = p.grad_C ? p.grad_C + at * m_ : nullptr;
-    published_ = kernel_.published + team_.index() * kernel_.arguments.team.columns;
-  }
-
-  // From f (rows,) and g (m,).
-  OTLOSS_DEVICE void make(const double* f, const double* g) {
-    const double to_base2 = kLog2E / kernel_.arguments.eps;
-    const T k = static_cast<T>(to_base2);
-    team_.for_columns([&](int j) {
-      const T G = k * static_cast<T>(g[j]);
-      team_.store(published_ + j, b_[j] > T(0) ? G + fast_log2(b_[j]) : static_cast<T>(kLog2Zero));
-    });
-    team_.sync();
-    team_.for_entries([&](int i, int j) {
-      const int64_t at = static_cast<int64_t>(i) * m_ + j;
-      const T F = static_cast<T>(to_base2 * f[i]);
-      // A potential that is NaN makes the plan NaN, which its exponential alone would not.
-      P_[at] = a_[i] > T(0)
-                   ? plan_entry(a_[i], F + team_.load(published_ + j) - k * C_[at]) + T(0) * F
-                   : T(0);
-    });
-    team_.block_sync();
-  }
-
-  // Row sums of P, or of P C, to w (rows,), and column sums to set(j, sum).
-  template <typename Set>
-  OTLOSS_DEVICE void sums(bool of_costs, double* w, Set&& set) {
-    team_.pass(PlanSumsWork<T>{P_, of_costs ? C_ : nullptr, m_, w});
-    team_.sync();
-    team_.join(set);
-    team_.sync();  // before the next pass takes the blocks' parts
-  }
-
-  // w = base + sign (P x) inverse, and P^T w to set(j, sum); x, base and inverse may be null.
-  template <typename Set>
-  OTLOSS_DEVICE void product(const double* x, const double* base, const double* inverse,
-                             double sign, double* w, Set&& set) {
-    pass(x, base, inverse, sign, w);
-    team_.join(set);
-  }
-
-  // w = P x.
-  OTLOSS_DEVICE void row_product(const double* x, double* w) { pass(x, nullptr, nullptr, 1, w); }
-
-  // The gradient of the cost, P (s + t C + alpha + beta); P may stand where it goes.
-  OTLOSS_DEVICE void finish(double s, double t, const double* alpha, const double* beta) {
-    if (grad_C_ == nullptr) return;
-    team_.for_columns([&](int j) { team_.store(published_ + j, static_cast<T>(beta[j])); });
-    team_.sync();
-    team_.for_entries([&](int i, int j) {
-      const int64_t at = static_cast<int64_t>(i) * m_ + j;
-      const T shift = static_cast<T>(s) + static_cast<T>(alpha[i]), plan = P_[at];
-      const T value = plan * (shift + static_cast<T>(t) * C_[at] + team_.load(published_ + j));
-      grad_C_[at] = plan != T(0) ? value : T(0);
-    });
-  }
-
- private:
-  OTLOSS_DEVICE void pass(const double* x, const double* base, const double* inverse, double sign,
-                          double* w) {
-    team_.pass(ProductWork<Block, T>{team_.memory(), P_, m_, x, base, inverse, sign, w});
-    team_.sync();
-  }
-
-  const Kernel& kernel_;
-  Team& team_;
-  int64_t m_;
-  const T* a_;    // (rows,)
-  const T* b_;    // (m,)
-  const T* C_;    // (rows, m)
-  T* P_;          // (rows, m)
-  T* grad_C_;     // (rows, m) or null
-  T* published_;  // (m,) k g + log2 b, later beta
-};
-
-// ------------------------------------------------------------------------ the plan of points
-
-template <typename T, class Block>
-class MadePlan {
- public:
-  using Kernel = MadeImplicitKernel<T>;
-  using Sides = MadeSides<T, double, Block>;
-  using Team = typename Sides::Team;
-
-  OTLOSS_DEVICE MadePlan(Block& block, const Kernel& kernel, Team& team)
-      : kernel_(kernel), team_(team), sides_(block, team, kernel.layout) {}
-
-  OTLOSS_DEVICE void place(const ImplicitGroup<T>& p, int64_t batch) {
-    const PlanOfPoints<T>& plan = kernel_.plans[&p - kernel_.arguments.groups.items];
-    sides_.place(plan.points, batch, p.n, p.m, p.symmetric, kernel_.arguments.eps);
-    a_ = p.a + batch * p.n + team_.first_row(), b_ = p.b + batch * p.m;
-    F_ = plan.F + batch * sides_.x().stride, G_ = plan.G + batch * sides_.y().stride;
-    alpha_ = plan.alpha + batch * p.n + team_.first_row(), beta_ = plan.beta + batch * p.m;
-    out_ = kernel_.arguments.columns +
-           (team_.index() * kColumnVectors + kColumnVectors - 1) * kernel_.arguments.team.columns;
-  }
-
-  OTLOSS_DEVICE void make(const double* f, const double* g) {
-    const double k = kLog2E / kernel_.arguments.eps;
-    sides_.fill_rows(F_, [&](int i) { return static_cast<T>(k * f[i]) + log2_weight(a_[i]); });
-    sides_.fill_columns(G_, [&](int j) { return static_cast<T>(k * g[j]) + log2_weight(b_[j]); });
-    team_.sync();
-  }
-
-  template <typename Set>
-  OTLOSS_DEVICE void sums(bool of_costs, double* w, Set&& set) {
-    sides_.over_columns(F_, G_, nullptr, of_costs, w);
-    const T* const F = F_ + team_.first_row();
-    team_.for_rows([&](int i) { w[i] += nothing(F[i]); });
-    sides_.over_rows(F_, G_, nullptr, of_costs, out_ + team_.first_column());
-    team_.for_columns([&](int j) { set(j, out_[j] + nothing(G_[j])); });
-    team_.block_sync();
-  }
-
-  template <typename Set>
-  OTLOSS_DEVICE void product(const double* x, const double* base, const double* inverse,
-                             double sign, double* w, Set&& set) {
-    if (x != nullptr) sides_.over_columns(F_, G_, x, false, w);
-    team_.for_rows([&](int i) {
-      const double sum = x != nullptr ? w[i] * (inverse ? inverse[i] : 1.0) : 0.0;
-      team_.store(w + i, (base ? base[i] : 0.0) + sign * sum);
-    });
-    team_.sync();
-    sides_.over_rows(F_, G_, w - team_.first_row(), false, out_ + team_.first_column());
-    team_.for_columns([&](int j) { set(j, out_[j]); });
-    team_.block_sync();
-  }
-
-  OTLOSS_DEVICE void row_product(const double* x, double* w) {
-    sides_.over_columns(F_, G_, x, false, w);
-  }
-
-  // For the gradient of the points, by another launch.
-  OTLOSS_DEVICE void finish(double, double, const double* alpha, const double* beta) {
-    team_.for_rows([&](int i) { alpha_[i] = static_cast<T>(alpha[i]); });
-    team_.for_columns([&](int j) { beta_[j] = static_cast<T>(beta[j]); });
-  }
-
- private:
-  // NaN of a potential that is NaN, which its exponential alone would not make.
-  OTLOSS_DEVICE static double nothing(T exponent) { return static_cast<double>(T(0) * exponent); }
-
-  const Kernel& kernel_;
-  Team& team_;
-  Sides sides_;
-  const T* a_;        // (rows,)
-  const T* b_;        // (m,)
-  T *F_, *G_;         // (n,) (m,) k f + log2 a, k g + log2 b
-  T *alpha_, *beta_;  // (rows,) (m,)
-  double* out_;       // (m,) sums on their way
-};
 
 // ------------------------------------------------------------------------------ the system
 
@@ -359,19 +85,11 @@ class Implicit {
     b_ = p.b + batch * p.m;
     double* rows = kernel_.rows + team_.index() * kRowVectors * kernel_.team.rows + row;
     double* columns = kernel_.columns + team_.index() * kColumnVectors * kernel_.team.columns;
-    const auto next = [](double*& from, int64_t length) {
-      double* v = from;
-      from += length;
-      return v;
-    };
-    const auto next_row = [&] { return next(rows, kernel_.team.rows); };
-    const auto next_column = [&] { return next(columns, kernel_.team.columns); };
-    f_ = next_row(), f_bar_ = next_row(), a_bar_ = next_row();
-    row_mass_ = next_row(), inverse_r_ = next_row(), base_ = next_row(), w_ = next_row();
-    g_ = next_column(), g_bar_ = next_column(), b_bar_ = next_column();
-    c_ = next_column(), inverse_c_ = next_column();
-    beta_ = next_column(), rest_ = next_column(), q_ = next_column();
-    direction_ = next_column();
+    for (double** const v : {&f_, &f_bar_, &a_bar_, &row_mass_, &inverse_r_, &base_, &w_})
+      *v = rows, rows += kernel_.team.rows;
+    for (double** const v :
+         {&g_, &g_bar_, &b_bar_, &c_, &inverse_c_, &beta_, &rest_, &q_, &direction_})
+      *v = columns, columns += kernel_.team.columns;
   }
 
   // The potentials, with <a, f> = <b, g> if balanced; one potential for a cloud against itself.
@@ -408,7 +126,7 @@ class Implicit {
   // P, and its sums over the dampings.
   OTLOSS_DEVICE void make_plan(const ImplicitGroup<T>& p) {
     plan_.make(f_, g_);
-    plan_.sums(false, w_, [&](int j, double sum) { c_[j] = sum / y_.damping(eps_); });
+    plan_.sums(false, f_, w_, [&](int j, double sum) { c_[j] = sum / y_.damping(eps_); });
     team_.for_rows([&](int i) {
       row_mass_[i] = w_[i] / x_.damping(eps_);
       inverse_r_[i] = row_mass_[i] != 0 ? 1 / row_mass_[i] : 0.0;
@@ -429,7 +147,7 @@ class Implicit {
       return grad && weight > T(0) ? static_cast<double>(grad[i]) : 0.0;
     };
     if (kernel_.objective == Objective::kTransport) {
-      plan_.sums(true, w_, [&](int j, double sum) { q_[j] = scale_ * sum; });
+      plan_.sums(true, f_, w_, [&](int j, double sum) { q_[j] = scale_ * sum; });
       team_.for_rows([&](int i) {
         f_bar_[i] = outside(grad_f, a_[i], i) + scale_ * w_[i] / eps_;
         a_bar_[i] = quotient(scale_ * w_[i], a_[i]);
@@ -607,6 +325,8 @@ class Implicit {
   int iterations_;
 };
 
+}  // namespace
+
 template <typename T>
 template <class Block>
 OTLOSS_DEVICE void ImplicitKernel<T>::operator()(Block& block) const {
@@ -621,17 +341,7 @@ OTLOSS_DEVICE void MadeImplicitKernel<T>::operator()(Block& block) const {
   implicit.run();
 }
 
-// All but the team.
-template <typename T>
-void fill_arguments(const Context& context, const Pack<ImplicitGroup<T>>& pack, double eps,
-                    Objective objective, ImplicitArguments<T>* arguments) {
-  const TeamArguments<double>& team = arguments->team;
-  arguments->groups = pack;
-  arguments->eps = eps;
-  arguments->objective = objective;
-  arguments->rows = context.scratch<double>(team.teams * kRowVectors * team.rows);
-  arguments->columns = context.scratch<double>(team.teams * kColumnVectors * team.columns);
-}
+namespace {
 
 template <typename T>
 void stored_backward(const Context& context, const Pack<ImplicitGroup<T>>& pack, double eps,

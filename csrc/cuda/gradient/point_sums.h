@@ -1,4 +1,5 @@
-// What the gradients of points take of a solution, without a cost matrix, see point_sums.cu.
+// What the gradients of points take of a solution, without a cost matrix, see
+// point_sums_launch.cuh.
 #pragma once
 
 #include "cuda/device/reduce.cuh"
@@ -27,12 +28,11 @@ void implicit_point_sums(const Context& context, const Pack<ImplicitGroup<T>>& p
 template <typename T>
 struct IterationsOfPoints {
   PackedPair<T> points;
-  T* F;              // (B, packed_stride(n)) k f + log2 a of the last iteration
-  T* G;              // (B, packed_stride(m)) k g + log2 b
-  const T* R;        // (B, L, n)
-  const T* g_bar;    // (B, L, m)
-  const T* w;        // (B, L, m)
-  const int* apart;  // (B, L)
+  T* F;            // (B, packed_stride(n)) k f + log2 a of the last iteration
+  T* G;            // (B, packed_stride(m)) k g + log2 b
+  const T* R;      // (B, L, n)
+  const T* g_bar;  // (B, L, m)
+  const T* H;      // (B, L, m)
 };
 
 template <typename T>

@@ -11,7 +11,7 @@
 
 #include "cuda/pass/pack.cuh"
 #include "cuda/pass/streamed.cuh"
-#include "cuda/pass/sweep.cuh"
+#include "cuda/pass/team_sweep.cuh"
 
 namespace otloss::cuda {
 
@@ -21,7 +21,7 @@ struct MadeSums {
   const S* x;     // (columns,) may be written by other blocks; null: 1
   bool of_costs;  // P_ij C_ij in place of P_ij
   S* out;         // (last - first,)
-  int64_t sums;   // bytes of shared memory before the streamed_sums doubles
+  int64_t sums;   // bytes of shared memory before the streamed_sums doubles; the arguments' precede
 };
 
 template <typename T, typename S>
@@ -76,7 +76,8 @@ class MadeTerms {
 };
 
 template <typename T, typename S, class Block>
-OTLOSS_DEVICE void made_sums(Block& block, const MadeSums<T, S>& args) {
+OTLOSS_DEVICE void made_sums(Block& block, const MadeSums<T, S>& given) {
+  const MadeSums<T, S>& args = share_arguments(block, given, given.sums - kArgumentBytes);
   dispatch_tiles(args.tiles.kind, args.tiles.d, [&](auto cost, auto difference) {
     using Maker = TileMaker<decltype(cost), decltype(difference)::value, T, Block>;
     sum_rows<Maker, MadeTerms<T, S>>(block, args);
@@ -91,7 +92,7 @@ struct MadeLayout {
 
   static MadeLayout of(const Limits& limits) {
     MadeLayout layout;
-    layout.sums = team_doubles(kSolveThreads) * static_cast<int64_t>(sizeof(double));
+    layout.sums = SweepShape(sizeof(double)).exchange + kArgumentBytes;
     layout.stages =
         layout.sums + streamed_sums(TileKind::kFma) * static_cast<int64_t>(sizeof(double));
     layout.room = static_cast<int64_t>(limits.shared_per_block) - layout.stages;
@@ -154,6 +155,7 @@ class MadeSides {
                             bool of_costs, S* out) {
     RowTiles<T> tiles{};
     tiles.kind = points_.kind, tiles.d = points_.d, tiles.symmetric = symmetric_, tiles.k = k_;
+    tiles.repair = true;
     tiles.rows = rows, tiles.columns = columns;
     tiles.first = first, tiles.last = first + count;
     tiles.begin = 0, tiles.end = columns.count;

@@ -59,7 +59,7 @@ struct RowSums {
   RowTiles<T> tiles;
   RowSum what;
   T* out;        // (last - first,)
-  int64_t sums;  // bytes of shared memory before the streamed_sums doubles
+  int64_t sums;  // bytes of shared memory before the streamed_sums doubles; the arguments' precede
 };
 
 OTLOSS_DEVICE double join_sums(RowSum what, double x, double y) {
@@ -151,19 +151,20 @@ OTLOSS_DEVICE void sum_rows_of(Block& block, const RowSums<T>& args) {
     sum_rows<Maker, RowTerms<T, false>>(block, args);
 }
 
-template <typename T, class Block>
-OTLOSS_DEVICE void reduce_rows(Block& block, const RowSums<T>& args) {
+template <bool kTensor, typename T, class Block>
+OTLOSS_DEVICE void reduce_rows(Block& block, const RowSums<T>& given) {
+  const RowSums<T>& args = share_arguments(block, given, given.sums - kArgumentBytes);
   const RowTiles<T>& tiles = args.tiles;
-  if constexpr (std::is_same_v<T, float>)
-    if (tiles.made_by != TileKind::kFma)
-      return dispatch_tensor_tiles(tiles.kind, tiles.made_by, [&](auto cost, auto low) {
-        constexpr bool kLow = decltype(low)::value;
-        sum_rows_of<TensorTileMaker<decltype(cost), RowSumShape, kLow, Block>>(block, args);
-      });
-  dispatch_tiles(tiles.kind, tiles.d, [&](auto cost, auto difference) {
-    constexpr bool kDifference = decltype(difference)::value;
-    sum_rows_of<TileMaker<decltype(cost), kDifference, T, Block>>(block, args);
-  });
+  if constexpr (kTensor)
+    dispatch_tensor_tiles(tiles.kind, tiles.made_by, [&](auto cost, auto low) {
+      constexpr bool kLow = decltype(low)::value;
+      sum_rows_of<TensorTileMaker<decltype(cost), RowSumShape, kLow, Block>>(block, args);
+    });
+  else
+    dispatch_tiles(tiles.kind, tiles.d, [&](auto cost, auto difference) {
+      constexpr bool kDifference = decltype(difference)::value;
+      sum_rows_of<TileMaker<decltype(cost), kDifference, T, Block>>(block, args);
+    });
 }
 
 // ------------------------------------------------------------------------------------- softmin
@@ -184,7 +185,7 @@ constexpr int kSoftminVectors = 4;
 // update(): exact potentials from the guess F, F_i -= log2 sum_j exp2(F_i + G_j - k C_ij), and
 // those sums, s, of the block's own rows. Rows of weight 0 get F = 0, s = 1. All blocks of the
 // group call it together; they see the same sums, so they agree on what has to be made again.
-template <typename T, class Block>
+template <typename T, class Block, bool kTensor>
 class Softmin {
  public:
   OTLOSS_DEVICE Softmin(Block& block, Team<Block, kSolveThreads>& group, const RowSums<T>& sweep,
@@ -202,7 +203,7 @@ class Softmin {
   OTLOSS_NOINLINE const T* costs() {
     guess();
     sweep_.what = RowSum::kCost, sweep_.out = vector(kSums, group_.rank());
-    reduce_rows(block_, sweep_);
+    reduce_rows<kTensor>(block_, sweep_);
     return sweep_.out;
   }
 
@@ -248,7 +249,7 @@ class Softmin {
   // A sweep of all blocks of the group.
   OTLOSS_DEVICE void reduce(RowSum what, Stored stored) {
     sweep_.what = what, sweep_.out = vector(stored, group_.rank());
-    reduce_rows(block_, sweep_);
+    reduce_rows<kTensor>(block_, sweep_);
     group_.sync();
   }
 

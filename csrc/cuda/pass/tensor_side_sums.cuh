@@ -1,4 +1,4 @@
-// V 1 and V y by tensor cores for the gradients of points, see point_sums.cu.
+// V 1 and V y by tensor cores for the gradients of points, see point_sums_launch.cuh.
 //
 // A warp has 16 rows and all columns of a tile, so that its entries of V are, as they stand in
 // registers, what the product with y takes from the left: the fragments of costs (16 x 8 each) and
@@ -6,8 +6,9 @@
 // still in shared memory, or come a second time; ldmatrix transposes them on the way.
 //
 // V is split into halves like the points, with a power of two for each row of a tile, and three
-// products give V y. Their sums over a tile are added to global memory, where each entry belongs to
-// one lane. V 1 comes from the entries before they are split.
+// products give V y. Up to kKept coordinates their sums over all tiles stay in registers; beyond,
+// those over a tile are added to global memory, where each entry belongs to one lane. V 1 comes
+// from the entries before they are split.
 #pragma once
 
 #include "cuda/pass/tensor_tiles.cuh"
@@ -35,6 +36,7 @@ class TensorSideSums {
   // Rows [first, last) of the tiles, at most Shape::kRows; out (rows, d + 1): V y and V 1.
   OTLOSS_DEVICE void run() {
     Maker maker(block_, p_);
+    kept_all_ = split_depth(p_.d) <= kKept;
     maker.run(
         p_.first, rows_, [&](const Entries& e) { weigh(e); },
         [&](const TensorColumns& columns) { add_products(columns); });
@@ -44,6 +46,9 @@ class TensorSideSums {
       if (lane_ % kLanes == 0 && row_ + 8 * r < rows_)
         out_[(row_ + 8 * r) * (p_.d + 1) + p_.d] = sum;
     }
+    if (kept_all_)
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) add(kept_[s], 2 * s * kPiece, true);
   }
 
  private:
@@ -51,6 +56,7 @@ class TensorSideSums {
   static constexpr int kLanes = Entries::Layout::kLanes;
   static constexpr int kDepths = Shape::kWarpColumns / static_cast<int>(kMmaDepth);
   static constexpr int kPlanes = kLow ? 2 : 1, kPiece = 8;
+  static constexpr int kKept = 64, kSteps = kKept / (2 * kPiece);  // coordinates, products
   static_assert(Shape::kColumnWarps == 1 && Shape::kM == 1, "see the header comment");
 
   // Over the lanes that have the same rows.
@@ -119,12 +125,10 @@ class TensorSideSums {
     const int matrix = lane_ / 8;
     const uint16_t* y =
         columns.z + matrix / 2 * kPlanes * kPlane + (matrix % 2 * 8 + lane_ % 8) * kPiece;
-#pragma unroll 1
-    for (int k0 = 0; k0 < columns.depth; k0 += 2 * kPiece, y += 2 * kPlanes * kPlane) {
-      float sum[2][4] = {};
+    const auto product = [&](const uint16_t* from, float (&sum)[2][4]) {
 #pragma unroll
       for (int k = 0; k < kDepths; ++k) {
-        const uint16_t* points = y + k * static_cast<int>(kMmaDepth) * kPiece;
+        const uint16_t* points = from + k * static_cast<int>(kMmaDepth) * kPiece;
         uint32_t high[4], low[4];
         block_.template load_matrices<true>(points, high);
         multiply_add(high_[k], high, sum);
@@ -134,6 +138,28 @@ class TensorSideSums {
           multiply_add(high_[k], low, sum);
         }
       }
+#pragma unroll
+      for (int part = 0; part < 2; ++part)
+#pragma unroll
+        for (int q = 0; q < 4; ++q) sum[part][q] *= unscale_[q / 2];
+    };
+    if (kept_all_) {
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+        if (2 * s * kPiece >= columns.depth) continue;
+        float sum[2][4] = {};
+        product(y + 2 * s * kPlanes * kPlane, sum);
+#pragma unroll
+        for (int part = 0; part < 2; ++part)
+#pragma unroll
+          for (int q = 0; q < 4; ++q) kept_[s][part][q] += sum[part][q];
+      }
+      return;
+    }
+#pragma unroll 1
+    for (int k0 = 0; k0 < columns.depth; k0 += 2 * kPiece, y += 2 * kPlanes * kPlane) {
+      float sum[2][4] = {};
+      product(y, sum);
       add(sum, columns.begin + k0, columns.first);
     }
   }
@@ -153,7 +179,7 @@ class TensorSideSums {
       for (int c = 0; c < 4; ++c) {
         const int k = begin + c / 2 * 8 + 2 * (lane_ % 4) + c % 2;
         if (k >= p_.d) continue;
-        const float part = unscale_[r] * sum[c / 2][2 * r + c % 2];
+        const float part = sum[c / 2][2 * r + c % 2];
         out[k] = first ? part : out[k] + part;
       }
     }
@@ -165,7 +191,9 @@ class TensorSideSums {
   const int64_t batch_;
   float* const out_;
   const int lane_, row_, rows_;  // row_: of this lane, the first
+  bool kept_all_ = false;        // whether kept_ has all coordinates
   float sum_[kRows] = {};        // V 1, of this lane's columns
+  float kept_[kSteps][2][4] = {};
   float unscale_[kRows];
   uint32_t high_[kDepths][4], low_[kDepths][4];
 };

@@ -13,8 +13,9 @@
 // emptying their sums into registers after every stage of at most 64 coordinates.
 //
 // The warps of a block stand in kRowWarps rows; each has kM x kN products of 16 x 8 (TensorShape):
-// 32 x 32 entries of a warp take 8 loads of four matrices for 24 products of depth 16, which keeps
-// shared memory (32 clocks of 128 bytes) as busy as the tensor cores. Lane l has the entries
+// 16 x 32 entries at a time, so that their sums stay in registers beside those of all chunks, take
+// 6 loads of four matrices for 12 products of depth 16, which keeps shared memory (24 clocks of 128
+// bytes) as busy as the tensor cores. Lane l has the entries
 //
 //     rows     first + 16 m + 8 h + l / 4,        m < kM, h < 2
 //     columns  first + 8 n + 2 (l % 4) + c,       n < kN, c < 2
@@ -131,12 +132,8 @@ class TensorTileMaker {
         visit(visited(step));
         continue;
       }
-      if constexpr (kOneChunk) {
-        multiply(step, 0, 0, sums);
-      } else {
-        add_chunk(step, sums);
-        if (step.chunk + 1 < chunks) continue;
-      }
+      add_chunk(step, sums);
+      if (step.chunk + 1 < chunks) continue;
       entries.place(p_, first, row_ + lane_ / 4, step.column + column_ + 2 * (lane_ % 4));
       finish(step, sums, entries);
       use(entries);

@@ -1,8 +1,8 @@
 // Tiles of a cost matrix that is made from the points on the way and never stored: what those who
-// make them (fma_tiles.cuh, tensor_tiles.cuh) and those who use them (streamed.cuh, streamed.cu)
+// make them (fma_tiles.cuh, tensor_tiles.cuh) and those who use them (streamed.cuh)
 // have in common.
 //
-// A maker gives the entries of a tile to the threads of a block, up to 32 to each, as TileEntries.
+// A maker gives the entries of a tile to the threads of a block, up to 64 to each, as TileEntries.
 // Which rows and columns these are is the maker's layout:
 //
 //     kRows, kColumns          entries of a thread
@@ -73,6 +73,7 @@ struct RowTiles {
   CostKind kind;
   int64_t d;
   bool symmetric;  // rows and columns are one cloud
+  bool repair;     // see needs_repair
   T k;             // log2(e) / eps
   PackedCloud<T> rows, columns;
   SplitCloud split_rows, split_columns;  // tensor cores
@@ -84,6 +85,27 @@ struct RowTiles {
   int64_t stages;  // bytes of shared memory before those of the stages
   int64_t room;    // bytes of all stages
 };
+
+// The block's copy of arguments in shared memory, `offset` bytes from its start.
+template <class Arguments, class Block>
+OTLOSS_DEVICE const Arguments& share_arguments(Block& block, const Arguments& given,
+                                               int64_t offset) {
+  static_assert(sizeof(Arguments) <= kArgumentBytes, "raise kArgumentBytes");
+  Arguments& shared =
+      *reinterpret_cast<Arguments*>(block.template shared<unsigned char>() + offset);
+  block.sync();
+  if (block.thread() == 0) shared = given;
+  block.sync();
+  return shared;
+}
+
+// Whether entries that lost digits by cancellation are worth making again, where nothing but their
+// exponentials is wanted: all entries are off by rounding of the largest norms, near pairs no more
+// than others, and what counts is that rounding over eps. A root makes more of it near 0.
+OTLOSS_HOST_DEVICE bool needs_repair(CostKind kind, double k, double norm_x, double norm_y) {
+  constexpr double kRounding = 0x1p-22, kSmall = 0x1p-19;
+  return kind == CostKind::kEuclidean || !(k * kRounding * (norm_x + norm_y) < kSmall);
+}
 
 // One entry.
 template <typename T>
@@ -113,7 +135,7 @@ struct TileEntries {
   using Layout = TileLayout;
   using Values = T[Layout::kRows][Layout::kColumns];
   static constexpr int kRows = Layout::kRows, kColumns = Layout::kColumns;
-  static_assert(kRows * kColumns <= 32, "a bit of a word for each");
+  static_assert(kRows * kColumns <= 64, "a bit of a word for each");
 
   int64_t row, column;  // the first ones
   int local;            // row - first row of the call
@@ -152,15 +174,15 @@ OTLOSS_DEVICE void for_entries(F&& function) {
 template <class Cost, typename T, class Layout, class F>
 OTLOSS_DEVICE void make_again(const RowTiles<T>& p, TileEntries<T, Layout>& e, F&& again) {
   constexpr int kColumns = Layout::kColumns;
-  unsigned entries = 0;
+  uint64_t entries = 0;
   for_entries<Layout>([&](int r, int c) {
-    if (again(r, c)) entries |= 1u << (r * kColumns + c);
+    if (again(r, c)) entries |= uint64_t{1} << (r * kColumns + c);
   });
 #pragma unroll 1
   for (int entry = 0; entries != 0; ++entry, entries >>= 1) {
     const int64_t i = e.row + Layout::row(entry / kColumns);
     const int64_t j = e.column + Layout::column(entry % kColumns);
-    if ((entries & 1u) == 0 || i >= p.last || j >= p.end) continue;
+    if ((entries & 1) == 0 || i >= p.last || j >= p.end) continue;
     const T exact = pair_cost(Cost::kKind, p.d, p.symmetric, p.rows, i, p.columns, j);
     for_entries<Layout>([&](int r, int c) {
       if (entry == r * kColumns + c) e.cost[r][c] = exact;
@@ -203,7 +225,7 @@ OTLOSS_DEVICE void finish_products(const RowTiles<T>& p, const T (&hy)[Layout::k
 #pragma unroll
     for (int r = 0; r < Layout::kRows; ++r)
       hx[r] = e.counts(r) ? p.rows.norm[e.row + Layout::row(r)] : T(0);
-    if (square_distances(hx, hy, scale, e))
+    if (square_distances(hx, hy, scale, e) && p.repair)
       make_again<SqEuclidean>(p, e, [&](int r, int c) {
         return e.cost[r][c] <= cancellation_limit<T>() * (hx[r] + hy[c]);
       });

@@ -19,7 +19,7 @@ constexpr double kDoubleExponentials = 4;  // float64: about 16 operations at 64
 constexpr double kGlobalBytes = 19;        // 4.3 TB/s over 132 multiprocessors at 1.7 GHz
 // Cycles of what surrounds the entries in a pass.
 constexpr double kVectorCycles = 2500;  // reductions, quasi-Newton step: latency of one block
-constexpr double kClusterSync = 300;
+constexpr double kClusterSync = 850;    // every warp waits for its writes and drops L1
 constexpr double kGridSync = 2000;
 constexpr double kSyncsPerPass = 4;
 
@@ -56,26 +56,20 @@ constexpr int64_t kAlign = 16;
 int64_t ceil_to(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
 
 // Lays a block's shared memory out; bytes says whether it fits.
-SharedLayout lay_out(const Shape& shape, int columns_per_thread, int64_t rows, bool vectors,
-                     bool tile) {
-  const int rows_of_step = shape.most_entries / columns_per_thread;
+SharedLayout lay_out(const Shape& shape, int64_t rows, bool vectors, bool tile) {
   SharedLayout layout{};
+  layout.bytes = SweepShape(shape.element).end;
   const auto take = [&](int64_t bytes) {
     const int64_t offset = layout.bytes;
     layout.bytes = ceil_to(layout.bytes + bytes, kAlign);
     return offset;
   };
-  layout.team = take(team_doubles(kSolveThreads) * static_cast<int64_t>(sizeof(double)));
-  layout.gram = take(sizeof(LbfgsGram) + sizeof(Step));
-  layout.exchange = take(2 * (kSolveThreads / kWarp) * rows_of_step * shape.element);
-  layout.columns = take(static_cast<int64_t>(kSolveThreads) * columns_per_thread * shape.element);
+  layout.state = take(kSolverBytes);
   layout.F = take(rows * shape.element);
   layout.a = take(rows * shape.element);
   layout.s = take(rows * shape.element);
-  layout.vectors = -1;
-  layout.tile = -1;
-  if (vectors) layout.vectors = take(kVectors * ceil_to(shape.m, kWarp) * shape.element);
-  if (tile) layout.tile = take(rows * shape.m * shape.element);
+  layout.vectors = vectors ? take(kVectors * ceil_to(shape.m, kWarp) * shape.element) : -1;
+  layout.tile = tile ? take(rows * shape.m * shape.element) : -1;
   return layout;
 }
 
@@ -83,9 +77,8 @@ SharedLayout lay_out(const Shape& shape, int columns_per_thread, int64_t rows, b
 SharedLayout lay_out_streamed(int64_t element, const Limits& limits, TileKind tiles) {
   Shape shape;
   shape.element = element;
-  shape.most_entries = kFewColumns;
-  SharedLayout layout = lay_out(shape, kFewColumns, 0, false, false);
-  layout.sums = layout.bytes;
+  SharedLayout layout = lay_out(shape, 0, false, false);
+  layout.sums = layout.bytes + kArgumentBytes;
   layout.tile = layout.sums + streamed_sums(tiles) * static_cast<int64_t>(sizeof(double));
   layout.bytes = static_cast<int64_t>(limits.shared_per_block) / kAlign * kAlign;
   return layout;
@@ -112,7 +105,7 @@ double sweep_cycles(const Shape& shape, int64_t rows, int64_t columns, int64_t t
   if (parts > 1)
     cycles = kGridSync + static_cast<double>(own * parts * shape.element) / kCacheBytes;
   if (tiles == TileKind::kFma) {
-    if (parts > 1) other = ceil_to(other, kSolveThreads * kFewColumns);
+    if (parts > 1) other = ceil_to(other, kSolveThreads * 4);
   } else {
     cycles += kFillCycles * static_cast<double>(ceil_div(own, RowSumShape::kRows));
     own = ceil_to(own, RowSumShape::kWarpRows), other = ceil_to(other, RowSumShape::kColumns);
@@ -149,6 +142,7 @@ struct Candidate {
   Barrier barrier;
   bool resident;
   int team_size;
+  bool small = false;
 };
 
 const char* name_of(Regime regime) {
@@ -163,35 +157,40 @@ const char* name_of(Regime regime) {
   return "";
 }
 
+// How many teams run at once, and the cycles of a pass.
+void set_teams(const Shape& shape, int64_t at_once, SolvePlan* plan) {
+  plan->teams = std::min(shape.problems, std::max<int64_t>(1, at_once));
+  const double entries =
+      static_cast<double>(ceil_div(shape.n, plan->team_size)) * static_cast<double>(shape.m);
+  const double rate = shape.element == 4 ? kExponentials : kDoubleExponentials;
+  const double global = kGlobalBytes / static_cast<double>(shape.element);
+  const double sync = plan->barrier == Barrier::kBlock     ? 0
+                      : plan->barrier == Barrier::kCluster ? kClusterSync
+                                                           : kGridSync;
+  const int64_t turns = ceil_div(shape.problems, plan->teams);
+  const double shared = plan->small ? kSmallBlocks : 1;  // blocks of a multiprocessor
+  const double of_pass = shared * entries / (plan->resident ? rate : std::min(rate, global)) +
+                         kVectorCycles + kSyncsPerPass * sync;
+  plan->cycles =
+      static_cast<double>(turns) * (plan->teams > 1 && turns == 1 ? kUneven : 1) * of_pass;
+}
+
 // Completes a candidate; cycles < 0: it does not fit.
 SolvePlan complete(const Shape& shape, const Limits& limits, const Candidate& candidate) {
   SolvePlan plan{};
   plan.regime = candidate.regime;
   plan.barrier = candidate.barrier;
   plan.resident = candidate.resident;
+  plan.small = candidate.small;
   plan.team_size = candidate.team_size;
-  const bool few =
-      shape.element > 4 || shape.m <= static_cast<int64_t>(kSolveThreads) * kFewColumns;
-  plan.columns_per_thread = few ? kFewColumns : kManyColumns;
   plan.vector_length = ceil_to(shape.m, kWarp);
   const int64_t rows = ceil_div(shape.n, plan.team_size);
-  const int64_t limit = static_cast<int64_t>(limits.shared_per_block);
-  const auto layout = [&](bool vectors) {
-    return lay_out(shape, plan.columns_per_thread, rows, vectors, plan.resident);
-  };
-  plan.shared = layout(plan.team_size == 1);
-  if (plan.shared.bytes > limit) plan.shared = layout(false);
-  const int64_t at_once = std::max<int64_t>(1, limits.multiprocessors / plan.team_size);
-  plan.teams = std::min(shape.problems, at_once);
-  const double entries = static_cast<double>(rows) * static_cast<double>(shape.m);
-  const double rate = shape.element == 4 ? kExponentials : kDoubleExponentials;
-  const double global = kGlobalBytes / static_cast<double>(shape.element);
-  const double sync = plan.barrier == Barrier::kBlock     ? 0
-                      : plan.barrier == Barrier::kCluster ? kClusterSync
-                                                          : kGridSync;
-  const double turns = static_cast<double>(ceil_div(shape.problems, plan.teams));
-  plan.cycles = turns * (entries / (plan.resident ? rate : std::min(rate, global)) + kVectorCycles +
-                         kSyncsPerPass * sync);
+  const int64_t limit =
+      static_cast<int64_t>(limits.shared_per_block) / (plan.small ? kSmallBlocks : 1);
+  plan.shared = lay_out(shape, rows, plan.team_size == 1, plan.resident);
+  if (plan.shared.bytes > limit) plan.shared = lay_out(shape, rows, false, plan.resident);
+  set_teams(shape, limits.multiprocessors * (plan.small ? kSmallBlocks : 1) / plan.team_size,
+            &plan);
   const bool clusters = candidate.barrier != Barrier::kCluster || limits.compute_capability >= 90;
   if (plan.shared.bytes > limit || !clusters) plan.cycles = -1;
   return plan;
@@ -224,37 +223,38 @@ Regime forced_regime() {
 }
 
 SolvePlan choose_plan(const Shape& shape, const Limits& limits, Regime forced,
-                      const std::function<bool(const SolvePlan&)>& fits) {
+                      const std::function<int(const SolvePlan&)>& clusters) {
   std::vector<Candidate> candidates;
   candidates.push_back({Regime::kBlock, Barrier::kBlock, true, 1});
+  if (shape.small && shape.m <= kSmallThreads * kLeastColumns)
+    candidates.push_back({Regime::kBlock, Barrier::kBlock, true, 1, true});
   for (int size = 2; size <= kLargestCluster; size *= 2)
     candidates.push_back({Regime::kCluster, Barrier::kCluster, true, size});
-  // Blocks of a cooperative launch: all that there are, divided among the problems, or fewer so
-  // that each has a few rows.
+  // Blocks of a cooperative launch: all of them for one problem after the other, or shares of them,
+  // or fewer, so that each has a few rows.
   constexpr int64_t kFewRows = 8;
-  const int64_t multiprocessors = limits.multiprocessors;
-  int64_t share = multiprocessors / std::min(shape.problems, multiprocessors);
-  if (forced == Regime::kGrid) share = std::max<int64_t>(share, 2);
-  // More where the rows of so few blocks do not fit.
-  const auto too_few = [&] {
-    const Candidate dense{Regime::kDense, Barrier::kGrid, false, static_cast<int>(share)};
-    return complete(shape, limits, dense).cycles < 0;
-  };
-  while (2 * share <= multiprocessors && too_few()) share *= 2;
-  for (int64_t size = share; size >= 1; size /= 2) {
-    if (size > 1 && ceil_div(shape.n, size) < kFewRows && forced == Regime::kAuto) continue;
-    const int team = static_cast<int>(size);
-    if (size > 1) candidates.push_back({Regime::kGrid, Barrier::kGrid, true, team});
-    candidates.push_back(
-        {Regime::kDense, size > 1 ? Barrier::kGrid : Barrier::kBlock, false, team});
+  for (int64_t size = limits.multiprocessors; size >= 1; size = size == 1 ? 0 : ceil_div(size, 2)) {
+    const int64_t share = size / std::min(size, shape.problems);
+    for (const int64_t blocks : {size, share}) {
+      if (blocks > 1 && ceil_div(shape.n, blocks) < kFewRows && forced == Regime::kAuto) continue;
+      const int team = static_cast<int>(blocks);
+      if (blocks > 1) candidates.push_back({Regime::kGrid, Barrier::kGrid, true, team});
+      const Barrier barrier = blocks > 1 ? Barrier::kGrid : Barrier::kBlock;
+      candidates.push_back({Regime::kDense, barrier, false, team});
+    }
   }
   SolvePlan best{};
   best.cycles = -1;
   for (const Candidate& candidate : candidates) {
     if (forced != Regime::kAuto && candidate.regime != forced) continue;
-    const SolvePlan plan = complete(shape, limits, candidate);
+    SolvePlan plan = complete(shape, limits, candidate);
     if (plan.cycles < 0 || (best.cycles >= 0 && plan.cycles >= best.cycles)) continue;
-    if (plan.barrier == Barrier::kCluster && !fits(plan)) continue;
+    if (plan.barrier == Barrier::kCluster) {
+      const int at_once = clusters(plan);
+      if (at_once == 0) continue;
+      set_teams(shape, at_once, &plan);
+      if (best.cycles >= 0 && plan.cycles >= best.cycles) continue;
+    }
     best = plan;
   }
   if (best.cycles < 0)
@@ -316,7 +316,6 @@ SolvePlan choose_streamed_plan(const Shape& shape, int64_t d, const Limits& limi
     plan.tiles = tiles;
     plan.team_size = static_cast<int>(team);
     plan.barrier = team > 1 ? Barrier::kGrid : Barrier::kBlock;
-    plan.columns_per_thread = kFewColumns;
     plan.vector_length = packed_stride(std::max(shape.n, shape.m));
     plan.teams = std::min(shape.problems, std::max<int64_t>(1, multiprocessors / team));
     plan.shared = lay_out_streamed(shape.element, limits, tiles);

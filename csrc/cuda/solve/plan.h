@@ -22,40 +22,82 @@ constexpr int kReduced = 8;
 constexpr int64_t team_doubles(int threads) { return kReduced * (threads / kWarp + 1); }
 static_assert(kReduced <= kTeamValues, "they share the buffers between blocks");
 
+// Threads of a block: so few that each may have 255 registers, which the sums of the tensor cores
+// need.
 #if !defined(OTLOSS_SOLVE_THREADS)
-#define OTLOSS_SOLVE_THREADS 512  // the host emulation uses fewer
+#define OTLOSS_SOLVE_THREADS 256  // the host emulation uses fewer
 #endif
 constexpr int kSolveThreads = OTLOSS_SOLVE_THREADS;
 
-// Entries that a thread keeps in registers, and columns of them, at most.
-template <typename T>
-constexpr int kEntries = sizeof(T) == 4 ? 32 : 16;
+// Of the instance for small problems, of which several run on a multiprocessor at once, with the
+// narrowest panel only.
+constexpr int kSmallThreads = kSolveThreads / 2, kSmallBlocks = 3;
+
+// Entries of a pass that a thread keeps in registers, of so many rows at most, and how many columns
+// it has in the widest panel and in the widest of those of which a block takes several at once.
+template <typename S>
+constexpr int kEntries = sizeof(S) == 4 ? 64 : 32;
+constexpr int kPanelRows = 8;
+constexpr int kLeastColumns = 4;
+constexpr int kFewColumns = 8;
+template <typename S>
+constexpr int kManyColumns = sizeof(S) == 4 ? 32 : 16;
+
+// What a block knows of its team, in shared memory. Written by one thread.
+struct TeamState {
+  Barrier barrier;
+  int rank;           // of this block in the team
+  int size;           // blocks of the team
+  int parity;         // of the buffer for the next reduction
+  unsigned arrivals;  // at the counter, so far
+  unsigned* counter;  // 0 at the start of the kernel
+  double* partial;    // (2, size, kTeamValues) global
+  double* scratch;    // team_doubles(threads), shared
+};
+
+// A block's share of the rows and columns of a problem.
+struct Share {
+  int64_t index;  // of the team
+  int64_t first_row;
+  int64_t most_rows;  // of each block but the last
+  int m, rows, first_column, columns, most_columns;
+};
+
+// At the start of shared memory.
+struct TeamScratch {
+  double values[team_doubles(kSolveThreads)];
+  TeamState state;
+  Share share;
+};
+
+// Where a pass has its sums on their way, in bytes of shared memory after the TeamScratch;
+// `element` of a sum.
+struct SweepShape {
+  int64_t exchange, sums, end;
+
+  OTLOSS_HOST_DEVICE explicit constexpr SweepShape(int64_t element)
+      : exchange((sizeof(TeamScratch) + 15) / 16 * 16),
+        sums(exchange + 2 * (kSolveThreads / kWarp) * kPanelRows * element),
+        end(sums + int64_t{kSolveThreads} * kFewColumns * element) {}
+};
+
+// Of the solver's state, see state.cuh.
+constexpr int64_t kSolverBytes = sizeof(LbfgsGram) + 2048;
 
 // Vectors of the solver, each of one entry per column, see Solver::place.
 constexpr int kVectors = 10 + 2 * LbfgsGram::kSlots;
 
-// Where things are in shared memory, in bytes. Made on the host, see solve.cu.
+// Where things are in shared memory, in bytes, after those of a pass. Made on the host, see
+// plan.cpp.
 struct SharedLayout {
-  int64_t team;      // team_doubles doubles
-  int64_t gram;      // LbfgsGram and Step
-  int64_t exchange;  // (2, warps, kRows) row sums of a step
-  int64_t columns;   // column sums on their way
-  int64_t F;         // (rows,)
-  int64_t a;         // (rows,)
-  int64_t s;         // (rows,)
-  int64_t vectors;   // (kVectors, m), or -1: in the workspace
-  int64_t tile;      // (rows, m), or -1: in global memory; streamed: stages, see RowTiles
-  int64_t sums;      // streamed_sums doubles, streamed
+  int64_t state;    // kSolverBytes
+  int64_t F;        // (rows,)
+  int64_t a;        // (rows,)
+  int64_t s;        // (rows,)
+  int64_t vectors;  // (kVectors, m), or -1: in the workspace
+  int64_t tile;     // (rows, m), or -1: in global memory; streamed: stages, see RowTiles
+  int64_t sums;     // streamed_sums doubles, streamed
   int64_t bytes;
-};
-
-// The quasi-Newton step, made by one warp for all.
-struct Step {
-  double on[LbfgsGram::kBasis];  // the direction
-  double slope, first;           // of the value along it, and the factor to try first
-  double residual;               // <r, r>
-  StepLength length;
-  int slot;  // for the next pair
 };
 
 // Regimes: one block per problem, a cluster per problem, or the blocks of a cooperative launch
@@ -67,9 +109,9 @@ enum class Regime : int { kAuto, kBlock, kCluster, kGrid, kDense, kStreamed };
 struct Shape {
   int64_t problems = 0;
   int64_t n = 0, m = 0;
-  int64_t entries = 0;   // of the largest cost matrix
-  int64_t element = 4;   // bytes
-  int most_entries = 0;  // that a thread keeps in registers
+  int64_t entries = 0;  // of the largest cost matrix
+  int64_t element = 4;  // bytes
+  bool small = false;   // whether there is an instance for small problems
 };
 
 // How costs that are not stored are made: by multiply-adds, or by tensor cores from points that are
@@ -80,7 +122,7 @@ struct SolvePlan {
   Regime regime;
   Barrier barrier;
   bool resident;
-  int columns_per_thread;
+  bool small;  // blocks of kSmallThreads
   int team_size;
   // Streamed: who makes the tiles, and into how many parts the columns of a sweep are cut, for the
   // rows' update and for the columns', so that as many blocks share the rows.
@@ -110,7 +152,7 @@ struct TensorShape {
   static constexpr int kRows = kRowWarps * kWarpRows, kColumns = kColumnWarps * kWarpColumns;
   static_assert(kRows <= kSolveThreads && kColumns <= kSolveThreads, "a thread copies for a point");
 };
-using RowSumShape = TensorShape<kSolveThreads / kWarp >= 16 ? 4 : 2, 2, 4>;
+using RowSumShape = TensorShape<kSolveThreads / kWarp / 2, 2, 4>;
 using SideSumShape = TensorShape<kSolveThreads / kWarp, 1, 8>;  // a warp has all columns
 
 // Coordinates of a product of the tensor cores; clouds are padded to whole ones.
@@ -158,6 +200,9 @@ OTLOSS_HOST_DEVICE int64_t tensor_room(int64_t d, int planes, int64_t room) {
 
 constexpr int planes_of(TileKind tiles) { return tiles == TileKind::kTensor ? 2 : 1; }
 
+// Of what a sweep is told, in shared memory: threads would keep it in local memory.
+constexpr int64_t kArgumentBytes = 512;
+
 // Sums of a sweep that are kept at once.
 constexpr int64_t streamed_sums(TileKind tiles) {
   return tiles == TileKind::kFma ? kSolveThreads / kWarp * kStreamedRows
@@ -171,16 +216,15 @@ OTLOSS_HOST_DEVICE constexpr int64_t packed_stride(int64_t count) {
   return ceil_div(count, kPackedAlign) * kPackedAlign;
 }
 
-constexpr int kManyColumns = 32;  // per thread, in the instance for many, float32 only
-constexpr int kFewColumns = 4;    // per thread, in the instance for few columns
 constexpr int kLargestCluster = 16;
 
 // OTLOSS_CUDA_REGIME: auto, block, cluster, grid, dense or streamed.
 Regime forced_regime();
 
-// `fits`: whether the device can run the plan's clusters. Throws if a forced regime cannot run.
+// clusters: how many of the plan's clusters the device can run at once. Throws if a forced regime
+// cannot run.
 SolvePlan choose_plan(const Shape& shape, const Limits& limits, Regime forced,
-                      const std::function<bool(const SolvePlan&)>& fits);
+                      const std::function<int(const SolvePlan&)>& clusters);
 
 // Whether a start between Gaussians (start.cu) takes less time than the passes it saves.
 bool start_pays(const SolvePlan& plan, int64_t problems, int64_t n, int64_t m, int d,

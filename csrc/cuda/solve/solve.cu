@@ -1,26 +1,32 @@
-// Launches the dense solve. The cost model and the layout of shared memory: plan.cpp.
-#include "cuda/solve/solve.cuh"
-
-#include <algorithm>
-#include <cstdlib>
+// Launches the solve of stored costs. The cost model and the layout of shared memory: plan.cpp.
 #include <stdexcept>
 #include <string>
 
+#include "cuda/pass/pack.cuh"
 #include "cuda/solve/describe.h"
-#include "cuda/solve/plan.h"
+#include "cuda/solve/solver.cuh"
+#include "cuda/solve/stored_costs.cuh"
 #include "cuda/solve/streamed.h"
 
 namespace otloss::cuda {
 namespace {
 
-// Calls function(kernel) with the instance that a plan asks for. float64 has one, whose two-sweep
-// pass serves any number of columns.
-template <typename T, typename F>
-void dispatch_kernel(const SolvePlan& plan, F&& function) {
-  if constexpr (sizeof(T) == 4)
-    if (plan.columns_per_thread == kManyColumns) return function(SolveKernel<T, kManyColumns>{});
-  function(SolveKernel<T, kFewColumns>{});
-}
+template <typename T, int kBlockThreads>
+struct SolveKernel {
+  static constexpr int kThreads = kBlockThreads;
+  static constexpr int kBlocks = kThreads < kSolveThreads ? kSmallBlocks : 1;
+
+  SolveArguments<T> arguments;
+
+  template <class Block>
+  OTLOSS_DEVICE void operator()(Block& block) const {
+    using Costs = StoredCosts<T, Block, kThreads>;
+    typename Costs::Team team(block, arguments.team);
+    SolverState<T>& state = *team.template at<SolverState<T>>(arguments.shared.state);
+    Solver<T, Block, Costs>(block, arguments, Costs(block, arguments, team, state), team, state)
+        .run();
+  }
+};
 
 // The loss from the terms of its problems; a thread per entry.
 template <typename T>
@@ -47,16 +53,12 @@ struct CombineKernel {
 };
 
 template <typename T>
-SolvePlan stored_plan(const Context& context, const Shape& shape) {
-  const auto fits = [&](const SolvePlan& plan) {
-    bool result = false;
-    dispatch_kernel<T>(plan, [&](auto kernel) {
-      result = cluster_fits<decltype(kernel)>(context, plan.team_size,
-                                              static_cast<size_t>(plan.shared.bytes));
-    });
-    return result;
-  };
-  return choose_plan(shape, limits(context.device), forced_regime(), fits);
+SolvePlan stored_plan(const Context& context, Shape shape) {
+  shape.small = true;
+  return choose_plan(shape, limits(context.device), forced_regime(), [&](const SolvePlan& plan) {
+    return clusters_that_fit<SolveKernel<T, kSolveThreads>>(context, plan.team_size,
+                                                            static_cast<size_t>(plan.shared.bytes));
+  });
 }
 
 }  // namespace
@@ -70,12 +72,14 @@ void solve(const Context& context, const std::vector<SolveGroup<T>>& groups,
     const Shape shape = shape_of<T>(pack);
     if (shape.problems == 0) return;
     const SolvePlan plan = stored_plan<T>(context, shape);
-    const SolveArguments<T> arguments = solve_arguments(context, pack, options, shape, plan);
-    const Grid grid = solve_grid(plan);
-    dispatch_kernel<T>(plan, [&](auto kernel) {
-      kernel.arguments = arguments;
-      launch(context, kernel, grid);
-    });
+    SolveArguments<T> arguments = solve_arguments(context, pack, options, shape, plan);
+    fill_sweep(context, shape, plan, &arguments.team);
+    arguments.guarded = context.scratch<T>(plan.teams * 2 * plan.team_size * plan.vector_length);
+    const Grid grid = team_grid(plan, plan.shared.bytes);
+    if (plan.small)
+      launch(context, SolveKernel<T, kSmallThreads>{arguments}, grid);
+    else
+      launch(context, SolveKernel<T, kSolveThreads>{arguments}, grid);
   });
 }
 

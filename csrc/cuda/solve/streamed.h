@@ -1,4 +1,4 @@
-// Solves and gradients without cost matrices, see streamed.cu.
+// Solves and gradients without cost matrices, see streamed_launch.cuh.
 #pragma once
 
 #include <vector>

@@ -1,0 +1,173 @@
+// What V is, entry by entry, for the gradients of points (point_sums_launch.cuh), from a tile of
+// costs:
+//
+//     ScaledPlan     grad P                                          envelope
+//     SolvedPlan     P (s + t C + alpha + beta)                      implicit
+//     Iterations     sum over the iterations, as in unrolled.cu, of
+//                    e a g_bar + R f_bar, and P (s + t C) of the last
+#pragma once
+
+#include "cuda/pass/tiles.cuh"
+
+namespace otloss::cuda {
+
+template <typename T>
+OTLOSS_DEVICE T plan_of(T F, T G, T kC) {
+  const T t = F + G - kC;
+  // A clamped exponential stands for 0, so that padding gets exactly 0.
+  return t > static_cast<T>(-kExp2Limit) ? fast_exp2(t) : T(0);
+}
+
+template <typename T>
+struct ScaledPlan {
+  static constexpr bool kTensor = true;  // also served by tensor cores
+
+  const T* grad;  // (B,) of the loss
+  T coefficient;
+
+  template <class Entries>
+  OTLOSS_DEVICE void operator()(const Entries& e, int64_t batch,
+                                typename Entries::Values& V) const {
+    const T scale = coefficient * grad[batch];
+    for_entries<typename Entries::Layout>([&](int r, int c) {
+      V[r][c] = scale * plan_of(e.potential(r), e.G[c], e.k * e.cost[r][c]);
+    });
+  }
+};
+
+template <typename T>
+struct SolvedPlan {
+  static constexpr bool kTensor = true;
+
+  const T* alpha;  // (B, n)
+  const T* beta;   // (B, m)
+  const T* grad;   // (B,) of the loss
+  T coefficient;   // s = coefficient grad
+  T of_cost;       // t / s
+  T sides;         // of the cloud that receive the same: 2 for a cloud against itself
+  int64_t n, m;
+
+  template <class Entries>
+  OTLOSS_DEVICE void operator()(const Entries& e, int64_t batch,
+                                typename Entries::Values& V) const {
+    using Layout = typename Entries::Layout;
+    const T s = coefficient * grad[batch], t = of_cost * s;
+    T column[Layout::kColumns], row[Layout::kRows];
+#pragma unroll
+    for (int c = 0; c < Layout::kColumns; ++c) {
+      const int64_t j = e.column + Layout::column(c);
+      column[c] = j < m ? beta[batch * m + j] : T(0);
+    }
+#pragma unroll
+    for (int r = 0; r < Layout::kRows; ++r)
+      row[r] = s + (e.counts(r) ? alpha[batch * n + e.row + Layout::row(r)] : T(0));
+    for_entries<Layout>([&](int r, int c) {
+      const T P = plan_of(e.potential(r), e.G[c], e.k * e.cost[r][c]);
+      V[r][c] = sides * P * (row[r] + t * e.cost[r][c] + column[c]);
+    });
+  }
+};
+
+// One side of all iterations: e = exp2(base_i + base_j - k C), R = exp2(other_i + other_j - k C),
+// which a side has a factor of each.
+template <typename T>
+struct IterationSide {
+  const T* plan;    // (B, stride) exponents of the last plan, with the weights
+  const T* trace;   // (B, L, length) f, or g
+  const T* weight;  // (B, count)
+  const T* g_bar;   // (B, L, count), or null: the weight
+  const T* R;       // (B, L, count), or null: 1
+  const T* H;       // (B, L, count), or null: to_other times the trace
+  int64_t count, stride;
+  T to_base, to_other;
+
+  struct Value {
+    T base, factor, other, other_factor;
+  };
+
+  // at: (batch, iteration); inside: whether the point is one.
+  OTLOSS_DEVICE Value value(int64_t batch, int64_t at, int64_t length, int64_t i,
+                            bool inside) const {
+    const T none = static_cast<T>(kLog2Zero);
+    if (!inside || !(weight[batch * count + i] > T(0))) return {none, T(0), none, T(0)};
+    const T v = trace[at * length + i];
+    return {to_base * v, g_bar ? g_bar[at * count + i] : weight[batch * count + i],
+            H ? H[at * count + i] : to_other * v, R ? R[at * count + i] : T(1)};
+  }
+};
+
+template <typename T>
+struct Iterations {
+  using Side = IterationSide<T>;
+  // Most of the work is on the iterations, and vectors of many columns would not fit into
+  // registers.
+  static constexpr bool kTensor = false;
+
+  Side rows, columns;
+  int64_t L, length;  // iterations, n + m
+  const T* grad;      // (B,) of the loss
+  T coefficient;
+  T of_cost;        // t / s of the last plan
+  bool transport;   // the last plan counts
+  bool both_sides;  // a cloud against itself: V + V^T
+
+  template <class Entries>
+  OTLOSS_DEVICE void operator()(const Entries& e, int64_t batch,
+                                typename Entries::Values& V) const {
+#pragma unroll
+    for (int r = 0; r < kTileRows; ++r)
+#pragma unroll
+      for (int c = 0; c < kVector<T>; ++c) V[r][c] = T(0);
+#pragma unroll 1
+    for (int turn = 0; turn < (both_sides ? 2 : 1); ++turn) {
+      const Side &x = turn == 0 ? rows : columns, &y = turn == 0 ? columns : rows;
+      if (transport) add_plan(e, batch, x, y, V);
+#pragma unroll 1
+      for (int64_t l = 0; l < L; ++l) add(e, batch, l, x, y, V);
+    }
+  }
+
+ private:
+  template <class Entries>
+  OTLOSS_DEVICE void add_plan(const Entries& e, int64_t batch, const Side& x, const Side& y,
+                              typename Entries::Values& V) const {
+    const T s = coefficient * grad[batch], t = of_cost * s;
+    T column[kVector<T>];
+#pragma unroll
+    for (int c = 0; c < kVector<T>; ++c)
+      column[c] = e.column + c < y.count ? y.plan[batch * y.stride + e.column + c]
+                                         : static_cast<T>(kLog2Zero);
+#pragma unroll
+    for (int r = 0; r < kTileRows; ++r) {
+      const T own = x.plan[batch * x.stride + e.row + r];
+#pragma unroll
+      for (int c = 0; c < kVector<T>; ++c) {
+        const T P = plan_of(own, column[c], e.k * e.cost[r][c]);
+        V[r][c] += P != T(0) ? P * (s + t * e.cost[r][c]) : T(0);
+      }
+    }
+  }
+
+  template <class Entries>
+  OTLOSS_DEVICE void add(const Entries& e, int64_t batch, int64_t l, const Side& x, const Side& y,
+                         typename Entries::Values& V) const {
+    const int64_t at = batch * L + l;
+    typename Side::Value column[kVector<T>];
+#pragma unroll
+    for (int c = 0; c < kVector<T>; ++c)
+      column[c] = y.value(batch, at, length, e.column + c, e.column + c < y.count);
+#pragma unroll
+    for (int r = 0; r < kTileRows; ++r) {
+      const typename Side::Value row = x.value(batch, at, length, e.row + r, r < e.rows);
+#pragma unroll
+      for (int c = 0; c < kVector<T>; ++c) {
+        const T kC = e.k * e.cost[r][c];
+        V[r][c] +=
+            fast_exp2(row.base + column[c].base - kC) * (row.factor * column[c].factor) +
+            row.other_factor * column[c].other_factor * plan_of(row.other, column[c].other, kC);
+      }
+    }
+  }
+};
+
+}  // namespace otloss::cuda

@@ -1,0 +1,280 @@
+// The whole solve of a problem by a team of blocks: the solver of csrc/cpu/solve/solver.cpp as a
+// state machine, so that there is one place that passes over the cost. Each turn evaluates one
+// point and StepControl decides which is next, by one thread of each block on equal numbers, so
+// that all blocks agree.
+#pragma once
+
+#include <limits>
+
+#include "cuda/solve/evaluation.cuh"
+#include "cuda/solve/quasi_newton.cuh"
+
+namespace otloss::cuda {
+
+template <typename T, class Block, class Costs>
+class Solver : Evaluation<T, Block, Costs> {
+ public:
+  using Base = Evaluation<T, Block, Costs>;
+  using Team = typename Costs::Team;
+
+  OTLOSS_DEVICE Solver(Block& block, const SolveArguments<T>& arguments, const Costs& costs,
+                       Team& team, SolverState<T>& state)
+      : Base(block, arguments, costs, team, state),
+        quasi_newton_(block, team, state, arguments.vector_length) {}
+
+  OTLOSS_DEVICE void run() {
+    team_.for_problems(args_.groups, [&](const SolveGroup<T>& p, int64_t batch) {
+      one([&] { this->place(p, batch); });
+      solve();
+    });
+  }
+
+ private:
+  // ---------------------------------------------------------------------------------- a problem
+
+  OTLOSS_DEVICE void solve() {
+    const double max_cost = this->load();
+    const bool finite = max_cost <= std::numeric_limits<double>::max();
+    if (finite) {
+      start();
+      if (options().n_iters != 0) do
+          publish(s_.evaluated);
+        while (turn());
+      finish();
+    } else {
+      fill_with_nan();
+    }
+    if (!team_.first_thread()) return;
+    double* const status = s_.group->status + s_.batch * kStatusFields;
+    status[kStatusIterations] = static_cast<double>(s_.control.passes());
+    status[kStatusError] = s_.control.stop().final_error();
+    status[kStatusConverged] = s_.control.stop().reached() ? 1.0 : 0.0;
+    status[kStatusMaxCost] = max_cost;
+  }
+
+  // The first point to evaluate.
+  OTLOSS_DEVICE void start() {
+    const bool warm = options().warm_start;
+    const T* const from = warm ? s_.group->g + s_.batch * s_.group->m : s_.start;
+    if (s_.symmetric) {
+      const T* const f = s_.group->f + row_offset();
+      for_own([&](int i, T& v) { v = warm ? f[i] : T(0); });
+    } else {
+      team_.for_columns([&](int j) { s_.trial_g[j] = from ? from[j] : T(0); });
+    }
+    one([&] {
+      s_.next = Next::kStage;
+      s_.gram.count = 0, s_.step.slot = 0;
+      s_.phase = s_.symmetric             ? warm ? Phase::kSymmetric : Phase::kSymmetricFirst
+                 : options().n_iters >= 0 ? Phase::kFixed
+                                          : Phase::kStart;
+      s_.evaluated = s_.symmetric ? s_.g : s_.trial_g;
+    });
+  }
+
+  // Evaluates a point and chooses the next. False: done.
+  OTLOSS_DEVICE bool turn() {
+    costs_.pass();
+    one([&] { s_.control.count_passes(1); });
+    if (s_.phase == Phase::kSymmetricFirst) {
+      centre_start();
+      return true;
+    }
+    if (s_.symmetric) return symmetric_turn();
+    this->update_columns();
+    return s_.phase == Phase::kFixed ? fixed_turn() : pair_turn();
+  }
+
+  // f and g out, and the value's part of the loss.
+  OTLOSS_NOINLINE void finish() {
+    const SolveGroup<T>& p = *s_.group;
+    T *const f = p.f + row_offset(), *const g = p.g + s_.batch * p.m;
+    one([&] { s_.set_eps(options().eps); });
+    const T damping = static_cast<T>(s_.damping), k = s_.k;
+    if (s_.symmetric) {  // a further step, which makes the value exact to second order
+      const T last = static_cast<T>(SymmetricRule(s_.damping).last);
+      for_own([&](int i, T& old) {
+        const T start = k * old;
+        s_.F[i] = start + last * (damping * s_.F[i] - start);
+      });
+    } else {
+      team_.for_rows([&](int i) { s_.F[i] *= damping; });
+    }
+    team_.for_rows([&](int i) { f[i] = s_.to_cost * s_.F[i]; });
+    const T* last = options().n_iters == 0 ? s_.trial_g : s_.gt;
+    team_.for_columns([&](int j) { g[j] = s_.symmetric ? f[j - team_.first_column()] : last[j]; });
+    const double value = this->value_of(f, g);
+    if (team_.first_thread())
+      p.status[s_.batch * kStatusFields + kStatusTerm] = p.coefficient * value;
+  }
+
+  OTLOSS_NOINLINE void fill_with_nan() {
+    const SolveGroup<T>& p = *s_.group;
+    const T nan = std::numeric_limits<T>::quiet_NaN();
+    T *const f = p.f + row_offset(), *const g = p.g + s_.batch * p.m;
+    team_.for_rows([&](int i) { f[i] = nan; });
+    team_.for_columns([&](int j) { g[j] = nan; });
+    for (int64_t l = 0; p.trace != nullptr && l < options().n_iters; ++l) {
+      T* const trace = p.trace + (s_.batch * options().n_iters + l) * (p.n + p.m);
+      team_.for_rows([&](int i) { trace[team_.first_row() + i] = nan; });
+      team_.for_columns([&](int j) { trace[p.n + j] = nan; });
+    }
+    if (team_.first_thread()) p.status[s_.batch * kStatusFields + kStatusTerm] = nan;
+  }
+
+  // ------------------------------------------------------------------------------------ the solver
+
+  OTLOSS_DEVICE bool fixed_turn() {
+    const SolveGroup<T>& p = *s_.group;
+    const int64_t passes = s_.control.passes();
+    if (p.trace != nullptr) {
+      T* const trace = p.trace + (s_.batch * options().n_iters + passes - 1) * (p.n + p.m);
+      const T to_cost = s_.to_cost * static_cast<T>(s_.damping);
+      team_.for_rows([&](int i) { trace[team_.first_row() + i] = to_cost * s_.F[i]; });
+      team_.for_columns([&](int j) { trace[p.n + j] = s_.trial_gt[j]; });
+    }
+    one([&] {
+      s_.control.observe(s_.trial);
+      s_.swap_points();  // the result is read from gt
+      s_.evaluated = s_.trial_g;
+    });
+    team_.for_columns([&](int j) { s_.trial_g[j] = s_.gt[j]; });
+    return passes != options().n_iters;
+  }
+
+  OTLOSS_DEVICE void centre_start() {
+    double mean[1] = {0};
+    team_.for_rows(
+        [&](int i) { mean[0] += static_cast<double>(s_.a[i]) * static_cast<double>(s_.F[i]); });
+    team_.sum(mean);
+    const T part = static_cast<T>(SymmetricRule(s_.damping).centre * mean[0] / s_.mass_x);
+    const T to_cost = s_.to_cost * static_cast<T>(s_.damping);
+    for_own([&](int i, T& f) { f = s_.a[i] > T(0) ? to_cost * (s_.F[i] - part) : T(0); });
+    one([&] { s_.phase = Phase::kSymmetric; });
+    for_own([&](int i, T& f) { s_.F[i] = s_.k * f; });
+  }
+
+  OTLOSS_NOINLINE bool symmetric_turn() {
+    this->observe_symmetric();
+    if (s_.control.stop().ends() || s_.control.passes() >= options().max_iters) return false;
+    const T step = static_cast<T>(SymmetricRule(s_.damping).relaxation);
+    const T to_cost = s_.to_cost * static_cast<T>(s_.damping);
+    for_own([&](int i, T& f) {
+      f += step * (to_cost * s_.F[i] - f);
+      s_.F[i] = s_.k * f;
+    });
+    return true;
+  }
+
+  // The point in trial_* was evaluated.
+  OTLOSS_DEVICE bool pair_turn() {
+    if (s_.phase != Phase::kPair) {
+      if (!begin()) return true;
+    } else if (s_.next == Next::kStep && !s_.control.accepts(s_.trial)) {
+      one([&] { s_.next = s_.control.shorten(); });
+      return evaluate_next();
+    }
+    quasi_newton_.move();
+    one([&] { s_.next = s_.control.move_to(s_.trial); });
+    const StopRule& stop = s_.control.stop();
+    if (stop.keeps()) keep();
+    if (s_.next == Next::kDone && stop.returns_kept()) return_kept();
+    if (s_.next == Next::kStep) {
+      one([&] { s_.control.aim(s_.step.slope, s_.step.first); });
+      quasi_newton_.set_direction();
+    }
+    return evaluate_next();
+  }
+
+  // Sets the point that next asks for. False: done.
+  OTLOSS_DEVICE bool evaluate_next() {
+    const Next next = s_.next;
+    if (next == Next::kDone) return false;
+    T* const trial = s_.trial_g;
+    if (next == Next::kStep) {
+      const T t = static_cast<T>(s_.control.length());
+      const T *g = s_.g, *p = s_.p;
+      team_.for_columns([&](int j) { trial[j] = g[j] + t * p[j]; });
+    } else {
+      const T* gt = s_.gt;
+      team_.for_columns([&](int j) { trial[j] = gt[j]; });
+    }
+    if (next == Next::kStage) scale_rows();
+    one([&] {
+      if (next != Next::kStep) s_.gram.count = 0;
+      s_.set_eps(s_.control.eps());
+      s_.evaluated = trial;
+    });
+    return true;
+  }
+
+  // Row potentials at the eps of the stage.
+  OTLOSS_DEVICE void scale_rows() {
+    const T scale = static_cast<T>(s_.eps / s_.control.eps());
+    team_.for_rows([&](int i) { s_.F[i] *= scale; });
+  }
+
+  // The outputs keep the point; it becomes the one that is returned.
+  OTLOSS_NOINLINE void keep() {
+    T *const f = s_.group->f + row_offset(), *const g = s_.group->g + s_.batch * s_.group->m;
+    team_.for_rows([&](int i) { f[i] = s_.F[i]; });
+    team_.for_columns([&](int j) { g[j] = s_.gt[j]; });
+  }
+
+  OTLOSS_NOINLINE void return_kept() {
+    T *const f = s_.group->f + row_offset(), *const g = s_.group->g + s_.batch * s_.group->m;
+    team_.for_rows([&](int i) { s_.F[i] = f[i]; });
+    team_.for_columns([&](int j) { s_.gt[j] = g[j]; });
+  }
+
+  // After the evaluation of a start. True: the iterations begin at the trial point; false: another
+  // point is to be evaluated first. A start that was proposed but is far is put aside for 0.
+  OTLOSS_NOINLINE bool begin() {
+    double residual[1] = {0};
+    team_.for_columns([&](int j) {
+      const double r = static_cast<double>(s_.trial_gt[j] - s_.trial_g[j]);
+      residual[0] = Max::join(residual[0], r < 0 ? -r : r);
+    });
+    team_.team().template reduce<Max>(residual);
+    bool near = is_near(s_.trial.error, residual[0], s_.eps);
+    T* const kept_F = s_.group->f + row_offset();  // (rows,) where f will be
+    if (s_.start != nullptr && s_.phase == Phase::kStart && s_.control.wants_other_start(near)) {
+      team_.for_rows([&](int i) { kept_F[i] = s_.F[i], s_.F[i] = T(0); });
+      one([&] {
+        s_.kept = s_.trial;
+        s_.swap_starts();
+        s_.phase = Phase::kSecondStart;
+        s_.evaluated = s_.trial_g;
+      });
+      team_.for_columns([&](int j) { s_.trial_g[j] = T(0); });
+      return false;
+    }
+    if (s_.phase == Phase::kSecondStart && !(s_.trial.value > s_.kept.value)) {
+      near = false;
+      team_.for_rows([&](int i) { s_.F[i] = kept_F[i]; });
+      one([&] {
+        s_.trial = s_.kept;
+        s_.swap_starts();
+      });
+    }
+    const double varied = near ? 0.0 : this->sigma();
+    one([&] {
+      s_.phase = Phase::kPair;
+      s_.next = s_.control.begin_stages(near, varied) ? Next::kStage : s_.next;
+    });
+    if (s_.control.eps() == s_.eps) return true;
+    scale_rows();
+    one([&] {
+      s_.set_eps(s_.control.eps());
+      s_.evaluated = s_.trial_g;
+    });
+    return false;
+  }
+
+  using Base::args_, Base::block_, Base::costs_, Base::s_, Base::team_;
+  using Base::for_own, Base::one, Base::options, Base::publish, Base::row_offset;
+
+  QuasiNewton<T, Block, Team> quasi_newton_;
+};
+
+}  // namespace otloss::cuda

@@ -1,0 +1,132 @@
+// What the blocks of a solve know, once per block in shared memory: threads hold nothing of it
+// between passes. One thread writes, between two barriers (Solver::one), all read.
+#pragma once
+
+#include "core/lbfgs.h"
+#include "core/math.h"
+#include "core/penalty.h"
+#include "core/rounding.h"
+#include "core/step_control.h"
+#include "cuda/pass/team_sweep.cuh"
+#include "cuda/solve/plan.h"
+#include "cuda/solve/start.h"
+
+namespace otloss::cuda {
+
+template <typename T>
+struct SolveArguments {
+  Pack<SolveGroup<T>> groups;
+  TeamArguments<T> team;
+  SolveOptions options;
+  SharedLayout shared;
+  int64_t vector_length;        // at least every m, and a multiple of 32
+  const T* starts[kMaxGroups];  // (B, m) to begin at, or null
+  T* vectors;                   // (teams, kVectors, vector_length), where not in shared memory
+  T* guarded;                   // (teams, 2, team_size, vector_length), of stored costs
+};
+
+// What is iterated: starts first, then Next says what the evaluated point is.
+enum class Phase { kFixed, kSymmetricFirst, kSymmetric, kStart, kSecondStart, kPair };
+
+// The scalars of one evaluated point, and <b, gt - g> over the mass.
+struct Scalars : PointScalars {
+  double mean = 0;
+
+  Scalars() = default;
+  OTLOSS_HOST_DEVICE Scalars(double value, double noise, double error, double mean)
+      : PointScalars{value, noise, error}, mean(mean) {}
+};
+
+// The quasi-Newton step, made by one warp for all.
+struct Step {
+  double on[LbfgsGram::kBasis];  // the direction
+  double slope, first;           // of the value along it, and the factor to try first
+  double residual;               // <r, r>
+  StepLength length;
+  int slot;  // for the next pair
+};
+
+template <typename T>
+struct SolverState {
+  const SolveGroup<T>* group;
+  int64_t batch;
+  const T* weights;       // (n,) of all rows
+  const T* b;             // (m,)
+  const T* start;         // (m,) to begin at, or null
+  T* F;                   // (rows,) k f
+  T* a;                   // (rows,)
+  T* s;                   // (rows,) row sums before the update, over a
+  T *g, *gt;              // (m,) the point
+  T *trial_g, *trial_gt;  // (m,) the point under evaluation
+  T* q;                   // (m,) its column sums over their targets
+  T* w;                   // (m,) the weights b that the problem is solved with
+  T* target;              // (m,) the target column sums, of the total of w
+  T *r, *p;               // (m,) residual, direction
+  T* G;                   // (m,) k g + log2 b of the point under evaluation
+  T* pairs;               // (2, kSlots, m)
+  const T* evaluated;     // (m,) g or trial_g
+  Penalty x, y;
+  bool soft;      // one of them
+  bool balanced;  // every marginal of the call is a constraint
+  bool symmetric;
+  double mass_x, mass_y;    // total weights
+  double points;            // see rounding_share
+  double least_f, least_g;  // of the last find_least
+  double eps, damping;      // damping of the rows
+  T k, to_cost, tilt;       // tilt: damping - 1
+  StepControl control;
+  Phase phase;
+  Next next;  // what the point under evaluation is
+  Scalars trial;
+  Scalars kept;  // of a start put aside
+  Step step;
+  LbfgsGram gram;
+  const T* C;     // (rows, m) of this block, global, where costs are stored
+  const T* tile;  // (rows, m) where passes read it
+
+  OTLOSS_DEVICE void set_eps(double value) {
+    eps = value;
+    k = static_cast<T>(kLog2E / eps);
+    to_cost = static_cast<T>(eps / kLog2E);
+    damping = x.damping(eps);
+    tilt = static_cast<T>(-eps * x.rate * damping);
+  }
+  OTLOSS_DEVICE void swap_points() { swap(g, trial_g), swap(gt, trial_gt); }
+  // The point and the one put aside, in r and p, which are not used yet.
+  OTLOSS_DEVICE void swap_starts() {
+    swap_points();
+    swap(q, r);
+    if (soft) swap(target, p);
+  }
+
+ private:
+  OTLOSS_DEVICE static void swap(T*& u, T*& v) {
+    T* const w = u;
+    u = v, v = w;
+  }
+};
+static_assert(sizeof(SolverState<double>) <= kSolverBytes, "raise kSolverBytes");
+
+template <typename T>
+OTLOSS_DEVICE double roundoff() {
+  return static_cast<double>(std::numeric_limits<T>::epsilon());
+}
+
+// The arguments of a launch but for where costs are: workspace and layout by the plan.
+template <typename T>
+SolveArguments<T> solve_arguments(const Context& context, const Pack<SolveGroup<T>>& pack,
+                                  const SolveOptions& options, const Shape& shape,
+                                  const SolvePlan& plan) {
+  SolveArguments<T> arguments{};
+  arguments.groups = pack;
+  arguments.options = options;
+  arguments.shared = plan.shared;
+  arguments.vector_length = plan.vector_length;
+  if (plan.shared.vectors < 0)
+    arguments.vectors = context.scratch<T>(plan.teams * kVectors * plan.vector_length);
+  propose_starts(context, pack, options, plan, arguments.starts);
+  fill_team(context, shape, plan, &arguments.team);
+  return arguments;
+}
+
+}  // namespace otloss::cuda
