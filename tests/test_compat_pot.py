@@ -79,6 +79,16 @@ def test_empirical(metric, rng):
     close(got, ot.bregman.empirical_sinkhorn_divergence(*inputs), 1e-4)
 
 
+def test_what_programs_call_around_it(rng):
+    """Costs, uniform weights, and the functions under the name of their module."""
+    x, y = randn(rng, 6, 3), randn(rng, 5, 3)
+    for metric in ("sqeuclidean", "euclidean", "cosine"):
+        close(pot.dist(x, y, metric), ot.dist(x, y, metric), 1e-9)
+    close(pot.dist(x), ot.dist(x), 1e-9)
+    assert_close(pot.unif(6, type_as=x), ot.unif(6, type_as=x))
+    assert pot.bregman.empirical_sinkhorn2 is pot.empirical_sinkhorn2
+
+
 def test_empirical_lazy(rng):
     c = clouds(rng, 7, 6, 3, weights="random")
     inputs = (c.x, c.y, REG, c.a, c.b)
@@ -243,6 +253,8 @@ X, Y = torch.zeros(4, 2), torch.ones(5, 2)
         (lambda: pot.solve_sample(X, Y, method="sliced", reg=1.0), NotImplementedError, "sliced_"),
         (lambda: pot.solve_sample(X, Y, debias="split", reg=1.0), NotImplementedError, "split"),
         (lambda: pot.solve_batch(M[None], 1.0, method="proximal"), NotImplementedError, "proximal"),
+        (lambda: pot.emd, AttributeError, r"ot\.emd has no counterpart"),
+        (lambda: pot.dist(X, Y, "cityblock"), NotImplementedError, "metric='cityblock'"),
         (lambda: pot.solve(M, reg=1.0).lazy_plan, NotImplementedError, "lazy_plan"),
     ],
 )

@@ -12,9 +12,19 @@ from torch import Tensor
 
 from otloss._check import ConvergenceWarning
 from otloss.costs import COSTS, Cost
+from otloss.problem import cost_matrix
 from otloss.result import OTResult
 
-__all__ = ["as_cost", "potentials", "refuse", "tolerance", "warnings_if", "weights_of"]
+__all__ = [
+    "as_cost",
+    "dist",
+    "potentials",
+    "refuse",
+    "tolerance",
+    "unif",
+    "warnings_if",
+    "weights_of",
+]
 
 FLOAT32_TOL = 1e-5  # a marginal error that float32 reaches
 
@@ -58,3 +68,14 @@ def potentials(result: OTResult, reg: float, *, weighted: bool = True) -> tuple[
         return u, v
     a, b = weights_of(result)
     return u + a.log(), v + b.log()
+
+
+def dist(x1: Tensor, x2: Tensor | None = None, metric: Cost = "sqeuclidean") -> Tensor:
+    """:func:`otloss.cost_matrix` of (n, d) and (m, d), or of x1 with itself: C (n, m)."""
+    return cost_matrix(x1, x1 if x2 is None else x2, as_cost(metric))
+
+
+def unif(n: int, type_as: Tensor | None = None) -> Tensor:
+    """Uniform weights (n,), of the dtype and on the device of ``type_as``."""
+    like = torch.ones(()) if type_as is None else type_as
+    return like.new_full((n,), 1 / n)
