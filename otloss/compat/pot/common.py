@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from otloss._check import ConvergenceWarning
+from otloss.cost_matrices import cost_matrix
 from otloss.costs import COSTS, Cost
-from otloss.problem import cost_matrix
 from otloss.result import OTResult
 
 __all__ = [
