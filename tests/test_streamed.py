@@ -31,6 +31,7 @@ from helpers import (
 from torch.testing import assert_close
 
 import otloss
+from otloss import energy
 from otloss import method as methods
 
 ROOT = Path(__file__).parents[1]
@@ -209,9 +210,9 @@ def test_energy_distance_in_blocks(d, cost, batch, padded, rng, monkeypatch):
 def test_energy_distance_streams_above_the_budget(rng, monkeypatch):
     x, y = randn(rng, 30, 3), randn(rng, 20, 3)
     expected, asked = otloss.energy_distance(x, y), []
-    plain = otloss.losses.build_costs
+    plain = energy.build_costs
     monkeypatch.setattr(
-        otloss.losses, "build_costs", lambda *args: asked.append(args[3]) or plain(*args)
+        energy, "build_costs", lambda *args: asked.append(args[3]) or plain(*args)
     )
     monkeypatch.setattr(methods, "dense_budget", 100)
     assert_close(otloss.energy_distance(x, y), expected)
