@@ -152,7 +152,7 @@ MIXED = {
     "energy": lambda x, y, a, b: otloss.energy_distance(x, y, a=a, b=b),
     "matrix": lambda x, y, a, b: otloss.solve(x, 0.5, a=a).value,
     "map": lambda *given: careful(*given).barycentric_map().sum(),
-    "extend": lambda x, y, *weights: careful(x, y, *weights).extend(y + 1).sum(),
+    "extend": lambda x, y, *weights: careful(x, y, *weights).extend(y.double() + 1).sum(),
 }
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
