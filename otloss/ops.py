@@ -232,8 +232,11 @@ grid_solve = torch.ops.otloss.grid_solve.default
 
 
 @torch.library.impl("otloss::grid_adjoint", "CompositeExplicitAutograd", lib=_library)
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    return reference.grid.adjoint(grid_means, *arguments)
+def _(axes: list[Tensor], *arguments: Any) -> tuple[Tensor, ...]:
+    tensors = [t for t in (*axes, *arguments) if t is not None]
+    if any(t.numel() > 0 and t.untyped_storage().nbytes() == 0 for t in tensors):
+        raise RuntimeError("otloss: tensors must have memory")  # torch would read it all the same
+    return reference.grid.adjoint(grid_means, axes, *arguments)
 
 
 # ------------------------------------------------------------------------ shapes, for tracing
