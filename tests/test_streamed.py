@@ -211,9 +211,7 @@ def test_energy_distance_streams_above_the_budget(rng, monkeypatch):
     x, y = randn(rng, 30, 3), randn(rng, 20, 3)
     expected, asked = otloss.energy_distance(x, y), []
     plain = energy.build_costs
-    monkeypatch.setattr(
-        energy, "build_costs", lambda *args: asked.append(args[3]) or plain(*args)
-    )
+    monkeypatch.setattr(energy, "build_costs", lambda *args: asked.append(args[3]) or plain(*args))
     monkeypatch.setattr(methods, "dense_budget", 100)
     assert_close(otloss.energy_distance(x, y), expected)
     assert asked == ["streamed"] * 3
