@@ -18,6 +18,12 @@ geomloss, ot = pytest.importorskip("geomloss"), pytest.importorskip("ot")
 
 PAGE = (Path(__file__).parent.parent / "docs" / "coming-from.md").read_text(encoding="utf-8")
 LINES = re.findall(r"^\| `(SamplesLoss\(.+|ot\..+)` \| `(otloss\..+)` \|$", PAGE, re.MULTILINE)
+OTT_LINES = re.findall(
+    r"^\| `(linear\..+|sinkhorn_div.+)` \| `(otloss\..+)` \|$", PAGE, re.MULTILINE
+)
+KEOPS_LINES = re.findall(
+    r"^\| `(.*\(G - D.+|.*F \+ G.+)` \| `(otloss\..+)` \|$", PAGE, re.MULTILINE
+)
 # Looser where one side is random or a limit.
 LOOSE = {"sliced": 0.05, "emd2": 0.02}
 pytestmark = pytest.mark.filterwarnings("ignore:Sinkhorn did not converge")
@@ -26,6 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Sinkhorn did not converge")
 def test_tables_are_read():
     calls = re.findall(r"^\| `(SamplesLoss\(|ot\.)", PAGE, re.MULTILINE)
     assert len(LINES) == len(calls) > 20
+    assert (len(OTT_LINES), len(KEOPS_LINES)) == (7, 2)
 
 
 @pytest.mark.parametrize(("theirs", "call"), LINES, ids=[theirs for theirs, _ in LINES])
@@ -39,6 +46,44 @@ def test_both_calls_agree(theirs, call, rng):
     tol = next((tol for word, tol in LOOSE.items() if word in theirs), 3e-3)
     got, expected = (torch.as_tensor(eval(code, names)) for code in (call, theirs))
     close(got.reshape(expected.shape), expected, tol)
+
+
+@pytest.mark.parametrize(("theirs", "call"), OTT_LINES, ids=[theirs for theirs, _ in OTT_LINES])
+def test_calls_of_ott_agree(theirs, call, rng):
+    jax, linear = pytest.importorskip("jax"), pytest.importorskip("ott.solvers.linear")
+    from ott.geometry import costs
+    from ott.geometry.geometry import Geometry
+    from ott.geometry.pointcloud import PointCloud
+    from ott.tools.sinkhorn_divergence import sinkhorn_divergence
+
+    given = {
+        "x": rand(rng, 9, 2), "y": 0.3 + rand(rng, 7, 2), "a": simplex(randn(rng, 9)),
+        "b": simplex(randn(rng, 7)), "C": rand(rng, 9, 7),
+    }  # fmt: skip
+    in_jax = {name: jax.numpy.array(t.float().numpy()) for name, t in given.items()}
+    names = {
+        "linear": linear, "costs": costs, "Geometry": Geometry, "PointCloud": PointCloud,
+        "sinkhorn_divergence": sinkhorn_divergence, "otloss": otloss, "r": 0.7, "eps": 0.5,
+    }  # fmt: skip
+    expected = torch.tensor(eval(theirs, names | in_jax).tolist(), dtype=torch.float64)
+    close(eval(call, names | given), expected, 3e-3)
+
+
+@pytest.mark.parametrize(("theirs", "call"), KEOPS_LINES, ids=[theirs for theirs, _ in KEOPS_LINES])
+def test_calls_of_keops_agree(theirs, call, rng):
+    LazyTensor = pytest.importorskip("pykeops.torch").LazyTensor
+    x, y, eps = rand(rng, 9, 2), 0.3 + rand(rng, 7, 2), 0.5
+    f, g = otloss.solve_sample(x, y, eps, tol=1e-8).potentials
+    uniform = [torch.full_like(v, 1 / len(v)).log() for v in (f, g)]
+    rows, columns = (slice(None), None, None), (None, slice(None), None)
+    names = {
+        "D": ((LazyTensor(x[:, None]) - LazyTensor(y[None])) ** 2).sum(-1),
+        "F": LazyTensor(f[rows]), "loga": LazyTensor(uniform[0][rows]),
+        "G": LazyTensor(g[columns]), "logb": LazyTensor(uniform[1][columns]),
+        "otloss": otloss, "x": x, "y": y, "f": f, "g": g, "eps": eps,
+    }  # fmt: skip
+    expected = eval(theirs, names)
+    close(eval(call, names).reshape(expected.shape), expected, 3e-3)
 
 
 def weighted(rng):
