@@ -5,6 +5,7 @@ Checks that must read data are made on the CPU only: on CUDA they would stall th
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import warnings
@@ -271,12 +272,18 @@ def resolution(eps: float | Tensor, max_cost: float | Tensor, dtype: torch.dtype
         )
 
 
-def squares(points: Sequence[Tensor], largest: float, dtype: torch.dtype) -> None:
-    """Raises where points differ, but squares of their distances, up to ``largest``, underflow."""
+def squares(
+    points: Sequence[Tensor], weights: Sequence[Tensor], largest: float, dtype: torch.dtype
+) -> None:
+    """Raises where points of positive weight differ, but squares of their distances, up to
+    ``largest``, underflow."""
     if largest >= 1e8 * torch.finfo(dtype).tiny:
         return
-    one = points[0].detach()[..., :1, :]
-    apart = max(float((x.detach() - one).abs().nan_to_num(0.0).max()) for x in points)
+    sides = [(x.detach(), w.unsqueeze(-1) > 0) for x, w in zip(points, weights, strict=True)]
+    most = [torch.where(there, x, -torch.inf).amax(-2) for x, there in sides]
+    least = [torch.where(there, x, torch.inf).amin(-2) for x, there in sides]
+    spread = functools.reduce(torch.maximum, most) - functools.reduce(torch.minimum, least)
+    apart = float(spread.max())
     if apart > 0:
         raise ValueError(
             f"squares of distances underflow {dtype}, of points at most {apart:.3g} apart: scale "

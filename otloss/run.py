@@ -161,7 +161,7 @@ def report(problem: Problem, costs: Sequence[Tensor], options: Options, solved: 
     _check.resolution(eps, largest, dtype)
     if problem.points and options.cost in ("sqeuclidean", "euclidean"):
         squared = largest if options.cost == "sqeuclidean" else largest**2
-        _check.squares(problem.points, squared, dtype)
+        _check.squares(problem.points, problem.weights, squared, dtype)
     values = solved.loss.tolist()
     if not all(map(math.isfinite, values if problem.batched else [values])):
         raise ValueError(f"sums of costs up to {largest:.3g} overflow {dtype}: scale the data down")

@@ -23,6 +23,8 @@ from otloss.compat import pot
 geomloss, ot = pytest.importorskip("geomloss"), pytest.importorskip("ot")
 
 CLOSE = 1e-3  # relative to the largest value, or to .01
+# Of GeomLoss's potentials, whose error is of first order in what its schedule leaves, at .999 too.
+CLOSE_POTENTIALS = 5e-3
 # The slow tests try more.
 CASES = [*range(4), *(pytest.param(k, marks=pytest.mark.slow) for k in range(4, 100))]
 
@@ -45,7 +47,7 @@ def outcome(call):
     return [found] if isinstance(found, Tensor) else [*found]
 
 
-def check(got, expected, what):
+def check(got, expected, what, close=CLOSE):
     for one in (got, expected):
         if isinstance(one, Exception):
             assert isinstance(got, Exception), (what, expected)
@@ -54,7 +56,7 @@ def check(got, expected, what):
     for value, other in zip(got, expected, strict=True):
         assert value.shape == other.shape, what
         apart = (value - other).abs().amax() / other.abs().amax().clamp(min=1e-2)
-        assert apart < CLOSE, (what, value, other)
+        assert apart < close, (what, value, other)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -84,7 +86,8 @@ def test_samples_loss(case, rng):
         (F, G), (f, _) = got, expected
         constant = (F - f).mean(-1, True)
         got = [F - constant, G + constant]
-    check(got, expected, (options, len(inputs)))
+    close = CLOSE_POTENTIALS if options["potentials"] else CLOSE
+    check(got, expected, (options, len(inputs)), close)
 
 
 FUNCTIONS = [

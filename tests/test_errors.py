@@ -255,6 +255,9 @@ def test_squares_that_underflow(dtype, scale, cost, method, rng):
         with pytest.raises(ValueError, match=rf"squares of distances underflow {dtype}"):
             otloss.sinkhorn_loss(a, b, 1.0, cost=cost, method=method)
     assert otloss.sinkhorn_loss(x[:1], x[:1], 1.0, cost=cost, method=method) == 0
+    # a point of weight 0 may be anywhere
+    far, a = torch.cat([x[:1], x[:1] + 1]), torch.tensor([1.0, 0.0], dtype=dtype)
+    assert otloss.sinkhorn_loss(far, x[:1], 1.0, a=a, cost=cost, method=method) == 0
 
 
 @pytest.mark.parametrize(

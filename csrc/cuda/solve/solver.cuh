@@ -179,11 +179,31 @@ class Solver : Evaluation<T, Block, Costs> {
     const StopRule& stop = s_.control.stop();
     if (stop.keeps()) keep();
     if (s_.next == Next::kDone && stop.returns_kept()) return_kept();
+    if (s_.next != Next::kDone && s_.control.may_begin_stages(false)) stray();
     if (s_.next == Next::kStep) {
       one([&] { s_.control.aim(s_.step.slope, s_.step.first); });
       quasi_newton_.set_direction();
     }
     return evaluate_next();
+  }
+
+  // Iterations that began near the solution, as it seemed, go to the first stage after all if they
+  // are not near yet.
+  OTLOSS_NOINLINE void stray() {
+    if (is_near_at(s_.g, s_.gt)) return;
+    const double varied = this->sigma();
+    one([&] { s_.next = s_.control.begin_stages(false, varied) ? Next::kStage : s_.next; });
+  }
+
+  // Of the point that was evaluated last, whose scalars are in trial.
+  OTLOSS_DEVICE bool is_near_at(const T* g, const T* gt) {
+    double residual[1] = {0};
+    team_.for_columns([&](int j) {
+      const double r = static_cast<double>(gt[j] - g[j]);
+      residual[0] = Max::join(residual[0], r < 0 ? -r : r);
+    });
+    team_.team().template reduce<Max>(residual);
+    return is_near(s_.trial.error, residual[0], s_.eps);
   }
 
   // Sets the point that next asks for. False: done.
@@ -230,13 +250,7 @@ class Solver : Evaluation<T, Block, Costs> {
   // After the evaluation of a start. True: the iterations begin at the trial point; false: another
   // point is to be evaluated first. A start that was proposed but is far is put aside for 0.
   OTLOSS_NOINLINE bool begin() {
-    double residual[1] = {0};
-    team_.for_columns([&](int j) {
-      const double r = static_cast<double>(s_.trial_gt[j] - s_.trial_g[j]);
-      residual[0] = Max::join(residual[0], r < 0 ? -r : r);
-    });
-    team_.team().template reduce<Max>(residual);
-    bool near = is_near(s_.trial.error, residual[0], s_.eps);
+    bool near = is_near_at(s_.trial_g, s_.trial_gt);
     T* const kept_F = s_.group->f + row_offset();  // (rows,) where f will be
     if (s_.start != nullptr && s_.phase == Phase::kStart && s_.control.wants_other_start(near)) {
       team_.for_rows([&](int i) { kept_F[i] = s_.F[i], s_.F[i] = T(0); });
