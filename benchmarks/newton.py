@@ -44,6 +44,8 @@ def solve(problem: workloads.Problem, tol: float, newton: bool) -> tuple[int, fl
         problem.y,
         problem.eps,
         **problem.options,
+        # the engine for large clouds has a Newton step of its own
+        method="dense" if len(problem.x) < 5000 else "streamed",
         tol=tol,
         max_iters=MOST,
     )
