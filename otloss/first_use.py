@@ -46,8 +46,9 @@ def first_use(t: Tensor) -> None:
 
 def disagreement(device: torch.device) -> str | None:
     """What is wrong with a divergence of few points and its gradient there; None: nothing."""
-    x, y = (torch.linspace(0, 1, k).reshape(-1, 1) ** 2 for k in (7, 9))
-    weights = [torch.full((1, len(t)), 1 / len(t)) for t in (x, y)]
+    # on the CPU whatever device is torch's default
+    x, y = (torch.linspace(0, 1, k, device="cpu").reshape(-1, 1) ** 2 for k in (7, 9))
+    weights = [torch.full_like(t.mT, 1 / len(t)) for t in (x, y)]
     points = [x[None], y[None] + 0.5]
     expected = _value_and_gradient(reference, points, weights)
     try:

@@ -38,6 +38,11 @@ def test_kernels_that_agree_stay(used):
     assert not used
 
 
+def test_kernels_agree_under_another_default_device():
+    with torch.device("meta"):
+        assert first_use.disagreement(CPU) is None
+
+
 @pytest.mark.parametrize("name", ["solve", "envelope_backward"])
 def test_kernels_that_disagree_are_not_used(used, monkeypatch, name):
     right = getattr(ops, name)
