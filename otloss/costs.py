@@ -18,8 +18,6 @@ __all__ = [
     "NAMED",
     "Cost",
     "NamedCost",
-    "cost_between",
-    "cost_gradient",
     "full_precision",
     "subtracted",
     "without_padding",
@@ -148,16 +146,6 @@ COSTS: Final[dict[str, int]] = {cost.name: cost.number for cost in NAMED}
 
 def subtracted(cost: Cost) -> float:
     return NAMED[COSTS[cost]].subtracted if isinstance(cost, str) else 0.0
-
-
-def cost_between(x: Tensor, y: Tensor, kind: int) -> Tensor:
-    """C (B, n, m) of the cost of number ``kind``."""
-    return NAMED[kind].between(x, y)
-
-
-def cost_gradient(W: Tensor, C: Tensor, x: Tensor, y: Tensor, kind: int) -> tuple[Tensor, Tensor]:
-    """The gradients of sum_ij W_ij C_ij in x and y, of the cost of number ``kind``."""
-    return NAMED[kind].gradient(W, C, x, y)
 
 
 def full_precision(t: Tensor) -> AbstractContextManager[Any]:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from otloss import _check, ops
 from otloss._options import Options
-from otloss.costs import COSTS, NAMED, cost_between
+from otloss.costs import COSTS, NAMED
 from otloss.reference.arguments import as_pairs
 
 __all__ = ["budget", "choose", "choose_method", "dense_budget", "exceeds_budget", "in_blocks"]
@@ -87,7 +87,7 @@ def _with_function(options: Options) -> Options:
         )
 
     def cost(x: Tensor, y: Tensor) -> Tensor:
-        return cost_between(x, y, number)
+        return NAMED[number].between(x, y)
 
     return options._replace(cost=cost, symmetric=True)
 

@@ -17,6 +17,7 @@ from otloss.duality_gap import Dual, duality_gap
 from otloss.method import in_blocks
 from otloss.plan import total_of
 from otloss.problem import Problem, as_weights
+from otloss.reference.marginals import column_weights
 from otloss.run import Solved
 from otloss.sampling import PlanPairs
 from otloss.status import rows_of, warn_not_converged
@@ -142,8 +143,8 @@ class OTResult(PlanPairs):
         self._check_unchanged()
         o = self._options
         a, b, f, g = (t.detach().double() for t in (self._a, self._b, self._f, self._g))
-        if o.balanced():  # totals that differ by rounding
-            b = b * (a.sum(-1, keepdim=True) / b.sum(-1, keepdim=True))
+        if o.balanced():
+            b = column_weights(a, b)
         clouds = tuple(x.detach().double() for x in self._problem.points)
         problem = replace(self._problem, points=clouds, weights=(a, b))
 
