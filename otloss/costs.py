@@ -18,6 +18,7 @@ __all__ = [
     "NAMED",
     "Cost",
     "NamedCost",
+    "degree",
     "full_precision",
     "subtracted",
     "without_padding",
@@ -146,6 +147,11 @@ COSTS: Final[dict[str, int]] = {cost.name: cost.number for cost in NAMED}
 
 def subtracted(cost: Cost) -> float:
     return NAMED[COSTS[cost]].subtracted if isinstance(cost, str) else 0.0
+
+
+def degree(cost: Cost) -> int:
+    """Of t in c(t x, t y); 0 for a function, of which that is not known."""
+    return NAMED[COSTS[cost]].degree if isinstance(cost, str) else 0
 
 
 def full_precision(t: Tensor) -> AbstractContextManager[Any]:

@@ -14,7 +14,7 @@ from otloss import _check, ops, status
 from otloss._options import Options
 from otloss.autograd import Places, Settings, Solve, evaluate
 from otloss.autograd.settings import batched
-from otloss.costs import subtracted
+from otloss.costs import degree, subtracted
 from otloss.eps import scale_of
 from otloss.first_use import first_use
 from otloss.problem import Problem
@@ -159,9 +159,9 @@ def report(problem: Problem, costs: Sequence[Tensor], options: Options, solved: 
         hardest = (each / eps.detach()).argmax()
         eps, largest = eps.expand_as(each)[hardest].item(), each[hardest].item()
     _check.resolution(eps, largest, dtype)
-    if problem.points and options.cost in ("sqeuclidean", "euclidean"):
-        squared = largest if options.cost == "sqeuclidean" else largest**2
-        _check.squares(problem.points, problem.weights, squared, dtype)
+    power = degree(options.cost)
+    if problem.points and power:
+        _check.squares(problem.points, problem.weights, largest ** (2 / power), dtype)
     values = solved.loss.tolist()
     if not all(map(math.isfinite, values if problem.batched else [values])):
         raise ValueError(f"sums of costs up to {largest:.3g} overflow {dtype}: scale the data down")
