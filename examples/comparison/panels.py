@@ -81,6 +81,7 @@ FIGURES: dict[str, list[Tile]] = {
     ],
     "conditional": [
         ("conditional-15", "classes.png", "a row per class"),
+        ("conditional-conv", "classes.png", "convolutions, a row per class"),
         ("conditional-digits", "classes.png", "a row per class"),
     ],
     "flow": [
