@@ -12,13 +12,13 @@ from torch import Tensor
 
 from otloss import _check, ops, reference
 from otloss._options import Options
-from otloss.certificate import Dual, duality_gap
 from otloss.cost_matrices import build_costs
+from otloss.duality_gap import Dual, duality_gap
 from otloss.method import in_blocks
-from otloss.pairs import PlanPairs
 from otloss.plan import total_of
 from otloss.problem import Problem, as_weights
 from otloss.run import Solved
+from otloss.sampling import PlanPairs
 from otloss.status import rows_of, warn_not_converged
 
 __all__ = ["OTResult"]

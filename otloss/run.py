@@ -14,12 +14,12 @@ from otloss import _check, ops, status
 from otloss._options import Options
 from otloss.autograd import Places, Settings, Solve, evaluate
 from otloss.autograd.settings import batched
-from otloss.by_rows import solve_by_rows
 from otloss.costs import subtracted
 from otloss.eps import scale_of
 from otloss.first_use import first_use
 from otloss.problem import Problem
 from otloss.reference.arguments import as_pairs
+from otloss.streamed_functions import solve_by_rows
 from otloss.target import SelfProblem
 
 __all__ = ["Solved", "report", "run"]
