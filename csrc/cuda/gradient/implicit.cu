@@ -358,8 +358,7 @@ template <typename T>
 void made_backward(const Context& context, const Pack<ImplicitGroup<T>>& pack, double eps,
                    Objective objective, Packer<T>& packer) {
   MadeImplicitKernel<T> kernel{};
-  const Grid grid = plan_made_team<T>(context, pack, pack.items[0].made.points.d,
-                                      &kernel.arguments.team, &kernel.layout);
+  const Grid grid = plan_made_team<T>(context, pack, &kernel.arguments.team, &kernel.layout);
   fill_arguments(context, pack, eps, objective, &kernel.arguments);
   for (int i = 0; i < pack.count; ++i) {
     const ImplicitGroup<T>& p = pack.items[i];

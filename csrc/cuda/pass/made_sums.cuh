@@ -175,21 +175,22 @@ class MadeSides {
 
 // Fills the arguments of a kernel for the problems of a pack.
 template <typename T, typename S, typename Group>
-Grid plan_made_team(const Context& context, const Pack<Group>& pack, int64_t d,
-                    TeamArguments<S>* arguments, MadeLayout* layout) {
+Grid plan_made_team(const Context& context, const Pack<Group>& pack, TeamArguments<S>* arguments,
+                    MadeLayout* layout) {
   const Shape shape = shape_of<T>(pack);
   if (shape.problems == 0) return Grid{0};
   const Limits device = limits(context.device);
-  const SolvePlan plan = choose_streamed_plan(shape, d, device, Regime::kAuto);
+  SolvePlan plan{};
+  const int64_t each = std::max<int64_t>(1, device.multiprocessors / shape.problems);
+  plan.team_size = static_cast<int>(
+      std::min(each, ceil_div(std::max(shape.n, shape.m), kTileRows)));
+  plan.teams = std::min<int64_t>(shape.problems, device.multiprocessors / plan.team_size);
+  plan.barrier = plan.team_size > 1 ? Barrier::kGrid : Barrier::kBlock;
   *layout = MadeLayout::of(device);
   fill_team(context, shape, plan, arguments);
   arguments->rows = packed_stride(shape.n);
   arguments->columns = packed_stride(shape.m);
-  Grid grid;
-  grid.x = plan.teams * plan.team_size;
-  grid.shared = layout->bytes();
-  grid.cooperative = plan.barrier == Barrier::kGrid;
-  return grid;
+  return team_grid(plan, static_cast<int64_t>(layout->bytes()));
 }
 
 }  // namespace otloss::cuda

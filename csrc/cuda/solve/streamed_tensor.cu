@@ -1,8 +1,8 @@
-#include "cuda/solve/streamed_launch.cuh"
+#include "cuda/solve/sweeps.cuh"
 
 namespace otloss::cuda {
 
-template void launch_streamed<float, true>(const Context&, const MadeArguments<float>&,
-                                           const Grid&);
+template void queue_tensor_sweep(Queue&, const SweepArguments<float>&, CostKind, TileKind,
+                                 const Grid&);
 
 }  // namespace otloss::cuda
