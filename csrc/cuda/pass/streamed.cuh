@@ -56,12 +56,14 @@ enum class RowSum {
   kCost      // exp2(t_ij) C_ij
 };
 
-template <typename T>
+// S: the type of sums and factors.
+template <typename T, typename S = T>
 struct RowSums {
   RowTiles<T> tiles;
   RowSum what;
   int side;      // 0: the rows are the problem's, 1: its columns
-  T* out;        // (last - first,)
+  const S* x;    // (columns,) factors (ProductTerms), or null: 1; may be written by other blocks
+  S* out;        // (last - first,)
   int64_t sums;  // bytes of shared memory before the streamed_sums doubles; the arguments' precede
 };
 
@@ -113,6 +115,62 @@ class RowTerms {
 
  private:
   const RowSum what_;
+};
+
+// The sums over a plan times the factors x of its columns, for gradients.
+//
+// F_i + G_j is added first and costs do not depend on which side is first, so that both sides get
+// the same P_ij, bit for bit, as if it was kept: the linear system of the implicit gradient stays
+// symmetric. Tensor cores would not do that, nor are they used.
+template <typename T, typename S>
+class ProductTerms {
+ public:
+  using Arguments = RowSums<T, S>;
+  using Value = S;
+
+  OTLOSS_DEVICE explicit ProductTerms(const Arguments& p) : p_(p) {}
+
+  OTLOSS_DEVICE S start() const { return S(0); }
+  OTLOSS_DEVICE double join(double x, double y) const { return x + y; }
+
+  // Joined over the warp as in tile_sum.
+  template <class Block>
+  OTLOSS_DEVICE S of_tile(Block& block, const TileEntries<T, FmaLayout<T>>& e) {
+    load(block, e.column);
+    S sums[kTileRows];
+#pragma unroll
+    for (int r = 0; r < kTileRows; ++r) {
+      const T F = e.potential(r);
+      sums[r] = S(0);
+#pragma unroll
+      for (int c = 0; c < kVector<T>; ++c) {
+        const T t = (F + e.G[c]) - e.k * e.cost[r][c];
+        // A clamped exponential stands for 0, so that padding gets exactly 0.
+        T p = t > static_cast<T>(-kExp2Limit) ? fast_exp2(t) : T(0);
+        if (p_.what == RowSum::kCost) p = p != T(0) ? p * e.cost[r][c] : T(0);
+        sums[r] += static_cast<S>(p) * x_[c];
+      }
+    }
+    return scatter_reduce<Sum>(block, sums);
+  }
+
+ private:
+  // x of the thread's columns, which stay while its tile does.
+  template <class Block>
+  OTLOSS_DEVICE void load(const Block& block, int64_t first) {
+    if (first == column_) return;
+    column_ = first;
+#pragma unroll
+    for (int c = 0; c < kVector<T>; ++c) {
+      const bool inside = first + c < p_.tiles.end;
+      x_[c] = inside ? S(1) : S(0);
+      if (p_.x != nullptr && inside) x_[c] = block.load(p_.x + first + c);
+    }
+  }
+
+  const Arguments& p_;
+  int64_t column_ = -1;
+  S x_[kVector<T>];
 };
 
 // Sums of a block's rows over all tiles of its columns.

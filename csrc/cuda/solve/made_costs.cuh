@@ -8,8 +8,8 @@
 #pragma once
 
 #include "cuda/pass/pack.cuh"
+#include "cuda/pass/sweeps.cuh"
 #include "cuda/solve/state.cuh"
-#include "cuda/solve/sweeps.cuh"
 
 namespace otloss::cuda {
 
@@ -35,8 +35,7 @@ enum class Sums { kFirst, kLargest, kAgain };
 
 template <typename T>
 struct MadeState {
-  PackedCloud<T> x, y;  // the points
-  SplitCloud split_x, split_y;
+  SweepSide<T> x, y;
   T *F, *a, *s;  // (n,)
   T* A;          // (n,) F + log2 a, damped
   T* U;          // (m,) k g, then k gt
@@ -64,19 +63,17 @@ class MadeCosts {
       *v = vectors, vectors += length;
     s_.F = made_.F, s_.a = made_.a, s_.s = made_.s;
     const PackedPair<T>& points = args_.points[&p - args_.solve.groups.items];
-    made_.x = packed_cloud(points.x, batch, points.d, p.n);
-    made_.y = packed_cloud(points.y, batch, points.d, p.m);
-    made_.split_x = points.split_x.cloud(batch, points.d, p.n);
-    made_.split_y = points.split_y.cloud(batch, points.d, p.m);
+    made_.x = {packed_cloud(points.x, batch, points.d, p.n),
+               points.split_x.cloud(batch, points.d, p.n), made_.A};
+    made_.y = {packed_cloud(points.y, batch, points.d, p.m),
+               points.split_y.cloud(batch, points.d, p.m), s_.G};
     RowSums<T>& order = this->order();
     order.sums = args_.layout.sums;
-    order.out = made_.out;
+    order.x = nullptr, order.out = made_.out;
     RowTiles<T>& tiles = order.tiles;
     tiles.made_by = args_.tiles;
     tiles.kind = points.kind, tiles.d = points.d, tiles.symmetric = p.symmetric;
     tiles.stages = args_.layout.stages, tiles.room = args_.layout.room;
-    tiles.F = made_.guess;
-    tiles.first = tiles.begin = 0;
   }
 
   // A bound of max |C| from the largest norms, in the first place; 1 in the second if one is not
@@ -88,14 +85,14 @@ class MadeCosts {
       if (!(norm <= std::numeric_limits<T>::max())) norms[2] = 1;
       most = Max::join(most, static_cast<double>(norm));
     };
-    team_.for_rows([&](int i) { look(s_.a[i], made_.x.norm[i], norms[0]); });
-    team_.for_columns([&](int j) { look(s_.b[j], made_.y.norm[j], norms[1]); });
+    team_.for_rows([&](int i) { look(s_.a[i], made_.x.cloud.norm[i], norms[0]); });
+    team_.for_columns([&](int j) { look(s_.b[j], made_.y.cloud.norm[j], norms[1]); });
     const auto fill = [&](T* v, const PackedCloud<T>& cloud) {
       for (int64_t i = cloud.count + block_.thread(); i < cloud.stride; i += Team::kThreads)
         v[i] = T(0);
     };
-    fill(made_.A, made_.x);
-    fill(s_.G, made_.y);
+    fill(made_.A, made_.x.cloud);
+    fill(s_.G, made_.y.cloud);
     team_.team().template reduce<Max>(norms);
     RowTiles<T>& tiles = order().tiles;
     if (block_.thread() == 0) {
@@ -161,21 +158,14 @@ class MadeCosts {
     RowSums<T>& order = this->order();
     RowTiles<T>& tiles = order.tiles;
     order.what = what, order.side = side;
+    set_sides(tiles, side == 0 ? made_.x : made_.y, side == 0 ? made_.y : made_.x);
+    tiles.F = made_.guess;
     tiles.k = s_.k;
-    tiles.rows = side == 0 ? made_.x : made_.y, tiles.columns = side == 0 ? made_.y : made_.x;
-    tiles.split_rows = side == 0 ? made_.split_x : made_.split_y;
-    tiles.split_columns = side == 0 ? made_.split_y : made_.split_x;
-    tiles.last = tiles.rows.count, tiles.end = tiles.columns.count;
-    tiles.G = side == 0 ? s_.G : made_.A;
   }
 
   // Of all parts of the columns.
   OTLOSS_DEVICE double joined(RowSum what, int i) const {
-    double total = static_cast<double>(made_.out[i]);
-    for (int part = 1; part < args_.parts[order().side]; ++part)
-      total = join_sums(
-          what, total, static_cast<double>(made_.out[part * args_.solve.vector_length + i]));
-    return total;
+    return cuda::joined(what, made_.out, args_.parts[order().side], args_.solve.vector_length, i);
   }
 
   // Exact potentials from the guess, F_i -= log2 sum_j exp2(F_i + G_j - k C_ij), and those sums, s.

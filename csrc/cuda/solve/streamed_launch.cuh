@@ -1,7 +1,7 @@
 // Launches the solve of costs that are made from points. In turn, until all problems of a call are
 // solved:
 //
-//     SweepKernel     the sums that each problem waits for      sweeps.cuh
+//     SweepKernel     the sums that each problem waits for      ../pass/sweeps.cuh
 //     ControlKernel   the next step of each solve               block: a problem
 //
 // Kernel boundaries take the place of barriers between blocks, and a sweep has all registers to
@@ -9,14 +9,12 @@
 // takes two turns, more where sums have to be made again. A problem that is solved asks for
 // nothing.
 //
-// A file for each type, and one for tensor cores, includes this: together they take minutes to
-// compile.
+// A file for each type includes this.
 #pragma once
 
 #include "cuda/solve/streamed.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "cuda/solve/made_costs.cuh"
 #include "cuda/solve/solver.cuh"
@@ -48,14 +46,14 @@ struct ControlKernel {
     const RowSum sums = first ? RowSum::kPlan : arguments.orders[team.index()].what;
     bool done = false;
     if (sums != RowSum::kNone) {
-      if (!first) copy(block, saved + team.index(), &state);
+      if (!first) copy_words<kThreads>(block, saved + team.index(), &state);
       block.sync();
       const Costs costs(block, arguments, team, state.solver, state.made);
       Solver<T, Block, Costs> solver(block, arguments.solve, costs, team, state.solver);
       team.for_problems(arguments.solve.groups, [&](const SolveGroup<T>& p, int64_t batch) {
         done = advance(block, solver, costs, state.solver, p, batch, sums);
       });
-      copy(block, &state, saved + team.index());
+      copy_words<kThreads>(block, &state, saved + team.index());
     }
     if (block.thread() != 0) return;
     if (done) arguments.orders[team.index()].what = RowSum::kNone;
@@ -81,17 +79,6 @@ struct ControlKernel {
     solver.write_status();
     return true;
   }
-
-  // A thread for each word.
-  template <class Block>
-  OTLOSS_DEVICE static void copy(Block& block, const SavedSolve<T>* from, SavedSolve<T>* to) {
-    constexpr int kWord = 8;
-    static_assert(sizeof(SavedSolve<T>) % kWord == 0, "whole words");
-    block.sync();
-    for (int w = block.thread(); w < static_cast<int>(sizeof(*to)) / kWord; w += kThreads)
-      memcpy(reinterpret_cast<char*>(to) + w * kWord,
-             reinterpret_cast<const char*>(from) + w * kWord, kWord);
-  }
 };
 
 // The costs that tell how varied all are; a thread for each.
@@ -106,8 +93,7 @@ struct SampleKernel {
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const {
     int64_t batch = block.x() / kBlocks;
-    int group = 0;
-    while (batch >= groups.items[group].batch) batch -= groups.items[group++].batch;
+    const int group = group_of(groups, &batch);
     const SolveGroup<T>& p = groups.items[group];
     const int at = static_cast<int>(block.x() % kBlocks) * kThreads + block.thread();
     const int i = at / kSample, j = at % kSample;
@@ -129,11 +115,7 @@ void solve_pack(const Context& context, const Pack<SolveGroup<T>>& pack,
   arguments.solve = solve_arguments(context, pack, options, shape, plan);
   arguments.tiles = plan.tiles;
   arguments.layout = plan.streamed;
-  SweepArguments<T> sweep{};
-  for (int side = 0; side < 2; ++side) {
-    arguments.parts[side] = plan.cuts[side].parts;
-    sweep.cuts[side] = plan.cuts[side];
-  }
+  for (int side = 0; side < 2; ++side) arguments.parts[side] = plan.cuts[side].parts;
   for (int i = 0; i < pack.count; ++i) {
     const SolveGroup<T>& p = pack.items[i];
     arguments.points[i] = packer(p.batch, p.n, p.m, p.points);
@@ -142,12 +124,10 @@ void solve_pack(const Context& context, const Pack<SolveGroup<T>>& pack,
   T* const samples = context.scratch<T>(problems * kSample * kSample);
   arguments.orders = orders, arguments.samples = samples;
   arguments.vectors = context.scratch<T>(problems * made_vectors(arguments.parts) * length);
-  sweep.orders = orders, sweep.length = length;
-  sweep.blocks = std::max(plan.cuts[0].blocks(shape.n), plan.cuts[1].blocks(shape.m));
-  Grid of_samples, of_sweep, of_control;
+  SweepArguments<RowSums<T>> sweep;
+  const Grid of_sweep = plan_sweeps(shape, plan, orders, &sweep);
+  Grid of_samples, of_control;
   of_samples.x = problems * SampleKernel<T>::kBlocks;
-  of_sweep.x = problems * sweep.blocks;
-  of_sweep.shared = static_cast<size_t>(plan.streamed.stages + plan.streamed.room);
   of_control.x = problems;
   of_control.shared = ControlKernel<T>::kShared;
   Loop loop{context.scratch<unsigned>(1), static_cast<unsigned>(problems)};
@@ -165,7 +145,7 @@ void solve_pack(const Context& context, const Pack<SolveGroup<T>>& pack,
       if (plan.tiles != TileKind::kFma)
         queue_tensor_sweep(queue, sweep, points.kind, plan.tiles, of_sweep);
     if (plan.tiles == TileKind::kFma)
-      queue_sweep(queue, sweep, points.kind, points.d, of_sweep);
+      queue_sweep<SolveSums>(queue, sweep, points.kind, points.d, of_sweep);
     control.loop = turn;
     queue(control, of_control);
   });
