@@ -88,7 +88,7 @@ def accuracy() -> None:
         axes.scatter([rung["rough_seconds"] for rung in rungs], errors, s=14, label=label)
     axes.set(xscale="log", yscale="log", xlabel="seconds", ylabel="error of the gradient")
     axes.set_title(f"{case['title']}, n = {case['n']}, eps {case['eps']:g}", fontsize=9)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside upper center", ncols=len(NAMES), fontsize=8)
     save(figure, "accuracy")
 
 
@@ -104,7 +104,7 @@ def scaling() -> None:
         label = f"{method}: {title}, eps {eps:g}"
         axes.loglog(*zip(*sorted(points), strict=True), "o-", label=label)
     axes.set(xlabel="points in each cloud", ylabel="CPU seconds")
-    axes.legend(fontsize=6)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=6)
     save(figure, "scaling")
 
 

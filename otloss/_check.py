@@ -271,11 +271,12 @@ def resolution(eps: float | Tensor, max_cost: float | Tensor, dtype: torch.dtype
         )
 
 
-def distances(problem: Any, cost: Any, means: float | Tensor) -> None:
+def distances(problem: Any, degree: int, means: float | Tensor) -> None:
     """Raises where points of positive weight differ, but the squares of their distances lose digits
-    to underflow. ``means``: of the costs of each problem, or a bound; they say whether to look."""
-    if cost in ("sqeuclidean", "euclidean"):
-        powers(problem, 2.0, means if cost == "sqeuclidean" else means**2, spare=1e8)
+    to underflow. ``means``: of the costs of each problem, the distances to the power ``degree``, or
+    a bound; they say whether to look. Degree 0: of other costs, which are not looked at."""
+    if degree:
+        powers(problem, 2.0, means ** (2 / degree), spare=1e8)
 
 
 def powers(problem: Any, p: float, means: float | Tensor, spare: float = 1.0) -> None:

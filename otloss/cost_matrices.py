@@ -10,7 +10,7 @@ from torch import Tensor
 
 from otloss import _check, _options
 from otloss.autograd import Argument, CostMatrices, FirstOrder, through
-from otloss.costs import COSTS, Cost
+from otloss.costs import COSTS, Cost, degree
 from otloss.first_use import first_use
 from otloss.problem import Problem, all_positive, check_clouds
 from otloss.reference.arguments import as_pairs
@@ -208,7 +208,7 @@ def cost_matrix(x: Tensor, y: Tensor, cost: Cost = "sqeuclidean") -> Tensor:
         if not bool(means.isfinite().all()):
             _check.finite("x", x)
             _check.finite("y", y)
-        _check.distances(problem, cost, means)
+        _check.distances(problem, degree(cost), means)
     return C if problem.batched else C[0]
 
 

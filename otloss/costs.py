@@ -18,8 +18,7 @@ __all__ = [
     "NAMED",
     "Cost",
     "NamedCost",
-    "cost_between",
-    "cost_gradient",
+    "degree",
     "full_precision",
     "subtracted",
     "without_padding",
@@ -149,14 +148,9 @@ def subtracted(cost: Cost) -> float:
     return NAMED[COSTS[cost]].subtracted if isinstance(cost, str) else 0.0
 
 
-def cost_between(x: Tensor, y: Tensor, kind: int) -> Tensor:
-    """C (B, n, m) of the cost of number ``kind``."""
-    return NAMED[kind].between(x, y)
-
-
-def cost_gradient(W: Tensor, C: Tensor, x: Tensor, y: Tensor, kind: int) -> tuple[Tensor, Tensor]:
-    """The gradients of sum_ij W_ij C_ij in x and y, of the cost of number ``kind``."""
-    return NAMED[kind].gradient(W, C, x, y)
+def degree(cost: Cost) -> int:
+    """Of t in c(t x, t y); 0 for a function, of which that is not known."""
+    return NAMED[COSTS[cost]].degree if isinstance(cost, str) else 0
 
 
 def full_precision(t: Tensor) -> AbstractContextManager[Any]:

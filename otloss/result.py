@@ -12,13 +12,14 @@ from torch import Tensor
 
 from otloss import _check, ops, reference
 from otloss._options import Options
-from otloss.certificate import Dual, duality_gap
 from otloss.cost_matrices import build_costs
+from otloss.duality_gap import Dual, duality_gap
 from otloss.method import in_blocks
-from otloss.pairs import PlanPairs
 from otloss.plan import total_of
 from otloss.problem import Problem, as_weights
+from otloss.reference.marginals import column_weights
 from otloss.run import Solved
+from otloss.sampling import PlanPairs
 from otloss.status import rows_of, warn_not_converged
 
 __all__ = ["OTResult"]
@@ -142,8 +143,8 @@ class OTResult(PlanPairs):
         self._check_unchanged()
         o = self._options
         a, b, f, g = (t.detach().double() for t in (self._a, self._b, self._f, self._g))
-        if o.balanced():  # totals that differ by rounding
-            b = b * (a.sum(-1, keepdim=True) / b.sum(-1, keepdim=True))
+        if o.balanced():
+            b = column_weights(a, b)
         clouds = tuple(x.detach().double() for x in self._problem.points)
         problem = replace(self._problem, points=clouds, weights=(a, b))
 

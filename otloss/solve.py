@@ -19,16 +19,13 @@ from otloss._options import (
     Unbalanced,
     check_options,
 )
-from otloss.cost_matrices import build_costs, hide_padding, ready_for_blocks, see_empty_bins
+from otloss.combination import LOSS, prepare, solve_pairs
+from otloss.cost_matrices import hide_padding, see_empty_bins
 from otloss.costs import Cost
 from otloss.eps import check_shape, detached
-from otloss.forbidden import solve_allowed
-from otloss.method import choose
 from otloss.partial import Mass, PartialResult, check_options_of, with_dummies
 from otloss.problem import Problem, as_one_batch, as_weights, check_clouds
 from otloss.result import OTResult
-from otloss.run import Solved, report, run
-from otloss.totals import Combination, at_given_totals, at_unit_totals
 from otloss.transforms import ResultInside, inside
 
 __all__ = ["solve", "solve_sample"]
@@ -276,13 +273,7 @@ def _solve_points(
     start = _initial_potentials(init, problem)
     if mass is not None:
         problem, _, options, start = with_dummies(problem, (), mass, options, start)
-    options, dense = choose(problem.points, problem.weights, [0, 1], options)
-    named, costs = isinstance(options.cost, str), None
-    if named or dense:
-        costs = None if named else build_costs(problem, [0, 1], options.cost, options.method)
-        problem = see_empty_bins(problem, [0, 1], options.cost, options.method)
-    else:
-        problem = ready_for_blocks(problem)
+    problem, costs, options, dense = prepare(problem, [0, 1], options)
     result = _solve_one(problem, costs, options, start, dense=dense)
     return result if mass is None else PartialResult(result)
 
@@ -295,7 +286,6 @@ def _solve_one(
     *,
     dense: bool = True,
 ) -> OTResult:
-    one = Combination([0, 1], [1.0])
     check_shape(options.eps, problem)
     if not torch.is_grad_enabled():  # what the result makes later must not start a graph either
         options = detached(options)
@@ -304,24 +294,11 @@ def _solve_one(
             points=tuple(x.detach() for x in problem.points),
             weights=tuple(w.detach() for w in problem.weights),
         )
-    unit, totals = at_unit_totals(problem, options)
-    if totals:
-        start = totals.start(start, one.pairs)
     # A traced graph cannot change a list from its backward pass.
     system: list[Tensor] | None = None if torch.compiler.is_compiling() else []
-
-    def solve_given(given: Sequence[Tensor] | None, potentials: bool = True) -> Solved:
-        solved = run(
-            unit, given, one.pairs, one.coefficients, options, start,
-            potentials=True, dense=dense, combined=totals is None, system=system,
-        )  # fmt: skip
-        return at_given_totals(solved, problem, totals, one, options)
-
-    if costs is None:
-        solved = solve_given(None)
-    else:
-        costs, solved = solve_allowed(problem, one.pairs, costs, options, solve_given)
-    report(problem, costs or (), options, solved)
+    costs, solved = solve_pairs(
+        problem, costs, LOSS, options, start, potentials=True, dense=dense, system=system
+    )
     return OTResult(problem, costs[0] if costs else None, options, solved, dense=dense)
 
 

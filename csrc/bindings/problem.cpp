@@ -115,7 +115,7 @@ void Problem::check() {
   if (multiscale) {
     STD_TORCH_CHECK(!eps.each, "otloss: multiscale has one eps for all problems");
     STD_TORCH_CHECK(costs.empty() && !clouds.points.empty(), "otloss: multiscale is of points");
-    STD_TORCH_CHECK(has_multiscale(clouds.kind), "otloss: multiscale has no such cost");
+    STD_TORCH_CHECK(traits_of(clouds.kind).multiscale, "otloss: multiscale has no such cost");
     STD_TORCH_CHECK(clouds.points[0].is_cpu(), "otloss: multiscale is on a CPU");
     STD_TORCH_CHECK(clouds.points[0].size(2) <= kMultiscaleDims, "otloss: multiscale has up to ",
                     std::to_string(kMultiscaleDims), " coordinates");

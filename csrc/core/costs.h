@@ -48,6 +48,8 @@ struct SqEuclidean {
   static constexpr CostKind kKind = CostKind::kSqEuclidean;
   static constexpr bool kUnitNorm = false;
   static constexpr bool kGaussian = true;  // the potential of gaussian_potential.h is a start
+  // Whether it is a multiple of the squared distance of prepared points, which multiscale solves.
+  static constexpr bool kMultiscale = true;
 
   // hx, hy: squared norms; xy: inner product.
   template <typename T>
@@ -80,6 +82,7 @@ struct Euclidean {
   static constexpr CostKind kKind = CostKind::kEuclidean;
   static constexpr bool kUnitNorm = false;
   static constexpr bool kGaussian = false;
+  static constexpr bool kMultiscale = false;
 
   template <typename T>
   static OTLOSS_HOST_DEVICE T from_product(T hx, T hy, T xy) {
@@ -105,6 +108,7 @@ struct Cosine {
   static constexpr CostKind kKind = CostKind::kCosine;
   static constexpr bool kUnitNorm = true;
   static constexpr bool kGaussian = false;
+  static constexpr bool kMultiscale = true;
 
   template <typename T>
   static OTLOSS_HOST_DEVICE T from_product(T /*hx*/, T /*hy*/, T xy) {
@@ -117,9 +121,6 @@ struct Cosine {
   }
   static OTLOSS_HOST_DEVICE double bound(double hx, double hy) { return 2 + 0 * (hx + hy); }
 };
-
-// Whether a cost is a multiple of the squared distance of prepared points: what multiscale solves.
-constexpr bool has_multiscale(CostKind kind) { return kind != CostKind::kEuclidean; }
 
 // All of them: calls macro(functor).
 #define OTLOSS_FOR_EACH_COST(macro) macro(SqEuclidean) macro(Euclidean) macro(Cosine)
@@ -148,14 +149,14 @@ inline bool is_cost(int64_t number) {
 
 // The constants of a functor by its kind.
 struct CostTraits {
-  bool unit_norm, gaussian;
+  bool unit_norm, gaussian, multiscale;
 };
 
 OTLOSS_HOST_DEVICE CostTraits traits_of(CostKind kind) {
   CostTraits traits{};
   dispatch_cost(kind, [&](auto cost) {
     using Cost = decltype(cost);
-    traits = {Cost::kUnitNorm, Cost::kGaussian};
+    traits = {Cost::kUnitNorm, Cost::kGaussian, Cost::kMultiscale};
   });
   return traits;
 }

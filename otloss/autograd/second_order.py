@@ -16,7 +16,7 @@ from torch import Tensor
 from otloss import _check, reference
 from otloss import method as methods
 from otloss._options import OBJECTIVES
-from otloss.autograd.cost_matrices import CostMatrices, points_gradients
+from otloss.autograd.cost_matrices import CostMatrices
 from otloss.autograd.empty_bins import FirstOrder, masks, some
 from otloss.autograd.first_order import gradients, of_clouds
 from otloss.autograd.settings import Gradients, Inputs, Seeds, Settings, Wanted, mode
@@ -154,8 +154,8 @@ def _in_torch(
     of_weights = of_clouds(s, seeds, weights, potentials, of_sides, wanted.weights)
     of_points = list[Tensor]()
     if wanted.points:
-        every = points_gradients(of_costs, costs, points, inputs.weights, s.pairs, kind)
-        of_points = [every[c] for c in wanted.points]
+        clouds = points, weights, s.pairs, kind
+        of_points = operations.cost_backward(of_costs, costs, *clouds, wanted.points)
     return Gradients([of_costs[p] for p in wanted.costs], of_points, of_weights)
 
 

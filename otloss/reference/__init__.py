@@ -6,7 +6,7 @@ These functions define what the kernels compute. They take the same arguments as
 
 from __future__ import annotations
 
-from otloss.costs import cost_gradient, full_precision, without_padding
+from otloss.costs import full_precision, without_padding
 from otloss.reference.arguments import as_pairs
 from otloss.reference.grid import GRID_OPERATIONS, grid_adjoint, grid_means, grid_solve
 from otloss.reference.marginals import damping, marginals_of, plan, share, softmin, value
@@ -28,7 +28,6 @@ __all__ = [
     "as_pairs",
     "cost",
     "cost_backward",
-    "cost_gradient",
     "damping",
     "envelope_backward",
     "fixed_iterations",
