@@ -237,8 +237,7 @@ void made_backward(const Context& context, const Pack<UnrolledGroup<T>>& given,
                    Packer<T>& packer) {
   MadeAdjointKernel<T> adjoint{};
   TeamArguments<T>& team = adjoint.arguments.team;
-  const Grid grid =
-      plan_made_team<T>(context, pack, pack.items[0].made.points.d, &team, &adjoint.layout);
+  const Grid grid = plan_made_team<T>(context, pack, &team, &adjoint.layout);
   fill_arguments(context, pack, eps, objective, &adjoint.arguments);
   adjoint.rows = context.scratch<T>(team.teams * 3 * team.rows);
   adjoint.columns = context.scratch<T>(team.teams * 3 * team.columns);

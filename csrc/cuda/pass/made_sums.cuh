@@ -2,11 +2,6 @@
 //     out_i = sum_j P_ij x_j,  P_ij = exp2(F_i + G_j - k C_ij),
 // for the gradients of a solve without cost matrices: products with x in place of the plain sums of
 // streamed.cuh, which says who has what.
-//
-// F_i + G_j is added first and costs do not depend on which side is first, so that both sides get
-// the same P_ij, bit for bit, as if it was kept: the linear system of the implicit gradient stays
-// symmetric. Tensor cores would not do that, nor are they used. Sums are of type S, over tiles
-// always in double.
 #pragma once
 
 #include "cuda/pass/pack.cuh"
@@ -15,72 +10,12 @@
 
 namespace otloss::cuda {
 
-template <typename T, typename S>
-struct MadeSums {
-  RowTiles<T> tiles;
-  const S* x;     // (columns,) may be written by other blocks; null: 1
-  bool of_costs;  // P_ij C_ij in place of P_ij
-  S* out;         // (last - first,)
-  int64_t sums;   // bytes of shared memory before the streamed_sums doubles; the arguments' precede
-};
-
-template <typename T, typename S>
-class MadeTerms {
- public:
-  using Arguments = MadeSums<T, S>;
-  using Value = S;
-
-  OTLOSS_DEVICE explicit MadeTerms(const Arguments& p) : p_(p) {}
-
-  OTLOSS_DEVICE S start() const { return S(0); }
-  OTLOSS_DEVICE double join(double x, double y) const { return x + y; }
-
-  // Joined over the warp as in tile_sum.
-  template <class Block>
-  OTLOSS_DEVICE S of_tile(Block& block, const TileEntries<T, FmaLayout<T>>& e) {
-    load(block, e.column);
-    S sums[kTileRows];
-#pragma unroll
-    for (int r = 0; r < kTileRows; ++r) {
-      const T F = e.potential(r);
-      sums[r] = S(0);
-#pragma unroll
-      for (int c = 0; c < kVector<T>; ++c) {
-        const T t = (F + e.G[c]) - e.k * e.cost[r][c];
-        // A clamped exponential stands for 0, so that padding gets exactly 0.
-        T p = t > static_cast<T>(-kExp2Limit) ? fast_exp2(t) : T(0);
-        if (p_.of_costs) p = p != T(0) ? p * e.cost[r][c] : T(0);
-        sums[r] += static_cast<S>(p) * x_[c];
-      }
-    }
-    return scatter_reduce<Sum>(block, sums);
-  }
-
- private:
-  // x of the thread's columns, which stay while its tile does.
-  template <class Block>
-  OTLOSS_DEVICE void load(const Block& block, int64_t first) {
-    if (first == column_) return;
-    column_ = first;
-#pragma unroll
-    for (int c = 0; c < kVector<T>; ++c) {
-      const bool inside = first + c < p_.tiles.end;
-      x_[c] = inside ? S(1) : S(0);
-      if (p_.x != nullptr && inside) x_[c] = block.load(p_.x + first + c);
-    }
-  }
-
-  const Arguments& p_;
-  int64_t column_ = -1;
-  S x_[kVector<T>];
-};
-
 template <typename T, typename S, class Block>
-OTLOSS_DEVICE void made_sums(Block& block, const MadeSums<T, S>& given) {
-  const MadeSums<T, S>& args = share_arguments(block, given, given.sums - kArgumentBytes);
+OTLOSS_DEVICE void made_sums(Block& block, const RowSums<T, S>& given) {
+  const RowSums<T, S>& args = share_arguments(block, given, given.sums - kArgumentBytes);
   dispatch_tiles(args.tiles.kind, args.tiles.d, [&](auto cost, auto difference) {
     using Maker = TileMaker<decltype(cost), decltype(difference)::value, T, Block>;
-    sum_rows<Maker, MadeTerms<T, S>>(block, args);
+    sum_rows<Maker, ProductTerms<T, S>>(block, args);
   });
 }
 
@@ -161,7 +96,8 @@ class MadeSides {
     tiles.begin = 0, tiles.end = columns.count;
     tiles.F = F + first, tiles.G = G;
     tiles.stages = layout_.stages, tiles.room = layout_.room;
-    made_sums(block_, MadeSums<T, S>{tiles, x, of_costs, out, layout_.sums});
+    const RowSum what = of_costs ? RowSum::kCost : RowSum::kPlan;
+    made_sums(block_, RowSums<T, S>{tiles, what, 0, x, out, layout_.sums});
   }
 
   Block& block_;
@@ -175,21 +111,22 @@ class MadeSides {
 
 // Fills the arguments of a kernel for the problems of a pack.
 template <typename T, typename S, typename Group>
-Grid plan_made_team(const Context& context, const Pack<Group>& pack, int64_t d,
-                    TeamArguments<S>* arguments, MadeLayout* layout) {
+Grid plan_made_team(const Context& context, const Pack<Group>& pack, TeamArguments<S>* arguments,
+                    MadeLayout* layout) {
   const Shape shape = shape_of<T>(pack);
   if (shape.problems == 0) return Grid{0};
   const Limits device = limits(context.device);
-  const SolvePlan plan = choose_streamed_plan(shape, d, device, Regime::kAuto);
+  SolvePlan plan{};
+  const int64_t each = std::max<int64_t>(1, device.multiprocessors / shape.problems);
+  plan.team_size = static_cast<int>(
+      std::min(each, ceil_div(std::max(shape.n, shape.m), kTileRows)));
+  plan.teams = std::min<int64_t>(shape.problems, device.multiprocessors / plan.team_size);
+  plan.barrier = plan.team_size > 1 ? Barrier::kGrid : Barrier::kBlock;
   *layout = MadeLayout::of(device);
   fill_team(context, shape, plan, arguments);
   arguments->rows = packed_stride(shape.n);
   arguments->columns = packed_stride(shape.m);
-  Grid grid;
-  grid.x = plan.teams * plan.team_size;
-  grid.shared = layout->bytes();
-  grid.cooperative = plan.barrier == Barrier::kGrid;
-  return grid;
+  return team_grid(plan, static_cast<int64_t>(layout->bytes()));
 }
 
 }  // namespace otloss::cuda

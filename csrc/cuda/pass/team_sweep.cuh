@@ -69,8 +69,7 @@ class TeamShare {
   OTLOSS_DEVICE void for_problems(const Groups& groups, F&& function) {
     for (int64_t p = index(); p < args_.problems; p += args_.teams) {
       int64_t batch = p;
-      int group = 0;
-      while (batch >= groups.items[group].batch) batch -= groups.items[group++].batch;
+      const int group = group_of(groups, &batch);
       if (block_.thread() == 0) place(groups.items[group].n, groups.items[group].m);
       block_.sync();
       function(groups.items[group], batch);

@@ -175,8 +175,9 @@ class StoredCosts {
     return total;
   }
 
-  OTLOSS_DEVICE T entry(int64_t i, int64_t j) const {
-    return s_.C[(i - team_.first_row()) * team_.share().m + j];
+  OTLOSS_DEVICE T entry(int i, int j) const {
+    const int64_t row = sample(i, s_.group->n) - team_.first_row(), m = team_.share().m;
+    return s_.C[row * m + sample(j, m)];
   }
 
  private:

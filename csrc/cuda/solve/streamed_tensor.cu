@@ -1,8 +1,13 @@
-#include "cuda/solve/streamed_launch.cuh"
+#include "cuda/pass/sweeps.cuh"
 
 namespace otloss::cuda {
 
-template void launch_streamed<float, true>(const Context&, const MadeArguments<float>&,
-                                           const Grid&);
+void queue_tensor_sweep(Queue& queue, const SweepArguments<RowSums<float>>& arguments,
+                        CostKind kind, TileKind made_by, const Grid& grid) {
+  dispatch_tensor_tiles(kind, made_by, [&](auto cost, auto low) {
+    using Tiles = TensorTiles<decltype(cost), decltype(low)::value>;
+    queue(SweepKernel<float, float, SolveSums, Tiles>{arguments}, grid);
+  });
+}
 
 }  // namespace otloss::cuda
