@@ -29,7 +29,6 @@ __all__ = [
     "readable",
     "resolution",
     "same_space",
-    "squares",
     "weights",
 ]
 
@@ -272,23 +271,36 @@ def resolution(eps: float | Tensor, max_cost: float | Tensor, dtype: torch.dtype
         )
 
 
-def squares(
-    points: Sequence[Tensor], weights: Sequence[Tensor], largest: float, dtype: torch.dtype
-) -> None:
-    """Raises where points of positive weight differ, but squares of their distances, up to
-    ``largest``, underflow."""
-    if largest >= 1e8 * torch.finfo(dtype).tiny:
+def distances(problem: Any, degree: int, means: float | Tensor) -> None:
+    """Raises where points of positive weight differ, but the squares of their distances lose digits
+    to underflow. ``means``: of the costs of each problem, the distances to the power ``degree``, or
+    a bound; they say whether to look. Degree 0: of other costs, which are not looked at."""
+    if degree:
+        powers(problem, 2.0, means ** (2 / degree), spare=1e8)
+
+
+def powers(problem: Any, p: float, means: float | Tensor, spare: float = 1.0) -> None:
+    """The same for the power p of distances, and its values below ``spare`` times the least."""
+    w = problem.weights[0]
+    limit = spare * torch.finfo(w.dtype).tiny
+    if isinstance(means, Tensor):
+        means = float(means.detach().amin()) if readable(means) else limit
+    if not means < limit:
         return
-    sides = [(x.detach(), w.unsqueeze(-1) > 0) for x, w in zip(points, weights, strict=True)]
+    sides = [
+        (x.detach(), w.detach().unsqueeze(-1) > 0)
+        for x, w in zip(problem.points, problem.weights, strict=True)
+    ]
     most = [torch.where(there, x, -torch.inf).amax(-2) for x, there in sides]
     least = [torch.where(there, x, torch.inf).amin(-2) for x, there in sides]
     spread = functools.reduce(torch.maximum, most) - functools.reduce(torch.minimum, least)
-    apart = float(spread.max())
-    if apart > 0:
-        raise ValueError(
-            f"squares of distances underflow {dtype}, of points at most {apart:.3g} apart: scale "
-            "the data up"
-        )
+    for apart in spread.amax(-1).view(-1).tolist():
+        if 0 < apart < (4 * limit) ** (1 / p):
+            kind = "squares of distances" if p == 2 else f"distances to the power {p:g}"
+            raise ValueError(
+                f"{kind} underflow {w.dtype}: points of {' and '.join(problem.names)} are at most "
+                f"{apart:.3g} apart. Scale the data up"
+            )
 
 
 def not_converged(

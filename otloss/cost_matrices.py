@@ -10,7 +10,7 @@ from torch import Tensor
 
 from otloss import _check, _options
 from otloss.autograd import Argument, CostMatrices, FirstOrder, through
-from otloss.costs import COSTS, Cost
+from otloss.costs import COSTS, Cost, degree
 from otloss.first_use import first_use
 from otloss.problem import Problem, all_positive, check_clouds
 from otloss.reference.arguments import as_pairs
@@ -203,9 +203,12 @@ def cost_matrix(x: Tensor, y: Tensor, cost: Cost = "sqeuclidean") -> Tensor:
         return _cost_matrix_inside(x, y, cost)
     problem = check_clouds({"x": x} if x is y else {"x": x, "y": y})
     (C,) = build_costs(problem, [0, len(problem.points) - 1], cost, "auto")
-    if _check.readable(C) and not bool(C.detach().sum().isfinite()):
-        _check.finite("x", x)
-        _check.finite("y", y)
+    if _check.readable(C):
+        means = C.detach().mean((-2, -1))
+        if not bool(means.isfinite().all()):
+            _check.finite("x", x)
+            _check.finite("y", y)
+        _check.distances(problem, degree(cost), means)
     return C if problem.batched else C[0]
 
 

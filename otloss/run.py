@@ -159,9 +159,9 @@ def report(problem: Problem, costs: Sequence[Tensor], options: Options, solved: 
         hardest = (each / eps.detach()).argmax()
         eps, largest = eps.expand_as(each)[hardest].item(), each[hardest].item()
     _check.resolution(eps, largest, dtype)
-    power = degree(options.cost)
-    if problem.points and power:
-        _check.squares(problem.points, problem.weights, largest ** (2 / power), dtype)
+    if problem.points:
+        most = solved.status[..., ops.MAX_COST].amax(0) if problem.batched else largest
+        _check.distances(problem, degree(options.cost), most)
     values = solved.loss.tolist()
     if not all(map(math.isfinite, values if problem.batched else [values])):
         raise ValueError(f"sums of costs up to {largest:.3g} overflow {dtype}: scale the data down")

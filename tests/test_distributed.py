@@ -423,6 +423,8 @@ def test_bad_input(alone):
         loss(x, y, 0.1, a_local=torch.ones(5))
     with pytest.raises(ValueError, match=r"y_local\[1, 0\] is nan"):
         loss(x, y.index_put((torch.tensor(1), torch.tensor(0)), torch.tensor(math.nan)), 0.1)
+    with pytest.raises(ValueError, match=r"underflow torch.float32: points of x_local and y_local"):
+        loss(1e-23 * x, 1e-23 * y, 0.1)
     with pytest.warns(otloss.ConvergenceWarning, match="max_iters"):
         loss(x, y, 0.01, tol=1e-7, max_iters=3)
     leaf = x.requires_grad_()

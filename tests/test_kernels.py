@@ -437,6 +437,10 @@ def test_operations_refuse_problems_they_would_misread(message, change, operatio
         ("a trace is of a number of iterations", {"trace": True}),
         ("a trace is of a number of iterations", {"trace": True, "n_iters": 2**62}),
         ("init must have 4 entries", {"init": [torch.zeros(2, 4)]}),
+        (
+            "init must not be empty",
+            {"init": [without_memory(torch.zeros(2, n).double()) for n in (4, 5, 4, 4)]},
+        ),
         ("target is a cloud against itself", {"target": torch.zeros(2, 9, dtype=torch.float64)}),
     ],
 )

@@ -11,6 +11,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "core/math.h"
 
@@ -27,6 +28,19 @@ OTLOSS_HOST_DEVICE float root(float x) {
 #endif
 }
 OTLOSS_HOST_DEVICE double root(double x) { return std::sqrt(x); }
+
+// A point by this has a squared norm that does not underflow, where its own, norm2, may have.
+template <typename T>
+OTLOSS_HOST_DEVICE T magnification(T norm2) {
+  constexpr bool kSingle = sizeof(T) == sizeof(float);
+  return norm2 < T(kSingle ? 0x1p-100 : 0x1p-990) ? T(kSingle ? 0x1p100 : 0x1p600) : T(1);
+}
+// The norm of a point that has the squared norm norm2 when it is magnified; 0 of no other than 0.
+template <typename T>
+OTLOSS_HOST_DEVICE T norm_of(T norm2, T magnified) {
+  const T norm = root(norm2) / magnified, least = std::numeric_limits<T>::min();
+  return norm2 > T(0) && norm < least ? least : norm;
+}
 
 enum class CostKind : int { kSqEuclidean = 0, kEuclidean = 1, kCosine = 2 };
 
