@@ -94,17 +94,18 @@ def accuracy() -> None:
 
 def scaling() -> None:
     """CPU time against the number of points."""
-    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    figure = Figure(figsize=(5, 4.4), layout="constrained")
     axes, curves = figure.subplots(), {}
     for row in result("large")["rows"]:
         if "cpu_seconds" in row:
-            name = (row["title"], row["eps"], row["method"].split(",")[0])
+            method = row["method"].split(",")[0].replace("geomloss", "GeomLoss")
+            name = (row["title"], row["eps"], method)
             curves.setdefault(name, []).append((row["n"], row["cpu_seconds"]))
     for (title, eps, method), points in curves.items():
         label = f"{method}: {title}, eps {eps:g}"
         axes.loglog(*zip(*sorted(points), strict=True), "o-", label=label)
     axes.set(xlabel="points in each cloud", ylabel="CPU seconds")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=6)
+    figure.legend(loc="outside lower center", fontsize=7)
     save(figure, "scaling")
 
 

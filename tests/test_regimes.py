@@ -24,6 +24,8 @@ from torch.testing import assert_close
 import otloss
 from otloss import ops, reference
 from otloss.costs import NAMED
+from otloss.reference.arguments import as_pairs
+from otloss.reference.marginals import marginals_of, plan, softmin, value
 
 SINGLE, DOUBLE = DTYPES
 DIVERGENCE = (0, 1, 0, 0, 1, 1)
@@ -88,8 +90,8 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Sets OTLOSS_CUDA_REGIME, _TILES, _PARTS by their last word."""
 
     def force(**values: object) -> None:
-        for word, value in values.items():
-            monkeypatch.setenv(f"OTLOSS_CUDA_{word.upper()}", str(value))
+        for word, setting in values.items():
+            monkeypatch.setenv(f"OTLOSS_CUDA_{word.upper()}", str(setting))
 
     return force
 
@@ -190,7 +192,7 @@ class Problem:
         return replace(self, costs=[C.to(self.weights[0].dtype) for C in self.matrices()])
 
     def sides(self) -> list[tuple[int, int]]:
-        return reference.as_pairs(list(self.pairs))
+        return as_pairs(list(self.pairs))
 
 
 def problem(
@@ -320,7 +322,7 @@ def assert_iterations(p: Problem, found: Solved, tolerance: float) -> None:
     """Those of the reference."""
     for k, (i, j) in enumerate(p.sides()):
         a, b = p.weights[i].double(), p.weights[j].double()
-        marginals, count = reference.marginals_of(*p.rho, i, j), found.traces[k].shape[1]
+        marginals, count = marginals_of(*p.rho, i, j), found.traces[k].shape[1]
         *_, error, steps = reference.fixed_iterations(
             p.matrices()[k], a, b, torch.zeros_like(b), p.eps, count, marginals
         )
@@ -367,8 +369,7 @@ def test_the_loss_is_that_of_the_potentials(machine, regime, kind, objective, pe
     found = machine.solve(p, tol=1e-6)
     for k, (i, j) in enumerate(p.sides()):
         call = p.matrices()[k], found.f[k], found.g[k], p.weights[i], p.weights[j], objective
-        value = reference.value(p.eps, *call, reference.marginals_of(*p.rho, i, j))
-        values.append(COEFFICIENTS[k] * value)
+        values.append(COEFFICIENTS[k] * value(p.eps, *call, marginals_of(*p.rho, i, j)))
     assert_close(found.loss, sum(values), rtol=1e-9, atol=1e-9)
 
 
@@ -674,7 +675,7 @@ def errors_of_sums(machine: Machine, p: Problem) -> float:
         return ops.envelope_backward(grad, *problem, [f], [g], [], [i], False)[1][0]
 
     found = machine.call(points_gradient, p, grad, f, g)
-    P = reference.plan(p.eps, C, f.double(), g.double(), a.double(), b.double())
+    P = plan(p.eps, C, f.double(), g.double(), a.double(), b.double())
     W, points = -0.5 * grad.double()[:, None, None] * P, [x.double() for x in p.points]
     (expected,) = reference.cost_backward([W], [C], points, [], [i, j], p.kind, [i])
     V = (2 * W, torch.where(C > 0, W / C, 0.0), W)[p.kind]
@@ -933,7 +934,7 @@ def test_the_start_between_gaussians(long_memory, dtype, d, rng):
     atol = (1e-5 if dtype == SINGLE else 1e-9) * float(C.mean())
     for k in range(2):
         g = NAMED[0].gaussian_potential(x[k], y[k], a[k], b[k], p.eps)
-        expected, got = reference.softmin(p.eps, C[k], g, b[k]), found.f[0][k]
+        expected, got = softmin(p.eps, C[k], g, b[k]), found.f[0][k]
         counted = a[k] > 0
         assert_close(got[counted].double(), expected[counted], rtol=0, atol=atol)
 

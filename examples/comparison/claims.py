@@ -151,12 +151,17 @@ def learned_cost(reports: Reports) -> Finding:
         names = {loss: f"cifar10-{loss}{suffix}" for loss in LOSSES}
         if all(present(reports, base) for base in names.values()):
             found = {loss: mean(seeds(reports, base), "is") for loss, base in names.items()}
-            held = min(found["mmd"], found["eps-1000"]) > max(found["eps-100"], found["eps-10"])
-            return f"{listed(found)} ({length(seeds(reports, names['mmd']))})", held
+            text = f"{listed(found)} ({length(seeds(reports, names['mmd']))})"
+            if max(found.values()) < LEARNED:
+                return f"{text}: too short to tell", None
+            return text, min(found["mmd"], found["eps-1000"]) > max(
+                found["eps-100"], found["eps-10"]
+            )
     raise NotRunError
 
 
 LOSSES = ("mmd", "eps-1000", "eps-100", "eps-10")
+LEARNED = 2.0  # an inception score below it is that of noise
 
 
 def best_eps(reports: Reports) -> Finding:
@@ -179,8 +184,10 @@ def modes(*bases: str, all_kept: bool) -> Callable[[Reports], Finding]:
     def of(reports: Reports) -> Finding:
         found = [seeds(reports, base)[0] for base in bases]
         kept = [int(report["metrics"]["modes"]) for report in found]
-        steps = ", ".join(f"{report['steps']:,} steps" for report in found)
-        return f"{' / '.join(map(str, kept))} of 8 ({steps})", (min(kept) == 8) == all_kept
+        near = " / ".join(f"{report['metrics']['near']:.0%}" for report in found)
+        steps = " / ".join(f"{report['steps']:,}" for report in found)
+        text = f"{' / '.join(map(str, kept))} of 8, {near} of the points at one ({steps} steps)"
+        return text, (min(kept) == 8) == all_kept
 
     return of
 

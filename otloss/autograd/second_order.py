@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from otloss import _check, reference
+from otloss import _check
 from otloss import method as methods
 from otloss._options import OBJECTIVES
 from otloss.autograd.cost_matrices import CostMatrices
@@ -23,6 +23,8 @@ from otloss.autograd.settings import Gradients, Inputs, Seeds, Settings, Wanted,
 from otloss.costs import COSTS
 from otloss.reference import operations
 from otloss.reference.arguments import as_pairs
+from otloss.reference.marginals import marginals_of, value
+from otloss.reference.solver import fixed_iterations
 
 __all__ = ["differentiable_gradients", "refuse_higher_order"]
 
@@ -191,10 +193,10 @@ def _unrolled(s: Settings, seeds: Seeds, inputs: Inputs, solution: Sequence[Tens
             for t in (inputs.costs[p], inputs.weights[i], inputs.weights[j])
         )
         start = inputs.init[2 * p + 1] if inputs.init else torch.zeros_like(b)
-        marginals = reference.marginals_of(o.rho_x, o.rho_y, i, j)
-        f, g = reference.fixed_iterations(C, a, b, start, o.eps, o.n_iters, marginals)[:2]
-        value = reference.value(o.eps, C, f, g, a, b, objective, marginals)
-        total = (s.coefficients[p] * seeds.of_value(p) * value).sum()
+        marginals = marginals_of(o.rho_x, o.rho_y, i, j)
+        f, g = fixed_iterations(C, a, b, start, o.eps, o.n_iters, marginals)[:2]
+        scale = s.coefficients[p] * seeds.of_value(p)
+        total = (scale * value(o.eps, C, f, g, a, b, objective, marginals)).sum()
         if seeds.f:
             total = total + (seeds.f[p] * f).sum() + (seeds.g[p] * g).sum()
         found.append(torch.autograd.grad(total, (C, a, b), create_graph=True))
