@@ -264,11 +264,11 @@ def resolution(eps: float | Tensor, max_cost: float | Tensor, dtype: torch.dtype
         return
     least = max(unit * max_cost, small)
     if eps < least:
+        masks = f"write infinite ones, or smaller ones: at most {eps / unit:.3g}"
         scale = (
             "larger scale"
             if least == small
-            else "smaller scale. If large costs forbid pairs, write infinite ones, or smaller ones: "
-            f"at most {eps / unit:.3g}"
+            else f"smaller scale. If large costs forbid pairs, {masks}"
         )
         raise ValueError(
             f"eps={eps:g} is below what {dtype} can resolve against costs up to {max_cost:g} "
