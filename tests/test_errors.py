@@ -83,8 +83,10 @@ def test_totals_may_differ_where_a_marginal_is_soft():
         (2, TypeError, r"cost must be a name or a function \(x, y\) -> C, got int"),
         (lambda x, y: 1.0, ValueError, r"cost must return a tensor of shape \(4, 5\).*got 1.0"),
         (lambda x, y: x, ValueError, r"cost must return a tensor .*got a tensor of shape \(4, 3\)"),
+        (lambda x, y: torch.cdist(x, y) + 0j, ValueError, r"of real numbers, .*got .*complex64"),
+        (lambda x, y: x.mul_(1) @ y.mT, ValueError, "must not change its arguments in place"),
     ],
-    ids=["name", "kind", "number", "shape"],
+    ids=["name", "kind", "number", "shape", "complex", "in place"],
 )
 @pytest.mark.parametrize(
     "function",
