@@ -1,5 +1,5 @@
-// The plan of an implicit gradient as a matrix: made, multiplied and turned into the gradient of the
-// cost.
+// The plan of an implicit gradient as a matrix: made, multiplied and turned into the gradient of
+// the cost.
 #pragma once
 
 #include "cuda/gradient/implicit_system.cuh"
@@ -19,7 +19,7 @@ struct PlanEntriesKernel {
   OTLOSS_DEVICE void operator()(Block& block) const {
     const int64_t problem = block.x() / blocks;
     int64_t batch = problem;
-    const ImplicitGroup<T>& p = arguments.groups.items[group_of(arguments.groups, &batch)];
+    const ImplicitGroup<T>& p = arguments.pack.items[group_of(arguments.pack, &batch)];
     const int64_t i = block.x() % blocks * kWarps + block.thread() / kWarp;
     if (i >= p.n || (solved && p.grad_C == nullptr)) return;
     const ImplicitVectors v = arguments.vectors_of(problem);
@@ -75,8 +75,8 @@ struct PlanProductKernel {
     if (order.side == 0) {
       const int64_t i = number * kWarps + thread / kWarp;
       if (i >= p.n) return;
-      const double sum = join_over<Sum>(thread % kWarp, kWarp, m, 0.0,
-                                        [&](int j) { return term(i * m + j, j); });
+      const double sum =
+          join_over<Sum>(thread % kWarp, kWarp, m, 0.0, [&](int j) { return term(i * m + j, j); });
       const double total = warp_join<Sum>(block, sum, kWarp);
       if (thread % kWarp == 0) order.out[i] = total;
       return;
@@ -96,7 +96,8 @@ template <typename T>
 void plan_products(const Shape& shape, const Limits& device, SolvePlan* plan) {
   using Kernel = PlanProductKernel<T>;
   const int64_t blocks = shape.problems * ceil_div(shape.m, Kernel::kThreads);
-  const int64_t most = ceil_div(shape.n, kWarp), wanted = ceil_div(2 * device.multiprocessors, blocks);
+  const int64_t most = ceil_div(shape.n, kWarp),
+                wanted = ceil_div(2 * device.multiprocessors, blocks);
   plan->cuts[0] = {Kernel::kWarps, 1};
   plan->cuts[1] = {Kernel::kThreads, static_cast<int>(std::min(most, wanted))};
   plan->vector_length = packed_stride(std::max(shape.n, shape.m));
