@@ -112,7 +112,7 @@ def test_unbalanced_results(backend, strength, rng):
     for stop in ({"n_iters": 2}, {"tol": 1e-8}):
         result = c.solve(0.3, unbalanced=strength, method=backend.method, **stop)
         f, g = result.potentials
-        targets = oracle.asked(c.a, f, rho_x), oracle.asked(c.b, g, rho_y)
+        targets = oracle.target_marginal(c.a, f, rho_x), oracle.target_marginal(c.b, g, rho_y)
         sides = zip(result.marginals, targets, strict=True)
         error = max(float((got - w).abs().sum() / w.sum()) for got, w in sides)
         assert result.marginal_error == pytest.approx(error, rel=1e-6, abs=1e-13)
