@@ -187,12 +187,6 @@ def test_nothing_given_is_changed(rng):
     assert all(map(torch.equal, result.potentials, before[1]))
 
 
-def test_methods_agree_and_auto_is_one_of_them(c):
-    first, *rest = (c.loss(0.5, tol=1e-9, method=method) for method in ("auto", *METHODS))
-    for loss in rest:
-        assert_close(loss, first, rtol=1e-7, atol=1e-9)
-
-
 def test_genevays_convention(c):
     """2 W(a, b) - W(a, a) - W(b, b) is twice the divergence with the transport objective."""
     pairs = c, Clouds(c.x, c.x, c.a, c.a), Clouds(c.y, c.y, c.b, c.b)

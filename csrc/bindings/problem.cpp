@@ -38,7 +38,8 @@ void check_multiscale(const Tensor& points, const Tensor& weights, CostKind kind
               std::none_of(w + k * n, w + (k + 1) * n,
                            [](auto weight) { return std::isinf(weight); }),
           "otloss: multiscale needs a weight > 0 in each cloud, and none that is infinite");
-    for (int64_t i = 0; kind == CostKind::kCosine && i < weights.size(0) * n; ++i)
+    const bool unit = traits_of(kind).unit_norm;
+    for (int64_t i = 0; unit && i < weights.size(0) * n; ++i)
       STD_TORCH_CHECK(!(w[i] > zero) || std::any_of(z + i * d, z + (i + 1) * d,
                                                     [&](auto value) { return value != zero; }),
                       "otloss: multiscale has no cosine of points of norm 0");
