@@ -255,18 +255,24 @@ def finite_gradient(grad: Tensor | None) -> None:
 
 
 def resolution(eps: float | Tensor, max_cost: float | Tensor, dtype: torch.dtype) -> None:
-    """Below this eps, (f + g - C) / eps has no correct digit in the dtype."""
-    unit = 4 * torch.finfo(dtype).eps
+    """Below this eps, (f + g - C) / eps has no correct digit in the dtype, or f and g underflow."""
+    about = torch.finfo(dtype)
+    unit, small = 4 * about.eps, about.tiny / about.eps
     if isinstance(max_cost, Tensor):  # compiled code has not read it
         below = f"eps is below what {dtype} can resolve against the costs"
-        torch._assert_async(~(unit * max_cost > eps).any(), below)
+        torch._assert_async(~((unit * max_cost).clamp(min=small) > eps).any(), below)
         return
-    if eps < unit * max_cost:
+    least = max(unit * max_cost, small)
+    if eps < least:
+        masks = f"write infinite ones, or smaller ones: at most {eps / unit:.3g}"
+        scale = (
+            "larger scale"
+            if least == small
+            else f"smaller scale. If large costs forbid pairs, {masks}"
+        )
         raise ValueError(
             f"eps={eps:g} is below what {dtype} can resolve against costs up to {max_cost:g} "
-            f"(least: {unit * max_cost:.3g}); use float64, a larger eps, or data of smaller scale. "
-            "If large costs forbid pairs, write infinite ones, or smaller ones: at most "
-            f"{eps / unit:.3g}"
+            f"(least: {least:.3g}); use float64, a larger eps, or data of {scale}"
         )
 
 

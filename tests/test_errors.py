@@ -353,6 +353,17 @@ def test_eps_that_the_dtype_cannot_resolve(method):
     otloss.sinkhorn_loss(X, Y, 1e-3, method=method)
 
 
+@pytest.mark.parametrize("method", ["dense", "reference"])
+@pytest.mark.parametrize("scale", [1e-37, 1e-40, 1e-90])
+def test_potentials_that_underflow(scale, method, rng):
+    C = rand(rng, 5, 4)
+    expected = otloss.solve(C, 0.1, method=method).value
+    value = otloss.solve(scale * C, 0.1 * scale, method=method).value
+    assert_close(value / scale, expected, rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match=r"below what torch.float32 can .* data of larger scale"):
+        otloss.solve((scale * C).float(), 0.1 * scale, method=method)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_eps_below_the_rounding_of_cosines(method, rng):
     """1 - cos has the rounding of 1, however small it is, as between points far from 0."""
