@@ -231,10 +231,10 @@ struct ControlKernel {
 };
 
 // Runs controls and sweeps, sweep(queue), in turn until all problems are done, which takes `most`
-// sweeps at most. prepare() launches what the first sweep needs from the controls.
-template <class Work, class Prepare, class Sweep>
+// sweeps at most.
+template <class Work, class Sweep>
 void run_controls(const Context& context, const Work& work, int64_t problems, int64_t most,
-                  Prepare&& prepare, Sweep&& sweep) {
+                  Sweep&& sweep) {
   using Kernel = ControlKernel<Work>;
   Loop loop{context.scratch<unsigned>(1), static_cast<unsigned>(problems)};
   clear(context, loop.done, sizeof(unsigned));
@@ -243,7 +243,6 @@ void run_controls(const Context& context, const Work& work, int64_t problems, in
   grid.shared = Kernel::kShared;
   Kernel control{work, context.scratch<typename Work::State>(problems), true, loop};
   launch(context, control, grid);
-  prepare();
   control.first = false;
   repeat(context, loop, most, [&](const Loop& turn, Queue& queue) {
     sweep(queue);
