@@ -5,7 +5,6 @@ Checks that must read data are made on the CPU only: on CUDA they would stall th
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
 import warnings
@@ -256,18 +255,24 @@ def finite_gradient(grad: Tensor | None) -> None:
 
 
 def resolution(eps: float | Tensor, max_cost: float | Tensor, dtype: torch.dtype) -> None:
-    """Below this eps, (f + g - C) / eps has no correct digit in the dtype."""
-    unit = 4 * torch.finfo(dtype).eps
+    """Below this eps, (f + g - C) / eps has no correct digit in the dtype, or f and g underflow."""
+    about = torch.finfo(dtype)
+    unit, small = 4 * about.eps, about.tiny / about.eps
     if isinstance(max_cost, Tensor):  # compiled code has not read it
         below = f"eps is below what {dtype} can resolve against the costs"
-        torch._assert_async(~(unit * max_cost > eps).any(), below)
+        torch._assert_async(~((unit * max_cost).clamp(min=small) > eps).any(), below)
         return
-    if eps < unit * max_cost:
+    least = max(unit * max_cost, small)
+    if eps < least:
+        masks = f"write infinite ones, or smaller ones: at most {eps / unit:.3g}"
+        scale = (
+            "larger scale"
+            if least == small
+            else f"smaller scale. If large costs forbid pairs, {masks}"
+        )
         raise ValueError(
             f"eps={eps:g} is below what {dtype} can resolve against costs up to {max_cost:g} "
-            f"(least: {unit * max_cost:.3g}); use float64, a larger eps, or data of smaller scale. "
-            "If large costs forbid pairs, write infinite ones, or smaller ones: at most "
-            f"{eps / unit:.3g}"
+            f"(least: {least:.3g}); use float64, a larger eps, or data of {scale}"
         )
 
 
@@ -283,24 +288,24 @@ def powers(problem: Any, p: float, means: float | Tensor, spare: float = 1.0) ->
     """The same for the power p of distances, and its values below ``spare`` times the least."""
     w = problem.weights[0]
     limit = spare * torch.finfo(w.dtype).tiny
-    if isinstance(means, Tensor):
-        means = float(means.detach().amin()) if readable(means) else limit
-    if not means < limit:
-        return
+    if not unread(w):
+        means = means.detach().amin() if isinstance(means, Tensor) else means
+        if not readable(w) or means >= limit:
+            return
     sides = [
         (x.detach(), w.detach().unsqueeze(-1) > 0)
         for x, w in zip(problem.points, problem.weights, strict=True)
     ]
-    most = [torch.where(there, x, -torch.inf).amax(-2) for x, there in sides]
-    least = [torch.where(there, x, torch.inf).amin(-2) for x, there in sides]
-    spread = functools.reduce(torch.maximum, most) - functools.reduce(torch.minimum, least)
-    for apart in spread.amax(-1).view(-1).tolist():
-        if 0 < apart < (4 * limit) ** (1 / p):
-            kind = "squares of distances" if p == 2 else f"distances to the power {p:g}"
-            raise ValueError(
-                f"{kind} underflow {w.dtype}: points of {' and '.join(problem.names)} are at most "
-                f"{apart:.3g} apart. Scale the data up"
-            )
+    most = torch.stack([torch.where(there, x, -torch.inf).amax(-2) for x, there in sides])
+    least = torch.stack([torch.where(there, x, torch.inf).amin(-2) for x, there in sides])
+    apart = (most.amax(0) - least.amin(0)).amax(-1)
+    near = (apart > 0) & (apart < (4 * limit) ** (1 / p))
+    kind = "squares of distances" if p == 2 else f"distances to the power {p:g}"
+    message = f"{kind} underflow {w.dtype}: points of {' and '.join(problem.names)} are "
+    if unread(w):
+        torch._assert_async(~near.any(), message + "too near to each other. Scale the data up")
+    elif bool(near.any()):
+        raise ValueError(f"{message}at most {float(apart[near][0]):.3g} apart. Scale the data up")
 
 
 def not_converged(

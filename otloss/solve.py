@@ -305,6 +305,7 @@ def _solve_one(
 def _initial_potentials(init: Init, problem: Problem) -> tuple[Tensor, ...]:
     if init is None:
         return ()
+    start = list[Tensor]()
     f, g = init.potentials if isinstance(init, OTResult) else init
     for name, v, w in (("f", f, problem.weights[0]), ("g", g, problem.weights[1])):
         v = _check.floating(f"init {name}", v)
@@ -313,5 +314,6 @@ def _initial_potentials(init: Init, problem: Problem) -> tuple[Tensor, ...]:
             raise ValueError(f"init {name} must have shape {expected}, got {_check.describe(v)}")
         if _check.readable(v):
             _check.finite(f"init {name}", v)
-    a, b = problem.weights
-    return f.detach().to(a.dtype).reshape(a.shape), g.detach().to(b.dtype).reshape(b.shape)
+            v = v.clone() if v.is_inference() else v  # which autograd could not save
+        start.append(v.detach().to(w.dtype).reshape(w.shape))
+    return tuple(start)

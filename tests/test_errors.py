@@ -83,8 +83,10 @@ def test_totals_may_differ_where_a_marginal_is_soft():
         (2, TypeError, r"cost must be a name or a function \(x, y\) -> C, got int"),
         (lambda x, y: 1.0, ValueError, r"cost must return a tensor of shape \(4, 5\).*got 1.0"),
         (lambda x, y: x, ValueError, r"cost must return a tensor .*got a tensor of shape \(4, 3\)"),
+        (lambda x, y: torch.cdist(x, y) + 0j, ValueError, r"of real numbers, .*got .*complex64"),
+        (lambda x, y: x.mul_(1) @ y.mT, ValueError, "must not change its arguments in place"),
     ],
-    ids=["name", "kind", "number", "shape"],
+    ids=["name", "kind", "number", "shape", "complex", "in place"],
 )
 @pytest.mark.parametrize(
     "function",
@@ -349,6 +351,17 @@ def test_eps_that_the_dtype_cannot_resolve(method):
     with pytest.warns(otloss.ConvergenceWarning, match="float32 resolves no smaller"):
         otloss.sinkhorn_loss(X, Y, 1e-5, method=method)
     otloss.sinkhorn_loss(X, Y, 1e-3, method=method)
+
+
+@pytest.mark.parametrize("method", ["dense", "reference"])
+@pytest.mark.parametrize("scale", [1e-37, 1e-40, 1e-90])
+def test_potentials_that_underflow(scale, method, rng):
+    C = rand(rng, 5, 4)
+    expected = otloss.solve(C, 0.1, method=method).value
+    value = otloss.solve(scale * C, 0.1 * scale, method=method).value
+    assert_close(value / scale, expected, rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match=r"below what torch.float32 can .* data of larger scale"):
+        otloss.solve((scale * C).float(), 0.1 * scale, method=method)
 
 
 @pytest.mark.parametrize("method", METHODS)

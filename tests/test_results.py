@@ -271,10 +271,12 @@ def test_a_copied_result_knows_what_was_changed(copied, rng):
 
 def test_results_in_inference_mode(rng):
     """Whose tensors do not count their changes."""
+    c = clouds(rng, 5, 4, 2)
     with torch.inference_mode():
-        result = clouds(rng, 5, 4, 2).solve(0.5)
+        result = c.solve(0.5)
         assert result.duality_gap < 1e-2
         assert result.plan.shape == (5, 4)
+    c.require_grad().solve(0.5, init=result).value.backward()  # a start of training
 
 
 # ------------------------------------------------------------------------------------- status

@@ -63,6 +63,7 @@ class Solution(NamedTuple):
 Solutions = tuple[Solution, ...]
 
 
+@torch.compiler.disable(reason="a loss over several processes is not compiled")
 def combine(
     clouds: dict[str, Any],
     given: dict[str, Any],
@@ -71,6 +72,7 @@ def combine(
     check: Callable[[], Options],
 ) -> Tensor:
     """The sum over pairs of coefficient * OT(pair), as in ``otloss.combination``."""
+    _check.no_transforms()  # in which torch could exchange nothing
     ranks = Ranks(group)
     with ranks.exchanging():
         call = agree(ranks, clouds, given, check)

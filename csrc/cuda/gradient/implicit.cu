@@ -6,12 +6,11 @@
 // itself, on diag(r) + P. In turn, until all systems of a call are solved:
 //
 //     PlanProductKernel or SweepKernel    P x or P^T w of each problem      stored_plan.cuh, or
-//                                         made from points                  ../pass/sweeps.cuh
-//     SystemKernel                        the vectors of the iteration      block: a problem
+//                                         of costs made from points         ../pass/sweeps.cuh
+//     ControlKernel                       the vectors of the iteration
 //
-// P is stored beside a cost matrix (PlanEntriesKernel makes it, and C_bar of it in the end), or its
-// entries are made again from points in every product, identical for both sides; what the points
-// receive is one more launch, by the potentials and the solution (alpha, beta) that this one leaves.
+// The entries of P are made again in every product, the same bits for both sides. Then comes C_bar,
+// or what the points receive, by the potentials and the solution (alpha, beta).
 #include "cuda/gradient/implicit_system.cuh"
 #include "cuda/gradient/stored_plan.cuh"
 
@@ -19,38 +18,19 @@ namespace otloss::cuda {
 namespace {
 
 template <typename T>
-struct SystemKernel {
-  static constexpr int kThreads = kControlThreads;
-  static constexpr int64_t kState = (sizeof(TeamScratch) + 15) / 16 * 16;
-  static constexpr size_t kShared = kState + sizeof(ImplicitState<T>);
+struct ImplicitWork : ImplicitArguments<T> {
+  using State = ImplicitState<T>;
+  template <class Block>
+  using Team = typename Implicit<T, Block>::Team;
 
-  ImplicitArguments<T> arguments;
-  ImplicitState<T>* saved;  // (problems,)
-  bool first;
-  Loop loop;
+  OTLOSS_DEVICE const Pack<ImplicitGroup<T>>& groups() const { return this->pack; }
+  OTLOSS_DEVICE const TeamArguments<double>& team() const { return this->blocks; }
 
   template <class Block>
-  OTLOSS_DEVICE void operator()(Block& block) const {
-    using System = Implicit<T, Block>;
-    typename System::Team team(block, arguments.team);
-    RowSums<T, double>& order = arguments.orders[team.index()];
-    bool done = false;
-    if (first || order.what != RowSum::kNone) {
-      ImplicitState<T>& state =
-          *reinterpret_cast<ImplicitState<T>*>(block.template shared<unsigned char>() + kState);
-      if (!first) copy_words<kThreads>(block, saved + team.index(), &state);
-      team.for_problems(arguments.groups, [&](const ImplicitGroup<T>& p, int64_t batch) {
-        System system(block, arguments, team, p, batch, state);
-        if (first)
-          system.open();
-        else
-          done = system.advance();
-      });
-      copy_words<kThreads>(block, &state, saved + team.index());
-    }
-    if (block.thread() != 0) return;
-    if (done) order.what = RowSum::kNone;
-    block.count_off(loop, done);
+  OTLOSS_DEVICE bool advance(Block& block, Team<Block>& team, State& state,
+                             const ImplicitGroup<T>& p, int64_t batch, bool first) const {
+    Implicit<T, Block> system(block, *this, team, p, batch, state);
+    return first ? system.open() : system.advance();
   }
 };
 
@@ -67,50 +47,34 @@ void backward(const Context& context, const Pack<ImplicitGroup<T>>& pack, double
     plan_products<T>(shape, device, &plan);
   else
     plan = choose_streamed_plan(shape, points.d, device, Regime::kAuto);
-  ImplicitArguments<T> arguments{};
-  arguments.groups = pack;
-  arguments.eps = eps, arguments.objective = objective;
-  arguments.layout = plan.streamed;
-  for (int side = 0; side < 2; ++side) arguments.parts[side] = plan.cuts[side].parts;
-  fill_team(context, shape, plan, &arguments.team);
-  const int64_t length = arguments.length = plan.vector_length, problems = shape.problems;
-  const int most = std::max(arguments.parts[0], arguments.parts[1]);
-  arguments.orders = context.scratch<RowSums<T, double>>(problems);
-  arguments.vectors = context.scratch<double>(problems * ImplicitVectors::kCount * length);
-  arguments.out = context.scratch<double>(problems * most * length);
+  ImplicitWork<T> work{};
+  work.pack = pack;
+  work.eps = eps, work.objective = objective;
+  fill_team(context, shape, plan, &work.blocks);
+  SweepArguments<RowSums<T, double>> sweep;
+  const Grid grid = plan_sweeps(context, shape, plan, &work.orders, &sweep);
+  work.vectors =
+      context.scratch<double>(shape.problems * ImplicitVectors::kCount * plan.vector_length);
   for (int i = 0; i < pack.count; ++i) {
     const ImplicitGroup<T>& p = pack.items[i];
-    PlanOfPoints<T>& of = arguments.plans[i];
+    PlanOfPoints<T>& of = work.plans[i];
     of.F = context.scratch<T>(p.batch * packed_stride(p.n));
     of.G = context.scratch<T>(p.batch * packed_stride(p.m));
     if (stored) continue;
     of.points = packer(p.batch, p.n, p.m, p.made.points);
     of.alpha = context.scratch<T>(p.batch * p.n), of.beta = context.scratch<T>(p.batch * p.m);
   }
-  SweepArguments<RowSums<T, double>> sweep;
-  Grid of_sweep = plan_sweeps(shape, plan, arguments.orders, &sweep), of_system, of_entries;
-  of_system.x = problems, of_system.shared = SystemKernel<T>::kShared;
-  Loop loop{context.scratch<unsigned>(1), static_cast<unsigned>(problems)};
-  clear(context, loop.done, sizeof(unsigned));
-  SystemKernel<T> system{arguments, context.scratch<ImplicitState<T>>(problems), true, loop};
-  launch(context, system, of_system);
-  system.first = false;
-  PlanEntriesKernel<T> entries{arguments, ceil_div(shape.n, PlanEntriesKernel<T>::kWarps), false};
-  of_entries.x = problems * entries.blocks;
-  if (stored) launch(context, entries, of_entries);
   // Beside the iterations: sums, sums of costs, the right-hand side, and the last product.
-  const int64_t turns = 2 * (kMaxCgIterations + 4);
-  repeat(context, loop, turns, [&](const Loop& turn, Queue& queue) {
+  const int64_t most = 2 * (kMaxCgIterations + 4);
+  run_controls(context, work, shape.problems, most, [&](Queue& queue) {
     if (stored)
-      queue(PlanProductKernel<T>{pack, sweep}, of_sweep);
+      queue(PlanProductKernel<T>{pack, sweep}, grid);
     else
-      queue_sweep<Products>(queue, sweep, points.kind, points.d, of_sweep);
-    system.loop = turn;
-    queue(system, of_system);
+      queue_sweep<Products>(queue, sweep, points.kind, points.d, grid);
   });
-  entries.solved = true;
-  if (stored) return launch(context, entries, of_entries);
-  implicit_point_sums(context, pack, arguments.plans, eps, objective);
+  if (!stored) return implicit_point_sums(context, pack, work.plans, eps, objective);
+  CostGradientKernel<T> gradient{work, ceil_div(shape.n, CostGradientKernel<T>::kWarps)};
+  launch(context, gradient, Grid{shape.problems * gradient.blocks});
 }
 
 }  // namespace

@@ -1,14 +1,12 @@
-// The linear system of the implicit gradient, see implicit.cu: a block for each problem, between the
-// products with its plan that it asks for. All vectors and sums are in double as on the CPU,
+// The linear system of the implicit gradient, see implicit.cu: a block for each problem, between
+// the products with its plan that it asks for. All vectors and sums are in double as on the CPU,
 // whatever the plan's dtype. A thread touches its own entries only.
 #pragma once
 
 #include <limits>
 
-#include "core/penalty.h"
 #include "core/rounding.h"
-#include "cuda/gradient/point_sums.h"
-#include "cuda/pass/sweeps.cuh"
+#include "cuda/gradient/implicit_state.cuh"
 
 namespace otloss::cuda {
 
@@ -19,78 +17,22 @@ OTLOSS_HOST_DEVICE constexpr double implicit_tolerance() {
 }
 constexpr int kMaxCgIterations = 2000;
 
-// Of a problem, in double.
-struct ImplicitVectors {
-  static constexpr int kCount = 16;
-
-  double *f, *g;                          // (n,) (m,) the solution with <a, f> = <b, g>
-  double *f_bar, *g_bar, *a_bar, *b_bar;  // (n,) (m,) (n,) (m,)
-  double *row_mass, *c;                   // (n,) (m,) sums of P over the dampings
-  double *inverse_r, *inverse_c;          // (n,) (m,) 0 for padding
-  double *base, *w;                       // (n,) f_bar / r; row sums, products, alpha
-  double *beta, *rest, *q, *direction;    // (m,)
-
-  OTLOSS_DEVICE ImplicitVectors(double* memory, int64_t length) {
-    for (double** const v : {&f, &g, &f_bar, &g_bar, &a_bar, &b_bar, &row_mass, &c, &inverse_r,
-                             &inverse_c, &base, &w, &beta, &rest, &q, &direction})
-      *v = memory, memory += length;
-  }
-};
-
-template <typename T>
-struct ImplicitArguments {
-  Pack<ImplicitGroup<T>> groups;
-  PlanOfPoints<T> plans[kMaxGroups];
-  TeamArguments<double> team;
-  double eps;
-  Objective objective;
-  StreamedLayout layout;
-  RowSums<T, double>* orders;  // (problems,)
-  int parts[2];                // of a product, by side
-  int64_t length;              // of a vector
-  double* vectors;             // (problems, ImplicitVectors::kCount, length)
-  double* out;                 // (problems, parts, length)
-
-  OTLOSS_DEVICE ImplicitVectors vectors_of(int64_t problem) const {
-    return {vectors + problem * ImplicitVectors::kCount * length, length};
-  }
-};
-
-// What a problem waits for: sums of P and of P C, the right-hand side, a product of the iterations,
-// and the last one.
-enum class Stage : int { kSums, kCosts, kRight, kStep, kBack };
-
-// What is kept of a problem, with all pointers: threads would have them in local memory.
-template <typename T>
-struct ImplicitState {
-  ImplicitVectors v;
-  const T *a, *b;  // (n,) (m,)
-  SweepSide<T> x, y;
-  double* out;
-  Penalty of_x, of_y;
-  double scale, mass_a, mass_b;
-  double mass, floor, first, rz;  // of c; rounding of the right-hand side; squared residuals
-  int iterations;
-  Stage stage;
-  bool symmetric, balanced;
-};
-
 template <typename T, class Block>
 class Implicit {
  public:
-  using Team = TeamShare<double, Block, 1, kControlThreads>;
+  using Team = TeamShare<double, Block, kControlThreads>;
 
   OTLOSS_DEVICE Implicit(Block& block, const ImplicitArguments<T>& arguments, Team& team,
                          const ImplicitGroup<T>& p, int64_t batch, ImplicitState<T>& state)
       : block_(block), args_(arguments), team_(team), p_(p), batch_(batch), s_(state) {}
 
   // Asks for the first sums.
-  OTLOSS_DEVICE void open() {
+  OTLOSS_DEVICE bool open() {
     block_.sync();
     if (block_.thread() == 0) place();
     block_.sync();
     centre_potentials();
-    ask(Stage::kSums, 0, nullptr);
+    return ask(Stage::kSums, 0, nullptr);
   }
 
   // After the sums that were asked for. True: done; else others are asked for.
@@ -116,47 +58,33 @@ class Implicit {
 
   // ------------------------------------------------------------------------------------ sums
 
-  OTLOSS_DEVICE RowSums<T, double>& order() const { return args_.orders[team_.index()]; }
+  OTLOSS_DEVICE RowSums<T, double>& order() const { return args_.orders.of[team_.index()]; }
 
   // Sums over the columns of P, or of P C, times x, for the rows; the other way round for side 1.
   OTLOSS_DEVICE bool ask(Stage stage, int side, const double* x, RowSum what = RowSum::kPlan) {
     block_.sync();
     if (block_.thread() != 0) return false;
     s_.stage = stage;
-    RowSums<T, double>& order = this->order();
-    order.what = what, order.side = side, order.x = x;
-    set_sides(order.tiles, side == 0 ? s_.x : s_.y, side == 0 ? s_.y : s_.x);
+    set_order(order(), side, what, x, s_.x, s_.y);
     return false;
   }
-  OTLOSS_DEVICE double sum(int i) const {
-    return joined(RowSum::kPlan, s_.out, args_.parts[order().side], args_.length, i);
-  }
+  OTLOSS_DEVICE double sum(int i) const { return args_.orders.sum(team_.index(), i); }
 
   // --------------------------------------------------------------------------------- the plan
 
   OTLOSS_DEVICE void place() {
-    const int group = static_cast<int>(&p_ - args_.groups.items);
+    const int group = static_cast<int>(&p_ - args_.pack.items);
     const PlanOfPoints<T>& plan = args_.plans[group];
     const PackedPair<T>& points = plan.points;
     s_.v = args_.vectors_of(team_.index());
     s_.a = p_.a + batch_ * p_.n, s_.b = p_.b + batch_ * p_.m;
-    s_.x = {points.x ? packed_cloud(points.x, batch_, points.d, p_.n) : PackedCloud<T>{}, {},
-            plan.F + batch_ * packed_stride(p_.n)};
-    s_.y = {points.y ? packed_cloud(points.y, batch_, points.d, p_.m) : PackedCloud<T>{}, {},
-            plan.G + batch_ * packed_stride(p_.m)};
-    const int most = args_.parts[0] > args_.parts[1] ? args_.parts[0] : args_.parts[1];
-    s_.out = args_.out + team_.index() * most * args_.length;
+    T* const F = plan.F + batch_ * packed_stride(p_.n);
+    T* const G = plan.G + batch_ * packed_stride(p_.m);
+    s_.x = row_side(points, batch_, p_.n, F), s_.y = column_side(points, batch_, p_.m, G);
+    args_.orders.place(team_.index(), points, p_.symmetric, kLog2E / args_.eps);
     s_.of_x = {1 / p_.penalties.rho_x}, s_.of_y = {1 / p_.penalties.rho_y};
     s_.symmetric = p_.symmetric, s_.balanced = p_.penalties.balanced;
     s_.scale = static_cast<double>(p_.coefficient * p_.grad[batch_]);
-    RowSums<T, double>& order = this->order();
-    order.out = s_.out, order.sums = args_.layout.sums;
-    RowTiles<T>& tiles = order.tiles;
-    tiles.made_by = TileKind::kFma;
-    tiles.kind = points.kind, tiles.d = points.d;
-    tiles.symmetric = p_.symmetric, tiles.repair = true;
-    tiles.k = static_cast<T>(kLog2E / args_.eps);
-    tiles.stages = args_.layout.stages, tiles.room = args_.layout.room;
   }
 
   // The potentials, with <a, f> = <b, g> if balanced; one potential for a cloud against itself.
@@ -179,7 +107,7 @@ class Implicit {
     if (block_.thread() == 0) s_.mass_a = mass_a, s_.mass_b = mass_b;
     const double shift = s_.balanced ? (sums[3] - sums[2]) / (mass_a + mass_b) : 0.0;
     const double k = kLog2E / args_.eps;
-    T *const F = const_cast<T*>(s_.x.exponents), *const G = const_cast<T*>(s_.y.exponents);
+    T *const F = s_.x.exponents, *const G = s_.y.exponents;
     team_.for_columns([&](int j) {
       const double other = s_.symmetric ? static_cast<double>(f[j]) : 0.0;
       const double own = static_cast<double>(g[j]);
@@ -191,11 +119,7 @@ class Implicit {
       s_.v.f[i] = !(a[i] > T(0)) ? 0.0 : s_.symmetric ? s_.v.g[i] : own;
       F[i] = static_cast<T>(k * s_.v.f[i]) + log2_weight(a[i]);
     });
-    const auto pad = [&](T* exponents, int64_t count) {
-      for (int64_t i = count + block_.thread(); i < packed_stride(count); i += Team::kThreads)
-        exponents[i] = static_cast<T>(kLog2Zero);
-    };
-    pad(F, p_.n), pad(G, p_.m);
+    s_.x.pad(block_), s_.y.pad(block_);
   }
 
   OTLOSS_DEVICE bool row_sums() {
@@ -424,7 +348,7 @@ class Implicit {
     team_.for_columns([&](int j) { sums[0] += static_cast<double>(s_.b[j]) * s_.v.b_bar[j]; });
     team_.sum(sums);
     const double shift = s_.balanced ? sums[0] / (s_.mass_a + s_.mass_b) : 0.0;
-    const PlanOfPoints<T>& plan = args_.plans[&p_ - args_.groups.items];
+    const PlanOfPoints<T>& plan = args_.plans[&p_ - args_.pack.items];
     const auto put = [&](T* to, int64_t at, double value) {
       if (to != nullptr) to[at] = static_cast<T>(value);
     };

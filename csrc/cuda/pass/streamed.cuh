@@ -19,30 +19,40 @@
 
 namespace otloss::cuda {
 
-// Calls function(Cost, std::bool_constant<whether from differences>).
-#if defined(__CUDACC__)
-#pragma nv_exec_check_disable  // the function may be for the host alone, or for the device
-#endif
+// Who makes costs, for kernels of their own each.
+template <class CostOf, bool kDifference>
+struct FmaTiles {
+  using Cost = CostOf;
+  template <typename T, class Block>
+  using Maker = TileMaker<Cost, kDifference, T, Block>;
+};
+template <class CostOf, bool kLowHalves>
+struct TensorTiles {
+  using Cost = CostOf;
+  static constexpr bool kLow = kLowHalves;
+  template <typename T, class Block>
+  using Maker = TensorTileMaker<Cost, RowSumShape, kLow, Block>;
+};
+
+// Calls function(FmaTiles) for costs of d coordinates.
 template <class F>
-OTLOSS_HOST_DEVICE void dispatch_tiles(CostKind kind, int64_t d, F&& function) {
-  const bool difference = d <= kDirectDims;
+void dispatch_tiles(CostKind kind, int64_t d, F&& function) {
   dispatch_cost(kind, [&](auto cost) {
-    if constexpr (decltype(cost)::kUnitNorm)
-      function(cost, std::false_type{});
+    using Cost = decltype(cost);
+    if constexpr (Cost::kUnitNorm)
+      function(FmaTiles<Cost, false>{});
     else
-      difference ? function(cost, std::true_type{}) : function(cost, std::false_type{});
+      d <= kDirectDims ? function(FmaTiles<Cost, true>{}) : function(FmaTiles<Cost, false>{});
   });
 }
 
-// For tensor cores: function(Cost, std::bool_constant<whether with low halves>).
-#if defined(__CUDACC__)
-#pragma nv_exec_check_disable
-#endif
+// Calls function(TensorTiles).
 template <class F>
-OTLOSS_HOST_DEVICE void dispatch_tensor_tiles(CostKind kind, TileKind made_by, F&& function) {
-  const bool low = made_by == TileKind::kTensor;
+void dispatch_tensor_tiles(CostKind kind, TileKind made_by, F&& function) {
   dispatch_cost(kind, [&](auto cost) {
-    low ? function(cost, std::true_type{}) : function(cost, std::false_type{});
+    using Cost = decltype(cost);
+    made_by == TileKind::kTensor ? function(TensorTiles<Cost, true>{})
+                                 : function(TensorTiles<Cost, false>{});
   });
 }
 
@@ -92,7 +102,7 @@ OTLOSS_DEVICE T tile_sum(Block& block, const TileEntries<T, Layout>& e) {
   return scatter_reduce<Join, Layout::kLanes>(block, sums);
 }
 
-// What sum_rows adds up. kPlan has one of its own, whose registers need not do for the others.
+// What add_rows adds up. kPlan has one of its own, whose registers need not do for the others.
 template <typename T, bool kPlan>
 class RowTerms {
  public:
@@ -201,12 +211,6 @@ OTLOSS_DEVICE void add_rows(Block& block, const typename Terms::Arguments& p) {
     }
     block.sync();
   }
-}
-
-// Not inlined: each is a few hundred instructions, called a few times per pass.
-template <class Maker, class Terms, class Block>
-OTLOSS_NOINLINE void sum_rows(Block block, const typename Terms::Arguments& p) {
-  add_rows<Maker, Terms>(block, p);
 }
 
 }  // namespace otloss::cuda

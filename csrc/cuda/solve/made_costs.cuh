@@ -16,19 +16,13 @@ namespace otloss::cuda {
 template <typename T>
 struct MadeArguments {
   SolveArguments<T> solve;
-  TileKind tiles;
-  StreamedLayout layout;
-  int parts[2];                      // of a sweep, by side
+  Orders<T> orders;
   PackedPair<T> points[kMaxGroups];  // of the groups
-  RowSums<T>* orders;                // (problems,) of the sweeps
   const T* samples;                  // (problems, kSample, kSample) costs
-  T* vectors;                        // (problems, made_vectors, vector_length)
+  T* vectors;                        // (problems, kMadeVectors, vector_length)
 };
 
-// F, a, s, A, U, the guess and the parts of sums.
-OTLOSS_HOST_DEVICE int made_vectors(const int (&parts)[2]) {
-  return 6 + (parts[0] > parts[1] ? parts[0] : parts[1]);
-}
+constexpr int kMadeVectors = 6;
 
 // What the sums are that a sweep makes of a side.
 enum class Sums { kFirst, kLargest, kAgain };
@@ -40,14 +34,13 @@ struct MadeState {
   T* A;          // (n,) F + log2 a, damped
   T* U;          // (m,) k g, then k gt
   T* guess;      // the potentials of a sweep
-  T* out;        // (parts, vector_length)
   Sums sums;
 };
 
 template <typename T, class Block>
 class MadeCosts {
  public:
-  using Team = TeamSweep<T, Block, 1, kControlThreads>;
+  using Team = TeamSweep<T, Block, kControlThreads>;
   static constexpr bool kUpdatesColumns = true;
 
   OTLOSS_DEVICE MadeCosts(Block& block, const MadeArguments<T>& arguments, Team& team,
@@ -57,23 +50,14 @@ class MadeCosts {
   // By one thread.
   OTLOSS_DEVICE void place(const SolveGroup<T>& p, int64_t batch) {
     const int64_t length = args_.solve.vector_length;
-    T* vectors = args_.vectors + team_.index() * made_vectors(args_.parts) * length;
-    for (T** const v :
-         {&made_.F, &made_.a, &made_.s, &made_.A, &made_.U, &made_.guess, &made_.out})
+    T* vectors = args_.vectors + team_.index() * kMadeVectors * length;
+    for (T** const v : {&made_.F, &made_.a, &made_.s, &made_.A, &made_.U, &made_.guess})
       *v = vectors, vectors += length;
     s_.F = made_.F, s_.a = made_.a, s_.s = made_.s;
     const PackedPair<T>& points = args_.points[&p - args_.solve.groups.items];
-    made_.x = {packed_cloud(points.x, batch, points.d, p.n),
-               points.split_x.cloud(batch, points.d, p.n), made_.A};
-    made_.y = {packed_cloud(points.y, batch, points.d, p.m),
-               points.split_y.cloud(batch, points.d, p.m), s_.G};
-    RowSums<T>& order = this->order();
-    order.sums = args_.layout.sums;
-    order.x = nullptr, order.out = made_.out;
-    RowTiles<T>& tiles = order.tiles;
-    tiles.made_by = args_.tiles;
-    tiles.kind = points.kind, tiles.d = points.d, tiles.symmetric = p.symmetric;
-    tiles.stages = args_.layout.stages, tiles.room = args_.layout.room;
+    made_.x = row_side(points, batch, p.n, made_.A);
+    made_.y = column_side(points, batch, p.m, s_.G);
+    args_.orders.place(team_.index(), points, p.symmetric, 0);
   }
 
   // A bound of max |C| from the largest norms, in the first place; 1 in the second if one is not
@@ -87,12 +71,7 @@ class MadeCosts {
     };
     team_.for_rows([&](int i) { look(s_.a[i], made_.x.cloud.norm[i], norms[0]); });
     team_.for_columns([&](int j) { look(s_.b[j], made_.y.cloud.norm[j], norms[1]); });
-    const auto fill = [&](T* v, const PackedCloud<T>& cloud) {
-      for (int64_t i = cloud.count + block_.thread(); i < cloud.stride; i += Team::kThreads)
-        v[i] = T(0);
-    };
-    fill(made_.A, made_.x.cloud);
-    fill(s_.G, made_.y.cloud);
+    made_.x.pad(block_), made_.y.pad(block_);
     team_.team().template reduce<Max>(norms);
     RowTiles<T>& tiles = order().tiles;
     if (block_.thread() == 0) {
@@ -143,7 +122,7 @@ class MadeCosts {
   }
 
  private:
-  OTLOSS_DEVICE RowSums<T>& order() const { return args_.orders[team_.index()]; }
+  OTLOSS_DEVICE RowSums<T>& order() const { return args_.orders.of[team_.index()]; }
   OTLOSS_DEVICE T* potentials(int side) const { return side == 0 ? made_.F : made_.U; }
 
   template <typename F>
@@ -155,17 +134,13 @@ class MadeCosts {
     block_.sync();  // nobody reads the order before any more
     if (block_.thread() != 0) return;
     made_.sums = sums;
-    RowSums<T>& order = this->order();
-    RowTiles<T>& tiles = order.tiles;
-    order.what = what, order.side = side;
-    set_sides(tiles, side == 0 ? made_.x : made_.y, side == 0 ? made_.y : made_.x);
-    tiles.F = made_.guess;
-    tiles.k = s_.k;
+    set_order<T, T>(order(), side, what, nullptr, made_.x, made_.y);
+    order().tiles.F = made_.guess;
+    order().tiles.k = s_.k;
   }
 
-  // Of all parts of the columns.
   OTLOSS_DEVICE double joined(RowSum what, int i) const {
-    return cuda::joined(what, made_.out, args_.parts[order().side], args_.solve.vector_length, i);
+    return args_.orders.sum(team_.index(), i, what);
   }
 
   // Exact potentials from the guess, F_i -= log2 sum_j exp2(F_i + G_j - k C_ij), and those sums, s.

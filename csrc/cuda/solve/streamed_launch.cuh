@@ -2,7 +2,7 @@
 // solved:
 //
 //     SweepKernel     the sums that each problem waits for      ../pass/sweeps.cuh
-//     ControlKernel   the next step of each solve               block: a problem
+//     ControlKernel   the next step of each solve
 //
 // Kernel boundaries take the place of barriers between blocks, and a sweep has all registers to
 // itself; at the sizes where costs are not stored a sweep takes far longer than a launch. A pass
@@ -21,52 +21,26 @@
 
 namespace otloss::cuda {
 
-// What is kept of a solve between its turns.
 template <typename T>
-struct SavedSolve {
-  SolverState<T> solver;
-  MadeState<T> made;
-};
+struct StreamedSolve : MadeArguments<T> {
+  struct State {
+    SolverState<T> solver;
+    MadeState<T> made;
+  };
+  template <class Block>
+  using Team = typename MadeCosts<T, Block>::Team;
 
-template <typename T>
-struct ControlKernel {
-  static constexpr int kThreads = kControlThreads;
-  static constexpr size_t kShared = SweepShape(sizeof(T)).end + sizeof(SavedSolve<T>);
-
-  MadeArguments<T> arguments;
-  SavedSolve<T>* saved;  // (problems,)
-  bool first;            // there is nothing saved yet
-  Loop loop;
+  OTLOSS_DEVICE const Pack<SolveGroup<T>>& groups() const { return this->solve.groups; }
+  OTLOSS_DEVICE const TeamArguments<T>& team() const { return this->solve.team; }
 
   template <class Block>
-  OTLOSS_DEVICE void operator()(Block& block) const {
+  OTLOSS_DEVICE bool advance(Block& block, Team<Block>& team, State& state, const SolveGroup<T>& p,
+                             int64_t batch, bool first) const {
     using Costs = MadeCosts<T, Block>;
-    typename Costs::Team team(block, arguments.solve.team);
-    SavedSolve<T>& state = *team.template at<SavedSolve<T>>(SweepShape(sizeof(T)).end);
-    const RowSum sums = first ? RowSum::kPlan : arguments.orders[team.index()].what;
-    bool done = false;
-    if (sums != RowSum::kNone) {
-      if (!first) copy_words<kThreads>(block, saved + team.index(), &state);
-      block.sync();
-      const Costs costs(block, arguments, team, state.solver, state.made);
-      Solver<T, Block, Costs> solver(block, arguments.solve, costs, team, state.solver);
-      team.for_problems(arguments.solve.groups, [&](const SolveGroup<T>& p, int64_t batch) {
-        done = advance(block, solver, costs, state.solver, p, batch, sums);
-      });
-      copy_words<kThreads>(block, &state, saved + team.index());
-    }
-    if (block.thread() != 0) return;
-    if (done) arguments.orders[team.index()].what = RowSum::kNone;
-    block.count_off(loop, done);
-  }
-
- private:
-  // True: the problem is solved. Else a sweep is asked for.
-  template <class Block, class Solver, class Costs>
-  OTLOSS_DEVICE bool advance(Block& block, Solver& solver, Costs costs, SolverState<T>& state,
-                             const SolveGroup<T>& p, int64_t batch, RowSum sums) const {
-    if (sums != RowSum::kCost) {
-      if (block.thread() == 0) state.group = &p;  // another address in every launch
+    Costs costs(block, *this, team, state.solver, state.made);
+    Solver<T, Block, Costs> solver(block, this->solve, costs, team, state.solver);
+    if (first || this->orders.of[team.index()].what != RowSum::kCost) {
+      if (block.thread() == 0) state.solver.group = &p;  // another address in every launch
       block.sync();
       if (!first && !costs.complete()) return false;
       if (first ? solver.open(p, batch) : solver.turn()) return costs.ask(0, RowSum::kPlan), false;
@@ -109,45 +83,33 @@ template <typename T>
 void solve_pack(const Context& context, const Pack<SolveGroup<T>>& pack,
                 const SolveOptions& options, const Shape& shape, const SolvePlan& plan,
                 Packer<T>& packer) {
-  const int64_t problems = shape.problems, length = plan.vector_length;
+  const int64_t problems = shape.problems;
   const PointPair<T>& points = pack.items[0].points;
-  MadeArguments<T> arguments{};
-  arguments.solve = solve_arguments(context, pack, options, shape, plan);
-  arguments.tiles = plan.tiles;
-  arguments.layout = plan.streamed;
-  for (int side = 0; side < 2; ++side) arguments.parts[side] = plan.cuts[side].parts;
+  StreamedSolve<T> work{};
+  work.solve = solve_arguments(context, pack, options, shape, plan);
   for (int i = 0; i < pack.count; ++i) {
     const SolveGroup<T>& p = pack.items[i];
-    arguments.points[i] = packer(p.batch, p.n, p.m, p.points);
+    work.points[i] = packer(p.batch, p.n, p.m, p.points);
   }
-  RowSums<T>* const orders = context.scratch<RowSums<T>>(problems);
   T* const samples = context.scratch<T>(problems * kSample * kSample);
-  arguments.orders = orders, arguments.samples = samples;
-  arguments.vectors = context.scratch<T>(problems * made_vectors(arguments.parts) * length);
+  work.samples = samples;
+  work.vectors = context.scratch<T>(problems * kMadeVectors * plan.vector_length);
+  if (options.n_iters < 0) {
+    SampleKernel<T> sampled{pack, {}, samples};
+    std::copy(work.points, work.points + pack.count, sampled.points);
+    Grid grid;
+    grid.x = problems * SampleKernel<T>::kBlocks;
+    launch(context, sampled, grid);
+  }
   SweepArguments<RowSums<T>> sweep;
-  const Grid of_sweep = plan_sweeps(shape, plan, orders, &sweep);
-  Grid of_samples, of_control;
-  of_samples.x = problems * SampleKernel<T>::kBlocks;
-  of_control.x = problems;
-  of_control.shared = ControlKernel<T>::kShared;
-  Loop loop{context.scratch<unsigned>(1), static_cast<unsigned>(problems)};
-  clear(context, loop.done, sizeof(unsigned));
-  SampleKernel<T> sampled{pack, {}, samples};
-  std::copy(arguments.points, arguments.points + pack.count, sampled.points);
-  if (options.n_iters < 0) launch(context, sampled, of_samples);
-  ControlKernel<T> control{arguments, context.scratch<SavedSolve<T>>(problems), true, loop};
-  launch(context, control, of_control);
-  control.first = false;
+  const Grid grid = plan_sweeps(context, shape, plan, &work.orders, &sweep);
   // Each pass may make the sums of both sides three times; and one for the value.
   const int64_t most = 6 * (options.n_iters < 0 ? options.max_iters : options.n_iters) + 1;
-  repeat(context, loop, most, [&](const Loop& turn, Queue& queue) {
+  run_controls(context, work, problems, most, [&](Queue& queue) {
     if constexpr (sizeof(T) == 4)
       if (plan.tiles != TileKind::kFma)
-        queue_tensor_sweep(queue, sweep, points.kind, plan.tiles, of_sweep);
-    if (plan.tiles == TileKind::kFma)
-      queue_sweep<SolveSums>(queue, sweep, points.kind, points.d, of_sweep);
-    control.loop = turn;
-    queue(control, of_control);
+        return queue_tensor_sweep(queue, sweep, points.kind, plan.tiles, grid);
+    queue_sweep<SolveSums>(queue, sweep, points.kind, points.d, grid);
   });
 }
 
