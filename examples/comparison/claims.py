@@ -151,7 +151,9 @@ def learned_cost(reports: Reports) -> Finding:
         names = {loss: f"cifar10-{loss}{suffix}" for loss in LOSSES}
         if all(present(reports, base) for base in names.values()):
             found = {loss: mean(seeds(reports, base), "is") for loss, base in names.items()}
-            text = f"{listed(found)} ({length(seeds(reports, names['mmd']))})"
+            text = (
+                f"{listed(found).replace('eps-', 'eps ')} ({length(seeds(reports, names['mmd']))})"
+            )
             if max(found.values()) < LEARNED:
                 return f"{text}: too short to tell", None
             return text, min(found["mmd"], found["eps-1000"]) > max(
