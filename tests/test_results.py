@@ -235,6 +235,10 @@ def test_a_change_in_place_after_the_solve_is_noticed(quantity, method, c):
             ON_DEMAND[quantity](result)
         assert result.converged
         assert bool(result.value.isfinite())
+    result = c.solve(0.5, method=method, **TIGHT)
+    result.potentials[0].mul_(1.0)
+    with pytest.raises(RuntimeError, match=r"^potential f was changed in place"):
+        ON_DEMAND[quantity](result)
     ON_DEMAND[quantity](c.solve(0.5, method=method, **TIGHT))  # not changed
 
 
