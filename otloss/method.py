@@ -55,7 +55,7 @@ def choose(
     """The options, with ``method="multiscale"`` also where "auto" takes it, and whether cost
     matrices are stored."""
     options = _with_function(options)
-    lacks = _multiscale_lacks(points, options)
+    lacks = _multiscale_lacks(points, weights, options)
     if (
         options.method == "multiscale"
         and not lacks
@@ -92,9 +92,13 @@ def _with_function(options: Options) -> Options:
     return options._replace(cost=cost, symmetric=True)
 
 
-def _multiscale_lacks(points: Sequence[Tensor], options: Options) -> tuple[str, Any] | None:
+def _multiscale_lacks(
+    points: Sequence[Tensor], weights: Sequence[Tensor], options: Options
+) -> tuple[str, Any] | None:
     """What the multiscale engine would need to solve the problem, and what is given."""
-    d, device = points[0].shape[-1], points[0].device
+    (n, d), device = points[0].shape[-2:], points[0].device
+    if weights[0].shape[-1] > n:
+        return "all of the mass", "mass="
     if not ops.NATIVE or device.type != "cpu":
         return "the native library and points on a CPU", str(device)
     if options.cost not in MULTISCALE_COSTS:
