@@ -99,8 +99,7 @@ struct SolveGroup {
   const T* matrix(int64_t p) const { return C && !shared ? C + p * (n - dummies) * stride : C; }
 };
 
-// The most coordinates of a multiscale solve; with the costs `has_multiscale` (core/costs.h)
-// allows.
+// The most coordinates of a multiscale solve, which takes costs of kMultiscale (core/costs.h).
 constexpr int64_t kMultiscaleDims = 8;
 
 // ------------------------------------------------------------------------------- solve_backward

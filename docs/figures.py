@@ -44,8 +44,14 @@ def load(suite: str) -> tuple[dict[str, Any], str]:
     document = json.loads((RESULTS / f"{suite}.json").read_text())
     environment = document["environment"]
     threads = "one thread" if environment["threads"] == 1 else f"{environment['threads']} threads"
-    how = f"`{environment['command']}`, {threads} of an {environment['device']}, float32"
+    how = f"`{environment['command']}`, {threads} of an {device(environment)}, float32"
     return document["result"], how
+
+
+def device(environment: dict[str, Any]) -> str:
+    """The processor, whose name does not tell its generation, with what does."""
+    level1 = environment.get("caches", {}).get("L1 Data", "")
+    return environment["device"] + (f" with {level1} of L1" if level1 else "")
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -202,7 +208,7 @@ def accuracy_cases(threads: int) -> tuple[list[dict[str, Any]], str]:
     clock = "CPU time" if clocks == {"cpu"} else "wall time"
     many = "one thread" if threads == 1 else f"{threads} threads"
     how = f"`python -m benchmarks.run accuracy`, {clock}, {many} of an "
-    return cases, f"{how}{document['environment']['device']}, float32"
+    return cases, f"{how}{device(document['environment'])}, float32"
 
 
 def accuracy() -> str:

@@ -149,14 +149,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    device = options.begin(args)
+    options.begin(args)
     net = mlp([args.latent, args.hidden, args.hidden, 2], nn.ReLU)
-    generator = Generator(net, args.latent, "normal").to(device)
+    generator = Generator(net, args.latent, "normal").to(args.device)
     # A frozen critic holds the modes only if it tells all points apart: one of ReLUs has flat
     # regions, and in runs of 3000 steps it lost two modes of eight where this one kept all.
     otgan = args.loss == "otgan"
     outputs = args.features if otgan else 1
-    critic = mlp([2, args.hidden, args.hidden, outputs], nn.Tanh).to(device)
+    critic = mlp([2, args.hidden, args.hidden, outputs], nn.Tanh).to(args.device)
     average = moving_average(generator, args.ema)
     clipped = args.loss == "wgan-clip"
     of_generator, of_critic = (
@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         critic_moves = i % (args.n_gen + 1) == 0 if otgan else True
         critic.requires_grad_(True)
         for _ in range(args.n_critic if critic_moves and i < args.freeze else 0):
-            real = draw_mixture(args.batch).to(device)
+            real = draw_mixture(args.batch).to(args.device)
             with torch.no_grad():
                 fake = generator(generator.draw(len(real)))
             with options.autocast(args):
@@ -204,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             fake = generator(generator.draw(args.batch))
             with options.autocast(args):
                 if otgan:
-                    loss = matching(draw_mixture(args.batch).to(device), fake)
+                    loss = matching(draw_mixture(args.batch).to(args.device), fake)
                 else:
                     loss = generator_loss(args, critic(fake))
             of_generator.zero_grad()

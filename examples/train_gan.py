@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from common import generate, options
-from common.data import Batches, to_float
+from common.data import to_float
 from common.models import (
     HIDDEN,
     Generator,
@@ -122,12 +122,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dropout", type=float, default=0.0, help="dropout of the discriminator")
     add("--generator-dropout", type=float, default=0.0)
     add("--norm", action="store_true", help="batch normalisation in the mlp generator")
-    add(
-        "--critic-norm",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="batch normalisation in the dcgan discriminator",
-    )
+    flag, critic_norm = argparse.BooleanOptionalAction, "batch normalisation in the dcgan critic"
+    add("--critic-norm", action=flag, default=True, help=critic_norm)
     add("--clip", type=float, default=0.01, help="bound on critic weights, wgan-clip")
     add("--penalty", type=float, default=10.0, help="weight of the gradient penalty, wgan-gp")
     args = options.parse(parser, PRESETS, argv, NEEDS)
@@ -137,10 +133,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    images, device = options.begin_images(args)
-    train = images.train[: args.limit_train]
-    batches = Batches(len(train), args.batch, args.seed)
-    generator, critic = (net.to(device) for net in networks(args, images.shape))
+    images, batches = options.begin_images(args)
+    generator, critic = (net.to(args.device) for net in networks(args, images.shape))
     average = moving_average(generator, args.ema)
     # Momentum is known to break a critic with clipped weights.
     clipped, betas = args.loss == "wgan-clip", tuple(args.betas)
@@ -163,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         training.set_rate(*optimisers)
         critic.requires_grad_(True)
         for k in range(args.n_critic):
-            real = to_float(train[batches(i * args.n_critic + k).to(device)])
+            real = to_float(images.train[batches(i * args.n_critic + k)])
             with torch.no_grad(), options.autocast(args):
                 fake = generator(generator.draw(len(real)))
             with options.autocast(args):

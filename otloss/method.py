@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from otloss import _check, ops
 from otloss._options import Options
-from otloss.costs import COSTS, NAMED, cost_between
+from otloss.costs import COSTS, NAMED, degree
 from otloss.reference.arguments import as_pairs
 
 __all__ = ["budget", "choose", "choose_method", "dense_budget", "exceeds_budget", "in_blocks"]
@@ -77,8 +77,7 @@ def _with_function(options: Options) -> Options:
     takes costs which can be scaled; see otloss/eps.py."""
     if not (isinstance(options.cost, str) and options.learns_eps()):
         return options
-    number = COSTS[options.cost]
-    if NAMED[number].degree:
+    if degree(options.cost):
         return options
     if options.method in ("streamed", "multiscale"):
         raise NotImplementedError(
@@ -86,10 +85,8 @@ def _with_function(options: Options) -> Options:
             f'method={options.method!r}: detach eps, or use "dense"'
         )
 
-    def cost(x: Tensor, y: Tensor) -> Tensor:
-        return cost_between(x, y, number)
-
-    return options._replace(cost=cost, symmetric=True)
+    between = NAMED[COSTS[options.cost]].between
+    return options._replace(cost=between, symmetric=True)
 
 
 def _multiscale_lacks(

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from otloss import reference
 from otloss._options import Options
 from otloss.autograd import extended, plan_product
 from otloss.cost_matrices import build_costs, seen_costs, with_empty_bins
 from otloss.eps import of_rows
 from otloss.method import in_blocks
 from otloss.problem import Problem
-from otloss.reference.marginals import of_entries
+from otloss.reference.marginals import of_entries, plan
 from otloss.run import Solved
 
 __all__ = ["Plan", "total_of"]
@@ -87,7 +86,7 @@ class Plan:
         """Rows of the plan and of its cost."""
         eps, a, b = self._eps, self._a[:, rows], self._b
         if self._extended is None:
-            return reference.plan(eps, C, self._f[:, rows], self._g, a, b), C
+            return plan(eps, C, self._f[:, rows], self._g, a, b), C
         # At empty bins the plan is 0, but not its derivative in their weights.
         f, g = self._extended[0][:, rows], self._extended[1]
         if self._given_cost is None:

@@ -18,16 +18,13 @@ from otloss._options import (
     Unbalanced,
     check_options,
 )
-from otloss.cost_matrices import build_costs, hide_padding, ready_for_blocks, see_empty_bins
+from otloss.combination import LOSS, prepare, solve_pairs
+from otloss.cost_matrices import hide_padding, see_empty_bins
 from otloss.costs import Cost
 from otloss.eps import check_shape, detached
-from otloss.forbidden import solve_allowed
-from otloss.method import choose
 from otloss.partial import Mass, PartialResult, check_options_of, with_dummies
 from otloss.problem import Problem, as_one_batch, as_weights, check_clouds
 from otloss.result import OTResult
-from otloss.run import Solved, report, run
-from otloss.totals import Combination, at_given_totals, at_unit_totals
 from otloss.transforms import ResultInside, inside
 
 __all__ = ["solve", "solve_sample"]
@@ -271,13 +268,7 @@ def _solve_points(
     start = _initial_potentials(init, problem)
     if mass is not None:
         return _solve_partial(problem, None, options, start, mass)
-    options, dense = choose(problem.points, problem.weights, [0, 1], options)
-    named, costs = isinstance(options.cost, str), None
-    if named or dense:
-        costs = None if named else build_costs(problem, [0, 1], options.cost, options.method)
-        problem = see_empty_bins(problem, [0, 1], options.cost, options.method)
-    else:
-        problem = ready_for_blocks(problem)
+    problem, costs, options, dense = prepare(problem, [0, 1], options)
     return _solve_one(problem, costs, options, start, dense=dense)
 
 
@@ -303,28 +294,14 @@ def _solve_one(
     part: Problem | None = None,
 ) -> OTResult:
     """``part``: the problem whose dummies ``problem`` has."""
-    one = Combination([0, 1], [1.0])
     check_shape(options.eps, problem)
     if not torch.is_grad_enabled():  # what the result makes later must not start a graph either
         options, problem, part = detached(options), problem.detached(), part and part.detached()
-    unit, totals = at_unit_totals(problem, options)
-    if totals:
-        start = totals.start(start, one.pairs)
     # A traced graph cannot change a list from its backward pass.
     system: list[Tensor] | None = None if torch.compiler.is_compiling() else []
-
-    def solve_given(given: Sequence[Tensor] | None, potentials: bool = True) -> Solved:
-        solved = run(
-            unit, given, one.pairs, one.coefficients, options, start,
-            potentials=True, dense=dense, combined=totals is None, system=system,
-        )  # fmt: skip
-        return at_given_totals(solved, problem, totals, one, options)
-
-    if costs is None:
-        solved = solve_given(None)
-    else:
-        costs, solved = solve_allowed(problem, one.pairs, costs, options, solve_given)
-    report(part or problem, costs or (), options, solved)
+    costs, solved = solve_pairs(
+        problem, costs, LOSS, options, start, potentials=True, dense=dense, system=system
+    )
     cost = costs[0] if costs else None
     if part:
         return PartialResult(part, problem, cost, options, solved, dense=dense)
@@ -334,6 +311,7 @@ def _solve_one(
 def _initial_potentials(init: Init, problem: Problem) -> tuple[Tensor, ...]:
     if init is None:
         return ()
+    start = list[Tensor]()
     f, g = init.potentials if isinstance(init, OTResult) else init
     for name, v, w in (("f", f, problem.weights[0]), ("g", g, problem.weights[1])):
         v = _check.floating(f"init {name}", v)
@@ -342,5 +320,6 @@ def _initial_potentials(init: Init, problem: Problem) -> tuple[Tensor, ...]:
             raise ValueError(f"init {name} must have shape {expected}, got {_check.describe(v)}")
         if _check.readable(v):
             _check.finite(f"init {name}", v)
-    a, b = problem.weights
-    return f.detach().to(a.dtype).reshape(a.shape), g.detach().to(b.dtype).reshape(b.shape)
+            v = v.clone() if v.is_inference() else v  # which autograd could not save
+        start.append(v.detach().to(w.dtype).reshape(w.shape))
+    return tuple(start)

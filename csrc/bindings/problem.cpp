@@ -38,7 +38,8 @@ void check_multiscale(const Tensor& points, const Tensor& weights, CostKind kind
               std::none_of(w + k * n, w + (k + 1) * n,
                            [](auto weight) { return std::isinf(weight); }),
           "otloss: multiscale needs a weight > 0 in each cloud, and none that is infinite");
-    for (int64_t i = 0; kind == CostKind::kCosine && i < weights.size(0) * n; ++i)
+    const bool unit = traits_of(kind).unit_norm;
+    for (int64_t i = 0; unit && i < weights.size(0) * n; ++i)
       STD_TORCH_CHECK(!(w[i] > zero) || std::any_of(z + i * d, z + (i + 1) * d,
                                                     [&](auto value) { return value != zero; }),
                       "otloss: multiscale has no cosine of points of norm 0");
@@ -130,7 +131,7 @@ void Problem::check() {
   if (multiscale) {
     STD_TORCH_CHECK(!eps.each, "otloss: multiscale has one eps for all problems");
     STD_TORCH_CHECK(costs.empty() && !clouds.points.empty(), "otloss: multiscale is of points");
-    STD_TORCH_CHECK(has_multiscale(clouds.kind), "otloss: multiscale has no such cost");
+    STD_TORCH_CHECK(traits_of(clouds.kind).multiscale, "otloss: multiscale has no such cost");
     STD_TORCH_CHECK(clouds.points[0].is_cpu(), "otloss: multiscale is on a CPU");
     STD_TORCH_CHECK(clouds.points[0].size(2) <= kMultiscaleDims, "otloss: multiscale has up to ",
                     std::to_string(kMultiscaleDims), " coordinates");

@@ -44,6 +44,11 @@ def snapped(total: Tensor, to: float | Tensor, dtype: torch.dtype) -> Tensor:
     return total + torch.where(near, to - total, 0.0).detach()
 
 
+def column_weights(a: Tensor, b: Tensor) -> Tensor:
+    """b of a balanced problem, scaled to the total of a, from which it may differ by rounding."""
+    return b * (a.sum(-1, True) / b.sum(-1, True))
+
+
 def total(w: Tensor) -> Tensor:
     """The total of weights, (..., 1) in float64; 1 where it is 1 to rounding."""
     return snapped(w.sum(-1, keepdim=True, dtype=torch.float64), 1.0, w.dtype)

@@ -48,7 +48,7 @@ bool has_one_potential(const SolveGroup<T>& group, int64_t p) {
 
 template <typename T>
 void solve_multiscale(const SolveGroup<T>& group, int64_t p, const SolveOptions& options,
-                      bool split, multiscale::Orders& orders) {
+                      bool split) {
   const int64_t n = group.n, m = group.m;
   const T *a = group.a + p * n, *b = group.b + p * m;
   T *f = group.f + p * n, *g = group.g + p * m;
@@ -57,7 +57,7 @@ void solve_multiscale(const SolveGroup<T>& group, int64_t p, const SolveOptions&
   const double mass_x = Side<T>(n, a, penalties.rho_x).mass;
   const double mass_y = penalties.balanced ? mass_x : Side<T>(m, b, penalties.rho_y).mass;
   const bool one = has_one_potential(group, p);
-  multiscale::Clouds clouds(group.points, p, n, a, m, b, one, split, orders);
+  multiscale::Clouds clouds(group.points, p, n, a, m, b, one, split);
   status[kStatusMaxCost] = clouds.max_cost();
   multiscale::Solution solution;
   if (std::isfinite(status[kStatusMaxCost])) {
@@ -91,11 +91,10 @@ SolveOptions of_problem(SolveOptions options, int64_t p) {
 }
 
 template <typename T>
-void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& of_all, bool split,
-                   multiscale::Orders& orders) {
+void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& of_all, bool split) {
   const SolveOptions options = of_problem(of_all, p);
   if (group.known) return take_known(group, p, options.eps);
-  if (group.points.multiscale) return solve_multiscale(group, p, options, split, orders);
+  if (group.points.multiscale) return solve_multiscale(group, p, options, split);
   const int64_t n = group.n, m = group.m;
   const T* a = group.a + p * n;
   T *f = group.f + p * n, *g = group.g + p * m;
@@ -184,7 +183,7 @@ void refine(const std::vector<SolveGroup<float>>& groups, const SolveOptions& op
 // there. Returns the entries of which that was done.
 template <typename T>
 std::vector<int64_t> solve_negative_again(const std::vector<SolveGroup<T>>& groups,
-                                          const SolveOptions& options, multiscale::Orders& orders) {
+                                          const SolveOptions& options) {
   constexpr double kUnit = static_cast<double>(std::numeric_limits<T>::epsilon());
   if (groups.size() != 3 || !groups[1].symmetric || !groups[2].symmetric) return {};
   if (options.n_iters >= 0 || options.objective != Objective::kRegularized) return {};
@@ -205,7 +204,7 @@ std::vector<int64_t> solve_negative_again(const std::vector<SolveGroup<T>>& grou
     std::copy_n(groups[2].f + k * m, m, pair.g + k * m);
     SolveOptions from_there = options;
     from_there.warm_start = true;
-    solve_problem(pair, k, from_there, split, orders);
+    solve_problem(pair, k, from_there, split);
     sweeps += before;
   });
   return chosen;
@@ -228,9 +227,8 @@ void raise_to_bound(const std::vector<SolveGroup<T>>& groups, const std::vector<
 template <typename T>
 void solve(const std::vector<SolveGroup<T>>& groups, const SolveOptions& options) {
   const bool multiscaled = groups[0].points.multiscale;
-  multiscale::Orders orders;
   const auto solve_one = [&](const SolveGroup<T>& group, int64_t p, bool split) {
-    solve_problem(group, p, options, split, orders);
+    solve_problem(group, p, options, split);
   };
   if (multiscaled)
     multiscale::for_each_problem(groups, solve_one);
@@ -241,7 +239,7 @@ void solve(const std::vector<SolveGroup<T>>& groups, const SolveOptions& options
       if (!multiscaled) refine(groups, options);
   };
   in_double();
-  const std::vector<int64_t> again = solve_negative_again(groups, options, orders);
+  const std::vector<int64_t> again = solve_negative_again(groups, options);
   if (again.empty()) return;
   in_double();
   raise_to_bound(groups, again);
