@@ -18,7 +18,15 @@ from otloss._options import Options
 from otloss.costs import COSTS, NAMED, degree
 from otloss.reference.arguments import as_pairs
 
-__all__ = ["budget", "choose", "choose_method", "dense_budget", "exceeds_budget", "in_blocks"]
+__all__ = [
+    "budget",
+    "choose",
+    "choose_method",
+    "dense_budget",
+    "exceeds_budget",
+    "in_blocks",
+    "streams_function",
+]
 
 # Cost matrices that together take more bytes than this are not stored; on a GPU, where it is left
 # at this default, more than CUDA_SHARE of the memory. Set it through the environment variable or by
@@ -156,7 +164,7 @@ def _streams(
 ) -> bool:
     """Whether to solve without cost matrices."""
     if not isinstance(options.cost, str):
-        return _streams_function(weights, pairs, options)
+        return streams_function(weights, pairs, options)
     on_cpu = points[0].device.type == "cpu"
     possible = on_cpu or ops.CUDA_KERNELS
     if options.method == "streamed" and not possible:
@@ -176,7 +184,7 @@ def _streams(
     return chosen == "streamed"
 
 
-def _streams_function(weights: Sequence[Tensor], pairs: list[int], options: Options) -> bool:
+def streams_function(weights: Sequence[Tensor], pairs: list[int], options: Options) -> bool:
     """Whether a cost function is called on blocks of rows: where its matrices exceed the budget,
     and the gradient that is asked for is available so."""
     if options.method != "auto":

@@ -29,7 +29,7 @@ from otloss.cost_matrices import (
 )
 from otloss.costs import Cost
 from otloss.eps import detached, of_rows
-from otloss.method import choose, in_blocks
+from otloss.method import choose, in_blocks, streams_function
 from otloss.problem import Problem, all_positive
 from otloss.reference.marginals import ROUNDING, Eps, bordered, forbidding
 from otloss.result import OTResult
@@ -108,9 +108,10 @@ def _whole(real: Problem, whole: Problem, C: Tensor | None, options: Options) ->
     has_empty_bins = bool(seen.present) or _may_come_to([w[:, -1:] for w in weights])
     kernels = ops.NATIVE and weights[0].is_cpu and options.method != "reference"
     kernels = kernels and not has_empty_bins
-    if not dense:
-        named = isinstance(options.cost, str)
-        return Whole(whole, None, options, False) if kernels and named else _by_rows(whole, options)
+    if not dense and kernels and isinstance(options.cost, str):
+        return Whole(whole, None, options, False)
+    if not dense and streams_function(weights, PAIRS, options):
+        return _by_rows(whole, options)
     if C is None:
         (counted,) = build_costs(real, PAIRS, options.cost, options.method)
     else:
