@@ -201,7 +201,7 @@ FarMass<double, multiscale::Engine>::Shift FarMass<double, multiscale::Engine>::
   if (static_cast<double>(x_.count) * static_cast<double>(y_.count) > kMostPairs) return {};
   const Penalties penalties = {1 / x_.rate, 1 / y_.rate, x_.hard() && y_.hard()};
   const multiscale::AllPairs pairs(engine_.X, engine_.Y, x_.count, y_.count, penalties);
-  Engine<double> engine(pairs.x, pairs.y, pairs.group, 0, false);
+  Engine<double> engine(pairs.x, pairs.y, pairs.group, 0, eps, false);
   auto found = FarMass<double, Engine<double>>(engine).shift(eps, F, point, most_readings);
   return {std::move(found.g), found.largest, found.gain, found.readings};
 }
