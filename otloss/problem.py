@@ -46,6 +46,10 @@ class Problem:
             return False
         return any(w.requires_grad and not all_positive(w) for w in self.weights)
 
+    def detached(self) -> Problem:
+        points, weights = (tuple(t.detach() for t in ts) for ts in (self.points, self.weights))
+        return replace(self, points=points, weights=weights)
+
     def of_pair(self, i: int, j: int) -> Problem:
         """The problem of clouds i and j alone."""
         present = (self.present[i], self.present[j]) if self.present else ()

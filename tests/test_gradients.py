@@ -103,19 +103,6 @@ def test_modes_agree_at_convergence(backend, cost, objective, strength, rng):
         assert relative(gradient("envelope"), implicit) < 1e-9
 
 
-@pytest.mark.parametrize("cost", COSTS)
-@pytest.mark.parametrize("mode", ["auto", "unrolled"])
-def test_batched_losses(mode, cost, rng):
-    """Also that nothing flows between the problems: differences see every entry."""
-    x, y, p = (randn(rng, 2, *shape).requires_grad_() for shape in ((3, 2), (4, 2), (3,)))
-
-    def loss(x: Tensor, y: Tensor, p: Tensor) -> Tensor:
-        b = torch.full((2, 4), 0.25, dtype=torch.float64)
-        return Clouds(x, y, simplex(p), b).loss(0.5, cost=cost, **solver_of(mode, n_iters=3))
-
-    assert gradcheck(loss, (x, y, p), **CHECK)
-
-
 @pytest.mark.parametrize("mode", ["unrolled", "implicit"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_batches_and_padding(mode, objective, rng):

@@ -790,8 +790,13 @@ def test_unrolled_gradients_are_two_launches(emulator):
         (1, 600, 0, "cluster, 16 blocks per problem, 1 at once, cost tile in shared memory"),
         (1, 9000, 0, "dense, 132 blocks per problem, 1 at once, cost tile in global memory"),
         (200, 20000, 0, "dense, 33 blocks per problem, 4 at once, cost tile in global memory"),
-        (1, 9000, 3, "streamed, a launch for each sweep, costs made on the way by multiply-adds, "
-         "a block has 72 by 1/1 of the columns"),
+        (
+            1,
+            9000,
+            3,
+            "streamed, a launch for each sweep, costs made on the way by multiply-adds, "
+            "a block has 72 by 1/1 of the columns",
+        ),
     ],
 )
 def test_the_launch_layout_in_words(emulator, problems, n, d, layout):

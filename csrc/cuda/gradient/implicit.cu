@@ -6,13 +6,11 @@
 // itself, on diag(r) + P. In turn, until all systems of a call are solved:
 //
 //     PlanProductKernel or SweepKernel    P x or P^T w of each problem      stored_plan.cuh, or
-//                                         made from points                  ../pass/sweeps.cuh
+//                                         of costs made from points         ../pass/sweeps.cuh
 //     ControlKernel                       the vectors of the iteration
 //
-// P is stored beside a cost matrix (PlanEntriesKernel makes it, and C_bar of it in the end), or its
-// entries are made again from points in every product, identical for both sides; what the points
-// receive is one more launch, by the potentials and the solution (alpha, beta) that this one
-// leaves.
+// The entries of P are made again in every product, the same bits for both sides. Then comes C_bar,
+// or what the points receive, by the potentials and the solution (alpha, beta).
 #include "cuda/gradient/implicit_system.cuh"
 #include "cuda/gradient/stored_plan.cuh"
 
@@ -66,22 +64,17 @@ void backward(const Context& context, const Pack<ImplicitGroup<T>>& pack, double
     of.points = packer(p.batch, p.n, p.m, p.made.points);
     of.alpha = context.scratch<T>(p.batch * p.n), of.beta = context.scratch<T>(p.batch * p.m);
   }
-  PlanEntriesKernel<T> entries{work, ceil_div(shape.n, PlanEntriesKernel<T>::kWarps), false};
-  const Grid of_entries{shape.problems * entries.blocks};
   // Beside the iterations: sums, sums of costs, the right-hand side, and the last product.
   const int64_t most = 2 * (kMaxCgIterations + 4);
-  const auto prepare = [&] {
-    if (stored) launch(context, entries, of_entries);
-  };
-  run_controls(context, work, shape.problems, most, prepare, [&](Queue& queue) {
+  run_controls(context, work, shape.problems, most, [&](Queue& queue) {
     if (stored)
       queue(PlanProductKernel<T>{pack, sweep}, grid);
     else
       queue_sweep<Products>(queue, sweep, points.kind, points.d, grid);
   });
-  entries.solved = true;
-  if (stored) return launch(context, entries, of_entries);
-  implicit_point_sums(context, pack, work.plans, eps, objective);
+  if (!stored) return implicit_point_sums(context, pack, work.plans, eps, objective);
+  CostGradientKernel<T> gradient{work, ceil_div(shape.n, CostGradientKernel<T>::kWarps)};
+  launch(context, gradient, Grid{shape.problems * gradient.blocks});
 }
 
 }  // namespace

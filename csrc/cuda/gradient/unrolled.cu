@@ -89,7 +89,7 @@ struct AdjointWork : AdjointArguments<T> {
     int64_t l;  // iteration, or -1: P C
   };
   template <class Block>
-  using Team = TeamShare<T, Block, 1, kControlThreads>;
+  using Team = TeamShare<T, Block, kControlThreads>;
 
   IterationsOfPoints<T> made[kMaxGroups];
   Orders<T> orders;
@@ -201,7 +201,7 @@ template <typename T>
 void stored_backward(const Context& context, const Pack<AdjointGroup<T>>& pack, double eps,
                      Objective objective) {
   AdjointKernel<T> adjoint{};
-  const Grid grid = plan_team<AdjointKernel<T>, T>(context, pack, &adjoint.arguments.blocks);
+  const Grid grid = plan_team<AdjointKernel<T>>(context, pack, &adjoint.arguments.blocks);
   fill_arguments(context, pack, eps, objective, &adjoint.arguments);
   launch(context, adjoint, grid);
   accumulate_costs(context, pack, eps, objective);
@@ -241,9 +241,9 @@ void made_backward(const Context& context, const Pack<UnrolledGroup<T>>& given,
     clear(context, work.made[g].F, bytes(p.n));
     clear(context, work.made[g].G, bytes(p.m));
   }
-  run_controls(
-      context, work, shape.problems, most, [] {},
-      [&](Queue& queue) { queue_sweep<Products>(queue, sweep, points.kind, points.d, grid); });
+  run_controls(context, work, shape.problems, most, [&](Queue& queue) {
+    queue_sweep<Products>(queue, sweep, points.kind, points.d, grid);
+  });
   unrolled_point_sums(context, given, work.made, eps, objective);
 }
 

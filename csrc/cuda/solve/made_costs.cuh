@@ -40,7 +40,7 @@ struct MadeState {
 template <typename T, class Block>
 class MadeCosts {
  public:
-  using Team = TeamSweep<T, Block, 1, kControlThreads>;
+  using Team = TeamSweep<T, Block, kControlThreads>;
   static constexpr bool kUpdatesColumns = true;
 
   OTLOSS_DEVICE MadeCosts(Block& block, const MadeArguments<T>& arguments, Team& team,

@@ -82,7 +82,6 @@ struct SolverState {
   bool symmetric;
   double max_cost;          // over points of positive weight
   double mass_x, mass_y;    // total weights
-  double points;            // see rounding_share
   double least_f, least_g;  // of the last find_least
   double eps, damping;      // damping of the rows
   T k, to_cost, tilt;       // tilt: damping - 1

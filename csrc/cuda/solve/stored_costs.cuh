@@ -70,7 +70,7 @@ struct SoftminWork {
 template <typename T, class Block, int kThreads>
 class StoredCosts {
  public:
-  using Team = TeamSweep<T, Block, 1, kThreads>;
+  using Team = TeamSweep<T, Block, kThreads>;
   static constexpr bool kUpdatesColumns = false;  // by pass()
 
   OTLOSS_DEVICE StoredCosts(Block& block, const SolveArguments<T>& arguments, Team& team,

@@ -105,14 +105,12 @@ void solve_pack(const Context& context, const Pack<SolveGroup<T>>& pack,
   const Grid grid = plan_sweeps(context, shape, plan, &work.orders, &sweep);
   // Each pass may make the sums of both sides three times; and one for the value.
   const int64_t most = 6 * (options.n_iters < 0 ? options.max_iters : options.n_iters) + 1;
-  run_controls(
-      context, work, problems, most, [] {},
-      [&](Queue& queue) {
-        if constexpr (sizeof(T) == 4)
-          if (plan.tiles != TileKind::kFma)
-            return queue_tensor_sweep(queue, sweep, points.kind, plan.tiles, grid);
-        queue_sweep<SolveSums>(queue, sweep, points.kind, points.d, grid);
-      });
+  run_controls(context, work, problems, most, [&](Queue& queue) {
+    if constexpr (sizeof(T) == 4)
+      if (plan.tiles != TileKind::kFma)
+        return queue_tensor_sweep(queue, sweep, points.kind, plan.tiles, grid);
+    queue_sweep<SolveSums>(queue, sweep, points.kind, points.d, grid);
+  });
 }
 
 template <typename T>
