@@ -21,6 +21,20 @@ struct SweepArguments {
   int64_t length;       // out: (parts, length)
 };
 
+// By all threads of a block, a word each.
+template <int kThreads, class Object, class Block>
+OTLOSS_DEVICE void copy_words(Block& block, const Object* from, Object* to) {
+  constexpr int kWord = 8;
+  static_assert(sizeof(Object) % kWord == 0 && alignof(Object) % kWord == 0, "whole words");
+  const char* const source = reinterpret_cast<const char*>(from);
+  char* const target = reinterpret_cast<char*>(to);
+  block.sync();
+  for (int w = block.thread(); w < static_cast<int>(sizeof(Object)) / kWord; w += kThreads)
+    memcpy(__builtin_assume_aligned(target + w * kWord, kWord),
+           __builtin_assume_aligned(source + w * kWord, kWord), kWord);
+  block.sync();
+}
+
 // Sums of a solve, or with factors.
 struct SolveSums {
   template <class Maker, typename T, class Block>
@@ -50,10 +64,8 @@ struct SweepKernel {
     if (order.what == RowSum::kNone) return;
     static_assert(sizeof(order) <= kArgumentBytes, "raise kArgumentBytes");
     RowSums<T, S>& own = *block.template shared<RowSums<T, S>>();
-    if (block.thread() == 0) {
-      own = order;
-      cut(block.x() % arguments.blocks, own);
-    }
+    copy_words<kThreads>(block, &order, &own);
+    if (block.thread() == 0) cut(block.x() % arguments.blocks, own);
     block.sync();
     Sums::template run<typename Tiles::template Maker<T, Block>>(block, own);
   }
@@ -182,18 +194,6 @@ OTLOSS_DEVICE void set_order(RowSums<T, S>& order, int side, RowSum what, const 
   tiles.first = tiles.begin = 0;
   tiles.last = own.cloud.count, tiles.end = other.cloud.count;
   tiles.F = own.exponents, tiles.G = other.exponents;
-}
-
-// What is kept between launches; a thread for each word.
-template <int kThreads, class State, class Block>
-OTLOSS_DEVICE void copy_words(Block& block, const State* from, State* to) {
-  constexpr int kWord = 8;
-  static_assert(sizeof(State) % kWord == 0, "whole words");
-  block.sync();
-  for (int w = block.thread(); w < static_cast<int>(sizeof(State)) / kWord; w += kThreads)
-    memcpy(reinterpret_cast<char*>(to) + w * kWord, reinterpret_cast<const char*>(from) + w * kWord,
-           kWord);
-  block.sync();
 }
 
 // Work is what all problems of a call share: groups(), team(), orders; State what is kept of one.
