@@ -59,6 +59,12 @@ def feature_of(path: str) -> str:
     raise AssertionError(path)
 
 
+def check_places() -> None:
+    missing = [p for p in " ".join(FEATURES.values()).split() if not (ROOT / p).exists()]
+    if missing:
+        raise SystemExit(f"moved or gone, as {__file__} does not know: {', '.join(missing)}")
+
+
 def python_code(text: str) -> int:
     prose = set[int]()
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
@@ -75,6 +81,7 @@ def cpp_code(text: str) -> int:
 
 
 def main() -> None:
+    check_places()
     code, full = Counter[tuple[str, str]](), Counter[str]()
     command = ["git", "ls-files", "otloss", "csrc", "tests"]
     for name in subprocess.check_output(command, cwd=ROOT, text=True).split():

@@ -293,7 +293,7 @@ def powers(problem: Any, p: float, means: float | Tensor, spare: float = 1.0) ->
         if not readable(w) or means >= limit:
             return
     sides = [
-        (x.detach(), w.detach().unsqueeze(-1) > 0)
+        (x.detach(), w.detach()[..., : x.shape[-2], None] > 0)  # without dummies
         for x, w in zip(problem.points, problem.weights, strict=True)
     ]
     most = torch.stack([torch.where(there, x, -torch.inf).amax(-2) for x, there in sides])

@@ -183,7 +183,7 @@ def _centre(problem: Problem) -> Tensor:
     small difference of large sums.
     """
     x, w = problem.points[0].detach(), problem.weights[0].detach().unsqueeze(-1)
-    w = w if problem.batched else w[0]
+    w = (w if problem.batched else w[0])[..., : x.shape[-2], :]  # without a dummy
     return torch.where(w > 0, w * x, 0.0).sum(-2, True) / w.sum(-2, True)
 
 

@@ -40,10 +40,10 @@ class Plan:
         self._settings = solved.settings
         self._kept_extended: list[Tensor] | None = None
         self._dense = dense
-        self._versions = problem.versions(cost, options)
+        self._f, self._g = solved.f[0], solved.g[0]
+        self._versions = problem.versions(cost, options, self._f, self._g)
         self._a, self._b = problem.weights[0], problem.weights[1]
         self._eps = of_rows(options.eps, self._a)
-        self._f, self._g = solved.f[0], solved.g[0]
 
     def _out(self, t: Tensor) -> Tensor:
         return t if self._problem.batched else t[0]

@@ -143,17 +143,18 @@ class OTResult(PlanPairs):
         """
         self._check_unchanged()
         o = self._options
-        a, b, f, g = (t.detach().double() for t in (self._a, self._b, self._f, self._g))
+        a, b, f, g = (t.detach().double() for t in self._dual_point())
         if o.balanced():
             b = column_weights(a, b)
-        clouds = tuple(x.detach().double() for x in self._problem.points)
-        problem = replace(self._problem, points=clouds, weights=(a, b))
+        given = self._problem
+        clouds, weights = (
+            tuple(t.detach().double() for t in ts) for ts in (given.points, given.weights)
+        )
+        problem = replace(given, points=clouds, weights=weights)
 
         def blocks(function: Callable[[slice, Tensor], tuple[Tensor, ...]]) -> Any:
             def of_block(rows: slice) -> tuple[Tensor, ...]:
-                given = self._given_cost
-                C = self._cost_rows(problem, rows) if given is None else given[:, rows].double()
-                return function(rows, C)
+                return function(rows, self._dual_costs(problem, rows))
 
             return in_blocks(of_block, a.shape[1], b)
 
@@ -162,6 +163,14 @@ class OTResult(PlanPairs):
             eps = o.eps.detach().to(a) if isinstance(o.eps, Tensor) else o.eps
             gap = duality_gap(Dual(a, b, f, g, eps, o.rho_x, o.rho_y), value, blocks)
         return self._number(gap)
+
+    def _dual_point(self) -> tuple[Tensor, ...]:
+        """Weights and potentials that the certificate is of."""
+        return self._a, self._b, self._f, self._g
+
+    def _dual_costs(self, problem: Problem, rows: slice) -> Tensor:
+        given = self._given_cost
+        return self._cost_rows(problem, rows) if given is None else given[:, rows].double()
 
     @property
     def converged(self) -> Any:

@@ -112,7 +112,7 @@ def test_unbalanced_results(backend, strength, rng):
     for stop in ({"n_iters": 2}, {"tol": 1e-8}):
         result = c.solve(0.3, unbalanced=strength, method=backend.method, **stop)
         f, g = result.potentials
-        targets = oracle.asked(c.a, f, rho_x), oracle.asked(c.b, g, rho_y)
+        targets = oracle.target_marginal(c.a, f, rho_x), oracle.target_marginal(c.b, g, rho_y)
         sides = zip(result.marginals, targets, strict=True)
         error = max(float((got - w).abs().sum() / w.sum()) for got, w in sides)
         assert result.marginal_error == pytest.approx(error, rel=1e-6, abs=1e-13)
@@ -235,6 +235,10 @@ def test_a_change_in_place_after_the_solve_is_noticed(quantity, method, c):
             ON_DEMAND[quantity](result)
         assert result.converged
         assert bool(result.value.isfinite())
+    result = c.solve(0.5, method=method, **TIGHT)
+    result.potentials[0].mul_(1.0)
+    with pytest.raises(RuntimeError, match=r"^potential f was changed in place"):
+        ON_DEMAND[quantity](result)
     ON_DEMAND[quantity](c.solve(0.5, method=method, **TIGHT))  # not changed
 
 

@@ -56,6 +56,7 @@ void solve_as(StableIValue* stack, const Device& device, const Problem& problem,
     group.batch = B;
     group.n = a.size(1);
     group.m = b.size(1);
+    group.dummies = problem.dummies;
     group.symmetric = problem.x(p) == problem.y(p);
     if (known && p + 1 == P)
       group.known = data<double>(*target);
@@ -103,6 +104,8 @@ void solve(StableIValue* stack, uint64_t, uint64_t) {
   STD_TORCH_CHECK(options.max_iters > 0, "otloss: max_iters must be > 0");
   STD_TORCH_CHECK(!problem.multiscale || (options.n_iters < 0 && !dense),
                   "otloss: multiscale has no fixed number of iterations and stores no costs");
+  STD_TORCH_CHECK(problem.dummies == 0 || !dense || !problem.costs.empty(),
+                  "otloss: costs of points with dummies are not stored");
   STD_TORCH_CHECK(!trace || (options.n_iters > 0 && options.n_iters < kMostTraced),
                   "otloss: a trace is of a number of iterations");
   if (!init.empty()) check_count(init.size(), 2 * problem.count(), "init");

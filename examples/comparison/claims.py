@@ -148,15 +148,14 @@ def ellipses(reports: Reports) -> Finding:
 
 def learned_cost(reports: Reports) -> Finding:
     for suffix in ("", "-short"):
-        names = {loss: f"cifar10-{loss}{suffix}" for loss in LOSSES}
-        if all(present(reports, base) for base in names.values()):
-            found = {loss: mean(seeds(reports, base), "is") for loss, base in names.items()}
-            text = f"{listed(found)} ({length(seeds(reports, names['mmd']))})"
+        runs = {loss: present(reports, f"cifar10-{loss}{suffix}") for loss in LOSSES}
+        if all(runs.values()):
+            found = {loss.replace("-", " "): mean(of, "is") for loss, of in runs.items()}
+            mmd, *others = found.values()
+            text = f"{listed(found)} ({length(runs['mmd'])})"
             if max(found.values()) < LEARNED:
                 return f"{text}: too short to tell", None
-            return text, min(found["mmd"], found["eps-1000"]) > max(
-                found["eps-100"], found["eps-10"]
-            )
+            return text, min(mmd, others[0]) > max(others[1:])
     raise NotRunError
 
 

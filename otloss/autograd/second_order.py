@@ -23,7 +23,7 @@ from otloss.autograd.settings import Gradients, Inputs, Seeds, Settings, Wanted,
 from otloss.costs import COSTS
 from otloss.reference import operations
 from otloss.reference.arguments import as_pairs
-from otloss.reference.marginals import marginals_of, value
+from otloss.reference.marginals import bordered, marginals_of, value
 from otloss.reference.solver import fixed_iterations
 
 __all__ = ["differentiable_gradients", "refuse_higher_order"]
@@ -147,16 +147,25 @@ def _in_torch(
     counts = [torch.where(w > 0, w, 0.0) for w in weights]
     costs = [C.expand(len(weights[0]), -1, -1) for C in inputs.costs]
     kind = COSTS[str(s.options.cost)] if points else 0
+    own = [  # without dummies
+        w[:, : x.shape[-2]].contiguous() for w, x in zip(weights, points, strict=False)
+    ]
     if points:
         how = s.options.method
-        costs = list(CostMatrices.apply(s.pairs, kind, how, len(points), *points, *weights))
-    problem = inputs._replace(costs=costs, points=[], weights=counts)
+        costs = list(CostMatrices.apply(s.pairs, kind, how, len(points), *points, *own))
+    whole = costs
+    if costs[0].shape[1] < weights[pairs[0][0]].shape[1]:
+        whole = [bordered(C, s.options.eps) for C in costs]
+    problem = inputs._replace(costs=whole, points=[], weights=counts)
     of_costs, *of_sides = IN_TORCH[mode(s, seeds)](s, seeds, problem, solution)
+    of_costs = [
+        of_C[:, : C.shape[1], : C.shape[2]] for of_C, C in zip(of_costs, costs, strict=True)
+    ]
     potentials = solution[:P], solution[P : 2 * P]
     of_weights = of_clouds(s, seeds, weights, potentials, of_sides, wanted.weights)
     of_points = list[Tensor]()
     if wanted.points:
-        clouds = points, weights, s.pairs, kind
+        clouds = points, own, s.pairs, kind
         of_points = operations.cost_backward(of_costs, costs, *clouds, wanted.points)
     return Gradients([of_costs[p] for p in wanted.costs], of_points, of_weights)
 
