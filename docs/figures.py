@@ -138,16 +138,20 @@ def products() -> str:
 def floors() -> str:
     result, how = load("floors")
     how, rows = how.removesuffix(", float32"), []
+    before = {row["case"]: row["both"] for row in result["rows"] if row["against"]}
     for row in result["rows"]:
         if row["against"]:  # another checkout's times
             continue
         parts = (row["both"], row["forward"], row["both"] - row["forward"])
         times = [milliseconds(row[part]) for part in ("both", "floor")]
-        rows.append([row["case"], *times, *(number(part / row["floor"]) for part in parts)])
+        ratios = [part / row["floor"] for part in parts] + [row["both"] / before[row["case"]]]
+        rows.append([row["case"], *times, *map(number, ratios)])
     header = ["", "loss and gradient", "five products", "over these", "loss", "gradient"]
+    header.append("over another checkout")
     return (
         "Milliseconds for the divergence of a minibatch and its gradient in one cloud, for five\n"
-        f"products by torch, and the first over the second, in all and in parts ({how}):\n\n"
+        "products by torch, and the first over the second, in all and in parts; last, over what\n"
+        f"another checkout takes ({how}):\n\n"
         f"{table(header, rows)}\n"
     )
 
