@@ -178,7 +178,7 @@ def solve_sample(
         Half of the mass, whatever is near:
 
         >>> y = torch.tensor([[0.0, 0.1], [9.0, 9.0]])  # an outlier
-        >>> half = otloss.solve_sample(x, y, eps=0.01, mass=0.5)
+        >>> half = otloss.solve_sample(x, y, eps=0.05, mass=0.5)
         >>> half.plan.round(decimals=2)
         tensor([[0.5000, 0.0000],
                 [0.0000, 0.0000]])
