@@ -234,7 +234,7 @@ def test_compiled(clouds, method):
 
     def value(x, mass):
         mass = mass.detach() if method == "streamed" else mass
-        given = {"a": clouds[2], "b": clouds[3], "mass": mass, "method": method}
+        given = TIGHT | {"a": clouds[2], "b": clouds[3], "mass": mass, "method": method}
         return otloss.solve_sample(x, clouds[1], EPS, **given).value
 
     compiled = torch.compile(value, fullgraph=True, backend="aot_eager")
