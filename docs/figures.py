@@ -8,6 +8,7 @@ it.
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -44,8 +45,14 @@ def load(suite: str) -> tuple[dict[str, Any], str]:
     document = json.loads((RESULTS / f"{suite}.json").read_text())
     environment = document["environment"]
     threads = "one thread" if environment["threads"] == 1 else f"{environment['threads']} threads"
-    how = f"`{environment['command']}`, {threads} of an {environment['device']}, float32"
+    how = f"`{environment['command']}`, {threads} of an {device(environment)}, float32"
     return document["result"], how
+
+
+def device(environment: dict[str, Any]) -> str:
+    """The processor, whose name does not tell its generation, with what does."""
+    level1 = environment.get("caches", {}).get("L1 Data", "")
+    return environment["device"] + (f" with {level1} of L1" if level1 else "")
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -206,7 +213,7 @@ def accuracy_cases(threads: int) -> tuple[list[dict[str, Any]], str]:
     clock = "CPU time" if clocks == {"cpu"} else "wall time"
     many = "one thread" if threads == 1 else f"{threads} threads"
     how = f"`python -m benchmarks.run accuracy`, {clock}, {many} of an "
-    return cases, f"{how}{document['environment']['device']}, float32"
+    return cases, f"{how}{device(document['environment'])}, float32"
 
 
 def accuracy() -> str:
@@ -289,24 +296,28 @@ def training_step() -> str:
 
 def memory() -> str:
     result, _ = load("memory")
-    rows = []
+    small: dict[str, dict[str, str]] = {}
+    large = []
     for row in result["rows"]:
         problem = f"{row['title']}, n = {row['n']}, eps {row['eps']:g}"
+        added = row["added_bytes"] and f"{row['added_bytes'] / 2**20:.0f}"
         peer = f"{PEERS[row['peer']]} {row['setting']}".strip()
-        if row["added_bytes"] is None:
-            if row.get("given_up_seconds"):
-                rows.append(
-                    [problem, peer, "", f"not done after {row['given_up_seconds']:.0f}", ""]
-                )
-            continue
-        # A time without its error says nothing, and small ones contain first calls.
-        error, seconds = row["gradient_error"], number(row["cpu_seconds"])
-        checked = ["", ""] if error is None else [seconds, percent(error)]
-        rows.append([problem, peer, f"{row['added_bytes'] / 2**20:.0f}", *checked])
-    header = ["", "", "peak memory added, MiB", "seconds", "gradient error"]
+        if added and row["gradient_error"] is not None:
+            cells = [added, number(row["cpu_seconds"]), percent(row["gradient_error"])]
+            large.append([problem, peer, *cells])
+        elif added:  # a time without its error says nothing, and small ones contain first calls
+            small.setdefault(problem, {})[row["peer"]] = added
+        elif row.get("given_up_seconds"):
+            given_up = f"not done after {row['given_up_seconds']:.0f}"
+            large.append([problem, peer, "", given_up, ""])
+    peers = [peer for peer in PEERS if any(peer in found for found in small.values())]
+    rows = [[name, *(found.get(peer, "") for peer in peers)] for name, found in small.items()]
+    header = ["", "", "peak memory added, MiB", "CPU seconds", "gradient error"]
     return (
-        "One divergence and its gradient, each in a process of its own on one thread\n"
-        f"(`python -m benchmarks.run memory`, CPU time):\n\n{table(header, rows)}\n"
+        "Peak memory added by one divergence and its gradient, MiB, each in a process of its own\n"
+        "on one thread (`python -m benchmarks.run memory`):\n\n"
+        f"{table(['', *(PEERS[peer] for peer in peers)], rows)}\n\n"
+        f"A large problem, with its time and error:\n\n{table(header, large)}\n"
     )
 
 
@@ -331,30 +342,44 @@ def large() -> str:
     from benchmarks.suites import large as suite
 
     result, how = load("large")
-    rows, found = result["rows"], suite.exponents(result["rows"])
-    commands = "; ".join(f"`{c}`" for c in dict.fromkeys(row["command"] for row in rows))
-    where = how.rpartition("`, ")[2].replace("one thread", "one thread unless said")
+    rows, where = result["rows"], how.rpartition("`, ")[2]
+    sizes = sorted({row["n"] for row in rows})
     lines = []
-    for i, row in enumerate(rows):
-        name = f"{row['title']}, blur {suite.blur(row['eps'])}"
-        many = "" if row["threads"] == 1 else f", {row['threads']} threads"
-        method = row["method"].removeprefix("otloss ").replace("geomloss", "GeomLoss") + many
-        if "cpu_seconds" not in row:
-            lines.append([name, f"{row['n']:,}", method, row["outcome"], "", "", ""])
-            continue
-        exponent = f"{found[i]:.2f}" if i in found else ""
-        cells = [number(row["cpu_seconds"]), exponent, f"{row['added_bytes'] / 2**20:.0f}"]
-        error = "" if row["gradient_error"] is None else percent(row["gradient_error"])
-        lines.append([name, f"{row['n']:,}", method, *cells, error])
-    header = ["", "n = m", "method", "CPU seconds", "exponent", "MiB added", "gradient error"]
+    for key in dict.fromkeys((r["title"], r["eps"], r["method"]) for r in rows):
+        own = {r["n"]: r for r in rows if (r["title"], r["eps"], r["method"]) == key}
+        cells = [_seconds_and_error(own[n]) if n in own else "" for n in sizes]
+        method = key[2].removeprefix("otloss ").replace("geomloss", "GeomLoss")
+        head = [f"{key[0]}, blur {suite.blur(key[1])}", method]
+        lines.append([*head, *cells, *_growth([r for r in own.values() if "cpu_seconds" in r])])
+    header = ["", "method", *(f"{n:,}" for n in sizes), "exponent", "MiB"]
     return (
-        "A divergence and its gradient in one cloud, each in a process of its own\n"
-        f"({commands}; {where}).\n"
-        "The exponent is that of n from the size before. Errors of 10 000 points are against\n"
-        "the converged gradient, of more points on 256 rows of the gradient, computed from all\n"
-        "pairs in float64.\n\n"
+        "CPU seconds of a divergence and its gradient in one cloud of n = m points, and the error\n"
+        "of the gradient; the exponent of n from 30,000 points on, and the memory that the call\n"
+        f"adds with most points. Each in a process of its own, {where}\n"
+        "(`python -m benchmarks.run large`, in parts: `benchmarks/results/cpu/large.json` has the\n"
+        "command of each). The gradient is compared with the converged one, beyond 10,000 points\n"
+        "in 256 rows, computed in float64 from all pairs.\n\n"
         f"{table(header, lines)}\n"
     )
+
+
+def _seconds_and_error(row: dict[str, Any]) -> str:
+    if "cpu_seconds" not in row:
+        return str(row["outcome"])
+    error = row["gradient_error"]
+    return number(row["cpu_seconds"]) + ("" if error is None else f" s, {percent(error)}")
+
+
+def _growth(rows: list[dict[str, Any]]) -> list[str]:
+    """The exponent of n, from 30,000 on, and the memory of the largest."""
+    if not rows:
+        return ["", ""]
+    last, exponent = rows[-1], ""
+    first = next((row for row in rows if row["n"] >= 30_000), last)
+    if first is not last:
+        times = math.log(last["cpu_seconds"] / first["cpu_seconds"])
+        exponent = f"{times / math.log(last['n'] / first['n']):.2f}"
+    return [exponent, f"{last['added_bytes'] / 2**20:.0f}"]
 
 
 def choice() -> str:

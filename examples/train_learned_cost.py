@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from common import generate, options
 from common.data import to_float
-from common.models import dcgan_critic, dcgan_generator, moving_average
+from common.models import clip_weights, dcgan_critic, dcgan_generator, moving_average
 from torch import Tensor
 
 import otloss
@@ -99,9 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             ascent.zero_grad()
             (-loss_of(real)).backward()
             ascent.step()
-            with torch.no_grad():
-                for weight in encoder.parameters():
-                    weight.clamp_(-args.clip, args.clip)
+            clip_weights(encoder, args.clip)
         generator.requires_grad_(True)
         encoder.requires_grad_(False)
         descent.zero_grad()

@@ -15,10 +15,18 @@ from torch.utils.checkpoint import checkpoint
 
 from otloss import _check, ops
 from otloss._options import Options
-from otloss.costs import COSTS, NAMED, cost_between
+from otloss.costs import COSTS, NAMED, degree
 from otloss.reference.arguments import as_pairs
 
-__all__ = ["budget", "choose", "choose_method", "dense_budget", "exceeds_budget", "in_blocks"]
+__all__ = [
+    "budget",
+    "choose",
+    "choose_method",
+    "dense_budget",
+    "exceeds_budget",
+    "in_blocks",
+    "streams_function",
+]
 
 # Cost matrices that together take more bytes than this are not stored; on a GPU, where it is left
 # at this default, more than CUDA_SHARE of the memory. Set it through the environment variable or by
@@ -59,7 +67,7 @@ def choose(
     options = _with_function(options)
     if options.method == "auto" and _are_small(points, weights):
         return options, True
-    lacks = _multiscale_lacks(points, options)
+    lacks = _multiscale_lacks(points, weights, options)
     if (
         options.method == "multiscale"
         and not lacks
@@ -87,8 +95,7 @@ def _with_function(options: Options) -> Options:
     takes costs which can be scaled; see otloss/eps.py."""
     if not (isinstance(options.cost, str) and options.learns_eps()):
         return options
-    number = COSTS[options.cost]
-    if NAMED[number].degree:
+    if degree(options.cost):
         return options
     if options.method in ("streamed", "multiscale"):
         raise NotImplementedError(
@@ -96,15 +103,17 @@ def _with_function(options: Options) -> Options:
             f'method={options.method!r}: detach eps, or use "dense"'
         )
 
-    def cost(x: Tensor, y: Tensor) -> Tensor:
-        return cost_between(x, y, number)
-
-    return options._replace(cost=cost, symmetric=True)
+    between = NAMED[COSTS[options.cost]].between
+    return options._replace(cost=between, symmetric=True)
 
 
-def _multiscale_lacks(points: Sequence[Tensor], options: Options) -> tuple[str, Any] | None:
+def _multiscale_lacks(
+    points: Sequence[Tensor], weights: Sequence[Tensor], options: Options
+) -> tuple[str, Any] | None:
     """What the multiscale engine would need to solve the problem, and what is given."""
-    d, device = points[0].shape[-1], points[0].device
+    (n, d), device = points[0].shape[-2:], points[0].device
+    if weights[0].shape[-1] > n:
+        return "all of the mass", "mass="
     if not ops.NATIVE or device.type != "cpu":
         return "the native library and points on a CPU", str(device)
     if options.cost not in MULTISCALE_COSTS:
@@ -165,7 +174,7 @@ def _streams(
 ) -> bool:
     """Whether to solve without cost matrices."""
     if not isinstance(options.cost, str):
-        return _streams_function(weights, pairs, options)
+        return streams_function(weights, pairs, options)
     on_cpu = points[0].device.type == "cpu"
     possible = on_cpu or ops.CUDA_KERNELS
     if options.method == "streamed" and not possible:
@@ -185,7 +194,7 @@ def _streams(
     return chosen == "streamed"
 
 
-def _streams_function(weights: Sequence[Tensor], pairs: list[int], options: Options) -> bool:
+def streams_function(weights: Sequence[Tensor], pairs: list[int], options: Options) -> bool:
     """Whether a cost function is called on blocks of rows: where its matrices exceed the budget,
     and the gradient that is asked for is available so."""
     if options.method != "auto":

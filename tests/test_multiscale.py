@@ -348,8 +348,20 @@ def test_gradients_of_some_clouds(wanted, rng):
     assert all(torch.allclose(found[0][k], found[1][k], rtol=1e-5, atol=1e-8) for k in wanted)
 
 
-def test_large_clouds_of_a_divergence_are_ordered_once(rng):
-    """From 20 000 points on; alone each problem finds its orders itself."""
+def test_orders_are_kept_by_points_and_which_have_weight(rng):
+    c, eps = made("shapes", rng, torch.float64, 0.05)
+    for dropped in (0, 5, 9, 5):
+        a = torch.ones(N, dtype=torch.float64)
+        a[:dropped] = 0
+        weighted = Clouds(c.x, c.y, a / a.sum(), None)
+        with torch.no_grad():
+            got = weighted.solve(eps, method="multiscale", tol=TOL)
+        assert got.converged
+        assert true_error(weighted, eps, *got.potentials) <= TOL
+
+
+def test_large_clouds_of_a_divergence(rng):
+    """From 20 000 points on each problem is solved over all threads."""
     x, y = rand(rng, 10_200, 2).float().requires_grad_(), rand(rng, 9_900, 2).float() + 0.2
     options = {"eps": 0.02, "method": "multiscale"}
     terms = [(1.0, x, y), (-0.5, x, x), (-0.5, y, y)]

@@ -62,8 +62,9 @@ double log2_sum_of_all(const Cloud& x, int64_t i, const Cloud& y, double k, doub
                        const double* G, std::vector<double>& parts);
 
 // The cloud of the points of positive weight, in the order of the tree; radius > 0: on the sphere
-// of it, in their directions. split: over threads. index (n,): where each is in z, empty where
-// that is to be found.
+// of it, in their directions. split: over threads. index (n,) out: where each is in z. The orders
+// of the clouds that came last are kept: a gradient finds those of its solve, and a target that
+// stays is not ordered again.
 template <typename T>
 Cloud ordered_cloud(int64_t count, int64_t d, const T* z, const T* weight, double radius,
                     bool split, std::vector<int32_t>& index);

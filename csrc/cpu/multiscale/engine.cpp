@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kLeastMoments = 64;  // points of a leaf from which on moments pay
 constexpr float kSlack = 3;      // log2 by which densities may rise before a list is of no use
 constexpr double kShare = 0.01;  // of what may be left out, by one pair of leaves
+constexpr double kLess = 8, kLeastThreshold = 1e-12;  // where more is left out than may be
 
 // The share of pairs of runs of this number of points of which 2 R R' / eps, which bounds
 // 2 <u, v> / eps, is at most this.
@@ -167,10 +168,16 @@ void Engine::finish(bool columns) {
 
 // Whether more was left out than may be: then it is less from now on.
 bool Engine::repeats() {
-  constexpr double kLess = 8, kLeast = 1e-12;
-  if (left_out_ <= precision_.left_out || threshold_ < kLeast || interrupted()) return false;
+  if (left_out_ <= precision_.left_out || threshold_ < kLeastThreshold || interrupted())
+    return false;
   threshold_ /= kLess;
   return true;
+}
+
+void Engine::expect(double rate) {
+  while (rate * threshold_ * static_cast<double>(Y.leaf.count) > precision_.left_out &&
+         threshold_ >= kLeastThreshold)
+    threshold_ /= kLess;
 }
 
 void Engine::sweep(double eps, const double* g, double* F, double* s, bool columns) {

@@ -56,6 +56,12 @@ class Engine {
   // rounding of sums over the rest typically changes marginals.
   double left_out() const { return left_out_; }
   double rounding() const { return rounding_; }
+  // What was left out per leaf of y and unit of the threshold: a finer level leaves out as much.
+  // That it is told to expect so spares it a pass that would be repeated.
+  double left_out_rate() const {
+    return left_out_ / threshold_ / static_cast<double>(Y.leaf.count);
+  }
+  void expect(double rate);
 
   // At fixed potentials: rows' sums over j of the density times b_j v_j, v (count, m), to
   // out (count, n).

@@ -31,7 +31,7 @@ void GroupNewton::add_rows(Vector& out, F&& function) {
 }
 
 void GroupNewton::step(double error, std::vector<double>& p) {
-  constexpr double kDamping = 0.3, kTol = 0.2, kLeastDiagonal = 1e-3;
+  constexpr double kDamping = 0.1, kTol = 0.05, kLeastDiagonal = 1e-3;
   constexpr int64_t kIterations = 60;
   const std::vector<double>& c = engine_.column_sums();
   const int64_t size = engine_.group(), groups = static_cast<int64_t>(c.size()) / size;

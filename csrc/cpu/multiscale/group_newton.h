@@ -5,7 +5,7 @@
 // (see solve/sparse_newton.h). Here P, r and c are those of groups of either side, summed as passes
 // go, and p replaces the residual's mean over each group: right where the potentials' error is
 // smooth at the scale of a group, a plain iteration where it is not. diag(c) is multiplied by
-// 1 + 0.3 error, which fades as the error does (Levenberg, Marquardt).
+// 1 + 0.1 error, which fades as the error does (Levenberg, Marquardt).
 #pragma once
 
 #include <cstdint>

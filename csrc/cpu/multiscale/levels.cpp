@@ -114,6 +114,7 @@ Precision precision(double tol, bool symmetric, bool split) { return {tol / 4, s
 // exact update from the coarser F.
 struct Finer {
   std::vector<double> F, g;
+  double left_out_rate;  // of the update
 
   Finer(Cloud& fine_x, Cloud& fine_y, Cloud& x, Cloud& y, const Penalties& penalties, double at,
         const std::vector<double>& coarse_F, const std::vector<double>& coarse_g, bool split) {
@@ -133,6 +134,7 @@ struct Finer {
     G.resize(fine_y.size);
     std::vector<double> sums(fine_y.size);
     up.update_rows(at, f.data(), G.data(), sums.data());
+    left_out_rate = up.left_out_rate();
     g = times(G, up.x.damping(at) / k);
     F.resize(fine_x.n), g.resize(fine_y.n);
   }
@@ -177,15 +179,12 @@ Solution finished(Engine& engine, const SolveOptions& options, const Penalties& 
 
 template <typename T>
 Clouds::Clouds(const PointPair<T>& points, int64_t problem, int64_t n, const T* a, int64_t m,
-               const T* b, bool one, bool split, Orders& orders)
+               const T* b, bool one, bool split)
     : scale(points.kind == CostKind::kCosine ? std::sqrt(0.5) : 1.0) {
   const int64_t d = points.d;
   const double radius = points.kind == CostKind::kCosine ? scale : 0;
   const auto ordered = [&](int64_t count, const T* z, const T* weight, std::vector<int32_t>& in) {
-    if (split) in = orders[{z, weight}];
-    Cloud cloud = ordered_cloud(count, d, z, weight, radius, split, in);
-    if (split) orders[{z, weight}] = in;
-    return cloud;
+    return ordered_cloud(count, d, z, weight, radius, split, in);
   };
   x = ordered(n, points.zx + problem * n * d, a, in_x);
   if (!one) y = ordered(m, points.zy + problem * m * d, b, in_y);
@@ -207,7 +206,7 @@ Solution solve_pair(Clouds clouds, const Penalties& penalties, const SolveOption
   const int64_t count = options.warm_start ? 1 : level_count(std::max(clouds.x.n, clouds.y.n));
   Levels xs(std::move(clouds.x), count), ys(std::move(clouds.y), count);
   std::vector<double> F, g;  // F of the level's row update, g half a step on
-  double at = eps;
+  double at = eps, left_out_rate = 0;
   if (options.warm_start) {
     F = times(std::move(start.f), kLog2E / eps / Penalty{1 / penalties.rho_x}.damping(eps));
     g = std::move(start.g);
@@ -220,7 +219,7 @@ Solution solve_pair(Clouds clouds, const Penalties& penalties, const SolveOption
       at = target;
       AllPairs pairs(X, Y, X.n, Y.n, penalties);
       F.assign(X.n, 0), g.assign(Y.n, 0);
-      cpu::Engine<double> engine(pairs.x, pairs.y, pairs.group, 0, split);
+      cpu::Engine<double> engine(pairs.x, pairs.y, pairs.group, 0, options.eps, split);
       SolveOptions coarse = stage(options, at, finest, options.tol);
       coarse.warm_start = false;
       coarse.max_iters = options.max_iters;
@@ -229,7 +228,7 @@ Solution solve_pair(Clouds clouds, const Penalties& penalties, const SolveOption
     }
     if (!first && level + 1 < count) {
       Finer finer(X, Y, xs.clouds[level + 1], ys.clouds[level + 1], penalties, at, F, g, split);
-      F = std::move(finer.F), g = std::move(finer.g);
+      F = std::move(finer.F), g = std::move(finer.g), left_out_rate = finer.left_out_rate;
       xs.clouds.pop_back(), ys.clouds.pop_back();
     }
     const double rounding =
@@ -239,6 +238,7 @@ Solution solve_pair(Clouds clouds, const Penalties& penalties, const SolveOption
     build(X, Y, target, wanted);
     F.resize(X.size), g.resize(Y.size);
     Engine engine(X, Y, penalties.rho_x, penalties.rho_y, target, wanted);
+    engine.expect(left_out_rate);
     const Outcome outcome = run_stages(engine, options, target, finest, tol, at, F, g);
     if (finest) {
       Solution result = finished(engine, options, penalties, outcome, F, g);
@@ -269,7 +269,7 @@ Solution solve_self(Clouds clouds, const Penalties& penalties, const SolveOption
     const Cloud& X = levels.clouds[level];
     AllPairs pairs(X, X, X.n, X.n, penalties);
     F.assign(X.n, 0);
-    cpu::Engine<double> engine(pairs.x, pairs.y, pairs.group, 0, split);
+    cpu::Engine<double> engine(pairs.x, pairs.y, pairs.group, 0, eps, split);
     SolveOptions coarse = options;
     if (level > 0) coarse.tol = std::max(options.tol, kStageTol);
     cpu::solve_symmetric(engine, coarse, F.data());
@@ -315,8 +315,8 @@ Solution solve_self(Clouds clouds, const Penalties& penalties, const SolveOption
 }
 
 template Clouds::Clouds(const PointPair<float>&, int64_t, int64_t, const float*, int64_t,
-                        const float*, bool, bool, Orders&);
+                        const float*, bool, bool);
 template Clouds::Clouds(const PointPair<double>&, int64_t, int64_t, const double*, int64_t,
-                        const double*, bool, bool, Orders&);
+                        const double*, bool, bool);
 
 }  // namespace otloss::cpu::multiscale

@@ -3,8 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <map>
-#include <utility>
 #include <vector>
 
 #include "cpu/multiscale/engine.h"
@@ -13,19 +11,15 @@
 
 namespace otloss::cpu::multiscale {
 
-// The orders of clouds, by their points and weights: of a call, whose problems share them.
-using Orders = std::map<std::pair<const void*, const void*>, std::vector<int32_t>>;
-
 // The two clouds of a problem in order, in units in which the cost is the squared distance.
 struct Clouds {
   Cloud x, y;                       // y is empty where it is x
   std::vector<int32_t> in_x, in_y;  // index of each point
   double scale;                     // of coordinates
 
-  // split: over threads, and `orders` are used, which one thread may at a time.
   template <typename T>
   Clouds(const PointPair<T>& points, int64_t problem, int64_t n, const T* a, int64_t m, const T* b,
-         bool one, bool split, Orders& orders);
+         bool one, bool split);
   // Scales the weights to these totals.
   void set_masses(double mass_x, double mass_y);
   // The largest cost, at most.

@@ -130,23 +130,25 @@ struct FindPartners {
         add_pair<kD>(search, search.list[i], found);
     const Bounded x = leaves(search.x), y = leaves(search.y);
     const float least = search.threshold - search.slack;
-    float bound[kSuper], part[kSuper];
+    float bound[kSuper];
     for (int64_t s = 0; s < search.supers_count; ++s) {
       const int64_t first = search.supers[s] * kSuper;
+      const int32_t skip = static_cast<int32_t>(search.least - std::min(search.least, first));
+      if (skip >= kSuper) continue;
       bound_nodes<kD>(static_cast<float>(search.k), x, search.I, y, first, bound);
       const float* mass = &y.nodes->mass[first];
       const float* log_mass = &y.nodes->log_mass[first];
-#pragma omp simd
-      for (int64_t j = 0; j < kSuper; ++j) {
+      uint32_t near = 0;  // bits of the leaves
+      float left_out = 0;
+#pragma omp simd reduction(| : near) reduction(+ : left_out)
+      for (int32_t j = 0; j < static_cast<int32_t>(kSuper); ++j) {
         const float held = bound[j] + std::max(log_mass[j], search.reach);
-        part[j] = held < least ? fast_exp2(bound[j]) * mass[j] : -1.0f;
+        const uint32_t counts = j >= skip ? 1u : 0u, is_near = held >= least ? counts : 0u;
+        near |= is_near << j;
+        left_out += counts > is_near ? fast_exp2(bound[j]) * mass[j] : 0.0f;
       }
-      const int64_t count = std::min(kSuper, y.nodes->count - first);
-      for (int64_t j = std::max<int64_t>(0, search.least - first); j < count; ++j)
-        if (part[j] < 0)
-          add_pair<kD>(search, first + j, found);
-        else
-          found.left_out += static_cast<double>(part[j]);
+      found.left_out += static_cast<double>(left_out);
+      for (; near; near &= near - 1) add_pair<kD>(search, first + __builtin_ctz(near), found);
     }
     *result = found;
   }

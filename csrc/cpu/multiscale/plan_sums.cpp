@@ -15,7 +15,7 @@ using multiscale::Cloud;
 using multiscale::Clouds;
 
 // Of the plan: what may be left out of it.
-constexpr double kLeftOut = 2.5e-5;
+constexpr double kLeftOut = 1e-4;
 
 // A problem's two clouds with their leaves, and potentials in order.
 struct Fixed {
@@ -26,8 +26,8 @@ struct Fixed {
 
   template <typename T>
   Fixed(const PointPair<T>& points, int64_t p, int64_t n, const T* a, const T* f, int64_t m,
-        const T* b, const T* v, bool one, double eps, bool split, multiscale::Orders& orders)
-      : clouds(points, p, n, a + p * n, m, b + p * m, one, split, orders),
+        const T* b, const T* v, bool one, double eps, bool split)
+      : clouds(points, p, n, a + p * n, m, b + p * m, one, split),
         x(clouds.x),
         y(one ? clouds.x : clouds.y),
         in_x(clouds.in_x),
@@ -63,13 +63,12 @@ void put(const PointSums<T>& out, int64_t p, int64_t count, int64_t d, double sc
 
 template <typename T>
 void plan_sums(const std::vector<PlanSumsGroup<T>>& groups, double eps) {
-  multiscale::Orders orders;
   multiscale::for_each_problem(groups, [&](const PlanSumsGroup<T>& group, int64_t p, bool split) {
     const PointPair<T>& points = group.made.points;
     const bool one = group.made.symmetric;
     const int64_t d = points.d;
     const Fixed fixed(points, p, group.n, group.a, group.f, group.m, group.b, group.g, one, eps,
-                      split, orders);
+                      split);
     multiscale::Engine engine = fixed.engine(eps, one, split);
     std::vector<double> of_rows(fixed.x.size * d), of_columns;
     if (group.made.y.sum) of_columns.resize(fixed.y.size * d);
@@ -86,25 +85,23 @@ void plan_sums(const std::vector<PlanSumsGroup<T>>& groups, double eps) {
 
 template <typename T>
 void plan_products(const std::vector<PlanProductGroup<T>>& groups, double eps) {
-  multiscale::Orders orders;
-  multiscale::for_each_problem(
-      groups, [&](const PlanProductGroup<T>& group, int64_t p, bool split) {
-        const int64_t n = group.n, m = group.m, count = group.columns;
-        const Fixed fixed(group.points, p, n, group.a, group.f, m, group.b, group.g, false, eps,
-                          split, orders);
-        multiscale::Engine engine = fixed.engine(eps, false, split);
-        const int64_t rows = fixed.x.size, columns = fixed.y.size;
-        std::vector<double> v(count * columns), out(count * rows);
-        for (int64_t c = 0; c < count; ++c)
-          for (size_t j = 0; j < fixed.in_y.size(); ++j)
-            v[c * columns + j] = static_cast<double>(group.v[(p * m + fixed.in_y[j]) * count + c]);
-        engine.apply(eps, fixed.F.data(), fixed.g.data(), count, v.data(), out.data());
-        T* to = group.out + p * n * count;
-        std::fill(to, to + n * count, T(0));
-        for (size_t i = 0; i < fixed.in_x.size(); ++i)
-          for (int64_t c = 0; c < count; ++c)
-            to[fixed.in_x[i] * count + c] = static_cast<T>(fixed.x.w[i] * out[c * rows + i]);
-      });
+  multiscale::for_each_problem(groups, [&](const PlanProductGroup<T>& group, int64_t p,
+                                           bool split) {
+    const int64_t n = group.n, m = group.m, count = group.columns;
+    const Fixed fixed(group.points, p, n, group.a, group.f, m, group.b, group.g, false, eps, split);
+    multiscale::Engine engine = fixed.engine(eps, false, split);
+    const int64_t rows = fixed.x.size, columns = fixed.y.size;
+    std::vector<double> v(count * columns), out(count * rows);
+    for (int64_t c = 0; c < count; ++c)
+      for (size_t j = 0; j < fixed.in_y.size(); ++j)
+        v[c * columns + j] = static_cast<double>(group.v[(p * m + fixed.in_y[j]) * count + c]);
+    engine.apply(eps, fixed.F.data(), fixed.g.data(), count, v.data(), out.data());
+    T* to = group.out + p * n * count;
+    std::fill(to, to + n * count, T(0));
+    for (size_t i = 0; i < fixed.in_x.size(); ++i)
+      for (int64_t c = 0; c < count; ++c)
+        to[fixed.in_x[i] * count + c] = static_cast<T>(fixed.x.w[i] * out[c * rows + i]);
+  });
 }
 
 #define OTLOSS_INSTANTIATE(T)                                            \

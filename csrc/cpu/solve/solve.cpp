@@ -38,6 +38,7 @@ void take_known(const SolveGroup<T>& group, int64_t p, double eps) {
 template <typename T>
 bool has_one_potential(const SolveGroup<T>& group, int64_t p) {
   if (group.symmetric) return true;
+  if (group.dummies > 0) return false;
   const int64_t n = group.n, entries = n * group.points.d;
   const T *x = group.points.zx, *y = group.points.zy, *a = group.a + p * n;
   return x && n == group.m && group.penalties.rho_x == group.penalties.rho_y &&
@@ -47,7 +48,7 @@ bool has_one_potential(const SolveGroup<T>& group, int64_t p) {
 
 template <typename T>
 void solve_multiscale(const SolveGroup<T>& group, int64_t p, const SolveOptions& options,
-                      bool split, multiscale::Orders& orders) {
+                      bool split) {
   const int64_t n = group.n, m = group.m;
   const T *a = group.a + p * n, *b = group.b + p * m;
   T *f = group.f + p * n, *g = group.g + p * m;
@@ -56,7 +57,7 @@ void solve_multiscale(const SolveGroup<T>& group, int64_t p, const SolveOptions&
   const double mass_x = Side<T>(n, a, penalties.rho_x).mass;
   const double mass_y = penalties.balanced ? mass_x : Side<T>(m, b, penalties.rho_y).mass;
   const bool one = has_one_potential(group, p);
-  multiscale::Clouds clouds(group.points, p, n, a, m, b, one, split, orders);
+  multiscale::Clouds clouds(group.points, p, n, a, m, b, one, split);
   status[kStatusMaxCost] = clouds.max_cost();
   multiscale::Solution solution;
   if (std::isfinite(status[kStatusMaxCost])) {
@@ -90,17 +91,16 @@ SolveOptions of_problem(SolveOptions options, int64_t p) {
 }
 
 template <typename T>
-void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& of_all, bool split,
-                   multiscale::Orders& orders) {
+void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& of_all, bool split) {
   const SolveOptions options = of_problem(of_all, p);
   if (group.known) return take_known(group, p, options.eps);
-  if (group.points.multiscale) return solve_multiscale(group, p, options, split, orders);
+  if (group.points.multiscale) return solve_multiscale(group, p, options, split);
   const int64_t n = group.n, m = group.m;
   const T* a = group.a + p * n;
   T *f = group.f + p * n, *g = group.g + p * m;
   const std::vector<T> b = column_weights(group.penalties, n, a, m, group.b + p * m);
   Engine<T> engine(Side<T>(n, a, group.penalties.rho_x),
-                   Side<T>(m, b.data(), group.penalties.rho_y), group, p, split);
+                   Side<T>(m, b.data(), group.penalties.rho_y), group, p, options.eps, split);
   const double max_cost = engine.max_cost();
   double* status = group.status + p * kStatusFields;
   status[kStatusMaxCost] = max_cost;
@@ -160,7 +160,7 @@ Loss loss_of(const std::vector<SolveGroup<T>>& groups, int64_t k) {
 void refine(const std::vector<SolveGroup<float>>& groups, const SolveOptions& options) {
   constexpr double kCancelled = 1e-3;  // of the terms' size
   if (!groups[0].points.zx || options.n_iters >= 0) return;
-  if (options.objective != Objective::kRegularized) return;
+  if (options.objective != Objective::kRegularized || groups[0].dummies > 0) return;
   std::vector<int64_t> chosen;
   for (int64_t k = 0; k < groups[0].batch; ++k) {
     const Loss loss = loss_of(groups, k);
@@ -183,7 +183,7 @@ void refine(const std::vector<SolveGroup<float>>& groups, const SolveOptions& op
 // there. Returns the entries of which that was done.
 template <typename T>
 std::vector<int64_t> solve_negative_again(const std::vector<SolveGroup<T>>& groups,
-                                          const SolveOptions& options, multiscale::Orders& orders) {
+                                          const SolveOptions& options) {
   constexpr double kUnit = static_cast<double>(std::numeric_limits<T>::epsilon());
   if (groups.size() != 3 || !groups[1].symmetric || !groups[2].symmetric) return {};
   if (options.n_iters >= 0 || options.objective != Objective::kRegularized) return {};
@@ -204,7 +204,7 @@ std::vector<int64_t> solve_negative_again(const std::vector<SolveGroup<T>>& grou
     std::copy_n(groups[2].f + k * m, m, pair.g + k * m);
     SolveOptions from_there = options;
     from_there.warm_start = true;
-    solve_problem(pair, k, from_there, split, orders);
+    solve_problem(pair, k, from_there, split);
     sweeps += before;
   });
   return chosen;
@@ -227,9 +227,8 @@ void raise_to_bound(const std::vector<SolveGroup<T>>& groups, const std::vector<
 template <typename T>
 void solve(const std::vector<SolveGroup<T>>& groups, const SolveOptions& options) {
   const bool multiscaled = groups[0].points.multiscale;
-  multiscale::Orders orders;
   const auto solve_one = [&](const SolveGroup<T>& group, int64_t p, bool split) {
-    solve_problem(group, p, options, split, orders);
+    solve_problem(group, p, options, split);
   };
   if (multiscaled)
     multiscale::for_each_problem(groups, solve_one);
@@ -240,7 +239,7 @@ void solve(const std::vector<SolveGroup<T>>& groups, const SolveOptions& options
       if (!multiscaled) refine(groups, options);
   };
   in_double();
-  const std::vector<int64_t> again = solve_negative_again(groups, options, orders);
+  const std::vector<int64_t> again = solve_negative_again(groups, options);
   if (again.empty()) return;
   in_double();
   raise_to_bound(groups, again);
