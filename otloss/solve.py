@@ -77,7 +77,7 @@ def solve(
             constraint. Default None: balanced.
         mass: how much is transported, at most the totals of a and b; a number, or a tensor () or
             (B,), which has a gradient.
-        tol: stop when the marginal error, L1 over the total mass, or over ``mass``, is at most this.
+        tol: stop when the marginal error, L1 over the total mass or over ``mass``, is at most this.
         max_iters: upper bound on the sweeps; reaching it gives a :class:`ConvergenceWarning`, on
             CUDA when ``converged`` or ``n_iters`` of the result is first read.
         n_iters: run this number of iterations (f, then g, from zero potentials or ``init``) with no
