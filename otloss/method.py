@@ -55,6 +55,8 @@ MULTISCALE_DIMS, MULTISCALE_TOL = 8, 1e-5
 # the distance, from the first of NEIGHBOURS to the second.
 MULTISCALE_FROM, MULTISCALE_LOCAL = 2.5e7, 3.4
 NEIGHBOURS, SAMPLED = (16, 128), 64
+# Nothing else pays on a CPU between clouds of up to this number of points.
+SMALL = 256
 
 
 def choose(
@@ -63,6 +65,8 @@ def choose(
     """The options, with ``method="multiscale"`` also where "auto" takes it, and whether cost
     matrices are stored."""
     options = _with_function(options)
+    if options.method == "auto" and _are_small(points, weights):
+        return options, True
     lacks = _multiscale_lacks(points, weights, options)
     if (
         options.method == "multiscale"
@@ -78,6 +82,12 @@ def choose(
     if options.method == "multiscale":
         return options, False
     return options, not _streams(points, weights, pairs, options)
+
+
+def _are_small(points: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
+    """Whether costs are stored, before anything is counted: that takes time of a small call."""
+    sizes, within = [w.shape[1] for w in weights], dense_budget >= DEFAULT_BUDGET
+    return within and points[0].is_cpu and points[0].dim() == 2 and max(sizes) <= SMALL
 
 
 def _with_function(options: Options) -> Options:

@@ -90,7 +90,18 @@ def with_dummies(
     weights = tuple(
         torch.cat([w, kept], -1) for w, kept in zip(real.weights, (kept_y, kept_x), strict=True)
     )
+    moved = _moved_mass(weights)
+    if _check.readable(moved):  # errors are over what moves, not over all that is there
+        share = float((moved / weights[0].detach().sum(-1)).min())
+        share = max(share, torch.finfo(weights[0].dtype).eps)
+        options = options._replace(tol=options.tol * share)
     return _whole(real, replace(real, weights=weights, padded=True), C, options), start
+
+
+def _moved_mass(weights: Sequence[Tensor]) -> Tensor:
+    """(B,), from weights with those of the dummies."""
+    a, b = (w.detach().double() for w in weights)
+    return a[:, :-1].sum(-1) - b[:, -1]
 
 
 def _whole(real: Problem, whole: Problem, C: Tensor | None, options: Options) -> Whole:
@@ -229,8 +240,8 @@ class PartialResult(OTResult):
     """The solution of a partial problem: as :class:`OTResult`, of the plan P between the points
     themselves.
 
-    ``potentials`` give P as ever. ``marginal_error`` and ``duality_gap`` are those of the balanced
-    problem with the dummies, which is what the solver solves.
+    ``potentials`` give P as ever. ``marginal_error``, over the mass that moves, and ``duality_gap``
+    are those of the balanced problem with the dummies, which is what the solver solves.
     """
 
     def __init__(
@@ -289,7 +300,7 @@ class PartialResult(OTResult):
                 stays = _staying(w[:, :-1], v[:, :-1], u[:, -1:], t[:, -1:], self._eps)
                 of_dummy = _staying(w[:, -1:], v[:, -1:], u[:, :-1], t[:, :-1], self._eps)
                 sums = torch.cat([total + stays, of_dummy.sum(-1, True)], -1)
-                errors.append((sums - w).abs().sum(-1) / w.sum(-1))
+                errors.append((sums - w).abs().sum(-1) / _moved_mass((a, b)))
         return self._number(torch.maximum(*errors))
 
     def _moved(self) -> Tensor:

@@ -140,12 +140,12 @@ def report(problem: Problem, costs: Sequence[Tensor], options: Options, solved: 
     """
     status.record(solved.status)
     dtype, least = problem.weights[0].dtype, subtracted(options.cost)
-    if _check.unread(solved.status):
-        costs_up_to = solved.status[..., ops.MAX_COST].amax(0).clamp(min=least)
-        _check.resolution(options.eps, costs_up_to, dtype)
-        if problem.points:
-            _check.distances(problem, degree(options.cost), costs_up_to)
     if not _check.readable(solved.status):
+        if _check.unread(solved.status):
+            costs_up_to = solved.status[..., ops.MAX_COST].amax(0).clamp(min=least)
+            _check.resolution(options.eps, costs_up_to, dtype)
+            if problem.points:
+                _check.distances(problem, degree(options.cost), costs_up_to)
         return
     rows = status.rows_of(solved.status)
     largest = status.max_cost(rows)

@@ -77,7 +77,7 @@ def solve(
             constraint. Default None: balanced.
         mass: how much is transported, at most the totals of a and b; a number, or a tensor () or
             (B,), which has a gradient.
-        tol: stop when the marginal error, L1 over the total mass, is at most this.
+        tol: stop when the marginal error, L1 over the total mass or over ``mass``, is at most this.
         max_iters: upper bound on the sweeps; reaching it gives a :class:`ConvergenceWarning`, on
             CUDA when ``converged`` or ``n_iters`` of the result is first read.
         n_iters: run this number of iterations (f, then g, from zero potentials or ``init``) with no
@@ -178,7 +178,7 @@ def solve_sample(
         Half of the mass, whatever is near:
 
         >>> y = torch.tensor([[0.0, 0.1], [9.0, 9.0]])  # an outlier
-        >>> half = otloss.solve_sample(x, y, eps=0.01, mass=0.5)
+        >>> half = otloss.solve_sample(x, y, eps=0.05, mass=0.5)
         >>> half.plan.round(decimals=2)
         tensor([[0.5000, 0.0000],
                 [0.0000, 0.0000]])

@@ -192,6 +192,8 @@ def test_what_is_mapped_may_leave_the_others_alone(rng):
     expected = scale[:, None, None] * gradients(function, (x, y))[0]
     of_x = grad(lambda x, s: s * function(x, y))
     assert_close(vmap(of_x, (None, 0))(x, scale), expected)
+    slope = lambda s: vjp(lambda x: function(x[None], y[None]), x)[1](s)[0].square().sum()  # noqa: E731
+    assert_close(vmap(grad(slope))(scale[:, None]), 2 * scale[:, None] * slope(torch.ones(1).to(x)))
     second = jacrev(of_x)(x, scale[0])
     assert_close(vmap(jacrev(of_x), (None, 0))(x, scale)[0], second)
 

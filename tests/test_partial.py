@@ -84,6 +84,14 @@ def test_small_eps_is_the_linear_program(clouds, way):
         assert bool((result.marginals[1] <= b + 1e-4).all())
 
 
+@pytest.mark.parametrize("way", ["points", "matrix", "streamed", "reference"])
+def test_little_mass_is_not_lost_in_the_tolerance(clouds, way):
+    result = WAYS[way](*clouds, 1e-4, tol=1e-3)
+    assert result.converged
+    assert result.marginal_error <= 1e-3
+    assert float(result.plan.sum()) == pytest.approx(1e-4, rel=1e-3)
+
+
 def test_the_whole_mass_is_balanced_transport(clouds):
     x, y, a, b = clouds
     b = (b / b.sum()).requires_grad_()
@@ -226,7 +234,7 @@ def test_compiled(clouds, method):
 
     def value(x, mass):
         mass = mass.detach() if method == "streamed" else mass
-        given = {"a": clouds[2], "b": clouds[3], "mass": mass, "method": method}
+        given = TIGHT | {"a": clouds[2], "b": clouds[3], "mass": mass, "method": method}
         return otloss.solve_sample(x, clouds[1], EPS, **given).value
 
     compiled = torch.compile(value, fullgraph=True, backend="aot_eager")

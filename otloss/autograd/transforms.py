@@ -236,6 +236,10 @@ def _one_by_one(
 ) -> tuple[Tensor, ...]:
     """Several gradients of one call, as of every entry of a result in a Jacobian: the problem is
     solved once, and gone back through for each."""
+    below = len(call.given)
+    if isinstance(call.of, Pull) and not (call.of.leaves or level in call.of.parts):
+        # What is differentiated again was a multiple of one gradient.
+        _one_by_one(call.of, count, level, dims[below:], tensors[below:])
     of: Sequence[Call] = call.of.parts.get(level) or [call.of] * count
     call.parts[level] = [call.on(each) for each in of]
     every = [

@@ -58,12 +58,6 @@ void RowSource<T>::make(int64_t row, int64_t count, int64_t begin, int64_t end, 
   for (int64_t i = 0; C_ && i < rows; ++i) {
     const T* from = C_ + (row + i) * C_stride_;
     std::copy(from + begin, from + std::max(begin, last), C + i * stride);
-    // The rows after these come from memory while these are used.
-    constexpr int64_t kLine = 64 / sizeof(T);
-    if (row + i + rows < n_ - dummies_)
-      for (const T* next = from + rows * C_stride_; next < from + rows * C_stride_ + last;
-           next += kLine)
-        __builtin_prefetch(next, 0, 2);
   }
   if (dummies_ > 0) make_dummies(row, count, begin, end, C, stride);
 }

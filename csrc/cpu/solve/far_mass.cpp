@@ -191,9 +191,9 @@ FarMass<double, grid::Engine>::Shift FarMass<double, grid::Engine>::shift(
   return {};
 }
 
-// By readings of all pairs, while these are few: of 1e8 one takes half a second, and a shift three; of
-// 100 000 points, whose whole solve is a matter of seconds, it would be a minute. There groups are
-// shifted on the levels that have less points.
+// By readings of all pairs, while these are few: of 1e8 one takes half a second, and a shift three;
+// of 100 000 points, whose whole solve is a matter of seconds, it would be a minute. There groups
+// are shifted on the levels that have less points.
 template <>
 FarMass<double, multiscale::Engine>::Shift FarMass<double, multiscale::Engine>::shift(
     double eps, const double* F, const SemidualPoint<double>& point, int64_t most_readings) {

@@ -93,80 +93,141 @@ struct AdjointWork : AdjointArguments<T> {
 
   IterationsOfPoints<T> made[kMaxGroups];
   Orders<T> orders;
-  T* exponents;  // (problems, 2, orders.length) of the rows and the columns in a sweep
+  T* exponents;  // (problems, 2, orders.length) of the rows and the columns of an iteration
 
   OTLOSS_DEVICE const Pack<AdjointGroup<T>>& groups() const { return this->pack; }
   OTLOSS_DEVICE const TeamArguments<T>& team() const { return this->blocks; }
 
   template <class Block>
   OTLOSS_DEVICE bool advance(Block& block, Team<Block>& team, State& state,
-                             const AdjointGroup<T>& p, int64_t batch, bool first) const {
-    Adjoint<T, Block, Team<Block>> recursion(*this, team, p, batch, nullptr);
-    const IterationsOfPoints<T>& of = made[&p - this->pack.items];
-    RowSums<T>& order = orders.of[team.index()];
-    // Exponents of the iterations, or of the last plan, which stay for the gradient of the points.
-    T* const own = exponents + team.index() * 2 * orders.length;
-    const bool plan = first ? recursion.is_transport() : state.l < 0;
-    T* const F = plan ? of.F + batch * packed_stride(p.n) : own;
-    T* const G = plan ? of.G + batch * packed_stride(p.m) : own + orders.length;
-    const auto sum = [&](int i) { return static_cast<T>(orders.sum(team.index(), i)); };
-    const auto ask = [&](int64_t l, int side, RowSum what, const T* x, T* rows, T* columns) {
-      const SweepSide<T> x_side = row_side(of.points, batch, p.n, rows);
-      const SweepSide<T> y_side = column_side(of.points, batch, p.m, columns);
-      x_side.pad(block), y_side.pad(block);
-      block.sync();
-      if (block.thread() != 0) return false;
-      state.l = l;
-      set_order(order, side, what, x, x_side, y_side);
-      return false;
-    };
-    const auto iterate = [&](int64_t l) {  // the row sums of iteration l
-      const IterationWork<Block, T> work = recursion.work(l);
-      team.for_rows([&](int i) { own[i] = work.row(i); });
-      team.for_columns([&](int j) { own[orders.length + j] = work.exponent_of(j); });
-      return ask(l, 0, RowSum::kPlan, work.g_bar, own, own + orders.length);
-    };
-    if (first) {
-      recursion.begin();
-      block.sync();
-      if (block.thread() == 0)
-        orders.place(team.index(), of.points, p.made.symmetric, kLog2E / this->eps);
-      if (plan) {
-        team.for_rows([&](int i) { F[i] = recursion.plan_F(i); });
-        team.for_columns([&](int j) { G[j] = recursion.plan_G(j); });
-        return ask(-1, 0, RowSum::kCost, nullptr, F, G);
-      }
-      recursion.seed_dual();
-      recursion.add_outside();
-      return iterate(p.L - 1);
+                             const AdjointGroup<T>& p, int64_t batch, bool first) const;
+};
+
+template <typename T, class Block>
+class SweptAdjoint : Adjoint<T, Block, typename AdjointWork<T>::template Team<Block>> {
+ public:
+  using Work = AdjointWork<T>;
+  using Team = typename Work::template Team<Block>;
+  using Base = Adjoint<T, Block, Team>;
+
+  OTLOSS_DEVICE SweptAdjoint(Block& block, const Work& work, Team& team,
+                             typename Work::State& state, const AdjointGroup<T>& p, int64_t batch)
+      : Base(work, team, p, batch, nullptr),
+        block_(block),
+        orders_(work.orders),
+        state_(state),
+        of_(work.made[&p - work.pack.items]),
+        exponents_(work.exponents + team.index() * 2 * work.orders.length),
+        scale_(kLog2E / work.eps) {}
+
+  // Asks for the first sums.
+  OTLOSS_DEVICE bool open() {
+    Base::begin();
+    block_.sync();
+    if (block_.thread() == 0) orders_.place(team_.index(), of_.points, p_.made.symmetric, scale_);
+    if (!this->is_transport()) {
+      Base::seed_dual();
+      Base::add_outside();
+      return iterate(p_.L - 1);
     }
-    recursion.resume();
-    const int64_t l = state.l;
-    if (l < 0 && order.side == 0) {
-      team.for_rows([&](int i) { recursion.f_bar()[i] = sum(i); });
-      return ask(-1, 1, RowSum::kCost, nullptr, F, G);
+    T *const F = exponents(-1).F, *const G = exponents(-1).G;
+    team_.for_rows([&](int i) { F[i] = Base::plan_F(i); });
+    team_.for_columns([&](int j) { G[j] = Base::plan_G(j); });
+    return ask(-1, 0, RowSum::kCost, nullptr);
+  }
+
+  // After those that were asked for. True: done.
+  OTLOSS_DEVICE bool advance() {
+    Base::resume();
+    const bool rows = orders_.of[team_.index()].side == 0;
+    if (state_.l < 0) return rows ? row_costs() : column_costs();
+    return rows ? row_sums() : column_sums();
+  }
+
+ private:
+  struct Exponents {
+    T *F, *G;
+  };
+  // Of an iteration, or of the last plan, which stay for the gradient of the points.
+  OTLOSS_DEVICE Exponents exponents(int64_t l) const {
+    if (l >= 0) return {exponents_, exponents_ + orders_.length};
+    return {of_.F + batch_ * packed_stride(p_.n), of_.G + batch_ * packed_stride(p_.m)};
+  }
+
+  OTLOSS_DEVICE T sum(int i) const { return static_cast<T>(orders_.sum(team_.index(), i)); }
+
+  OTLOSS_DEVICE bool ask(int64_t l, int side, RowSum what, const T* x) {
+    T *const F = exponents(l).F, *const G = exponents(l).G;
+    const SweepSide<T> rows = row_side(of_.points, batch_, p_.n, F);
+    const SweepSide<T> columns = column_side(of_.points, batch_, p_.m, G);
+    rows.pad(block_), columns.pad(block_);
+    block_.sync();
+    if (block_.thread() != 0) return false;
+    state_.l = l;
+    set_order(orders_.of[team_.index()], side, what, x, rows, columns);
+    return false;
+  }
+
+  OTLOSS_DEVICE bool row_costs() {
+    team_.for_rows([&](int i) { Base::f_bar()[i] = sum(i); });
+    return ask(-1, 1, RowSum::kCost, nullptr);
+  }
+
+  OTLOSS_DEVICE bool column_costs() {
+    team_.for_columns([&](int j) { Base::put_costs(j, sum(j)); });
+    Base::seed_costs();
+    Base::add_outside();
+    return iterate(p_.L - 1);
+  }
+
+  // The row sums of iteration l.
+  OTLOSS_DEVICE bool iterate(int64_t l) {
+    const IterationWork<Block, T> work = Base::work(l);
+    T *const F = exponents(l).F, *const G = exponents(l).G;
+    team_.for_rows([&](int i) { F[i] = work.row(i); });
+    team_.for_columns([&](int j) { G[j] = work.exponent_of(j); });
+    return ask(l, 0, RowSum::kPlan, work.g_bar);
+  }
+
+  OTLOSS_DEVICE bool row_sums() {
+    const IterationWork<Block, T> work = Base::work(state_.l);
+    T *const F = exponents(state_.l).F, *const G = exponents(state_.l).G;
+    team_.for_rows([&](int i) {
+      work.finish(i, sum(i), true);
+      F[i] = work.row_again(i);
+    });
+    team_.for_columns([&](int j) { G[j] = work.H[j]; });
+    return ask(state_.l, 1, RowSum::kPlan, work.R);
+  }
+
+  OTLOSS_DEVICE bool column_sums() {
+    const int64_t l = state_.l;
+    team_.for_columns([&](int j) { Base::take(l, j, sum(j)); });
+    if (l > 0) {
+      Base::make_H(l - 1);
+      return iterate(l - 1);
     }
-    if (l < 0) {
-      team.for_columns([&](int j) { recursion.put_costs(j, sum(j)); });
-      recursion.seed_costs();
-      recursion.add_outside();
-      return iterate(p.L - 1);
-    }
-    const IterationWork<Block, T> work = recursion.work(l);
-    if (order.side == 0) {
-      team.for_rows([&](int i) {
-        work.finish(i, sum(i), true);
-        F[i] = work.row_again(i);
-      });
-      team.for_columns([&](int j) { G[j] = work.H[j]; });
-      return ask(l, 1, RowSum::kPlan, work.R, F, G);
-    }
-    team.for_columns([&](int j) { recursion.take(l, j, sum(j)); });
-    if (l > 0) return recursion.make_H(l - 1), iterate(l - 1);
-    recursion.write();
+    Base::write();
     return true;
   }
+
+  using Base::batch_, Base::p_, Base::team_;
+  Block& block_;
+  const Orders<T>& orders_;
+  typename Work::State& state_;
+  const IterationsOfPoints<T>& of_;
+  T* const exponents_;
+  const double scale_;
 };
+
+template <typename T>
+template <class Block>
+OTLOSS_DEVICE bool AdjointWork<T>::advance(Block& block, Team<Block>& team, State& state,
+                                           const AdjointGroup<T>& p, int64_t batch,
+                                           bool first) const {
+  SweptAdjoint<T, Block> adjoint(block, *this, team, state, p, batch);
+  return first ? adjoint.open() : adjoint.advance();
+}
 
 // Every workspace that the launches share.
 template <typename T>

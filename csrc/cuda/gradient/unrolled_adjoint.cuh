@@ -103,10 +103,10 @@ class Adjoint {
   // tile: (rows, m) costs, where they are stored.
   OTLOSS_DEVICE Adjoint(const AdjointArguments<T>& arguments, Team& team, const AdjointGroup<T>& p,
                         int64_t batch, const T* tile)
-      : args_(arguments),
-        team_(team),
+      : team_(team),
         p_(p),
         batch_(batch),
+        args_(arguments),
         tile_(tile),
         x_(row_penalty(p)),
         y_(column_penalty(p)),
@@ -256,10 +256,13 @@ class Adjoint {
     b_bar_[j] = counts ? of_b : 0.0;
   }
 
-  const AdjointArguments<T>& args_;
+ protected:
   Team& team_;
   const AdjointGroup<T>& p_;
   const int64_t batch_;
+
+ private:
+  const AdjointArguments<T>& args_;
   const T* const tile_;
   const Penalty x_, y_;
   const double damp_f_, damp_g_;
