@@ -21,7 +21,7 @@ TORCH ?= torch==2.13.0
 T ?=
 DEMO ?= --preset demo --out runs/demo
 BENCH ?= iteration overhead
-PYTHONS ?= $(foreach version,3.10 3.11 3.12 3.13,$(shell command -v python$(version)))
+PYTHONS ?= $(foreach v,3.10 3.11 3.12 3.13,$(shell python$(v) -c "" 2>/dev/null && echo python$(v)))
 TORCHES ?= torch==2.10.0 torch==2.13.0 torch
 
 # Threads that wait for each other sleep instead of spinning: on a machine that does other work too,

@@ -93,12 +93,13 @@ struct SolveGroup {
   // (B, n + kStatusFields) f and the status, from an earlier call, or null. Of a symmetric group
   // that has no C, on a CPU.
   const double* known = nullptr;
+  // 1: the last row and column are dummy points, which C and the points lack; see csrc/cpu/engines.
+  int64_t dummies = 0;
 
-  const T* matrix(int64_t p) const { return C ? C + (shared ? 0 : p * n * stride) : nullptr; }
+  const T* matrix(int64_t p) const { return C && !shared ? C + p * (n - dummies) * stride : C; }
 };
 
-// The most coordinates of a multiscale solve; with the costs `has_multiscale` (core/costs.h)
-// allows.
+// The most coordinates of a multiscale solve, which takes costs of kMultiscale (core/costs.h).
 constexpr int64_t kMultiscaleDims = 8;
 
 // ------------------------------------------------------------------------------- solve_backward
@@ -106,29 +107,31 @@ constexpr int64_t kMultiscaleDims = 8;
 // Weights and potentials of a group, and what its value is multiplied by in the gradient.
 template <typename T>
 struct SolvedGroup {
-  int64_t batch;  // B
-  int64_t n;      // rows
-  int64_t m;      // columns
-  const T* a;     // (B, n)
-  const T* b;     // (B, m)
-  const T* f;     // (B, n)
-  const T* g;     // (B, m)
-  const T* grad;  // (B,) of the loss
-  T coefficient;  // of this group in the loss
+  int64_t batch;        // B
+  int64_t n;            // rows
+  int64_t m;            // columns
+  const T* a;           // (B, n)
+  const T* b;           // (B, m)
+  const T* f;           // (B, n)
+  const T* g;           // (B, m)
+  const T* grad;        // (B,) of the loss
+  T coefficient;        // of this group in the loss
+  int64_t dummies = 0;  // as of SolveGroup
 };
 
 // Gradient of sum_B grad * coefficient * value at fixed potentials: P scaled, potentials centred.
 template <typename T>
 struct EnvelopeGroup : SolvedGroup<T> {
-  const T* C;  // (B, n, m)
-  T* grad_C;   // (B, n, m) or null
+  const T* C;  // (B, n, m), without dummies
+  T* grad_C;   // (B, n, m) or null; at fixed potentials without dummies, else with them
   T* grad_a;   // (B, n) or null
   T* grad_b;   // (B, m) or null
   Penalties penalties = {};
   bool shared = false;  // C is (1, n, m), of all problems; on a CPU
 
   const T* matrix(int64_t p) const {
-    return C ? C + (shared ? 0 : p * this->n * this->m) : nullptr;
+    const int64_t entries = (this->n - this->dummies) * (this->m - this->dummies);
+    return C && !shared ? C + p * entries : C;
   }
 };
 

@@ -79,7 +79,9 @@ def inline_formula(translator, node):  # type: ignore[no-untyped-def]
 
 def displayed_formula(translator, node):  # type: ignore[no-untyped-def]
     formula = convert(node.astext(), display="block")
-    translator.body.append(f'<div class="math" style="overflow-y: hidden">{formula}</div>')
+    translator.body.append(
+        f'<div class="math" style="overflow-y: hidden; padding-block: 0.6em">{formula}</div>'
+    )
     raise nodes.SkipNode
 
 

@@ -45,8 +45,14 @@ def load(suite: str) -> tuple[dict[str, Any], str]:
     document = json.loads((RESULTS / f"{suite}.json").read_text())
     environment = document["environment"]
     threads = "one thread" if environment["threads"] == 1 else f"{environment['threads']} threads"
-    how = f"`{environment['command']}`, {threads} of an {environment['device']}, float32"
+    how = f"`{environment['command']}`, {threads} of an {device(environment)}, float32"
     return document["result"], how
+
+
+def device(environment: dict[str, Any]) -> str:
+    """The processor, whose name does not tell its generation, with what does."""
+    level1 = environment.get("caches", {}).get("L1 Data", "")
+    return environment["device"] + (f" with {level1} of L1" if level1 else "")
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -132,16 +138,20 @@ def products() -> str:
 def floors() -> str:
     result, how = load("floors")
     how, rows = how.removesuffix(", float32"), []
+    before = {row["case"]: row["both"] for row in result["rows"] if row["against"]}
     for row in result["rows"]:
         if row["against"]:  # another checkout's times
             continue
         parts = (row["both"], row["forward"], row["both"] - row["forward"])
         times = [milliseconds(row[part]) for part in ("both", "floor")]
-        rows.append([row["case"], *times, *(number(part / row["floor"]) for part in parts)])
+        ratios = [part / row["floor"] for part in parts] + [row["both"] / before[row["case"]]]
+        rows.append([row["case"], *times, *map(number, ratios)])
     header = ["", "loss and gradient", "five products", "over these", "loss", "gradient"]
+    header.append("over another checkout")
     return (
         "Milliseconds for the divergence of a minibatch and its gradient in one cloud, for five\n"
-        f"products by torch, and the first over the second, in all and in parts ({how}):\n\n"
+        "products by torch, and the first over the second, in all and in parts; last, over what\n"
+        f"another checkout takes ({how}):\n\n"
         f"{table(header, rows)}\n"
     )
 
@@ -203,7 +213,7 @@ def accuracy_cases(threads: int) -> tuple[list[dict[str, Any]], str]:
     clock = "CPU time" if clocks == {"cpu"} else "wall time"
     many = "one thread" if threads == 1 else f"{threads} threads"
     how = f"`python -m benchmarks.run accuracy`, {clock}, {many} of an "
-    return cases, f"{how}{document['environment']['device']}, float32"
+    return cases, f"{how}{device(document['environment'])}, float32"
 
 
 def accuracy() -> str:
@@ -286,24 +296,28 @@ def training_step() -> str:
 
 def memory() -> str:
     result, _ = load("memory")
-    rows = []
+    small: dict[str, dict[str, str]] = {}
+    large = []
     for row in result["rows"]:
         problem = f"{row['title']}, n = {row['n']}, eps {row['eps']:g}"
+        added = row["added_bytes"] and f"{row['added_bytes'] / 2**20:.0f}"
         peer = f"{PEERS[row['peer']]} {row['setting']}".strip()
-        if row["added_bytes"] is None:
-            if row.get("given_up_seconds"):
-                rows.append(
-                    [problem, peer, "", f"not done after {row['given_up_seconds']:.0f}", ""]
-                )
-            continue
-        # A time without its error says nothing, and small ones contain first calls.
-        error, seconds = row["gradient_error"], number(row["cpu_seconds"])
-        checked = ["", ""] if error is None else [seconds, percent(error)]
-        rows.append([problem, peer, f"{row['added_bytes'] / 2**20:.0f}", *checked])
-    header = ["", "", "peak memory added, MiB", "seconds", "gradient error"]
+        if added and row["gradient_error"] is not None:
+            cells = [added, number(row["cpu_seconds"]), percent(row["gradient_error"])]
+            large.append([problem, peer, *cells])
+        elif added:  # a time without its error says nothing, and small ones contain first calls
+            small.setdefault(problem, {})[row["peer"]] = added
+        elif row.get("given_up_seconds"):
+            given_up = f"not done after {row['given_up_seconds']:.0f}"
+            large.append([problem, peer, "", given_up, ""])
+    peers = [peer for peer in PEERS if any(peer in found for found in small.values())]
+    rows = [[name, *(found.get(peer, "") for peer in peers)] for name, found in small.items()]
+    header = ["", "", "peak memory added, MiB", "CPU seconds", "gradient error"]
     return (
-        "One divergence and its gradient, each in a process of its own on one thread\n"
-        f"(`python -m benchmarks.run memory`, CPU time):\n\n{table(header, rows)}\n"
+        "Peak memory added by one divergence and its gradient, MiB, each in a process of its own\n"
+        "on one thread (`python -m benchmarks.run memory`):\n\n"
+        f"{table(['', *(PEERS[peer] for peer in peers)], rows)}\n\n"
+        f"A large problem, with its time and error:\n\n{table(header, large)}\n"
     )
 
 

@@ -88,23 +88,24 @@ def accuracy() -> None:
         axes.scatter([rung["rough_seconds"] for rung in rungs], errors, s=14, label=label)
     axes.set(xscale="log", yscale="log", xlabel="seconds", ylabel="error of the gradient")
     axes.set_title(f"{case['title']}, n = {case['n']}, eps {case['eps']:g}", fontsize=9)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside upper center", ncols=len(NAMES), fontsize=8)
     save(figure, "accuracy")
 
 
 def scaling() -> None:
     """CPU time against the number of points."""
-    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    figure = Figure(figsize=(5, 4.4), layout="constrained")
     axes, curves = figure.subplots(), {}
     for row in result("large")["rows"]:
         if "cpu_seconds" in row:
-            name = (row["title"], row["eps"], row["method"].split(",")[0])
+            method = row["method"].split(",")[0].replace("geomloss", "GeomLoss")
+            name = (row["title"], row["eps"], method)
             curves.setdefault(name, []).append((row["n"], row["cpu_seconds"]))
     for (title, eps, method), points in curves.items():
         label = f"{method}: {title}, eps {eps:g}"
         axes.loglog(*zip(*sorted(points), strict=True), "o-", label=label)
     axes.set(xlabel="points in each cloud", ylabel="CPU seconds")
-    axes.legend(fontsize=6)
+    figure.legend(loc="outside lower center", fontsize=7)
     save(figure, "scaling")
 
 

@@ -1,12 +1,13 @@
 """Put the runs beside the papers: one page of tables and figures.
 
-    python examples/compare.py --runs runs --out examples/results
+    python examples/compare.py --runs runs --out examples/results --docs docs
 
 Reads the ``metrics.json`` of every folder in ``--runs``. Which run it is follows from the options
 that the report itself states, and not from the name of its folder; a report with other options, or
 of a run with another length, is none of the page's. Reports are copied into ``--out``, where the
 page, ``README.md``, is written. A run that is not in ``--runs`` keeps what ``--out`` has of it, and
-is "not run" if that is nothing. ``reproduce.py`` runs what is missing.
+is "not run" if that is nothing. ``--docs`` asks for a second page, of what the sources claim and
+whether it holds. ``reproduce.py`` runs what is missing.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -22,8 +24,11 @@ from typing import Any
 
 from common import options, run
 from comparison import panels
+from comparison.claims import CLAIMS, claims
 from comparison.settings import COMMANDS
 from comparison.tables import SIZES, TABLES, Report
+
+HERE = Path(__file__).resolve().parent
 
 
 @cache
@@ -103,15 +108,21 @@ def _with_sums(report: Report) -> Report:
     return report
 
 
-def page(reports: Mapping[str, Report], out: Path) -> str:
-    """The whole page."""
-    text = Path(__file__).with_suffix(".md").read_text()
+def page(reports: Mapping[str, Report], out: Path, docs: Path | None = None) -> str:
+    """The page of results; of what the sources claim, if it is for the folder ``docs``."""
+    template = HERE / ("reproductions.md" if docs else "compare.md")
+    link = f"{Path(os.path.relpath(out, docs)).as_posix()}/" if docs else ""
+    text = template.read_text()
+    for source in CLAIMS:
+        text = text.replace(f"<!-- claims: {source} -->", claims(source, reports))
     for name, part in TABLES.items():
         text = text.replace(f"<!-- table: {name} -->", part(reports))
     for name in panels.FIGURES:
-        text = text.replace(f"<!-- figure: {name} -->", panels.show(name, reports, out))
-    text = text.replace("<!-- curves -->", panels.curves(reports, out))
-    return f"<!-- Written by examples/compare.py from examples/compare.md. -->\n\n{text}"
+        text = text.replace(f"<!-- figure: {name} -->", panels.show(name, reports, out, link))
+    if docs:
+        text = text.replace("*No picture yet.*\n\n", "")
+    text = text.replace("<!-- curves -->", panels.curves(reports, out, link))
+    return f"<!-- Written by examples/compare.py from examples/{template.name}. -->\n\n{text}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -122,9 +133,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
     parser.add_argument("--out", type=Path, default=Path("runs/results"), help="folder of the page")
+    parser.add_argument("--docs", type=Path, help="folder for reproductions.md, the claims")
     args = parser.parse_args(argv)
     reports = collect(args.runs, args.out)
     (args.out / "README.md").write_text(page(reports, args.out))
+    if args.docs:
+        (args.docs / "reproductions.md").write_text(page(reports, args.out, args.docs))
     print(f"{len(reports)} of {len(COMMANDS)} runs, written to {args.out / 'README.md'}")
 
 

@@ -131,15 +131,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    device = options.begin(args)
+    options.begin(args)
     measurements, labels = load_iris()
     centred = measurements - measurements.mean(0)
     points = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:COMPONENTS].T
     kmeans = KMeans(COMPONENTS, n_init=10, random_state=args.seed).fit(points.numpy())
     centres = torch.from_numpy(kmeans.cluster_centers_)
     models = {name: Ellipsoids(centres) for name in args.losses}
-    everything = nn.ModuleList(models.values()).to(device)
-    data = points.to(device)
+    everything = nn.ModuleList(models.values()).to(args.device)
+    data = points.to(args.device)
     optimiser = torch.optim.Adam(everything.parameters(), args.lr)
 
     training = run.Run(args, {"models": everything, "optimiser": optimiser})

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from common import options, run
-from common.data import Batches, to_float
+from common.data import to_float
 from common.metrics import frechet_distance, inception_score
 from common.models import Classifier
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from train_classifier import learn
 
 AGES = [2, 4, 8, 12, 18, 25]
 PRESETS: dict[str, dict[str, Any]] = {"age": {"batch": 128, "lr": 1e-3, "epochs": 25.0}}
@@ -108,9 +108,7 @@ def name_of(folder: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    images, device = options.begin_images(args)
-    train, labels = images.train[: args.limit_train], images.train_labels[: args.limit_train]
-    batches = Batches(len(train), args.batch, args.seed)
+    images, batches = options.begin_images(args)
     if max(args.ages) * batches.per_epoch > args.steps:
         epochs = args.steps / batches.per_epoch
         raise options.UsageError(f"--ages has {max(args.ages)}, expected at most {epochs:g} epochs")
@@ -122,22 +120,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if made.shape[1:] != images.train.shape[1:]:
             raise options.UsageError(f"--runs: {folder} made images {tuple(made.shape[1:])}")
         clouds[name_of(folder)] = made
-    model = Classifier(images.shape).to(device)
+    model = Classifier(images.shape).to(args.device)
     optimiser = torch.optim.Adam(model.parameters(), args.lr)
     state = {"model": model, "optimiser": optimiser}
     training = Ageing(args, model, state, clouds, batches.per_epoch)
-
-    for i in training:
-        rows = batches(i).to(device)
-        with options.autocast(args):
-            logits = model(to_float(train[rows]))
-        loss = F.cross_entropy(logits.float(), labels[rows])
-        training.set_rate(optimiser)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        training.log(loss=loss)
-
+    learn(training, model, optimiser, images, batches)
     if training.finished:
         picture(training.evaluations, args.out / "scores.png")
         last = {e["run"]: e["is"] for e in training.evaluations if e["age"] == max(args.ages)}

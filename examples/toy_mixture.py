@@ -27,10 +27,10 @@ from typing import Any
 
 import torch
 from common import options, run
-from common.models import Generator, moving_average
+from common.models import Generator, clip_weights, moving_average
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from train_gan import critic_loss, generator_loss
+from train_gan import critic_loss, generator_loss, optimisers
 
 import otloss
 
@@ -149,29 +149,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    device = options.begin(args)
+    options.begin(args)
     net = mlp([args.latent, args.hidden, args.hidden, 2], nn.ReLU)
-    generator = Generator(net, args.latent, "normal").to(device)
+    generator = Generator(net, args.latent, "normal").to(args.device)
     # A frozen critic holds the modes only if it tells all points apart: one of ReLUs has flat
     # regions, and in runs of 3000 steps it lost two modes of eight where this one kept all.
     otgan = args.loss == "otgan"
     outputs = args.features if otgan else 1
-    critic = mlp([2, args.hidden, args.hidden, outputs], nn.Tanh).to(device)
+    critic = mlp([2, args.hidden, args.hidden, outputs], nn.Tanh).to(args.device)
     average = moving_average(generator, args.ema)
-    clipped = args.loss == "wgan-clip"
-    of_generator, of_critic = (
-        torch.optim.RMSprop(net.parameters(), args.lr)
-        if clipped
-        else torch.optim.Adam(net.parameters(), args.lr, betas=tuple(args.betas))
-        for net in (generator, critic)
-    )
-    state = {
-        "generator": generator,
-        "critic": critic,
-        "average": average,
-        "generator_optimiser": of_generator,
-        "critic_optimiser": of_critic,
-    }
+    of_generator, of_critic = optimisers(args, generator, critic)
+    state = {"generator": generator, "critic": critic, "average": average}
+    state |= {"generator_optimiser": of_generator, "critic_optimiser": of_critic}
     training = Mixture(args, state, average.module)
 
     def matching(real: Tensor, fake: Tensor) -> Tensor:
@@ -181,32 +170,37 @@ def main(argv: Sequence[str] | None = None) -> None:
         loss = otloss.minibatch_energy_distance
         return training.timed(loss, *halves, args.eps, tol=TOLERANCE)
 
+    def loss_of_critic(real: Tensor, fake: Tensor) -> Tensor:
+        return -matching(real, fake) if otgan else critic_loss(args, critic, real, fake)
+
+    def loss_of_generator(fake: Tensor) -> Tensor:
+        if otgan:
+            return matching(draw_mixture(args.batch).to(args.device), fake)
+        return generator_loss(args, critic(fake))
+
     for i in training:
         training.set_rate(of_generator, of_critic)
-        critic_moves = i % (args.n_gen + 1) == 0 if otgan else True
+        frozen = i >= args.freeze
+        # OT-GAN moves one of the two in a step, the rivals move both.
+        critic_moves = not otgan or i % (args.n_gen + 1) == 0
         critic.requires_grad_(True)
-        for _ in range(args.n_critic if critic_moves and i < args.freeze else 0):
-            real = draw_mixture(args.batch).to(device)
+        for _ in range(args.n_critic if critic_moves and not frozen else 0):
+            real = draw_mixture(args.batch).to(args.device)
             with torch.no_grad():
                 fake = generator(generator.draw(len(real)))
             with options.autocast(args):
-                loss = -matching(real, fake) if otgan else critic_loss(args, critic, real, fake)
+                loss = loss_of_critic(real, fake)
             of_critic.zero_grad()
             loss.backward()
             of_critic.step()
-            if clipped:
-                with torch.no_grad():
-                    for weight in critic.parameters():
-                        weight.clamp_(-args.clip, args.clip)
+            if args.loss == "wgan-clip":
+                clip_weights(critic, args.clip)
             training.log(critic_loss=-loss if otgan else loss)
         critic.requires_grad_(False)
-        if not otgan or not critic_moves or i >= args.freeze:
+        if frozen or not otgan or not critic_moves:
             fake = generator(generator.draw(args.batch))
             with options.autocast(args):
-                if otgan:
-                    loss = matching(draw_mixture(args.batch).to(device), fake)
-                else:
-                    loss = generator_loss(args, critic(fake))
+                loss = loss_of_generator(fake)
             of_generator.zero_grad()
             loss.backward()
             of_generator.step()

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from common import generate, options
-from common.data import Batches, to_float
+from common.data import to_float
 from common.figures import save_grid
 from common.metrics import Evaluator
 from common.models import HIDDEN, mlp_critic, mlp_generator, moving_average, widths
@@ -68,25 +68,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--eps", type=float, default=1.0, help="regularisation of the divergence, sae")
     add("--weight", type=float, default=1.0, help="of what draws the codes")
     add("--hidden", type=int, nargs="+", default=HIDDEN, help="hidden layers of the decoder")
-    add(
-        "--norm",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="batch normalisation in the decoder",
-    )
+    flag = argparse.BooleanOptionalAction
+    add("--norm", action=flag, default=True, help="batch normalisation in the decoder")
     return options.parse(parser, PRESETS, argv, NEEDS)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    images, device = options.begin_images(args)
-    train = images.train[: args.limit_train]
-    batches = Batches(len(train), args.batch, args.seed)
+    images, batches = options.begin_images(args)
     hidden = widths(args.hidden, args.width)
     decoder = mlp_generator(images.shape, args.latent, args.prior, hidden, 0.0, args.norm)
     codes = args.latent * (2 if args.method == "vae" else 1)  # a VAE's are means and variances
     encoder = mlp_critic(images.shape, hidden[::-1], outputs=codes)
-    both = nn.ModuleList((decoder, encoder)).to(device)
+    both = nn.ModuleList((decoder, encoder)).to(args.device)
     average = moving_average(decoder, args.ema)
     optimiser = torch.optim.Adam(both.parameters(), args.lr)
     state = {"both": both, "average": average, "optimiser": optimiser}
@@ -101,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     training = generate.Training(args, images, average.module, state, reconstructions)
     for i in training:
-        real = to_float(train[batches(i).to(device)])
+        real = to_float(images.train[batches(i)])
         with options.autocast(args):
             codes = encoder(real).float()
             if args.method == "vae":

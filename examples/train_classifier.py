@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from common import options, run
 from common.classifier import PRESETS, WEIGHTS, accuracy_on_test
-from common.data import Batches, to_float
+from common.data import Batches, ImageData, to_float
 from common.models import Classifier
 from torch.nn import functional as F  # noqa: N812
 
@@ -28,27 +28,35 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options.parse(parser, PRESETS, argv)
 
 
-def main(argv: Sequence[str] | None = None) -> bool:
-    """``False`` if it was stopped before its end."""
-    args = parse(argv)
-    images, device = options.begin_images(args)
-    train, labels = images.train[: args.limit_train], images.train_labels[: args.limit_train]
-    model = Classifier(images.shape).to(device)
-    optimiser = torch.optim.Adam(model.parameters(), args.lr)
-    batches = Batches(len(train), args.batch, args.seed)
-    training = run.Run(args, {"model": model, "optimiser": optimiser})
-
+def learn(
+    training: run.Run,
+    model: Classifier,
+    optimiser: torch.optim.Optimizer,
+    images: ImageData,
+    batches: Batches,
+) -> None:
+    """Descend the cross-entropy of the labels until ``training`` is at its end."""
     for i in training:
-        rows = batches(i).to(device)
-        with options.autocast(args):
-            logits = model(to_float(train[rows]))
-        loss = F.cross_entropy(logits.float(), labels[rows])
+        rows = batches(i)
+        with options.autocast(training.args):
+            logits = model(to_float(images.train[rows]))
+        loss = F.cross_entropy(logits.float(), images.train_labels[rows])
         training.set_rate(optimiser)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         training.log(loss=loss)
 
+
+def main(argv: Sequence[str] | None = None) -> bool:
+    """``False`` if it was stopped before its end."""
+    args = parse(argv)
+    images, batches = options.begin_images(args)
+    model = Classifier(images.shape).to(args.device)
+    optimiser = torch.optim.Adam(model.parameters(), args.lr)
+    training = run.Run(args, {"model": model, "optimiser": optimiser})
+
+    learn(training, model, optimiser, images, batches)
     if training.finished:
         accuracy = accuracy_on_test(model, images)
         torch.save(model.state_dict(), args.out / WEIGHTS)

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from common import data, generate, options, run
-from common.data import Batches, to_float
+from common.data import to_float
 from common.figures import save_grid
 from common.metrics import OT_BATCH, OT_REPEATS, Evaluator, med2
 from common.models import Generator, moving_average, widths
@@ -145,31 +145,29 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    training: run.Run
-    if args.data == "gaussians":
-        device, shape = options.begin(args), (2,)
+    in_plane = args.data == "gaussians"
+    if in_plane:
+        options.begin(args)
     else:
-        images, device = options.begin_images(args)
-        shape, train = images.shape, images.train[: args.limit_train]
-        batches = Batches(len(train), args.batch, args.seed)
-    kind = PlaneFlow if args.data == "gaussians" else Flow
-    flow = kind(Velocity(shape, widths(args.hidden, args.width))).to(device)
+        images, batches = options.begin_images(args)
+    kind, shape = (PlaneFlow, (2,)) if in_plane else (Flow, images.shape)
+    flow = kind(Velocity(shape, widths(args.hidden, args.width))).to(args.device)
     average = moving_average(flow, args.ema)
     optimiser = torch.optim.Adam(flow.parameters(), args.lr)
     state = {"flow": flow, "average": average, "optimiser": optimiser}
-    if args.data == "gaussians":
+    if in_plane:
         training = run.Run(args, state)
     else:
         training = generate.Training(args, images, average.module, state, strips(average.module))
 
     for i in training:
-        if args.data == "gaussians":
-            data = draw_mixture(args.batch).to(device)
+        if in_plane:
+            data = draw_mixture(args.batch).to(args.device)
         else:
-            data = to_float(train[batches(i).to(device)]).flatten(1)
+            data = to_float(images.train[batches(i)]).flatten(1)
         noise = torch.randn_like(data)
         data = training.timed(paired, args, noise, data)
-        t = torch.rand(len(data), 1, device=device)
+        t = torch.rand(len(data), 1, device=data.device)
         with options.autocast(args):
             velocity = flow.net(torch.lerp(noise, data, t), t).float()
         loss = (velocity - (data - noise)).square().sum(1).mean()

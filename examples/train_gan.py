@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 from common import generate, options
-from common.data import Batches, to_float
+from common.data import to_float
 from common.models import (
     HIDDEN,
     Generator,
+    clip_weights,
     dcgan_critic,
     dcgan_generator,
     leaky,
@@ -112,6 +113,16 @@ def networks(args: argparse.Namespace, shape: Sequence[int]) -> tuple[Generator,
     return generator, mlp_critic(shape, widths(HIDDEN[::-1], args.width), args.dropout)
 
 
+def optimisers(
+    args: argparse.Namespace, generator: nn.Module, critic: nn.Module
+) -> list[torch.optim.Optimizer]:
+    """One for each: RMSprop where weights are clipped, since momentum is known to break that."""
+    nets = (generator, critic)
+    if args.loss == "wgan-clip":
+        return [torch.optim.RMSprop(net.parameters(), args.lr) for net in nets]
+    return [torch.optim.Adam(net.parameters(), args.lr, betas=tuple(args.betas)) for net in nets]
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = generate.parser(__file__, __doc__ or "", PRESETS)
     add = parser.add_argument
@@ -122,12 +133,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dropout", type=float, default=0.0, help="dropout of the discriminator")
     add("--generator-dropout", type=float, default=0.0)
     add("--norm", action="store_true", help="batch normalisation in the mlp generator")
-    add(
-        "--critic-norm",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="batch normalisation in the dcgan discriminator",
-    )
+    flag, critic_norm = argparse.BooleanOptionalAction, "batch normalisation in the dcgan critic"
+    add("--critic-norm", action=flag, default=True, help=critic_norm)
     add("--clip", type=float, default=0.01, help="bound on critic weights, wgan-clip")
     add("--penalty", type=float, default=10.0, help="weight of the gradient penalty, wgan-gp")
     args = options.parse(parser, PRESETS, argv, NEEDS)
@@ -137,33 +144,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    images, device = options.begin_images(args)
-    train = images.train[: args.limit_train]
-    batches = Batches(len(train), args.batch, args.seed)
-    generator, critic = (net.to(device) for net in networks(args, images.shape))
+    images, batches = options.begin_images(args)
+    generator, critic = (net.to(args.device) for net in networks(args, images.shape))
     average = moving_average(generator, args.ema)
-    # Momentum is known to break a critic with clipped weights.
-    clipped, betas = args.loss == "wgan-clip", tuple(args.betas)
-    optimisers = [
-        torch.optim.RMSprop(net.parameters(), args.lr)
-        if clipped
-        else torch.optim.Adam(net.parameters(), args.lr, betas=betas)
-        for net in (generator, critic)
-    ]
-    state = {
-        "generator": generator,
-        "critic": critic,
-        "average": average,
-        **dict(zip(("generator_optimiser", "critic_optimiser"), optimisers, strict=True)),
-    }
+    of_generator, of_critic = optimisers(args, generator, critic)
+    state = {"generator": generator, "critic": critic, "average": average}
+    state |= {"generator_optimiser": of_generator, "critic_optimiser": of_critic}
     training = generate.Training(args, images, average.module, state)
-    of_generator, of_critic = optimisers
 
     for i in training:
-        training.set_rate(*optimisers)
+        training.set_rate(of_generator, of_critic)
         critic.requires_grad_(True)
         for k in range(args.n_critic):
-            real = to_float(train[batches(i * args.n_critic + k).to(device)])
+            real = to_float(images.train[batches(i * args.n_critic + k)])
             with torch.no_grad(), options.autocast(args):
                 fake = generator(generator.draw(len(real)))
             with options.autocast(args):
@@ -171,10 +164,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             of_critic.zero_grad()
             of_the_critic.backward()
             of_critic.step()
-            if clipped:
-                with torch.no_grad():
-                    for weight in critic.parameters():
-                        weight.clamp_(-args.clip, args.clip)
+            if args.loss == "wgan-clip":
+                clip_weights(critic, args.clip)
 
         critic.requires_grad_(False)
         with options.autocast(args):

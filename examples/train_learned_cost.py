@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 from common import generate, options
-from common.data import Batches, to_float
-from common.models import dcgan_critic, dcgan_generator, moving_average
+from common.data import to_float
+from common.models import clip_weights, dcgan_critic, dcgan_generator, moving_average
 from torch import Tensor
 
 import otloss
@@ -73,21 +73,14 @@ def distance(args: argparse.Namespace, real: Tensor, fake: Tensor) -> Tensor:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    images, device = options.begin_images(args)
-    train = images.train[: args.limit_train]
-    batches = Batches(len(train), args.batch, args.seed)
-    generator = dcgan_generator(images.shape, args.latent, args.prior, args.width).to(device)
-    encoder = dcgan_critic(images.shape, args.width, 0.0, outputs=FEATURES).to(device)
+    images, batches = options.begin_images(args)
+    generator = dcgan_generator(images.shape, args.latent, args.prior, args.width).to(args.device)
+    encoder = dcgan_critic(images.shape, args.width, 0.0, outputs=FEATURES).to(args.device)
     average = moving_average(generator, args.ema)
     descent = torch.optim.RMSprop(generator.parameters(), args.lr)
     ascent = torch.optim.RMSprop(encoder.parameters(), args.lr)
-    state = {
-        "generator": generator,
-        "encoder": encoder,
-        "average": average,
-        "descent": descent,
-        "ascent": ascent,
-    }
+    state = {"generator": generator, "encoder": encoder, "average": average}
+    state |= {"descent": descent, "ascent": ascent}
     training = generate.Training(args, images, average.module, state)
 
     def loss_of(real: Tensor) -> Tensor:
@@ -98,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return training.timed(distance, args, x / unit, y / unit)
 
     for i in training:
-        real = to_float(train[batches(i).to(device)])
+        real = to_float(images.train[batches(i)])
         training.set_rate(descent, ascent)
         for _ in range(args.n_critic):
             generator.requires_grad_(False)
@@ -106,9 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             ascent.zero_grad()
             (-loss_of(real)).backward()
             ascent.step()
-            with torch.no_grad():
-                for weight in encoder.parameters():
-                    weight.clamp_(-args.clip, args.clip)
+            clip_weights(encoder, args.clip)
         generator.requires_grad_(True)
         encoder.requires_grad_(False)
         descent.zero_grad()

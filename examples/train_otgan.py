@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from common import UsageError, chunks, generate, options, ranks
-from common.data import Batches, to_float
+from common.data import to_float
 from common.models import (
     Generator,
     initialise_from_data,
@@ -139,12 +139,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--eps", type=float, default=0.002, help="regularisation, in units of the cosine cost")
     add("--n-gen", type=int, default=3, help="generator steps per critic step")
-    add(
-        "--match",
-        choices=("ot", "random"),
-        default="ot",
-        help="how the samples of two clouds are paired",
-    )
+    pairs = "how the samples of two clouds are paired"
+    add("--match", choices=("ot", "random"), default="ot", help=pairs)
     add("--chunk", type=int, help="images through the networks at a time; same gradient")
     add("--flip", action="store_true", help="mirror real images at random")
     add("--betas", type=float, nargs=2, default=[0.5, 0.999], help="of Adam")
@@ -165,15 +161,14 @@ def train(args: argparse.Namespace) -> None:
         raise UsageError(f"--match is {args.match}, expected ot: others need the whole batch")
     if ranks.count() > args.batch // 2:
         raise UsageError(f"--batch is {args.batch}, expected two images for each process")
-    images, device = options.begin_images(args)
-    if device.type == "cpu" and args.width > 0.25 and images.shape[1] > 8:
+    images, batches = options.begin_images(args)
+    if args.device == "cpu" and args.width > 0.25 and images.shape[1] > 8:
         print(f"width {args.width:g} takes seconds a step on a CPU: --width 0.125 is for one")
-    train = images.train[: args.limit_train]
-    batches = Batches(len(train), args.batch, args.seed)
-    generator = otgan_generator(images.shape, args.latent, args.prior, args.width).to(device)
-    critic = otgan_critic(images.shape, args.width).to(device)
+    generator = otgan_generator(images.shape, args.latent, args.prior, args.width)
+    critic = otgan_critic(images.shape, args.width)
+    generator, critic = generator.to(args.device), critic.to(args.device)
     initialise_from_data(generator, generator.draw(args.batch))
-    initialise_from_data(critic, to_float(train[: args.batch]))
+    initialise_from_data(critic, to_float(images.train[: args.batch]))
     average = moving_average(generator, args.ema)
     game = Game(args, generator, critic)
     training = generate.Training(args, images, average.module, {**game.state(), "average": average})
@@ -181,7 +176,7 @@ def train(args: argparse.Namespace) -> None:
 
     for i in training:
         training.set_rate(*game.optimisers.values())
-        real = to_float(train[batches(i).to(device)])
+        real = to_float(images.train[batches(i)])
         loss = game.step(i, flipped(real) if args.flip else real)
         average.update_parameters(generator)
         training.log(**{"loss": loss, f"{game.mover(i)}_loss": loss})

@@ -24,13 +24,13 @@ Presets:
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import generate, options
-from common.data import Batches, ImageData, to_float
+from common.data import ImageData, to_float
 from common.figures import save_grid
 from common.metrics import Evaluator
 from common.models import (
@@ -112,44 +112,35 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def med_loss(args: argparse.Namespace, real: Tensor, fake: Tensor) -> Tensor:
-    """Minibatch energy distance of two real and two generated half-batches (twice MED²)."""
-    halves = (*real.chunk(2), *fake.chunk(2))
-    return otloss.minibatch_energy_distance(*halves, args.eps, cost=args.cost)
+def loss_of(args: argparse.Namespace, real: Tensor, fake: Tensor) -> Tensor:
+    """The loss between a batch of real and one of generated images, flattened.
 
-
-def divergence_loss(args: argparse.Namespace, real: Tensor, fake: Tensor) -> Tensor:
-    """2W(x,y) - W(x,x) - W(y,y) with W = <P,C> after ``--n-iters`` iterations.
-
-    As in Genevay et al. 2018 the generated images come first. The last update is that of the other
-    side, whose marginal is then exact: where the iterations stop early, each real image still has
-    its full mass. The other way round the plan may leave most of them out, and on MNIST the
-    generator drew little but ones.
+    For ``divergence`` as in Genevay et al. 2018 the generated images come first. The last update is
+    that of the other side, whose marginal is then exact: where the iterations stop early, each real
+    image still has its full mass. The other way round the plan may leave most of them out, and on
+    MNIST the generator drew little but ones.
     """
-    return 2 * otloss.sinkhorn_divergence(
-        fake, real, args.eps, cost=args.cost, objective="transport", n_iters=args.n_iters
-    )
-
-
-def mmd_loss(args: argparse.Namespace, real: Tensor, fake: Tensor) -> Tensor:
-    """The energy distance, without pairs of an image with itself: also a mean over half-batches."""
+    if args.loss == "divergence":  # 2W(x,y) - W(x,x) - W(y,y) with W = <P,C>
+        return 2 * otloss.sinkhorn_divergence(
+            fake, real, args.eps, cost=args.cost, objective="transport", n_iters=args.n_iters
+        )
     x1, x2, y1, y2 = *real.chunk(2), *fake.chunk(2)
-    cost = (otloss.cost_matrix(x, y, args.cost).mean() for x, y in ((x1, x2), (y1, y2)))
-    across = otloss.cost_matrix(real, fake, args.cost).mean()
-    return 4 * across - 2 * sum(cost)
+    if args.loss == "med":  # twice MED²
+        return otloss.minibatch_energy_distance(x1, x2, y1, y2, args.eps, cost=args.cost)
+
+    def mean_cost(x: Tensor, y: Tensor) -> Tensor:
+        return otloss.cost_matrix(x, y, args.cost).mean()
+
+    # The energy distance, without pairs of an image with itself.
+    return 4 * mean_cost(real, fake) - 2 * (mean_cost(x1, x2) + mean_cost(y1, y2))
 
 
-LOSSES: dict[str, Callable[[argparse.Namespace, Tensor, Tensor], Tensor]] = {
-    "med": med_loss,
-    "divergence": divergence_loss,
-    "mmd": mmd_loss,
-}
 NEEDS: options.Needs = {
     "eps": ("loss", ["med", "divergence"]),
     "n_iters": ("loss", ["divergence"]),
     **dict.fromkeys(("hidden", "activation", "norm", "dropout"), ("net", ["mlp"])),
 }
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "softplus": nn.Softplus}
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "softplus": nn.Softplus}
 CLASSES = 10
 AFTER_THE_DEMO = """
 What next, each after `python examples/train_sinkhorn.py`:
@@ -175,26 +166,18 @@ def build(args: argparse.Namespace, shape: Sequence[int]) -> Generator:
 def parser() -> argparse.ArgumentParser:
     parser = generate.parser(__file__, __doc__ or "", PRESETS)
     add = parser.add_argument
-    add("--loss", choices=LOSSES, default="med")
+    add("--loss", choices=("med", "divergence", "mmd"), default="med")
     add("--cost", choices=("euclidean", "sqeuclidean", "cosine"), default="euclidean")
     add("--eps", type=float, default=1.0, help="regularisation, in units of the cost")
     add("--n-iters", type=int, help="Sinkhorn iterations of the divergence, else to convergence")
     add("--net", choices=("mlp", "conv"), default="mlp", help="kind of generator")
     add("--hidden", type=int, nargs="+", default=HIDDEN, help="hidden layers, net mlp")
     add("--activation", choices=ACTIVATIONS, default="relu", help="between them, net mlp")
-    add(
-        "--norm",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="batch normalisation, net mlp",
-    )
+    flag = argparse.BooleanOptionalAction
+    add("--norm", action=flag, default=True, help="batch normalisation, net mlp")
     add("--dropout", type=float, default=0.0, help="of the generator, net mlp")
-    add(
-        "--label-weight",
-        type=float,
-        default=0.0,
-        help="distance that another class adds to the pixels' one; 0: no classes",
-    )
+    weight = "distance that another class adds to the pixels' one; 0: no classes"
+    add("--label-weight", type=float, default=0.0, help=weight)
     return parser
 
 
@@ -211,10 +194,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    images, device = options.begin_images(args)
-    pixels, labels = images.train[: args.limit_train], images.train_labels[: args.limit_train]
-    batches = Batches(len(pixels), args.batch, args.seed)
-    generator = build(args, images.shape).to(device)
+    images, batches = options.begin_images(args)
+    generator = build(args, images.shape).to(args.device)
     average = moving_average(generator, args.ema)
     optimiser = torch.optim.Adam(generator.parameters(), args.lr)
     state = {"generator": generator, "average": average, "optimiser": optimiser}
@@ -222,24 +203,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     training = generate.Training(args, images, average.module, state, extra)
 
     for i in training:
-        rows = batches(i).to(device)
+        rows = batches(i)
         if args.label_weight:
             # Both half-batches, real and generated, get each class about equally often: what is
             # left over of a class would have to be matched with another one.
-            order = labels[rows].argsort()
-            rows = rows[torch.cat((order[::2], order[1::2]))]
-            z = generator.draw(args.batch, labels[rows])
+            order = images.train_labels[rows].argsort()
+            rows = rows[torch.cat((order[::2], order[1::2])).cpu()]
+            labels = images.train_labels[rows]
+            z = generator.draw(args.batch, labels)
         else:
             z = generator.draw(args.batch)
         with options.autocast(args):
             fake = generator(z).float().flatten(1)
-        real = to_float(pixels[rows]).flatten(1)
+        real = to_float(images.train[rows]).flatten(1)
         if args.label_weight:
             # sqrt(1/2) of a one-hot label: two different ones are at distance 1.
             side = args.label_weight * 0.5**0.5
-            real = torch.cat((real, side * F.one_hot(labels[rows], CLASSES)), 1)
+            real = torch.cat((real, side * F.one_hot(labels, CLASSES)), 1)
             fake = torch.cat((fake, side * z[:, -CLASSES:]), 1)
-        loss = training.timed(LOSSES[args.loss], args, real, fake)
+        loss = training.timed(loss_of, args, real, fake)
         training.set_rate(optimiser)
         optimiser.zero_grad()
         loss.backward()

@@ -21,10 +21,10 @@ from otloss.modules import (
 )
 from otloss.progress import progress
 from otloss.result import OTResult
-from otloss.scale import suggest_eps
 from otloss.simple import mmd, sliced_wasserstein, wasserstein_1d
 from otloss.solve import solve, solve_sample
 from otloss.status import last_status
+from otloss.suggest_eps import suggest_eps
 
 __version__ = "0.1.0"
 

@@ -5,7 +5,6 @@ Checks that must read data are made on the CPU only: on CUDA they would stall th
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
 import warnings
@@ -29,7 +28,6 @@ __all__ = [
     "readable",
     "resolution",
     "same_space",
-    "squares",
     "weights",
 ]
 
@@ -257,38 +255,57 @@ def finite_gradient(grad: Tensor | None) -> None:
 
 
 def resolution(eps: float | Tensor, max_cost: float | Tensor, dtype: torch.dtype) -> None:
-    """Below this eps, (f + g - C) / eps has no correct digit in the dtype."""
-    unit = 4 * torch.finfo(dtype).eps
+    """Below this eps, (f + g - C) / eps has no correct digit in the dtype, or f and g underflow."""
+    about = torch.finfo(dtype)
+    unit, small = 4 * about.eps, about.tiny / about.eps
     if isinstance(max_cost, Tensor):  # compiled code has not read it
         below = f"eps is below what {dtype} can resolve against the costs"
-        torch._assert_async(~(unit * max_cost > eps).any(), below)
+        torch._assert_async(~((unit * max_cost).clamp(min=small) > eps).any(), below)
         return
-    if eps < unit * max_cost:
+    least = max(unit * max_cost, small)
+    if eps < least:
+        masks = f"write infinite ones, or smaller ones: at most {eps / unit:.3g}"
+        scale = (
+            "larger scale"
+            if least == small
+            else f"smaller scale. If large costs forbid pairs, {masks}"
+        )
         raise ValueError(
             f"eps={eps:g} is below what {dtype} can resolve against costs up to {max_cost:g} "
-            f"(least: {unit * max_cost:.3g}); use float64, a larger eps, or data of smaller scale. "
-            "If large costs forbid pairs, write infinite ones, or smaller ones: at most "
-            f"{eps / unit:.3g}"
+            f"(least: {least:.3g}); use float64, a larger eps, or data of {scale}"
         )
 
 
-def squares(
-    points: Sequence[Tensor], weights: Sequence[Tensor], largest: float, dtype: torch.dtype
-) -> None:
-    """Raises where points of positive weight differ, but squares of their distances, up to
-    ``largest``, underflow."""
-    if largest >= 1e8 * torch.finfo(dtype).tiny:
-        return
-    sides = [(x.detach(), w.unsqueeze(-1) > 0) for x, w in zip(points, weights, strict=True)]
-    most = [torch.where(there, x, -torch.inf).amax(-2) for x, there in sides]
-    least = [torch.where(there, x, torch.inf).amin(-2) for x, there in sides]
-    spread = functools.reduce(torch.maximum, most) - functools.reduce(torch.minimum, least)
-    apart = float(spread.max())
-    if apart > 0:
-        raise ValueError(
-            f"squares of distances underflow {dtype}, of points at most {apart:.3g} apart: scale "
-            "the data up"
-        )
+def distances(problem: Any, degree: int, means: float | Tensor) -> None:
+    """Raises where points of positive weight differ, but the squares of their distances lose digits
+    to underflow. ``means``: of the costs of each problem, the distances to the power ``degree``, or
+    a bound; they say whether to look. Degree 0: of other costs, which are not looked at."""
+    if degree:
+        powers(problem, 2.0, means ** (2 / degree), spare=1e8)
+
+
+def powers(problem: Any, p: float, means: float | Tensor, spare: float = 1.0) -> None:
+    """The same for the power p of distances, and its values below ``spare`` times the least."""
+    w = problem.weights[0]
+    limit = spare * torch.finfo(w.dtype).tiny
+    if not unread(w):
+        means = means.detach().amin() if isinstance(means, Tensor) else means
+        if not readable(w) or means >= limit:
+            return
+    sides = [
+        (x.detach(), w.detach()[..., : x.shape[-2], None] > 0)  # without dummies
+        for x, w in zip(problem.points, problem.weights, strict=True)
+    ]
+    most = torch.stack([torch.where(there, x, -torch.inf).amax(-2) for x, there in sides])
+    least = torch.stack([torch.where(there, x, torch.inf).amin(-2) for x, there in sides])
+    apart = (most.amax(0) - least.amin(0)).amax(-1)
+    near = (apart > 0) & (apart < (4 * limit) ** (1 / p))
+    kind = "squares of distances" if p == 2 else f"distances to the power {p:g}"
+    message = f"{kind} underflow {w.dtype}: points of {' and '.join(problem.names)} are "
+    if unread(w):
+        torch._assert_async(~near.any(), message + "too near to each other. Scale the data up")
+    elif bool(near.any()):
+        raise ValueError(f"{message}at most {float(apart[near][0]):.3g} apart. Scale the data up")
 
 
 def not_converged(

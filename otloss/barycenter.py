@@ -92,6 +92,8 @@ def barycenter(
     eps, cost = number("eps", eps), check_cost(cost)
     tol, max_iters = number("tol", tol), count("max_iters", max_iters)
     y, of_y = pad(clouds)
+    for k, cloud in enumerate(clouds):
+        _check.finite(f"clouds[{k}]", cloud)
     K, dtype = len(y), _check.compute_dtype(y)
     w = torch.as_tensor(weights, device=y.device)
     _check.weights("weights", w, (K,), "clouds", y)
@@ -281,7 +283,7 @@ def barycenter_grid(
         log_p = log_d + (w * of_v).sum(0, True)
         log_u = log_p - of_v
         log_d = 0.5 * (log_d + log_p - smoothed(log_d, one[:1]))
-        p = log_p.exp()
+        p = log_p.softmax(-1)  # far apart at a small eps its total is long below 1
         change, before = float((p - before).detach().abs().sum()), p
         if change <= tol:
             break
@@ -292,4 +294,4 @@ def barycenter_grid(
             _check.ConvergenceWarning,
             stacklevel=_check.depth_of_caller(),
         )
-    return (p / p.sum()).reshape(a.shape[1:]).to(_check.compute_dtype(a, weights))
+    return p.reshape(a.shape[1:]).to(_check.compute_dtype(a, weights))

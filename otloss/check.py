@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import otloss
+from otloss.costs import COSTS
 
 __all__ = ["main"]
 
@@ -53,8 +54,7 @@ def _compared(device: torch.device) -> Iterator[tuple[str, str | None]]:
             if layout not in ("auto", "streamed") and method == "streamed":
                 continue
             os.environ["OTLOSS_CUDA_REGIME"] = layout
-            costs = ("sqeuclidean", "euclidean", "cosine")
-            for cost, dtype, shape, mode in itertools.product(costs, dtypes, shapes, modes):
+            for cost, dtype, shape, mode in itertools.product(COSTS, dtypes, shapes, modes):
                 words = [layout] if device.type == "cuda" else []
                 words += [method, cost, str(dtype)[6:], str(shape)]
                 words += [f"{key}={value}" for key, value in mode.items()]

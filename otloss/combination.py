@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +19,31 @@ from otloss.problem import Problem, check_clouds
 from otloss.reference.arguments import as_pairs
 from otloss.reference.engine import is_symmetric
 from otloss.run import Solved, report, run
-from otloss.target import Target
-from otloss.totals import Combination, at_given_totals, at_unit_totals
+from otloss.target import SelfProblem, Target
+from otloss.totals import at_given_totals, at_unit_totals
 from otloss.transforms import inside
 
-__all__ = ["DEBIASED", "LOSS", "MINIBATCH", "Combination", "Memory", "combine"]
+__all__ = [
+    "DEBIASED",
+    "LOSS",
+    "MINIBATCH",
+    "Combination",
+    "Memory",
+    "combine",
+    "prepare",
+    "solve_pairs",
+]
+
+
+class Combination(NamedTuple):
+    """A loss: the sum of coefficient * OT over pairs of clouds, flat ``[i0, j0, i1, j1, ...]``."""
+
+    pairs: list[int]
+    coefficients: list[float]
+    # OT(a, b) - OT(a, a) / 2 - OT(b, b) / 2: with eps (sum a - sum b)^2 / 2 where the regularized
+    # problems are unbalanced
+    debiased: bool = False
+
 
 LOSS = Combination([0, 1], [1.0])
 DEBIASED = Combination([0, 1, 0, 0, 1, 1], [1.0, -0.5, -0.5], debiased=True)
@@ -76,48 +97,76 @@ def combine(
         )[0]  # fmt: skip
     problem = check_clouds(clouds, weights, balanced=options.balanced())
     check_shape(options.eps, problem)
-    pairs, keeps = combination.pairs, memory is not None
-    options, dense = choose(problem.points, problem.weights, pairs, options)
-    named, costs = isinstance(options.cost, str), None
-    if named or dense:
-        costs = None if named else build_costs(problem, pairs, options.cost, options.method)
-        problem = see_empty_bins(problem, pairs, options.cost, options.method)
-    else:
-        problem = ready_for_blocks(problem)
+    pairs = combination.pairs
+    problem, costs, options, dense = prepare(problem, pairs, options)
     of_target = None
     if target is not None and _stays(clouds["y"], weights, options):
         of_target = target.self_problem(
             clouds["y"], (weights["a"], weights["b"]),
             options, dense, problem.weights[0].dtype, torch.get_num_threads(),
         )  # fmt: skip
-    init: Sequence[Tensor] = [] if memory is None else memory.start(problem, pairs)
-    problem, totals = at_unit_totals(problem, options)
+    _, solved = solve_pairs(
+        problem, costs, combination, options, memory.start(problem, pairs) if memory else [],
+        potentials=memory is not None, dense=dense, target=of_target,
+    )  # fmt: skip
+    if memory is not None:
+        memory.keep(solved)
+    return solved.loss
+
+
+def prepare(
+    problem: Problem, pairs: list[int], options: Options
+) -> tuple[Problem, tuple[Tensor, ...] | None, Options, bool]:
+    """The problem of clouds with what is seen of its empty bins, the matrices of a cost function
+    where they are stored, the options with the method, and whether that stores matrices."""
+    options, dense = choose(problem.points, problem.weights, pairs, options)
+    named, costs = isinstance(options.cost, str), None
+    if not (named or dense):
+        return ready_for_blocks(problem), None, options, dense
+    if not named:
+        costs = build_costs(problem, pairs, options.cost, options.method)
+    return see_empty_bins(problem, pairs, options.cost, options.method), costs, options, dense
+
+
+def solve_pairs(
+    problem: Problem,
+    costs: Sequence[Tensor] | None,
+    combination: Combination,
+    options: Options,
+    init: Sequence[Tensor],
+    *,
+    potentials: bool,
+    dense: bool,
+    system: list[Tensor] | None = None,
+    target: SelfProblem | None = None,
+) -> tuple[Sequence[Tensor] | None, Solved]:
+    """The costs, finite ones in place of those of forbidden pairs, and the solution, which is
+    reported on; keyword arguments as in ``run``. Solved at unit totals, see ``otloss/totals.py``.
+    """
+    pairs, coefficients, _ = combination
+    unit, totals = at_unit_totals(problem, options)
     if totals:
         init = totals.start(init, pairs)
 
-    def solve_given(given: Sequence[Tensor] | None, potentials: bool) -> Solved:
+    def solve_given(given: Sequence[Tensor] | None, wanted: bool) -> Solved:
+        wanted, combined = wanted or potentials, totals is None
         if given is None or _self_problems_are_symmetric(given, pairs, options):
-            coefficients = combination.coefficients
             solved = run(
-                problem, given, pairs, coefficients, options, init, target=of_target,
-                potentials=potentials or keeps, dense=dense, combined=totals is None,
+                unit, given, pairs, coefficients, options, init, potentials=wanted, dense=dense,
+                combined=combined, system=system, target=target,
             )  # fmt: skip
         else:
             solved = _solve_apart(
-                problem, given, combination, options, init,
-                potentials=potentials or keeps, combined=totals is None,
-            )  # fmt: skip
+                unit, given, combination, options, init, potentials=wanted, combined=combined
+            )
         return at_given_totals(solved, problem, totals, combination, options)
 
     if costs is None:
         solved = solve_given(None, False)
     else:
-        used, solved = solve_allowed(problem, pairs, costs, options, solve_given)
-        costs = tuple(used)
+        costs, solved = solve_allowed(problem, pairs, costs, options, solve_given)
     report(problem, costs or (), options, solved)
-    if memory is not None:
-        memory.keep(solved)
-    return solved.loss
+    return costs, solved
 
 
 def _stays(y: Tensor, weights: dict[str, Tensor | None], options: Options) -> bool:

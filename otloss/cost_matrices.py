@@ -10,7 +10,7 @@ from torch import Tensor
 
 from otloss import _check, _options
 from otloss.autograd import Argument, CostMatrices, FirstOrder, through
-from otloss.costs import COSTS, Cost
+from otloss.costs import COSTS, Cost, degree
 from otloss.first_use import first_use
 from otloss.problem import Problem, all_positive, check_clouds
 from otloss.reference.arguments import as_pairs
@@ -166,11 +166,14 @@ def replaced(x: Tensor, w: Tensor, kept: Tensor) -> Tensor:
 
 
 def call_cost(cost: Any, x: Tensor, y: Tensor) -> Tensor:
+    given = [(t, t._version) for t in (x, y) if _check.readable(t) and not t.is_inference()]
     C = cost(x, y)
+    if any(t._version != version for t, version in given):
+        raise ValueError("cost must not change its arguments in place, but has")
     expected = (*x.shape[:-1], y.shape[-2])
-    if not isinstance(C, Tensor) or tuple(C.shape) != expected:
+    if not isinstance(C, Tensor) or tuple(C.shape) != expected or C.is_complex():
         raise ValueError(
-            f"cost must return a tensor of shape {expected} for clouds of shapes "
+            f"cost must return a tensor of shape {expected}, of real numbers, for clouds of shapes "
             f"{tuple(x.shape)} and {tuple(y.shape)}, got {_check.describe(C)}"
         )
     return (C if C.dim() == 3 else C.unsqueeze(0)).to(x.dtype)
@@ -203,9 +206,11 @@ def cost_matrix(x: Tensor, y: Tensor, cost: Cost = "sqeuclidean") -> Tensor:
         return _cost_matrix_inside(x, y, cost)
     problem = check_clouds({"x": x} if x is y else {"x": x, "y": y})
     (C,) = build_costs(problem, [0, len(problem.points) - 1], cost, "auto")
-    if _check.readable(C) and not bool(C.detach().sum().isfinite()):
+    means = C.detach().mean((-2, -1))
+    if _check.readable(C) and not bool(means.isfinite().all()):
         _check.finite("x", x)
         _check.finite("y", y)
+    _check.distances(problem, degree(cost), means)
     return C if problem.batched else C[0]
 
 

@@ -18,8 +18,7 @@ __all__ = [
     "NAMED",
     "Cost",
     "NamedCost",
-    "cost_between",
-    "cost_gradient",
+    "degree",
     "full_precision",
     "subtracted",
     "without_padding",
@@ -136,8 +135,7 @@ class Cosine(NamedCost):
     @staticmethod
     def _tangent(W: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """The gradient in x: (<Wy, x^> x^ - Wy) / |x| with y and x^ of norm 1."""
-        unit, image = _unit(x), W @ _unit(y)
-        norm = _root(x.square().sum(-1, keepdim=True))
+        unit, image, norm = _unit(x), W @ _unit(y), _norm(x)
         tangent = (image * unit).sum(-1, keepdim=True) * unit - image
         return torch.where(norm > 0, tangent / torch.where(norm > 0, norm, 1.0), 0.0)
 
@@ -150,14 +148,9 @@ def subtracted(cost: Cost) -> float:
     return NAMED[COSTS[cost]].subtracted if isinstance(cost, str) else 0.0
 
 
-def cost_between(x: Tensor, y: Tensor, kind: int) -> Tensor:
-    """C (B, n, m) of the cost of number ``kind``."""
-    return NAMED[kind].between(x, y)
-
-
-def cost_gradient(W: Tensor, C: Tensor, x: Tensor, y: Tensor, kind: int) -> tuple[Tensor, Tensor]:
-    """The gradients of sum_ij W_ij C_ij in x and y, of the cost of number ``kind``."""
-    return NAMED[kind].gradient(W, C, x, y)
+def degree(cost: Cost) -> int:
+    """Of t in c(t x, t y); 0 for a function, of which that is not known."""
+    return NAMED[COSTS[cost]].degree if isinstance(cost, str) else 0
 
 
 def full_precision(t: Tensor) -> AbstractContextManager[Any]:
@@ -181,9 +174,17 @@ def _root(squared: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, squared, 1.0).sqrt(), 0.0)
 
 
+def _norm(x: Tensor) -> Tensor:
+    """(..., 1); squares of small points do not underflow."""
+    least = torch.finfo(x.dtype).tiny
+    largest = x.detach().abs().amax(-1, keepdim=True)
+    scale = torch.where((largest > 0) & (largest < 1), largest.clamp(min=least), 1.0)
+    return scale * _root((x / scale).square().sum(-1, keepdim=True))
+
+
 def _unit(x: Tensor) -> Tensor:
     """Points scaled to norm 1; 0 stays 0."""
-    norm = _root(x.square().sum(-1, keepdim=True))
+    norm = _norm(x)
     return torch.where(norm != 0, x / torch.where(norm != 0, norm, 1.0), 0.0)
 
 

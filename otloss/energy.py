@@ -15,7 +15,7 @@ from otloss.cost_matrices import (
     seen_costs,
     with_empty_bins,
 )
-from otloss.costs import COSTS, NAMED, Cost
+from otloss.costs import COSTS, NAMED, Cost, degree
 from otloss.method import exceeds_budget, in_blocks
 from otloss.problem import Problem
 from otloss.reference.arguments import as_pairs
@@ -38,6 +38,7 @@ def energy(problem: Problem, cost: Cost, method: str) -> Tensor:
         terms = [_mean_cost(C, w[i], w[j]) for C, (i, j) in zip(costs, pairs, strict=True)]
     loss = terms[0] - 0.5 * terms[1] - 0.5 * terms[2]
     _check.finite_value("an energy distance", loss, zip(problem.names, problem.points, strict=True))
+    _check.distances(problem, degree(cost), terms[0])
     return loss if problem.batched else loss[0]
 
 

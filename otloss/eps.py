@@ -25,7 +25,7 @@ from torch import Tensor
 from otloss import _check
 from otloss._options import Options
 from otloss.autograd.second_order import refuse_higher_order
-from otloss.costs import COSTS, NAMED
+from otloss.costs import degree
 from otloss.problem import Problem
 from otloss.reference.arguments import as_pairs
 from otloss.reference.marginals import marginals_of
@@ -108,7 +108,7 @@ class Scale(NamedTuple):
         if costs is not None:
             return problem, [self.over(C) for C in costs], init
         centre = _centre(problem)
-        factor = self.t.pow(-1 / NAMED[COSTS[str(self.options.cost)]].degree) - 1
+        factor = self.t.pow(-1 / degree(self.options.cost)) - 1
         points = []
         for x in problem.points:
             x = x.to(centre.dtype)
@@ -183,7 +183,7 @@ def _centre(problem: Problem) -> Tensor:
     small difference of large sums.
     """
     x, w = problem.points[0].detach(), problem.weights[0].detach().unsqueeze(-1)
-    w = w if problem.batched else w[0]
+    w = (w if problem.batched else w[0])[..., : x.shape[-2], :]  # without a dummy
     return torch.where(w > 0, w * x, 0.0).sum(-2, True) / w.sum(-2, True)
 
 

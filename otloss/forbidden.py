@@ -19,13 +19,11 @@ from otloss._options import Options
 from otloss.eps import detached, of_rows
 from otloss.problem import Problem
 from otloss.reference.arguments import as_pairs
-from otloss.reference.marginals import Eps, of_entries, plan
+from otloss.reference.marginals import UNDERFLOW, Eps, of_entries, plan
 from otloss.run import Solved
 
 __all__ = ["solve_allowed"]
 
-# exp(-UNDERFLOW) is 0.
-UNDERFLOW = {torch.float32: 104.0, torch.float64: 746.0}
 # How far above the other costs, tried in turn, in units of (eps + rho) * UNDERFLOW.
 HEIGHTS = (2.0, 16.0, 256.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -205,6 +206,8 @@ def axes_of(
         if len(given) != d:
             raise ValueError(f"{name} must be one value or {d}, one per axis, got {len(given)}")
     each = [number("spacing", h) for h in each]
+    if any(h * h < sys.float_info.min for h in each):
+        raise ValueError(f"squares of spacing={min(each):g} underflow: choose another unit")
     moves = []
     for n, h, wraps in zip(shape, each, around, strict=True):
         i = torch.arange(n, dtype=torch.float64, device=device)

@@ -12,6 +12,7 @@ from otloss import _check, ops
 from otloss._options import Options
 from otloss.autograd import refuse_higher_order
 from otloss.autograd.grid import Grid, GridPotentials, GridValue, extended, softmin, transport
+from otloss.combination import Combination
 from otloss.eps import Scale, ScaledValue
 from otloss.first_use import first_use
 from otloss.problem import Problem
@@ -21,7 +22,7 @@ from otloss.reference.gradients import weight_gradients
 from otloss.reference.marginals import centred, clamped, damping, marginals_of, value
 from otloss.reference.semidual import column_ratio, marginal_error
 from otloss.run import Solved, report
-from otloss.totals import Combination, at_given_totals, at_unit_totals
+from otloss.totals import at_given_totals, at_unit_totals
 
 __all__ = ["solve_densities"]
 

@@ -15,10 +15,18 @@ from torch.utils.checkpoint import checkpoint
 
 from otloss import _check, ops
 from otloss._options import Options
-from otloss.costs import COSTS, NAMED, cost_between
+from otloss.costs import COSTS, NAMED, degree
 from otloss.reference.arguments import as_pairs
 
-__all__ = ["budget", "choose", "choose_method", "dense_budget", "exceeds_budget", "in_blocks"]
+__all__ = [
+    "budget",
+    "choose",
+    "choose_method",
+    "dense_budget",
+    "exceeds_budget",
+    "in_blocks",
+    "streams_function",
+]
 
 # Cost matrices that together take more bytes than this are not stored; on a GPU, where it is left
 # at this default, more than CUDA_SHARE of the memory. Set it through the environment variable or by
@@ -47,6 +55,8 @@ MULTISCALE_DIMS, MULTISCALE_TOL = 8, 1e-5
 # the distance, from the first of NEIGHBOURS to the second.
 MULTISCALE_FROM, MULTISCALE_LOCAL = 2.5e7, 3.4
 NEIGHBOURS, SAMPLED = (16, 128), 64
+# Nothing else pays on a CPU between clouds of up to this number of points.
+SMALL = 256
 
 
 def choose(
@@ -55,7 +65,9 @@ def choose(
     """The options, with ``method="multiscale"`` also where "auto" takes it, and whether cost
     matrices are stored."""
     options = _with_function(options)
-    lacks = _multiscale_lacks(points, options)
+    if options.method == "auto" and _are_small(points, weights):
+        return options, True
+    lacks = _multiscale_lacks(points, weights, options)
     if (
         options.method == "multiscale"
         and not lacks
@@ -72,13 +84,18 @@ def choose(
     return options, not _streams(points, weights, pairs, options)
 
 
+def _are_small(points: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
+    """Whether costs are stored, before anything is counted: that takes time of a small call."""
+    sizes, within = [w.shape[1] for w in weights], dense_budget >= DEFAULT_BUDGET
+    return within and points[0].is_cpu and points[0].dim() == 2 and max(sizes) <= SMALL
+
+
 def _with_function(options: Options) -> Options:
     """A cost that does not scale with the points as a function, where eps has a derivative: that
     takes costs which can be scaled; see otloss/eps.py."""
     if not (isinstance(options.cost, str) and options.learns_eps()):
         return options
-    number = COSTS[options.cost]
-    if NAMED[number].degree:
+    if degree(options.cost):
         return options
     if options.method in ("streamed", "multiscale"):
         raise NotImplementedError(
@@ -86,15 +103,17 @@ def _with_function(options: Options) -> Options:
             f'method={options.method!r}: detach eps, or use "dense"'
         )
 
-    def cost(x: Tensor, y: Tensor) -> Tensor:
-        return cost_between(x, y, number)
-
-    return options._replace(cost=cost, symmetric=True)
+    between = NAMED[COSTS[options.cost]].between
+    return options._replace(cost=between, symmetric=True)
 
 
-def _multiscale_lacks(points: Sequence[Tensor], options: Options) -> tuple[str, Any] | None:
+def _multiscale_lacks(
+    points: Sequence[Tensor], weights: Sequence[Tensor], options: Options
+) -> tuple[str, Any] | None:
     """What the multiscale engine would need to solve the problem, and what is given."""
-    d, device = points[0].shape[-1], points[0].device
+    (n, d), device = points[0].shape[-2:], points[0].device
+    if weights[0].shape[-1] > n:
+        return "all of the mass", "mass="
     if not ops.NATIVE or device.type != "cpu":
         return "the native library and points on a CPU", str(device)
     if options.cost not in MULTISCALE_COSTS:
@@ -155,7 +174,7 @@ def _streams(
 ) -> bool:
     """Whether to solve without cost matrices."""
     if not isinstance(options.cost, str):
-        return _streams_function(weights, pairs, options)
+        return streams_function(weights, pairs, options)
     on_cpu = points[0].device.type == "cpu"
     possible = on_cpu or ops.CUDA_KERNELS
     if options.method == "streamed" and not possible:
@@ -175,7 +194,7 @@ def _streams(
     return chosen == "streamed"
 
 
-def _streams_function(weights: Sequence[Tensor], pairs: list[int], options: Options) -> bool:
+def streams_function(weights: Sequence[Tensor], pairs: list[int], options: Options) -> bool:
     """Whether a cost function is called on blocks of rows: where its matrices exceed the budget,
     and the gradient that is asked for is available so."""
     if options.method != "auto":

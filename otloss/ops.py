@@ -25,7 +25,10 @@ gradients are (B, n, m). Gradients are those of the pairs in ``want_costs`` and 
 
 The loss is the sum over the pairs of a coefficient times OT of the pair, its terms: fields of
 ``status``, in float64. The gradient of the loss (B,) may be one for each term, (P, B). Totals of
-weights that are 1 but for rounding are taken as 1. ``rho`` holds rho_x and
+weights that are 1 but for rounding are taken as 1. On a CPU both clouds of a balanced pair may have
+one weight more than costs or points: those of dummy points, at cost 0 from all others and with a
+forbidden pair between them. f, g and gradients of weights are with the dummies, those of costs and
+points without; costs made from points are not stored then. ``rho`` holds rho_x and
 rho_y: cloud 0 is held to its weights by rho_x, every other by rho_y; infinite is a constraint, and
 without ``rho`` all are.
 Numbers of the solver are float64 tensors on the CPU, so that a traced graph does not depend on

@@ -7,30 +7,45 @@ problem is then a balanced one, and its solver, gradients and certificate are th
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from otloss import _check
+from otloss import _check, ops
 from otloss._options import Options, number
-from otloss.cost_matrices import build_costs, cost_matrix, ready_for_blocks
+from otloss.autograd import extended
+from otloss.cost_matrices import (
+    build_costs,
+    cost_matrix,
+    hide_padding,
+    ready_for_blocks,
+    see_empty_bins,
+    seen_costs,
+)
 from otloss.costs import Cost
-from otloss.eps import check_shape, of_rows
-from otloss.forbidden import UNDERFLOW
-from otloss.method import in_blocks
-from otloss.problem import Problem
-from otloss.reference.marginals import ROUNDING, of_entries
+from otloss.eps import detached, of_rows
+from otloss.method import choose, in_blocks, streams_function
+from otloss.problem import Problem, all_positive
+from otloss.reference.marginals import ROUNDING, Eps, bordered, forbidding
 from otloss.result import OTResult
 from otloss.run import Solved
 
 _describe = _check.describe
 
-__all__ = ["Mass", "PartialResult", "check_options_of", "with_dummies"]
+__all__ = [
+    "Mass",
+    "PartialResult",
+    "check_options_of",
+    "with_dummies",
+]
 
 Mass = float | Tensor | None
+PAIRS = [0, 1]
 
 
 def check_options_of(mass: Mass, options: Options) -> None:
@@ -46,39 +61,107 @@ def check_options_of(mass: Mass, options: Options) -> None:
         raise NotImplementedError('mass= is not available with method="multiscale": use "auto"')
 
 
+class Whole(NamedTuple):
+    """The balanced problem with the dummies, as it is solved."""
+
+    problem: Problem
+    costs: tuple[Tensor, ...] | None
+    options: Options
+    dense: bool
+
+
 def with_dummies(
-    problem: Problem,
-    costs: tuple[Tensor, ...],
+    real: Problem,
     mass: float | Tensor,
+    C: Tensor | None,
     options: Options,
     start: tuple[Tensor, ...],
-) -> tuple[Problem, tuple[Tensor, ...], Options, tuple[Tensor, ...]]:
-    """The balanced problem with the dummy points. ``costs``: C (B, n, m) where it is given, or
-    none: the problem has points; ``start``: f and g, or nothing."""
-    check_shape(options.eps, problem)
-    a, b = problem.weights
-    kept_x, kept_y = _kept(problem, mass)
-    weights = torch.cat([a, kept_y], -1), torch.cat([b, kept_x], -1)
-    eps = of_rows(options.eps, a)
-    eps = eps.detach() if isinstance(eps, Tensor) else eps
+) -> tuple[Whole, tuple[Tensor, ...]]:
+    """``C`` (B, n, m) or (1, n, m), or None: the problem has points. ``start``: f and g, or
+    nothing."""
     if start:  # the optimal potentials of the dummies at the others, for a cost of 0
+        eps = of_rows(detached(options).eps, start[0])
         of_x, of_y = (
             -eps * torch.logsumexp(w.detach().log() + v / eps, -1, keepdim=True)
-            for v, w in zip(start[::-1], (b, a), strict=True)
+            for v, w in zip(start[::-1], real.weights[::-1], strict=True)
         )
         start = torch.cat([start[0], of_x], -1), torch.cat([start[1], of_y], -1)
-    # Between the dummies: at the solution their potentials add up to less than minus the least cost
-    # and the logarithms of shares, so that the plan underflows to 0.
-    height = 2 * UNDERFLOW[a.dtype] * of_entries(eps)
-    for C in costs:
-        corner = height - C.detach().amin((-2, -1), keepdim=True).clamp(max=0)
-        last = pad(corner.to(C), (C.shape[-1], 0))
-        problem = replace(problem, weights=weights, padded=True)
-        return problem, (torch.cat([pad(C, (0, 1)), last], 1),), options, start
-    cost = WithDummies(options.cost, height - _least(problem, options.cost))
-    points = tuple(_with_dummy(x, w) for x, w in zip(problem.points, problem.weights, strict=True))
-    problem = replace(problem, points=points, weights=weights, padded=True)
-    return problem, (), options._replace(cost=cost), start
+    kept_x, kept_y = _kept(real, mass)
+    weights = tuple(
+        torch.cat([w, kept], -1) for w, kept in zip(real.weights, (kept_y, kept_x), strict=True)
+    )
+    moved = _moved_mass(weights)
+    if _check.readable(moved):  # errors are over what moves, not over all that is there
+        share = float((moved / weights[0].detach().sum(-1)).min())
+        share = max(share, torch.finfo(weights[0].dtype).eps)
+        options = options._replace(tol=options.tol * share)
+    return _whole(real, replace(real, weights=weights, padded=True), C, options), start
+
+
+def _moved_mass(weights: Sequence[Tensor]) -> Tensor:
+    """(B,), from weights with those of the dummies."""
+    a, b = (w.detach().double() for w in weights)
+    return a[:, :-1].sum(-1) - b[:, -1]
+
+
+def _whole(real: Problem, whole: Problem, C: Tensor | None, options: Options) -> Whole:
+    """How ``whole``, ``real`` with the weights of the dummies, is solved.
+
+    The kernels of a CPU take matrices and points as they are. Elsewhere, and where a pair is
+    forbidden or a weight of 0 may want a gradient, a copy of the matrix gets a row and a column
+    more, and where costs are not stored they are those of a function.
+    """
+    weights, dense = whole.weights, True
+    if C is None:
+        options, dense = choose(real.points, weights, PAIRS, options)
+    cost = options.cost if dense else "sqeuclidean"  # whose matrix is not looked at
+    seen = see_empty_bins(real, PAIRS, cost, options.method, C)
+    has_empty_bins = bool(seen.present) or _may_come_to([w[:, -1:] for w in weights])
+    kernels = ops.NATIVE and weights[0].is_cpu and options.method != "reference"
+    kernels = kernels and not has_empty_bins
+    if not dense and kernels and isinstance(options.cost, str):
+        return Whole(whole, None, options, False)
+    if not dense and streams_function(weights, PAIRS, options):
+        return _by_rows(whole, options)
+    if C is None:
+        (counted,) = build_costs(real, PAIRS, options.cost, options.method)
+    else:
+        counted = hide_padding(real, C, *real.weights)
+    if kernels and _check.readable(counted) and counted.detach().amax() != math.inf:
+        return Whole(whole, (counted,), options, True)
+    eps = of_rows(detached(options).eps, weights[0])
+    if has_empty_bins:
+        costs = _seen(seen, options) if C is None else C.detach()
+        how = options.cost, options.method
+        whole = see_empty_bins(whole, PAIRS, *how, _for_each(costs, weights, eps))
+    return Whole(whole, (_for_each(counted, weights, eps),), options, True)
+
+
+def _may_come_to(kept: Sequence[Tensor]) -> bool:
+    """Whether a dummy's weight is 0 and may want a gradient."""
+    return torch.is_grad_enabled() and any(k.requires_grad and not all_positive(k) for k in kept)
+
+
+def _for_each(C: Tensor, weights: tuple[Tensor, ...], eps: Eps) -> Tensor:
+    """The matrix of each problem, with dummies."""
+    return bordered(C.expand(len(weights[0]), -1, -1), eps)
+
+
+def _seen(seen: Problem, options: Options) -> Tensor:
+    """The costs from points, with those of empty bins and NaN for padding."""
+    present = seen.present or tuple(w > 0 for w in seen.weights)
+    return seen_costs(replace(seen, present=present), PAIRS, options.cost, options.method)[0]
+
+
+def _by_rows(whole: Problem, options: Options) -> Whole:
+    """With dummies among the points and a cost that knows them."""
+    real = [w[:, :-1] for w in whole.weights]
+    eps = of_rows(detached(options).eps, whole.weights[0])
+    least = _least(replace(whole, weights=tuple(real)), options.cost)
+    cost = WithDummies(options.cost, forbidding(eps, least, real[0].dtype))
+    points = tuple(_with_dummy(x, w) for x, w in zip(whole.points, real, strict=True))
+    marked = ready_for_blocks(replace(whole, points=points))
+    return Whole(marked, None, options._replace(cost=cost), False)
 
 
 def _kept(problem: Problem, mass: float | Tensor) -> list[Tensor]:
@@ -117,8 +200,10 @@ def _with_dummy(x: Tensor, w: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _least(problem: Problem, cost: Cost) -> float | Tensor:
+def _least(problem: Problem, cost: Cost, C: Tensor | None = None) -> float | Tensor:
     """The least cost (B, 1, 1), or 0."""
+    if C is not None:
+        return C.amin((-2, -1), keepdim=True).clamp(max=0)
     if isinstance(cost, str):
         return 0.0
     ready = ready_for_blocks(problem)
@@ -129,6 +214,11 @@ def _least(problem: Problem, cost: Cost) -> float | Tensor:
 
     parts = in_blocks(of_block, problem.weights[0].shape[1], problem.weights[1])
     return torch.stack([part for (part,) in parts]).amin(0).clamp(max=0)
+
+
+def _staying(a: Tensor, f: Tensor, b: Tensor, g: Tensor, eps: Eps) -> Tensor:
+    """The plan at cost 0, between points and a dummy."""
+    return torch.where((a > 0) & (b > 0), a * b * ((f + g) / eps).exp(), 0.0)
 
 
 class WithDummies:
@@ -150,49 +240,77 @@ class PartialResult(OTResult):
     """The solution of a partial problem: as :class:`OTResult`, of the plan P between the points
     themselves.
 
-    ``potentials`` give P as ever. ``marginal_error`` and ``duality_gap`` are those of the balanced
-    problem with the dummies, which is what the solver solves.
+    ``potentials`` give P as ever. ``marginal_error``, over the mass that moves, and ``duality_gap``
+    are those of the balanced problem with the dummies, which is what the solver solves.
     """
 
-    def __init__(self, whole: OTResult) -> None:
-        self._whole = whole
-        problem, options, C = whole._problem, whole._options, whole._given_cost
+    def __init__(
+        self,
+        real: Problem,
+        whole: Problem,
+        cost: Tensor | None,
+        options: Options,
+        solved: Solved,
+        *,
+        dense: bool,
+    ) -> None:
+        self._whole = (*whole.weights, solved.f[0], solved.g[0])
+        n, m = (w.shape[1] for w in real.weights)
+        real = replace(
+            real,
+            present=tuple(there[:, :-1] for there in whole.present),
+            seen=tuple(C[:, :n, :m] for C in whole.seen),
+        )
+        cost = cost if cost is None else cost[:, :n, :m]
+        solved = replace(solved, f=(solved.f[0][:, :n],), g=(solved.g[0][:, :m],))
         if isinstance(options.cost, WithDummies):
             options = options._replace(cost=options.cost.cost)
-        inner = replace(
-            problem,
-            points=tuple(x[..., :-1, :-1] for x in problem.points),
-            weights=tuple(w[:, :-1] for w in problem.weights),
-            present=tuple(p[:, :-1] for p in problem.present),
-            seen=tuple(S[:, :-1, :-1] for S in problem.seen),
-        )
-        solved = Solved(
-            whole.value, whole._status[None], (whole._f[:, :-1],), (whole._g[:, :-1],),
-            whole._settings,
-        )  # fmt: skip
-        cost = None if C is None else C[:, :-1, :-1]
-        super().__init__(inner, cost, options, solved, dense=whole._dense)
+        super().__init__(real, cost, options, solved, dense=dense)
+
+    def _dual_point(self) -> tuple[Tensor, ...]:
+        return self._whole
+
+    def _dual_costs(self, problem: Problem, rows: slice) -> Tensor:
+        """With the column of the dummy and, behind the last of the others, its row."""
+        n, like = self._a.shape[1], problem.weights[1]
+        real = slice(rows.start, min(rows.stop, n))
+        C = super()._dual_costs(problem, real) if rows.start < n else like[:, None][:, :0]
+        C = pad(C, (0, 1, 0, rows.stop - real.stop))
+        if rows.stop > n:
+            least = _least(problem, self._options.cost, self._given_cost)
+            C[:, -1:, -1:] = forbidding(self._eps, least, self._a.dtype)
+        return C
 
     @property
     def _extended(self) -> list[Tensor] | None:
-        of_whole = self._whole._extended
-        return None if of_whole is None else [v[:, :-1] for v in of_whole]
+        settings = self._settings
+        if settings is not None and settings.places is not None and self._kept_extended is None:
+            a, b, f, g = self._whole
+            every = extended(settings, settings.places, [a, b], f, g)
+            self._kept_extended = [v[:, :-1] for v in every]
+        return self._kept_extended
 
     @property
     def marginal_error(self) -> Any:
-        return self._whole.marginal_error
-
-    @property
-    def duality_gap(self) -> Any:
-        return self._whole.duality_gap
+        moved = self._sums()  # a plan that is kept is kept with its graph
+        a, b, f, g = self._whole
+        with torch.no_grad():
+            errors = []
+            for total, w, v, u, t in ((moved[0], a, f, b, g), (moved[1], b, g, a, f)):
+                stays = _staying(w[:, :-1], v[:, :-1], u[:, -1:], t[:, -1:], self._eps)
+                of_dummy = _staying(w[:, -1:], v[:, -1:], u[:, :-1], t[:, :-1], self._eps)
+                sums = torch.cat([total + stays, of_dummy.sum(-1, True)], -1)
+                errors.append((sums - w).abs().sum(-1) / _moved_mass((a, b)))
+        return self._number(torch.maximum(*errors))
 
     def _moved(self) -> Tensor:
         return self._sums()[0]
 
     def extend(self, x_new: Tensor) -> Tensor:
         """f on new points, of which a part stays too."""
-        self._check_unchanged()
-        y = self._need_points("extend")[1]
-        x_new = _check.points("x_new", x_new)
-        _check.same_space("y", y, "x_new", x_new)
-        return self._whole.extend(pad(x_new, (0, 1)))
+        _, b, _, g = self._whole
+        kept = b[:, -1:] > 0
+        log_b = torch.where(kept, torch.where(kept, b[:, -1:], 1.0).log(), -math.inf)
+        stays = self._out(log_b + g[:, -1:] / self._eps)
+        eps = self._eps
+        return -eps * torch.logaddexp(-super().extend(x_new) / eps, stays)

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from otloss import reference
 from otloss._options import Options
 from otloss.autograd import extended, plan_product
 from otloss.cost_matrices import build_costs, seen_costs, with_empty_bins
 from otloss.eps import of_rows
 from otloss.method import in_blocks
 from otloss.problem import Problem
-from otloss.reference.marginals import of_entries
+from otloss.reference.marginals import of_entries, plan
 from otloss.run import Solved
 
 __all__ = ["Plan", "total_of"]
@@ -41,10 +40,10 @@ class Plan:
         self._settings = solved.settings
         self._kept_extended: list[Tensor] | None = None
         self._dense = dense
-        self._versions = problem.versions(cost, options)
+        self._f, self._g = solved.f[0], solved.g[0]
+        self._versions = problem.versions(cost, options, self._f, self._g)
         self._a, self._b = problem.weights[0], problem.weights[1]
         self._eps = of_rows(options.eps, self._a)
-        self._f, self._g = solved.f[0], solved.g[0]
 
     def _out(self, t: Tensor) -> Tensor:
         return t if self._problem.batched else t[0]
@@ -87,7 +86,7 @@ class Plan:
         """Rows of the plan and of its cost."""
         eps, a, b = self._eps, self._a[:, rows], self._b
         if self._extended is None:
-            return reference.plan(eps, C, self._f[:, rows], self._g, a, b), C
+            return plan(eps, C, self._f[:, rows], self._g, a, b), C
         # At empty bins the plan is 0, but not its derivative in their weights.
         f, g = self._extended[0][:, rows], self._extended[1]
         if self._given_cost is None:

@@ -46,6 +46,10 @@ class Problem:
             return False
         return any(w.requires_grad and not all_positive(w) for w in self.weights)
 
+    def detached(self) -> Problem:
+        points, weights = (tuple(t.detach() for t in ts) for ts in (self.points, self.weights))
+        return replace(self, points=points, weights=weights)
+
     def of_pair(self, i: int, j: int) -> Problem:
         """The problem of clouds i and j alone."""
         present = (self.present[i], self.present[j]) if self.present else ()
@@ -69,16 +73,17 @@ class Problem:
         return [*self.points, *(cost.parameters() if isinstance(cost, torch.nn.Module) else ())]
 
     def versions(
-        self, C: Tensor | None, options: _options.Options
+        self, C: Tensor | None, options: _options.Options, f: Tensor, g: Tensor
     ) -> list[tuple[str, Tensor, int]]:
-        """The caller's tensors, under their names, and how often they have been changed in
-        place."""
+        """The tensors that the caller has, the potentials too, under their names, and how often
+        they have been changed in place."""
         if torch.compiler.is_compiling():
             return []
         names = chain(self.names, repeat("a parameter of cost"))
         named = [*zip(names, self.reads(options.cost), strict=False)]
         named += zip(("a", "b"), self.weights, strict=True)
-        named += [(k, t) for k, t in (("C", C), ("eps", options.eps)) if isinstance(t, Tensor)]
+        others = (("C", C), ("eps", options.eps), ("potential f", f), ("potential g", g))
+        named += [(k, t) for k, t in others if isinstance(t, Tensor)]
         return [(k, t, t._version) for k, t in named if not t.is_inference()]
 
     def counted_weights(self) -> list[Tensor]:

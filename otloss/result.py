@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from otloss import _check, ops, reference
+from otloss import _check, ops
 from otloss._options import Options
-from otloss.certificate import Dual, duality_gap
 from otloss.cost_matrices import build_costs
+from otloss.costs import full_precision
+from otloss.duality_gap import Dual, duality_gap
 from otloss.method import in_blocks
-from otloss.pairs import PlanPairs
 from otloss.plan import total_of
 from otloss.problem import Problem, as_weights
+from otloss.reference.marginals import column_weights, damping, share, softmin
 from otloss.run import Solved
+from otloss.sampling import PlanPairs
 from otloss.status import rows_of, warn_not_converged
 
 __all__ = ["OTResult"]
@@ -111,8 +113,8 @@ class OTResult(PlanPairs):
             return self._number(self._status_field(ops.ERROR))
         rows, columns = self._sums()  # a plan that is kept is kept with its graph
         with torch.no_grad():
-            a = self._a * reference.share(self._f, self._options.rho_x)
-            b = self._b * reference.share(self._g, self._options.rho_y)
+            a = self._a * share(self._f, self._options.rho_x)
+            b = self._b * share(self._g, self._options.rho_y)
             row = (rows - a).abs().sum(-1)
             column = (columns - b).abs().sum(-1)
             # If the plan underflows, both it and its target marginals are 0: no error.
@@ -141,17 +143,18 @@ class OTResult(PlanPairs):
         """
         self._check_unchanged()
         o = self._options
-        a, b, f, g = (t.detach().double() for t in (self._a, self._b, self._f, self._g))
-        if o.balanced():  # totals that differ by rounding
-            b = b * (a.sum(-1, keepdim=True) / b.sum(-1, keepdim=True))
-        clouds = tuple(x.detach().double() for x in self._problem.points)
-        problem = replace(self._problem, points=clouds, weights=(a, b))
+        a, b, f, g = (t.detach().double() for t in self._dual_point())
+        if o.balanced():
+            b = column_weights(a, b)
+        given = self._problem
+        clouds, weights = (
+            tuple(t.detach().double() for t in ts) for ts in (given.points, given.weights)
+        )
+        problem = replace(given, points=clouds, weights=weights)
 
         def blocks(function: Callable[[slice, Tensor], tuple[Tensor, ...]]) -> Any:
             def of_block(rows: slice) -> tuple[Tensor, ...]:
-                given = self._given_cost
-                C = self._cost_rows(problem, rows) if given is None else given[:, rows].double()
-                return function(rows, C)
+                return function(rows, self._dual_costs(problem, rows))
 
             return in_blocks(of_block, a.shape[1], b)
 
@@ -160,6 +163,14 @@ class OTResult(PlanPairs):
             eps = o.eps.detach().to(a) if isinstance(o.eps, Tensor) else o.eps
             gap = duality_gap(Dual(a, b, f, g, eps, o.rho_x, o.rho_y), value, blocks)
         return self._number(gap)
+
+    def _dual_point(self) -> tuple[Tensor, ...]:
+        """Weights and potentials that the certificate is of."""
+        return self._a, self._b, self._f, self._g
+
+    def _dual_costs(self, problem: Problem, rows: slice) -> Tensor:
+        given = self._given_cost
+        return self._cost_rows(problem, rows) if given is None else given[:, rows].double()
 
     @property
     def converged(self) -> Any:
@@ -215,7 +226,7 @@ class OTResult(PlanPairs):
             return out.squeeze(-1) if vector else out
 
         def block(rows: slice, P: Tensor, _: Tensor) -> tuple[Tensor, ...]:
-            with reference.full_precision(P):
+            with full_precision(P):
                 return (P @ right if axis == 1 else P.mT @ right[:, rows],)
 
         parts = [part for (part,) in self._over_rows(block)]
@@ -248,14 +259,14 @@ class OTResult(PlanPairs):
         x_new = _check.points("x_new", x_new)
         _check.same_space("y", y, "x_new", x_new)
         dtype, eps = self._a.dtype, self._eps
-        factor = reference.damping(self._options.rho_x, eps)
+        factor = damping(self._options.rho_x, eps)
 
         def of_block(rows: slice) -> tuple[Tensor, ...]:
             new = x_new[..., rows, :]
             weights = (as_weights(None, new, new.shape[-2], dtype), self._b)
             clouds = Problem(("x_new", "y"), (new.to(dtype), y), weights, True, False)
             (C,) = build_costs(clouds, [0, 1], self._options.cost, self._options.method)
-            return (factor * reference.softmin(eps, C, self._g, self._b),)
+            return (factor * softmin(eps, C, self._g, self._b),)
 
         count = x_new.shape[-2]
         parts = (

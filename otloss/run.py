@@ -14,12 +14,12 @@ from otloss import _check, ops, status
 from otloss._options import Options
 from otloss.autograd import Places, Settings, Solve, evaluate
 from otloss.autograd.settings import batched
-from otloss.by_rows import solve_by_rows
-from otloss.costs import subtracted
+from otloss.costs import degree, subtracted
 from otloss.eps import scale_of
 from otloss.first_use import first_use
 from otloss.problem import Problem
 from otloss.reference.arguments import as_pairs
+from otloss.streamed_functions import solve_by_rows
 from otloss.target import SelfProblem
 
 __all__ = ["Solved", "report", "run"]
@@ -140,10 +140,12 @@ def report(problem: Problem, costs: Sequence[Tensor], options: Options, solved: 
     """
     status.record(solved.status)
     dtype, least = problem.weights[0].dtype, subtracted(options.cost)
-    if _check.unread(solved.status):
-        costs_up_to = solved.status[..., ops.MAX_COST].amax(0).clamp(min=least)
-        _check.resolution(options.eps, costs_up_to, dtype)
     if not _check.readable(solved.status):
+        if _check.unread(solved.status):
+            costs_up_to = solved.status[..., ops.MAX_COST].amax(0).clamp(min=least)
+            _check.resolution(options.eps, costs_up_to, dtype)
+            if problem.points:
+                _check.distances(problem, degree(options.cost), costs_up_to)
         return
     rows = status.rows_of(solved.status)
     largest = status.max_cost(rows)
@@ -159,9 +161,9 @@ def report(problem: Problem, costs: Sequence[Tensor], options: Options, solved: 
         hardest = (each / eps.detach()).argmax()
         eps, largest = eps.expand_as(each)[hardest].item(), each[hardest].item()
     _check.resolution(eps, largest, dtype)
-    if problem.points and options.cost in ("sqeuclidean", "euclidean"):
-        squared = largest if options.cost == "sqeuclidean" else largest**2
-        _check.squares(problem.points, problem.weights, squared, dtype)
+    if problem.points:
+        most = solved.status[..., ops.MAX_COST].amax(0) if problem.batched else largest
+        _check.distances(problem, degree(options.cost), most)
     values = solved.loss.tolist()
     if not all(map(math.isfinite, values if problem.batched else [values])):
         raise ValueError(f"sums of costs up to {largest:.3g} overflow {dtype}: scale the data down")

@@ -202,6 +202,7 @@ def _mean_over_lines(problem: Problem, p: float, directions: Tensor | None) -> T
     value = _transport_on_lines(*sides[0], *sides[1], p).mean(-1)
     named = zip(problem.names, problem.points, strict=True)
     _check.finite_value("a mean of transport costs", value, named)
+    _check.powers(problem, p, value)
     return value if problem.batched else value[0]
 
 

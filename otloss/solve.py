@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,16 +18,13 @@ from otloss._options import (
     Unbalanced,
     check_options,
 )
-from otloss.cost_matrices import build_costs, hide_padding, ready_for_blocks, see_empty_bins
+from otloss.combination import LOSS, prepare, solve_pairs
+from otloss.cost_matrices import hide_padding, see_empty_bins
 from otloss.costs import Cost
 from otloss.eps import check_shape, detached
-from otloss.forbidden import solve_allowed
-from otloss.method import choose
 from otloss.partial import Mass, PartialResult, check_options_of, with_dummies
 from otloss.problem import Problem, as_one_batch, as_weights, check_clouds
 from otloss.result import OTResult
-from otloss.run import Solved, report, run
-from otloss.totals import Combination, at_given_totals, at_unit_totals
 from otloss.transforms import ResultInside, inside
 
 __all__ = ["solve", "solve_sample"]
@@ -80,8 +76,8 @@ def solve(
             of ``C``, absolute. A number, or a pair ``(rho_x, rho_y)`` in which None makes a side a
             constraint. Default None: balanced.
         mass: how much is transported, at most the totals of a and b; a number, or a tensor () or
-            (B,), which has a gradient. The cost matrix gets a row and a column more.
-        tol: stop when the marginal error, L1 over the total mass, is at most this.
+            (B,), which has a gradient.
+        tol: stop when the marginal error, L1 over the total mass or over ``mass``, is at most this.
         max_iters: upper bound on the sweeps; reaching it gives a :class:`ConvergenceWarning`, on
             CUDA when ``converged`` or ``n_iters`` of the result is first read.
         n_iters: run this number of iterations (f, then g, from zero potentials or ``init``) with no
@@ -160,9 +156,7 @@ def solve_sample(
         eps: regularisation, in units of cost, absolute.
         cost: ``"sqeuclidean"`` |x - y|^2 (no 1/2), ``"euclidean"`` |x - y|, ``"cosine"``
             1 - <x, y> / (|x| |y|), or a function ``(x, y) -> C``.
-        method, precision: as in :func:`otloss.sinkhorn_divergence`. With ``mass`` costs are stored,
-            or, where that takes too much memory or with "streamed", made in plain torch a block of
-            rows at a time, as those of functions are.
+        method, precision: as in :func:`otloss.sinkhorn_divergence`.
         a, b, objective, unbalanced, mass, tol, max_iters, n_iters, backward, init: as in
             :func:`otloss.solve`.
 
@@ -184,7 +178,7 @@ def solve_sample(
         Half of the mass, whatever is near:
 
         >>> y = torch.tensor([[0.0, 0.1], [9.0, 9.0]])  # an outlier
-        >>> half = otloss.solve_sample(x, y, eps=0.01, mass=0.5)
+        >>> half = otloss.solve_sample(x, y, eps=0.05, mass=0.5)
         >>> half.plan.round(decimals=2)
         tensor([[0.5000, 0.0000],
                 [0.0000, 0.0000]])
@@ -248,12 +242,10 @@ def _solve_matrix(
     C = C.to(dtype).reshape(-1, n, m)
     start = _initial_potentials(init, problem)
     if mass is not None:
-        C = C.expand(len(weights[0]), n, m)
-        problem, (C,), options, start = with_dummies(problem, (C,), mass, options, start)
+        return _solve_partial(problem, C, options, start, mass)
     problem = see_empty_bins(problem, [0, 1], options.cost, options.method, C)
     costs = (hide_padding(problem, C, *problem.weights),)
-    result = _solve_one(problem, costs, options, start)
-    return result if mass is None else PartialResult(result)
+    return _solve_one(problem, costs, options, start)
 
 
 def _one_for_all(C: Tensor) -> Tensor:
@@ -275,16 +267,21 @@ def _solve_points(
     problem = check_clouds({"x": x, "y": y}, {"a": a, "b": b}, balanced=balanced)
     start = _initial_potentials(init, problem)
     if mass is not None:
-        problem, _, options, start = with_dummies(problem, (), mass, options, start)
-    options, dense = choose(problem.points, problem.weights, [0, 1], options)
-    named, costs = isinstance(options.cost, str), None
-    if named or dense:
-        costs = None if named else build_costs(problem, [0, 1], options.cost, options.method)
-        problem = see_empty_bins(problem, [0, 1], options.cost, options.method)
-    else:
-        problem = ready_for_blocks(problem)
-    result = _solve_one(problem, costs, options, start, dense=dense)
-    return result if mass is None else PartialResult(result)
+        return _solve_partial(problem, None, options, start, mass)
+    problem, costs, options, dense = prepare(problem, [0, 1], options)
+    return _solve_one(problem, costs, options, start, dense=dense)
+
+
+def _solve_partial(
+    problem: Problem,
+    C: Tensor | None,
+    options: Options,
+    start: tuple[Tensor, ...],
+    mass: float | Tensor,
+) -> OTResult:
+    check_shape(options.eps, problem)
+    (whole, costs, options, dense), start = with_dummies(problem, mass, C, options, start)
+    return _solve_one(whole, costs, options, start, dense=dense, part=problem)
 
 
 def _solve_one(
@@ -294,40 +291,27 @@ def _solve_one(
     start: Sequence[Tensor],
     *,
     dense: bool = True,
+    part: Problem | None = None,
 ) -> OTResult:
-    one = Combination([0, 1], [1.0])
+    """``part``: the problem whose dummies ``problem`` has."""
     check_shape(options.eps, problem)
     if not torch.is_grad_enabled():  # what the result makes later must not start a graph either
-        options = detached(options)
-        problem = replace(
-            problem,
-            points=tuple(x.detach() for x in problem.points),
-            weights=tuple(w.detach() for w in problem.weights),
-        )
-    unit, totals = at_unit_totals(problem, options)
-    if totals:
-        start = totals.start(start, one.pairs)
+        options, problem, part = detached(options), problem.detached(), part and part.detached()
     # A traced graph cannot change a list from its backward pass.
     system: list[Tensor] | None = None if torch.compiler.is_compiling() else []
-
-    def solve_given(given: Sequence[Tensor] | None, potentials: bool = True) -> Solved:
-        solved = run(
-            unit, given, one.pairs, one.coefficients, options, start,
-            potentials=True, dense=dense, combined=totals is None, system=system,
-        )  # fmt: skip
-        return at_given_totals(solved, problem, totals, one, options)
-
-    if costs is None:
-        solved = solve_given(None)
-    else:
-        costs, solved = solve_allowed(problem, one.pairs, costs, options, solve_given)
-    report(problem, costs or (), options, solved)
-    return OTResult(problem, costs[0] if costs else None, options, solved, dense=dense)
+    costs, solved = solve_pairs(
+        problem, costs, LOSS, options, start, potentials=True, dense=dense, system=system
+    )
+    cost = costs[0] if costs else None
+    if part:
+        return PartialResult(part, problem, cost, options, solved, dense=dense)
+    return OTResult(problem, cost, options, solved, dense=dense)
 
 
 def _initial_potentials(init: Init, problem: Problem) -> tuple[Tensor, ...]:
     if init is None:
         return ()
+    start = list[Tensor]()
     f, g = init.potentials if isinstance(init, OTResult) else init
     for name, v, w in (("f", f, problem.weights[0]), ("g", g, problem.weights[1])):
         v = _check.floating(f"init {name}", v)
@@ -336,5 +320,6 @@ def _initial_potentials(init: Init, problem: Problem) -> tuple[Tensor, ...]:
             raise ValueError(f"init {name} must have shape {expected}, got {_check.describe(v)}")
         if _check.readable(v):
             _check.finite(f"init {name}", v)
-    a, b = problem.weights
-    return f.detach().to(a.dtype).reshape(a.shape), g.detach().to(b.dtype).reshape(b.shape)
+            v = v.clone() if v.is_inference() else v  # which autograd could not save
+        start.append(v.detach().to(w.dtype).reshape(w.shape))
+    return tuple(start)

@@ -15,17 +15,22 @@ __all__ = ["SelfProblem", "Target"]
 class SelfProblem:
     """OT(b, b) of one cloud, solved once for all calls that it stays for."""
 
-    def __init__(self, of: Sequence[tuple[Any, int]], settings: tuple[Any, ...]) -> None:
+    def __init__(
+        self, of: Sequence[tuple[Any, int]], tensors: Sequence[Tensor | None], settings: Any
+    ) -> None:
         self.of = of  # the tensors, weakly, and how often they had been changed in place
+        # What they held: changes through NumPy or .data are not counted.
+        self.copies: list[Any] = [None if t is None else t.detach().clone() for t in tensors]
         self.settings = settings  # what else the solution depends on
         self.solution: Tensor | None = None  # (B, m + 5): the potential, the status
 
-    def is_of(self, tensors: Sequence[Tensor | None], settings: tuple[Any, ...]) -> bool:
-        pairs = zip(self.of, tensors, strict=True)
-        unchanged = all(
-            ref() is t and (t is None or version == t._version) for (ref, version), t in pairs
+    def is_of(self, tensors: Sequence[Any], settings: tuple[Any, ...]) -> bool:
+        pairs = list(zip(self.of, tensors, self.copies, strict=True))
+        same = all(
+            ref() is t and (t is None or version == t._version) for (ref, version), t, _ in pairs
         )
-        return unchanged and self.settings == settings
+        equal = same and all(t is copy is None or torch.equal(t, copy) for _, t, copy in pairs)
+        return equal and self.settings == settings
 
     def keep(self, f: Tensor, status: Tensor) -> None:
         """Takes f (B, m) and status (B, 5) of a call."""
@@ -61,7 +66,7 @@ class Target:
 
             of = [(_absent, 0) if t is None else (weakref.ref(t), t._version) for t in tensors]
             of[0] = weakref.ref(y, forget), y._version
-            last = self._last = SelfProblem(of, settings)
+            last = self._last = SelfProblem(of, tensors, settings)
         return last
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,17 +23,10 @@ from otloss.reference.arguments import as_pairs
 from otloss.reference.marginals import ROUNDING, Marginals, clamped, marginals_of, snapped, total
 from otloss.run import Solved
 
-__all__ = ["Combination", "Totals", "at_given_totals", "at_unit_totals"]
+if TYPE_CHECKING:
+    from otloss.combination import Combination
 
-
-class Combination(NamedTuple):
-    """A loss: the sum of coefficient * OT over pairs of clouds, flat ``[i0, j0, i1, j1, ...]``."""
-
-    pairs: list[int]
-    coefficients: list[float]
-    # OT(a, b) - OT(a, a) / 2 - OT(b, b) / 2: with eps (sum a - sum b)^2 / 2 where the regularized
-    # problems are unbalanced
-    debiased: bool = False
+__all__ = ["Totals", "at_given_totals", "at_unit_totals"]
 
 
 _SMALL, _LARGEST = 1e-2, 709.0  # where a series is exact, where an exponential is finite

@@ -2,8 +2,9 @@
 
     python tests/fuzz_ops.py --calls 2000 --seed 1
 
-A call takes valid arguments of an operation and spoils a few. The last line says how calls ended; a
-crash is seen by the status of the process, and the line before it names the call (`--verbose`).
+A call takes valid arguments of an operation and spoils a few. The first line says the seed, the
+last how calls ended; a crash is seen by the status of the process, and the line before it names the
+call (`--verbose`).
 """
 
 from __future__ import annotations
@@ -144,8 +145,9 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true", help="name each call before it is made")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
+    print(f"seed {given.seed}", flush=True)
     endings = run(given.calls, given.seed, given.verbose)
-    print(f"seed {given.seed}:", *(f"{k} {count}," for k, count in sorted(endings.items())))
+    print(*(f"{k} {count}," for k, count in sorted(endings.items())))
     raise SystemExit(endings["TOO LONG"] > 0)
 
 

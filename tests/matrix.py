@@ -47,10 +47,13 @@ class Cell:
 
     def __init__(self, python: str, torch: str) -> None:
         name = re.sub(r"[^\w.]+", "-", f"{python}-{torch}").strip("-")
+        self.base, self.torch = python, torch
         self.folder, self.log = FOLDER / name, FOLDER / f"{name}.log"
         self.source, self.python = self.folder / "source", str(self.folder / "venv/bin/python")
+
+    def make(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
-        subprocess.run([python, "-m", "venv", self.folder / "venv"], check=True)
+        subprocess.run([self.base, "-m", "venv", self.folder / "venv"], check=True)
         tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True)
         for path in tracked.stdout.decode().splitlines():
             (self.source / path).parent.mkdir(parents=True, exist_ok=True)
@@ -70,9 +73,10 @@ class Cell:
         if self.run("-m", "pip", "-q", "install", "--no-compile", *requirements).returncode:
             raise RuntimeError(f"pip install {' '.join(requirements)} failed: {self.log}")
 
-    def row(self, torch: str) -> Row:
+    def row(self) -> Row:
+        self.make()
         self.install("--upgrade", "pip")
-        self.install(torch)
+        self.install(self.torch)
         self.install("setuptools>=77", "wheel", "pybind11>=2.12", "ninja", "numpy")
         self.install("--no-build-isolation", ".[test]")
         shutil.rmtree(self.source / "otloss")  # so that what was installed is imported
@@ -115,15 +119,15 @@ def main() -> None:
         for python in given.python:
             cell = Cell(python, torch)
             try:
-                row = cell.row(torch)
+                row = cell.row()
                 write(row)
                 print(*(f"{name} {value}" for name, value in row.items()), flush=True)
                 bad += bool(row["failed"]) or row["inductor"] == "failed" or not row["passed"]
-            except RuntimeError as error:
+            except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
                 print(python, torch, error, flush=True)
                 bad += 1
             finally:
-                shutil.rmtree(cell.folder)
+                shutil.rmtree(cell.folder, ignore_errors=True)
         shutil.rmtree(FOLDER / "cache", ignore_errors=True)
     sys.exit(bad > 0)
 

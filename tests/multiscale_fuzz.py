@@ -29,14 +29,12 @@ sums       | `marginals` and `apply` of the result: within e + w of those of all
 
 from __future__ import annotations
 
-import argparse
-import json
+import functools
 import math
 import statistics
 import sys
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,7 +42,7 @@ import torch
 from torch import Tensor
 
 import otloss
-from tests.fuzz.__main__ import report, seeds_left
+from tests.fuzz.command import arguments, report, run
 
 Rng = np.random.Generator
 KINDS = ("clusters", "outliers", "line", "plane", "surface", "far", "cube", "normal", "repeated")
@@ -246,28 +244,12 @@ def summary(lines: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seed", type=int, default=0, help="of the first problem")
-    parser.add_argument("--count", type=int, default=300)
+    parser = arguments(__doc__, count=300)
     parser.add_argument("--large", type=int, default=0, help=f"problems of {LARGE} points in place")
-    parser.add_argument("--out", type=Path, help="JSON lines; seeds in it are not run again")
-    parser.add_argument("--report", type=Path, help="only print the table of such a file")
     args = parser.parse_args()
-    if args.report is not None:
-        print(summary([json.loads(line) for line in args.report.read_text().splitlines()]))
-        return 0
-    torch.set_num_threads(1)
-    lines = []
-    for seed in seeds_left(args.out, args.seed, args.large or args.count):
-        line = examine(seed, large=args.large > 0)
-        lines.append(line)
-        if args.out is not None:
-            with args.out.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        if line["failed"] or args.count == 1:
-            print(f"seed {seed}:", json.dumps(line), flush=True)
-    print(summary(lines))
-    return 1 if any(line["failed"] for line in lines) else 0
+    args.count = args.large or args.count
+    judged = functools.partial(examine, large=args.large > 0)
+    return run(args, "tests.multiscale_fuzz", judged, summary)
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ def _symmetric_newton(C: Tensor, a: Tensor, g: Tensor, eps: float) -> Tensor:
 HARD = (math.inf, math.inf)  # (rho_x, rho_y)
 
 
-def asked(w: Tensor, v: Tensor, rho: float) -> Tensor:
+def target_marginal(w: Tensor, v: Tensor, rho: float) -> Tensor:
     """The marginal that the optimality conditions ask of the plan."""
     return w * (-v / rho).exp()
 
@@ -199,7 +199,7 @@ def soft_solve(C: Tensor, a: Tensor, b: Tensor, eps: float, rho: tuple[float, fl
     for _ in range(500):
         f, g = z[:n], z[n:]
         P = plan(small, f, g, a_, b_, eps)
-        wanted = torch.cat([asked(a_, f, rho[0]), asked(b_, g, rho[1])])
+        wanted = torch.cat([target_marginal(a_, f, rho[0]), target_marginal(b_, g, rho[1])])
         residual = wanted - torch.cat([P.sum(1), P.sum(0)])
         error = float(residual.abs().sum() / P.sum())
         if error < 1e-13:
@@ -262,7 +262,7 @@ def differentiable_potentials(
     """
     found = solution(C, a, b, eps, rho)
     f, g, P = found.f, found.g, found.P
-    wanted = torch.cat([asked(a, f, rho[0]), asked(b, g, rho[1])])
+    wanted = torch.cat([target_marginal(a, f, rho[0]), target_marginal(b, g, rho[1])])
     scale = wanted.detach().rsqrt()
     n = a.numel()
     J = torch.zeros(scale.numel(), scale.numel(), dtype=C.dtype)

@@ -39,6 +39,16 @@ def test_agrees_with_pot():
 
 
 @pytest.mark.filterwarnings("ignore::otloss.ConvergenceWarning")
+def test_of_points_far_apart_at_a_small_eps():
+    """Every entry of its plans underflows; half way there is still the one point."""
+    a = torch.zeros(2, 9, dtype=torch.float64)
+    a[0, 0] = a[1, 8] = 1
+    found = otloss.barycenter_grid(a, torch.tensor([0.5, 0.5]), 1e-2)
+    assert int(found.argmax()) == 4
+    assert float(found.sum()) == pytest.approx(1)
+
+
+@pytest.mark.filterwarnings("ignore::otloss.ConvergenceWarning")
 def test_gradients():
     a = torch.rand(2, 4, 3, dtype=torch.float64, generator=torch.manual_seed(0)) + 0.1
     w = torch.tensor([0.4, 0.6], dtype=torch.float64, requires_grad=True)
@@ -131,6 +141,7 @@ def test_wrong_calls_of_points_say_what_is_wrong(rng):
         ({"b": [rand(rng, 4)]}, ValueError, r"b\[0\] must have shape"),
         ({"b": []}, ValueError, "weights of 1 clouds"),
         ({"clouds": []}, ValueError, "at least one cloud"),
+        ({"clouds": [y / 0]}, ValueError, r"clouds\[0\] must be finite"),
         ({"eps": -1.0}, ValueError, "eps must be"),
         ({"clouds": [y.clone().requires_grad_()]}, NotImplementedError, "detach"),
     ):

@@ -214,6 +214,21 @@ def test_an_eps_for_each_problem(rho, where, stored, mode, rng):
         assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
+def test_second_derivatives_in_threads(rng, threads):
+    """Several systems at once, in several threads, MKL never ended."""
+
+    def curvature(x: Tensor, y: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        loss = otloss.sinkhorn_loss(x, y, 0.5, tol=1e-9, max_iters=10_000).sum()
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), x)[0]
+
+    x, y = randn(rng, 3, 200, 3), randn(rng, 3, 200, 3)
+    torch.set_num_threads(2)
+    each = torch.stack([curvature(*pair) for pair in zip(x, y, strict=True)])
+    assert_close(curvature(x, y), each, rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", EMULATED[:1], indirect=True)
 def test_a_gpu_takes_one_eps(backend, rng):

@@ -186,6 +186,23 @@ def test_errors_of_data_are_raised_when_it_runs(message, options, backend, rng):
     assert bool(compiled(x, y, good).isfinite())
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, y: otloss.sinkhorn_divergence(x, y, 1.0),
+        otloss.energy_distance,
+        otloss.cost_matrix,
+        lambda x, y: otloss.wasserstein_1d(x[:, 0], y[:, 0]),
+    ],
+)
+def test_squares_that_underflow(call, rng):
+    x, y = randn(rng, 4, 3, dtype=torch.float32), randn(rng, 5, 3, dtype=torch.float32)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, y), call(x, y))
+    with pytest.raises(RuntimeError, match=r"squares .* underflow .* points of x and y"):
+        compiled(1e-25 * x, 1e-25 * y)
+
+
 def test_a_warm_start_survives_a_step_of_nan(rng):
     """Traced code does not read its data, and so raises nothing."""
     x, y = randn(rng, 40, 3), randn(rng, 30, 3) + 0.5

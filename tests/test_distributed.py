@@ -423,8 +423,16 @@ def test_bad_input(alone):
         loss(x, y, 0.1, a_local=torch.ones(5))
     with pytest.raises(ValueError, match=r"y_local\[1, 0\] is nan"):
         loss(x, y.index_put((torch.tensor(1), torch.tensor(0)), torch.tensor(math.nan)), 0.1)
+    with pytest.raises(ValueError, match=r"underflow torch.float32: points of x_local and y_local"):
+        loss(1e-23 * x, 1e-23 * y, 0.1)
     with pytest.warns(otloss.ConvergenceWarning, match="max_iters"):
         loss(x, y, 0.01, tol=1e-7, max_iters=3)
+    with pytest.raises(NotImplementedError, match=r"inside torch.func"):
+        torch.func.grad(lambda x: loss(x, y, 0.1))(x)
+    compiled = torch.compile(lambda x: 2 * loss(x, y, 0.1), backend="eager")
+    assert compiled(x) == 2 * loss(x, y, 0.1)
+    with pytest.raises(TypeError, match="eps must be a number over several processes"):
+        loss(x, y, torch.tensor(0.1))  # type: ignore[arg-type]
     leaf = x.requires_grad_()
     (grad,) = torch.autograd.grad(loss(leaf, y, 0.1), leaf, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivatives"):

@@ -83,8 +83,10 @@ def test_totals_may_differ_where_a_marginal_is_soft():
         (2, TypeError, r"cost must be a name or a function \(x, y\) -> C, got int"),
         (lambda x, y: 1.0, ValueError, r"cost must return a tensor of shape \(4, 5\).*got 1.0"),
         (lambda x, y: x, ValueError, r"cost must return a tensor .*got a tensor of shape \(4, 3\)"),
+        (lambda x, y: torch.cdist(x, y) + 0j, ValueError, r"of real numbers, .*got .*complex64"),
+        (lambda x, y: x.mul_(1) @ y.mT, ValueError, "must not change its arguments in place"),
     ],
-    ids=["name", "kind", "number", "shape"],
+    ids=["name", "kind", "number", "shape", "complex", "in place"],
 )
 @pytest.mark.parametrize(
     "function",
@@ -258,6 +260,43 @@ def test_squares_that_underflow(dtype, scale, cost, method, rng):
     # a point of weight 0 may be anywhere
     far, a = torch.cat([x[:1], x[:1] + 1]), torch.tensor([1.0, 0.0], dtype=dtype)
     assert otloss.sinkhorn_loss(far, x[:1], 1.0, a=a, cost=cost, method=method) == 0
+    # one problem of several
+    pair = [torch.stack([t / scale, t]) for t in (x, y)]
+    with pytest.raises(ValueError, match=r"points of x and y are at most .*e-(19|160) apart"):
+        otloss.sinkhorn_loss(*pair, 1.0, cost=cost, method=method)
+
+
+@pytest.mark.parametrize("scale", [1e-21, 1e-30, 1e-40])
+@pytest.mark.parametrize(
+    "call",
+    [
+        otloss.energy_distance,
+        partial(otloss.energy_distance, cost="sqeuclidean"),
+        partial(otloss.energy_distance, method="streamed"),
+        partial(otloss.energy_distance, method="reference"),
+        partial(otloss.cost_matrix, cost="euclidean"),
+        otloss.cost_matrix,
+        partial(otloss.mmd, bandwidth=1.0),
+        partial(otloss.mmd, kernel="laplacian", bandwidth=1.0),
+        partial(otloss.mmd, kernel="energy"),
+        otloss.sliced_wasserstein,
+        lambda x, y: otloss.wasserstein_1d(x[:, 0], y[:, 0]),
+    ],
+)
+def test_means_that_underflow(call, scale, rng):
+    x, y = (scale * (1 + rand(rng, n, 3, dtype=torch.float32)) for n in (9, 7))
+    with pytest.raises(ValueError, match=r"squares .* underflow torch.float32: points of x and y"):
+        call(x, -y)
+    assert bool((call(x[:1], x[:1]).abs() < 1e-6).all())
+
+
+def test_distances_that_do_not_underflow(rng):
+    """To the power 1 no squares are taken."""
+    x, y = rand(rng, 9, 1, dtype=torch.float32), rand(rng, 7, 1, dtype=torch.float32)
+    expected = otloss.wasserstein_1d(x[:, 0], y[:, 0], 1)
+    assert_close(1e30 * otloss.wasserstein_1d(1e-30 * x[:, 0], 1e-30 * y[:, 0], 1), expected)
+    with pytest.raises(ValueError, match=r"squares of spacing=1e-170 underflow"):
+        otloss.solve_grid(x.mT / x.sum(), x.mT / x.sum(), 1.0, spacing=1e-170)
 
 
 @pytest.mark.parametrize(
@@ -312,6 +351,17 @@ def test_eps_that_the_dtype_cannot_resolve(method):
     with pytest.warns(otloss.ConvergenceWarning, match="float32 resolves no smaller"):
         otloss.sinkhorn_loss(X, Y, 1e-5, method=method)
     otloss.sinkhorn_loss(X, Y, 1e-3, method=method)
+
+
+@pytest.mark.parametrize("method", ["dense", "reference"])
+@pytest.mark.parametrize("scale", [1e-37, 1e-40, 1e-90])
+def test_potentials_that_underflow(scale, method, rng):
+    C = rand(rng, 5, 4)
+    expected = otloss.solve(C, 0.1, method=method).value
+    value = otloss.solve(scale * C, 0.1 * scale, method=method).value
+    assert_close(value / scale, expected, rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match=r"below what torch.float32 can .* data of larger scale"):
+        otloss.solve((scale * C).float(), 0.1 * scale, method=method)
 
 
 @pytest.mark.parametrize("method", METHODS)

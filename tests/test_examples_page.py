@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -22,6 +23,7 @@ import compare  # noqa: E402
 import reproduce  # noqa: E402
 import train_gan  # noqa: E402
 from comparison import panels, settings, tables  # noqa: E402
+from comparison.claims import CLAIMS, NotRunError, claims  # noqa: E402
 
 
 def report_of(command: str, steps: int | None = None, **parts: Any) -> dict[str, Any]:
@@ -116,6 +118,46 @@ def test_kept_results_are_of_the_commands():
     assert kept
     for path in kept:
         assert compare.name_of(json.loads(path.read_text())) == path.stem
+
+
+def test_committed_pages_are_those_of_the_committed_reports(tmp_path):
+    out = tmp_path / "examples" / "results"
+    shutil.copytree(EXAMPLES / "results", out)
+    (tmp_path / "docs").mkdir()
+    words = ["--runs", str(tmp_path / "none"), "--out", str(out), "--docs", str(tmp_path / "docs")]
+    compare.main(words)
+    for page in ("examples/results/README.md", "docs/reproductions.md"):
+        assert (tmp_path / page).read_text() == (EXAMPLES.parent / page).read_text()
+
+
+@pytest.mark.parametrize(
+    ("source", "number"), [(s, i) for s, of in CLAIMS.items() for i in range(len(of))]
+)
+def test_a_claim_that_was_not_run_says_so(source, number):
+    text, theirs, find = CLAIMS[source][number]
+    with pytest.raises(NotRunError):
+        find({})
+    assert f"| {text} | {theirs} | not run |  |" in claims(source, {})
+
+
+def test_claims_are_judged_by_the_reports():
+    def reports(**scores):
+        args = {"data": "fashion", "batch": 200}
+        common = {"args": args, "steps": 12000, "images": 60_000, "evaluations": []}
+        return {
+            base: {**common, "metrics": dict.fromkeys(("geist_is", "geist_ot"), value)}
+            for base, value in scores.items()
+        }
+
+    found = reports(**{"geist-1": 49, "geist-10": 60, "geist-100": 80, "gan-geist": 83})
+    rows = claims("geist", found).splitlines()
+    assert "| 49.0 / 60.0 / 80.0 (fashion, 40 epochs) | yes |" in rows[2]
+    assert rows[3].endswith("| **no** |")
+    assert "GAN 83.00 | yes |" in rows[5]
+    found = reports(**{"geist-1": 49, "geist-10": 60, "geist-100": 81, "gan-geist": 80})
+    rows = claims("geist", found).splitlines()
+    assert rows[2].endswith("(fashion, 40 epochs) | **no** |")
+    assert rows[5].endswith("| **no** |")
 
 
 def test_a_rate_that_follows_holds_images_out():

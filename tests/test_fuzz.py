@@ -11,7 +11,7 @@ import oracle
 import pytest
 import torch
 from conftest import VARIABLE
-from fuzz.__main__ import examine, replay
+from fuzz.__main__ import examine
 from helpers import STRENGTHS, clouds, rho
 
 SECONDS = 60
@@ -24,7 +24,7 @@ def test_random_problems_are_within_their_bounds():
     while time.monotonic() < end:
         line = examine(seed)
         if line["failed"]:
-            failures.append(f"{replay(seed)}: {line['notes']}")
+            failures.append(f"python -m tests.fuzz --seed {seed} --count 1: {line['notes']}")
         seed += 1
     assert not failures, "\n".join(failures)
 

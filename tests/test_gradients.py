@@ -84,7 +84,7 @@ def test_first_and_second_order(method, debiased, mode, objective, cost, strengt
 @some_of("backend, cost, objective, strength", BACKENDS, COSTS, OBJECTIVES, [None, *STRENGTHS])
 def test_modes_agree_at_convergence(backend, cost, objective, strength, rng):
     leaves = leaves_of(rng, 12, 9, 3, backend.device)
-    eps = {"sqeuclidean": 4.0, "euclidean": 1.0, "cosine": 0.3}[cost]  # iterations get there
+    eps = 0.7 * float(otloss.cost_matrix(*leaves[:2], cost).detach().mean())  # they get there
     options = {"cost": cost, "objective": objective, "unbalanced": strength}
 
     def gradient(mode: str) -> tuple[Tensor, ...]:
@@ -101,19 +101,6 @@ def test_modes_agree_at_convergence(backend, cost, objective, strength, rng):
         assert relative(gradient("unrolled"), implicit) < 1e-6
     if objective == "regularized":
         assert relative(gradient("envelope"), implicit) < 1e-9
-
-
-@pytest.mark.parametrize("cost", COSTS)
-@pytest.mark.parametrize("mode", ["auto", "unrolled"])
-def test_batched_losses(mode, cost, rng):
-    """Also that nothing flows between the problems: differences see every entry."""
-    x, y, p = (randn(rng, 2, *shape).requires_grad_() for shape in ((3, 2), (4, 2), (3,)))
-
-    def loss(x: Tensor, y: Tensor, p: Tensor) -> Tensor:
-        b = torch.full((2, 4), 0.25, dtype=torch.float64)
-        return Clouds(x, y, simplex(p), b).loss(0.5, cost=cost, **solver_of(mode, n_iters=3))
-
-    assert gradcheck(loss, (x, y, p), **CHECK)
 
 
 @pytest.mark.parametrize("mode", ["unrolled", "implicit"])

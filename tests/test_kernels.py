@@ -25,6 +25,7 @@ from otloss import ops, reference
 from otloss.costs import COSTS as COST_NUMBERS
 from otloss.method import MULTISCALE_TOL
 from otloss.reference.arguments import Arguments
+from otloss.reference.marginals import plan
 
 INF = math.inf
 
@@ -177,7 +178,7 @@ def test_status(dtype, rng):
         assert status[0, :, ops.MAX_COST].tolist() == [77.0, float(C[1, 1:].max())]
         assert bool((status[0, :, ops.CONVERGED] == 1).all())
         assert bool((status[0, :, ops.ERROR] <= 1e-4).all())
-        P = reference.plan(0.5, C, f[0], g[0], a, b)
+        P = plan(0.5, C, f[0], g[0], a, b)
         error = (P.sum(1) - b).abs().sum(1) + (P.sum(2) - a).abs().sum(1)
         assert bool((error <= 2.5e-4).all())
         assert float(f[0][1, 0]) == 0  # padding keeps potential 0
@@ -436,6 +437,10 @@ def test_operations_refuse_problems_they_would_misread(message, change, operatio
         ("a trace is of a number of iterations", {"trace": True}),
         ("a trace is of a number of iterations", {"trace": True, "n_iters": 2**62}),
         ("init must have 4 entries", {"init": [torch.zeros(2, 4)]}),
+        (
+            "init must not be empty",
+            {"init": [without_memory(torch.zeros(2, n).double()) for n in (4, 5, 4, 4)]},
+        ),
         ("target is a cloud against itself", {"target": torch.zeros(2, 9, dtype=torch.float64)}),
     ],
 )

@@ -6,6 +6,7 @@ wherever ours were asked for by name.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -77,6 +78,16 @@ def test_nothing_installs_otloss_by_name(tracked: set[str]) -> None:
         if installs_by_name(line)
     }
     assert not lines
+
+
+def test_without_a_compiler_the_build_says_what_helps(tmp_path: Path) -> None:
+    """Also that CXX names the compiler."""
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path)]
+    environment = {**os.environ, "CXX": "no-such-compiler"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "no C++ compiler was found (no-such-compiler)" in done.stderr
+    assert "OTLOSS_BUILD_NATIVE=0 installs a slow version" in done.stderr
 
 
 def test_without_kernels_a_warning_points_at_the_import(tmp_path: Path) -> None:

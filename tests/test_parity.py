@@ -306,6 +306,21 @@ def test_minibatch_energy_distance(backend, objective, rng):
     close(torch.autograd.grad(loss, inputs), truth.grads(*inputs), 1e-6)
 
 
+@some_of("backend, dtype", BACKENDS, [torch.float32, torch.float64])
+def test_directions_of_short_vectors(backend, dtype, rng):
+    """Cosines do not depend on lengths, though squares of these underflow; gradients grow."""
+    short = 2.0**-80 if dtype == torch.float32 else 2.0**-600
+    points = [randn(rng, n, 4).to(backend.device, dtype) for n in (6, 7)]
+    options = {"cost": "cosine", "method": backend.method, "tol": 1e-5}
+
+    def at(scale: float) -> list[Tensor]:
+        x, y = ((scale * z).requires_grad_() for z in points)
+        loss = otloss.sinkhorn_divergence(x, y, 0.5, **options)
+        return [loss.detach(), *(scale * g for g in torch.autograd.grad(loss, (x, y)))]
+
+    torch.testing.assert_close(at(short), at(1.0), rtol=1e-4, atol=1e-6)
+
+
 @some_of("backend, weights, cost", BACKENDS, WEIGHTS, COSTS)
 def test_energy_distance(backend, weights, cost, rng):
     c = clouds(rng, pick(rng, 2, 20), pick(rng, 2, 20), 3, weights=weights)

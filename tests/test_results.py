@@ -112,7 +112,7 @@ def test_unbalanced_results(backend, strength, rng):
     for stop in ({"n_iters": 2}, {"tol": 1e-8}):
         result = c.solve(0.3, unbalanced=strength, method=backend.method, **stop)
         f, g = result.potentials
-        targets = oracle.asked(c.a, f, rho_x), oracle.asked(c.b, g, rho_y)
+        targets = oracle.target_marginal(c.a, f, rho_x), oracle.target_marginal(c.b, g, rho_y)
         sides = zip(result.marginals, targets, strict=True)
         error = max(float((got - w).abs().sum() / w.sum()) for got, w in sides)
         assert result.marginal_error == pytest.approx(error, rel=1e-6, abs=1e-13)
@@ -187,12 +187,6 @@ def test_nothing_given_is_changed(rng):
     assert all(map(torch.equal, result.potentials, before[1]))
 
 
-def test_methods_agree_and_auto_is_one_of_them(c):
-    first, *rest = (c.loss(0.5, tol=1e-9, method=method) for method in ("auto", *METHODS))
-    for loss in rest:
-        assert_close(loss, first, rtol=1e-7, atol=1e-9)
-
-
 def test_genevays_convention(c):
     """2 W(a, b) - W(a, a) - W(b, b) is twice the divergence with the transport objective."""
     pairs = c, Clouds(c.x, c.x, c.a, c.a), Clouds(c.y, c.y, c.b, c.b)
@@ -241,6 +235,10 @@ def test_a_change_in_place_after_the_solve_is_noticed(quantity, method, c):
             ON_DEMAND[quantity](result)
         assert result.converged
         assert bool(result.value.isfinite())
+    result = c.solve(0.5, method=method, **TIGHT)
+    result.potentials[0].mul_(1.0)
+    with pytest.raises(RuntimeError, match=r"^potential f was changed in place"):
+        ON_DEMAND[quantity](result)
     ON_DEMAND[quantity](c.solve(0.5, method=method, **TIGHT))  # not changed
 
 
@@ -277,10 +275,12 @@ def test_a_copied_result_knows_what_was_changed(copied, rng):
 
 def test_results_in_inference_mode(rng):
     """Whose tensors do not count their changes."""
+    c = clouds(rng, 5, 4, 2)
     with torch.inference_mode():
-        result = clouds(rng, 5, 4, 2).solve(0.5)
+        result = c.solve(0.5)
         assert result.duality_gap < 1e-2
         assert result.plan.shape == (5, 4)
+    c.require_grad().solve(0.5, init=result).value.backward()  # a start of training
 
 
 # ------------------------------------------------------------------------------------- status

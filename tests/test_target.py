@@ -83,6 +83,15 @@ def test_a_target_that_changed_is_solved_again(given: list[bool], rng: torch.Gen
     torch.testing.assert_close(value, otloss.sinkhorn_divergence(x, y, 1.0, b=b), rtol=0, atol=0)
 
 
+def test_a_change_that_torch_does_not_count_is_seen(rng: torch.Generator) -> None:
+    """Through NumPy, as into a buffer that is filled again, or through .data."""
+    loss, x, y = otloss.SinkhornDivergence(1.0), randn(rng, 20, 3), randn(rng, 30, 3)
+    for change in (lambda: y.numpy().__imul__(3), lambda: y.data.add_(x[0])):
+        loss(x, y)
+        change()
+        assert torch.equal(loss(x, y), otloss.sinkhorn_divergence(x, y, 1.0))
+
+
 def test_nothing_is_kept_for_what_is_differentiated(
     given: list[bool], rng: torch.Generator
 ) -> None:

@@ -2,7 +2,7 @@
 
 The floor is three products for the costs and two for the gradient of x, by torch (MKL), timed in
 the same process in turn. ``--against`` names further checkouts, built in place, whose times are
-taken in turn with this one's.
+taken in turn with this one's, and ``--single`` this one's by one thread.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against", type=Path, action="append", default=[], help="another checkout, built in place"
     )
+    parser.add_argument("--single", action="store_true", help="this checkout by one thread too")
     parser.add_argument("--floors-only", default="", help="cases whose label contains this")
 
 
@@ -73,13 +74,15 @@ def _save(cases: list[Case], path: Path) -> list[str]:
 
 
 @contextmanager
-def _worker(checkout: Path, problems: Path, clock: str) -> Iterator[subprocess.Popen[str]]:
+def _worker(
+    checkout: Path, threads: int, problems: Path, clock: str
+) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, str(WORKER), str(checkout), str(problems), clock]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment, **pipes) as process:
         try:
-            _ask(process, torch.get_num_threads())
+            _ask(process, threads)
             yield process
         finally:
             process.kill()
@@ -102,14 +105,16 @@ def _sample(process: subprocess.Popen[str], case: int) -> list[float]:
 
 def run(context: Context) -> dict[str, Any]:
     cases = [case for case in CASES if context.options.floors_only in case.label]
-    checkouts = [ROOT, *(path.resolve() for path in context.options.against)]
+    threads = torch.get_num_threads()
+    workers_of = [(path.resolve(), threads) for path in (ROOT, *context.options.against)]
+    workers_of += [(ROOT, 1)] if context.options.single else []
     samples: dict[tuple[int, int], list[list[float]]] = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         problems = Path(folder) / "problems.pt"
         data = _save(cases, problems)
         workers = [
-            stack.enter_context(_worker(path, problems, context.options.clock))
-            for path in checkouts
+            stack.enter_context(_worker(*which, problems, context.options.clock))
+            for which in workers_of
         ]
         for _ in range(2 * context.options.repetitions):
             for c in range(len(cases)):
@@ -120,7 +125,7 @@ def run(context: Context) -> dict[str, Any]:
         quartile = np.quantile(np.asarray(taken), 0.25, axis=0).tolist()
         case = {"case": cases[c].label, "data": data[c], "against": w > 0}
         rows.append({**case, **dict(zip(PARTS, quartile, strict=True))})
-    return {"rows": rows, "threads": torch.get_num_threads(), "clock": context.options.clock}
+    return {"rows": rows, "threads": threads, "clock": context.options.clock}
 
 
 def _cells(rows: list[dict[str, Any]]) -> Iterator[list[str]]:

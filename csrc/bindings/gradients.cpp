@@ -27,7 +27,22 @@ template <typename T>
 SolvedGroup<T> Gradients<T>::solved(int64_t p, int64_t i, int64_t j, const T* f, const T* g) const {
   const Tensor &a = problem_.clouds.weights[i], &b = problem_.clouds.weights[j];
   const T coefficient = static_cast<T>(problem_.coefficients[p]);
-  return {a.size(0), a.size(1), b.size(1), data<T>(a), data<T>(b), f, g, grad(p), coefficient};
+  return {a.size(0), a.size(1), b.size(1), data<T>(a),  data<T>(b),
+          f,         g,         grad(p),   coefficient, problem_.dummies};
+}
+
+template <typename T>
+SolvedGroup<T> Gradients<T>::of_points(int64_t p, int64_t i, int64_t j, const Tensor& f,
+                                       const Tensor& g) {
+  SolvedGroup<T> group = solved(p, i, j, data<T>(f), data<T>(g));
+  group.n -= problem_.dummies, group.m -= problem_.dummies, group.dummies = 0;
+  const auto real = [&](const Tensor& t, int64_t count) {
+    kept_.push_back(first_entries(t, count));
+    return data<T>(kept_.back());
+  };
+  group.a = real(problem_.clouds.weights[i], group.n), group.f = real(f, group.n);
+  group.b = real(problem_.clouds.weights[j], group.m), group.g = real(g, group.m);
+  return group;
 }
 
 template <typename T>
@@ -44,7 +59,8 @@ EnvelopeGroup<T> Gradients<T>::group(int64_t p, bool matrices, const T* f, const
     group.C = data<T>(problem_.costs[p]), group.shared = is_shared(problem_.costs[p], group.batch);
   if (listed(wanted_.costs, p) || (matrices && of_points)) {
     STD_TORCH_CHECK(problem_.costs[p].is_contiguous(), "otloss: costs must be contiguous");
-    grad_C_[p] = empty(a, {group.batch, group.n, group.m});
+    const int64_t without = matrices ? 0 : group.dummies;
+    grad_C_[p] = empty(a, {group.batch, group.n - without, group.m - without});
     group.grad_C = data<T>(grad_C_[p]);
   }
   if (wanted_.weights) {
@@ -77,7 +93,7 @@ template <typename T>
 void Gradients<T>::add_plan_side(std::vector<PointGradientGroup<T>>& groups, int64_t p, int64_t i,
                                  int64_t j, const Tensor& f, const Tensor& g) {
   if (!points_.wants(i)) return;
-  const SolvedGroup<T> group = solved(p, i, j, data<T>(f), data<T>(g));
+  const SolvedGroup<T> group = of_points(p, i, j, f, g);
   const PointSums<T> sums = side(i, {group.a, group.f});
   groups.push_back(
       {group, i == j, point_pair<T>(clouds_, i, j, problem_.tf32, false), sums.sum, sums.product});

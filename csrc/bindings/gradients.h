@@ -43,7 +43,9 @@ class Gradients {
   template <typename... More>
   void give_back(StableIValue* stack, const More&... more) {
     Tensors costs;
-    for (const int64_t p : wanted_.costs) costs.push_back(grad_C_[p]);
+    for (const int64_t p : wanted_.costs)
+      costs.push_back(
+          first_entries(grad_C_[p], problem_.costs[p].size(1), problem_.costs[p].size(2)));
     Tensors points = points_.result();
     for (Tensor& grad : points) grad = problem_.clouds.single ? without_batch(grad) : grad;
     otloss::give_back(stack, costs, points, grad_a_, grad_b_, more...);
@@ -61,8 +63,10 @@ class Gradients {
     const int64_t B = problem_.batch();
     return data<T>(grad_loss_) + (grad_loss_.dim() > 1 ? p * B : 0);
   }
-  // Clouds i and j of pair p, in either order.
+  // Clouds i and j of pair p, in either order, with their potentials.
   SolvedGroup<T> solved(int64_t p, int64_t i, int64_t j, const T* f, const T* g) const;
+  // Of the points themselves, without dummies.
+  SolvedGroup<T> of_points(int64_t p, int64_t i, int64_t j, const Tensor& f, const Tensor& g);
   PointSums<T> side(int64_t c, SolvedSide<T> solved = {});
 
   const Device& device_;
@@ -74,6 +78,7 @@ class Gradients {
   Tensors grad_C_;  // per pair, undefined where not needed
   Tensors grad_a_, grad_b_;
   std::vector<Side> sides_;
+  Tensors kept_;  // weights and potentials without dummies
 };
 
 }  // namespace otloss

@@ -40,14 +40,15 @@ void torch_product(const Tensor& left, bool transpose_left, const Tensor& right,
 template <typename T>
 Prepared prepare(const Device& device, const Clouds& given) {
   Prepared prepared{given.kind, {}, {}};
+  Tensors weights;  // without dummies
   std::vector<CloudGroup<T>> clouds;
   for (size_t c = 0; c < given.points.size(); ++c) {
     const Tensor& x = given.points[c];
     const int64_t B = x.size(0), n = x.size(1), d = x.size(2);
     prepared.z.push_back(empty(x, {B, n, d}));
     prepared.norm.push_back(empty(x, {B, n}));
-    clouds.push_back({B, n, d, data<T>(x),
-                      given.weights.empty() ? nullptr : data<T>(given.weights[c]),
+    if (!given.weights.empty()) weights.push_back(first_entries(given.weights[c], n));
+    clouds.push_back({B, n, d, data<T>(x), weights.empty() ? nullptr : data<T>(weights.back()),
                       data<T>(prepared.z.back()), data<T>(prepared.norm.back())});
   }
   OTLOSS_LAUNCH(device, prepare_clouds, clouds, given.kind);

@@ -38,11 +38,22 @@ void check_multiscale(const Tensor& points, const Tensor& weights, CostKind kind
               std::none_of(w + k * n, w + (k + 1) * n,
                            [](auto weight) { return std::isinf(weight); }),
           "otloss: multiscale needs a weight > 0 in each cloud, and none that is infinite");
-    for (int64_t i = 0; kind == CostKind::kCosine && i < weights.size(0) * n; ++i)
+    const bool unit = traits_of(kind).unit_norm;
+    for (int64_t i = 0; unit && i < weights.size(0) * n; ++i)
       STD_TORCH_CHECK(!(w[i] > zero) || std::any_of(z + i * d, z + (i + 1) * d,
                                                     [&](auto value) { return value != zero; }),
                       "otloss: multiscale has no cosine of points of norm 0");
   });
+}
+
+// Whether there is a weight more than points or rows of costs; other sizes are checked later.
+int64_t dummies_of(const Tensors& costs, const Clouds& clouds) {
+  const int64_t c = clouds.pairs[0];
+  if (c < 0 || c >= static_cast<int64_t>(clouds.weights.size())) return 0;
+  const Tensors& given = clouds.points.empty() ? costs : clouds.points;
+  const size_t at = clouds.points.empty() ? 0 : c;
+  if (at >= given.size() || given[at].dim() != 3 || clouds.weights[c].dim() != 2) return 0;
+  return clouds.weights[c].size(1) == given[at].size(1) + 1 ? 1 : 0;
 }
 
 }  // namespace
@@ -66,7 +77,7 @@ Clouds::Clouds(Arguments& in)
   for (Tensor& x : points) x = single ? batch_of_one(x) : x;
 }
 
-void Clouds::check() const {
+void Clouds::check(int64_t dummies) const {
   const int64_t number = static_cast<int64_t>(kind);
   STD_TORCH_CHECK(is_cost(number), "otloss: there is no cost of number ", std::to_string(number));
   STD_TORCH_CHECK(pairs.size() % 2 == 0, "otloss: pairs must have an even number of entries");
@@ -80,7 +91,10 @@ void Clouds::check() const {
     const int64_t n = clouds[c].size(1);
     const ScalarType dtype = clouds[0].scalar_type();
     if (!points.empty()) otloss::check(points[c], {B, n, points[0].size(2)}, dtype, "points");
-    if (!weights.empty()) otloss::check(weights[c], {B, n}, dtype, "weights");
+    if (points.empty())
+      otloss::check(weights[c], {B, n}, dtype, "weights");
+    else if (!weights.empty())
+      otloss::check(weights[c], {B, n + dummies}, dtype, "weights");
   }
 }
 
@@ -96,7 +110,8 @@ Problem::Problem(Arguments& in)
 void Problem::check() {
   STD_TORCH_CHECK(!clouds.weights.empty() && !clouds.pairs.empty(),
                   "otloss: there must be weights and pairs");
-  clouds.check();
+  dummies = dummies_of(costs, clouds);
+  clouds.check(dummies);
   check_count(coefficients.size(), count(), "coefficients");
   STD_TORCH_CHECK(objective == Objective::kRegularized || objective == Objective::kTransport,
                   "otloss: there is no objective of number ",
@@ -104,7 +119,8 @@ void Problem::check() {
   if (!costs.empty()) check_count(costs.size(), count(), "costs");
   for (size_t p = 0; p < costs.size(); ++p) {
     const int64_t matrices = is_shared(costs[p], batch()) ? 1 : batch();
-    check_rows(costs[p], {matrices, a(p).size(1), b(p).size(1)}, dtype(), "costs");
+    check_rows(costs[p], {matrices, a(p).size(1) - dummies, b(p).size(1) - dummies}, dtype(),
+               "costs");
   }
   const int64_t given = eps_.numel();
   const double* each = numbers(eps_, given == 1 ? 1 : batch(), "eps");
@@ -115,7 +131,7 @@ void Problem::check() {
   if (multiscale) {
     STD_TORCH_CHECK(!eps.each, "otloss: multiscale has one eps for all problems");
     STD_TORCH_CHECK(costs.empty() && !clouds.points.empty(), "otloss: multiscale is of points");
-    STD_TORCH_CHECK(has_multiscale(clouds.kind), "otloss: multiscale has no such cost");
+    STD_TORCH_CHECK(traits_of(clouds.kind).multiscale, "otloss: multiscale has no such cost");
     STD_TORCH_CHECK(clouds.points[0].is_cpu(), "otloss: multiscale is on a CPU");
     STD_TORCH_CHECK(clouds.points[0].size(2) <= kMultiscaleDims, "otloss: multiscale has up to ",
                     std::to_string(kMultiscaleDims), " coordinates");
@@ -125,10 +141,13 @@ void Problem::check() {
   }
   const Penalties held = penalties_of(rho_);
   rho_x = held.rho_x, rho_y = held.rho_y;
+  STD_TORCH_CHECK(dummies == 0 || (count() == 1 && x(0) != y(0) && held.balanced && !multiscale),
+                  "otloss: dummy points are of one balanced pair of clouds, without multiscale");
 }
 
 void Problem::fit(const Device& device) {
   if (!device.is_cuda()) return;
+  STD_TORCH_CHECK(dummies == 0, "otloss: dummy points are not available on a GPU");
   STD_TORCH_CHECK(!eps.each,
                   "otloss: an eps for each problem of a batch is not available on a GPU");
   for (Tensor& C : costs)

@@ -56,7 +56,8 @@ struct Clouds {
   CostKind kind;
 
   explicit Clouds(Arguments& arguments);
-  void check() const;  // where there are points
+  // dummies: 1 where each cloud has a weight more than points.
+  void check(int64_t dummies = 0) const;
   int64_t count() const { return static_cast<int64_t>(pairs.size()) / 2; }
 };
 
@@ -73,10 +74,12 @@ struct Problem {
   double rho_x = kConstraint, rho_y = kConstraint;
   Objective objective;
   bool tf32, multiscale;
+  // 1: the last weight of both clouds is that of a dummy point, which costs and points lack.
+  int64_t dummies = 0;
 
   explicit Problem(Arguments& arguments);
 
-  // To be called once all arguments are read: eps and rho are not known before.
+  // To be called once all arguments are read: eps and rho are not known before. Sets dummies.
   void check();
   // For the kernels of a GPU: a copy of a cost matrix for every problem. Raises for what they lack.
   void fit(const Device& device);

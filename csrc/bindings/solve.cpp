@@ -17,15 +17,16 @@ struct Start {
 // come.
 Start start_from(const Tensors& init, const Problem& problem) {
   Start start;
-  for (int64_t p = 0; p < problem.count(); ++p) {
-    const Tensor &a = problem.a(p), &b = problem.b(p);
-    const int64_t B = problem.batch();
-    start.f.push_back(init.empty() ? empty(a, {B, a.size(1)}) : torch::stable::clone(init[2 * p]));
-    start.g.push_back(init.empty() ? empty(b, {B, b.size(1)})
-                                   : torch::stable::clone(init[2 * p + 1]));
+  for (size_t k = 0; k < init.size(); ++k) (k % 2 ? start.g : start.f).push_back(init[k]);
+  for (int64_t p = 0; p < problem.count() && init.empty(); ++p) {
+    start.f.push_back(empty(problem.a(p), {problem.batch(), problem.a(p).size(1)}));
+    start.g.push_back(empty(problem.b(p), {problem.batch(), problem.b(p).size(1)}));
   }
   problem.check_f(start.f, "init");
   problem.check_g(start.g, "init");
+  for (Tensors* each : {&start.f, &start.g})
+    for (Tensor& v : *each)
+      if (!init.empty()) v = torch::stable::clone(v);
   return start;
 }
 
@@ -55,6 +56,7 @@ void solve_as(StableIValue* stack, const Device& device, const Problem& problem,
     group.batch = B;
     group.n = a.size(1);
     group.m = b.size(1);
+    group.dummies = problem.dummies;
     group.symmetric = problem.x(p) == problem.y(p);
     if (known && p + 1 == P)
       group.known = data<double>(*target);
@@ -102,6 +104,8 @@ void solve(StableIValue* stack, uint64_t, uint64_t) {
   STD_TORCH_CHECK(options.max_iters > 0, "otloss: max_iters must be > 0");
   STD_TORCH_CHECK(!problem.multiscale || (options.n_iters < 0 && !dense),
                   "otloss: multiscale has no fixed number of iterations and stores no costs");
+  STD_TORCH_CHECK(problem.dummies == 0 || !dense || !problem.costs.empty(),
+                  "otloss: costs of points with dummies are not stored");
   STD_TORCH_CHECK(!trace || (options.n_iters > 0 && options.n_iters < kMostTraced),
                   "otloss: a trace is of a number of iterations");
   if (!init.empty()) check_count(init.size(), 2 * problem.count(), "init");

@@ -169,6 +169,15 @@ Tensor repeated(const Tensor& C, int64_t B) {
       view(C, {B, C.size(1), C.size(2)}, {0, C.stride(1), C.stride(2)}));
 }
 
+Tensor first_entries(const Tensor& w, int64_t n) {
+  return w.size(1) == n ? w : torch::stable::contiguous(view(w, {w.size(0), n}, {w.stride(0), 1}));
+}
+
+Tensor first_entries(const Tensor& C, int64_t n, int64_t m) {
+  if (C.size(1) == n && C.size(2) == m) return C;
+  return torch::stable::contiguous(view(C, {C.size(0), n, m}, {C.stride(0), C.stride(1), 1}));
+}
+
 Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape) {
   Tensor t = empty(like, shape);
   TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(t.get()));

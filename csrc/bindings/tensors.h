@@ -48,6 +48,9 @@ int64_t row_stride(const Tensor& C);
 // Whether C (1, n, m) is one matrix of B problems, and B copies of it.
 bool is_shared(const Tensor& C, int64_t B);
 Tensor repeated(const Tensor& C, int64_t B);
+// The first n entries of w (B, n) or (B, n + 1), contiguous, and the first n rows and m columns.
+Tensor first_entries(const Tensor& w, int64_t n);
+Tensor first_entries(const Tensor& C, int64_t n, int64_t m);
 
 template <typename T>
 constexpr ScalarType dtype_of() {

@@ -11,6 +11,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "core/math.h"
 
@@ -28,12 +29,27 @@ OTLOSS_HOST_DEVICE float root(float x) {
 }
 OTLOSS_HOST_DEVICE double root(double x) { return std::sqrt(x); }
 
+// A point by this has a squared norm that does not underflow, where its own, norm2, may have.
+template <typename T>
+OTLOSS_HOST_DEVICE T magnification(T norm2) {
+  constexpr bool kSingle = sizeof(T) == sizeof(float);
+  return norm2 < T(kSingle ? 0x1p-100 : 0x1p-990) ? T(kSingle ? 0x1p100 : 0x1p600) : T(1);
+}
+// The norm of a point that has the squared norm norm2 when it is magnified; 0 of no other than 0.
+template <typename T>
+OTLOSS_HOST_DEVICE T norm_of(T norm2, T magnified) {
+  const T norm = root(norm2) / magnified, least = std::numeric_limits<T>::min();
+  return norm2 > T(0) && norm < least ? least : norm;
+}
+
 enum class CostKind : int { kSqEuclidean = 0, kEuclidean = 1, kCosine = 2 };
 
 struct SqEuclidean {
   static constexpr CostKind kKind = CostKind::kSqEuclidean;
   static constexpr bool kUnitNorm = false;
   static constexpr bool kGaussian = true;  // the potential of gaussian_potential.h is a start
+  // Whether it is a multiple of the squared distance of prepared points, which multiscale solves.
+  static constexpr bool kMultiscale = true;
 
   // hx, hy: squared norms; xy: inner product.
   template <typename T>
@@ -66,6 +82,7 @@ struct Euclidean {
   static constexpr CostKind kKind = CostKind::kEuclidean;
   static constexpr bool kUnitNorm = false;
   static constexpr bool kGaussian = false;
+  static constexpr bool kMultiscale = false;
 
   template <typename T>
   static OTLOSS_HOST_DEVICE T from_product(T hx, T hy, T xy) {
@@ -91,6 +108,7 @@ struct Cosine {
   static constexpr CostKind kKind = CostKind::kCosine;
   static constexpr bool kUnitNorm = true;
   static constexpr bool kGaussian = false;
+  static constexpr bool kMultiscale = true;
 
   template <typename T>
   static OTLOSS_HOST_DEVICE T from_product(T /*hx*/, T /*hy*/, T xy) {
@@ -103,9 +121,6 @@ struct Cosine {
   }
   static OTLOSS_HOST_DEVICE double bound(double hx, double hy) { return 2 + 0 * (hx + hy); }
 };
-
-// Whether a cost is a multiple of the squared distance of prepared points: what multiscale solves.
-constexpr bool has_multiscale(CostKind kind) { return kind != CostKind::kEuclidean; }
 
 // All of them: calls macro(functor).
 #define OTLOSS_FOR_EACH_COST(macro) macro(SqEuclidean) macro(Euclidean) macro(Cosine)
@@ -134,14 +149,14 @@ inline bool is_cost(int64_t number) {
 
 // The constants of a functor by its kind.
 struct CostTraits {
-  bool unit_norm, gaussian;
+  bool unit_norm, gaussian, multiscale;
 };
 
 OTLOSS_HOST_DEVICE CostTraits traits_of(CostKind kind) {
   CostTraits traits{};
   dispatch_cost(kind, [&](auto cost) {
     using Cost = decltype(cost);
-    traits = {Cost::kUnitNorm, Cost::kGaussian};
+    traits = {Cost::kUnitNorm, Cost::kGaussian, Cost::kMultiscale};
   });
   return traits;
 }

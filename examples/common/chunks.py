@@ -6,8 +6,7 @@ simply be added up. But it sees the networks only through their features, which 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,35 +30,15 @@ def backward(
     states, pieces = [], []
     with torch.no_grad():
         for part in parts:
-            states.append(_random_state())
+            states.append((torch.get_rng_state(), torch.cuda.get_rng_state_all()))
             pieces.append(part())
     features = torch.cat(pieces).requires_grad_()
     value = loss(features)
     (gradient,) = torch.autograd.grad(value, features)
     rows = gradient.split([len(piece) for piece in pieces])
-    with _random_state_kept():
-        for part, state, cotangent in zip(parts, states, rows, strict=True):
-            _set_random_state(state)
+    with torch.random.fork_rng():  # after which random numbers go on as if computed once
+        for part, (on_cpu, on_gpus), cotangent in zip(parts, states, rows, strict=True):
+            torch.set_rng_state(on_cpu)
+            torch.cuda.set_rng_state_all(on_gpus)
             part().backward(cotangent)
     return value.detach()
-
-
-RandomState = tuple[Tensor, list[Tensor]]
-
-
-def _random_state() -> RandomState:
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all()
-
-
-def _set_random_state(state: RandomState) -> None:
-    torch.set_rng_state(state[0])
-    torch.cuda.set_rng_state_all(state[1])
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    state = _random_state()
-    try:
-        yield
-    finally:
-        _set_random_state(state)

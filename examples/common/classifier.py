@@ -37,9 +37,8 @@ PRESETS = {"cnn": CNN, "quick": QUICK}
 def accuracy_on_test(model: Classifier, images: ImageData) -> float:
     """Share of test images that ``model`` labels rightly."""
     model.eval()
-    parts = zip(images.test.split(1000), images.test_labels.split(1000), strict=True)
-    right = [model(to_float(part)).argmax(1) == labels for part, labels in parts]
-    return float(torch.cat(right).double().mean())
+    found = torch.cat([model(to_float(part)).argmax(1) for part in images.test.split(1000)])
+    return float((found == images.test_labels).double().mean())
 
 
 def obtain(args: argparse.Namespace, images: ImageData) -> Classifier:
@@ -52,22 +51,27 @@ def obtain(args: argparse.Namespace, images: ImageData) -> Classifier:
     near = [place / f"classifier_{args.data}" for place in args.out.parents[:2]]
     there = (place for place in (SHIPPED / args.data, *near) if (place / WEIGHTS).is_file())
     folder = args.classifier or next(there, near[0])
-    weights = folder / WEIGHTS
-    if args.classifier and not weights.is_file():
-        raise FileNotFoundError(
-            f"--classifier: {weights} is missing, expected a finished run of "
-            f"examples/train_classifier.py --data {args.data}"
-        )
-    if not weights.is_file():
-        import train_classifier  # which needs this module
-
-        print(f"first the classifier of the metrics, once: training it in {folder}", flush=True)
-        options = ["--data", args.data, "--preset", args.classifier_preset, "--out", str(folder)]
-        options += ["--data-dir", str(args.data_dir)] if args.data_dir else []
-        options += ["--resume"] if (folder / "ckpt.pt").is_file() else []
-        if not train_classifier.main([*options, "--device", args.device]):
-            raise SystemExit("without its classifier a run has no metrics: nothing was trained")
-    model = Classifier(images.shape).to(images.train.device)
-    model.load_state_dict(torch.load(weights, map_location=images.train.device, weights_only=True))
+    if not (folder / WEIGHTS).is_file():
+        if args.classifier:
+            wanted = f"a finished run of examples/train_classifier.py --data {args.data}"
+            raise FileNotFoundError(
+                f"--classifier: {folder / WEIGHTS} is missing, expected {wanted}"
+            )
+        _train(args, folder)
+    device = images.train.device
+    model = Classifier(images.shape).to(device)
+    state = torch.load(folder / WEIGHTS, map_location=device, weights_only=True)
+    model.load_state_dict(state)
     model.epochs = json.loads((folder / "metrics.json").read_text())["args"]["epochs"]
     return model.eval()
+
+
+def _train(args: argparse.Namespace, folder: Path) -> None:
+    import train_classifier  # which needs this module
+
+    print(f"first the classifier of the metrics, once: training it in {folder}", flush=True)
+    options = ["--data", args.data, "--preset", args.classifier_preset, "--out", str(folder)]
+    options += ["--data-dir", str(args.data_dir)] if args.data_dir else []
+    options += ["--resume"] if (folder / "ckpt.pt").is_file() else []
+    if not train_classifier.main([*options, "--device", args.device]):
+        raise SystemExit("without its classifier a run has no metrics: nothing was trained")

@@ -19,14 +19,14 @@ import io
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common import UsageError
+from common import UsageError, replacing
 
 NAMES = ("digits", "mnist", "fashion", "cifar10")
 BUNDLED = ("digits", "gaussians")  # the second is drawn, not read
@@ -46,8 +46,7 @@ CIFAR_FILES = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["
 DIGITS_TEST = 500
 
 
-@dataclass(frozen=True)
-class ImageData:
+class ImageData(NamedTuple):
     """Images with labels, split into train and test. Bytes, because floats take four times more."""
 
     name: str
@@ -63,9 +62,8 @@ class ImageData:
         return channels, height, width
 
     def to(self, device: torch.device | str) -> ImageData:
-        """The same images on ``device``."""
-        fields = ("train", "train_labels", "test", "test_labels")
-        return replace(self, **{name: getattr(self, name).to(device) for name in fields})
+        """These images on ``device``."""
+        return ImageData(self.name, *(tensor.to(device) for tensor in self[1:]))
 
     def only(self, labels: Sequence[int]) -> ImageData:
         """The images of these classes, in both splits."""
@@ -73,20 +71,19 @@ class ImageData:
         if missing := sorted(set(labels) - set(present)):
             raise UsageError(f"--labels has {missing}, expected classes of {self.name}: {present}")
         wanted = torch.tensor(labels)
-        train = torch.isin(self.train_labels, wanted)
-        test = torch.isin(self.test_labels, wanted)
-        return ImageData(
-            self.name,
-            self.train[train],
-            self.train_labels[train],
-            self.test[test],
-            self.test_labels[test],
-        )
+        train, test = (torch.isin(of, wanted) for of in (self.train_labels, self.test_labels))
+        of_train = self.train[train], self.train_labels[train]
+        return ImageData(self.name, *of_train, self.test[test], self.test_labels[test])
 
 
 def to_float(images: Tensor) -> Tensor:
     """Bytes 0..255 to floats in [-1, 1], the range of the generators' tanh."""
     return images.float().div_(127.5).sub_(1.0)
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """The inverse, on the CPU."""
+    return images.detach().cpu().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
 
 def default_dir() -> Path | None:
@@ -99,13 +96,7 @@ def default_dir() -> Path | None:
 
 def available(name: str, root: Path | None) -> bool:
     """Whether ``load(name, root)`` would find its files."""
-    if name == "digits":
-        return True
-    if root is None:
-        return False
-    if name == "cifar10":
-        return _cifar_source(root) is not None
-    return _idx_paths(name, root) is not None
+    return name == "digits" or (root is not None and bool(_files(name, root)))
 
 
 def load(name: str, root: Path | str | None = None) -> ImageData:
@@ -115,9 +106,10 @@ def load(name: str, root: Path | str | None = None) -> ImageData:
     if name == "digits":
         return _load_digits()
     base = Path(root) if root is not None else default_dir()
-    if base is None:
+    files = _files(name, base) if base is not None else []
+    if base is None or not files:
         raise FileNotFoundError(_missing(name, base))
-    return _load_cifar10(base) if name == "cifar10" else _load_idx_pair(name, base)
+    return _load_cifar10(files, base) if name == "cifar10" else _load_idx(name, files)
 
 
 def load_iris() -> tuple[Tensor, Tensor]:
@@ -151,6 +143,20 @@ class Batches:
         return self._order[i * self.batch : (i + 1) * self.batch]
 
 
+def _files(name: str, root: Path) -> list[Path]:
+    """What there is of a data set: four IDX files, or one of the forms of CIFAR-10."""
+    if name != "cifar10":
+        raw = root / IDX_FOLDERS[name] / "raw"
+        names = [file for split in IDX_FILES.values() for file in split]
+        found = [[p for p in (raw / f, raw / f"{f}.gz") if p.is_file()][:1] for f in names]
+        return [path for paths in found for path in paths] if all(found) else []
+    folder = root / "cifar10-jpeg"
+    binary = [root / CIFAR_FOLDER / file for files in CIFAR_FILES.values() for file in files]
+    jpegs = [folder / split for split in CIFAR_FILES]
+    forms = [*([cache] for cache in _caches(root)), binary, jpegs, [folder / "cifar10-jpeg.tar.xz"]]
+    return next((form for form in forms if all(path.exists() for path in form)), [])
+
+
 def read_idx(path: Path) -> Tensor:
     """An IDX file of unsigned bytes (plain, or gzipped when the name ends in ``.gz``)."""
     raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -164,30 +170,15 @@ def read_idx(path: Path) -> Tensor:
     return torch.frombuffer(bytearray(raw[header:]), dtype=torch.uint8).reshape(shape)
 
 
-def _idx_paths(name: str, root: Path) -> list[Path] | None:
-    """Train images and labels, test images and labels; ``None`` when one of the four is missing."""
-    raw = root / IDX_FOLDERS[name] / "raw"
-    paths = []
-    for file in (file for split in IDX_FILES.values() for file in split):
-        found = [path for path in (raw / file, raw / f"{file}.gz") if path.is_file()]
-        if not found:
-            return None
-        paths.append(found[0])
-    return paths
-
-
-def _load_idx_pair(name: str, root: Path) -> ImageData:
-    paths = _idx_paths(name, root)
-    if paths is None:
-        raise FileNotFoundError(_missing(name, root))
-    train, train_labels, test, test_labels = (read_idx(path) for path in paths)
-    for path, images, labels in ((paths[0], train, train_labels), (paths[2], test, test_labels)):
+def _load_idx(name: str, files: Sequence[Path]) -> ImageData:
+    splits = []
+    for path, of_labels in zip(files[::2], files[1::2], strict=True):
+        images, labels = read_idx(path), read_idx(of_labels)
         if images.dim() != 3 or labels.shape != images.shape[:1]:
             shapes = f"{tuple(images.shape)} with labels {tuple(labels.shape)}"
             raise ValueError(f"{path} has shape {shapes}, expected (N, H, W) with labels (N,)")
-    return ImageData(
-        name, train.unsqueeze(1), train_labels.long(), test.unsqueeze(1), test_labels.long()
-    )
+        splits += [images.unsqueeze(1), labels.long()]
+    return ImageData(name, *splits)
 
 
 def _load_digits() -> ImageData:
@@ -202,64 +193,15 @@ def _load_digits() -> ImageData:
     return ImageData("digits", images[train], labels[train], images[test], labels[test])
 
 
-def _cifar_source(root: Path) -> Path | None:
-    for cache in _cifar_caches(root):
-        if cache.is_file():
-            return cache
-    binary = root / CIFAR_FOLDER
-    if all((binary / file).is_file() for split in CIFAR_FILES.values() for file in split):
-        return binary
-    folder = root / "cifar10-jpeg"
-    if all((folder / split).is_dir() for split in ("train", "test")):
-        return folder
-    archive = folder / "cifar10-jpeg.tar.xz"
-    return archive if archive.is_file() else None
-
-
-def _cifar_caches(root: Path) -> list[Path]:
-    """Where the decoded images may be kept: beside the files, else in the user's cache."""
-    key = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return [root / CIFAR_CACHE, home / "otloss" / key / CIFAR_CACHE]
-
-
-def _keep(images: ImageData, root: Path) -> None:
-    """Decoding takes most of a minute, so what it gave is kept where that can be written."""
-    tensors = {field.name: getattr(images, field.name) for field in fields(images)[1:]}
-    for path in _cifar_caches(root):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f".{path.name}.{os.getpid()}")
-            torch.save(tensors, part)
-            part.replace(path)
-        except OSError:
-            continue
-        print(f"kept as {path}", flush=True)
-        return
-
-
-def _jpegs(source: Path) -> Iterator[tuple[str, bytes]]:
-    """Pairs (``split/class/file.jpg``, contents) from the folders or from the archive."""
-    if source.is_dir():
-        for path in source.glob("*/*/*.jpg"):
-            yield path.relative_to(source).as_posix(), path.read_bytes()
-        return
-    with tarfile.open(source, "r|xz") as archive:
-        for member in archive:
-            if member.isfile() and (contents := archive.extractfile(member)):
-                yield member.name.removeprefix("./"), contents.read()
-
-
-def _load_cifar10(root: Path) -> ImageData:
-    source = _cifar_source(root)
-    if source is None:
-        raise FileNotFoundError(_missing("cifar10", root))
-    if source.name == CIFAR_CACHE:
-        return ImageData("cifar10", **torch.load(source, weights_only=True))
-    if source.name == CIFAR_FOLDER:
-        splits = [[source / file for file in files] for files in CIFAR_FILES.values()]
-        return ImageData("cifar10", *_cifar_records(splits[0]), *_cifar_records(splits[1]))
-    return _load_cifar_jpegs(root, source)
+def _load_cifar10(files: Sequence[Path], root: Path) -> ImageData:
+    if files[0].name == CIFAR_CACHE:
+        return ImageData("cifar10", **torch.load(files[0], weights_only=True))
+    if files[0].suffix == ".bin":
+        return ImageData("cifar10", *_cifar_records(files[:-1]), *_cifar_records(files[-1:]))
+    print(f"cifar10: decoding the images in {files[0]}, once", flush=True)
+    images = _cifar_jpegs(files)
+    _keep(images, root)
+    return images
 
 
 def _cifar_records(paths: Sequence[Path]) -> tuple[Tensor, Tensor]:
@@ -271,32 +213,59 @@ def _cifar_records(paths: Sequence[Path]) -> tuple[Tensor, Tensor]:
     return table[:, 1:].reshape(-1, 3, 32, 32).contiguous(), table[:, 0].long()
 
 
-def _load_cifar_jpegs(root: Path, source: Path) -> ImageData:
+def _cifar_jpegs(files: Sequence[Path]) -> ImageData:
     from PIL import Image
 
-    print(f"cifar10: decoding the images in {source}, once", flush=True)
-    found: dict[str, list[tuple[str, np.ndarray]]] = {"train": [], "test": []}
-    for name, contents in _jpegs(source):
-        split = name.split("/")[0]
-        if split in found and name.endswith(".jpg"):
-            found[split].append((name, np.asarray(Image.open(io.BytesIO(contents)).convert("RGB"))))
+    found: dict[str, list[tuple[str, str, np.ndarray]]] = {split: [] for split in CIFAR_FILES}
+    for name, contents in _jpegs(files):
+        split, label, file = name.split("/")
+        pixels = np.asarray(Image.open(io.BytesIO(contents)).convert("RGB"))
+        found[split].append((label, file, pixels))
     if not all(found.values()):
-        raise FileNotFoundError(_missing("cifar10", root))
-    classes = sorted({name.split("/")[1] for name, _ in found["train"]})
-    images = ImageData(
-        "cifar10", *_labelled(found["train"], classes), *_labelled(found["test"], classes)
-    )
-    _keep(images, root)
-    return images
+        raise FileNotFoundError(f"{files[0]} holds {len(found['train'])} training images")
+    classes = sorted({label for label, *_ in found["train"]})
+    splits = []
+    for images in found.values():
+        images.sort(key=lambda image: image[:2])
+        # In a fixed shuffle: folders come class by class, a head of the images must not.
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        pixels = torch.from_numpy(np.stack([image[2] for image in images])).permute(0, 3, 1, 2)
+        labels = torch.tensor([classes.index(label) for label, *_ in images])
+        splits += [pixels[order].contiguous(), labels[order]]
+    return ImageData("cifar10", *splits)
 
 
-def _labelled(files: list[tuple[str, np.ndarray]], classes: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Images and labels in a fixed shuffle: folders come class by class, a head must not."""
-    files = sorted(files, key=lambda item: item[0])
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))
-    pixels = torch.from_numpy(np.stack([array for _, array in files])).permute(0, 3, 1, 2)
-    labels = torch.tensor([classes.index(name.split("/")[1]) for name, _ in files])
-    return pixels[order].contiguous(), labels[order]
+def _jpegs(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
+    """Pairs (``split/class/file.jpg``, contents) from the two folders or from the archive."""
+    if files[0].is_dir():
+        for path in (path for folder in files for path in folder.glob("*/*.jpg")):
+            yield "/".join(path.parts[-3:]), path.read_bytes()
+        return
+    with tarfile.open(files[0], "r|xz") as archive:
+        for member in archive:
+            if member.name.endswith(".jpg") and (contents := archive.extractfile(member)):
+                yield "/".join(Path(member.name).parts[-3:]), contents.read()
+
+
+def _caches(root: Path) -> list[Path]:
+    """Where the decoded images may be kept: beside the files, else in the user's cache."""
+    key = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return [root / CIFAR_CACHE, home / "otloss" / key / CIFAR_CACHE]
+
+
+def _keep(images: ImageData, root: Path) -> None:
+    """Decoding takes most of a minute, so what it gave is kept where that can be written."""
+    tensors = {name: value for name, value in images._asdict().items() if name != "name"}
+    for path in _caches(root):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as part:
+                torch.save(tensors, part)
+        except OSError:
+            continue
+        print(f"kept as {path}", flush=True)
+        return
 
 
 def _missing(name: str, root: Path | None) -> str:

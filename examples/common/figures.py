@@ -11,14 +11,15 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from torch import Tensor
 
+from common.data import to_bytes
+
 Curve = tuple[Sequence[float], Sequence[float]]  # steps, values
 GRID_WIDTH = 560  # pixels; grids of small images are enlarged to it
 
 
 def save_grid(images: Tensor, path: Path, columns: int) -> None:
     """Images (N, C, H, W) in [-1, 1] as one PNG, ``columns`` to a row."""
-    pixels = images.detach().cpu().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-    pixels = torch.nn.functional.pad(pixels, (1, 1, 1, 1))
+    pixels = torch.nn.functional.pad(to_bytes(images), (1, 1, 1, 1))
     rows = len(pixels) // columns
     _, channels, height, width = pixels.shape
     tiles = pixels[: rows * columns].reshape(rows, columns, channels, height, width)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import torch
 
 from common import UsageError, classifier, options, ranks, run
-from common.data import ImageData, to_float
+from common.data import ImageData, to_bytes, to_float
 from common.figures import Curve, save_grid
 from common.metrics import Evaluator, med2, smoothness, table
 from common.models import PRIORS, Generator
@@ -56,19 +57,11 @@ def parser(
     add("--ema", type=float, default=0.0, help="decay of the weight average, 0 for none")
     add("--eval-every", type=int, default=0, help="steps between metrics, 0: only at the end")
     add("--eval-samples", type=int, default=10_000, help="generated images in the metrics")
-    add(
-        "--protocol",
-        choices=("standard", "geist"),
-        default="standard",
-        help="geist: also the metrics as Geist & Gérard took them",
-    )
+    protocol = "geist: also the metrics as Geist & Gérard took them"
+    add("--protocol", choices=("standard", "geist"), default="standard", help=protocol)
     add("--classifier", type=Path, help="run folder of another one for the metrics")
-    add(
-        "--classifier-preset",
-        choices=classifier.PRESETS,
-        default="cnn",
-        help="how to train it, if it is neither in the examples nor classifier_<data> beside --out",
-    )
+    train = "how to train it, if it is neither in the examples nor classifier_<data> beside --out"
+    add("--classifier-preset", choices=classifier.PRESETS, default="cnn", help=train)
     return parser
 
 
@@ -83,24 +76,23 @@ class Training(run.Run):
         args: argparse.Namespace,
         images: ImageData,
         shown: Generator,
-        state: Mapping[str, run.Stateful],
+        state: Mapping[str, Any],
         extra: Extra | None = None,
     ) -> None:
-        writes = ranks.number() == 0
         if args.eval_every >= args.steps:
-            raise UsageError(
-                f"--eval-every is {args.eval_every}, expected less than the {args.steps} steps"
-            )
+            wanted = f"less than the {args.steps} steps"
+            raise UsageError(f"--eval-every is {args.eval_every}, expected {wanted}")
         self.images, self.shown, self.extra = images, shown, extra
-        self.followed: list[float] = []  # held-out MED², by --schedule follow
+        self.used = len(images.train[: args.limit_train])
+        self.factor, self.followed = 1.0, list[tuple[float, float]]()  # of --schedule follow
         super().__init__(args, state)
+        writes = ranks.number() == 0
         judged = args.eval_every or (args.stop_at or args.steps) >= args.steps
         self.evaluator = self._evaluator() if judged and writes else None
-        self.per_epoch = len(images.train[: args.limit_train]) // args.batch
         pictures = (round(args.steps * i / PICTURES) for i in range(1, PICTURES + 1))
-        self.shown_at = {self.per_epoch, *pictures} if writes else set()
+        self.shown_at = {self.used // args.batch, *pictures} if writes else set()
 
-    _kept = (*run.Run._kept, "followed")
+    _kept = (*run.Run._kept, "factor", "followed")
 
     def subject(self) -> str:
         return f"{self.args.data}, {super().subject()} of {self.args.batch} images"
@@ -110,10 +102,8 @@ class Training(run.Run):
             self._draw(f"{self.step:06d}")
         due = self.args.eval_every and self.step % self.args.eval_every == 0
         if self.evaluator and due and self.step < self.args.steps:
-            scores = self.evaluator(self._samples())
-            self.evaluations.append(
-                {"step": self.step, "cpu_seconds": round(self.cpu_seconds, 1), **scores}
-            )
+            spent = {"step": self.step, "cpu_seconds": round(self.cpu_seconds, 1)}
+            self.evaluations.append({**spent, **self.evaluator(self._samples())})
 
     def rate_factor(self) -> float:
         """By ``--schedule``; ``follow`` halves the rate whenever the held-out MED² has grown."""
@@ -123,27 +113,27 @@ class Training(run.Run):
             with run.own_randomness(self.args.seed), torch.no_grad():
                 held_out = to_float(self.images.train[-options.HELD_OUT :])
                 generated = self.shown.generate(self.shown.draw(5 * options.HELD_OUT))
-                looks = [med2(part, held_out) for part in generated.split(options.HELD_OUT)]
-                self.followed.append(sum(looks) / len(looks))
-        return self._followed_rates()[-1]
+                look = fmean(med2(part, held_out) for part in generated.split(options.HELD_OUT))
+            if self.followed and look > self.followed[-1][0]:
+                self.factor /= 2
+            self.followed.append((look, self.factor))
+        return self.factor
 
     def curves(self) -> dict[str, Curve]:
         """The losses, and for ``follow`` what it looked at and what it did."""
-        steps = [self._look_every * (i + 1) for i in range(len(self.followed))]
-        rates = [self.args.lr * factor for factor in self._followed_rates()[1:]]
-        looks = {"held-out MED²": (steps, self.followed), "learning rate": (steps, rates)}
-        return {**super().curves(), **(looks if self.followed else {})}
+        curves = super().curves()
+        if self.followed:
+            steps = [self._look_every * (i + 1) for i in range(len(self.followed))]
+            curves["held-out MED²"] = (steps, [look for look, _ in self.followed])
+            curves["learning rate"] = (
+                steps,
+                [self.args.lr * factor for _, factor in self.followed],
+            )
+        return curves
 
     @property
     def _look_every(self) -> int:
         return max(1, self.args.steps // FOLLOW_PARTS)
-
-    def _followed_rates(self) -> list[float]:
-        """Factors on the learning rate: at the start, and from each look on."""
-        factors = [1.0] * min(2, 1 + len(self.followed))
-        for before, now in pairwise(self.followed):
-            factors.append(factors[-1] * (0.5 if now > before else 1.0))
-        return factors
 
     def conclude(self) -> None:
         """Last pictures, metrics beside their floors, and where everything is; nothing if the run
@@ -187,18 +177,16 @@ class Training(run.Run):
             metrics |= evaluator.geist_protocol(shown)
         if self.extra:
             metrics |= self.extra(out, evaluator)
-        pixels = generated.add(1).mul(127.5).round().to(torch.uint8).cpu()
-        torch.save(pixels, out / "generated.pt")
+        torch.save(to_bytes(generated), out / "generated.pt")
         self.finish(
             metrics=metrics,
             floors=floors,
-            images=len(self.images.train[: self.args.limit_train]),
+            images=self.used,
             classifier_accuracy=classifier.accuracy_on_test(evaluator.classifier, evaluator.data),
             classifier_epochs=evaluator.classifier.epochs,
-            **({"followed": self.followed} if self.followed else {}),
+            **({"followed": [look for look, _ in self.followed]} if self.followed else {}),
         )
-        print(f"\n{self.args.data}, preset {self.args.preset}: ", end="")
-        share = self.loss_seconds / self.seconds
-        print(f"{self.step} steps, {self.seconds:.0f} s, {share:.0%} of it in the loss")
+        share = f"{self.loss_seconds / self.seconds:.0%} of it in the loss"
+        print(f"\n{self.subject()}, {self.seconds:.0f} s, {share}")
         print(table(metrics, floors))
         print(READING.format(out=out, last=f"samples_{self.step:06d}.png"))

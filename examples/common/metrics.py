@@ -18,7 +18,8 @@ runs of these scripts with each other, not with Inception scores of other papers
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -134,8 +135,8 @@ class Evaluator:
             "fid": frechet_distance(features, self.features),
             "precision": coverage(features, self.features),
             "recall": coverage(self.features, features),
-            "ot": _mean(ot_distance(x[:OT_BATCH], y[:OT_BATCH]) for x, y in pairs),
-            "med2": _mean(med2(x, y) for x, y in pairs),
+            "ot": fmean(ot_distance(x[:OT_BATCH], y[:OT_BATCH]) for x, y in pairs),
+            "med2": fmean(med2(x, y) for x, y in pairs),
         }
 
     def floors(self) -> dict[str, float]:
@@ -151,7 +152,7 @@ class Evaluator:
         fake = [generator(generator.draw(OT_BATCH)) for _ in real]
         pairs = zip(map(to_float, real), fake, strict=True)
         return {
-            "geist_ot": _mean(ot_distance(x, y) for x, y in pairs),
+            "geist_ot": fmean(ot_distance(x, y) for x, y in pairs),
             "geist_is": inception_score(self._classify(fake[0])[1]),
         }
 
@@ -180,8 +181,3 @@ def table(metrics: Mapping[str, float], floors: Mapping[str, float]) -> str:
         floor = f"{floors[key]:12.3f}" if key in floors else f"{'':12}"
         lines.append(f"{LABELS.get(key, key):32}{value:10.3f}{floor}")
     return "\n".join(lines)
-
-
-def _mean(values: Iterable[float]) -> float:
-    collected = list(values)
-    return sum(collected) / len(collected)

@@ -292,6 +292,13 @@ class Classifier(nn.Module):
         return self.head(self.body(images))
 
 
+@torch.no_grad()
+def clip_weights(net: nn.Module, bound: float) -> None:
+    """Every weight into [-bound, bound], which bounds the slope of the network."""
+    for weight in net.parameters():
+        weight.clamp_(-bound, bound)
+
+
 def widths(sizes: Sequence[int], factor: float) -> tuple[int, ...]:
     """Layer sizes scaled by ``--width``."""
     return tuple(max(1, round(size * factor)) for size in sizes)

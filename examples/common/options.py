@@ -56,13 +56,9 @@ def parser(
 
 def add_image_options(parser: argparse.ArgumentParser, also: Sequence[str] = ()) -> None:
     """The options of every script that trains on images; ``also`` names more data sets."""
-    add = parser.add_argument
-    add(
-        "--data",
-        choices=("auto", *data.NAMES, *also),
-        default="auto",
-        help="auto: FashionMNIST if its files are found, else the bundled digits",
-    )
+    add, sets = parser.add_argument, ("auto", *data.NAMES, *also)
+    auto = "auto: FashionMNIST if its files are found, else the bundled digits"
+    add("--data", choices=sets, default="auto", help=auto)
     add("--data-dir", type=Path, help="folder of the data sets, else $OTLOSS_DATA")
     add("--epochs", type=float, default=1.0, help="length in passes over the images, if no --steps")
     add("--batch", type=int, default=200, help="real images per step")
@@ -109,10 +105,9 @@ def parse(
                 f"--data-dir is {args.data_dir}, expected none: {args.data} come with the "
                 "examples; --data names another set"
             )
-    script = Path(parser.prog).stem
     if args.out is None:
-        parts = (script.removeprefix("train_"), getattr(args, "data", ""), args.preset)
-        args.out = Path("runs", "_".join(filter(None, parts)))
+        parts = (Path(parser.prog).stem.removeprefix("train_"), getattr(args, "data", ""))
+        args.out = Path("runs", "_".join(filter(None, (*parts, args.preset))))
     _refuse_unused(args, given(parser, argv), needs or {})
     args.command = command_of(parser, argv)
     return args
@@ -134,11 +129,14 @@ def _refuse_unused(args: argparse.Namespace, given: set[str], needs: Needs) -> N
     for name in sorted(given & needs.keys()):
         other, values = needs[name]
         if getattr(args, other) not in values:
-            option, condition = (f"--{word.replace('_', '-')}" for word in (name, other))
-            raise UsageError(
-                f"{option} does nothing with {condition} {getattr(args, other)}, expected "
-                f"{condition} {' or '.join(map(str, values))}, or no {option}"
-            )
+            wanted = f"{flag(other)} {' or '.join(map(str, values))}, or no {flag(name)}"
+            found = f"{flag(other)} {getattr(args, other)}"
+            raise UsageError(f"{flag(name)} does nothing with {found}, expected {wanted}")
+
+
+def flag(name: str) -> str:
+    """An option as it stands on the command line."""
+    return "--" + name.replace("_", "-")
 
 
 def command_of(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> str:
@@ -152,8 +150,7 @@ def at_least(args: argparse.Namespace, least: float, *names: str) -> None:
     for name in names:
         value = getattr(args, name)
         if value is not None and value < least:
-            option = "--" + name.replace("_", "-")
-            raise UsageError(f"{option} is {value}, expected at least {least}")
+            raise UsageError(f"{flag(name)} is {value}, expected at least {least}")
 
 
 def even_batch(args: argparse.Namespace) -> None:
@@ -162,20 +159,23 @@ def even_batch(args: argparse.Namespace) -> None:
         raise UsageError(f"--batch is {args.batch}, expected an even number: two half-batches")
 
 
-def begin(args: argparse.Namespace) -> torch.device:
-    """Seed, check what every script shares, make ``args.out``, and give the device."""
+def begin(args: argparse.Namespace) -> None:
+    """Seed, check what every script shares, and make ``args.out``."""
     torch.manual_seed(args.seed)
     at_least(args, 1, "steps")
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"--device is {args.device}, expected cpu: torch sees no GPU")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out).close()
     except OSError as error:
         raise UsageError(f"--out is {args.out}, expected a folder to write in: {error}") from error
-    _check_owner(args)
-    return device
+    if (there := args.out / "ckpt.pt").is_file():
+        owner = script_of(torch.load(there, weights_only=True, mmap=True)["args"]["command"])
+        if owner != script_of(args.command):
+            raise UsageError(
+                f"--out is {args.out}, expected another folder: it holds a run of {owner}.py"
+            )
 
 
 def script_of(command: str) -> str:
@@ -183,35 +183,22 @@ def script_of(command: str) -> str:
     return Path(shlex.split(command)[1]).stem
 
 
-def _check_owner(args: argparse.Namespace) -> None:
-    """A folder that holds the run of another script is not written over."""
-    path = args.out / "ckpt.pt"
-    if path.is_file():
-        there = script_of(torch.load(path, weights_only=True, mmap=True)["args"]["command"])
-        if there != script_of(args.command):
-            raise UsageError(
-                f"--out is {args.out}, expected another folder: it holds a run of {there}.py"
-            )
-
-
-def begin_images(args: argparse.Namespace) -> tuple[data.ImageData, torch.device]:
-    """``begin`` for scripts on images: read them too, and settle the number of steps."""
-    device = begin(args)
+def begin_images(args: argparse.Namespace) -> tuple[data.ImageData, data.Batches]:
+    """``begin`` for scripts on images: read them too, cut them into batches, and settle the number
+    of steps. Rows of a batch are among the first ``args.limit_train`` training images."""
+    begin(args)
     at_least(args, 1, "limit_train", "batch")
     images = data.load(args.data, args.data_dir)
     images = images.only(args.labels) if args.labels else images
     if args.schedule == "follow":
         rest = len(images.train) - HELD_OUT
         args.limit_train = min(args.limit_train or rest, rest)
-    n = len(images.train[: args.limit_train])
+    batches = data.Batches(len(images.train[: args.limit_train]), args.batch, args.seed)
     if args.steps is None:
-        per_epoch = data.Batches(n, args.batch, args.seed).per_epoch
-        args.steps = round(args.epochs * per_epoch)
-        if args.steps < 1:
-            raise UsageError(
-                f"--epochs {args.epochs} gives {args.steps} steps, expected at least 1"
-            )
-    return images.to(device), device
+        args.steps = round(args.epochs * batches.per_epoch)
+    if args.steps < 1:
+        raise UsageError(f"--epochs {args.epochs} gives {args.steps} steps, expected at least 1")
+    return images.to(args.device), batches
 
 
 def autocast(args: argparse.Namespace) -> torch.autocast:

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -57,11 +55,6 @@ def count() -> int:
 
 def number() -> int:
     return dist.get_rank() if count() > 1 else 0
-
-
-def log() -> TextIO:
-    """Where progress is shown: by the first process."""
-    return sys.stderr if number() == 0 else open(os.devnull, "w")
 
 
 def share(batch: Tensor, parts: int) -> Tensor:

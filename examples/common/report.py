@@ -20,64 +20,45 @@ SHOWN_SEPARATELY = {"command", "resume", "stop_at"}
 
 def write(folder: Path, report: Mapping[str, Any]) -> None:
     """The page of the run in ``folder`` with the contents of its ``metrics.json``."""
-    args = report["args"]
-    over_time = sorted(folder.glob("*_[0-9]*.png"))
-    curves = sorted(folder.glob("loss*.png"))
+    args, share, floors = report["args"], report.get("loss_share"), report.get("floors", {})
+    looks: Sequence[dict[str, Any]] = report["evaluations"]
+    over_time, curves = (sorted(folder.glob(name)) for name in ("*_[0-9]*.png", "loss*.png"))
     others = sorted(set(folder.glob("*.png")) - set(over_time) - set(curves))
-    share = report.get("loss_share")
-    cost = [
-        ("steps", report["steps"]),
-        ("seconds", report["seconds"]),
-        ("CPU seconds", report["cpu_seconds"]),
-        ("share of a step spent in the loss", "not measured" if share is None else f"{share:.1%}"),
-    ]
-    floors = report.get("floors", {})
-    scores = [
-        (LABELS.get(key, key), _number(value), _number(floors.get(key, "")))
-        for key, value in report["metrics"].items()
-    ]
-    parts = [
-        f"<pre>{html.escape(args['command'])}</pre>",
-        "<h2>Metrics</h2>",
-        _table(("", "this run", "real images"), scores),
-        "<h2>Pictures</h2>",
-        *map(_figure, others),
-        "<h2>Over time</h2>" if over_time else "",
-        *map(_figure, over_time),
-        "<h2>Curves</h2>",
-        *map(_figure, curves),
-        _evaluations(report["evaluations"]),
-        "<h2>Cost</h2>",
-        _table(("", ""), cost),
-        "<h2>Settings</h2>",
-        _table(("", ""), [(k, v) for k, v in args.items() if k not in SHOWN_SEPARATELY]),
-        _table(("", ""), report["versions"].items()),
-    ]
+    cost = {
+        "steps": report["steps"],
+        "seconds": report["seconds"],
+        "CPU seconds": report["cpu_seconds"],
+        "share of a step spent in the loss": "not measured" if share is None else f"{share:.1%}",
+    }
+    scores = [(LABELS.get(k, k), v, floors.get(k, "")) for k, v in report["metrics"].items()]
+    parts = {
+        "": f"<pre>{html.escape(args['command'])}</pre>",
+        "Metrics": _table(scores, ("", "this run", "real images")),
+        "Pictures": _figures(others),
+        "Over time": _figures(over_time),
+        "Curves": _figures(curves) + _table(map(dict.values, looks), *looks[:1]),
+        "Cost": _table(cost.items()),
+        "Settings": _table((k, v) for k, v in args.items() if k not in SHOWN_SEPARATELY)
+        + _table(report["versions"].items()),
+    }
     title = html.escape(f"{folder.name}: {args.get('data', '')} {args['preset']}")
     head = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
-    body = "\n".join(filter(None, parts))
+    body = "\n".join(f"<h2>{name}</h2>{part}" for name, part in parts.items() if part)
     (folder / "report.html").write_text(f"{head}<h1>{title}</h1>\n{body}\n", encoding="utf-8")
 
 
-def _figure(path: Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    image = f"<img src='data:image/png;base64,{data}'>"
-    return f"<figure><figcaption>{path.stem}</figcaption>{image}</figure>"
+def _figures(paths: Iterable[Path]) -> str:
+    figure = "<figure><figcaption>{}</figcaption><img src='data:image/png;base64,{}'></figure>"
+    data = ((path.stem, base64.b64encode(path.read_bytes()).decode()) for path in paths)
+    return "\n".join(figure.format(*named) for named in data)
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [f"<tr>{''.join(f'<th>{cell}</th>' for cell in header)}</tr>"] if any(header) else []
-    for row in rows:
-        lines.append(f"<tr>{''.join(f'<td>{html.escape(str(cell))}</td>' for cell in row)}</tr>")
-    return f"<table>{''.join(lines)}</table>"
+def _table(rows: Iterable[Iterable[Any]], header: Iterable[str] = ()) -> str:
+    lines = [_row("th", header), *(_row("td", row) for row in rows)]
+    return f"<table>{''.join(lines)}</table>" if any(lines) else ""
 
 
-def _evaluations(entries: Sequence[Mapping[str, Any]]) -> str:
-    if not entries:
-        return ""
-    names = list(entries[0])
-    return _table(names, [[_number(entry.get(name, "")) for name in names] for entry in entries])
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _row(tag: str, cells: Iterable[Any]) -> str:
+    texts = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells]
+    row = "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts)
+    return f"<tr>{row}</tr>" if row else ""

@@ -18,47 +18,31 @@ import argparse
 import csv
 import json
 import math
-import os
 import platform
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
 
 import otloss
-from common import UsageError, ranks, report
+from common import UsageError, ranks, replacing, report
 from common.figures import Curve, save_curves
-from common.options import plain
-from common.progress import Progress
+from common.options import flag, plain
 
 LOG_EVERY = 10  # steps averaged into one row of loss.csv
 SAVE_SECONDS = 60  # at most this much work is lost in a crash
 # What may differ between a run and its continuation without changing what is computed.
-FREE_TO_CHANGE = {
-    "command",
-    "out",
-    "resume",
-    "stop_at",
-    "device",
-    "data_dir",
-    "classifier",
-    "eval_every",
-    "eval_samples",
-}
-
-
-class Stateful(Protocol):
-    """Modules and optimisers: what a checkpoint can hold."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+PLACES = ("command", "out", "resume", "stop_at", "device", "data_dir", "classifier")
+FREE_TO_CHANGE = {*PLACES, "eval_every", "eval_samples"}
 
 
 @contextmanager
@@ -72,29 +56,26 @@ def own_randomness(seed: int) -> Iterator[None]:
 class Run:
     """Counts the steps up to ``args.steps``, and keeps ``args.out`` up to date between them.
 
-    ``state`` names everything that training changes; together with the random number generators
-    and the step count it is the checkpoint.
+    ``state`` names the modules and optimisers that training changes; together with the random
+    number generators and the step count it is the checkpoint.
     """
 
-    def __init__(self, args: argparse.Namespace, state: Mapping[str, Stateful]) -> None:
+    SUMS = ("step", "seconds", "cpu_seconds", "loss_seconds")
+    _kept: tuple[str, ...] = (*SUMS, "rows", "pending", "evaluations")
+
+    def __init__(self, args: argparse.Namespace, state: Mapping[str, Any]) -> None:
         self.args, self.state = args, state
         self.out: Path = args.out
-        if ranks.number() == 0:
-            trained = [item for item in state.values() if isinstance(item, nn.Module)]
-            weights = sum(
-                weight.numel()
-                for model in trained
-                if not isinstance(model, AveragedModel)
-                for weight in model.parameters()
-            )
-            print(
-                f"{self.subject()} on {args.device}, {weights} weights, written to {args.out}",
-                flush=True,
-            )
         self.step, self.seconds, self.cpu_seconds, self.loss_seconds = 0, 0.0, 0.0, 0.0
         self.rows: list[dict[str, float]] = []
         self.pending: list[dict[str, Tensor]] = []
         self.evaluations: list[dict[str, Any]] = []
+        if ranks.number() == 0:
+            trained = [net for net in state.values() if isinstance(net, nn.Module)]
+            trained = [net for net in trained if not isinstance(net, AveragedModel)]
+            weights = sum(weight.numel() for net in trained for weight in net.parameters())
+            written = f"{weights} weights, written to {args.out}"
+            print(f"{self.subject()} on {args.device}, {written}", flush=True)
         if args.resume:
             self._load()
 
@@ -102,18 +83,16 @@ class Run:
         """The numbers of the steps to do, until the last one, ``--stop-at``, Ctrl-C or SIGTERM."""
         last = min(self.args.steps, self.args.stop_at or self.args.steps)
         saved = time.monotonic()
-        with (
-            _stop_on_signal() as stopped,
-            Progress(self.out.name, self.args.steps, self.step, ranks.log()) as progress,
-        ):
+        with _stop_on_signal() as stopped, self._bar() as bar:
             while self.step < last and not ranks.any_of(bool(stopped)):
                 start, cpu_start = time.monotonic(), time.process_time()
                 yield self.step
                 self.step += 1
-                progress.notes = self._average_losses() or progress.notes
+                if losses := self._average_losses():
+                    bar.set_postfix(losses, refresh=False)
                 self.seconds += time.monotonic() - start
                 self.cpu_seconds += time.process_time() - cpu_start
-                progress(self.step)
+                bar.update()
                 with own_randomness(self.args.seed):
                     self.after_step()
                 if time.monotonic() - saved > SAVE_SECONDS:
@@ -122,6 +101,17 @@ class Run:
         self.save()
         if not self.finished and ranks.number() == 0:
             print(f"stopped at step {self.step} of {self.args.steps}; --resume continues")
+
+    def _bar(self) -> tqdm[Any]:
+        """Of the first process; on a terminal it moves, a log gets a state every few seconds."""
+        return tqdm(
+            total=self.args.steps,
+            initial=self.step,
+            desc=self.out.name,
+            unit="step",
+            mininterval=0.1 if sys.stderr.isatty() else 5,
+            disable=ranks.number() > 0,
+        )
 
     def subject(self) -> str:
         """What is trained, for the line at the start."""
@@ -153,24 +143,20 @@ class Run:
 
     def timed(self, loss: Callable[..., Any], *tensors: Any, **options: Any) -> Any:
         """``loss(*tensors, **options)``; its seconds, backward included, are those of the loss."""
-        start = time.monotonic()
+        clock = [time.monotonic()]
+
+        def lap(counts: bool) -> None:
+            now = time.monotonic()
+            self.loss_seconds += counts * (now - clock[0])
+            clock[0] = now
+
         value = loss(*tensors, **options)
-        self.loss_seconds += time.monotonic() - start
+        lap(True)
         if isinstance(value, Tensor) and value.requires_grad:
-            began: list[float] = []
-
-            def begin(gradient: Tensor) -> None:
-                began[:] = [time.monotonic()]
-
-            def end(gradient: Tensor) -> None:
-                now = time.monotonic()
-                self.loss_seconds += now - began[0]
-                began[:] = [now]
-
-            value.register_hook(begin)
+            value.register_hook(lambda gradient: lap(False))
             for tensor in tensors:
                 if isinstance(tensor, Tensor) and tensor.requires_grad:
-                    tensor.register_hook(end)
+                    tensor.register_hook(lambda gradient: lap(True))
         return value
 
     def save(self) -> None:
@@ -184,10 +170,10 @@ class Run:
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             **{name: getattr(self, name) for name in self._kept},
         }
-        with _replacing(self.out / "ckpt.pt") as path:
+        with replacing(self.out / "ckpt.pt") as path:
             torch.save(checkpoint, path)
         if self.rows:
-            with _replacing(self.out / "loss.csv") as path, path.open("w", newline="") as file:
+            with replacing(self.out / "loss.csv") as path, path.open("w", newline="") as file:
                 writer = csv.DictWriter(file, self._columns())
                 writer.writeheader()
                 writer.writerows(self.rows)
@@ -211,7 +197,7 @@ class Run:
             **results,
             "evaluations": self.evaluations,
         }
-        with _replacing(self.out / "metrics.json") as path:
+        with replacing(self.out / "metrics.json") as path:
             path.write_text(json.dumps(contents, indent=2) + "\n")
         if curves := self.curves():
             save_curves(curves, self.out / "loss.png")
@@ -225,33 +211,23 @@ class Run:
             curves[name] = ([row["step"] for row in rows], [row[name] for row in rows])
         return curves
 
-    _kept: tuple[str, ...] = (
-        "step",
-        "seconds",
-        "cpu_seconds",
-        "loss_seconds",
-        "rows",
-        "pending",
-        "evaluations",
-    )
-
     def _columns(self) -> list[str]:
         """Of ``loss.csv``: the step, and every loss there is."""
         return list(dict.fromkeys(name for row in self.rows for name in row))
 
-    def _average_losses(self) -> str:
-        """Every ``LOG_EVERY`` steps a row of ``loss.csv``, and the same in words."""
+    def _average_losses(self) -> dict[str, float]:
+        """Every ``LOG_EVERY`` steps the means of the losses, which are a row of ``loss.csv``."""
         if self.step % LOG_EVERY or not self.pending:
-            return ""
-        row: dict[str, float] = {"step": self.step}
+            return {}
+        losses = {}
         for name in dict.fromkeys(name for entry in self.pending for name in entry):
             values = [entry[name] for entry in self.pending if name in entry]
-            row[name] = float(torch.stack(values).mean())
-            if not math.isfinite(row[name]):
-                raise FloatingPointError(f"{name} is {row[name]} at step {self.step}")
+            losses[name] = float(torch.stack(values).mean())
+            if not math.isfinite(losses[name]):
+                raise FloatingPointError(f"{name} is {losses[name]} at step {self.step}")
         self.pending.clear()
-        self.rows.append(row)
-        return ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
+        self.rows.append({"step": self.step, **losses})
+        return losses
 
     def _load(self) -> None:
         path = self.out / "ckpt.pt"
@@ -273,21 +249,8 @@ class Run:
         free = FREE_TO_CHANGE | ({"steps", "epochs"} if longer else set())
         for name, now in plain(self.args).items():
             if name not in free and before.get(name) != now:
-                option = "--" + name.replace("_", "-")
-                raise UsageError(
-                    f"{option} is {now!r}, expected {before.get(name)!r} as the run in {self.out}"
-                )
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary neighbour of ``path`` that takes its place once it is written."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+                found = f"{before.get(name)!r} as the run in {self.out}"
+                raise UsageError(f"{flag(name)} is {now!r}, expected {found}")
 
 
 @contextmanager

@@ -81,6 +81,7 @@ FIGURES: dict[str, list[Tile]] = {
     ],
     "conditional": [
         ("conditional-15", "classes.png", "a row per class"),
+        ("conditional-conv", "classes.png", "convolutions, a row per class"),
         ("conditional-digits", "classes.png", "a row per class"),
     ],
     "flow": [
@@ -130,10 +131,10 @@ def collect(folders: Mapping[str, Path], out: Path) -> None:
             shutil.copyfile(path, out / kept(run, picture))
 
 
-def show(name: str, reports: Mapping[str, Any], out: Path) -> str:
-    """Figure ``name`` as a table of pictures under their titles."""
+def show(name: str, reports: Mapping[str, Any], out: Path, link: str = "") -> str:
+    """Figure ``name`` as a table of pictures under their titles; ``link`` leads to ``out``."""
     tiles = [
-        (_title(title, picture, reports[run]), kept(run, picture).as_posix())
+        (_title(title, picture, reports[run]), link + kept(run, picture).as_posix())
         for run, picture, title in FIGURES[name]
         if run in reports and (out / kept(run, picture)).is_file()
     ]
@@ -168,7 +169,7 @@ def _title(title: str, picture: str, report: Mapping[str, Any]) -> str:
     return f"{title}: {report['args']['data']}, {steps} steps, {figures}"
 
 
-def curves(reports: Mapping[str, Any], out: Path) -> str:
+def curves(reports: Mapping[str, Any], out: Path, link: str = "") -> str:
     """The scores of the French report's runs against the CPU minutes that they took."""
     runs = {label: reports[name] for label, name in FRENCH.items() if name in reports}
     if not runs:
@@ -186,4 +187,4 @@ def curves(reports: Mapping[str, Any], out: Path) -> str:
     figure.axes[0].legend(fontsize=8)
     path = Path("pictures", "french-curves.png")
     figure.savefig(out / path, dpi=90)
-    return f"![Scores against CPU minutes]({path.as_posix()})"
+    return f"![Scores against CPU minutes]({link}{path.as_posix()})"

@@ -37,9 +37,9 @@ Reports = Mapping[str, Report]
 SIZES = {"digits": 1297, "mnist": 60_000, "fashion": 60_000, "cifar10": 50_000}
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str = "---:") -> str:
     """A Markdown table, numbers to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    lines = [header, ["---", *[align] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from otloss import _check, reference
+from otloss import _check
 from otloss.autograd.settings import batched, implementation, unbatched
-from otloss.reference.arguments import as_pairs
 
-__all__ = ["CostMatrices", "points_gradients"]
+__all__ = ["CostMatrices"]
 
 
 class CostMatrices(torch.autograd.Function):
@@ -47,30 +45,9 @@ class CostMatrices(torch.autograd.Function):
         if wanted:
             seeds = [grad.contiguous() for grad in grad_costs if grad is not None]
             clouds = [costs[p] for p in given], [batched(x) for x in inputs], weights, pairs
-            if torch.is_grad_enabled():
-                every = points_gradients(seeds, *clouds, ctx.kind)
-                grads = [every[c] for c in wanted]
-            else:
-                grads = implementation(ctx.method).cost_backward(seeds, *clouds, ctx.kind, wanted)
+            # Where a graph is made, by products that autograd knows.
+            how = "reference" if torch.is_grad_enabled() else ctx.method
+            grads = implementation(how).cost_backward(seeds, *clouds, ctx.kind, wanted)
             for c, grad in zip(wanted, grads, strict=True):
                 result[c] = unbatched(grad, inputs[c])
         return None, None, None, None, *result
-
-
-def points_gradients(
-    grad_costs: Sequence[Tensor],
-    costs: Sequence[Tensor],
-    points: list[Tensor],
-    weights: list[Tensor],
-    pairs: list[int],
-    kind: int,
-) -> list[Tensor]:
-    """What ``cost_backward`` computes, of every cloud, by products that autograd knows."""
-    points = reference.without_padding(points, weights)
-    totals = [torch.zeros_like(x) for x in points]
-    with reference.full_precision(points[0]):
-        for (i, j), C, W in zip(as_pairs(pairs), costs, grad_costs, strict=True):
-            grad_x, grad_y = reference.cost_gradient(W, C, points[i], points[j], kind)
-            totals[i] = totals[i] + grad_x
-            totals[j] = totals[j] + grad_y
-    return totals

@@ -26,7 +26,15 @@ from otloss.costs import COSTS
 from otloss.method import in_blocks
 from otloss.reference.arguments import as_pairs
 from otloss.reference.gradients import quotient, weight_gradients
-from otloss.reference.marginals import Marginals, damping, marginals_of, plan, share, softmin
+from otloss.reference.marginals import (
+    Marginals,
+    column_weights,
+    damping,
+    marginals_of,
+    plan,
+    share,
+    softmin,
+)
 
 __all__ = ["FirstOrder", "extended", "fill", "masks", "some"]
 
@@ -164,8 +172,8 @@ class _Side(NamedTuple):
         if k:
             i, j, x, y = j, i, y, x
         a, b = _precise(weights[i]), _precise(weights[j])
-        if balanced:  # totals may differ by rounding
-            b = b * (a.sum(-1, True) / b.sum(-1, True))
+        if balanced:
+            b = column_weights(a, b)
         return _Side(s, places, p, k, (i, j), a, b, Marginals(x, y, balanced))
 
     def sums(self, g: Tensor, h: Tensor | None = None) -> list[Tensor]:

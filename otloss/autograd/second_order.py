@@ -13,16 +13,18 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from otloss import _check, reference
+from otloss import _check
 from otloss import method as methods
 from otloss._options import OBJECTIVES
-from otloss.autograd.cost_matrices import CostMatrices, points_gradients
+from otloss.autograd.cost_matrices import CostMatrices
 from otloss.autograd.empty_bins import FirstOrder, masks, some
 from otloss.autograd.first_order import gradients, of_clouds
 from otloss.autograd.settings import Gradients, Inputs, Seeds, Settings, Wanted, mode
 from otloss.costs import COSTS
 from otloss.reference import operations
 from otloss.reference.arguments import as_pairs
+from otloss.reference.marginals import bordered, marginals_of, value
+from otloss.reference.solver import fixed_iterations
 
 __all__ = ["differentiable_gradients", "refuse_higher_order"]
 
@@ -145,17 +147,26 @@ def _in_torch(
     counts = [torch.where(w > 0, w, 0.0) for w in weights]
     costs = [C.expand(len(weights[0]), -1, -1) for C in inputs.costs]
     kind = COSTS[str(s.options.cost)] if points else 0
+    own = [  # without dummies
+        w[:, : x.shape[-2]].contiguous() for w, x in zip(weights, points, strict=False)
+    ]
     if points:
         how = s.options.method
-        costs = list(CostMatrices.apply(s.pairs, kind, how, len(points), *points, *weights))
-    problem = inputs._replace(costs=costs, points=[], weights=counts)
+        costs = list(CostMatrices.apply(s.pairs, kind, how, len(points), *points, *own))
+    whole = costs
+    if costs[0].shape[1] < weights[pairs[0][0]].shape[1]:
+        whole = [bordered(C, s.options.eps) for C in costs]
+    problem = inputs._replace(costs=whole, points=[], weights=counts)
     of_costs, *of_sides = IN_TORCH[mode(s, seeds)](s, seeds, problem, solution)
+    of_costs = [
+        of_C[:, : C.shape[1], : C.shape[2]] for of_C, C in zip(of_costs, costs, strict=True)
+    ]
     potentials = solution[:P], solution[P : 2 * P]
     of_weights = of_clouds(s, seeds, weights, potentials, of_sides, wanted.weights)
     of_points = list[Tensor]()
     if wanted.points:
-        every = points_gradients(of_costs, costs, points, inputs.weights, s.pairs, kind)
-        of_points = [every[c] for c in wanted.points]
+        clouds = points, own, s.pairs, kind
+        of_points = operations.cost_backward(of_costs, costs, *clouds, wanted.points)
     return Gradients([of_costs[p] for p in wanted.costs], of_points, of_weights)
 
 
@@ -191,10 +202,10 @@ def _unrolled(s: Settings, seeds: Seeds, inputs: Inputs, solution: Sequence[Tens
             for t in (inputs.costs[p], inputs.weights[i], inputs.weights[j])
         )
         start = inputs.init[2 * p + 1] if inputs.init else torch.zeros_like(b)
-        marginals = reference.marginals_of(o.rho_x, o.rho_y, i, j)
-        f, g = reference.fixed_iterations(C, a, b, start, o.eps, o.n_iters, marginals)[:2]
-        value = reference.value(o.eps, C, f, g, a, b, objective, marginals)
-        total = (s.coefficients[p] * seeds.of_value(p) * value).sum()
+        marginals = marginals_of(o.rho_x, o.rho_y, i, j)
+        f, g = fixed_iterations(C, a, b, start, o.eps, o.n_iters, marginals)[:2]
+        scale = s.coefficients[p] * seeds.of_value(p)
+        total = (scale * value(o.eps, C, f, g, a, b, objective, marginals)).sum()
         if seeds.f:
             total = total + (seeds.f[p] * f).sum() + (seeds.g[p] * g).sum()
         found.append(torch.autograd.grad(total, (C, a, b), create_graph=True))

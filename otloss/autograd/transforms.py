@@ -148,6 +148,18 @@ class Pull(Call):
             for x, grad in zip(inputs, found, strict=True)
         )
 
+    def is_multiple(self, dims: Sequence[int | None], tensors: Sequence[Tensor]) -> bool:
+        """Whether all that is mapped is the gradient of one number of each problem, and every input
+        is that of one problem: then it multiplies one gradient."""
+        inputs = [(tensors[1 + k], self.of.kinds[k][0]) for k in self.wanted]
+        return (
+            [rank for _, rank in self.given] == [0]
+            and self.batch is not None
+            and not isinstance(self.of, Pull)
+            and all(dim is None for dim in dims[1:])
+            and all(t.dim() > rank for t, rank in inputs)
+        )
+
     def on(self, of: Call) -> Pull:
         return Pull(of, self.given, self.wanted, self.again)
 
@@ -190,7 +202,8 @@ class Node(torch.autograd.Function):
         inner = call.over(count, level)
         if inner is None:
             assert isinstance(call, Pull)
-            results = _one_by_one(call, count, level, dims, tensors)
+            gradients = _scaled if call.is_multiple(dims, tensors) else _one_by_one
+            results = gradients(call, count, level, dims, tensors)
         else:
             call.mapped[level] = inner
             moved = [
@@ -207,11 +220,26 @@ class Node(torch.autograd.Function):
         raise NotImplementedError(_NO_FORWARD)
 
 
+def _scaled(
+    call: Pull, count: int, level: Level, dims: Sequence[int | None], tensors: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Several gradients of one call that are multiples of one, as in the Jacobian of a batch of
+    values: the problems are gone back through once."""
+    assert dims[0] is not None
+    seeds = tensors[0].movedim(dims[0], 0)  # (count, B)
+    found = Node.apply(call.on(call.of), torch.ones_like(seeds[0]), *tensors[1:])
+    return tuple(seeds.reshape(count, -1, *[1] * (t.dim() - 1)) * t for t in found)
+
+
 def _one_by_one(
     call: Pull, count: int, level: Level, dims: Sequence[int | None], tensors: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     """Several gradients of one call, as of every entry of a result in a Jacobian: the problem is
     solved once, and gone back through for each."""
+    below = len(call.given)
+    if isinstance(call.of, Pull) and not (call.of.leaves or level in call.of.parts):
+        # What is differentiated again was a multiple of one gradient.
+        _one_by_one(call.of, count, level, dims[below:], tensors[below:])
     of: Sequence[Call] = call.of.parts.get(level) or [call.of] * count
     call.parts[level] = [call.on(each) for each in of]
     every = [

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from otloss import _check, ops
 from otloss._options import Options
 from otloss.autograd import refuse_higher_order
 from otloss.combination import Combination
-from otloss.costs import COSTS, subtracted
+from otloss.costs import COSTS, degree, subtracted
 from otloss.distributed.call import Call, agree
 from otloss.distributed.engine import ShardedEngine
 from otloss.distributed.ranks import Ranks
@@ -62,6 +63,7 @@ class Solution(NamedTuple):
 Solutions = tuple[Solution, ...]
 
 
+@torch.compiler.disable(reason="a loss over several processes is not compiled")
 def combine(
     clouds: dict[str, Any],
     given: dict[str, Any],
@@ -70,6 +72,7 @@ def combine(
     check: Callable[[], Options],
 ) -> Tensor:
     """The sum over pairs of coefficient * OT(pair), as in ``otloss.combination``."""
+    _check.no_transforms()  # in which torch could exchange nothing
     ranks = Ranks(group)
     with ranks.exchanging():
         call = agree(ranks, clouds, given, check)
@@ -179,6 +182,9 @@ def _check_costs(call: Call, C: Tensor, largest: float) -> None:
         raise ValueError(f"costs overflow {C.dtype}: scale the data down")
     largest = max(largest, subtracted(call.options.cost))
     _check.resolution(call.options.eps, largest, C.dtype)
+    points, weights = zip(*((cloud.whole, cloud.weights) for cloud in call.clouds), strict=True)
+    whole = replace(call.problem, points=points, weights=weights)
+    _check.distances(whole, degree(call.options.cost), largest)
 
 
 # ------------------------------------------------------------------------------------ its gradient

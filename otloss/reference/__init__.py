@@ -6,10 +6,7 @@ These functions define what the kernels compute. They take the same arguments as
 
 from __future__ import annotations
 
-from otloss.costs import cost_gradient, full_precision, without_padding
-from otloss.reference.arguments import as_pairs
 from otloss.reference.grid import GRID_OPERATIONS, grid_adjoint, grid_means, grid_solve
-from otloss.reference.marginals import damping, marginals_of, plan, share, softmin, value
 from otloss.reference.operations import (
     OPERATIONS,
     cost,
@@ -25,25 +22,15 @@ from otloss.reference.solver import fixed_iterations
 __all__ = [
     "GRID_OPERATIONS",
     "OPERATIONS",
-    "as_pairs",
     "cost",
     "cost_backward",
-    "cost_gradient",
-    "damping",
     "envelope_backward",
     "fixed_iterations",
-    "full_precision",
     "grid_adjoint",
     "grid_means",
     "grid_solve",
     "implicit_backward",
-    "marginals_of",
-    "plan",
     "plan_product",
-    "share",
-    "softmin",
     "solve",
     "unrolled_backward",
-    "value",
-    "without_padding",
 ]

@@ -23,7 +23,7 @@ from otloss.reference.marginals import (
     total,
     value,
 )
-from otloss.reference.solver import solve_problem
+from otloss.reference.solver import solve_each
 
 GRID_OPERATIONS = ("grid_means", "grid_solve")  # those with kernels
 RESIDUAL, MOST_STEPS = 1e-10, 1000  # of conjugate gradients
@@ -72,28 +72,21 @@ def solve(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Status (P, B, 5), f and g (B, N) of each pair."""
     rho_x, rho_y = (math.inf, math.inf) if rho is None else rho.tolist()
-    number, rows, all_f, all_g = eps.item(), [], [], []
+    number, statuses, all_f, all_g = eps.item(), [], [], []
     for p, (i, j) in enumerate(as_pairs(pairs)):
-        marginals = marginals_of(rho_x, rho_y, i, j)
-        for k in range(len(weights[0])):
-            a, b = weights[i][k], weights[j][k]
-            b = b * (a.sum() / b.sum()) if marginals.balanced else b
-            engine = GridEngine(means, axes, spacing, a, b, marginals)
-            start = [v[k] for v in init[2 * p : 2 * p + 2]]
-            f, g, *how = solve_problem(engine, i == j, number, tol.item(), max_iters, start)
-            term = value(number, f, f[None], g[None], a[None], b[None], 0, marginals)
-            error, sweeps, converged = how
-            rows.append([sweeps, error, converged, engine.max_cost(), float(term)])
-            all_f.append(f)
-            all_g.append(g)
-    B = len(weights[0])
-    status = weights[0].new_tensor(rows, dtype=torch.float64).reshape(-1, B, 5)
-    starts = range(0, len(all_f), B)
-    return (
-        status,
-        [torch.stack(all_f[first : first + B]) for first in starts],
-        [torch.stack(all_g[first : first + B]) for first in starts],
-    )
+        a, b, marginals = weights[i], weights[j], marginals_of(rho_x, rho_y, i, j)
+        b = b * (a.sum(-1, True) / b.sum(-1, True)) if marginals.balanced else b
+        engines = [
+            GridEngine(means, axes, spacing, *each, marginals) for each in zip(a, b, strict=True)
+        ]
+        start = init[2 * p : 2 * p + 2]
+        f, g, error, *how = solve_each(engines, i == j, number, tol.item(), max_iters, start)
+        largest = error.new_tensor([engine.max_cost() for engine in engines])
+        terms = value(number, f, f, g, a, b, 0, marginals)
+        statuses.append(torch.stack([how[0], error, how[1], largest, terms], -1))
+        all_f.append(f)
+        all_g.append(g)
+    return torch.stack(statuses), all_f, all_g
 
 
 def adjoint(

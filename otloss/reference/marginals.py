@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 # Of all problems, () or (B, 1).
 Eps = Any
@@ -24,6 +25,8 @@ class Marginals(NamedTuple):
 
 BALANCED = Marginals(math.inf, math.inf, True)
 
+# exp(-UNDERFLOW) is 0.
+UNDERFLOW = {torch.float32: 104.0, torch.float64: 746.0}
 ROUNDING = 8  # machine epsilons: of a sum of weights, and of a loss against its terms
 
 
@@ -39,6 +42,11 @@ def snapped(total: Tensor, to: float | Tensor, dtype: torch.dtype) -> Tensor:
     multiply that. Its derivative stays."""
     near = (total - to).abs() <= ROUNDING * torch.finfo(dtype).eps * to
     return total + torch.where(near, to - total, 0.0).detach()
+
+
+def column_weights(a: Tensor, b: Tensor) -> Tensor:
+    """b of a balanced problem, scaled to the total of a, from which it may differ by rounding."""
+    return b * (a.sum(-1, True) / b.sum(-1, True))
 
 
 def total(w: Tensor) -> Tensor:
@@ -150,6 +158,25 @@ def plan(eps: Eps, C: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor) -> Ten
 def counted(C: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """C with 0 in place of whatever stands in rows and columns of weight 0."""
     return torch.where((a.unsqueeze(-1) > 0) & (b.unsqueeze(-2) > 0), C, 0.0)
+
+
+def forbidding(eps: Eps, least: float | Tensor, dtype: torch.dtype) -> Any:
+    """The cost between the dummy points of partial transport, () or (B, 1, 1), from the least of
+    the others or 0.
+
+    Their potentials add up, at the solution, to no more than minus that least cost and the
+    logarithms of shares, so that the plan underflows to 0 there.
+    """
+    return 2 * UNDERFLOW[dtype] * of_entries(eps) - least
+
+
+def bordered(C: Tensor, eps: Eps) -> Tensor:
+    """C (B, n, m) with a dummy point more on either side, (B, n + 1, m + 1): at cost 0 from all
+    others."""
+    finite = torch.where(C.isfinite(), C, 0.0).detach()
+    corner = forbidding(eps, finite.amin((-2, -1), keepdim=True).clamp(max=0), C.dtype)
+    last = pad(corner.to(C), (C.shape[-1], 0))
+    return torch.cat([pad(C, (0, 1)), last], 1)
 
 
 def value(

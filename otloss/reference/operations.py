@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from otloss.costs import NAMED, cost_between, full_precision, without_padding
+from otloss.costs import NAMED, full_precision, without_padding
 from otloss.reference.arguments import Arguments, as_pairs, each_problem, read
 from otloss.reference.engine import Clouds
 from otloss.reference.gradients import (
@@ -23,6 +23,7 @@ from otloss.reference.marginals import (
     TRANSPORT,
     Marginals,
     clamped,
+    column_weights,
     counted,
     damping,
     plan,
@@ -58,7 +59,7 @@ def _matrices(problem: Arguments) -> list[Tensor]:
 
 
 def _pair_cost(x: Tensor, y: Tensor, same: bool, kind: int) -> Tensor:
-    C = cost_between(x, y, kind)
+    C = NAMED[kind].between(x, y)
     if same:
         C = torch.where(torch.diag_embed(NAMED[kind].is_zero_to_itself(x)), 0.0, C)
     return C
@@ -73,16 +74,15 @@ def cost_backward(
     kind: int,
     wanted: list[int],
 ) -> list[Tensor]:
-    with torch.enable_grad(), full_precision(points[0]):
-        leaves = [x.detach().requires_grad_() for x in without_padding(points, weights)]
-        total = points[0].new_zeros(())
-        for (i, j), G in zip(as_pairs(pairs), grad_costs, strict=True):
-            total = total + (cost_between(leaves[i], leaves[j], kind) * G).sum()
-        grads = torch.autograd.grad(total, [leaves[c] for c in wanted], allow_unused=True)
-    return [
-        torch.zeros_like(points[c]) if grad is None else grad
-        for c, grad in zip(wanted, grads, strict=True)
-    ]
+    """By matrix products; differentiable."""
+    points = without_padding(points, weights)
+    totals = [torch.zeros_like(x) for x in points]
+    with full_precision(points[0]):
+        for (i, j), C, W in zip(as_pairs(pairs), costs, grad_costs, strict=True):
+            of_x, of_y = NAMED[kind].gradient(W, C, points[i], points[j])
+            totals[i] = totals[i] + of_x
+            totals[j] = totals[j] + of_y
+    return [totals[c] for c in wanted]
 
 
 @each_problem(0)
@@ -97,7 +97,7 @@ def solve(
     for p, i, j, marginals in problem.numbered_pairs():
         C, a, b = costs[p], weights[i], weights[j]
         if marginals.balanced:
-            b = b * (a.sum(-1, True) / b.sum(-1, True))  # totals may differ by rounding
+            b = column_weights(a, b)
         start = init[2 * p : 2 * p + 2]
         max_cost = counted(C, a, b).abs().amax((-2, -1))
         if n_iters >= 0:
@@ -153,7 +153,7 @@ def _solve_again(
     """The pair of a divergence, of the chosen entries, from the potentials of the clouds against
     themselves: ``solve_negative_again`` of csrc/cpu/solve/solve.cpp."""
     eps, (a, b), marginals = problem.eps.item(), problem.weights, problem.numbered_pairs()[0][-1]
-    b = b * (a.sum(-1, True) / b.sum(-1, True)) if marginals.balanced else b
+    b = column_weights(a, b) if marginals.balanced else b
     C, a, b = C[again], a[again], b[again]
     start = [f[1][again], f[2][again]]
     f[0][again], g[0][again], error, sweeps, converged = solve_batch(
@@ -178,7 +178,7 @@ def _in_double(problem: Arguments, points: list[Tensor], g: list[Tensor]) -> Ten
     for p, i, j, marginals in problem.numbered_pairs():
         a, b = weights[i], weights[j]
         if marginals.balanced:
-            b = b * (a.sum(-1, True) / b.sum(-1, True))
+            b = column_weights(a, b)
         C = counted(_pair_cost(points[i], points[j], i == j, problem.kind), a, b)
         terms.append(problem.coefficients[p] * semidual(eps, C, g[p].double(), a, b, marginals))
     return torch.stack(terms)

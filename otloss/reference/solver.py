@@ -9,7 +9,7 @@ those of csrc/core/step_control.h; Newton's step is left out. The kernels take t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -108,16 +108,29 @@ def solve_batch(
     init: Sequence[Tensor] = (),
     clouds: Clouds | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """f, g, the errors, the sweeps and whether they converged, of problems C (B, n, m), each on its
-    own.
+    """``solve_each`` of problems C (B, n, m)."""
+    engines = (
+        DenseEngine(C[k], a[k], b[k], marginals, clouds and clouds.item(k)) for k in range(len(C))
+    )
+    return solve_each(engines, symmetric, eps, tol, max_iters, init)
 
-    ``init``: f and g to start from, or nothing. NaN where costs are not finite.
+
+def solve_each(
+    engines: Iterable[Engine],
+    symmetric: bool,
+    eps: float,
+    tol: float,
+    max_iters: int,
+    init: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """f, g, the errors, the sweeps and whether they converged, of problems each on its own.
+
+    ``init``: f and g (B, n) to start from, or nothing. NaN where costs are not finite.
     """
     solutions = []
-    for k in range(len(C)):
-        engine = DenseEngine(C[k], a[k], b[k], marginals, clouds and clouds.item(k))
+    for k, engine in enumerate(engines):
         start = [v[k] for v in init]
-        if bool(engine.C.isfinite().all()):
+        if all(map(math.isfinite, engine.cost_range)):
             solutions.append(solve_problem(engine, symmetric, eps, tol, max_iters, start))
         else:
             f, g = (torch.full_like(w, math.nan) for w in (engine.a, engine.b))

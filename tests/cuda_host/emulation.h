@@ -287,6 +287,9 @@ class EmulatedBlock {
     fiber_->copies.push_back({to, inside ? from : nullptr});
     if (Emulation::get().order == Order::kBackward) finish_copies(fiber_->copies.size());
   }
+  void count_off(const Loop& loop, bool done) const {
+    if (done) ++*loop.done;
+  }
   void commit_copies() const { fiber_->commits.push_back(fiber_->copies.size()); }
   template <int kPending = 0>
   void wait_for_copies() const {
@@ -457,6 +460,27 @@ void launch(const Context&, const Kernel& work, const Grid& grid) {
         if (block.memory[k] != 0xff || block.memory[kGuard + grid.shared + k] != 0xff)
           throw std::runtime_error("emulation: a write outside shared memory");
   }
+}
+
+class Queue {
+ public:
+  explicit Queue(const Context& context) : context_(context) {}
+  template <class Kernel>
+  void operator()(const Kernel& work, const Grid& grid) {
+    launch(context_, work, grid);
+  }
+
+ private:
+  const Context& context_;
+};
+
+// With one turn more, as where launches after the end have to find nothing to do.
+template <class Body>
+void repeat(const Context& context, const Loop& loop, int64_t most, const Body& body) {
+  Queue queue(context);
+  for (int64_t turn = 0; turn < most && *loop.done < loop.count; ++turn) body(loop, queue);
+  if (*loop.done != loop.count) throw std::runtime_error("emulation: a loop that does not end");
+  body(loop, queue);
 }
 
 }  // namespace otloss::cuda

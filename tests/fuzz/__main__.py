@@ -53,27 +53,21 @@ Where the oracle's interval is wider than 1e-6 of its value ("unproven") only va
 
 from __future__ import annotations
 
-import argparse
-import collections
-import json
-import math
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from .bounds import PROVEN, Judge
-from .problems import draw, run
+from .bounds import Judge
+from .command import arguments, report, run
+from .problems import draw
+from .problems import run as answer_to
 
 
 def examine(seed: int) -> dict[str, Any]:
     """All that is to be known of one seed, as a line of the results."""
     start = time.process_time()
     case = draw(seed)
-    answer = run(case)
+    answer = answer_to(case)
     used = time.process_time() - start
     judge = Judge(case, answer)
     outcome = judge.judge()
@@ -86,63 +80,8 @@ def examine(seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def replay(seed: int) -> str:
-    return f"python -m tests.fuzz --seed {seed} --count 1"
-
-
-def seeds_left(out: Path | None, first: int, count: int) -> Iterator[int]:
-    done = set()
-    if out is not None and out.exists():
-        done = {json.loads(line)["seed"] for line in out.read_text().splitlines()}
-    return (seed for seed in range(first, first + count) if seed not in done)
-
-
-def report(lines: list[dict[str, Any]]) -> str:
-    """The table of results, in Markdown."""
-    outcomes = collections.Counter(line["outcome"] for line in lines)
-    text = [f"{len(lines)} problems: " + ", ".join(f"{n} {k}" for k, n in outcomes.most_common())]
-    unproven = sum(not line["proven"] for line in lines)
-    text += [f"{unproven} that the oracle does not prove to {PROVEN:g}.", ""]
-    text += [
-        "| check | problems | outside | worst ratio to the bound | 99% |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    names = sorted({name for line in lines for name in line["ratios"]})
-    for name in names:
-        ratios = sorted(line["ratios"][name] for line in lines if name in line["ratios"])
-        outside = sum(ratio > 1 for ratio in ratios)
-        high = ratios[int(0.99 * (len(ratios) - 1))]
-        text.append(f"| {name} | {len(ratios)} | {outside} | {ratios[-1]:.2g} | {high:.2g} |")
-    return "\n".join(text)
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seed", type=int, default=0, help="of the first problem")
-    parser.add_argument("--count", type=int, default=20_000)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after this time")
-    parser.add_argument("--out", type=Path, help="JSON lines; seeds in it are not run again")
-    parser.add_argument("--report", type=Path, help="only print the table of such a file")
-    args = parser.parse_args()
-    if args.report is not None:
-        print(report([json.loads(line) for line in args.report.read_text().splitlines()]))
-        return 0
-    torch.set_num_threads(1)
-    end, failures, lines = time.monotonic() + args.seconds, 0, []
-    for seed in seeds_left(args.out, args.seed, args.count):
-        if time.monotonic() > end:
-            break
-        line = examine(seed)
-        lines.append(line)
-        if args.out is not None:
-            with args.out.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        if line["failed"] or args.count == 1:
-            failures += bool(line["failed"])
-            print(replay(seed), json.dumps(line, indent=1) if args.count == 1 else line["notes"])
-            sys.stdout.flush()
-    print(report(lines))
-    return 1 if failures else 0
+    return run(arguments(__doc__, count=20_000).parse_args(), "tests.fuzz", examine, report)
 
 
 if __name__ == "__main__":

@@ -65,17 +65,40 @@ std::vector<T> centre(const CloudGroup<T>& cloud, int64_t p) {
   return mean;
 }
 
-// z = (x - shift) * scale, returns |z|^2.
+// z = x - shift, returns |z|^2.
 template <typename T>
-OTLOSS_SIMD T prepare_row(int64_t d, const T* x, const T* shift, T scale, T* z) {
+OTLOSS_SIMD T shift_row(int64_t d, const T* x, const T* shift, T* z) {
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t k = 0; k < d; ++k) {
-    const T value = (x[k] - shift[k]) * scale;
+    const T value = x[k] - shift[k];
     z[k] = value;
     sum += value * value;
   }
   return sum;
+}
+
+// z = x * scale, returns |z|^2.
+template <typename T>
+OTLOSS_SIMD T scale_row(int64_t d, const T* x, T scale, T* z) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t k = 0; k < d; ++k) {
+    const T value = x[k] * scale;
+    z[k] = value;
+    sum += value * value;
+  }
+  return sum;
+}
+
+// z = x / |x|, or 0; returns |x|.
+template <typename T>
+T unit_row(int64_t d, const T* x, T* z) {
+  T norm2 = scale_row(d, x, T(1), z);
+  const T by = magnification(norm2);
+  if (by > T(1)) norm2 = scale_row(d, x, by, z);
+  if (norm2 > T(0)) scale_row(d, z, T(1) / std::sqrt(norm2), z);
+  return norm_of(norm2, by);
 }
 
 // ------------------------------------------------------------------------------------- costs
@@ -211,11 +234,10 @@ void weigh_rows(const CostWeightGroup<T>& group, int64_t p, CostKind kind, bool 
 template <typename T>
 void prepare_clouds(const std::vector<CloudGroup<T>>& clouds, CostKind kind) {
   const int64_t d = clouds.front().d;
-  const std::vector<T> zero(d);
+  const bool unit = traits_of(kind).unit_norm;
   for (int64_t p = 0; p < clouds.front().batch; ++p) {
-    const bool unit = traits_of(kind).unit_norm;
     // That of the last cloud, a target that may stay: what is computed of it alone stays as well.
-    const std::vector<T> shift = unit ? zero : centre(clouds.back(), p);
+    const std::vector<T> shift = unit ? std::vector<T>() : centre(clouds.back(), p);
     for (const CloudGroup<T>& cloud : clouds) {
       for_each_row(cloud.n, d, [&](int64_t i) {
         const int64_t row = p * cloud.n + i;
@@ -226,9 +248,7 @@ void prepare_clouds(const std::vector<CloudGroup<T>>& clouds, CostKind kind) {
           cloud.norm[row] = 0;
           return;
         }
-        const T norm2 = prepare_row(d, x, shift.data(), T(1), z);
-        cloud.norm[row] = unit ? std::sqrt(norm2) : norm2;
-        if (unit && norm2 > T(0)) prepare_row(d, x, shift.data(), T(1) / std::sqrt(norm2), z);
+        cloud.norm[row] = unit ? unit_row(d, x, z) : shift_row(d, x, shift.data(), z);
       });
     }
   }

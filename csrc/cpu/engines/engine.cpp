@@ -13,8 +13,8 @@ namespace otloss::cpu {
 
 template <typename T>
 Engine<T>::Engine(const Side<T>& x, const Side<T>& y, const SolveGroup<T>& group, int64_t problem,
-                  bool split)
-    : x(x), y(y), group_(group), problem_(problem), split_(split) {}
+                  double eps, bool split)
+    : x(x), y(y), group_(group), problem_(problem), eps_(eps), split_(split) {}
 
 template <typename T>
 void Engine<T>::update_rows(double eps, const T* g, T* F, T* s) {
@@ -91,7 +91,7 @@ template <typename T>
 bool Engine<T>::propose(double sweeps, double eps, T* g) const {
   const PointPair<T>& points = group_.points;
   const int64_t d = points.d;
-  if (!points.zx || !traits_of(points.kind).gaussian) return false;
+  if (!points.zx || !traits_of(points.kind).gaussian || group_.dummies > 0) return false;
   return gaussian_start(
       sweeps, GaussianStart<T>{n_, m_, d, points.zx + problem_ * n_ * d,
                                points.zy + problem_ * m_ * d, x.weight, y.weight, eps, g});

@@ -36,9 +36,9 @@ class Engine {
 
   const Side<T> x, y;  // the two sides: sizes, weights, penalties
 
-  // Of a problem of the group; split: over threads.
+  // Of a problem of the group; split: over threads. eps: that of the solution.
   Engine(const Side<T>& x, const Side<T>& y, const SolveGroup<T>& group, int64_t problem,
-         bool split);
+         double eps, bool split);
 
   // One pass: F (n,) = softmin over the rows at g (m,), on entry a guess; gt (m,) = softmin over
   // the columns at f; q (m,) = column sums of the plan (f, g) over b.
@@ -90,12 +90,13 @@ class Engine {
 
   const SolveGroup<T>& group_;
   const int64_t problem_;
+  const double eps_;
   const bool split_;
   const int64_t n_ = x.count, m_ = y.count;
   CostBlocks<T> costs_{
       RowParts(n_, m_, split_), kFlushRows,
-      RowSource<T>(n_, m_, group_.matrix(problem_), group_.C ? group_.stride : padded<T>(m_),
-                   group_.points, problem_, group_.symmetric)};
+      RowSource<T>(n_, m_, {group_.matrix(problem_), group_.stride}, padded<T>(m_), group_.points,
+                   problem_, group_.symmetric, group_.dummies, eps_)};
   const CostRange cost_range_ = costs_.source().cost_range(x.weight, y.weight);
   BlockVector<T> G_ = BlockVector<T>(padded<T>(m_), T(kLog2Zero));
   std::vector<T> s_ = std::vector<T>(n_);

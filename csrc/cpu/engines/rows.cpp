@@ -28,22 +28,56 @@ double largest_norm(const CloudRows<T>& cloud, const T* weight) {
 }  // namespace
 
 template <typename T>
-RowSource<T>::RowSource(int64_t n, int64_t m, const T* C, int64_t stride,
-                        const PointPair<T>& points, int64_t problem, bool symmetric)
+RowSource<T>::RowSource(int64_t n, int64_t m, const StoredRows<T>& stored, int64_t stride,
+                        const PointPair<T>& points, int64_t problem, bool symmetric,
+                        int64_t dummies, double eps)
     : n_(n),
       m_(m),
-      stride_(stride),
-      C_(C),
+      dummies_(dummies),
+      C_(stored.C),
+      C_stride_(stored.stride),
+      stride_(stored.C && dummies == 0 ? stored.stride : stride),
+      forbidden_(static_cast<T>(kForbidden<T> * eps)),
       kind_(points.kind),
       symmetric_(symmetric),
-      from_(of_problem(C ? 0 : n, points.d, problem, points.zx, points.hx)),
-      to_(of_problem(C ? 0 : m, points.d, problem, points.zy, points.hy)) {}
+      from_(of_problem(C_ ? 0 : n - dummies, points.d, problem, points.zx, points.hx)),
+      to_(of_problem(C_ ? 0 : m - dummies, points.d, problem, points.zy, points.hy)) {
+  if (!C_ || dummies == 0) return;
+  T least = 0;
+  for (int64_t i = 0; i < n - dummies; ++i)
+    for (int64_t j = 0; j < m - dummies; ++j) least = std::min(least, C_[i * C_stride_ + j]);
+  forbidden_ -= least;
+}
+
+template <typename T>
+void RowSource<T>::make(int64_t row, int64_t count, int64_t begin, int64_t end, T* C,
+                        int64_t stride) const {
+  const int64_t rows = std::min(count, n_ - dummies_ - row), last = std::min(end, m_ - dummies_);
+  if (rows > 0 && begin < last && !C_)
+    cost_rows(kind_, CostRows<T>{row, rows, begin, last, symmetric_, &from_, &to_, C, stride});
+  for (int64_t i = 0; C_ && i < rows; ++i) {
+    const T* from = C_ + (row + i) * C_stride_;
+    std::copy(from + begin, from + std::max(begin, last), C + i * stride);
+  }
+  if (dummies_ > 0) make_dummies(row, count, begin, end, C, stride);
+}
+
+template <typename T>
+void RowSource<T>::make_dummies(int64_t row, int64_t count, int64_t begin, int64_t end, T* C,
+                                int64_t stride) const {
+  for (int64_t i = 0; i < count; ++i) {
+    T* entries = C + i * stride;
+    const bool dummy = row + i == n_ - 1;
+    if (dummy) std::fill(entries, entries + (end - begin), T(0));
+    if (end == m_) entries[m_ - 1 - begin] = dummy ? forbidden_ : T(0);
+  }
+}
 
 template <typename T>
 const T* RowSource<T>::columns(int64_t begin, int64_t end, std::vector<T>& scratch,
                                int64_t& stride) const {
-  stride = C_ ? stride_ : end - begin;
-  if (C_) return C_ + begin;
+  stride = stored() ? stride_ : end - begin;
+  if (stored()) return C_ + begin;
   scratch.resize(n_ * stride);
   for (int64_t i = 0; i < n_; i += at_once())
     make(i, std::min(at_once(), n_ - i), begin, end, scratch.data() + i * stride, stride);
@@ -52,7 +86,7 @@ const T* RowSource<T>::columns(int64_t begin, int64_t end, std::vector<T>& scrat
 
 template <typename T>
 CostRange RowSource<T>::cost_range(const T* a, const T* b) const {
-  if (C_) return cpu::cost_range(n_, m_, C_, stride_, a, b);
+  if (C_) return cpu::cost_range(n_ - dummies_, m_ - dummies_, C_, C_stride_, a, b);
   const double bound = cost_bound(kind_, largest_norm(from_, a), largest_norm(to_, b));
   return {0 * bound, bound};
 }

@@ -37,19 +37,19 @@ void weight_gradients(const EnvelopeGroup<T>& group, int64_t p, double eps, Obje
   if (group.grad_b) fill(y, x, g, -shift, group.grad_b + p * m);
 }
 
-// grad_C = coefficient * grad * P.
+// grad_C = coefficient * grad * P, without dummies.
 template <typename T>
 void matrix_gradient(const EnvelopeGroup<T>& group, int64_t p, double eps, bool split) {
-  const int64_t n = group.n, m = group.m;
+  const int64_t n = group.n - group.dummies, m = group.m - group.dummies;
   const T k = factor<T>(eps);
+  const T *a = group.a + p * group.n, *f = group.f + p * group.n;
   std::vector<T> F(n), G(m);
-  for (int64_t i = 0; i < n; ++i) F[i] = k * group.f[p * n + i];
-  absorb_weights(m, k, group.g + p * m, group.b + p * m, G.data());
+  for (int64_t i = 0; i < n; ++i) F[i] = k * f[i];
+  absorb_weights(m, k, group.g + p * group.m, group.b + p * group.m, G.data());
   RowParts(n, m, split).for_each([&](int64_t, int64_t begin, int64_t end) {
-    const int64_t row = p * n + begin;
     plan_rows(PlanRows<T>{end - begin, m, k, group.coefficient * group.grad[p],
-                          group.matrix(p) + begin * m, m, group.a + row, F.data() + begin, G.data(),
-                          group.grad_C + row * m});
+                          group.matrix(p) + begin * m, m, a + begin, F.data() + begin, G.data(),
+                          group.grad_C + (p * n + begin) * m});
   });
 }
 

@@ -207,7 +207,8 @@ class ImplicitProblem {
       beta[j] = static_cast<T>(sides * columns.solution[j]);
     const std::vector<T> f(rows.v.begin(), rows.v.end()), g(columns.v.begin(), columns.v.end());
     point_sums(
-        points, rows.count, columns.count, problem_, symmetric_, split_,
+        points, rows.count - group_.dummies, columns.count - group_.dummies, problem_, symmetric_,
+        split_,
         PlanGradient<T>{eps_, static_cast<T>(sides * scale_), static_cast<T>(sides * of_cost_), a,
                         b, f.data(), g.data(), alpha.data(), beta.data()},
         out);
@@ -328,7 +329,8 @@ class ImplicitProblem {
   bool plan_is_kept_ = false;
   CostBlocks<T> costs_{
       RowParts(n_, m_, split_), kBlockRows,
-      RowSource<T>(n_, m_, group_.matrix(problem_), m_, group_.made.points, problem_, symmetric_)};
+      RowSource<T>(n_, m_, {group_.matrix(problem_), m_ - group_.dummies}, m_, group_.made.points,
+                   problem_, symmetric_, group_.dummies, eps_)};
   BlockVector<T> made_P_ = BlockVector<T>(  // (parts, at_once, m) or nothing
       kept_P_ ? 0 : costs_.parts().count() * costs_.at_once() * m_);
   PartSums<double> columns_{costs_.parts(), m_};                    // (m,)

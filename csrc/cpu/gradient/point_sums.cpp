@@ -34,7 +34,7 @@ void point_sums(const RowSource<T>& source, const RowParts& parts, int64_t at_on
 template <typename T>
 void point_sums(const PointPair<T>& points, int64_t n, int64_t m, int64_t problem, bool symmetric,
                 bool split, const PlanGradient<T>& p, const PointSums<T>& out) {
-  const RowSource<T> source(n, m, nullptr, m, points, problem, symmetric);
+  const RowSource<T> source(n, m, {}, m, points, problem, symmetric);
   const T k = factor<T>(p.eps);
   BlockVector<T> F(n), G(padded<T>(m), T(kLog2Zero)), beta(padded<T>(m));
   for (int64_t i = 0; i < n; ++i) F[i] = k * p.f[i];

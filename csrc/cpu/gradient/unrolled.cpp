@@ -172,7 +172,8 @@ class UnrolledProblem {
   // Of x, or of y as rows. A cloud against itself takes the terms of both at once.
   void side_sums(bool exchange) const {
     const bool symmetric = made_.symmetric, transport = objective_ == Objective::kTransport;
-    const int64_t n = exchange ? m_ : n_, m = exchange ? n_ : m_;
+    const int64_t n = (exchange ? m_ : n_) - group_.dummies;
+    const int64_t m = (exchange ? n_ : m_) - group_.dummies;
     const PointPair<T> points = exchange ? exchanged(made_.points) : made_.points;
     std::vector<Term<T>> plan;
     if (transport) plan.push_back(plan_term());
@@ -189,9 +190,9 @@ class UnrolledProblem {
       }
       add(terms_);
     };
-    point_sums<T>(RowSource<T>(n, m, nullptr, m, points, problem_, symmetric),
-                  RowParts(n, m, split_), kTermRows,
-                  of_problem(exchange ? made_.y : made_.x, problem_, n, points.d), gradient);
+    point_sums<T>(RowSource<T>(n, m, {}, m, points, problem_, symmetric), RowParts(n, m, split_),
+                  kTermRows, of_problem(exchange ? made_.y : made_.x, problem_, n, points.d),
+                  gradient);
   }
 
   // F, E and z; whether z is out of range.
@@ -245,9 +246,9 @@ class UnrolledProblem {
   const T* const start_ = group_.start ? group_.start + problem_ * m_ : nullptr;   // (m,)
   T* const C_bar_ = group_.grad_C ? group_.grad_C + problem_ * n_ * m_ : nullptr;  // (n, m)
   const RowParts parts_{n_, m_, split_};
-  CostBlocks<T> costs_{
-      parts_, kBlockRows,
-      RowSource<T>(n_, m_, group_.matrix(problem_), m_, made_.points, problem_, made_.symmetric)};
+  CostBlocks<T> costs_{parts_, kBlockRows,
+                       RowSource<T>(n_, m_, {group_.matrix(problem_), m_ - group_.dummies}, m_,
+                                    made_.points, problem_, made_.symmetric, group_.dummies, eps_)};
   std::vector<Term<T>> terms_;  // of each iteration that was gone back, where costs are made
   PartSums<T> v_{parts_, m_};   // (m,)
   Values e_ = Values(parts_.count() * kAdjointRows * (m_ + kBlock<T>));

@@ -219,7 +219,7 @@ Solution solve_pair(Clouds clouds, const Penalties& penalties, const SolveOption
       at = target;
       AllPairs pairs(X, Y, X.n, Y.n, penalties);
       F.assign(X.n, 0), g.assign(Y.n, 0);
-      cpu::Engine<double> engine(pairs.x, pairs.y, pairs.group, 0, split);
+      cpu::Engine<double> engine(pairs.x, pairs.y, pairs.group, 0, options.eps, split);
       SolveOptions coarse = stage(options, at, finest, options.tol);
       coarse.warm_start = false;
       coarse.max_iters = options.max_iters;
@@ -269,7 +269,7 @@ Solution solve_self(Clouds clouds, const Penalties& penalties, const SolveOption
     const Cloud& X = levels.clouds[level];
     AllPairs pairs(X, X, X.n, X.n, penalties);
     F.assign(X.n, 0);
-    cpu::Engine<double> engine(pairs.x, pairs.y, pairs.group, 0, split);
+    cpu::Engine<double> engine(pairs.x, pairs.y, pairs.group, 0, eps, split);
     SolveOptions coarse = options;
     if (level > 0) coarse.tol = std::max(options.tol, kStageTol);
     cpu::solve_symmetric(engine, coarse, F.data());

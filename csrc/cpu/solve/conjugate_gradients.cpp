@@ -3,22 +3,18 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cpu/simd/vectors.h"
+
 namespace otloss::cpu {
-namespace {
-
-double inner(const Vector& x, const Vector& y) {
-  double sum = 0;
-  for (size_t i = 0; i < x.size(); ++i) sum += x[i] * y[i];
-  return sum;
-}
-
-}  // namespace
 
 CgReport conjugate_gradients(const CgLimits& limits, const Vector& inverse,
                              FunctionRef<void(const Vector& x, Vector& y)> apply,
                              FunctionRef<void(Vector& r)> project, Vector& right, Vector& x) {
   const size_t count = right.size();
   Vector &r = right, z(count), p(count), q(count);
+  const auto inner = [&](const Vector& u, const Vector& v) {
+    return dot(static_cast<int64_t>(count), u.data(), v.data());
+  };
   const auto precondition = [&] {
     for (size_t i = 0; i < count; ++i) z[i] = inverse[i] * r[i];
     return inner(r, z);

@@ -41,6 +41,57 @@ OTLOSS_SIMD T log2_sum(int64_t count, const T* entry) {
   return largest + fast_log2(sum);
 }
 
+// What each row with mass sends of the plan (F, g) to the columns `excess` (m,), over its sum, and
+// the mean of its costs in the weights v (m,).
+template <typename T>
+void read_rows(Engine<T>& engine, const PlanMarginals<T>& plan, double eps, const T* F, const T*,
+               const std::vector<T>& excess, const std::vector<T>& v, Vector& sent, Vector& far) {
+  const int64_t m = engine.y.count;
+  CostBlocks<T>& costs = engine.costs();
+  double s = 0;
+  for (const T weight : v) s += static_cast<double>(weight);
+  costs.for_each([&](int64_t, const T* C, int64_t first, int64_t rows) {
+    std::vector<T> P(m);
+    for (int64_t i = first; i < first + rows; ++i, C += costs.source().stride()) {
+      if (!(plan.row[i] > 0)) continue;
+      const T one = T(1);
+      plan_rows(
+          PlanRows<T>{1, m, factor<T>(eps), T(1), C, m, &one, F + i, plan.G.data(), P.data()});
+      sent[i] = dot(m, P.data(), excess.data());
+      for (int64_t j = 0; j < m; ++j)
+        if (v[j] > T(0)) far[i] += static_cast<double>(C[j]) * static_cast<double>(v[j]) / s;
+    }
+  });
+}
+
+// The costs from moments of v.
+void read_rows(multiscale::Engine& engine, const PlanMarginals<double>&, double eps,
+               const double* F, const double* g, const Vector& excess, const Vector& v,
+               Vector& sent, Vector& far) {
+  const multiscale::Cloud &X = engine.X, &Y = engine.Y;
+  const int64_t d = X.d, n = engine.x.count, m = engine.y.count;
+  Vector mean(d);
+  engine.apply(eps, F, g, 1, excess.data(), sent.data());
+  double s = 0, square = 0;
+  for (int64_t j = 0; j < m; ++j) {
+    s += v[j];
+    for (int64_t c = 0; c < d; ++c) mean[c] += v[j] * Y.X[j * d + c];
+  }
+  for (double& value : mean) value /= s;
+  for (int64_t j = 0; j < m; ++j)
+    for (int64_t c = 0; c < d && v[j] > 0; ++c)
+      square += v[j] / s * std::pow(Y.X[j * d + c] - mean[c], 2);
+  for (int64_t i = 0; i < n; ++i) {
+    far[i] = square;
+    for (int64_t c = 0; c < d; ++c) far[i] += std::pow(X.X[i * d + c] - mean[c], 2);
+  }
+}
+
+void read_rows(grid::Engine& engine, const PlanMarginals<double>&, double eps, const double*,
+               const double* g, const Vector& excess, const Vector& v, Vector& sent, Vector& far) {
+  sent = engine.row_means(eps, g, excess), far = engine.mean_costs(v);
+}
+
 // Sets of columns that are joined.
 class Sets {
  public:
@@ -102,106 +153,35 @@ double FarMass<T, E>::own_gap(const SemidualPoint<T>& point) const {
 // two parts (KL is jointly convex), which takes no logarithm of an entry.
 template <typename T, typename E>
 double FarMass<T, E>::gap(double eps, const T* F, const SemidualPoint<T>& point) {
-  const int64_t m = y_.count;
-  plan_ = PlanMarginals<T>(x_.count, y_.count);
+  const int64_t n = x_.count, m = y_.count;
+  plan_ = PlanMarginals<T>(n, m);
   plan_.set(eps, x_, y_, F, point);
-  const double kappa = mass(point);
-  std::vector<T> excess(m);
-  Vector v;
-  std::vector<int64_t> lacking;
-  double s = 0, total = 0, kept = 0, on_v = 0;
+  const double kappa = mass(point), to_cost = x_.damping(eps) * eps / kLog2E;
+  std::vector<T> excess(m), v(m);
+  double s = 0, total = 0, kept = 0, sum = 0;
   for (int64_t j = 0; j < m; ++j) {
     const double w = static_cast<double>(point.target[j]), c = w * static_cast<double>(point.q[j]);
     if (!(w > 0)) continue;
     total += c;
     kept += x_log_ratio(std::min(w, c), c);
-    excess[j] = static_cast<T>(c > w ? 1 - w / c : 0);
+    if (c > w) excess[j] = static_cast<T>(1 - w / c);
     if (!(w > c)) continue;
-    lacking.push_back(j), v.push_back(w - c), s += w - c;
-    on_v += eps * x_log_ratio(w - c, static_cast<double>(y_.weight[j])) -
-            (w - c) * static_cast<double>(point.g[j]);
+    v[j] = static_cast<T>(w - c), s += w - c;
+    sum += eps * x_log_ratio(w - c, static_cast<double>(y_.weight[j])) -
+           (w - c) * static_cast<double>(point.g[j]);
   }
   if (!(s > 0)) return 0;
   kept -= x_log_ratio(total - s, total);
-  double sum = eps * kept + on_v - eps * x_log_ratio(s, total) - eps * s * std::log(s);
-  sum += moved(eps, F, point.g.data(), excess, lacking, v);
-  sum += eps * s * std::log(kappa);
+  sum += eps * (kept - x_log_ratio(s, total) - s * std::log(s) + s * std::log(kappa));
+  Vector sent(n), far(n);
+  read_rows(engine_, plan_, eps, F, point.g.data(), excess, v, sent, far);
+  for (int64_t i = 0; i < n; ++i) {
+    if (!(plan_.row[i] > 0)) continue;
+    const double u = plan_.row[i] * sent[i];
+    sum += u * (far[i] - to_cost * static_cast<double>(F[i])) +
+           eps * x_log_ratio(u, static_cast<double>(x_.weight[i]));
+  }
   return kappa * std::min(sum, own_gap(point));
-}
-
-template <typename T, typename E>
-double FarMass<T, E>::moved(double eps, const T* F, const T*, const std::vector<T>& excess,
-                            const std::vector<int64_t>& lacking, const Vector& v) {
-  const int64_t m = y_.count;
-  const double to_cost = x_.damping(eps) * eps / kLog2E;
-  double s = 0, sum = 0;
-  for (const double mass : v) s += mass;
-  CostBlocks<T>& costs = engine_.costs();
-  Vector parts(costs.parts().count());
-  costs.for_each([&](int64_t part, const T* C, int64_t first, int64_t rows) {
-    std::vector<T> P(m);
-    for (int64_t i = first; i < first + rows; ++i, C += costs.source().stride()) {
-      if (!(plan_.row[i] > 0)) continue;
-      const T one = T(1);
-      plan_rows(
-          PlanRows<T>{1, m, factor<T>(eps), T(1), C, m, &one, F + i, plan_.G.data(), P.data()});
-      double far = 0;
-      for (size_t l = 0; l < lacking.size(); ++l) far += static_cast<double>(C[lacking[l]]) * v[l];
-      const double u = plan_.row[i] * dot(m, P.data(), excess.data());
-      parts[part] += u * (far / s - to_cost * static_cast<double>(F[i])) +
-                     eps * x_log_ratio(u, static_cast<double>(x_.weight[i]));
-    }
-  });
-  for (const double part : parts) sum += part;
-  return sum;
-}
-
-// The rows by a pass over the plan, the costs from moments of what columns lack.
-template <>
-double FarMass<double, multiscale::Engine>::moved(double eps, const double* F, const double* g,
-                                                  const Vector& excess,
-                                                  const std::vector<int64_t>& lacking,
-                                                  const Vector& v) {
-  const multiscale::Cloud &X = engine_.X, &Y = engine_.Y;
-  const int64_t d = X.d;
-  const double to_cost = x_.damping(eps) * eps / kLog2E;
-  Vector sent(x_.count), mean(d);
-  engine_.apply(eps, F, g, 1, excess.data(), sent.data());
-  double s = 0, square = 0, sum = 0;
-  for (size_t l = 0; l < lacking.size(); ++l) {
-    s += v[l];
-    for (int64_t c = 0; c < d; ++c) mean[c] += v[l] * Y.X[lacking[l] * d + c];
-  }
-  for (double& value : mean) value /= s;
-  for (size_t l = 0; l < lacking.size(); ++l)
-    for (int64_t c = 0; c < d; ++c)
-      square += v[l] / s * std::pow(Y.X[lacking[l] * d + c] - mean[c], 2);
-  for (int64_t i = 0; i < x_.count; ++i) {
-    if (!(plan_.row[i] > 0)) continue;
-    double far = square;
-    for (int64_t c = 0; c < d; ++c) far += std::pow(X.X[i * d + c] - mean[c], 2);
-    const double u = plan_.row[i] * sent[i];
-    sum += u * (far - to_cost * F[i]) + eps * x_log_ratio(u, x_.weight[i]);
-  }
-  return sum;
-}
-
-// The rows by a pass over the plan, the costs from what columns lack along each axis.
-template <>
-double FarMass<double, grid::Engine>::moved(double eps, const double* F, const double* g,
-                                            const Vector& excess,
-                                            const std::vector<int64_t>& lacking, const Vector& v) {
-  const double to_cost = x_.damping(eps) * eps / kLog2E;
-  Vector lack(y_.count);
-  for (size_t l = 0; l < lacking.size(); ++l) lack[lacking[l]] = v[l];
-  const Vector sent = engine_.row_means(eps, g, excess), far = engine_.mean_costs(lack);
-  double sum = 0;
-  for (int64_t i = 0; i < x_.count; ++i) {
-    if (!(plan_.row[i] > 0)) continue;
-    const double u = plan_.row[i] * sent[i];
-    sum += u * (far[i] - to_cost * F[i]) + eps * x_log_ratio(u, x_.weight[i]);
-  }
-  return sum;
 }
 
 // No entry of the plan is looked at, so there are no groups.
@@ -221,7 +201,7 @@ FarMass<double, multiscale::Engine>::Shift FarMass<double, multiscale::Engine>::
   if (static_cast<double>(x_.count) * static_cast<double>(y_.count) > kMostPairs) return {};
   const Penalties penalties = {1 / x_.rate, 1 / y_.rate, x_.hard() && y_.hard()};
   const multiscale::AllPairs pairs(engine_.X, engine_.Y, x_.count, y_.count, penalties);
-  Engine<double> engine(pairs.x, pairs.y, pairs.group, 0, false);
+  Engine<double> engine(pairs.x, pairs.y, pairs.group, 0, eps, false);
   auto found = FarMass<double, Engine<double>>(engine).shift(eps, F, point, most_readings);
   return {std::move(found.g), found.largest, found.gain, found.readings};
 }

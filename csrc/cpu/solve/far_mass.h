@@ -42,10 +42,6 @@ class FarMass {
 
  private:
   double own_gap(const SemidualPoint<T>& point) const;
-  // By one reading of the rows: what gap needs of the plan (F, g), of which `excess` (m,) goes to
-  // the columns `lacking`, v each.
-  double moved(double eps, const T* F, const T* g, const std::vector<T>& excess,
-               const std::vector<int64_t>& lacking, const std::vector<double>& v);
   int64_t find_groups(double eps, const T* F, double least);
   std::vector<double> between_groups(double eps, const T* F, int64_t k, std::vector<double>& A);
 

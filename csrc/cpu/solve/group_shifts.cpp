@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "cpu/simd/simd.h"
+#include "cpu/simd/vectors.h"
 
 namespace otloss::cpu {
 namespace {
@@ -56,9 +57,7 @@ class Dual {
 };
 
 double dot(const Vector& x, const Vector& y) {
-  double sum = 0;
-  for (size_t i = 0; i < x.size(); ++i) sum += x[i] * y[i];
-  return sum;
+  return cpu::dot(static_cast<int64_t>(x.size()), x.data(), y.data());
 }
 
 // v less its mean in the weights w.

@@ -59,7 +59,7 @@ double value_in_double(const SolveGroup<T>& p, int64_t problem, double eps, bool
   const Vector weight_x = weights(n, a, mass_x), weight_y = weights(m, b, mass_y);
   const Side<double> x(n, weight_x.data(), p.penalties.rho_x);
   const Side<double> y(m, weight_y.data(), p.penalties.rho_y);
-  Engine<double> engine(x, y, group, 0, split);
+  Engine<double> engine(x, y, group, 0, eps, split);
 
   const double damping = x.damping(eps), to_cost = eps / kLog2E;
   Vector F(p.f + problem * n, p.f + (problem + 1) * n), s(n);

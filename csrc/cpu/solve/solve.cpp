@@ -38,6 +38,7 @@ void take_known(const SolveGroup<T>& group, int64_t p, double eps) {
 template <typename T>
 bool has_one_potential(const SolveGroup<T>& group, int64_t p) {
   if (group.symmetric) return true;
+  if (group.dummies > 0) return false;
   const int64_t n = group.n, entries = n * group.points.d;
   const T *x = group.points.zx, *y = group.points.zy, *a = group.a + p * n;
   return x && n == group.m && group.penalties.rho_x == group.penalties.rho_y &&
@@ -99,7 +100,7 @@ void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& of
   T *f = group.f + p * n, *g = group.g + p * m;
   const std::vector<T> b = column_weights(group.penalties, n, a, m, group.b + p * m);
   Engine<T> engine(Side<T>(n, a, group.penalties.rho_x),
-                   Side<T>(m, b.data(), group.penalties.rho_y), group, p, split);
+                   Side<T>(m, b.data(), group.penalties.rho_y), group, p, options.eps, split);
   const double max_cost = engine.max_cost();
   double* status = group.status + p * kStatusFields;
   status[kStatusMaxCost] = max_cost;
@@ -159,7 +160,7 @@ Loss loss_of(const std::vector<SolveGroup<T>>& groups, int64_t k) {
 void refine(const std::vector<SolveGroup<float>>& groups, const SolveOptions& options) {
   constexpr double kCancelled = 1e-3;  // of the terms' size
   if (!groups[0].points.zx || options.n_iters >= 0) return;
-  if (options.objective != Objective::kRegularized) return;
+  if (options.objective != Objective::kRegularized || groups[0].dummies > 0) return;
   std::vector<int64_t> chosen;
   for (int64_t k = 0; k < groups[0].batch; ++k) {
     const Loss loss = loss_of(groups, k);

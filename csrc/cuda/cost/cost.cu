@@ -120,17 +120,22 @@ struct PrepareKernel {
       T* z = cloud.z + row * cloud.d;
       // Of padding nothing is kept, whatever is there.
       const bool counts = !cloud.weight || cloud.weight[row] > T(0);
-      T norm2[1] = {T(0)};
-      for (int64_t k = lane; k < cloud.d; k += kWarp) {
-        const T value = counts ? x[k] - (centre ? centre[batch * cloud.d + k] : T(0)) : T(0);
-        z[k] = value;
-        norm2[0] += value * value;
-      }
-      warp_sum(block, norm2);
-      const T norm = centre ? norm2[0] : sqrt(norm2[0]);
-      if (!centre && norm > T(0))
-        for (int64_t k = lane; k < cloud.d; k += kWarp) z[k] *= T(1) / norm;
-      if (lane == 0) cloud.norm[row] = norm;
+      T norm2[1], by = 1;
+      const auto prepare = [&] {
+        norm2[0] = 0;
+        for (int64_t k = lane; k < cloud.d; k += kWarp) {
+          const T value = counts ? x[k] - (centre ? centre[batch * cloud.d + k] : T(0)) : T(0);
+          z[k] = value * by;
+          norm2[0] += z[k] * z[k];
+        }
+        warp_sum(block, norm2);
+      };
+      prepare();
+      if (!centre) by = magnification(norm2[0]);
+      if (by > T(1)) prepare();
+      if (!centre && norm2[0] > T(0))
+        for (int64_t k = lane; k < cloud.d; k += kWarp) z[k] *= T(1) / sqrt(norm2[0]);
+      if (lane == 0) cloud.norm[row] = centre ? norm2[0] : norm_of(norm2[0], by);
     }
   }
 };

@@ -12,7 +12,7 @@
 // store (global memory that other blocks write, past L1); load_constant (16 bytes that nobody
 // writes during the launch); copy_async(to, from, inside) (16 bytes from global to shared memory,
 // past L1, or zeros), commit_copies() and wait_for_copies<pending>() (those of this thread, but for
-// the last `pending` commits).
+// the last `pending` commits); count_off(loop, done) (see Loop).
 //
 // And for tensor cores, on half precision numbers as their 16 bits, two in a word, where lane l is
 // in row l / 4 with the neighbouring columns 2 (l % 4) and the next one of each 8 x 8 matrix:
@@ -35,6 +35,14 @@ struct Grid {
   size_t shared = 0;         // bytes of dynamic shared memory
   int cluster = 1;           // blocks of a thread-block cluster along x
   bool cooperative = false;  // all blocks resident at once
+};
+
+// A loop of launches that ends on the device when all of its blocks are done: repeat() queues it,
+// and in each turn one thread of each block calls count_off(loop, whether it is done now).
+struct Loop {
+  unsigned* done;  // 0 at first
+  unsigned count;
+  uint64_t handle = 0;
 };
 
 }  // namespace otloss::cuda
@@ -139,6 +147,16 @@ class GpuBlock {
                  "r"(bytes)
                  : "memory");
   }
+  // Only the first block may end the loop: a turn later than the last one was done, if it was
+  // not the last.
+  __device__ void count_off(const Loop& loop, bool done) const {
+    if (done) atomicAdd(loop.done, 1u);
+#if CUDART_VERSION >= 12040
+    if (blockIdx.x == 0 && loop.handle != 0 && load(loop.done) == loop.count)
+      cudaGraphSetConditional(loop.handle, 0);
+#endif
+  }
+
   __device__ void commit_copies() const { asm volatile("cp.async.commit_group;" ::: "memory"); }
   template <int kPending = 0>
   __device__ void wait_for_copies() const {

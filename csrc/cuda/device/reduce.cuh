@@ -29,6 +29,14 @@ void for_each_pack(const std::vector<Group>& groups, F&& function) {
   }
 }
 
+// The group that has problem `number` of all groups; `number` becomes that in its batch.
+template <typename Group>
+OTLOSS_DEVICE int group_of(const Pack<Group>& pack, int64_t* number) {
+  int group = 0;
+  while (*number >= pack.items[group].batch) *number -= pack.items[group++].batch;
+  return group;
+}
+
 // What is beyond these is looped over inside the kernels. The limits of the hardware are 2^31 - 1
 // for x and 65535 for y and z.
 constexpr int64_t kGridX = 1 << 30;

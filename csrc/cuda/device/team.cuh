@@ -55,22 +55,18 @@ OTLOSS_DEVICE double warp_join(Block& block, double value, int width) {
   return value;
 }
 
-// See Team::reduce. Not inlined: it is called in many places, and never in an inner loop.
-template <class Join, int kThreads, int kCount, class Block>
-OTLOSS_NOINLINE void team_reduce(Block block, TeamState& team, double (&values)[kCount]) {
+// Joins `count` values, of which each warp of each block has left a part in the scratch, to its
+// end. Not inlined: it is called in many places, and never in an inner loop.
+template <class Join, int kThreads, class Block>
+OTLOSS_NOINLINE void team_reduce(Block block, TeamState& team, int count) {
   constexpr int kWarps = kThreads / kWarp;
   static_assert(kWarps <= kWarp, "a warp joins the results of all warps at once");
   const int lane = block.thread() % kWarp, warp = block.thread() / kWarp;
   double* const result = team.scratch + kReduced * kWarps;
-#pragma unroll
-  for (int v = 0; v < kCount; ++v) {
-    const double joined = warp_join<Join>(block, values[v], kWarp);
-    if (lane == 0) team.scratch[v * kWarps + warp] = joined;
-  }
   block.sync();
   double* const mine = team.partial + (team.parity * team.size + team.rank) * kTeamValues;
 #pragma unroll 1
-  for (int v = warp; v < kCount; v += kWarps) {
+  for (int v = warp; v < count; v += kWarps) {
     const double total = warp_join<Join>(block, team.scratch[v * kWarps + lane % kWarps], kWarps);
     if (lane != 0) continue;
     if (team.size == 1)
@@ -82,7 +78,7 @@ OTLOSS_NOINLINE void team_reduce(Block block, TeamState& team, double (&values)[
     team_sync(block, team);
     const double* const all = team.partial + team.parity * team.size * kTeamValues;
 #pragma unroll 1
-    for (int v = warp; v < kCount; v += kWarps) {
+    for (int v = warp; v < count; v += kWarps) {
       double total = Join::identity();
       for (int r = lane; r < team.size; r += kWarp)
         total = Join::join(total, block.load(all + r * kTeamValues + v));
@@ -91,8 +87,6 @@ OTLOSS_NOINLINE void team_reduce(Block block, TeamState& team, double (&values)[
     }
   }
   block.sync();
-#pragma unroll
-  for (int v = 0; v < kCount; ++v) values[v] = result[v];
   if (block.thread() == 0) team.parity ^= 1;  // the next call has a barrier before it is read
 }
 
@@ -124,7 +118,15 @@ class Team {
   template <class Join, int kCount>
   OTLOSS_DEVICE void reduce(double (&values)[kCount]) {
     static_assert(kCount <= kReduced, "raise kReduced");
-    team_reduce<Join, kThreads>(block_, state_, values);
+    constexpr int kWarps = kThreads / kWarp;
+#pragma unroll
+    for (int v = 0; v < kCount; ++v) {
+      const double part = warp_join<Join>(block_, values[v], kWarp);
+      if (block_.thread() % kWarp == 0) state_.scratch[v * kWarps + block_.thread() / kWarp] = part;
+    }
+    team_reduce<Join, kThreads>(block_, state_, kCount);
+#pragma unroll
+    for (int v = 0; v < kCount; ++v) values[v] = state_.scratch[kReduced * kWarps + v];
   }
 
   // Up to kTeamValues values of which each block has a part: each is summed by one warp, that of

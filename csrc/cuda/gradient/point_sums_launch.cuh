@@ -4,7 +4,7 @@
 //
 // Launches:
 //     AbsorbKernel   k f + log2 a for the envelope                   thread: a point
-//     SideSumKernel  V 1 and V y of some rows and columns            see there
+//     SideSumKernel  V 1 and V y of some rows and columns            see there; one for each cost
 //     TensorSideSumKernel  the same by tensor cores                  tensor_side_sums.cuh
 //     JoinKernel     those of all columns                            thread: an entry
 //
@@ -53,29 +53,34 @@ struct AbsorbKernel {
 // The kernel, for up to n rows in each of the items.
 template <typename T, class Weights>
 void launch_sums(const Context& context, SideSums<T, Weights> sums, int64_t n, Grid grid) {
-  using Kernel = SideSumKernel<T, Weights>;
-  constexpr int64_t kElement = sizeof(T), kStages = 2, kPlan = Kernel::kPlan * kElement;
-  const int64_t d = sums.items.items[0].points.d;
-  // A tile of all coordinates if it fits: the rest of the memory caches y.
-  sums.stages = kArgumentBytes + kPlan;
-  sums.room = std::min(kStages * (d + kTileExtra) * Kernel::kTile * kElement,
-                       static_cast<int64_t>(limits(context.device).shared_per_block) - sums.stages);
-  grid.x = ceil_div(n, Kernel::kRows) * sums.splits;
-  grid.shared = static_cast<size_t>(sums.stages + sums.room);
-  launch(context, Kernel{sums}, grid);
+  const PackedPair<T>& points = sums.items.items[0].points;
+  const int64_t d = points.d;
+  dispatch_tiles(points.kind, d, [&](auto tiles) {
+    using Kernel = SideSumKernel<T, Weights, decltype(tiles)>;
+    constexpr int64_t kElement = sizeof(T), kStages = 2, kPlan = Kernel::kPlan * kElement;
+    // A tile of all coordinates if it fits: the rest of the memory caches y.
+    sums.stages = kArgumentBytes + kPlan;
+    sums.room =
+        std::min(kStages * (d + kTileExtra) * Kernel::kTile * kElement,
+                 static_cast<int64_t>(limits(context.device).shared_per_block) - sums.stages);
+    grid.x = ceil_div(n, Kernel::kRows) * sums.splits;
+    grid.shared = static_cast<size_t>(sums.stages + sums.room);
+    launch(context, Kernel{sums}, grid);
+  });
 }
 
 template <class Weights>
 void launch_tensor_sums(const Context& context, SideSums<float, Weights> sums, int64_t n,
                         Grid grid) {
-  using Kernel = TensorSideSumKernel<Weights>;
   const PackedPair<float>& points = sums.items.items[0].points;
   const int64_t bytes = static_cast<int64_t>(limits(context.device).shared_per_block);
   sums.stages = kArgumentBytes;
   sums.room = tensor_room<SideSumShape>(points.d, planes_of(points.tiles), bytes - kArgumentBytes);
-  grid.x = ceil_div(n, Kernel::kRows) * sums.splits;
+  grid.x = ceil_div(n, SideSumShape::kRows) * sums.splits;
   grid.shared = static_cast<size_t>(sums.stages + sums.room);
-  launch(context, Kernel{sums}, grid);
+  dispatch_tensor_tiles(points.kind, points.tiles, [&](auto tiles) {
+    launch(context, TensorSideSumKernel<Weights, decltype(tiles)>{sums}, grid);
+  });
 }
 
 template <typename T, class Weights>
@@ -88,7 +93,7 @@ void sum_sides(const Context& context, const std::vector<SideItem<T, Weights>>& 
   for_each_pack(sides, [&](const Pack<SideItem<T, Weights>>& pack) {
     const PackedPair<T>& points = pack.items[0].points;
     const bool tensor = kTensorSums<T, Weights> && points.tiles != TileKind::kFma;
-    const int64_t rows = tensor ? SideSumShape::kRows : SideSumKernel<T, Weights>::kRows;
+    const int64_t rows = tensor ? SideSumShape::kRows : kSideRows;
     int64_t n = 1, m = 1, batch = 1, blocks = 0;
     for (int i = 0; i < pack.count; ++i) {
       const SideItem<T, Weights>& p = pack.items[i];

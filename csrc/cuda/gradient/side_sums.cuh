@@ -44,26 +44,38 @@ struct SideSums {
     const int64_t split = block.x() % splits, first = block.x() / splits * most_rows;
     const int64_t begin = split * share(p.m, splits);
     if (first >= p.n || begin >= p.m) return;
-    RowTiles<T> tiles{};
-    tiles.made_by = p.points.tiles;
-    tiles.kind = p.points.kind, tiles.d = p.points.d, tiles.symmetric = p.symmetric;
+    RowTiles<T>& tiles = *block.template shared<RowTiles<T>>();
+    static_assert(sizeof(tiles) <= kArgumentBytes, "raise kArgumentBytes");
+    for (int64_t batch = block.y(); batch < p.batch; batch += kGridY) {
+      block.sync();
+      if (block.thread() == 0) set(tiles, p, batch, first, most_rows, begin);
+      block.sync();
+      function(tiles, p, batch,
+               p.partial + ((batch * splits + split) * p.n + first) * (p.points.d + 1));
+    }
+  }
+
+ private:
+  OTLOSS_DEVICE void set(RowTiles<T>& tiles, const SideItem<T, Weights>& p, int64_t batch,
+                         int64_t first, int most_rows, int64_t begin) const {
+    const PackedPair<T>& points = p.points;
+    tiles.made_by = points.tiles;
+    tiles.kind = points.kind, tiles.d = points.d, tiles.symmetric = p.symmetric;
     tiles.k = k, tiles.repair = true;
     tiles.first = first, tiles.last = first + most_rows < p.n ? first + most_rows : p.n;
     tiles.begin = begin;
     tiles.end = begin + share(p.m, splits) < p.m ? begin + share(p.m, splits) : p.m;
     tiles.stages = stages, tiles.room = room;
-    for (int64_t batch = block.y(); batch < p.batch; batch += kGridY) {
-      tiles.rows = packed_cloud(p.points.x, batch, tiles.d, p.n);
-      tiles.columns = packed_cloud(p.points.y, batch, tiles.d, p.m);
-      tiles.split_rows = p.points.split_x.cloud(batch, tiles.d, p.n);
-      tiles.split_columns = p.points.split_y.cloud(batch, tiles.d, p.m);
-      tiles.F = p.F + batch * tiles.rows.stride + first;
-      tiles.G = p.G + batch * tiles.columns.stride;
-      function(share_arguments(block, tiles, 0), p, batch,
-               p.partial + ((batch * splits + split) * p.n + first) * (tiles.d + 1));
-    }
+    tiles.rows = packed_cloud(points.x, batch, points.d, p.n);
+    tiles.columns = packed_cloud(points.y, batch, points.d, p.m);
+    tiles.split_rows = points.split_x.cloud(batch, points.d, p.n);
+    tiles.split_columns = points.split_y.cloud(batch, points.d, p.m);
+    tiles.F = p.F + batch * tiles.rows.stride + first;
+    tiles.G = p.G + batch * tiles.columns.stride;
   }
 };
+
+constexpr int kSideRows = kSolveThreads / kWarp * kTileRows;  // of a block
 
 // V 1 and V y over some columns for kRows rows: a warp makes V for its
 // kTileRows rows and a tile of columns and writes it to shared memory, column by column; then its
@@ -71,11 +83,12 @@ struct SideSums {
 // that gives V 1), each with kTileRows sums: one load of y and a few of V, that all lanes share,
 // for kTileRows multiply-adds. Their sums over the tile are added to global memory, where each
 // entry belongs to one lane.
-template <typename T, class Weights>
+template <typename T, class Weights, class Tiles>
 struct SideSumKernel {
+  using Cost = typename Tiles::Cost;
   static constexpr int kThreads = kSolveThreads;
   static constexpr int kWarps = kThreads / kWarp;
-  static constexpr int kRows = kWarps * kTileRows;
+  static constexpr int kRows = kSideRows;
   static constexpr int kTile = kWarp * kVector<T>;              // columns
   static constexpr int64_t kPlan = kWarps * kTile * kTileRows;  // shared elements of V
 
@@ -86,10 +99,7 @@ struct SideSumKernel {
     sums.for_problems(
         block, kRows,
         [&](const RowTiles<T>& tiles, const SideItem<T, Weights>& p, int64_t batch, T* out) {
-          dispatch_tiles(tiles.kind, tiles.d, [&](auto cost, auto difference) {
-            rows<decltype(cost), decltype(difference)::value>(block, tiles, p.weights, batch,
-                                                              p.y + batch * p.m * tiles.d, out);
-          });
+          rows(block, tiles, p.weights, batch, p.y + batch * p.m * tiles.d, out);
         });
   }
 
@@ -97,27 +107,26 @@ struct SideSumKernel {
   using Entries = TileEntries<T, FmaLayout<T>>;
   static constexpr int kVectors = kTileRows / kVector<T>;  // of a column of V
 
-  template <class Cost, bool kDifference, class Block>
-  OTLOSS_NOINLINE static void rows(Block block, const RowTiles<T>& tiles, const Weights& weights,
-                                   int64_t batch,
-                                   const T* y,  // (m, d)
-                                   T* out) {    // (rows, d + 1)
+  template <class Block>
+  OTLOSS_DEVICE static void rows(Block& block, const RowTiles<T>& tiles, const Weights& weights,
+                                 int64_t batch,
+                                 const T* y,  // (m, d)
+                                 T* out) {    // (rows, d + 1)
     const int count = static_cast<int>(tiles.last - tiles.first);
     Vector<T>* const V =  // (kTile, kVectors) of this warp
         block.template shared<Vector<T>>() + kArgumentBytes / static_cast<int>(sizeof(Vector<T>)) +
         block.thread() / kWarp * kTile * kVectors;
-    using Maker = TileMaker<Cost, kDifference, T, Block>;
+    using Maker = typename Tiles::template Maker<T, Block>;
     Maker maker(block, tiles, tile_shape<T>(kWarps, tiles.d, Maker::stage_elements(tiles)));
     maker.run(tiles.first, count, [&](const Entries& e) {
       block.warp_sync();  // the tile before was read
-      write_weights<Cost>(e, weights, batch, V + block.thread() % kWarp * kVectors);
+      write_weights(e, weights, batch, V + block.thread() % kWarp * kVectors);
       block.warp_sync();
       add_products(block, tiles, e, V, y, out);
     });
   }
 
   // Column c of lane l is number c kWarp + l in shared memory.
-  template <class Cost>
   OTLOSS_DEVICE static void write_weights(const Entries& e, const Weights& weights, int64_t batch,
                                           Vector<T>* V) {
     typename Entries::Values entries;
@@ -173,7 +182,7 @@ struct SideSumKernel {
 };
 
 // By tensor cores, see tensor_side_sums.cuh.
-template <class Weights>
+template <class Weights, class Tiles>
 struct TensorSideSumKernel {
   static constexpr int kThreads = kSolveThreads;
   static constexpr int kRows = SideSumShape::kRows;
@@ -182,22 +191,12 @@ struct TensorSideSumKernel {
 
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const {
+    using Sums = TensorSideSums<typename Tiles::Cost, Tiles::kLow, Weights, Block>;
     sums.for_problems(block, kRows,
                       [&](const RowTiles<float>& tiles, const SideItem<float, Weights>& p,
-                          int64_t batch, float* out) {
-                        dispatch_tensor_tiles(tiles.kind, tiles.made_by, [&](auto cost, auto low) {
-                          rows<decltype(cost), decltype(low)::value>(block, tiles, p.weights, batch,
-                                                                     out);
-                        });
+                          int64_t batch, float* out) {  // (rows, d + 1)
+                        Sums(block, tiles, p.weights, batch, out).run();
                       });
-  }
-
- private:
-  template <class Cost, bool kLow, class Block>
-  OTLOSS_NOINLINE static void rows(Block block, const RowTiles<float>& tiles,
-                                   const Weights& weights, int64_t batch,
-                                   float* out) {  // (rows, d + 1)
-    TensorSideSums<Cost, kLow, Weights, Block>(block, tiles, weights, batch, out).run();
   }
 };
 

@@ -15,182 +15,219 @@
 // The recursion's vectors are cut by rows and columns: all are in global memory, and a block only
 // sees others' v (in parts) and g_bar.
 //
-// Without cost matrices (made_sums.cuh) the recursion makes e, and then R, from the points, once
-// for the rows and once for the columns, and waits three times per iteration; point_sums_launch.cuh
-// makes the sums of the points.
-#include "cuda/gradient/unrolled_costs.cuh"
+// Without cost matrices e, and then R, are made from the points, once for the rows and once for the
+// columns: sweeps (../pass/sweeps.cuh) with a block for each problem between them;
+// point_sums_launch.cuh makes the sums of the points.
+#include "cuda/gradient/point_sums.h"
+#include "cuda/gradient/unrolled_adjoint.cuh"
+#include "cuda/pass/sweeps.cuh"
 
 namespace otloss::cuda {
 namespace {
 
-template <typename T, class Block, class Costs>
-class Adjoint {
- public:
-  using Team = typename Costs::Team;
+template <typename T>
+struct AdjointKernel {
+  static constexpr int kThreads = kSolveThreads;
 
-  OTLOSS_DEVICE Adjoint(Block& block, const typename Costs::Kernel& kernel)
-      : kernel_(kernel.arguments),
-        eps_(kernel.arguments.eps),
-        team_(block, kernel.arguments.team),
-        costs_(block, kernel, team_) {}
+  AdjointArguments<T> arguments;
 
-  OTLOSS_DEVICE void run() {
-    team_.for_problems(kernel_.groups, [&](const AdjointGroup<T>& p, int64_t batch) {
-      place(p, batch);
-      seed(p, batch);
-      for (int64_t l = p.L - 1; l >= 0; --l) step(p, batch, l);
-      if (p.grad_a == nullptr) return;
-      T *grad_a = p.grad_a + batch * p.n + team_.first_row(), *grad_b = p.grad_b + batch * p.m;
-      team_.for_rows([&](int i) { grad_a[i] = a_[i] > T(0) ? static_cast<T>(a_bar_[i]) : T(0); });
-      team_.for_columns(
-          [&](int j) { grad_b[j] = b_[j] > T(0) ? static_cast<T>(b_bar_[j]) : T(0); });
+  template <class Block>
+  OTLOSS_DEVICE void operator()(Block& block) const {
+    using Team = TeamSweep<T, Block>;
+    Team team(block, arguments.blocks);
+    team.for_problems(arguments.pack, [&](const AdjointGroup<T>& p, int64_t batch) {
+      const T* const tile = load(team, p.C + (batch * p.n + team.first_row()) * p.m);
+      recur(team, Adjoint<T, Block, Team>(arguments, team, p, batch, tile), p.L);
     });
   }
 
  private:
-  OTLOSS_DEVICE void place(const AdjointGroup<T>& p, int64_t batch) {
-    const int64_t row = team_.first_row(), rows = kernel_.team.rows;
-    x_ = row_penalty(p), y_ = column_penalty(p);
-    damp_f_ = x_.damping(eps_), damp_g_ = y_.damping(eps_);
-    k_ = static_cast<T>(kLog2E / eps_);
-    a_ = p.a + batch * p.n + row;
-    b_ = p.b + batch * p.m;
-    f_bar_ = kernel_.f_bar + team_.index() * rows + row;
-    a_bar_ = kernel_.a_bar + team_.index() * rows + row;
-    b_bar_ = kernel_.b_bar + team_.index() * kernel_.team.columns;
-    double sums[2] = {0, 0};
-    team_.for_rows([&](int i) { sums[0] += static_cast<double>(a_[i]); });
-    team_.for_columns([&](int j) { sums[1] += static_cast<double>(b_[j]); });
-    team_.sum(sums);
-    masses_ = Masses(sums[0], sums[1], p.penalties.balanced);
-    if (team_.first_thread()) p.masses[2 * batch] = sums[0], p.masses[2 * batch + 1] = sums[1];
-    costs_.place(p, batch);
+  // The costs of the block's rows to where passes read them.
+  template <class Team>
+  OTLOSS_DEVICE const T* load(Team& team, const T* C) const {
+    if (!arguments.blocks.resident) return C;
+    T* const tile = team.template at<T>(SweepShape(sizeof(T)).end);
+    const int64_t m = team.share().m;
+    team.for_entries([&](int i, int j) { tile[i * m + j] = C[i * m + j]; });
+    team.block_sync();
+    return tile;
   }
 
-  OTLOSS_DEVICE T log2_used(int j) const { return log2_weight(masses_.scaled(b_[j])); }
-
-  // H of iteration l, for all blocks to see after the next barrier.
-  OTLOSS_DEVICE void make_H(const AdjointGroup<T>& p, int64_t batch, int64_t l) {
-    const T* const before = g_before(p, batch, l);
-    T* const H = p.H + (batch * p.L + l) * p.m;
-    team_.for_columns([&](int j) {
-      const T G = before ? k_ * before[j] : T(0);
-      team_.store(H + j, b_[j] > T(0) ? G + log2_used(j) : static_cast<T>(kLog2Zero));
-    });
-  }
-
-  // The objective's own derivatives at the last potentials, and what comes from outside.
-  OTLOSS_DEVICE void seed(const AdjointGroup<T>& p, int64_t batch) {
-    const int64_t last = p.L - 1, row = team_.first_row();
-    const T *f = trace_f(p, batch, last) + row, *g = trace_g(p, batch, last);
-    const double scale = static_cast<double>(p.coefficient * p.grad[batch]);
-    T* const g_bar = p.g_bar + (batch * p.L + last) * p.m;
-    make_H(p, batch, last);
-    const auto put = [&](int j, double of_g, double of_b) {
-      const bool counts = b_[j] > T(0);
-      const T outside = p.grad_g ? p.grad_g[batch * p.m + j] : T(0);
-      const T whole = static_cast<T>(damp_g_) * (static_cast<T>(of_g) + outside);
-      team_.store(g_bar + j, counts ? whole : T(0));
-      b_bar_[j] = counts ? of_b : 0.0;
+  template <class Team, class Recursion>
+  OTLOSS_DEVICE void recur(Team& team, Recursion recursion, int64_t L) const {
+    const auto sum = [&](const auto& work, auto&& set) {
+      team.pass(work);
+      team.sync();
+      team.join(set);
     };
-    if (kernel_.objective == Objective::kTransport) {
-      T* const G = kernel_.G + team_.index() * kernel_.team.columns;
-      team_.for_columns([&](int j) { team_.store(G + j, k_ * g[j] + log2_used(j)); });
-      team_.sync();
-      costs_.transport(
-          PlanCostWork<T, T, Block>{team_.memory(), costs_.tile(), a_, f, G, k_, k_, f_bar_},
-          [&](int j, T sum) {
-            const double term = scale * static_cast<double>(sum);
-            put(j, term / eps_,
-                b_[j] > T(0) ? term / static_cast<double>(masses_.scaled(b_[j])) : 0.0);
-          });
-      team_.for_rows([&](int i) {
-        const double term = scale * static_cast<double>(f_bar_[i]);
-        f_bar_[i] = static_cast<T>(term / eps_);
-        a_bar_[i] = a_[i] > T(0) ? term / static_cast<double>(a_[i]) : 0.0;
-      });
+    recursion.begin();
+    if (recursion.is_transport()) {
+      T* const G = arguments.G + team.index() * arguments.blocks.columns;
+      team.for_columns([&](int j) { team.store(G + j, recursion.plan_G(j)); });
+      team.sync();
+      sum(recursion.cost_work(G), [&](int j, T v) { recursion.put_costs(j, v); });
+      team.block_sync();
+      recursion.seed_costs();
     } else {
-      const double eps = p.penalties.balanced ? 0.0 : eps_;
-      team_.for_rows([&](int i) {
-        const double v = static_cast<double>(f[i]);
-        f_bar_[i] = static_cast<T>(scale * x_.share(v)) * a_[i];
-        a_bar_[i] = scale * (x_.dual(v) + eps * masses_.b);
-      });
-      team_.for_columns([&](int j) {
-        const double v = static_cast<double>(g[j]), share = y_.share(v);
-        put(j, scale * share / damp_g_ * static_cast<double>(masses_.scaled(b_[j])),
-            scale * (y_.dual(v) + eps * (masses_.a - share)));
-      });
+      recursion.seed_dual();
     }
-    team_.for_rows([&](int i) {
-      const T outside = p.grad_f ? p.grad_f[batch * p.n + row + i] : T(0);
-      // Potentials that are NaN make the gradient NaN, which exponentials alone would not.
-      f_bar_[i] += a_[i] > T(0) ? outside + T(0) * f[i] : T(0);
-    });
-    team_.sync();
+    recursion.add_outside();
+    team.sync();
+    for (int64_t l = L - 1; l >= 0; --l) {
+      sum(recursion.work(l), [&](int j, T v) { recursion.take(l, j, v); });
+      if (l > 0) recursion.make_H(l - 1);
+      team.sync();
+    }
+    recursion.write();
   }
-
-  OTLOSS_DEVICE void step(const AdjointGroup<T>& p, int64_t batch, int64_t l) {
-    const int64_t at = batch * p.L + l, row = team_.first_row();
-    const IterationWork<Block, T> work{
-        team_.memory(),
-        costs_.tile(),
-        a_,
-        trace_f(p, batch, l) + row,
-        b_,
-        trace_g(p, batch, l),
-        p.g_bar + at * p.m,
-        p.H + at * p.m,
-        l == p.L - 1 ? f_bar_ : nullptr,
-        a_bar_,
-        p.R ? p.R + at * p.n + row : nullptr,
-        k_,
-        static_cast<T>(kLog2E / eps_ / damp_f_),
-        static_cast<T>(kLog2E / eps_ / damp_g_),
-        static_cast<T>(damp_f_),
-        eps_,
-    };
-    T* const next = l > 0 ? p.g_bar + (at - 1) * p.m : nullptr;
-    costs_.iteration(work, [&](int j, T v) {
-      const T g_bar = b_[j] > T(0) ? -v : T(0);
-      if (b_[j] > T(0))
-        b_bar_[j] += eps_ * static_cast<double>(g_bar) / static_cast<double>(masses_.scaled(b_[j]));
-      if (next) team_.store(next + j, static_cast<T>(damp_g_) * g_bar);
-    });
-    if (l > 0) make_H(p, batch, l - 1);
-    team_.sync();
-  }
-
-  const AdjointArguments<T>& kernel_;
-  const double eps_;
-  Team team_;
-  Costs costs_;
-  Penalty x_, y_;
-  double damp_f_, damp_g_;
-  T k_;
-  Masses masses_;
-  const T* a_;     // (rows,)
-  const T* b_;     // (m,)
-  T* f_bar_;       // (rows,)
-  double* a_bar_;  // (rows,) summed over all iterations
-  double* b_bar_;  // (m,)
 };
 
-}  // namespace
+// Without cost matrices: between the sweeps.
+template <typename T>
+struct AdjointWork : AdjointArguments<T> {
+  struct State {
+    int64_t l;  // iteration, or -1: P C
+  };
+  template <class Block>
+  using Team = TeamShare<T, Block, kControlThreads>;
+
+  IterationsOfPoints<T> made[kMaxGroups];
+  Orders<T> orders;
+  T* exponents;  // (problems, 2, orders.length) of the rows and the columns of an iteration
+
+  OTLOSS_DEVICE const Pack<AdjointGroup<T>>& groups() const { return this->pack; }
+  OTLOSS_DEVICE const TeamArguments<T>& team() const { return this->blocks; }
+
+  template <class Block>
+  OTLOSS_DEVICE bool advance(Block& block, Team<Block>& team, State& state,
+                             const AdjointGroup<T>& p, int64_t batch, bool first) const;
+};
+
+template <typename T, class Block>
+class SweptAdjoint : Adjoint<T, Block, typename AdjointWork<T>::template Team<Block>> {
+ public:
+  using Work = AdjointWork<T>;
+  using Team = typename Work::template Team<Block>;
+  using Base = Adjoint<T, Block, Team>;
+
+  OTLOSS_DEVICE SweptAdjoint(Block& block, const Work& work, Team& team,
+                             typename Work::State& state, const AdjointGroup<T>& p, int64_t batch)
+      : Base(work, team, p, batch, nullptr),
+        block_(block),
+        orders_(work.orders),
+        state_(state),
+        of_(work.made[&p - work.pack.items]),
+        exponents_(work.exponents + team.index() * 2 * work.orders.length),
+        scale_(kLog2E / work.eps) {}
+
+  // Asks for the first sums.
+  OTLOSS_DEVICE bool open() {
+    Base::begin();
+    block_.sync();
+    if (block_.thread() == 0) orders_.place(team_.index(), of_.points, p_.made.symmetric, scale_);
+    if (!this->is_transport()) {
+      Base::seed_dual();
+      Base::add_outside();
+      return iterate(p_.L - 1);
+    }
+    T *const F = exponents(-1).F, *const G = exponents(-1).G;
+    team_.for_rows([&](int i) { F[i] = Base::plan_F(i); });
+    team_.for_columns([&](int j) { G[j] = Base::plan_G(j); });
+    return ask(-1, 0, RowSum::kCost, nullptr);
+  }
+
+  // After those that were asked for. True: done.
+  OTLOSS_DEVICE bool advance() {
+    Base::resume();
+    const bool rows = orders_.of[team_.index()].side == 0;
+    if (state_.l < 0) return rows ? row_costs() : column_costs();
+    return rows ? row_sums() : column_sums();
+  }
+
+ private:
+  struct Exponents {
+    T *F, *G;
+  };
+  // Of an iteration, or of the last plan, which stay for the gradient of the points.
+  OTLOSS_DEVICE Exponents exponents(int64_t l) const {
+    if (l >= 0) return {exponents_, exponents_ + orders_.length};
+    return {of_.F + batch_ * packed_stride(p_.n), of_.G + batch_ * packed_stride(p_.m)};
+  }
+
+  OTLOSS_DEVICE T sum(int i) const { return static_cast<T>(orders_.sum(team_.index(), i)); }
+
+  OTLOSS_DEVICE bool ask(int64_t l, int side, RowSum what, const T* x) {
+    T *const F = exponents(l).F, *const G = exponents(l).G;
+    const SweepSide<T> rows = row_side(of_.points, batch_, p_.n, F);
+    const SweepSide<T> columns = column_side(of_.points, batch_, p_.m, G);
+    rows.pad(block_), columns.pad(block_);
+    block_.sync();
+    if (block_.thread() != 0) return false;
+    state_.l = l;
+    set_order(orders_.of[team_.index()], side, what, x, rows, columns);
+    return false;
+  }
+
+  OTLOSS_DEVICE bool row_costs() {
+    team_.for_rows([&](int i) { Base::f_bar()[i] = sum(i); });
+    return ask(-1, 1, RowSum::kCost, nullptr);
+  }
+
+  OTLOSS_DEVICE bool column_costs() {
+    team_.for_columns([&](int j) { Base::put_costs(j, sum(j)); });
+    Base::seed_costs();
+    Base::add_outside();
+    return iterate(p_.L - 1);
+  }
+
+  // The row sums of iteration l.
+  OTLOSS_DEVICE bool iterate(int64_t l) {
+    const IterationWork<Block, T> work = Base::work(l);
+    T *const F = exponents(l).F, *const G = exponents(l).G;
+    team_.for_rows([&](int i) { F[i] = work.row(i); });
+    team_.for_columns([&](int j) { G[j] = work.exponent_of(j); });
+    return ask(l, 0, RowSum::kPlan, work.g_bar);
+  }
+
+  OTLOSS_DEVICE bool row_sums() {
+    const IterationWork<Block, T> work = Base::work(state_.l);
+    T *const F = exponents(state_.l).F, *const G = exponents(state_.l).G;
+    team_.for_rows([&](int i) {
+      work.finish(i, sum(i), true);
+      F[i] = work.row_again(i);
+    });
+    team_.for_columns([&](int j) { G[j] = work.H[j]; });
+    return ask(state_.l, 1, RowSum::kPlan, work.R);
+  }
+
+  OTLOSS_DEVICE bool column_sums() {
+    const int64_t l = state_.l;
+    team_.for_columns([&](int j) { Base::take(l, j, sum(j)); });
+    if (l > 0) {
+      Base::make_H(l - 1);
+      return iterate(l - 1);
+    }
+    Base::write();
+    return true;
+  }
+
+  using Base::batch_, Base::p_, Base::team_;
+  Block& block_;
+  const Orders<T>& orders_;
+  typename Work::State& state_;
+  const IterationsOfPoints<T>& of_;
+  T* const exponents_;
+  const double scale_;
+};
 
 template <typename T>
 template <class Block>
-OTLOSS_DEVICE void AdjointKernel<T>::operator()(Block& block) const {
-  Adjoint<T, Block, StoredIterations<T, Block>>(block, *this).run();
+OTLOSS_DEVICE bool AdjointWork<T>::advance(Block& block, Team<Block>& team, State& state,
+                                           const AdjointGroup<T>& p, int64_t batch,
+                                           bool first) const {
+  SweptAdjoint<T, Block> adjoint(block, *this, team, state, p, batch);
+  return first ? adjoint.open() : adjoint.advance();
 }
-
-template <typename T>
-template <class Block>
-OTLOSS_DEVICE void MadeAdjointKernel<T>::operator()(Block& block) const {
-  Adjoint<T, Block, MadeIterations<T, Block>>(block, *this).run();
-}
-
-namespace {
 
 // Every workspace that the launches share.
 template <typename T>
@@ -207,27 +244,27 @@ Pack<AdjointGroup<T>> with_workspace(const Context& context, const Pack<Unrolled
   return groups;
 }
 
-// All but the team.
+// All but the blocks.
 template <typename T>
 void fill_arguments(const Context& context, const Pack<AdjointGroup<T>>& pack, double eps,
                     Objective objective, AdjointArguments<T>* arguments) {
-  const TeamArguments<T>& team = arguments->team;
-  arguments->groups = pack;
+  const TeamArguments<T>& blocks = arguments->blocks;
+  arguments->pack = pack;
   arguments->eps = eps;
   arguments->objective = objective;
-  arguments->f_bar = context.scratch<T>(team.teams * team.rows);
-  arguments->G = context.scratch<T>(team.teams * team.columns);
-  arguments->a_bar = context.scratch<double>(team.teams * team.rows);
-  arguments->b_bar = context.scratch<double>(team.teams * team.columns);
+  arguments->f_bar = context.scratch<T>(blocks.teams * blocks.rows);
+  arguments->G = context.scratch<T>(blocks.teams * blocks.columns);
+  arguments->a_bar = context.scratch<double>(blocks.teams * blocks.rows);
+  arguments->b_bar = context.scratch<double>(blocks.teams * blocks.columns);
 }
 
 template <typename T>
 void stored_backward(const Context& context, const Pack<AdjointGroup<T>>& pack, double eps,
                      Objective objective) {
   AdjointKernel<T> adjoint{};
-  const Grid team = plan_team<AdjointKernel<T>, T>(context, pack, &adjoint.arguments.team);
+  const Grid grid = plan_team<AdjointKernel<T>>(context, pack, &adjoint.arguments.blocks);
   fill_arguments(context, pack, eps, objective, &adjoint.arguments);
-  launch(context, adjoint, team);
+  launch(context, adjoint, grid);
   accumulate_costs(context, pack, eps, objective);
 }
 
@@ -235,31 +272,40 @@ template <typename T>
 void made_backward(const Context& context, const Pack<UnrolledGroup<T>>& given,
                    const Pack<AdjointGroup<T>>& pack, double eps, Objective objective,
                    Packer<T>& packer) {
-  MadeAdjointKernel<T> adjoint{};
-  TeamArguments<T>& team = adjoint.arguments.team;
-  const Grid grid =
-      plan_made_team<T>(context, pack, pack.items[0].made.points.d, &team, &adjoint.layout);
-  fill_arguments(context, pack, eps, objective, &adjoint.arguments);
-  adjoint.rows = context.scratch<T>(team.teams * 3 * team.rows);
-  adjoint.columns = context.scratch<T>(team.teams * 3 * team.columns);
+  const Shape shape = shape_of<T>(pack);
+  const PointPair<T>& points = pack.items[0].made.points;
+  if (shape.problems == 0) return;
+  const SolvePlan plan =
+      choose_streamed_plan(shape, points.d, limits(context.device), Regime::kAuto);
+  AdjointWork<T> work{};
+  fill_team(context, shape, plan, &work.blocks);
+  work.blocks.rows = work.blocks.columns = plan.vector_length;
+  fill_arguments(context, pack, eps, objective, &work);
+  SweepArguments<RowSums<T>> sweep;
+  const Grid grid = plan_sweeps(context, shape, plan, &work.orders, &sweep);
+  work.exponents = context.scratch<T>(shape.problems * 2 * plan.vector_length);
+  int64_t most = 0;
   for (int g = 0; g < pack.count; ++g) {
     const AdjointGroup<T>& p = pack.items[g];
-    adjoint.made[g] = {packer(p.batch, p.n, p.m, p.made.points),
-                       context.scratch<T>(p.batch * packed_stride(p.n)),
-                       context.scratch<T>(p.batch * packed_stride(p.m)),
-                       p.R,
-                       p.g_bar,
-                       p.H};
+    most = std::max(most, 2 * (p.L + 1));
+    work.made[g] = {packer(p.batch, p.n, p.m, p.made.points),
+                    context.scratch<T>(p.batch * packed_stride(p.n)),
+                    context.scratch<T>(p.batch * packed_stride(p.m)),
+                    p.R,
+                    p.g_bar,
+                    p.H};
     if (objective == Objective::kTransport) continue;
     // There is no last plan, but its exponents are loaded with the points.
     const auto bytes = [&](int64_t count) {
       return p.batch * packed_stride(count) * static_cast<int64_t>(sizeof(T));
     };
-    clear(context, adjoint.made[g].F, bytes(p.n));
-    clear(context, adjoint.made[g].G, bytes(p.m));
+    clear(context, work.made[g].F, bytes(p.n));
+    clear(context, work.made[g].G, bytes(p.m));
   }
-  launch(context, adjoint, grid);
-  unrolled_point_sums(context, given, adjoint.made, eps, objective);
+  run_controls(context, work, shape.problems, most, [&](Queue& queue) {
+    queue_sweep<Products>(queue, sweep, points.kind, points.d, grid);
+  });
+  unrolled_point_sums(context, given, work.made, eps, objective);
 }
 
 }  // namespace

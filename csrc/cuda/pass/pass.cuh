@@ -153,7 +153,7 @@ OTLOSS_NOINLINE void panel_pass(Block block, PassState<S> state, Work work) {
     S partial[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const S row = Work::kHasRow ? block.shuffle(value, r * P::kLanes) : S(0);
+      const S row = block.shuffle(value, r * P::kLanes);
       partial[r] = S(0);
 #pragma unroll
       for (int v = 0; v < kColumns; ++v) {

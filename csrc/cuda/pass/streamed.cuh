@@ -1,13 +1,8 @@
 // Sums over the rows of a cost matrix that is made from the points on the way and never stored.
 //
-// A block has some of the rows and passes over all columns, so that its sums need nobody else, or
-// blocks share rows and each passes over a part of the columns. Tiles of costs come from a maker
-// (tiles.cuh); per entry there is one exponential, and a few shuffles add up the rows of a tile.
-//
-// As in the dense pass no maximum is subtracted: the last potential is the guess that keeps the
-// exponents near 0. Points whose sums leave the trusted range get their maximum from a second
-// sweep and their sum from a third. Sums of a tile are in the working precision, sums over tiles in
-// double.
+// A block has some of the rows and passes over all columns, or over a part of them. Tiles of costs
+// come from a maker (tiles.cuh); per entry there is one exponential, and a few shuffles add up the
+// rows of a tile. Sums of a tile are in the working precision, sums over tiles in double.
 #pragma once
 
 #include <limits>
@@ -24,24 +19,40 @@
 
 namespace otloss::cuda {
 
-// Calls function(Cost, std::bool_constant<whether from differences>).
+// Who makes costs, for kernels of their own each.
+template <class CostOf, bool kDifference>
+struct FmaTiles {
+  using Cost = CostOf;
+  template <typename T, class Block>
+  using Maker = TileMaker<Cost, kDifference, T, Block>;
+};
+template <class CostOf, bool kLowHalves>
+struct TensorTiles {
+  using Cost = CostOf;
+  static constexpr bool kLow = kLowHalves;
+  template <typename T, class Block>
+  using Maker = TensorTileMaker<Cost, RowSumShape, kLow, Block>;
+};
+
+// Calls function(FmaTiles) for costs of d coordinates.
 template <class F>
-OTLOSS_DEVICE void dispatch_tiles(CostKind kind, int64_t d, F&& function) {
-  const bool difference = d <= kDirectDims;
+void dispatch_tiles(CostKind kind, int64_t d, F&& function) {
   dispatch_cost(kind, [&](auto cost) {
-    if constexpr (decltype(cost)::kUnitNorm)
-      function(cost, std::false_type{});
+    using Cost = decltype(cost);
+    if constexpr (Cost::kUnitNorm)
+      function(FmaTiles<Cost, false>{});
     else
-      difference ? function(cost, std::true_type{}) : function(cost, std::false_type{});
+      d <= kDirectDims ? function(FmaTiles<Cost, true>{}) : function(FmaTiles<Cost, false>{});
   });
 }
 
-// For tensor cores: function(Cost, std::bool_constant<whether with low halves>).
+// Calls function(TensorTiles).
 template <class F>
-OTLOSS_DEVICE void dispatch_tensor_tiles(CostKind kind, TileKind made_by, F&& function) {
-  const bool low = made_by == TileKind::kTensor;
+void dispatch_tensor_tiles(CostKind kind, TileKind made_by, F&& function) {
   dispatch_cost(kind, [&](auto cost) {
-    low ? function(cost, std::true_type{}) : function(cost, std::false_type{});
+    using Cost = decltype(cost);
+    made_by == TileKind::kTensor ? function(TensorTiles<Cost, true>{})
+                                 : function(TensorTiles<Cost, false>{});
   });
 }
 
@@ -49,16 +60,20 @@ OTLOSS_DEVICE void dispatch_tensor_tiles(CostKind kind, TileKind made_by, F&& fu
 
 // What is added up over the columns j of row i, with t_ij = F_i + G_j - k C_ij.
 enum class RowSum {
+  kNone,     // nothing
   kPlan,     // exp2(t_ij)
   kLargest,  // the largest t_ij
   kCost      // exp2(t_ij) C_ij
 };
 
-template <typename T>
+// S: the type of sums and factors.
+template <typename T, typename S = T>
 struct RowSums {
   RowTiles<T> tiles;
   RowSum what;
-  T* out;        // (last - first,)
+  int side;      // 0: the rows are the problem's, 1: its columns
+  const S* x;    // (columns,) factors (ProductTerms), or null: 1; may be written by other blocks
+  S* out;        // (last - first,)
   int64_t sums;  // bytes of shared memory before the streamed_sums doubles; the arguments' precede
 };
 
@@ -87,7 +102,7 @@ OTLOSS_DEVICE T tile_sum(Block& block, const TileEntries<T, Layout>& e) {
   return scatter_reduce<Join, Layout::kLanes>(block, sums);
 }
 
-// What sum_rows adds up. kPlan has one of its own, whose registers need not do for the others.
+// What add_rows adds up. kPlan has one of its own, whose registers need not do for the others.
 template <typename T, bool kPlan>
 class RowTerms {
  public:
@@ -112,10 +127,65 @@ class RowTerms {
   const RowSum what_;
 };
 
-// Sums of a block's rows over all tiles of its columns. Not inlined: each is a few hundred
-// instructions, called a few times per pass.
+// The sums over a plan times the factors x of its columns, for gradients.
+//
+// F_i + G_j is added first and costs do not depend on which side is first, so that both sides get
+// the same P_ij, bit for bit, as if it was kept: the linear system of the implicit gradient stays
+// symmetric. Tensor cores would not do that, nor are they used.
+template <typename T, typename S>
+class ProductTerms {
+ public:
+  using Arguments = RowSums<T, S>;
+  using Value = S;
+
+  OTLOSS_DEVICE explicit ProductTerms(const Arguments& p) : p_(p) {}
+
+  OTLOSS_DEVICE S start() const { return S(0); }
+  OTLOSS_DEVICE double join(double x, double y) const { return x + y; }
+
+  // Joined over the warp as in tile_sum.
+  template <class Block>
+  OTLOSS_DEVICE S of_tile(Block& block, const TileEntries<T, FmaLayout<T>>& e) {
+    load(block, e.column);
+    S sums[kTileRows];
+#pragma unroll
+    for (int r = 0; r < kTileRows; ++r) {
+      const T F = e.potential(r);
+      sums[r] = S(0);
+#pragma unroll
+      for (int c = 0; c < kVector<T>; ++c) {
+        const T t = (F + e.G[c]) - e.k * e.cost[r][c];
+        // A clamped exponential stands for 0, so that padding gets exactly 0.
+        T p = t > static_cast<T>(-kExp2Limit) ? fast_exp2(t) : T(0);
+        if (p_.what == RowSum::kCost) p = p != T(0) ? p * e.cost[r][c] : T(0);
+        sums[r] += static_cast<S>(p) * x_[c];
+      }
+    }
+    return scatter_reduce<Sum>(block, sums);
+  }
+
+ private:
+  // x of the thread's columns, which stay while its tile does.
+  template <class Block>
+  OTLOSS_DEVICE void load(const Block& block, int64_t first) {
+    if (first == column_) return;
+    column_ = first;
+#pragma unroll
+    for (int c = 0; c < kVector<T>; ++c) {
+      const bool inside = first + c < p_.tiles.end;
+      x_[c] = inside ? S(1) : S(0);
+      if (p_.x != nullptr && inside) x_[c] = block.load(p_.x + first + c);
+    }
+  }
+
+  const Arguments& p_;
+  int64_t column_ = -1;
+  S x_[kVector<T>];
+};
+
+// Sums of a block's rows over all tiles of its columns.
 template <class Maker, class Terms, class Block>
-OTLOSS_NOINLINE void sum_rows(Block block, const typename Terms::Arguments& p) {
+OTLOSS_DEVICE void add_rows(Block& block, const typename Terms::Arguments& p) {
   using Layout = typename Maker::Layout;
   constexpr int kLanes = Layout::kLanes / Layout::kRows;  // of a row, after the reduction
   const auto& tiles = p.tiles;
@@ -142,146 +212,5 @@ OTLOSS_NOINLINE void sum_rows(Block block, const typename Terms::Arguments& p) {
     block.sync();
   }
 }
-
-template <class Maker, typename T, class Block>
-OTLOSS_DEVICE void sum_rows_of(Block& block, const RowSums<T>& args) {
-  if (args.what == RowSum::kPlan)
-    sum_rows<Maker, RowTerms<T, true>>(block, args);
-  else
-    sum_rows<Maker, RowTerms<T, false>>(block, args);
-}
-
-template <bool kTensor, typename T, class Block>
-OTLOSS_DEVICE void reduce_rows(Block& block, const RowSums<T>& given) {
-  const RowSums<T>& args = share_arguments(block, given, given.sums - kArgumentBytes);
-  const RowTiles<T>& tiles = args.tiles;
-  if constexpr (kTensor)
-    dispatch_tensor_tiles(tiles.kind, tiles.made_by, [&](auto cost, auto low) {
-      constexpr bool kLow = decltype(low)::value;
-      sum_rows_of<TensorTileMaker<decltype(cost), RowSumShape, kLow, Block>>(block, args);
-    });
-  else
-    dispatch_tiles(tiles.kind, tiles.d, [&](auto cost, auto difference) {
-      constexpr bool kDifference = decltype(difference)::value;
-      sum_rows_of<TileMaker<decltype(cost), kDifference, T, Block>>(block, args);
-    });
-}
-
-// ------------------------------------------------------------------------------------- softmin
-
-// The rows of a sweep, shared by the blocks of a group, which have a part of the columns each.
-template <typename T>
-struct SharedRows {
-  const T* weight;   // (rows,)
-  T* F;              // (rows,) potentials in base 2; may be written by other blocks
-  T* s;              // (rows,)
-  int own, own_end;  // rows that this block updates
-  T* scratch;        // (kSoftminVectors, parts, length)
-  int64_t length;    // of a vector
-};
-
-constexpr int kSoftminVectors = 4;
-
-// update(): exact potentials from the guess F, F_i -= log2 sum_j exp2(F_i + G_j - k C_ij), and
-// those sums, s, of the block's own rows. Rows of weight 0 get F = 0, s = 1. All blocks of the
-// group call it together; they see the same sums, so they agree on what has to be made again.
-template <typename T, class Block, bool kTensor>
-class Softmin {
- public:
-  OTLOSS_DEVICE Softmin(Block& block, Team<Block, kSolveThreads>& group, const RowSums<T>& sweep,
-                        const SharedRows<T>& rows)
-      : block_(block),
-        group_(group),
-        sweep_(sweep),
-        p_(rows),
-        rows_(static_cast<int>(sweep.tiles.last - sweep.tiles.first)),
-        guess_(vector(0, group.rank())) {
-    sweep_.tiles.F = guess_;
-  }
-
-  // (rows,) sums of exp2(t) C over this block's part of the columns.
-  OTLOSS_NOINLINE const T* costs() {
-    guess();
-    sweep_.what = RowSum::kCost, sweep_.out = vector(kSums, group_.rank());
-    reduce_rows<kTensor>(block_, sweep_);
-    return sweep_.out;
-  }
-
-  OTLOSS_NOINLINE void update() {
-    guess();
-    reduce(RowSum::kPlan, kSums);
-    const bool again = any_untrusted();
-    if (again) {
-      reduce(RowSum::kLargest, kLargest);
-      for (int i = block_.thread(); i < rows_; i += kSolveThreads)
-        if (untrusted(i)) guess_[i] -= joined(RowSum::kLargest, kLargest, i);
-      block_.sync();
-      reduce(RowSum::kPlan, kAgain);
-    }
-    for (int i = p_.own + block_.thread(); i < p_.own_end; i += kSolveThreads) {
-      const T before = p_.F[i], sum = joined(RowSum::kPlan, kSums, i);
-      p_.s[i] = sum, p_.F[i] = before - fast_log2(sum);
-      if (again && untrusted(i)) {
-        p_.F[i] = guess_[i] - fast_log2(joined(RowSum::kPlan, kAgain, i));
-        const T t = before - p_.F[i], limit = static_cast<T>(kExp2Limit);
-        p_.s[i] = fast_exp2(t < limit ? t : limit);
-      }
-      if (!(p_.weight[i] > T(0))) p_.F[i] = T(0), p_.s[i] = T(1);
-    }
-    block_.sync();
-  }
-
- private:
-  // Vectors of scratch, one of each for every part of the columns.
-  enum Stored { kGuess, kSums, kLargest, kAgain };
-  static_assert(kAgain + 1 == kSoftminVectors);
-
-  OTLOSS_DEVICE T* vector(int stored, int part) const {
-    return p_.scratch + (stored * group_.size() + part) * p_.length;
-  }
-
-  // The potentials of all rows, before anybody updates them.
-  OTLOSS_DEVICE void guess() {
-    for (int i = block_.thread(); i < rows_; i += kSolveThreads) guess_[i] = group_.load(p_.F + i);
-    block_.sync();
-  }
-
-  // A sweep of all blocks of the group.
-  OTLOSS_DEVICE void reduce(RowSum what, Stored stored) {
-    sweep_.what = what, sweep_.out = vector(stored, group_.rank());
-    reduce_rows<kTensor>(block_, sweep_);
-    group_.sync();
-  }
-
-  // Row i of the parts' sums; the same in all blocks.
-  OTLOSS_DEVICE T joined(RowSum what, Stored stored, int i) const {
-    double total = static_cast<double>(group_.load(vector(stored, 0) + i));
-    for (int part = 1; part < group_.size(); ++part)
-      total = join_sums(what, total, static_cast<double>(group_.load(vector(stored, part) + i)));
-    return static_cast<T>(total);
-  }
-
-  OTLOSS_DEVICE bool untrusted(int i) const {
-    return p_.weight[i] > T(0) && !trusted(joined(RowSum::kPlan, kSums, i));
-  }
-  OTLOSS_DEVICE bool any_untrusted() {
-    int* const flag = reinterpret_cast<int*>(block_.template shared<unsigned char>() + sweep_.sums);
-    if (block_.thread() == 0) *flag = 0;
-    block_.sync();
-    for (int i = block_.thread(); i < rows_; i += kSolveThreads)
-      if (untrusted(i)) *flag = 1;
-    block_.sync();
-    const bool any = *flag != 0;
-    block_.sync();
-    return any;
-  }
-
-  Block& block_;
-  Team<Block, kSolveThreads>& group_;
-  RowSums<T> sweep_;
-  const SharedRows<T> p_;
-  const int rows_;
-  T* const guess_;  // (rows,)
-};
 
 }  // namespace otloss::cuda

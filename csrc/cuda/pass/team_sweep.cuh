@@ -37,9 +37,8 @@ struct TeamArguments {
   unsigned* counters;  // (teams, kCounterLine), 0
 };
 
-// One problem at a time: the team, and its block's share of the rows and columns, in pieces of
-// kShare.
-template <typename S, class Block, int kShare, int kBlockThreads = kSolveThreads>
+// One problem at a time: the team, and its block's share of the rows and columns.
+template <typename S, class Block, int kBlockThreads = kSolveThreads>
 class TeamShare {
  public:
   static constexpr int kThreads = kBlockThreads, kWarps = kThreads / kWarp;
@@ -69,8 +68,7 @@ class TeamShare {
   OTLOSS_DEVICE void for_problems(const Groups& groups, F&& function) {
     for (int64_t p = index(); p < args_.problems; p += args_.teams) {
       int64_t batch = p;
-      int group = 0;
-      while (batch >= groups.items[group].batch) batch -= groups.items[group++].batch;
+      const int group = group_of(groups, &batch);
       if (block_.thread() == 0) place(groups.items[group].n, groups.items[group].m);
       block_.sync();
       function(groups.items[group], batch);
@@ -80,8 +78,7 @@ class TeamShare {
 
   OTLOSS_DEVICE const Share& share() const { return scratch_.share; }
   OTLOSS_DEVICE int64_t index() const { return share().index; }  // of the team
-  OTLOSS_DEVICE bool first_block() const { return team_.rank() == 0; }
-  OTLOSS_DEVICE bool first_thread() const { return first_block() && block_.thread() == 0; }
+  OTLOSS_DEVICE bool first_thread() const { return team_.rank() == 0 && block_.thread() == 0; }
   OTLOSS_DEVICE int64_t first_row() const { return share().first_row; }
   OTLOSS_DEVICE int first_column() const { return share().first_column; }
   OTLOSS_DEVICE int rows() const { return share().rows; }
@@ -120,7 +117,7 @@ class TeamShare {
   OTLOSS_DEVICE void place(int64_t n, int64_t m) {
     Share& s = scratch_.share;
     const auto cut = [this](int64_t count, int64_t* share, int64_t* first) {
-      *share = ceil_div(count, team_.size() * kShare) * kShare;
+      *share = ceil_div(count, team_.size());
       *first = *share * team_.rank() < count ? *share * team_.rank() : count;
       return static_cast<int>((*first + *share < count ? *first + *share : count) - *first);
     };
@@ -139,10 +136,10 @@ class TeamShare {
 };
 
 // With the pass over a matrix in memory.
-template <typename S, class Block, int kShare = 1, int kBlockThreads = kSolveThreads>
-class TeamSweep : public TeamShare<S, Block, kShare, kBlockThreads> {
+template <typename S, class Block, int kBlockThreads = kSolveThreads>
+class TeamSweep : public TeamShare<S, Block, kBlockThreads> {
  public:
-  using Base = TeamShare<S, Block, kShare, kBlockThreads>;
+  using Base = TeamShare<S, Block, kBlockThreads>;
   using Base::kThreads, Base::kWarps;
 
   OTLOSS_DEVICE TeamSweep(Block& block, const TeamArguments<S>& arguments)
@@ -251,16 +248,16 @@ inline Grid team_grid(const SolvePlan& plan, int64_t shared) {
 
 // Fills the arguments of a kernel for the problems of a pack. The team is the one that the solve
 // would have, which moves the same entries between the same barriers.
-template <class Kernel, typename T, typename S, typename Group>
-Grid plan_team(const Context& context, const Pack<Group>& pack, TeamArguments<S>* arguments) {
+template <class Kernel, typename T, typename Group>
+Grid plan_team(const Context& context, const Pack<Group>& pack, TeamArguments<T>* arguments) {
   const Shape shape = shape_of<T>(pack);
   if (shape.problems == 0) return Grid{0};
   const Limits device = limits(context.device);
   const auto bytes = [&](const SolvePlan& plan) {  // with the tile, if that fits
     const int64_t tile = ceil_div(shape.n, plan.team_size) * shape.m * shape.element;
-    const int64_t both = SweepShape(sizeof(S)).end + tile;
+    const int64_t both = SweepShape(sizeof(T)).end + tile;
     const bool fits = plan.resident && both <= static_cast<int64_t>(device.shared_per_block);
-    return static_cast<size_t>(fits ? both : SweepShape(sizeof(S)).end);
+    return static_cast<size_t>(fits ? both : SweepShape(sizeof(T)).end);
   };
   // Gradients of a streamed solve that need the matrices get them.
   const Regime asked = forced_regime(), forced = asked == Regime::kStreamed ? Regime::kAuto : asked;
@@ -269,7 +266,7 @@ Grid plan_team(const Context& context, const Pack<Group>& pack, TeamArguments<S>
   });
   fill_sweep(context, shape, plan, arguments);
   const Grid grid = team_grid(plan, static_cast<int64_t>(bytes(plan)));
-  arguments->resident = grid.shared > SweepShape(sizeof(S)).end;
+  arguments->resident = grid.shared > SweepShape(sizeof(T)).end;
   return grid;
 }
 

@@ -86,19 +86,6 @@ struct RowTiles {
   int64_t room;    // bytes of all stages
 };
 
-// The block's copy of arguments in shared memory, `offset` bytes from its start.
-template <class Arguments, class Block>
-OTLOSS_DEVICE const Arguments& share_arguments(Block& block, const Arguments& given,
-                                               int64_t offset) {
-  static_assert(sizeof(Arguments) <= kArgumentBytes, "raise kArgumentBytes");
-  Arguments& shared =
-      *reinterpret_cast<Arguments*>(block.template shared<unsigned char>() + offset);
-  block.sync();
-  if (block.thread() == 0) shared = given;
-  block.sync();
-  return shared;
-}
-
 // Whether entries that lost digits by cancellation are worth making again, where nothing but their
 // exponentials is wanted: all entries are off by rounding of the largest norms, near pairs no more
 // than others, and what counts is that rounding over eps. A root makes more of it near 0.

@@ -7,7 +7,8 @@
 // its own entries, but for G, which everybody reads.
 //
 // Costs (stored_costs.cuh, made_costs.cuh) tells where costs are: place() by one thread, load(),
-// pass() from G and F, columns() and guard() for the update of the columns, transport(), entry().
+// pass() from G and F, columns() and guard() for the update of the columns, transport(), entry() of
+// two samples.
 #pragma once
 
 #include <limits>
@@ -273,24 +274,23 @@ class Evaluation {
     one([&] { s_.control.observe({0, 8 * roundoff<T>() * sums[1], sums[0] / s_.mass_x}); });
   }
 
-  // Standard deviation of C_ij - mean_i - mean_j + mean over at most 256 x 256 points of positive
-  // weight, a part of them for each block.
+  // Standard deviation of C_ij - mean_i - mean_j + mean over the samples of positive weight, a part
+  // of them for each block.
   OTLOSS_NOINLINE double sigma() {
-    constexpr int kSample = 256, kWarps = Team::kWarps;
+    constexpr int kWarps = Team::kWarps;
     const int64_t n = s_.group->n, m = s_.group->m;
-    const int r = n < kSample ? static_cast<int>(n) : kSample;
-    const int c = m < kSample ? static_cast<int>(m) : kSample;
+    const int r = sample_size(n), c = sample_size(m);
     const int lane = block_.thread() % kWarp, warp = block_.thread() / kWarp;
     const int rank = team_.team().rank(), size = team_.team().size();
-    const auto row = [&](int i) { return i * n / r; };
-    const auto column = [&](int j) { return j * m / c; };
+    const auto row = [&](int i) { return sample(i, n); };
+    const auto column = [&](int j) { return sample(j, m); };
     double sums[6] = {};  // of C, C^2, squares of row sums, of column sums; rows, columns
     for (int i = rank * kWarps + warp; i < r; i += size * kWarps) {
       if (!(s_.weights[row(i)] > T(0))) continue;
       double sum[2] = {0, 0};
       for (int j = lane; j < c; j += kWarp) {
         if (!(s_.b[column(j)] > T(0))) continue;
-        const double value = static_cast<double>(costs_.entry(row(i), column(j)));
+        const double value = static_cast<double>(costs_.entry(i, j));
         sum[0] += value, sum[1] += value * value;
       }
       warp_sum(block_, sum);
@@ -301,7 +301,7 @@ class Evaluation {
       if (!(s_.b[column(j)] > T(0))) continue;
       double sum = 0;
       for (int i = 0; i < r; ++i)
-        if (s_.weights[row(i)] > T(0)) sum += static_cast<double>(costs_.entry(row(i), column(j)));
+        if (s_.weights[row(i)] > T(0)) sum += static_cast<double>(costs_.entry(i, j));
       sums[3] += sum * sum, sums[5] += 1;
     }
     team_.sum(sums);

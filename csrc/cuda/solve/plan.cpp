@@ -23,16 +23,18 @@ constexpr double kClusterSync = 850;    // every warp waits for its writes and d
 constexpr double kGridSync = 2000;
 constexpr double kSyncsPerPass = 4;
 
+// What problems lose that run side by side, since they need different numbers of passes and the
+// last one has the device to itself on its share of it only.
+constexpr double kUneven = 1.5;
+
 // Streamed: instructions per entry beside those on its coordinates, and how many run per clock;
-// barriers in a pass; and what problems lose that run side by side, since they need different
-// numbers of passes and the last one has the device to itself on its share of it only.
+// launches in a pass.
 constexpr double kEntryOperations = 8;
 constexpr double kOperations = 128;
-constexpr double kStreamedSyncs = 5;
-constexpr double kUneven = 1.5;
+constexpr double kStreamedLaunches = 4;
 // With tensor cores: instructions per entry beside the products; cycles of a product of 16 x 8 x 16
 // (1024 multiply-adds per clock: what mma.sync does on all architectures); cycles until the first
-// columns of a sweep have arrived; bytes per clock from the L2 cache, for the parts of shared rows.
+// columns of a sweep have arrived; bytes per clock from the L2 cache, for the sums of a sweep.
 constexpr double kTensorOperations = 16;
 constexpr double kMmaCycles = 2;
 constexpr double kMmaEntries = 16 * 8;
@@ -73,14 +75,12 @@ SharedLayout lay_out(const Shape& shape, int64_t rows, bool vectors, bool tile) 
   return layout;
 }
 
-// All that is left of shared memory is for the stages; vectors are in the workspace.
-SharedLayout lay_out_streamed(int64_t element, const Limits& limits, TileKind tiles) {
-  Shape shape;
-  shape.element = element;
-  SharedLayout layout = lay_out(shape, 0, false, false);
-  layout.sums = layout.bytes + kArgumentBytes;
-  layout.tile = layout.sums + streamed_sums(tiles) * static_cast<int64_t>(sizeof(double));
-  layout.bytes = static_cast<int64_t>(limits.shared_per_block) / kAlign * kAlign;
+// All that is left of shared memory is for the stages.
+StreamedLayout lay_out_streamed(const Limits& limits, TileKind tiles) {
+  StreamedLayout layout{};
+  layout.sums = kArgumentBytes;
+  layout.stages = layout.sums + streamed_sums(tiles) * static_cast<int64_t>(sizeof(double));
+  layout.room = static_cast<int64_t>(limits.shared_per_block) / kAlign * kAlign - layout.stages;
   return layout;
 }
 
@@ -96,21 +96,21 @@ double streamed_rate(const Shape& shape, int64_t d, TileKind tiles) {
   return 1 / (products * depths * kMmaCycles / kMmaEntries + kTensorOperations / kOperations);
 }
 
-// Cycles of a sweep of a team for `rows`, where `parts` blocks share rows and cut the columns.
-double sweep_cycles(const Shape& shape, int64_t rows, int64_t columns, int64_t team, int64_t parts,
-                    TileKind tiles, double rate) {
-  int64_t own = std::min(rows, ceil_to(ceil_div(rows, team), kTileRows) * parts);
-  int64_t other = ceil_div(columns, parts);
+// Cycles of a sweep over all problems; the block that adds up the parts is alone with its problem.
+double sweep_cycles(const Shape& shape, int64_t rows, int64_t columns, const SweepCut& cut,
+                    int64_t multiprocessors, TileKind tiles, double rate) {
+  int64_t own = std::min(rows, cut.rows), other = ceil_div(columns, cut.parts);
   double cycles = 0;
-  if (parts > 1)
-    cycles = kGridSync + static_cast<double>(own * parts * shape.element) / kCacheBytes;
   if (tiles == TileKind::kFma) {
-    if (parts > 1) other = ceil_to(other, kSolveThreads * 4);
+    if (cut.parts > 1) other = ceil_to(other, kSolveThreads * 4);
   } else {
-    cycles += kFillCycles * static_cast<double>(ceil_div(own, RowSumShape::kRows));
+    cycles = kFillCycles * static_cast<double>(ceil_div(own, RowSumShape::kRows));
     own = ceil_to(own, RowSumShape::kWarpRows), other = ceil_to(other, RowSumShape::kColumns);
   }
-  return cycles + static_cast<double>(own) * static_cast<double>(other) / rate;
+  cycles += static_cast<double>(own) * static_cast<double>(other) / rate;
+  const int64_t turns = ceil_div(shape.problems * cut.blocks(rows), multiprocessors);
+  return static_cast<double>(turns) * cycles +
+         static_cast<double>(rows * cut.parts * shape.element) / kCacheBytes;
 }
 
 int forced_number(const char* name) {
@@ -118,21 +118,21 @@ int forced_number(const char* name) {
   return text == nullptr ? 0 : std::atoi(text);
 }
 
-// The parts with the fewest cycles, which are added to `cycles`.
-int choose_parts(const Shape& shape, int64_t rows, int64_t columns, int64_t team, TileKind tiles,
-                 double rate, double* cycles) {
-  const int forced = forced_number("OTLOSS_CUDA_PARTS");
-  int best = 0;
+// About a block for each multiprocessor; the parts with the fewest cycles, which are added to
+// `cycles`.
+SweepCut choose_cut(const Shape& shape, int64_t rows, int64_t columns, int64_t multiprocessors,
+                    TileKind tiles, double rate, double* cycles) {
+  constexpr int kMostParts = 32;
+  const int forced = forced_number("OTLOSS_CUDA_PARTS"), first = std::max(forced, 1);
+  SweepCut best{};
   double least = 0;
-  for (int64_t parts = 1; parts <= team; ++parts) {
-    if (team % parts != 0 || (forced > 0 && parts != forced)) continue;
-    const double time = sweep_cycles(shape, rows, columns, team, parts, tiles, rate);
-    if (best != 0 && !(time < least)) continue;
-    best = static_cast<int>(parts), least = time;
+  for (int parts = first; parts <= (forced > 0 ? forced : kMostParts); ++parts) {
+    const int64_t share = ceil_div(rows * parts * shape.problems, multiprocessors);
+    const SweepCut cut{ceil_to(std::min(share, rows), kTileRows), parts};
+    const double time = sweep_cycles(shape, rows, columns, cut, multiprocessors, tiles, rate);
+    if (best.parts > 0 && !(time < least)) continue;
+    best = cut, least = time;
   }
-  if (best == 0)
-    throw std::runtime_error("otloss: OTLOSS_CUDA_PARTS=" + std::to_string(forced) +
-                             " must divide the " + std::to_string(team) + " blocks of a team");
   *cycles += least;
   return best;
 }
@@ -199,16 +199,19 @@ SolvePlan complete(const Shape& shape, const Limits& limits, const Candidate& ca
 }  // namespace
 
 std::string SolvePlan::describe() const {
+  const std::string predicted =
+      ", " + std::to_string(static_cast<int64_t>(cycles)) + " cycles per pass predicted";
+  const auto cut = [this](int side) {
+    return std::to_string(cuts[side].rows) + " by 1/" + std::to_string(cuts[side].parts);
+  };
+  if (regime == Regime::kStreamed)
+    return std::string("streamed, a launch for each sweep, costs made on the way by ") +
+           (tiles == TileKind::kFma ? "multiply-adds" : "tensor cores") + ", a block has " +
+           cut(0) + " of the columns, then " + cut(1) + " of the rows" + predicted;
   return std::string(name_of(regime)) + ", " + std::to_string(team_size) +
          (team_size == 1 ? " block" : " blocks") + " per problem, " + std::to_string(teams) +
-         " at once, " +
-         (regime == Regime::kStreamed
-              ? std::string("costs made on the way by ") +
-                    (tiles == TileKind::kFma ? "multiply-adds" : "tensor cores") + ", columns in " +
-                    std::to_string(parts[0]) + " parts, rows in " + std::to_string(parts[1])
-              : std::string("cost tile in ") + (resident ? "shared" : "global") + " memory") +
-         ", " + std::to_string(shared.bytes) + " bytes of shared memory, " +
-         std::to_string(static_cast<int64_t>(cycles)) + " cycles per pass predicted";
+         " at once, cost tile in " + (resident ? "shared" : "global") + " memory, " +
+         std::to_string(shared.bytes) + " bytes of shared memory" + predicted;
 }
 
 Regime forced_regime() {
@@ -293,8 +296,7 @@ TileKind wanted_tiles(bool tf32) {
 
 TileKind choose_tiles(int64_t element, int64_t d, const Limits& limits, TileKind wanted) {
   if (element != 4 || d <= kDirectDims || wanted == TileKind::kFma) return TileKind::kFma;
-  const SharedLayout layout = lay_out_streamed(element, limits, wanted);
-  const int64_t room = layout.bytes - layout.tile;
+  const int64_t room = lay_out_streamed(limits, wanted).room;
   return tensor_stages<RowSumShape>(d, planes_of(wanted), room).depth > 0 ? wanted : TileKind::kFma;
 }
 
@@ -304,31 +306,19 @@ SolvePlan choose_streamed_plan(const Shape& shape, int64_t d, const Limits& limi
     throw std::runtime_error(std::string("otloss: OTLOSS_CUDA_REGIME=") + name_of(forced) +
                              " stores costs, but method=\"streamed\" was asked for");
   const double rate = streamed_rate(shape, d, tiles);
-  SolvePlan best{};
-  best.cycles = -1;
+  SolvePlan plan{};
+  plan.regime = Regime::kStreamed;
+  plan.tiles = tiles;
+  plan.team_size = 1;
+  plan.teams = shape.problems;
+  plan.vector_length = packed_stride(std::max(shape.n, shape.m));
+  plan.shared.vectors = -1;
+  plan.streamed = lay_out_streamed(limits, tiles);
+  plan.cycles = kVectorCycles + kStreamedLaunches * kLaunch;
   const int64_t multiprocessors = limits.multiprocessors;
-  const int64_t forced_team = forced_number("OTLOSS_CUDA_TEAM");
-  const int64_t largest =
-      forced_team > 0 ? std::min(forced_team, multiprocessors) : multiprocessors;
-  for (int64_t team = largest; team >= 1; team = team == 1 ? 0 : ceil_div(team, 2)) {
-    SolvePlan plan{};
-    plan.regime = Regime::kStreamed;
-    plan.tiles = tiles;
-    plan.team_size = static_cast<int>(team);
-    plan.barrier = team > 1 ? Barrier::kGrid : Barrier::kBlock;
-    plan.vector_length = packed_stride(std::max(shape.n, shape.m));
-    plan.teams = std::min(shape.problems, std::max<int64_t>(1, multiprocessors / team));
-    plan.shared = lay_out_streamed(shape.element, limits, tiles);
-    double cycles = kVectorCycles + (team > 1 ? kStreamedSyncs * kGridSync : 0);
-    plan.parts[0] = choose_parts(shape, shape.n, shape.m, team, tiles, rate, &cycles);
-    plan.parts[1] = choose_parts(shape, shape.m, shape.n, team, tiles, rate, &cycles);
-    const double turns = static_cast<double>(ceil_div(shape.problems, plan.teams));
-    const double uneven = plan.teams > 1 && turns == 1 ? kUneven : 1;
-    plan.cycles = turns * uneven * cycles;
-    if (best.cycles < 0 || plan.cycles < best.cycles) best = plan;
-    if (forced_team > 0) break;
-  }
-  return best;
+  plan.cuts[0] = choose_cut(shape, shape.n, shape.m, multiprocessors, tiles, rate, &plan.cycles);
+  plan.cuts[1] = choose_cut(shape, shape.m, shape.n, multiprocessors, tiles, rate, &plan.cycles);
+  return plan;
 }
 
 }  // namespace otloss::cuda

@@ -33,6 +33,9 @@ constexpr int kSolveThreads = OTLOSS_SOLVE_THREADS;
 // narrowest panel only.
 constexpr int kSmallThreads = kSolveThreads / 2, kSmallBlocks = 3;
 
+// Of the block that goes over all vectors of a streamed problem between its sweeps.
+constexpr int kControlThreads = 2 * kSolveThreads;
+
 // Entries of a pass that a thread keeps in registers, of so many rows at most, and how many columns
 // it has in the widest panel and in the widest of those of which a block takes several at once.
 template <typename S>
@@ -65,7 +68,7 @@ struct Share {
 
 // At the start of shared memory.
 struct TeamScratch {
-  double values[team_doubles(kSolveThreads)];
+  double values[team_doubles(kControlThreads)];
   TeamState state;
   Share share;
 };
@@ -95,14 +98,13 @@ struct SharedLayout {
   int64_t a;        // (rows,)
   int64_t s;        // (rows,)
   int64_t vectors;  // (kVectors, m), or -1: in the workspace
-  int64_t tile;     // (rows, m), or -1: in global memory; streamed: stages, see RowTiles
-  int64_t sums;     // streamed_sums doubles, streamed
+  int64_t tile;     // (rows, m), or -1: in global memory
   int64_t bytes;
 };
 
 // Regimes: one block per problem, a cluster per problem, or the blocks of a cooperative launch
-// divided among the problems; the cost tile in shared memory or, `dense`, in global memory, or,
-// `streamed`, nowhere.
+// divided among the problems; the cost tile in shared memory or, `dense`, in global memory; or,
+// `streamed`, a launch for each sweep, with costs nowhere.
 enum class Regime : int { kAuto, kBlock, kCluster, kGrid, kDense, kStreamed };
 
 // What the plan depends on: the largest problem of a launch.
@@ -118,16 +120,30 @@ struct Shape {
 // split into two halves, or from the high halves alone.
 enum class TileKind : int { kFma, kTensor, kTensorHigh };
 
+// How the blocks of a sweep share a problem: each has `rows`, and one of so many parts of the
+// columns.
+struct SweepCut {
+  int64_t rows;
+  int parts;
+
+  OTLOSS_HOST_DEVICE int64_t blocks(int64_t count) const { return ceil_div(count, rows) * parts; }
+};
+
+// Where a sweep has its arguments (at 0), sums and stages in shared memory, in bytes.
+struct StreamedLayout {
+  int64_t sums, stages, room;
+};
+
 struct SolvePlan {
   Regime regime;
   Barrier barrier;
   bool resident;
   bool small;  // blocks of kSmallThreads
   int team_size;
-  // Streamed: who makes the tiles, and into how many parts the columns of a sweep are cut, for the
-  // rows' update and for the columns', so that as many blocks share the rows.
+  // Streamed: who makes the tiles, and the sweeps for the rows' update and for the columns'.
   TileKind tiles;
-  int parts[2];
+  SweepCut cuts[2];
+  StreamedLayout streamed;
   int64_t teams;
   int64_t vector_length;
   SharedLayout shared;

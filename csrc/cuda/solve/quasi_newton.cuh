@@ -82,10 +82,11 @@ class QuasiNewton {
     for_products(used, fresh, [&](int left, int right) {
       const T *u = vector(left), *v = vector(right), *target = s_.target;
       const int begin = team_.first_column(), end = begin + team_.columns();
-      double sum = 0;
-      for (int j = begin + block_.thread() % kWarp; j < end; j += kWarp)
-        sum +=
-            static_cast<double>(target[j]) * static_cast<double>(u[j]) * static_cast<double>(v[j]);
+      const int first = begin + block_.thread() % kWarp;
+      double sum = join_over<Sum>(first, kWarp, end, 0.0, [&](int j) {
+        return static_cast<double>(target[j]) * static_cast<double>(u[j]) *
+               static_cast<double>(v[j]);
+      });
       sum = warp_join<Sum>(block_, sum, kWarp);
       if (!first_lane) return;
       if (alone)

@@ -1,7 +1,7 @@
-// The whole solve of a problem by a team of blocks: the solver of csrc/cpu/solve/solver.cpp as a
-// state machine, so that there is one place that passes over the cost. Each turn evaluates one
-// point and StepControl decides which is next, by one thread of each block on equal numbers, so
-// that all blocks agree.
+// The solve of a problem by a team of blocks: the solver of csrc/cpu/solve/solver.cpp as a state
+// machine. Passes over the cost are made between its turns, by the blocks themselves (run) or by
+// other launches (streamed_launch.cuh). Each turn takes an evaluated point, and StepControl decides
+// which is next, by one thread of each block on equal numbers, so that all blocks agree.
 #pragma once
 
 #include <limits>
@@ -24,33 +24,61 @@ class Solver : Evaluation<T, Block, Costs> {
 
   OTLOSS_DEVICE void run() {
     team_.for_problems(args_.groups, [&](const SolveGroup<T>& p, int64_t batch) {
-      one([&] { this->place(p, batch); });
-      solve();
+      if (open(p, batch)) do
+          costs_.pass();
+        while (turn());
+      write_potentials();
+      write_status();
     });
+  }
+
+  // Before the first pass. False: there is none.
+  OTLOSS_DEVICE bool open(const SolveGroup<T>& p, int64_t batch) {
+    one([&] { this->place(p, batch); });
+    const double max_cost = this->load();
+    one([&] { s_.max_cost = max_cost; });
+    if (s_.finite()) start();
+    if (!s_.finite() || options().n_iters == 0) return false;
+    publish(s_.evaluated);
+    return true;
+  }
+
+  // After the pass over the evaluated point: chooses the next. False: done.
+  OTLOSS_DEVICE bool turn() {
+    if (!judge()) return false;
+    publish(s_.evaluated);
+    return true;
+  }
+
+  OTLOSS_DEVICE void write_potentials() {
+    if (s_.finite())
+      finish();
+    else
+      fill_with_nan();
+  }
+
+  // Whether the value is <P, C>, of the potentials that were written, which publish_result() makes
+  // ready for a pass.
+  OTLOSS_DEVICE bool is_transport() const {
+    return s_.finite() && options().objective == Objective::kTransport;
+  }
+  OTLOSS_DEVICE void publish_result() { publish(s_.group->g + s_.batch * s_.group->m); }
+
+  OTLOSS_DEVICE void write_status() {
+    const SolveGroup<T>& p = *s_.group;
+    const double value = s_.finite() ? this->value_of(p.f + row_offset(), p.g + s_.batch * p.m)
+                                     : std::numeric_limits<double>::quiet_NaN();
+    if (!team_.first_thread()) return;
+    double* const status = p.status + s_.batch * kStatusFields;
+    status[kStatusIterations] = static_cast<double>(s_.control.passes());
+    status[kStatusError] = s_.control.stop().final_error();
+    status[kStatusConverged] = s_.control.stop().reached() ? 1.0 : 0.0;
+    status[kStatusMaxCost] = s_.max_cost;
+    status[kStatusTerm] = p.coefficient * value;
   }
 
  private:
   // ---------------------------------------------------------------------------------- a problem
-
-  OTLOSS_DEVICE void solve() {
-    const double max_cost = this->load();
-    const bool finite = max_cost <= std::numeric_limits<double>::max();
-    if (finite) {
-      start();
-      if (options().n_iters != 0) do
-          publish(s_.evaluated);
-        while (turn());
-      finish();
-    } else {
-      fill_with_nan();
-    }
-    if (!team_.first_thread()) return;
-    double* const status = s_.group->status + s_.batch * kStatusFields;
-    status[kStatusIterations] = static_cast<double>(s_.control.passes());
-    status[kStatusError] = s_.control.stop().final_error();
-    status[kStatusConverged] = s_.control.stop().reached() ? 1.0 : 0.0;
-    status[kStatusMaxCost] = max_cost;
-  }
 
   // The first point to evaluate.
   OTLOSS_DEVICE void start() {
@@ -72,9 +100,7 @@ class Solver : Evaluation<T, Block, Costs> {
     });
   }
 
-  // Evaluates a point and chooses the next. False: done.
-  OTLOSS_DEVICE bool turn() {
-    costs_.pass();
+  OTLOSS_DEVICE bool judge() {
     one([&] { s_.control.count_passes(1); });
     if (s_.phase == Phase::kSymmetricFirst) {
       centre_start();
@@ -85,7 +111,7 @@ class Solver : Evaluation<T, Block, Costs> {
     return s_.phase == Phase::kFixed ? fixed_turn() : pair_turn();
   }
 
-  // f and g out, and the value's part of the loss.
+  // f and g out.
   OTLOSS_NOINLINE void finish() {
     const SolveGroup<T>& p = *s_.group;
     T *const f = p.f + row_offset(), *const g = p.g + s_.batch * p.m;
@@ -103,9 +129,6 @@ class Solver : Evaluation<T, Block, Costs> {
     team_.for_rows([&](int i) { f[i] = s_.to_cost * s_.F[i]; });
     const T* last = options().n_iters == 0 ? s_.trial_g : s_.gt;
     team_.for_columns([&](int j) { g[j] = s_.symmetric ? f[j - team_.first_column()] : last[j]; });
-    const double value = this->value_of(f, g);
-    if (team_.first_thread())
-      p.status[s_.batch * kStatusFields + kStatusTerm] = p.coefficient * value;
   }
 
   OTLOSS_NOINLINE void fill_with_nan() {
@@ -119,7 +142,6 @@ class Solver : Evaluation<T, Block, Costs> {
       team_.for_rows([&](int i) { trace[team_.first_row() + i] = nan; });
       team_.for_columns([&](int j) { trace[p.n + j] = nan; });
     }
-    if (team_.first_thread()) p.status[s_.batch * kStatusFields + kStatusTerm] = nan;
   }
 
   // ------------------------------------------------------------------------------------ the solver

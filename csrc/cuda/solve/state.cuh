@@ -2,6 +2,8 @@
 // between passes. One thread writes, between two barriers (Solver::one), all read.
 #pragma once
 
+#include <limits>
+
 #include "core/lbfgs.h"
 #include "core/math.h"
 #include "core/penalty.h"
@@ -37,6 +39,15 @@ struct Scalars : PointScalars {
       : PointScalars{value, noise, error}, mean(mean) {}
 };
 
+// Points of a side that tell how varied the cost is: all of few, and some evenly of many.
+constexpr int kSample = 256;
+OTLOSS_HOST_DEVICE int sample_size(int64_t count) {
+  return count < kSample ? static_cast<int>(count) : kSample;
+}
+OTLOSS_HOST_DEVICE int64_t sample(int number, int64_t count) {
+  return number * count / sample_size(count);
+}
+
 // The quasi-Newton step, made by one warp for all.
 struct Step {
   double on[LbfgsGram::kBasis];  // the direction
@@ -69,8 +80,8 @@ struct SolverState {
   bool soft;      // one of them
   bool balanced;  // every marginal of the call is a constraint
   bool symmetric;
+  double max_cost;          // over points of positive weight
   double mass_x, mass_y;    // total weights
-  double points;            // see rounding_share
   double least_f, least_g;  // of the last find_least
   double eps, damping;      // damping of the rows
   T k, to_cost, tilt;       // tilt: damping - 1
@@ -84,6 +95,7 @@ struct SolverState {
   const T* C;     // (rows, m) of this block, global, where costs are stored
   const T* tile;  // (rows, m) where passes read it
 
+  OTLOSS_DEVICE bool finite() const { return max_cost <= std::numeric_limits<double>::max(); }
   OTLOSS_DEVICE void set_eps(double value) {
     eps = value;
     k = static_cast<T>(kLog2E / eps);

@@ -27,7 +27,7 @@ static_assert(kExp2Limit == 126.0 && kTrustedRow == 0x1p20, "least_column is der
 // factor for each row is all that takes.
 template <typename T, class Block>
 struct SoftminWork {
-  static constexpr bool kHasRow = true, kApart = false, kGuarded = true;
+  static constexpr bool kApart = false, kGuarded = true;
   using Column = T;  // G
 
   TeamMemory<Block> memory;
@@ -70,7 +70,7 @@ struct SoftminWork {
 template <typename T, class Block, int kThreads>
 class StoredCosts {
  public:
-  using Team = TeamSweep<T, Block, 1, kThreads>;
+  using Team = TeamSweep<T, Block, kThreads>;
   static constexpr bool kUpdatesColumns = false;  // by pass()
 
   OTLOSS_DEVICE StoredCosts(Block& block, const SolveArguments<T>& arguments, Team& team,
@@ -175,8 +175,9 @@ class StoredCosts {
     return total;
   }
 
-  OTLOSS_DEVICE T entry(int64_t i, int64_t j) const {
-    return s_.C[(i - team_.first_row()) * team_.share().m + j];
+  OTLOSS_DEVICE T entry(int i, int j) const {
+    const int64_t row = sample(i, s_.group->n) - team_.first_row(), m = team_.share().m;
+    return s_.C[row * m + sample(j, m)];
   }
 
  private:

@@ -1,8 +1,12 @@
-#include "cuda/solve/streamed_launch.cuh"
+#include "cuda/pass/sweeps.cuh"
 
 namespace otloss::cuda {
 
-template void launch_streamed<float, true>(const Context&, const MadeArguments<float>&,
-                                           const Grid&);
+void queue_tensor_sweep(Queue& queue, const SweepArguments<RowSums<float>>& arguments,
+                        CostKind kind, TileKind made_by, const Grid& grid) {
+  dispatch_tensor_tiles(kind, made_by, [&](auto tiles) {
+    queue(SweepKernel<float, float, SolveSums, decltype(tiles)>{arguments}, grid);
+  });
+}
 
 }  // namespace otloss::cuda

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,11 +78,10 @@ def sinkhorn(
         tensor([[0.5000, 0.0000],
                 [0.0000, 0.5000]])
     """
-    result, logged = _sinkhorn(
-        a, b, M, reg, method, numItermax, stopThr, warn, warmstart, kwargs, "regularized"
-    )
+    limits = _Limits(numItermax, stopThr, warn, warmstart, kwargs)
+    result = _sinkhorn(a, b, M, reg, method, limits, "regularized")
     value = result.plan if _one(b) else result.value_linear
-    return (value, logged()) if log else value
+    return (value, _log(result, reg)) if log else value
 
 
 def sinkhorn2(
@@ -110,10 +108,9 @@ def sinkhorn2(
         >>> print(f"{ot.sinkhorn2(a, a, torch.tensor([[0.0, 1.0], [1.0, 0.0]]), reg=0.05):.2f}")
         0.00
     """
-    result, logged = _sinkhorn(
-        a, b, M, reg, method, numItermax, stopThr, warn, warmstart, kwargs, "transport"
-    )
-    return (result.value, logged()) if log else result.value
+    limits = _Limits(numItermax, stopThr, warn, warmstart, kwargs)
+    result = _sinkhorn(a, b, M, reg, method, limits, "transport")
+    return (result.value, _log(result, reg)) if log else result.value
 
 
 def empirical_sinkhorn(
@@ -142,14 +139,12 @@ def empirical_sinkhorn(
         >>> ot.empirical_sinkhorn(torch.rand(5, 2), torch.rand(7, 2), reg=0.1).shape
         torch.Size([5, 7])
     """
-    result, logged = _empirical(
-        X_s, X_t, reg, a, b, metric, numIterMax, stopThr, isLazy, warn, warmstart, kwargs,
-        "regularized",
-    )  # fmt: skip
+    limits = _Limits(numIterMax, stopThr, warn, warmstart, kwargs)
+    result = _empirical(X_s, X_t, reg, a, b, metric, isLazy, limits, "regularized")
     if isLazy:
         u, v = potentials(result, reg)
-        return (u, v, {**logged(), "u": u, "v": v}) if log else (u, v)
-    return (result.plan, logged()) if log else result.plan
+        return (u, v, {**_log(result, reg), "u": u, "v": v}) if log else (u, v)
+    return (result.plan, _log(result, reg)) if log else result.plan
 
 
 def empirical_sinkhorn2(
@@ -178,11 +173,9 @@ def empirical_sinkhorn2(
         >>> print(f"{ot.empirical_sinkhorn2(x, x + 2, reg=1.0).item():.2f}")
         4.27
     """
-    result, logged = _empirical(
-        X_s, X_t, reg, a, b, metric, numIterMax, stopThr, isLazy, warn, warmstart, kwargs,
-        "transport",
-    )  # fmt: skip
-    return (result.value, logged()) if log else result.value
+    limits = _Limits(numIterMax, stopThr, warn, warmstart, kwargs)
+    result = _empirical(X_s, X_t, reg, a, b, metric, isLazy, limits, "transport")
+    return (result.value, _log(result, reg)) if log else result.value
 
 
 def empirical_sinkhorn_divergence(
@@ -231,59 +224,54 @@ def empirical_sinkhorn_divergence(
     return value, logged
 
 
+class _Limits(NamedTuple):
+    """What all functions take of a solve besides the problem."""
+
+    iterations: int
+    stop: float
+    warn: bool
+    warmstart: Any
+    unknown: Mapping[str, Any]
+
+    def solve(
+        self,
+        function: Callable[..., Solved],
+        *given: Tensor,
+        reg: float,
+        a: Any,
+        b: Any,
+        **options: Any,
+    ) -> Solved:
+        """``given``: a cost matrix, or two clouds."""
+        _refuse_unknown(self.unknown)
+        n, m = given[0].shape[-2:] if len(given) == 1 else map(len, given)
+        with warnings_if(self.warn):
+            return function(
+                *given, reg, a=a, b=b, tol=tolerance(self.stop, *given), max_iters=self.iterations,
+                init=_start(self.warmstart, reg, a, b, (n, m)), **options,
+            )  # fmt: skip
+
+
 def _sinkhorn(
-    a: Any,
-    b: Any,
-    M: Tensor,
-    reg: float,
-    method: str,
-    limit: int,
-    stop: float,
-    warn: bool,
-    warmstart: Any,
-    kwargs: Mapping[str, Any],
-    objective: Objective,
-) -> tuple[Solved, Callable[[], dict[str, Any]]]:
-    """The result and its log; a batch for several histograms b (m, k)."""
+    a: Any, b: Any, M: Tensor, reg: float, method: str, limits: _Limits, objective: Objective
+) -> Solved:
+    """A batch for several histograms b (m, k)."""
     if not isinstance(method, str) or method.lower() not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
-    _refuse_unknown(kwargs)
     a, b = _weights(a), _weights(b)
     if b is not None and b.dim() == 2:
         b = b.mT
         a = None if a is None else a.expand(len(b), -1)
-    with warnings_if(warn):
-        result = solve_matrix(
-            M, reg, a=a, b=b, objective=objective, tol=tolerance(stop, M), max_iters=limit,
-            init=_start(warmstart, reg, a, b, M.shape),
-        )  # fmt: skip
-    return result, functools.partial(_log, result, reg)
+    return limits.solve(solve_matrix, M, reg=reg, a=a, b=b, objective=objective)
 
 
 def _empirical(
-    x: Tensor,
-    y: Tensor,
-    reg: float,
-    a: Any,
-    b: Any,
-    metric: Cost,
-    limit: int,
-    stop: float,
-    lazy: bool,
-    warn: bool,
-    warmstart: Any,
-    kwargs: Mapping[str, Any],
+    x: Tensor, y: Tensor, reg: float, a: Any, b: Any, metric: Cost, lazy: bool, limits: _Limits,
     objective: Objective,
-) -> tuple[Solved, Callable[[], dict[str, Any]]]:
-    _refuse_unknown(kwargs)
-    a, b = _weights(a), _weights(b)
-    with warnings_if(warn):
-        result = solve_points(
-            x, y, reg, a=a, b=b, cost=as_cost(metric), objective=objective,
-            tol=tolerance(stop, x, y), max_iters=limit, method="streamed" if lazy else "auto",
-            init=_start(warmstart, reg, a, b, (len(x), len(y))),
-        )  # fmt: skip
-    return result, functools.partial(_log, result, reg)
+) -> Solved:  # fmt: skip
+    method = "streamed" if lazy else "auto"
+    options = {"cost": as_cost(metric), "objective": objective, "method": method}
+    return limits.solve(solve_points, x, y, reg=reg, a=_weights(a), b=_weights(b), **options)
 
 
 def _log(result: Solved, reg: float) -> dict[str, Any]:
@@ -295,11 +283,11 @@ def _log(result: Solved, reg: float) -> dict[str, Any]:
     return {"err": [error], "niter": result.n_iters, **names}
 
 
-def _start(warmstart: Any, reg: float, a: Any, b: Any, shape: Any) -> Any:
+def _start(warmstart: Any, reg: float, a: Any, b: Any, sizes: tuple[int, int]) -> Any:
     """f and g of ``(log_u, log_v)``, which hold the logarithms of the weights."""
     if warmstart is None:
         return None
-    sides = zip(warmstart, (a, b), shape[-2:], strict=True)
+    sides = zip(warmstart, (a, b), sizes, strict=True)
     return tuple(
         reg * (v + math.log(n) if w is None else torch.where(w > 0, v - w.log(), 0.0))
         for v, w, n in sides

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from otloss.reference import marginals
+
 __all__ = ["Dual", "duality_gap"]
 
 
@@ -32,10 +34,11 @@ class Dual(NamedTuple):
 
     def value(self, mass: Tensor) -> Tensor:
         """The dual, (B,), where the plan has the total ``mass``."""
-        terms = _dual_term(self.a, self.f, self.rho_x) + _dual_term(self.b, self.g, self.rho_y)
+        of_a = self.a * marginals.dual(self.f, self.rho_x)
+        of_b = self.b * marginals.dual(self.g, self.rho_y)
         hard = math.isinf(self.rho_x) and math.isinf(self.rho_y)
         full = self.a.sum(-1) if hard else self.a.sum(-1) * self.b.sum(-1)
-        return terms - self.eps * (mass - full)
+        return of_a.sum(-1) + of_b.sum(-1) - self.eps * (mass - full)
 
 
 def duality_gap(
@@ -48,7 +51,8 @@ def duality_gap(
     ``blocks(function)`` yields ``function(rows, C)`` of all rows in turn; it is called twice.
     ``value``, if given, is what the bound is for: it widens where rounding put the value outside.
     """
-    A, B = _wanted(dual.a, dual.f, dual.rho_x), _wanted(dual.b, dual.g, dual.rho_y)
+    A = dual.a * marginals.share(dual.f, dual.rho_x)  # the target marginals
+    B = dual.b * marginals.share(dual.g, dual.rho_y)
     A0, B0 = _with_one_total(dual, A, B)
 
     def sums(rows: slice, C: Tensor) -> tuple[Tensor, ...]:
@@ -80,15 +84,6 @@ def duality_gap(
         return gap
     above = value.double() - dual.value(r.sum(-1))
     return torch.maximum(gap, above) - above.clamp(max=0)
-
-
-def _dual_term(w: Tensor, v: Tensor, rho: float) -> Tensor:
-    return (w * (v if math.isinf(rho) else -rho * torch.expm1(-v / rho))).sum(-1)
-
-
-def _wanted(w: Tensor, v: Tensor, rho: float) -> Tensor:
-    """The target marginal."""
-    return w if math.isinf(rho) else w * (-v / rho).exp()
 
 
 def _with_one_total(dual: Dual, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,7 @@ def direct(C: Tensor, c: object, f: Tensor, g: Tensor, eps: float, strength: obj
     """Primal minus dual as they stand, of the plan rounded to the target marginals."""
     rho_x, rho_y = rho(strength)
     P, (hard_x, hard_y) = oracle.plan(C, f, g, c.a, c.b, eps), map(math.isinf, (rho_x, rho_y))
-    A, B = oracle.asked(c.a, f, rho_x), oracle.asked(c.b, g, rho_y)
+    A, B = oracle.target_marginal(c.a, f, rho_x), oracle.target_marginal(c.b, g, rho_y)
     if hard_x:
         B = B * (A.sum() / B.sum())
     elif hard_y:

@@ -31,6 +31,7 @@ from otloss.reference.marginals import (
     SoftMean,
     centred,
     clamped,
+    column_weights,
     counted,
     damping,
     marginals_of,
@@ -199,8 +200,8 @@ class _Pair:
         o, (a, b) = self.options, self.weights
         eps, transport = o.eps, o.objective == "transport"
         at_a, at_b = a.detach(), b.detach()
-        if self.marginals.balanced:  # totals may differ by rounding
-            at_b = at_b * (at_a.sum(-1, True) / at_b.sum(-1, True))
+        if self.marginals.balanced:
+            at_b = column_weights(at_a, at_b)
         if transport or torch.is_grad_enabled():
             refused = o.solves_system()
 
