@@ -144,6 +144,7 @@ def solve_pairs(
     reported on; keyword arguments as in ``run``. Solved at unit totals, see ``otloss/totals.py``.
     """
     pairs, coefficients, _ = combination
+    _check_penalties(options, problem.weights[0].dtype)
     unit, totals = at_unit_totals(problem, options)
     if totals:
         init = totals.start(init, pairs)
@@ -167,6 +168,13 @@ def solve_pairs(
         costs, solved = solve_allowed(problem, pairs, costs, options, solve_given)
     report(problem, costs or (), options, solved)
     return costs, solved
+
+
+def _check_penalties(options: Options, dtype: torch.dtype) -> None:
+    """Raises where the kernels, which flush subnormal numbers, would take a penalty for none."""
+    rho, least = min(options.rho_x, options.rho_y), torch.finfo(dtype).tiny
+    if rho < least:
+        raise ValueError(f"unbalanced must be at least {least:.3g} in {dtype}, got {rho!r}")
 
 
 def _stays(y: Tensor, weights: dict[str, Tensor | None], options: Options) -> bool:

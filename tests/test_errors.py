@@ -424,6 +424,7 @@ REFUSED: list[tuple[Any, Any, str]] = [
     (loss(0.0), ValueError, r"unbalanced must be finite and > 0, got 0.0"),
     (loss(-1), ValueError, r"unbalanced must be finite and > 0, got -1"),
     (loss("x"), TypeError, r"unbalanced must be a number, got str"),
+    (loss(1e-39), ValueError, r"unbalanced must be at least 1.18e-38 in torch.float32, got 1e-39"),
     (loss((1.0, 2.0, 3.0)), ValueError, r"one number or a pair \(rho_x, rho_y\)"),
     (loss((1.0, -2.0)), ValueError, r"unbalanced must be finite and > 0, got -2.0"),
     (loss(math.inf), ValueError, r"got inf; None makes the marginal a constraint"),

@@ -465,6 +465,7 @@ def test_multiscale_refuses_clouds_without_weight(weight):
     [
         ("multiscale has a tol of at least 1e-5", 3, {"tol": ops.number(0.99 * MULTISCALE_TOL)}),
         ("multiscale has up to 8 coordinates", 9, {}),
+        ("rho must not be subnormal", 3, {"rho": torch.full((2,), 1e-320, dtype=torch.float64)}),
         ("multiscale has no cosine of points of norm 0", 3, {"kind": COST_NUMBERS["cosine"]}),
     ],
 )

@@ -1,6 +1,7 @@
 #include "bindings/problem.h"
 
 #include <algorithm>
+#include <limits>
 #include <string>
 
 #include "core/math.h"
@@ -62,6 +63,8 @@ Penalties penalties_of(const std::optional<Tensor>& rho) {
   if (!rho) return {};
   const double* given = numbers(*rho, 2, "rho");
   const double x = positive(given[0], "rho"), y = positive(given[1], "rho");
+  STD_TORCH_CHECK(std::min(x, y) >= std::numeric_limits<double>::min(),
+                  "otloss: rho must not be subnormal, which the kernels flush to 0");
   return {x, y, std::isinf(x) && std::isinf(y)};
 }
 

@@ -135,6 +135,8 @@ struct FindPartners {
       const int64_t first = search.supers[s] * kSuper;
       const int32_t skip = static_cast<int32_t>(search.least - std::min(search.least, first));
       if (skip >= kSuper) continue;
+      // Leaves that only fill a vector are none, even where potentials are infinite.
+      const int32_t past = static_cast<int32_t>(std::min(kSuper, y.nodes->count - first));
       bound_nodes<kD>(static_cast<float>(search.k), x, search.I, y, first, bound);
       const float* mass = &y.nodes->mass[first];
       const float* log_mass = &y.nodes->log_mass[first];
@@ -143,7 +145,8 @@ struct FindPartners {
 #pragma omp simd reduction(| : near) reduction(+ : left_out)
       for (int32_t j = 0; j < static_cast<int32_t>(kSuper); ++j) {
         const float held = bound[j] + std::max(log_mass[j], search.reach);
-        const uint32_t counts = j >= skip ? 1u : 0u, is_near = held >= least ? counts : 0u;
+        const uint32_t counts = j >= skip && j < past ? 1u : 0u;
+        const uint32_t is_near = held >= least ? counts : 0u;
         near |= is_near << j;
         left_out += counts > is_near ? fast_exp2(bound[j]) * mass[j] : 0.0f;
       }
