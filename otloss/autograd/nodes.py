@@ -108,7 +108,7 @@ def _failed_are_nan(
     return Gradients(
         [grad + of_matrices for grad in found.costs],
         [
-            torch.where(weights[c][:, : grad.shape[1], None] > 0, grad + of_matrices, 0.0)
+            torch.where(weights[c][:, : grad.shape[-2], None] > 0, grad + of_matrices, 0.0)
             for c, grad in zip(wanted.points, found.points, strict=True)
         ],
         [
