@@ -190,11 +190,11 @@ class GpuBlock {
   }
 };
 
-// Blocks that a multiprocessor is to have at once: Kernel::kBlocks, or 1.
+// Blocks that a multiprocessor is to have at once: Kernel::kResidentBlocks, or 1.
 template <class Kernel, class = void>
 constexpr int kBlocksOf = 1;
 template <class Kernel>
-constexpr int kBlocksOf<Kernel, std::void_t<decltype(Kernel::kBlocks)>> = Kernel::kBlocks;
+constexpr int kBlocksOf<Kernel, std::void_t<decltype(Kernel::kResidentBlocks)>> = Kernel::kResidentBlocks;
 
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads, kBlocksOf<Kernel>)

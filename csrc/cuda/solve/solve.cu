@@ -14,7 +14,7 @@ namespace {
 template <typename T, int kBlockThreads>
 struct SolveKernel {
   static constexpr int kThreads = kBlockThreads;
-  static constexpr int kBlocks = kThreads < kSolveThreads ? kSmallBlocks : 1;
+  static constexpr int kResidentBlocks = kThreads < kSolveThreads ? kSmallBlocks : 1;
 
   SolveArguments<T> arguments;
 
