@@ -194,7 +194,8 @@ class GpuBlock {
 template <class Kernel, class = void>
 constexpr int kBlocksOf = 1;
 template <class Kernel>
-constexpr int kBlocksOf<Kernel, std::void_t<decltype(Kernel::kResidentBlocks)>> = Kernel::kResidentBlocks;
+constexpr int kBlocksOf<Kernel, std::void_t<decltype(Kernel::kResidentBlocks)>> =
+    Kernel::kResidentBlocks;
 
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads, kBlocksOf<Kernel>)
