@@ -161,7 +161,8 @@ class Scale(NamedTuple):
         self, solved: Solved, problem: Problem, pairs: list[int], coefficients: list[float]
     ) -> Tensor:
         """What the penalties add to the loss, like it: rho KL(P 1 | a) of every side."""
-        o, terms = self.options, list[Tensor]()
+        o = self.options
+        terms: list[Tensor] = []
         for p, (i, j) in enumerate(as_pairs(pairs)):
             x, y, _ = marginals_of(o.rho_x, o.rho_y, i, j)
             sides = (problem.weights[i], solved.f[p], x), (problem.weights[j], solved.g[p], y)

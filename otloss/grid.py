@@ -68,13 +68,14 @@ def solve_grid(
         :class:`OTResult` whose potentials and marginals have the shape of a and b. ``apply`` takes
         ``(B, *grid)`` or ``(B, *grid, c)``; ``barycentric_map()`` is ``(B, *grid, axes)``, where a
         point goes to on average, in units of ``spacing`` from the first point. Where a density is 0
-        the potential is that of the first mass to come. Differentiable in a and b, ``value`` twice.
-        ``plan`` and what reads single pairs make the matrix of N x N.
+        the potential is that of the first mass to come. Differentiable in a and b; twice are the
+        regularized ``value``, and with ``n_iters`` all. ``plan`` and what reads single pairs make
+        the matrix of N x N.
 
     Raises:
         ValueError, TypeError: a wrong argument, named, with what is expected.
         NotImplementedError: cost matrices that require a gradient; derivatives in eps of more than
-            the regularized value.
+            the regularized value; second derivatives of more than that without ``n_iters``.
 
     Example:
         >>> a, b = torch.rand(2, 1, 64, 64)
@@ -124,10 +125,10 @@ def sinkhorn_divergence_grid(
     .. math:: S_\varepsilon(a, b) = OT_\varepsilon(a, b) - \tfrac12 OT_\varepsilon(a, a)
               - \tfrac12 OT_\varepsilon(b, b)
 
-    Args and raises: as :func:`solve_grid`.
+    Args and raises: as :func:`solve_grid`; given cost matrices must be symmetric.
 
     Returns:
-        (B,), twice differentiable in a and b.
+        (B,), differentiable in a and b, twice where :func:`solve_grid` is.
 
     Example:
         >>> a, b = torch.rand(2, 8, 64, 64).div(64**2 / 2).requires_grad_()
@@ -142,10 +143,24 @@ def sinkhorn_divergence_grid(
     )  # fmt: skip
     problem, shape, dtype = _densities(a, b, options)
     axes, spaces, _ = axes_of(shape, spacing, periodic, cost, a.device)
+    if not isinstance(cost, str):
+        _check_symmetric(axes)
     loss = solve_densities(problem, _grid(axes, options), spaces, DEBIASED, options, []).loss
     loss = loss.to(dtype)
     _check.finite_value("a grid", loss)
     return loss
+
+
+def _check_symmetric(axes: list[Tensor]) -> None:
+    """Of a density against itself one potential is solved for."""
+    for k, C in enumerate(axes):
+        apart = (C - C.mT).abs().amax()
+        good = apart <= 64 * torch.finfo(torch.float32).eps * C.abs().amax()
+        demand = f"cost[{k}] must be symmetric in a divergence"
+        if _check.unread(C):
+            torch._assert_async(good, demand)
+        elif not _check.traced(C) and not bool(good):
+            raise ValueError(f"{demand}, but it and its transpose are {float(apart):.3g} apart")
 
 
 def _method(method: Any) -> Any:

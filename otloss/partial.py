@@ -86,16 +86,21 @@ def with_dummies(
             for v, w in zip(start[::-1], real.weights[::-1], strict=True)
         )
         start = torch.cat([start[0], of_x], -1), torch.cat([start[1], of_y], -1)
-    kept_x, kept_y = _kept(real, mass)
-    weights = tuple(
-        torch.cat([w, kept], -1) for w, kept in zip(real.weights, (kept_y, kept_x), strict=True)
-    )
+    weights = _weights(real, mass)
     moved = _moved_mass(weights)
     if _check.readable(moved):  # errors are over what moves, not over all that is there
         share = float((moved / weights[0].detach().sum(-1)).min())
         share = max(share, torch.finfo(weights[0].dtype).eps)
         options = options._replace(tol=options.tol * share)
-    return _whole(real, replace(real, weights=weights, padded=True), C, options), start
+    whole = replace(real, weights=weights, padded=True)
+    return _whole(real, whole, mass, C, options), start
+
+
+def _weights(real: Problem, mass: float | Tensor) -> tuple[Tensor, ...]:
+    """With those of the dummies, in which only what ``real`` has for padding does not count."""
+    kept_x, kept_y = _kept(real, mass)
+    sides = zip(real.weights, (kept_y, kept_x), strict=True)
+    return tuple(torch.cat([w, kept], -1) for w, kept in sides)
 
 
 def _moved_mass(weights: Sequence[Tensor]) -> Tensor:
@@ -104,7 +109,9 @@ def _moved_mass(weights: Sequence[Tensor]) -> Tensor:
     return a[:, :-1].sum(-1) - b[:, -1]
 
 
-def _whole(real: Problem, whole: Problem, C: Tensor | None, options: Options) -> Whole:
+def _whole(
+    real: Problem, whole: Problem, mass: float | Tensor, C: Tensor | None, options: Options
+) -> Whole:
     """How ``whole``, ``real`` with the weights of the dummies, is solved.
 
     The kernels of a CPU take matrices and points as they are. Elsewhere, and where a pair is
@@ -116,6 +123,9 @@ def _whole(real: Problem, whole: Problem, C: Tensor | None, options: Options) ->
         options, dense = choose(real.points, weights, PAIRS, options)
     cost = options.cost if dense else "sqeuclidean"  # whose matrix is not looked at
     seen = see_empty_bins(real, PAIRS, cost, options.method, C)
+    if seen.present:  # what comes to an empty bin may stay, too
+        weights = _weights(seen, mass)
+        whole = replace(whole, weights=weights)
     has_empty_bins = bool(seen.present) or _may_come_to([w[:, -1:] for w in weights])
     kernels = ops.NATIVE and weights[0].is_cpu and options.method != "reference"
     kernels = kernels and not has_empty_bins

@@ -311,7 +311,7 @@ def _solve_one(
 def _initial_potentials(init: Init, problem: Problem) -> tuple[Tensor, ...]:
     if init is None:
         return ()
-    start = list[Tensor]()
+    start: list[Tensor] = []
     f, g = init.potentials if isinstance(init, OTResult) else init
     for name, v, w in (("f", f, problem.weights[0]), ("g", g, problem.weights[1])):
         v = _check.floating(f"init {name}", v)

@@ -54,6 +54,24 @@ def test_traced_and_differentiated(loss, rng):
     assert_compiles(loss, [x, y], "aot_eager")
 
 
+ITERATIONS: dict[str, Callable[..., Tensor]] = {
+    "loss": lambda x, y, a: otloss.sinkhorn_loss(x, y, 1.0, a=a, unbalanced=1.0, n_iters=3),
+    "mass": lambda x, y, a: otloss.solve_sample(x, y, 1.0, a=a, mass=0.3, n_iters=3).value,
+    "start": lambda x, y, a: (
+        otloss.solve_sample(
+            x, y, 1.0, a=a, unbalanced=1.0, n_iters=3, init=(x[:, 0].detach(), y[:, 0].detach())
+        ).value
+    ),
+}
+
+
+@pytest.mark.parametrize("loss", ITERATIONS.values(), ids=ITERATIONS)
+def test_iterations_of_weights(loss, rng):
+    x, y, a = randn(rng, 6, 3), randn(rng, 5, 3), torch.full((6,), 0.2, dtype=torch.float64)
+    a[2] = 0
+    assert_compiles(loss, [t.requires_grad_() for t in (x, y, a)], "aot_eager")
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_and_batch(method, rng):
     c = clouds(rng, 6, 5, 3, weights="padded", batch=2).require_grad()

@@ -97,6 +97,22 @@ def test_second_derivatives():
     assert torch.autograd.gradgradcheck(divergence, given, atol=1e-4)
 
 
+@pytest.mark.parametrize("zeros", [False, True])
+def test_second_derivatives_that_are_missing_say_so(zeros):
+    """torch.autograd.grad, too, which does not visit a branch that has no way to its inputs."""
+    a, b = densities(4, 3, zeros=zeros)
+    a.requires_grad_()
+
+    def once(value):
+        return torch.autograd.grad(value.sum(), a, create_graph=True)[0].square().sum()
+
+    result = otloss.solve_grid(a, b, 2.0, tol=1e-10)
+    torch.autograd.grad(once(result.value), a, retain_graph=True)
+    for value in (result.value_linear, result.potentials[0].square()):
+        with pytest.raises(NotImplementedError, match="second derivative of a grid"):
+            torch.autograd.grad(once(value), a)
+
+
 @pytest.mark.parametrize("eps", [1e-3, 0.5, 300.0])
 def test_means_are_those_of_the_reference(eps):
     """Also where all products of exponentials underflow."""
@@ -150,6 +166,9 @@ def test_periodic_and_given_costs():
     S = otloss.sinkhorn_divergence_grid(a, b, 1.0, periodic=(True, False))
     given = otloss.sinkhorn_divergence_grid(a, b, 1.0, cost=[around, straight])
     torch.testing.assert_close(S, given, rtol=1e-5, atol=0)
+    one_way = torch.rand(7, 7, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"cost\[1\] must be symmetric"):
+        otloss.sinkhorn_divergence_grid(a, b, 1.0, cost=[around, one_way])
 
 
 def test_single_precision():

@@ -192,6 +192,28 @@ def test_batches_and_padding(clouds):
     assert bool((weights.grad[1, 4:] == 0).all())
 
 
+@pytest.mark.parametrize("way", ["points", "matrix", "reference"])
+@pytest.mark.parametrize("objective", ["regularized", "transport"])
+@pytest.mark.parametrize("n_iters", [None, 20])
+def test_empty_bins(clouds, way, objective, n_iters):
+    """More weight where there is none also adds to what stays."""
+    x, y, a, b = clouds
+    a[2], b[4] = 0, 0
+    more = [torch.zeros_like(w).index_fill_(0, torch.tensor(i), 1.0) for w, i in ((a, 2), (b, 4))]
+
+    def at(s, t):
+        weights = a + s * more[0], b + t * more[1]
+        return WAYS[way](x, y, *weights, 0.5, objective=objective, n_iters=n_iters).value
+
+    s, t = leaves(*torch.zeros(2, dtype=torch.float64))
+    found = torch.autograd.grad(at(s, t), (s, t))
+    h = 1e-4
+    for k, one in enumerate(found):
+        v = [float(at(*((n * h, 0.0) if k == 0 else (0.0, n * h)))) for n in range(3)]
+        expected = (4 * v[1] - 3 * v[0] - v[2]) / (2 * h)
+        assert float(one) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
 def test_starts_and_new_points(clouds):
     result = by_points(*clouds, 0.6)
     for start in (result, result.potentials):

@@ -262,7 +262,8 @@ def _repeated(
         torch.where(e, TINY * w.sum(-1, True), w)
         for e, w in zip(empty, map(_precise, weights), strict=True)
     ]
-    points, costs = [_precise(x) for x in places.points], list[Tensor]()
+    points = [_precise(x) for x in places.points]
+    costs: list[Tensor] = []
     if places.costs:
         for C, (i, j) in zip(places.costs, as_pairs(s.pairs), strict=True):
             counts = (filled[i].unsqueeze(-1) > 0) & (filled[j].unsqueeze(-2) > 0)

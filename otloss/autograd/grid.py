@@ -9,6 +9,7 @@ from torch import Tensor
 
 from otloss import _check, ops
 from otloss.autograd.first_order import report_system
+from otloss.autograd.second_order import refuse_higher_order
 from otloss.reference import grid as reference
 from otloss.reference.marginals import Marginals, damping
 
@@ -23,6 +24,12 @@ __all__ = [
     "softmin",
     "transport",
 ]
+
+
+_SECOND = (
+    "the second derivative of a grid is available for the regularized value and with n_iters; "
+    "otloss.solve_sample has those of all, from a matrix"
+)
 
 
 class Grid(NamedTuple):
@@ -49,13 +56,18 @@ class _Means(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, grid: Grid, v: Tensor, b: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         sums, found = _sums_and_means(grid, v, b, u)
+        ctx.set_materialize_grads(False)  # what has no derivative has none to refuse
         ctx.grid = grid
         ctx.save_for_backward(v, b, u, sums, found)
         return sums, found
 
     @staticmethod
-    def backward(ctx: Any, of_sums: Tensor, of_means: Tensor) -> Any:
+    def backward(ctx: Any, of_sums: Tensor | None, of_means: Tensor | None) -> Any:
+        if of_sums is None and of_means is None:
+            return None, None, None, None
         v, b, u, sums, found = ctx.saved_tensors
+        of_sums = torch.zeros_like(sums) if of_sums is None else of_sums
+        of_means = torch.zeros_like(found) if of_means is None else of_means
         w = torch.cat([of_sums.unsqueeze(1), of_means, of_means * found], 1)
         function = _Means.apply if torch.is_grad_enabled() else _sums_and_means
         columns, back = function(ctx.grid.transposed, -sums, torch.ones_like(sums), w)
@@ -143,21 +155,27 @@ class GridPotentials(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, grid: Grid, marginals: Marginals, *tensors: Tensor) -> Any:
+        ctx.set_materialize_grads(False)
         ctx.grid, ctx.marginals = grid, marginals
         ctx.save_for_backward(*tensors)
         return tensors[2].clone(), tensors[3].clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, f_bar: Tensor, g_bar: Tensor) -> Any:
+    def backward(ctx: Any, *given: Tensor | None) -> Any:
+        if all(t is None for t in given):
+            return None, None, None, None, None, None
         grid, m = ctx.grid, ctx.marginals
         rho = None if m.balanced else torch.tensor([m.x, m.y], dtype=torch.float64)
         where = reference if grid.plain else ops
-        a_bar, b_bar, status = where.grid_adjoint(
-            grid.axes, ops.number(grid.eps), rho, *ctx.saved_tensors, f_bar, g_bar
-        )
+        sides = zip(given, ctx.saved_tensors[2:], strict=True)
+        seeds = [torch.zeros_like(v) if t is None else t for t, v in sides]
+        with torch.no_grad():
+            a_bar, b_bar, status = where.grid_adjoint(
+                grid.axes, ops.number(grid.eps), rho, *ctx.saved_tensors, *seeds
+            )
         report_system(grid.system, status.unsqueeze(0), a_bar.dtype)
-        return None, None, a_bar, b_bar, None, None
+        found = refuse_higher_order([a_bar, b_bar], [*ctx.saved_tensors, *seeds], _SECOND)
+        return None, None, *found, None, None
 
 
 class GridValue(torch.autograd.Function):
