@@ -6,6 +6,7 @@ import datetime
 import itertools
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -390,9 +391,10 @@ def test_otgan_goes_on_after_a_process_was_killed(tmp_path):
     for ranks, out, stop in ((1, one, "20"), (2, two, "10")):
         assert train(ranks, out, "--stop-at", stop, "--chunk", "10").wait(300) == 0
     killed = train(2, two, "--resume", "--chunk", "10")
-    for line in killed.stderr:  # of the progress
-        if b" step " in line:
-            break
+    said = b""
+    while not re.search(rb"\d(step/s|s/step)", said):  # the bar after the first steps
+        said += killed.stderr.read1()
+        assert killed.poll() is None, said
     children = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
     assert killed.wait(100) != 0
