@@ -17,6 +17,7 @@ from otloss.reference.gradients import quotient
 from otloss.reference.marginals import (
     Marginals,
     SoftMean,
+    column_weights,
     damping,
     marginals_of,
     mean_and_magnitude,
@@ -75,7 +76,7 @@ def solve(
     number, statuses, all_f, all_g = eps.item(), [], [], []
     for p, (i, j) in enumerate(as_pairs(pairs)):
         a, b, marginals = weights[i], weights[j], marginals_of(rho_x, rho_y, i, j)
-        b = b * (a.sum(-1, True) / b.sum(-1, True)) if marginals.balanced else b
+        b = column_weights(a, b) if marginals.balanced else b
         engines = [
             GridEngine(means, axes, spacing, *each, marginals) for each in zip(a, b, strict=True)
         ]
