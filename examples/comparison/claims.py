@@ -249,7 +249,7 @@ CLAIMS: dict[str, list[Claim]] = {
         (
             "trained on one label, OT-GAN draws it (≥ 90% of the images)",
             "pictures",
-            share(0.9, "otgan-label-2000", "otgan-label"),
+            share(0.9, "otgan-label"),
         ),
         (
             "their wish: a learning rate that follows the loss does not harm",

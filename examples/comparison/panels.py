@@ -56,7 +56,6 @@ FIGURES: dict[str, list[Tile]] = {
     "label": [
         ("otgan-label", "real.png", "real 2s"),
         ("otgan-label", "last", "OT-GAN"),
-        ("otgan-label-2000", "last", "OT-GAN"),
     ],
     "matching": [
         ("otgan", "last", "optimal transport"),
