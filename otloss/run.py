@@ -100,7 +100,7 @@ def run(
     if live or forward_ad._current_level >= 0:
         outputs = Solve.apply(settings, sizes, *tensors)
     else:
-        outputs, _ = evaluate(settings, sizes, tensors)
+        outputs, *_ = evaluate(settings, sizes, tensors)
     loss, how, *rest = outputs
     half = len(rest) // 2
     solved = Solved(loss, how, tuple(rest[:half]), tuple(rest[half:]), settings)

@@ -43,7 +43,7 @@ void cost_backward(StableIValue* stack, uint64_t, uint64_t) {
   const Device device(points[0], {&points, &clouds.weights, &costs, &grad_costs});
   dispatch_dtype(points[0], [&](auto zero) {
     using T = decltype(zero);
-    const Prepared prepared = prepare<T>(device, clouds);
+    const Prepared<T> prepared = prepare<T>(device, clouds);
     PointGradients<T> grads(device, prepared, wanted);
     for (int64_t p = 0; p < clouds.count(); ++p) {
       PlanWeightGroup<T> group{};

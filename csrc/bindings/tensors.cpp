@@ -124,10 +124,10 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, int32_t d
   return strided(like, shape, strides.data(), count, dtype);
 }
 
-Tensor view(const Tensor& t, const Ints& sizes, const Ints& strides) {
+Tensor view(const Tensor& t, const Ints& sizes, const Ints& strides, int64_t first) {
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(sizes.size()),
-                                                        sizes.data(), strides.data(), 0, &handle));
+                                                        sizes.data(), strides.data(), first, &handle));
   return Tensor(handle);
 }
 

@@ -33,8 +33,8 @@ void check_indices(const Ints& indices, size_t count, const char* name);
 // Contiguous and uninitialised, on the device of `like` and of its dtype unless another is named.
 // In the emulated build filled with NaN: what is read before it is written shows.
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, int32_t dtype = -1);
-// The memory of `t` in another shape.
-Tensor view(const Tensor& t, const Ints& sizes, const Ints& strides);
+// The memory of `t` from entry `first` on, in another shape.
+Tensor view(const Tensor& t, const Ints& sizes, const Ints& strides, int64_t first = 0);
 // A cloud (n, d) as a batch (1, n, d) of one, and the reverse.
 Tensor batch_of_one(const Tensor& t);
 Tensor without_batch(const Tensor& t);
