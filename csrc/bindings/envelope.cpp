@@ -6,8 +6,8 @@ namespace {
 
 template <typename T>
 void envelope_as(StableIValue* stack, const Device& device, const Problem& problem,
-                 const Tensor& grad_loss, const Tensors& f, const Tensors& g,
-                 const Wanted& wanted, const std::optional<Tensor>& prepared) {
+                 const Tensor& grad_loss, const Tensors& f, const Tensors& g, const Wanted& wanted,
+                 const std::optional<Tensor>& prepared) {
   Gradients<T> gradients(device, problem, grad_loss, wanted, prepared);
   if (!wanted.costs.empty() || wanted.weights) {
     std::vector<EnvelopeGroup<T>> groups;

@@ -80,7 +80,8 @@ PointSums<T> Gradients<T>::side(int64_t c, SolvedSide<T> solved) {
   const auto made = [&](std::initializer_list<int64_t> shape) {
     return empty(clouds_.memory, shape);
   };
-  sides_.push_back({c, made({cloud.batch, cloud.n}), made({cloud.batch, cloud.n, cloud.d}), solved});
+  sides_.push_back(
+      {c, made({cloud.batch, cloud.n}), made({cloud.batch, cloud.n, cloud.d}), solved});
   return {data<T>(sides_.back().sum), data<T>(sides_.back().product)};
 }
 

@@ -46,9 +46,7 @@ class Gradients {
     for (const int64_t p : wanted_.costs)
       costs.push_back(
           first_entries(grad_C_[p], problem_.costs[p].size(1), problem_.costs[p].size(2)));
-    Tensors points = points_.result();
-    for (Tensor& grad : points) grad = problem_.clouds.single ? without_batch(grad) : grad;
-    otloss::give_back(stack, costs, points, grad_a_, grad_b_, more...);
+    otloss::give_back(stack, costs, points_.result(), grad_a_, grad_b_, more...);
   }
 
  private:

@@ -49,10 +49,12 @@ void torch_product(const Factor& left, const Factor& right, const Factor& out) {
 
 template <typename T>
 Prepared<T> as_given(const Clouds& given) {
-  Prepared<T> prepared{given.kind, {}, {}};
-  for (const Tensor& x : given.points)
-    prepared.clouds.push_back(
-        {x.size(0), x.size(1), x.size(2), data<T>(x), nullptr, data<T>(x), nullptr});
+  Prepared<T> prepared{given.kind, given.single, {}, {}};
+  for (size_t c = 0; c < given.points.size(); ++c) {
+    const auto [B, n, d] = given.shape(c);
+    T* const x = data<T>(given.points[c]);
+    prepared.clouds.push_back({B, n, d, x, nullptr, x, nullptr});
+  }
   return prepared;
 }
 
@@ -120,7 +122,7 @@ bool PointGradients<T>::wants(int64_t c) const {
 template <typename T>
 void PointGradients<T>::add_side(int64_t c, const T* sum, const T* product, SolvedSide<T> side) {
   const auto& [B, n, d, x, weight, z, norm] = clouds_.clouds[c];
-  if (!grads_[c].defined()) grads_[c] = zeros(clouds_.memory, {B, n, d});
+  if (!grads_[c].defined()) grads_[c] = zeroed(clouds_.empty_points(c));
   OTLOSS_LAUNCH(device_, cost_gradient,
                 CostGradientGroup<T>{B, n, d, z, norm, sum, product, data<T>(grads_[c]), side},
                 clouds_.kind);
@@ -175,24 +177,21 @@ Tensors PointGradients<T>::result() {
   for (size_t c = 0; c < grads_.size(); ++c) {
     if (terms_[c].empty()) continue;
     const auto& [B, n, d, x, weight, z, norm] = clouds_.clouds[c];
-    grads_[c] = empty(clouds_.memory, {B, n, d});
+    grads_[c] = clouds_.empty_points(c);
     products.push_back({B, n, d, z, norm, data<T>(grads_[c]), std::move(terms_[c])});
   }
   if (!device_.is_cuda() && !products.empty()) cpu::cloud_gradients(products, clouds_.kind);
   Tensors all;
-  for (const int64_t c : wanted_) {
-    const CloudGroup<T>& cloud = clouds_.clouds[c];
-    all.push_back(grads_[c].defined() ? grads_[c]
-                                      : zeros(clouds_.memory, {cloud.batch, cloud.n, cloud.d}));
-  }
+  for (const int64_t c : wanted_)
+    all.push_back(grads_[c].defined() ? grads_[c] : zeroed(clouds_.empty_points(c)));
   return all;
 }
 
-#define OTLOSS_INSTANTIATE(T)                                                                   \
-  template Prepared<T> as_given<T>(const Clouds&);                                              \
-  template Prepared<T> prepare<T>(const Device&, const Clouds&, const std::optional<Tensor>&);  \
-  template Tensors cost_matrices<T>(const Device&, const Prepared<T>&, const Ints&,             \
-                                    Tensor (*)(const Tensor&, int64_t, int64_t, int64_t));      \
+#define OTLOSS_INSTANTIATE(T)                                                                  \
+  template Prepared<T> as_given<T>(const Clouds&);                                             \
+  template Prepared<T> prepare<T>(const Device&, const Clouds&, const std::optional<Tensor>&); \
+  template Tensors cost_matrices<T>(const Device&, const Prepared<T>&, const Ints&,            \
+                                    Tensor (*)(const Tensor&, int64_t, int64_t, int64_t));     \
   template class PointGradients<T>;
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)

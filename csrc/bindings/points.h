@@ -11,12 +11,18 @@ namespace otloss {
 template <typename T>
 struct Prepared {
   CostKind kind;
+  bool single;    // see Clouds
   Tensor memory;  // of all z, then of all norms: one tensor, since each takes time
   std::vector<CloudGroup<T>> clouds;
 
   PointPair<T> pair(int64_t i, int64_t j, bool tf32, bool multiscale) const {
     const CloudGroup<T>&x = clouds[i], &y = clouds[j];
     return {kind, x.d, x.z, y.z, x.norm, y.norm, tf32, multiscale};
+  }
+  // For a gradient of cloud c.
+  Tensor empty_points(int64_t c) const {
+    const CloudGroup<T>& x = clouds[c];
+    return single ? empty(memory, {x.n, x.d}) : empty(memory, {x.batch, x.n, x.d});
   }
 };
 
