@@ -132,10 +132,11 @@ class QuasiNewton {
       const double changed = gram.product[change][change];
       // In the weights of the new point: the residual before was r + y.
       const double before = residual + 2 * gram.product[LbfgsGram::kResidual][change] + changed;
-      step.length.accepted(gram.product[slot][slot], changed, before);
+      const double noise = s_.control.point().noise;
+      const double least = least_change(noise, s_.mass_y, roundoff<T>(), s_.eps);
+      step.length.accepted(gram.product[slot][slot], changed, before, least);
       if (s_.soft) gram.sift();
-      if (changed > least_change(s_.control.point().noise, s_.mass_y, roundoff<T>(), s_.eps))
-        gram.keep(slot);
+      if (changed > least) gram.keep(slot);
     } else {
       gram.count = 0;
       if (s_.next == Next::kPlain)
