@@ -105,7 +105,7 @@ class Run:
     def _bar(self) -> tqdm[Any]:
         """Of the first process; on a terminal it moves, a log gets a line every half minute."""
         line = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}\n"
-        log = {"mininterval": 30, "maxinterval": 30, "bar_format": line}
+        log = {"mininterval": 30, "maxinterval": 60, "bar_format": line}
         return tqdm(
             total=self.args.steps,
             initial=self.step,
