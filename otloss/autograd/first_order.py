@@ -31,7 +31,7 @@ OPERATIONS: Final[dict[str, Callable[..., Any]]] = {
         seeds.loss, *problem, f, g, *want
     ),
     "implicit": lambda where, seeds, problem, init, f, g, traces, want: where.implicit_backward(
-        *seeds, *problem._replace(multiscale=False), f, g, *want
+        *seeds, *problem, f, g, *want
     ),
     "unrolled": lambda where, seeds, problem, init, f, g, traces, want: where.unrolled_backward(
         *seeds, *problem, init, traces, *want
