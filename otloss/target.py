@@ -19,7 +19,7 @@ class SelfProblem:
     def __init__(self, of: Sequence[tuple[Any, int]], settings: Any) -> None:
         self.of = of  # the tensors, weakly, and how often they had been changed in place
         # What they held, once they have come again: changes through NumPy or .data are not counted.
-        self.copies: list[Tensor | None] | None = None
+        self.copies: list[Any] | None = None
         self.settings = settings  # what else the solution depends on
         self.solution: Tensor | None = None  # (B, m + 5): the potential, the status
 
