@@ -36,6 +36,16 @@ def _surface(d: int) -> Callable[[int], Tensor]:
     return make
 
 
+def _with_gaussian(make: Callable[[int], Tensor], d: int, share: float) -> Callable[[int], Tensor]:
+    """What looks like few dimensions at most points, and is not."""
+
+    def mixed(n: int) -> Tensor:
+        others = int(share * n)
+        return torch.cat([make(n - others), torch.randn(others, d)])
+
+    return mixed
+
+
 def _clouds() -> dict[str, tuple[Tensor, Tensor]]:
     rng = torch.manual_seed(0)
     found = {
@@ -48,6 +58,7 @@ def _clouds() -> dict[str, tuple[Tensor, Tensor]]:
         found[f"a full cube, d={d}"] = _pair(lambda n, d=d: torch.rand(n, d))
     for d in (5, 8):
         found[f"a surface, d={d}"] = _pair(_surface(d))
+    found["10% a Gaussian, d=8, else a surface"] = _pair(_with_gaussian(_surface(8), 8, 0.1))
     return found
 
 

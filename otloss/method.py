@@ -156,7 +156,7 @@ def _without_direction(
 @torch.no_grad()
 def local_dimension(x: Tensor) -> float:
     """The dimension of a cloud (of the first problem) near its points: the exponent with which the
-    number of neighbours grows with the distance, in the median of a sample."""
+    number of neighbours grows with the distance, in the mean of a sample."""
     x = (x if x.dim() == 2 else x[0]).detach().float()
     near, far = NEIGHBOURS
     sample = x[torch.randint(len(x), (SAMPLED,), generator=torch.Generator().manual_seed(0))]
@@ -165,8 +165,8 @@ def local_dimension(x: Tensor) -> float:
         distance = torch.linalg.vector_norm(x - point, dim=-1)
         first, last = distance.topk(far + 1, largest=False).values[[near, far]].tolist()
         growth = math.log(last / first) if 0 < first < last < math.inf else 0.0
-        found.append(math.log(far / near) / growth if growth else 0.0)
-    return statistics.median(found)
+        found.append(min(math.log(far / near) / growth, x.shape[-1]) if growth else 0.0)
+    return statistics.fmean(found)
 
 
 def _streams(

@@ -32,7 +32,7 @@ DIVERGENCE = (0, 1, 0, 0, 1, 1)
 COEFFICIENTS = [1.0, -0.4, 0.7, *[0.25] * 20]  # no sum of two pairs hides an error
 HARD = (math.inf, math.inf)  # rho_x, rho_y
 SOFT = [HARD, (0.7, 0.3), (math.inf, 0.5), (0.02, math.inf)]
-STORED = ["block", "cluster", "grid", "dense"]  # where a GPU keeps the cost matrix
+STORED = ["block", "cluster", "dense"]  # where a GPU keeps the cost matrix
 # Rows of a streamed sweep that several blocks share, in several parts.
 SHARED = ["parts 1", "parts 2", "parts 4", "parts 3"]
 LAUNCHED = [*STORED, "streamed", *SHARED]
@@ -296,7 +296,7 @@ def assert_bitwise_equal(results: list[list[Tensor]]) -> None:
 
 
 @some("regime, dtype, kind, d, eps, penalty",
-      LAUNCHED, DTYPES, range(3), [1, 3, 17, 70], [1.0, 0.1, 0.015], SOFT)  # fmt: skip
+      LAUNCHED, DTYPES, range(3), [1, 3, 17, 70], [1.0, 0.1, 0.02], SOFT)  # fmt: skip
 def test_solves_a_divergence(machine, regime, dtype, kind, d, eps, penalty):
     """Far from the origin, with coincident points."""
     p = problem(dtype, d=d, kind=kind, eps=eps, far=10.0 * (kind < 2), rho=penalty)
@@ -306,7 +306,7 @@ def test_solves_a_divergence(machine, regime, dtype, kind, d, eps, penalty):
 
 @some("regime, shape, dtype, d", LAUNCHED, SHAPES, DTYPES, [2, 50])
 def test_shapes(machine, regime, shape, dtype, d, force):
-    if regime == "block" and max(shape) > 600:
+    if regime in ("block", "cluster") and max(shape) > 600:
         force(regime="dense")
     assert_solved(machine, problem(dtype, *shape, d, batch=1, kind=1, pairs=(0, 1), eps=0.5), 2e-5)
 
@@ -769,14 +769,6 @@ def test_more_pairs_than_a_launch_takes(machine):
     assert_close(found.loss, exactly(p).loss.float(), rtol=1e-3, atol=1e-3)
 
 
-@slow
-def test_unrolled_gradients_are_two_launches(emulator):
-    """Whatever the number of pairs, problems and iterations."""
-    p = problem(SINGLE, eps=0.3, objective=1).stored()
-    s = seeds(p, "unrolled", n_iters=20)
-    assert emulator.launches(lambda: emulator.gradient("unrolled", p, s)) == 2
-
-
 # ------------------------------------------------------------------ launch layouts, what is refused
 
 
@@ -784,12 +776,16 @@ def test_unrolled_gradients_are_two_launches(emulator):
 @pytest.mark.parametrize(
     ("problems", "n", "d", "layout"),
     [
-        (1, 60, 0, "block, 1 block per problem, 1 at once, cost tile in shared memory"),
-        (200, 150, 0, "block, 1 block per problem, 132 at once, cost tile in shared memory"),
-        (2000, 64, 0, "block, 1 block per problem, 396 at once, cost tile in shared memory"),
-        (1, 600, 0, "cluster, 16 blocks per problem, 1 at once, cost tile in shared memory"),
-        (1, 9000, 0, "dense, 132 blocks per problem, 1 at once, cost tile in global memory"),
-        (200, 20000, 0, "dense, 33 blocks per problem, 4 at once, cost tile in global memory"),
+        (1, 60, 0, "block, 1 block per problem, cost tile in shared memory"),
+        (200, 150, 0, "block, 1 block per problem, cost tile in shared memory"),
+        (1, 600, 0, "cluster, 8 blocks per problem, cost tile in shared memory"),
+        (
+            1,
+            9000,
+            0,
+            "dense, a launch for each sweep, costs read from global memory, "
+            "a block has 104 by 1/3 of the columns",
+        ),
         (
             1,
             9000,

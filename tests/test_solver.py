@@ -158,7 +158,7 @@ def test_clusters_that_float32_hardly_sees_apart(method, rng):
     x, y = (
         0.5 * randn(rng, count, n, 3, dtype=torch.float32) + apart.repeat(n // 2, 1) for n in (8, 4)
     )
-    result = otloss.solve_sample(x, y, 0.5, tol=1e-5, max_iters=200, method=method)
+    result = otloss.solve_sample(x, y, 0.5, tol=2e-5, max_iters=200, method=method)
     assert bool(result.converged.all())
 
 

@@ -29,13 +29,12 @@ double share_within(const Cloud& X, const Cloud& Y, double eps, int64_t points, 
 int64_t leaf_size(const Cloud& X, const Cloud& Y, double eps, const Precision& precision) {
   constexpr int64_t kLeaves = 32;  // at least
   constexpr double kWide = 8, kPays = 0.6;
-  constexpr double kOfMoments = 21;  // time for a pair of leaves, over L times that of an entry
   int64_t result = share_within(X, Y, eps, 32, kWide) > 0.5 ? 32 : 16;
   if (X.d > kMomentDims || !precision.moments()) return result;
   double least = kPays;  // time over that without moments
   for (int64_t L = kLeastMoments; L <= kMostLeaf && kLeaves * L <= std::min(X.n, Y.n); L *= 2) {
     const double share = share_within(X, Y, eps, L, kMomentReach);
-    const double time = share * kOfMoments / static_cast<double>(L) + 1 - share;
+    const double time = share * kMomentTime / static_cast<double>(L) + 1 - share;
     if (time < least) least = time, result = L;
   }
   return result;
@@ -189,6 +188,20 @@ void Engine::sweep(double eps, const double* g, double* F, double* s, bool colum
   for_each_part(
       [&](Worker& worker, int64_t begin, int64_t end) { worker.update(pass, begin, end); });
   finish(columns);
+}
+
+// From every kEach-th super of x.
+double Engine::effort(double eps, const double* F, const double* g) {
+  constexpr int64_t kEach = 8;
+  std::vector<double> fixed(F, F + X.size), tiles(X.super.count);
+  Pass pass = begin(eps, g, fixed.data(), nullptr);
+  pass.tiles = tiles.data();
+  double entries = 0, rows = 0;
+  for (int64_t S = 0; S < X.super.count && !interrupted(); S += kEach) {
+    entries += workers_[0].effort(pass, S, S + 1);
+    rows += static_cast<double>(std::min(X.n, (S + 1) * kSuper * X.L) - S * kSuper * X.L);
+  }
+  return entries / (rows * static_cast<double>(Y.n));
 }
 
 void Engine::iterate(double eps, const double* g, double* F, double* gt, double* q) {

@@ -63,6 +63,9 @@ class Engine {
   }
   void expect(double rate);
 
+  // The time of a pass over that of one which takes all pairs one by one; on a sample.
+  double effort(double eps, const double* F, const double* g);
+
   // At fixed potentials: rows' sums over j of the density times b_j v_j, v (count, m), to
   // out (count, n).
   void apply(double eps, const double* F, const double* g, int64_t count, const double* v,

@@ -15,6 +15,7 @@ constexpr int64_t kPoints = 4;      // that a centroid stands for
 constexpr int64_t kCoarsest = 500;  // points of the coarsest level, at most
 constexpr double kStageTol = 0.01;  // of all but the finest
 constexpr int64_t kStagePasses = 100;
+constexpr double kMostEffort = 0.4;  // see Engine::effort; otherwise all pairs take less time
 
 // Clouds from fine to coarse; spread: mean squared distance of the points to those of a level.
 struct Levels {
@@ -175,6 +176,17 @@ Solution finished(Engine& engine, const SolveOptions& options, const Penalties& 
   return result;
 }
 
+// Potentials to go on from by all pairs.
+Solution unfinished(const Engine& engine, double eps, const std::vector<double>& F,
+                    std::vector<double> g) {
+  Solution result;
+  result.finished = false;
+  result.f = times(F, engine.x.damping(eps) * eps / kLog2E);
+  result.g = std::move(g);
+  result.f.resize(engine.X.n), result.g.resize(engine.Y.n);
+  return result;
+}
+
 }  // namespace
 
 template <typename T>
@@ -239,6 +251,9 @@ Solution solve_pair(Clouds clouds, const Penalties& penalties, const SolveOption
     F.resize(X.size), g.resize(Y.size);
     Engine engine(X, Y, penalties.rho_x, penalties.rho_y, target, wanted);
     engine.expect(left_out_rate);
+    if (finest && rounding <= tol / 2 &&
+        engine.effort(target, times(F, at / target).data(), g.data()) > kMostEffort)
+      return unfinished(engine, at, F, std::move(g));
     const Outcome outcome = run_stages(engine, options, target, finest, tol, at, F, g);
     if (finest) {
       Solution result = finished(engine, options, penalties, outcome, F, g);

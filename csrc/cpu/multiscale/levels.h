@@ -30,6 +30,7 @@ struct Solution {
   Outcome outcome;
   double value = 0;
   std::vector<double> f, g;  // of the points in order
+  bool finished = true;      // else a pass over all pairs takes less time
 };
 
 // start: f and g in order, or empty. single: they are returned in single precision.

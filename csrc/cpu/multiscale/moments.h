@@ -13,6 +13,8 @@ namespace otloss::cpu::multiscale {
 constexpr int64_t kMomentDims = 3;
 // Of |ln(2) 2k <u, v>|: row sums are then right to 5e-5, on average to 1e-5.
 constexpr double kMomentReach = 0.8;
+// Time for a pair of leaves, over L times that of an entry.
+constexpr double kMomentTime = 21;
 
 struct MomentRows {
   int64_t d, L;

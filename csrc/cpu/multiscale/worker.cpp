@@ -174,6 +174,16 @@ MomentRows Worker::moment_rows(int64_t I, bool products) {
           products ? products_.data() : nullptr};
 }
 
+double Worker::effort(const Pass& pass, int64_t begin, int64_t end) {
+  double entries = 0;
+  for_each_leaf(pass, begin, end, [&](int64_t I) {
+    find(I, false, 0);
+    const double of_moments = static_cast<double>(found_.kept - direct_) * kMomentTime;
+    entries += static_cast<double>(L_) * (static_cast<double>(direct_ * L_) + of_moments);
+  });
+  return entries;
+}
+
 void Worker::update(const Pass& pass, int64_t begin, int64_t end) {
   if (pass.columns) column.assign(pass.y.cloud->size, 0.0);
   groups.clear(), groups.per = pass.group ? pass.x.cloud->L / pass.group : 0;

@@ -54,6 +54,8 @@ class Worker {
 
   // Rows of supers [begin, end).
   void update(const Pass& pass, int64_t begin, int64_t end);
+  // The time that the sums over rows of supers [begin, end) would take, in entries of the plan.
+  double effort(const Pass& pass, int64_t begin, int64_t end);
   // Of a symmetric plan: s alone, a pair of leaves and its mirror image at once, which is in
   // `column`.
   void mirror(const Pass& pass, int64_t begin, int64_t end);

@@ -46,8 +46,9 @@ bool has_one_potential(const SolveGroup<T>& group, int64_t p) {
          std::equal(a, a + n, group.b + p * n);
 }
 
+// False where all pairs take less time: then f and g are where to go on from.
 template <typename T>
-void solve_multiscale(const SolveGroup<T>& group, int64_t p, const SolveOptions& options,
+bool solve_multiscale(const SolveGroup<T>& group, int64_t p, const SolveOptions& options,
                       bool split) {
   const int64_t n = group.n, m = group.m;
   const T *a = group.a + p * n, *b = group.b + p * m;
@@ -82,6 +83,7 @@ void solve_multiscale(const SolveGroup<T>& group, int64_t p, const SolveOptions&
   status[kStatusIterations] = static_cast<double>(solution.outcome.iterations);
   status[kStatusError] = solution.outcome.error;
   status[kStatusConverged] = solution.outcome.converged ? 1.0 : 0.0;
+  return solution.finished;
 }
 
 // Those of problem p of a batch.
@@ -91,10 +93,16 @@ SolveOptions of_problem(SolveOptions options, int64_t p) {
 }
 
 template <typename T>
+void solve_streamed(const SolveGroup<T>& group, int64_t p, SolveOptions options, bool split);
+
+template <typename T>
 void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& of_all, bool split) {
   const SolveOptions options = of_problem(of_all, p);
   if (group.known) return take_known(group, p, options.eps);
-  if (group.points.multiscale) return solve_multiscale(group, p, options, split);
+  if (group.points.multiscale) {
+    if (!solve_multiscale(group, p, options, split)) solve_streamed(group, p, options, split);
+    return;
+  }
   const int64_t n = group.n, m = group.m;
   const T* a = group.a + p * n;
   T *f = group.f + p * n, *g = group.g + p * m;
@@ -139,6 +147,22 @@ void solve_problem(const SolveGroup<T>& group, int64_t p, const SolveOptions& of
   status[kStatusIterations] = static_cast<double>(outcome.iterations);
   status[kStatusError] = outcome.error;
   status[kStatusConverged] = outcome.converged ? 1.0 : 0.0;
+}
+
+// What multiscale does not pay for, from where it left off.
+template <typename T>
+void solve_streamed(const SolveGroup<T>& group, int64_t p, SolveOptions options, bool split) {
+  const int64_t n = group.n, m = group.m, d = group.points.d;
+  SolveGroup<T> one = group;
+  one.batch = 1;
+  one.a += p * n, one.f += p * n, one.b += p * m, one.g += p * m, one.status += p * kStatusFields;
+  std::vector<T> zx(n * d), zy(m * d), norm_x(n), norm_y(m);
+  prepare_clouds<T>({{1, n, d, group.points.zx + p * n * d, one.a, zx.data(), norm_x.data()},
+                     {1, m, d, group.points.zy + p * m * d, one.b, zy.data(), norm_y.data()}},
+                    group.points.kind);
+  one.points = {group.points.kind, d, zx.data(), zy.data(), norm_x.data(), norm_y.data()};
+  options.warm_start = true;
+  solve_problem(one, 0, options, split);
 }
 
 // Entry k of a loss, from the terms of its problems.

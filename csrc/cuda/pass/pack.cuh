@@ -16,9 +16,10 @@
 
 namespace otloss::cuda {
 
-// The points of a problem's group, where costs are made from them.
+// Where the costs of a group are: stored, or made from points.
 template <typename T>
 struct PackedPair {
+  const T* C;  // (B, n, m), or null
   CostKind kind;
   int64_t d;                     // coordinates
   const T* x;                    // (B, d + 1, packed_stride(n)) points, then their norms
@@ -171,9 +172,10 @@ inline SplitClouds split(const Context& context, int64_t batch, int64_t n, int64
   return {halves, scale};
 }
 
-// Who makes costs of points.
+// Who makes costs of points, if they are not stored.
 template <typename T>
-TileKind tiles_of(const Context& context, const PointPair<T>& points) {
+TileKind tiles_of(const Context& context, const PointPair<T>& points, const T* C = nullptr) {
+  if (C != nullptr) return TileKind::kStored;
   return choose_tiles(sizeof(T), points.d, limits(context.device), wanted_tiles(points.tf32));
 }
 
@@ -185,10 +187,13 @@ class Packer {
   explicit Packer(const Context& context, TileKind tiles = TileKind::kFma)
       : context_(context), tiles_(tiles) {}
 
-  PackedPair<T> operator()(int64_t batch, int64_t n, int64_t m, const PointPair<T>& points) {
+  PackedPair<T> operator()(int64_t batch, int64_t n, int64_t m, const PointPair<T>& points,
+                           const T* C = nullptr) {
+    if (C != nullptr)
+      return {C, points.kind, points.d, nullptr, nullptr, {}, {}, TileKind::kStored};
     const Cloud& x = packed(batch, n, points, points.zx, points.hx);
     const Cloud& y = packed(batch, m, points, points.zy, points.hy);
-    return {points.kind, points.d, x.points, y.points, x.halves, y.halves, tiles_};
+    return {nullptr, points.kind, points.d, x.points, y.points, x.halves, y.halves, tiles_};
   }
 
  private:

@@ -1,6 +1,6 @@
-// Tiles of a cost matrix that is made from the points on the way and never stored: what those who
-// make them (fma_tiles.cuh, tensor_tiles.cuh) and those who use them (streamed.cuh)
-// have in common.
+// Tiles of a cost matrix, which is made from the points on the way and never stored, or read: what
+// those who make them (fma_tiles.cuh, tensor_tiles.cuh, stored_tiles.cuh) and those who use them
+// (row_sums.cuh) have in common.
 //
 // A maker gives the entries of a tile to the threads of a block, up to 64 to each, as TileEntries.
 // Which rows and columns these are is the maker's layout:
@@ -75,6 +75,8 @@ struct RowTiles {
   bool symmetric;  // rows and columns are one cloud
   bool repair;     // see needs_repair
   T k;             // log2(e) / eps
+  const T* C;      // stored costs of the problem, of `width` columns; its rows, or its columns, are
+  int64_t width;   // those of the tiles
   PackedCloud<T> rows, columns;
   SplitCloud split_rows, split_columns;  // tensor cores
   int64_t first, last;                   // rows; first a multiple of kTileRows

@@ -6,9 +6,9 @@
 // exponential overflows, and the soft means. Vectors are cut by columns: a thread only ever touches
 // its own entries, but for G, which everybody reads.
 //
-// Costs (stored_costs.cuh, made_costs.cuh) tells where costs are: place() by one thread, load(),
-// pass() from G and F, columns() and guard() for the update of the columns, transport(), entry() of
-// two samples.
+// Costs (resident_costs.cuh, launched_costs.cuh) tells where costs are: place() by one thread,
+// load(), pass() from G and F, columns() and guard() for the update of the columns, transport(),
+// entry() of two samples.
 #pragma once
 
 #include <limits>
@@ -80,8 +80,8 @@ class Evaluation {
     team_.for_columns([&](int j) { weigh(1, s_.b[j]); });
     double largest[2] = {0, 0};  // max |C|, and 1 where it is not finite
     costs_.load(largest);
-    team_.team().template reduce<Sum>(mass);
-    team_.team().template reduce<Max>(largest);
+    team_.template reduce<Sum>(mass);
+    team_.template reduce<Max>(largest);
     // b is scaled to the total of a: weights that were rounded differently must not keep the error
     // up.
     const double ratio = s_.balanced ? mass[0] / mass[1] : 1.0;
@@ -143,7 +143,7 @@ class Evaluation {
     team_.for_columns([&](int j) {
       if (s_.w[j] > T(0)) least[1] = Max::join(least[1], -static_cast<double>(g[j]));
     });
-    team_.team().template reduce<Max>(least);
+    team_.template reduce<Max>(least);
     one([&] { s_.least_f = -least[0], s_.least_g = -least[1]; });
   }
 
@@ -281,7 +281,7 @@ class Evaluation {
     const int64_t n = s_.group->n, m = s_.group->m;
     const int r = sample_size(n), c = sample_size(m);
     const int lane = block_.thread() % kWarp, warp = block_.thread() / kWarp;
-    const int rank = team_.team().rank(), size = team_.team().size();
+    const int rank = team_.rank(), size = team_.size();
     const auto row = [&](int i) { return sample(i, n); };
     const auto column = [&](int j) { return sample(j, m); };
     double sums[6] = {};  // of C, C^2, squares of row sums, of column sums; rows, columns

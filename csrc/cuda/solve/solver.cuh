@@ -1,6 +1,6 @@
 // The solve of a problem by a team of blocks: the solver of csrc/cpu/solve/solver.cpp as a state
 // machine. Passes over the cost are made between its turns, by the blocks themselves (run) or by
-// other launches (streamed_launch.cuh). Each turn takes an evaluated point, and StepControl decides
+// other launches (launched.cuh). Each turn takes an evaluated point, and StepControl decides
 // which is next, by one thread of each block on equal numbers, so that all blocks agree.
 #pragma once
 
@@ -23,7 +23,7 @@ class Solver : Evaluation<T, Block, Costs> {
         quasi_newton_(block, team, state, arguments.vector_length) {}
 
   OTLOSS_DEVICE void run() {
-    team_.for_problems(args_.groups, [&](const SolveGroup<T>& p, int64_t batch) {
+    team_.with_problem(args_.groups, [&](const SolveGroup<T>& p, int64_t batch) {
       if (open(p, batch)) do
           costs_.pass();
         while (turn());
@@ -224,7 +224,7 @@ class Solver : Evaluation<T, Block, Costs> {
       const double r = static_cast<double>(gt[j] - g[j]);
       residual[0] = Max::join(residual[0], r < 0 ? -r : r);
     });
-    team_.team().template reduce<Max>(residual);
+    team_.template reduce<Max>(residual);
     return is_near(s_.trial.error, residual[0], s_.eps);
   }
 
