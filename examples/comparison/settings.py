@@ -141,7 +141,8 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
     # One step past the sources: 1
     "beyond": {
         **{
-            f"flow-fashion-{pairs}": f"train_flow.py --data fashion --epochs 10 --pairs {pairs}"
+            f"flow-fashion-{pairs}": f"train_flow.py --data fashion --epochs 5 --pairs {pairs}"
+            " --eval-samples 2000"
             for pairs in ("ot", "independent", "pot")
         },
         "conv-15": "train_sinkhorn.py --data fashion --preset conv --width 0.5 --epochs 11",
