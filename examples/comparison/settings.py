@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 # Every run by the experiment that it belongs to, its name, and its command. A report belongs to a
 # name if its own options are those of the command, wherever it lies. `reproduce.py` runs them in
 # this order. Lengths and widths are such that an experiment takes the CPU hours written above it.
@@ -60,7 +62,6 @@ SHORT: dict[str, str] = {
     "ellipses": "fit_ellipses.py",
     "ellipses-1000": "fit_ellipses.py --samples 1000 --losses mmd 'eps 1' 'eps 0.1' 'eps 0.03'",
 }
-LI_LIANG = "train_otgan.py --data mnist --preset tiny --batch 256 --steps 800"
 LEARNED = "train_learned_cost.py --data cifar10 --width 0.25 --epochs 15"
 EXPERIMENTS: dict[str, dict[str, str]] = {
     # Of the metrics of the others.
@@ -71,6 +72,13 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
     },
     # The report on OT-GAN, at an eighth of the width: 0.3
     "french": {
+        **{
+            f"digits-{net}": f"train_gan.py --data digits --preset {net} --width 0.125"
+            " --steps 7200 --eval-every 600"
+            for net in ("basic", "dcgan")
+        },
+        "digits-otgan": "train_otgan.py --data digits --preset tiny --batch 100 --lr 2e-4"
+        " --steps 2400 --eval-every 600",
         **{
             f"mnist-{net}": f"train_gan.py --data mnist --preset {net} --width 0.125"
             f" --epochs {epochs} --eval-every 600 --eval-samples 5000"
@@ -90,11 +98,14 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
     },
     # Li & Liang 2022, at an eighth of the width: 1
     "li-liang": {
-        "otgan-mnist-500": f"{LI_LIANG} --eps 0.002",
-        "otgan-mnist-100": f"{LI_LIANG} --eps 0.01",
-        "otgan-mnist-500-beta": f"{LI_LIANG} --eps 0.002 --betas 0.9 0.999",
-        "otgan-mnist-100-beta": f"{LI_LIANG} --eps 0.01 --betas 0.9 0.999",
-        "otgan-label": "train_otgan.py --data mnist --preset tiny --labels 2 --steps 1000",
+        **{
+            f"otgan-{data}-{penalty}{beta}": f"train_otgan.py --data {data} --preset tiny"
+            f" --batch 256 --steps 1000 --eps {1 / penalty:g}{options}"
+            for data in ("digits", "mnist")
+            for beta, options in (("", ""), ("-beta", " --betas 0.9 0.999"))
+            for penalty in (500, 100)
+        },
+        "otgan-label": "train_otgan.py --data mnist --preset tiny --labels 2 --steps 600",
         "genevay-b-70": "train_sinkhorn.py --data mnist --preset genevay-b --epochs 70",
         "otgan-follow": "train_otgan.py --data fashion --preset tiny --eval-every 500"
         " --schedule follow",
@@ -130,7 +141,8 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
     # One step past the sources: 1
     "beyond": {
         **{
-            f"flow-fashion-{pairs}": f"train_flow.py --data fashion --epochs 10 --pairs {pairs}"
+            f"flow-fashion-{pairs}": f"train_flow.py --data fashion --epochs 5 --pairs {pairs}"
+            " --eval-samples 2000"
             for pairs in ("ot", "independent", "pot")
         },
         "conv-15": "train_sinkhorn.py --data fashion --preset conv --width 0.5 --epochs 11",
@@ -197,12 +209,12 @@ MNIST = {
     "(.1, 10, 300)": "genevay-c",
     "(.1, 200, 100), 70 epochs": "genevay-b-70",
 }
-LABEL = {"OT-GAN at 1/8 width, 1000 steps": "otgan-label"}
+LABEL = {"OT-GAN at 1/8 width, 600 steps": "otgan-label"}
 LI_LIANG_RUNS = {
-    "penalty 500, beta_1 0.5": "otgan-mnist-500",
-    "penalty 100, beta_1 0.5": "otgan-mnist-100",
-    "penalty 500, beta_1 0.9": "otgan-mnist-500-beta",
-    "penalty 100, beta_1 0.9": "otgan-mnist-100-beta",
+    f"{data}, penalty {penalty}, beta_1 {beta}": f"otgan-{data}-{penalty}{suffix}"
+    for data in ("mnist", "digits")
+    for beta, suffix in ((0.5, ""), (0.9, "-beta"))
+    for penalty in (500, 100)
 }
 FOLLOW = {
     "digits, constant": "digits-constant",
@@ -251,8 +263,16 @@ DIGITS = dict.fromkeys(
     ("precision", "recall", "is", "geist_is", "smooth", "smooth_95", "as_asked"), 2
 )
 
-# The report on OT-GAN: the runs beside each other, at one width.
-FRENCH = {"BasicGAN": "mnist-basic", "DCGAN": "mnist-dcgan", "OT-GAN": "mnist-otgan"}
+# The report on OT-GAN: networks beside each other, at one width.
+FRENCH = {"BasicGAN": "basic", "DCGAN": "dcgan", "OT-GAN": "otgan"}
+
+
+def french_of(reports: Container[str]) -> dict[str, str]:
+    """The runs of the three networks: on MNIST if all are there, else on the digits."""
+    on = [{label: f"{data}-{n}" for label, n in FRENCH.items()} for data in ("mnist", "digits")]
+    return next((runs for runs in on if all(name in reports for name in runs.values())), on[-1])
+
+
 FRENCH_SCORES = {
     "is": "inception score",
     "fid": "Fréchet distance",
