@@ -74,7 +74,7 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
     "french": {
         **{
             f"digits-{net}": f"train_gan.py --data digits --preset {net} --width 0.125"
-            " --steps 7200 --eval-every 600"
+            " --steps 4800 --eval-every 600"
             for net in ("basic", "dcgan")
         },
         "digits-otgan": "train_otgan.py --data digits --preset tiny --batch 100 --lr 2e-4"
