@@ -173,6 +173,7 @@ struct ImplicitGroup : EnvelopeGroup<T> {
   T* P;             // (B, n, m) scratch; may be grad_C; null where costs are made
   double* status;   // (B, kImplicitStatusFields)
   MadeCost<T> made = {};
+  PointPair<T> given = {};  // of a multiscale solve, as plan_sums takes them
 };
 
 enum ImplicitStatusField : int {

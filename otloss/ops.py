@@ -9,9 +9,8 @@ against itself. All tensors carry a batch dimension. The native kernels also tak
     cost_backward      gradients of costs                     -> gradients of the wanted clouds
     solve              problems                               -> loss (B,), status (P, B, 5), f and
                        g per pair, their traces if asked, costs if they were made and stored,
-                       and on a CPU what was ``prepared`` of the points: one tensor, up to KEPT
-    envelope_backward  gradient of the loss, at fixed f and g -> gradients; with what was prepared
-                       of the same points, if it was kept
+                       and on a CPU what it ``prepared`` of the points, up to KEPT
+    envelope_backward  gradient of the loss, at fixed f and g, and what was prepared -> gradients
     unrolled_backward  gradients of the loss, f, g; traces    -> gradients
     implicit_backward  gradients of the loss, f, g            -> gradients, status (P, B, 2):
                        iterations and relative residual of the linear system
@@ -253,10 +252,8 @@ def _(axes: list[Tensor], *arguments: Any) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake("otloss::cost", lib=_library)
 def _(points: list[Tensor], weights: list[Tensor], pairs: list[int], kind: int) -> list[Tensor]:
-    return [
-        points[i].new_empty(points[i].shape[0], points[i].shape[1], points[j].shape[1])
-        for i, j in as_pairs(pairs)
-    ]
+    sides = [(points[i], points[j]) for i, j in as_pairs(pairs)]
+    return [x.new_empty(*x.shape[:2], y.shape[1]) for x, y in sides]
 
 
 @torch.library.register_fake("otloss::cost_backward", lib=_library)
@@ -279,23 +276,20 @@ def _(*arguments: Any) -> tuple[Any, ...]:
         traces = [loss.new_empty(B, n_iters, a.shape[1] + b.shape[1]) for a, b in sides]
     if dense and not problem.costs:
         made = [_empty_rows(a, b.shape[1]) for a, b in sides]
-    return loss, status, f, g, traces, made, _empty_prepared(problem)
+    return loss, status, f, g, traces, made, _empty_prepared(problem.points, problem.multiscale)
 
 
 def _empty_rows(a: Tensor, m: int) -> Tensor:
     """(B, n, m) as the kernels make it: on a CPU rows start on cache lines."""
-    if not NATIVE or a.device.type != "cpu":
-        return a.new_empty(*a.shape, m)
-    line = 64 // a.element_size()
+    line = 64 // a.element_size() if NATIVE and a.device.type == "cpu" else 1
     return a.new_empty(*a.shape, -(-m // line) * line)[..., :m]
 
 
-def _empty_prepared(problem: Arguments) -> list[Tensor]:
-    if not NATIVE or problem.multiscale or not problem.points or problem.points[0].is_cuda:
+def _empty_prepared(points: list[Tensor], multiscale: bool) -> list[Tensor]:
+    if not NATIVE or multiscale or not points or points[0].is_cuda:
         return []
-    first = problem.points[0]
-    count = sum(x[..., 0].numel() for x in problem.points) * (first.shape[-1] + 1)
-    return [first.new_empty(count)] if count * first.element_size() <= KEPT else []
+    count = sum(x[..., 0].numel() for x in points) * (points[0].shape[-1] + 1)
+    return [points[0].new_empty(count)] if count * points[0].element_size() <= KEPT else []
 
 
 def _gradients(

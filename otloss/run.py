@@ -18,7 +18,6 @@ from otloss.costs import degree, subtracted
 from otloss.eps import scale_of
 from otloss.first_use import first_use
 from otloss.problem import Problem
-from otloss.reference.arguments import as_pairs
 from otloss.streamed_functions import solve_by_rows
 from otloss.target import SelfProblem
 
@@ -115,9 +114,7 @@ def _live_pairs(
     for c, x in enumerate(points):
         of_clouds[c] |= x.requires_grad
     sides = enumerate(zip(pairs[::2], pairs[1::2], strict=True))
-    return [
-        p for p, (i, j) in sides if of_clouds[i] or of_clouds[j] or (of_pairs and of_pairs[p])
-    ]
+    return [p for p, (i, j) in sides if of_clouds[i] or of_clouds[j] or (of_pairs and of_pairs[p])]
 
 
 def _are_single(problem: Problem, points: Sequence[Tensor], options: Options) -> bool:

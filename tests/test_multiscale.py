@@ -274,6 +274,31 @@ def test_derivatives_of_a_result_are_those_of_all_pairs(rng):
             assert float((got - right).norm()) <= 1e-3 * float(right.norm())
 
 
+@pytest.mark.parametrize("options", [{}, {"unbalanced": (0.5, None)}, {"cost": "cosine"}], ids=str)
+@pytest.mark.parametrize("eps", [0.3, 0.05])
+def test_implicit_gradients_from_lists(eps, options, rng):
+    """Of both potentials, of one of a cloud against itself, and of transport values."""
+    c = clouds(rng, N, M, 3, weights="random").require_grad()
+    v, w = randn(rng, N), randn(rng, M)
+
+    def potentials(c: Clouds, **how) -> Tensor:
+        f, g = c.solve(eps, **options, **how).potentials
+        return f @ v.to(f) + g @ w.to(g)
+
+    def own(c: Clouds, **how) -> Tensor:  # f + g is determined where the plan falls apart
+        r = otloss.solve_sample(c.x, c.x, eps, a=c.a, b=c.a, **options, **how)
+        return sum(r.potentials) @ v.to(c.x) + 0 * (c.y.sum() + c.b.sum())
+
+    def transport(c: Clouds, **how) -> Tensor:
+        return c.loss(eps, objective="transport", **options, **how)
+
+    for quantity in (potentials, own, transport):
+        found = c.grads(quantity(c, method="multiscale", tol=1e-5))
+        right = c.grads(quantity(c, method="dense", tol=1e-9, max_iters=5000))
+        for got, expected in zip(found, right, strict=True):
+            assert float((got - expected).norm()) <= 2e-3 * float(expected.norm())
+
+
 def test_second_derivatives(rng):
     c = clouds(rng, 200, 150, 2).require_grad()
     found = []

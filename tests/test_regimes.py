@@ -9,6 +9,8 @@ Losses, gradients and results run on it among the other backends: `pytest -k emu
 from __future__ import annotations
 
 import math
+import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
 from types import ModuleType
@@ -16,8 +18,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from backends import HAS_COMPILER, HAS_GPU, emulated, serving
+from backends import HAS_COMPILER, HAS_GPU, ROOT, emulated, serving
 from helpers import DTYPES, STRENGTHS, covering, name, rand, randn, rho, scaled, solved
+from test_far_mass import two_clusters
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -457,6 +460,18 @@ def test_hard_problems_in_float32(machine, regime, kind, rng):
     assert_close(found.loss.double(), true.loss, rtol=3e-2, atol=1e-2 * p.eps)
 
 
+@some("regime, gap", LAUNCHED, [1e-3, 3e-3])
+def test_small_mass_that_goes_far(machine, regime, gap):
+    """No more than the tolerance in the marginal error, but most of the value: a GPU does not move
+    it at once, and says so where it does not."""
+    c = two_clusters(gap)
+    clouds = [[c.x[None], c.y[None]], [c.a[None], c.b[None]]]
+    p = Problem(*moved(clouds, SINGLE), pairs=(0, 1), eps=1.0)
+    found = machine.solve(p, tol=1e-3, max_iters=60)
+    value = {1e-3: 5.69803, 3e-3: 15.6276}[gap]
+    assert not found.converged() or float(found.loss) == pytest.approx(value, rel=0.02)
+
+
 # ------------------------------------------------------------------------------------- gradients
 
 
@@ -825,6 +840,35 @@ def test_what_is_forced_must_exist(machine, force):
         force(**forced)
         with pytest.raises(RuntimeError, match=message):
             machine.solve(problem(SINGLE, d=20), dense="regime" in forced and "tiles" not in forced)
+
+
+@slow
+@pytest.mark.parametrize("loops", [0, 1])
+def test_loops_of_launches_compile(tmp_path, loops):
+    """With loops in graphs, and for toolkits that have none."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("needs nvcc")
+    source = tmp_path / "loops.cu"
+    source.write_text(LOOPS)
+    macro = f"-DOTLOSS_GRAPH_LOOPS={loops}"
+    command = [nvcc, "-ptx", "-std=c++17", macro, f"-I{ROOT / 'csrc'}", str(source)]
+    subprocess.run([*command, "-o", str(tmp_path / "loops.ptx")], check=True)
+
+
+LOOPS = """
+#include "cuda/device/loop.cuh"
+using namespace otloss::cuda;
+struct Kernel {
+  static constexpr int kThreads = 32;
+  Loop loop;
+  template <class Block>
+  __device__ void operator()(Block& block) const { block.count_off(loop, true); }
+};
+void run(const Context& context, const Loop& loop) {
+  repeat(context, loop, 3, [](const Loop& turn, Queue& queue) { queue(Kernel{turn}, Grid{}); });
+}
+"""
 
 
 @slow

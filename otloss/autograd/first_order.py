@@ -39,9 +39,7 @@ def gradients(
     if chosen == "envelope":
         found = where.envelope_backward(seeds.loss, *problem, f, g, *want, prepared)
     elif chosen == "implicit":
-        *found, status = where.implicit_backward(
-            *seeds, *problem._replace(multiscale=False), f, g, *want
-        )
+        *found, status = where.implicit_backward(*seeds, *problem, f, g, *want)
         report_system(s.system, status, inputs.weights[0].dtype)
     else:
         found = where.unrolled_backward(*seeds, *problem, inputs.init, traces, *want)

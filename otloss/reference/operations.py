@@ -86,9 +86,7 @@ def cost_backward(
 
 
 @each_problem(0)
-def solve(
-    *arguments: Any,
-) -> tuple[Tensor, Tensor, *tuple[list[Tensor], ...]]:
+def solve(*arguments: Any) -> tuple[Any, ...]:
     problem, (init, tol, max_iters, n_iters, trace, dense, *_) = read(arguments)
     costs, weights, coefficients = _matrices(problem), problem.weights, problem.coefficients
     eps, tol, objective = problem.eps.item(), tol.item(), problem.objective

@@ -267,10 +267,25 @@ void Engine::apply(double eps, const double* F, const double* g, int64_t count, 
   finish(false);
 }
 
-// <P, C> from P (1, y, |y|^2), the points counted from the middle of x.
-double Engine::transport(double eps, const double* F, const double* g) {
+void Engine::product(double eps, const double* F, const double* g, const double* x,
+                     const double* base, const double* factor, double* w, double* y) {
+  std::vector<double> fixed(F, F + X.size);
+  Pass pass = begin(eps, g, fixed.data(), nullptr);
+  pass.columns = y, pass.listed = listed_, pass.record = !listed_;
+  listed_ = true;
+  BlockVector<float> values;
+  if (x) values.assign(x, x + Y.size);
+  for_each_part([&](Worker& worker, int64_t begin, int64_t end) {
+    worker.product(pass, begin, end, x ? values.data() : nullptr, base, factor, w);
+  });
+  finish(y);
+  if (y) std::copy(column_.begin(), column_.end(), y);
+}
+
+// From P (1, y, |y|^2), the points counted from the middle of x.
+std::vector<double> Engine::cost_sums(double eps, const double* F, const double* g) {
   const int64_t d = X.d, count = d + 2, n = X.size, m = Y.size;
-  std::vector<double> v(count * m, 1.0), out(count * n);
+  std::vector<double> v(count * m, 1.0), out(count * n), sums(n);
   std::fill(v.begin() + (d + 1) * m, v.end(), 0.0);
   for (int64_t c = 0; c < d; ++c)
     for (int64_t j = 0; j < m; ++j) {
@@ -278,20 +293,25 @@ double Engine::transport(double eps, const double* F, const double* g) {
       v[(c + 1) * m + j] = along, v[(d + 1) * m + j] += along * along;
     }
   apply(eps, F, g, count, v.data(), out.data());
-  double sum = 0;
   for (int64_t i = 0; i < X.n; ++i) {
     double cost = out[(d + 1) * n + i];
     for (int64_t c = 0; c < d; ++c) {
       const double along = X.X[i * d + c] - X.super.centre[c];
       cost += along * (along * out[i] - 2 * out[(c + 1) * n + i]);
     }
-    sum += X.w[i] * cost;
+    sums[i] = X.w[i] * cost;
   }
+  return sums;
+}
+
+double Engine::transport(double eps, const double* F, const double* g) {
+  double sum = 0;
+  for (const double of_row : cost_sums(eps, F, g)) sum += of_row;
   return sum;
 }
 
-void Engine::displacements(double eps, const double* F, const double* g, double* of_rows,
-                           double* of_columns) {
+void Engine::displacements(double eps, const double* F, const double* g, const double* weight,
+                           double* of_rows, double* of_columns) {
   const int64_t d = X.d, n = X.size, m = Y.size;
   const bool symmetric = precision_.symmetric;
   std::vector<double> fixed(F, F + n), row(n);
@@ -299,7 +319,7 @@ void Engine::displacements(double eps, const double* F, const double* g, double*
   if (symmetric) pass.y.planes = &px_;
   pass.columns = symmetric || of_columns;
   for_each_part([&](Worker& worker, int64_t begin, int64_t end) {
-    worker.products(pass, begin, end, symmetric, row.data(), of_rows);
+    worker.products(pass, begin, end, symmetric, weight, row.data(), of_rows);
   });
   for (int64_t i = 0; i < X.n; ++i)
     for (int64_t c = 0; c < d; ++c) {

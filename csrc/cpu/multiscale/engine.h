@@ -71,9 +71,16 @@ class Engine {
   void apply(double eps, const double* F, const double* g, int64_t count, const double* v,
              double* out);
   // Of the plan a_i b_j 2^(F + k g - k C): rows' sums of y_j - x_i times it, (n, d), and columns'
-  // of x_i - y_j, (m, d), or null. A symmetric plan's columns are its rows and not returned.
-  void displacements(double eps, const double* F, const double* g, double* of_rows,
-                     double* of_columns);
+  // of x_i - y_j times it and `weight` (n,) in place of a, (m, d), or null. A symmetric plan's
+  // columns are its rows and not returned; `weight` is a.
+  void displacements(double eps, const double* F, const double* g, const double* weight,
+                     double* of_rows, double* of_columns);
+  // Of the same plan P at the same potentials each time: w = base + factor P x and, unless it is
+  // null, y = P^T w. x and base may be null. The first call's lists serve the others.
+  void product(double eps, const double* F, const double* g, const double* x, const double* base,
+               const double* factor, double* w, double* y);
+  // (n,) row sums of P C.
+  std::vector<double> cost_sums(double eps, const double* F, const double* g);
 
   // For Newton's step. Sums over groups are made while iterations pass.
   int64_t group() const { return group_; }

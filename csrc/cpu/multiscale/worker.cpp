@@ -323,20 +323,22 @@ void Worker::mirror(const Pass& pass, int64_t begin, int64_t end) {
   left_out *= 2;
 }
 
-void Worker::products(const Pass& pass, int64_t begin, int64_t end, bool symmetric, double* sum,
-                      double* product) {
+void Worker::products(const Pass& pass, int64_t begin, int64_t end, bool symmetric,
+                      const double* weight, double* sum, double* product) {
   const int64_t columns = pass.columns ? pass.y.cloud->size : 0;
   column.assign(columns, 0.0), column_product.assign(columns * pass.y.cloud->d, 0.0);
-  for_each_leaf(pass, begin, end, [&](int64_t I) { products_leaf(I, symmetric, sum, product); });
+  for_each_leaf(pass, begin, end,
+                [&](int64_t I) { products_leaf(I, symmetric, weight, sum, product); });
 }
 
 // Columns get sum w e (x - c) = sum w e u + (c_I - c) sum w e, c the centre of their leaf.
-void Worker::products_leaf(int64_t I, bool symmetric, double* sum, double* product) {
+void Worker::products_leaf(int64_t I, bool symmetric, const double* weight, double* sum,
+                           double* product) {
   const Cloud &x = *pass_->x.cloud, &y = *pass_->y.cloud;
   find(I, false, symmetric ? I : 0);
   row_product_.assign(d_ * L_, 0.0f);
   if (pass_->columns) products_.assign(found_.kept * d_ * L_, 0.0f);
-  for (int64_t i = 0; i < L_; ++i) w_[i] = static_cast<float>(x.w[I * L_ + i]);
+  for (int64_t i = 0; i < L_; ++i) w_[i] = static_cast<float>(weight[I * L_ + i]);
   if (direct_ < found_.kept) {
     sum_moment_rows(moment_rows(I, true));
     if (pass_->columns) sum_moment_columns(moment_rows(I, true));
@@ -370,6 +372,34 @@ void Worker::products_leaf(int64_t I, bool symmetric, double* sum, double* produ
         to[h] += static_cast<double>(from[h]) + delta * static_cast<double>(of_sum[h]);
     }
   }
+}
+
+void Worker::product(const Pass& pass, int64_t begin, int64_t end, const float* x,
+                     const double* base, const double* factor, double* w) {
+  if (pass.columns) column.assign(pass.y.cloud->size, 0.0);
+  for_each_leaf(pass, begin, end, [&](int64_t I) {
+    find(I, false, 0);
+    if (direct_ < found_.kept) {  // 2^alpha and 2^beta are made with the sums
+      sum_moment_rows(moment_rows(I, false));
+      std::fill(row_.begin(), row_.end(), 0.0f);
+      if (x) sum_moment_values(moment_rows(I, false), x);
+    }
+    for (int64_t first = 0; first < L_; first += kTileRows) {
+      float sum[kTileRows];
+      const TileRows rows = tile_rows(I, first, sum);
+      sum_rows(rows);
+      std::copy_n(row_.data() + first, kTileRows, sum);
+      if (x) sum_values(rows, x);
+      for (int64_t r = 0; r < kTileRows; ++r) {
+        const int64_t i = I * L_ + first + r;
+        const double a = pass.x.cloud->w[i];
+        w[i] = a > 0 ? (base ? base[i] : 0.0) + factor[i] * a * static_cast<double>(sum[r]) : 0.0;
+        w_[first + r] = static_cast<float>(a * w[i]);
+      }
+      if (pass.columns) sum_columns(rows);
+    }
+    if (pass.columns) flush(I);
+  });
 }
 
 void Worker::values(const Pass& pass, int64_t begin, int64_t end, int64_t count,

@@ -60,9 +60,14 @@ class Worker {
   // `column`.
   void mirror(const Pass& pass, int64_t begin, int64_t end);
   // At fixed potentials rows' sum e and sum e (y - c), c the centre of the row's leaf; in `column`
-  // and `column_product` the columns', if wanted. symmetric: with half of the pairs.
-  void products(const Pass& pass, int64_t begin, int64_t end, bool symmetric, double* sum,
-                double* product);
+  // and `column_product` the columns', weight (n,) in place of their rows'. symmetric: with half of
+  // the pairs.
+  void products(const Pass& pass, int64_t begin, int64_t end, bool symmetric, const double* weight,
+                double* sum, double* product);
+  // At fixed potentials w = base + factor sum a e x, and in `column` sum a w e, if wanted: x
+  // (leaves, L), or null: 0, base (n,) likewise.
+  void product(const Pass& pass, int64_t begin, int64_t end, const float* x, const double* base,
+               const double* factor, double* w);
   // At fixed potentials rows' sum e v: values (count, leaves, L), out (count, n).
   void values(const Pass& pass, int64_t begin, int64_t end, int64_t count, const float* values,
               double* out);
@@ -83,7 +88,7 @@ class Worker {
   void flush(int64_t I);
   void add_groups();
   void add_columns(int64_t skipped);
-  void products_leaf(int64_t I, bool symmetric, double* sum, double* product);
+  void products_leaf(int64_t I, bool symmetric, const double* weight, double* sum, double* product);
 
   const Pass* pass_ = nullptr;
   int64_t L_ = 0, d_ = 0;

@@ -53,6 +53,10 @@ struct Loop {
 #include <string>
 #include <type_traits>
 
+#if !defined(OTLOSS_GRAPH_LOOPS)
+#define OTLOSS_GRAPH_LOOPS (CUDART_VERSION >= 12040)
+#endif
+
 #define OTLOSS_DEVICE __device__ __forceinline__
 #define OTLOSS_NOINLINE __device__ __noinline__
 
@@ -135,7 +139,7 @@ class GpuBlock {
   // not the last.
   __device__ void count_off(const Loop& loop, bool done) const {
     if (done) atomicAdd(loop.done, 1u);
-#if CUDART_VERSION >= 12040
+#if OTLOSS_GRAPH_LOOPS
     if (blockIdx.x == 0 && loop.handle != 0 && load(loop.done) == loop.count)
       cudaGraphSetConditional(loop.handle, 0);
 #endif

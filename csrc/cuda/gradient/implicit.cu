@@ -1,4 +1,4 @@
-// The derivative of the solution, in the notation of csrc/cpu/gradient/implicit.cpp: with the
+// The derivative of the solution, in the notation of csrc/cpu/gradient/implicit_system.h: with the
 // marginals r, c of the plan P, divided by the dampings,
 //     [diag(r)  P     ] (alpha)   (f_bar)
 //     [P^T      diag(c)] (beta) = (g_bar),   C_bar_ij += P_ij (alpha_i + beta_j),

@@ -10,7 +10,7 @@
 
 namespace otloss::cuda {
 
-// As in csrc/cpu/gradient/implicit.cpp.
+// As in csrc/cpu/gradient/implicit_system.cpp.
 template <typename T>
 OTLOSS_HOST_DEVICE constexpr double implicit_tolerance() {
   return sizeof(T) == 4 ? 1e-8 : 1e-13;

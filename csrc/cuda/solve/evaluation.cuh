@@ -176,9 +176,10 @@ class Evaluation {
     s_.soft ? soft_scalars() : hard_scalars();
   }
 
-  // Sums: marginal error, dual value, its absolute size, <b, gt - g>, columns not to be trusted.
+  // Sums: marginal error, dual value, its absolute size, <b, gt - g>, columns not to be trusted;
+  // and, of d = b (1 - q), what is lacking and <d, g>.
   OTLOSS_DEVICE void hard_scalars() {
-    double sums[5];
+    double sums[7];
 #pragma unroll 1
     for (bool guarded = false;; guarded = true) {
       for (double& sum : sums) sum = 0;
@@ -190,6 +191,8 @@ class Evaluation {
         sums[2] += b * (g < 0 ? -g : g);
         sums[3] += b * (static_cast<double>(s_.trial_gt[j]) - g);
         sums[4] += q < 0 ? 1 : 0;
+        sums[5] += q < 1 ? b * (1 - q) : 0;
+        sums[6] += b * (1 - q) * g;
       });
       team_.for_rows([&](int i) {
         const double f = (s_.eps / kLog2E) * static_cast<double>(s_.F[i]);
@@ -201,9 +204,13 @@ class Evaluation {
       if (guarded || !(sums[4] > 0)) break;
       costs_.guard();
     }
+    // What is lacking could go as far as two points are apart; rounding may make four units of it
+    // out of nothing. Costs that are given may be negative.
+    const double lacking = sums[5] - 4 * roundoff<T>() * s_.mass_y;
+    const double range = (s_.group->points.zx ? 1 : 2) * s_.max_cost;
     one([&] {
-      s_.trial =
-          Scalars(sums[1], 4 * roundoff<T>() * sums[2], sums[0] / s_.mass_y, sums[3] / s_.mass_y);
+      s_.trial = Scalars(sums[1], 4 * roundoff<T>() * sums[2], sums[0] / s_.mass_y,
+                         sums[3] / s_.mass_y, (lacking > 0 ? lacking : 0.0) * range - sums[6]);
     });
   }
 

@@ -30,13 +30,15 @@ struct SolveArguments {
 // What is iterated: starts first, then Next says what the evaluated point is.
 enum class Phase { kFixed, kSymmetricFirst, kSymmetric, kStart, kSecondStart, kPair };
 
-// The scalars of one evaluated point, and <b, gt - g> over the mass.
+// The scalars of one evaluated point, <b, gt - g> over the mass, and a bound of the error of the
+// value (FarMassRule), where one is known.
 struct Scalars : PointScalars {
-  double mean = 0;
+  double mean = 0, bound = 0;
 
   Scalars() = default;
-  OTLOSS_HOST_DEVICE Scalars(double value, double noise, double error, double mean)
-      : PointScalars{value, noise, error}, mean(mean) {}
+  OTLOSS_HOST_DEVICE Scalars(double value, double noise, double error, double mean,
+                             double bound = 0)
+      : PointScalars{value, noise, error}, mean(mean), bound(bound) {}
 };
 
 // Points of a side that tell how varied the cost is: all of few, and some evenly of many.
@@ -87,7 +89,8 @@ struct SolverState {
   T k, to_cost, tilt;       // tilt: damping - 1
   StepControl control;
   Phase phase;
-  Next next;  // what the point under evaluation is
+  Next next;      // what the point under evaluation is
+  bool doubtful;  // mass that is small but has to go far may be hidden from the error
   Scalars trial;
   Scalars kept;  // of a start put aside
   Step step;

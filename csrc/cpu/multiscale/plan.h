@@ -1,0 +1,69 @@
+// The plan of a multiscale solve at fixed potentials, for gradients and products.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "core/math.h"
+#include "cpu/multiscale/levels.h"
+#include "kernels.h"
+
+namespace otloss::cpu::multiscale {
+
+// Of the plan: what may be left out of it.
+constexpr double kLeftOut = 1e-4;
+
+// A problem's two clouds with their leaves, and potentials in order.
+struct Fixed {
+  Clouds clouds;
+  Cloud &x, &y;
+  const std::vector<int32_t>&in_x, &in_y;
+  std::vector<double> F, g;
+
+  template <typename T>
+  Fixed(const PointPair<T>& points, int64_t p, int64_t n, const T* a, const T* f, int64_t m,
+        const T* b, const T* v, bool one, double eps, bool split)
+      : clouds(points, p, n, a + p * n, m, b + p * m, one, split),
+        x(clouds.x),
+        y(one ? clouds.x : clouds.y),
+        in_x(clouds.in_x),
+        in_y(one ? clouds.in_x : clouds.in_y) {
+    const int64_t L = leaf_size(x, y, eps, {kLeftOut, one, split});
+    x.build(L, split);
+    if (!one) y.build(L, split);
+    F.resize(x.size), g.resize(y.size);
+    for (int64_t i = 0; i < x.n; ++i) F[i] = kLog2E / eps * static_cast<double>(f[p * n + in_x[i]]);
+    for (int64_t j = 0; j < y.n; ++j) g[j] = static_cast<double>(v[p * m + in_y[j]]);
+  }
+
+  Engine engine(double eps, bool one, bool split) const { return between(x, y, eps, one, split); }
+  // With the columns as rows.
+  Engine exchanged(double eps, bool split) const { return between(y, x, eps, false, split); }
+
+ private:
+  static Engine between(const Cloud& x, const Cloud& y, double eps, bool one, bool split) {
+    constexpr double kHard = std::numeric_limits<double>::infinity();
+    return {x, y, kHard, kHard, eps, {kLeftOut, one, split}};
+  }
+};
+
+// One side's product, of V = scale P and the differences to the row's own point: to these its sum
+// of V adds 0. What cancels has done so in double.
+template <typename T>
+void put(const PointSums<T>& out, int64_t p, int64_t count, int64_t d, double scale,
+         const std::vector<int32_t>& in, const std::vector<double>& displacement) {
+  if (!out.sum) return;
+  T *sums = out.sum + p * count, *products = out.product + p * count * d;
+  std::fill(sums, sums + count, T(0)), std::fill(products, products + count * d, T(0));
+  for (size_t i = 0; i < in.size(); ++i)
+    for (int64_t c = 0; c < d; ++c)
+      products[in[i] * d + c] = static_cast<T>(scale * displacement[i * d + c]);
+}
+
+// Of implicit_backward (gradient/implicit_system.h): every product from the lists of the first.
+template <typename T>
+void implicit_backward(const std::vector<ImplicitGroup<T>>& groups, double eps,
+                       Objective objective);
+
+}  // namespace otloss::cpu::multiscale
