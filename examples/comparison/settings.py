@@ -74,7 +74,7 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
     "french": {
         **{
             f"digits-{net}": f"train_gan.py --data digits --preset {net} --width 0.125"
-            " --steps 7200 --eval-every 600"
+            " --steps 4800 --eval-every 600"
             for net in ("basic", "dcgan")
         },
         "digits-otgan": "train_otgan.py --data digits --preset tiny --batch 100 --lr 2e-4"
@@ -105,7 +105,7 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
             for beta, options in (("", ""), ("-beta", " --betas 0.9 0.999"))
             for penalty in (500, 100)
         },
-        "otgan-label": "train_otgan.py --data mnist --preset tiny --labels 2 --steps 600",
+        "otgan-label": "train_otgan.py --data mnist --preset tiny --labels 2 --steps 550",
         "genevay-b-70": "train_sinkhorn.py --data mnist --preset genevay-b --epochs 70",
         "otgan-follow": "train_otgan.py --data fashion --preset tiny --eval-every 500"
         " --schedule follow",
@@ -209,7 +209,7 @@ MNIST = {
     "(.1, 10, 300)": "genevay-c",
     "(.1, 200, 100), 70 epochs": "genevay-b-70",
 }
-LABEL = {"OT-GAN at 1/8 width, 600 steps": "otgan-label"}
+LABEL = {"OT-GAN at 1/8 width, 550 steps": "otgan-label"}
 LI_LIANG_RUNS = {
     f"{data}, penalty {penalty}, beta_1 {beta}": f"otgan-{data}-{penalty}{suffix}"
     for data in ("mnist", "digits")
