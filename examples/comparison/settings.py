@@ -42,9 +42,8 @@ SHORT: dict[str, str] = {
     " {runs}/digits {runs}/conditional-digits {runs}/geist-10-digits {runs}/gan-geist-digits",
     "sweep-digits": "sweep_eps.py --data digits --epochs 100 --seeds 2 --values 0.01 0.1 1 10",
     **{
-        f"cifar10-{preset}-short": "train_learned_cost.py --data cifar10 --width 0.125 --batch 100"
-        f" --limit-train 5000 --steps 400 --eval-samples 2000 --classifier-preset quick"
-        f" --preset {preset}"
+        f"digits-{preset}": "train_learned_cost.py --data digits --width 0.5 --batch 100"
+        f" --steps 800 --preset {preset}"
         for preset in ("mmd", "eps-10", "eps-100", "eps-1000")
     },
     **{
@@ -224,8 +223,8 @@ FOLLOW = {
     "OT-GAN, follows the held-out MED²": "otgan-follow",
 }
 LEARNED_RUNS = {
-    f"{loss}{text}": f"cifar10-{loss}{length}"
-    for length, text in (("", ""), ("-short", ", 400 steps"))
+    f"{data}, {loss}": f"{data}-{loss}"
+    for data in ("cifar10", "digits")
     for loss in ("mmd", "eps-1000", "eps-100", "eps-10")
 }
 SMOOTH = {
