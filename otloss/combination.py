@@ -103,7 +103,8 @@ def combine(
     if target is not None and _stays(clouds["y"], weights, options):
         of_target = target.self_problem(
             clouds["y"], (weights["a"], weights["b"]),
-            options, dense, problem.weights[0].dtype, torch.get_num_threads(),
+            options, dense, problem.weights[0].dtype, len(problem.weights[0]),
+            torch.get_num_threads(),
         )  # fmt: skip
     _, solved = solve_pairs(
         problem, costs, combination, options, memory.start(problem, pairs) if memory else [],

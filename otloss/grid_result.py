@@ -53,6 +53,13 @@ class GridResult(OTResult):
             self._grid.axes, torch.arange(N, device=self._a.device)[rows]
         ).unsqueeze(0)
 
+    def _plan_rows(self, rows: slice, C: Tensor) -> tuple[Tensor, Tensor]:
+        """With the derivatives where a density is 0: potentials are known there, too."""
+        f, g, a, b = self._f[:, rows], self._g, self._a[:, rows], self._b
+        a, b = a.unsqueeze(-1), b.unsqueeze(-2)
+        exponent = (f.unsqueeze(-1) + g.unsqueeze(-2) - C) / self._eps
+        return a * b * torch.where((a > 0) | (b > 0), exponent, -torch.inf).exp(), C
+
     def _product(self, u: Tensor, axis: int) -> Tensor:
         """P u or P^T u, (B, c, N)."""
         self._check_unchanged()

@@ -296,7 +296,8 @@ class PartialResult(OTResult):
         settings = self._settings
         if settings is not None and settings.places is not None and self._kept_extended is None:
             a, b, f, g = self._whole
-            every = extended(settings, settings.places, [a, b], f, g)
+            with torch.enable_grad():  # see Plan
+                every = extended(settings, settings.places, [a, b], f, g)
             self._kept_extended = [v[:, :-1] for v in every]
         return self._kept_extended
 

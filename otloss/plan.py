@@ -65,7 +65,8 @@ class Plan:
                     "computed from this result: give the solve a copy, or read the result before"
                 )
 
-    # Not cached_property, whose lock torch.compile cannot trace.
+    # Not cached_property, whose lock torch.compile cannot trace. What is kept is kept with its
+    # graph, also if it is first read where gradients are off: later readings may want one.
 
     @property
     def _cost(self) -> Tensor:
@@ -73,13 +74,15 @@ class Plan:
         self._check_unchanged()
         if self._kept_cost is None:
             o = self._options
-            self._kept_cost = build_costs(self._problem, [0, 1], o.cost, o.method)[0]
+            with torch.enable_grad():
+                self._kept_cost = build_costs(self._problem, [0, 1], o.cost, o.method)[0]
         return self._kept_cost
 
     @property
     def _plan(self) -> Tensor:
         if self._kept_plan is None:
-            self._kept_plan, self._kept_cost = self._plan_rows(slice(None), self._cost)
+            with torch.enable_grad():
+                self._kept_plan, self._kept_cost = self._plan_rows(slice(None), self._cost)
         return self._kept_plan
 
     def _plan_rows(self, rows: slice, C: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,7 +110,8 @@ class Plan:
         settings = self._settings
         if settings is not None and settings.places is not None and self._kept_extended is None:
             weights = self._problem.weights
-            self._kept_extended = extended(settings, settings.places, weights, self._f, self._g)
+            with torch.enable_grad():
+                self._kept_extended = extended(settings, settings.places, weights, self._f, self._g)
         return self._kept_extended
 
     def _over_rows(self, function: Callable[..., tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:

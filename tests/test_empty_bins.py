@@ -244,6 +244,24 @@ def test_far_bins_cost_near_ones_nothing(mode, rng):
         assert float(grad[5]) == pytest.approx(float(truth[5]), rel=1e-4, abs=1.0)
 
 
+@pytest.mark.parametrize("options", [{}, {"unbalanced": 1.0}, {"n_iters": 3}], ids=str)
+@pytest.mark.parametrize("method", CPU)
+def test_nothing_of_a_result_depends_on_padding(method, options, rng):
+    x, y, a = randn(rng, 6, 2), randn(rng, 5, 2), torch.full((6,), 0.2).double()
+    x[1], a[1] = math.nan, 0.0
+    for t in (x, a):
+        t.requires_grad_()
+    result = otloss.solve_sample(x, y, 0.5, a=a, method=method, **options)
+    read = (
+        result.value, result.value_linear, result.plan, *result.marginals, *result.potentials,
+        result.barycentric_map(), result.apply(y),
+    )  # fmt: skip
+    for tensor in read:
+        for grad in torch.autograd.grad(tensor.sum(), [x, a], retain_graph=True):
+            assert bool((grad[1] == 0).all())
+            assert bool(grad.isfinite().all())
+
+
 @pytest.mark.parametrize("content", [math.nan, math.inf])
 @pytest.mark.parametrize("method", ["dense", "reference"])
 def test_padding_of_a_cost_matrix(method, content, rng):

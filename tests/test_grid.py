@@ -62,6 +62,7 @@ QUANTITIES = {
     "linear": lambda a, b, w, **o: otloss.solve_grid(a, b, 2.0, **o).value_linear,
     "potentials": lambda a, b, w, **o: w * otloss.solve_grid(a, b, 2.0, **o).potentials[0],
     "marginals": lambda a, b, w, **o: w * otloss.solve_grid(a, b, 2.0, **o).marginals[1],
+    "plan": lambda a, b, w, **o: w.view(2, -1, 1) * otloss.solve_grid(a, b, 2.0, **o).plan,
     "map": lambda a, b, w, **o: w * otloss.solve_grid(a, b, 2.0, **o).barycentric_map()[..., 0],
 }
 

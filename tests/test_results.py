@@ -242,6 +242,28 @@ def test_a_change_in_place_after_the_solve_is_noticed(quantity, method, c):
     ON_DEMAND[quantity](c.solve(0.5, method=method, **TIGHT))  # not changed
 
 
+@pytest.mark.parametrize("empty", [False, True], ids=["", "empty bin"])
+@pytest.mark.parametrize(
+    ("method", "mass"), [*((method, None) for method in METHODS), ("dense", 0.5)]
+)
+def test_reading_without_gradients_takes_none_away(method, mass, empty, c):
+    """What a result keeps of its first reading serves later ones, which may want a gradient."""
+    if empty:
+        c.a = torch.cat([c.a[:1] * 0, c.a[1:] / c.a[1:].sum()])
+
+    def gradients(*, looked_at: bool) -> tuple[Tensor, ...]:
+        given = [t.detach().clone().requires_grad_() for t in (c.x, c.y, c.a)]
+        x, y, a = given
+        result = otloss.solve_sample(x, y, 0.5, a=a, b=c.b, mass=mass, method=method, **TIGHT)
+        if looked_at:
+            with torch.no_grad():
+                result.value_linear, result.plan, result.argmax()
+        read = result.plan.square().sum() + result.value_linear + result.apply(y).square().sum()
+        return torch.autograd.grad(read, given)
+
+    assert_close(gradients(looked_at=True), gradients(looked_at=False))
+
+
 @pytest.mark.parametrize("quantity", ["value_linear", "apply", "extend"])
 def test_a_change_in_place_before_the_gradient_is_noticed(quantity, c):
     c.x.requires_grad_()

@@ -85,6 +85,14 @@ def test_a_target_that_changed_is_solved_again(given: list[bool], rng: torch.Gen
     torch.testing.assert_close(value, otloss.sinkhorn_divergence(x, y, 1.0, b=b), rtol=0, atol=0)
 
 
+def test_a_target_of_all_problems_may_meet_any_number_of_them(rng: torch.Generator) -> None:
+    """The last minibatch of an epoch is smaller."""
+    loss, y = otloss.SinkhornDivergence(1.0), randn(rng, 1, 30, 3)
+    for problems in (4, 4, 2, 2, 4):
+        x = randn(rng, problems, 20, 3)
+        assert torch.equal(loss(x, y), otloss.sinkhorn_divergence(x, y, 1.0))
+
+
 def test_a_change_that_torch_does_not_count_is_seen(rng: torch.Generator) -> None:
     """Through NumPy, as into a buffer that is filled again, or through .data."""
     loss, x, y = otloss.SinkhornDivergence(1.0), randn(rng, 20, 3), randn(rng, 30, 3)

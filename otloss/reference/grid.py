@@ -15,6 +15,7 @@ from otloss.reference.arguments import as_pairs
 from otloss.reference.engine import Clouds, sample, spread
 from otloss.reference.gradients import quotient
 from otloss.reference.marginals import (
+    ROUNDING,
     Marginals,
     SoftMean,
     column_weights,
@@ -135,8 +136,9 @@ def adjoint(
     def schur(beta: Tensor) -> Tensor:
         return c * beta - b * over_rows(quotient(a * over_columns(beta), r))
 
-    right = g_bar - b * over_rows(quotient(f_bar, r))
-    beta, status = _conjugate_gradients(schur, right, c, b if balanced else None)
+    of_f = b * over_rows(quotient(f_bar, r))
+    size = quotient(g_bar.square() + of_f.square(), c).sum(-1, True)
+    beta, status = _conjugate_gradients(schur, g_bar - of_f, c, size, b if balanced else None)
     of_beta = over_columns(beta)
     alpha = quotient(f_bar - a * of_beta, r)
     a_bar, b_bar = -number * of_beta, -number * over_rows(alpha)
@@ -150,16 +152,28 @@ def adjoint(
 
 
 def _conjugate_gradients(
-    product: Callable[[Tensor], Tensor], right: Tensor, diagonal: Tensor, null: Tensor | None
+    product: Callable[[Tensor], Tensor],
+    right: Tensor,
+    diagonal: Tensor,
+    size: Tensor,
+    null: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Of (B, N), each problem on its own, and its status; ``null``: constants are in the null
-    space, and the mean of the solution with these weights is 0."""
-    x, r = torch.zeros_like(right), right
+    """Of (B, N), each problem on its own, and its status. ``right`` is a difference of terms of the
+    squared norm ``size`` (B, 1), below whose rounding nothing is left to solve for. ``null``:
+    constants are in the null space, and the mean of the solution with these weights is 0."""
+
+    def in_range(r: Tensor) -> Tensor:
+        if null is None:
+            return r
+        return r - r.sum(-1, True) / diagonal.sum(-1, True) * diagonal
+
+    x, r = torch.zeros_like(right), in_range(right)
+    floor = (ROUNDING * torch.finfo(right.dtype).eps) ** 2 * size
     z = quotient(r, diagonal)
     p, rz = z, (r * z).sum(-1, True)
-    first, steps, runs = rz, torch.zeros_like(rz), rz > 0
+    first, steps, runs = rz, torch.zeros_like(rz), rz > floor
     for _ in range(MOST_STEPS):
-        runs = runs & (rz > RESIDUAL**2 * first)
+        runs = runs & (rz > RESIDUAL**2 * first) & (rz > floor)
         if not bool(runs.any()):
             break
         steps = steps + runs
@@ -167,13 +181,13 @@ def _conjugate_gradients(
         slope = (p * q).sum(-1, True)
         runs = runs & (slope > 0)  # else rounding is all that is left
         step = torch.where(runs, rz / torch.where(runs, slope, 1.0), 0.0)
-        x, r = x + step * p, r - step * q
+        x, r = x + step * p, in_range(r - step * q)
         z = quotient(r, diagonal)
         before, rz = rz, (r * z).sum(-1, True)
         p = z + torch.where(before > 0, rz / torch.where(before > 0, before, 1.0), 0.0) * p
     if null is not None:
         x = torch.where(diagonal > 0, x - (null * x).sum(-1, True) / null.sum(-1, True), 0.0)
-    residual = torch.where(first > 0, (rz / torch.where(first > 0, first, 1.0)).sqrt(), 0.0)
+    residual = torch.where(rz > floor, (rz / first).sqrt(), 0.0)
     return x, torch.cat([steps, residual], -1)
 
 

@@ -149,10 +149,10 @@ def softmin(eps: Eps, C: Tensor, g: Tensor, b: Tensor) -> Tensor:
 
 
 def plan(eps: Eps, C: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps); exactly 0 where a weight is 0."""
+    """P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps); 0 where a weight is 0, with derivative 0."""
     exponent = (f.unsqueeze(-1) + g.unsqueeze(-2) - C) / of_entries(eps)
     weight = a.unsqueeze(-1) * b.unsqueeze(-2)
-    return weight * torch.where(weight > 0, exponent, 0.0).exp()
+    return weight * torch.where(weight > 0, exponent, -torch.inf).exp()
 
 
 def counted(C: Tensor, a: Tensor, b: Tensor) -> Tensor:
