@@ -393,6 +393,18 @@ def choice() -> str:
     )
 
 
+def pairs() -> str:
+    from benchmarks.pairs import table
+
+    document = json.loads((RESULTS.parent / "pairs.json").read_text())
+    return (
+        "CPU milliseconds of the plan and the draw on one thread, and the mean cost of the pairs\n"
+        f"(`{document['environment']['command']}`: noise and four clusters, float32,\n"
+        "`tol=1e-2`):\n\n"
+        f"{table(document['result'])}\n"
+    )
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
@@ -411,6 +423,7 @@ FIGURES: dict[str, Callable[[], str]] = {
         passes,
         large,
         choice,
+        pairs,
     )
 }
 

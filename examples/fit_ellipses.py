@@ -25,10 +25,11 @@ from typing import Any
 
 import torch
 from common import options, run
-from common.data import load_iris
 from matplotlib.figure import Figure
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
+from sklearn.datasets import load_iris
+from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
 import otloss
@@ -132,11 +133,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     options.begin(args)
-    measurements, labels = load_iris()
-    centred = measurements - measurements.mean(0)
-    points = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:COMPONENTS].T
-    kmeans = KMeans(COMPONENTS, n_init=10, random_state=args.seed).fit(points.numpy())
-    centres = torch.from_numpy(kmeans.cluster_centers_)
+    measurements, species = load_iris(return_X_y=True)
+    components = PCA(COMPONENTS).fit_transform(measurements).astype("float32")
+    kmeans = KMeans(COMPONENTS, n_init=10, random_state=args.seed).fit(components)
+    points, labels, centres = map(torch.from_numpy, (components, species, kmeans.cluster_centers_))
     models = {name: Ellipsoids(centres) for name in args.losses}
     everything = nn.ModuleList(models.values()).to(args.device)
     data = points.to(args.device)

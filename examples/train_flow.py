@@ -55,7 +55,10 @@ MOST = EULER_STEPS[-1]
 
 
 class Velocity(nn.Module):
-    """A perceptron of x and t, which passes x on to its end."""
+    """A perceptron of x and t, plus a multiple of x that depends on t.
+
+    The velocity contains minus the noise, which layers narrower than an image do not pass through.
+    """
 
     def __init__(self, shape: Sequence[int], hidden: Sequence[int]) -> None:
         super().__init__()
@@ -66,10 +69,11 @@ class Velocity(nn.Module):
             layers += [nn.Linear(fan_in, fan_out), nn.SiLU()]
             fan_in = fan_out
         self.net = nn.Sequential(*layers, nn.Linear(fan_in, size))
+        self.factor = nn.Sequential(nn.Linear(1, 64), nn.SiLU(), nn.Linear(64, 1))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Velocities of points x (n, d) at times t (n, 1)."""
-        return self.net(torch.cat((x, t), 1))
+        return self.net(torch.cat((x, t), 1)) + self.factor(t) * x
 
 
 class Flow(Generator):

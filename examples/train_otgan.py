@@ -22,20 +22,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from common import UsageError, chunks, generate, options, ranks
 from common.data import to_float
-from common.models import (
-    Generator,
-    initialise_from_data,
-    moving_average,
-    otgan_critic,
-    otgan_generator,
-)
+from common.models import Generator, UpConv, moving_average, widths
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import is_parametrized
 
 import otloss
 
@@ -72,6 +69,81 @@ def matched(args: argparse.Namespace, x1: Tensor, x2: Tensor, y1: Tensor, y2: Te
 
 
 NEEDS: options.Needs = {"eps": ("match", ["ot"])}
+
+
+class CReLU(nn.Module):
+    """Positive and negative parts side by side: twice the channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((x.relu(), (-x).relu()), 1)
+
+
+def halvings(shape: Sequence[int]) -> int:
+    """How often OT-GAN's networks halve the size: 32 to 4, 28 to 7, 8 to 2."""
+    return 3 if shape[1] % 8 == 0 and shape[1] > 8 else 2
+
+
+def generator_of(shape: Sequence[int], latent: int, prior: str, width: float) -> Generator:
+    """Linear-GLU, then upsampling and 5x5 GLU convolutions that halve the channels down to 128."""
+    channels, height, _ = shape
+    ups = halvings(shape)
+    sizes = widths([128 * 2**i for i in range(ups, -1, -1)], width)
+    base = height // 2**ups
+    layers: list[nn.Module] = [
+        nn.Linear(latent, 2 * sizes[0] * base**2),
+        nn.Unflatten(1, (2 * sizes[0], base, base)),
+        nn.GLU(1),
+    ]
+    for fan_in, fan_out in pairwise(sizes):
+        layers += [UpConv(fan_in, 2 * fan_out), nn.GLU(1)]
+    layers += [nn.Conv2d(sizes[-1], channels, 5, padding=2), nn.Tanh()]
+    return Generator(weight_normalised(nn.Sequential(*layers)), latent, prior)
+
+
+def critic_of(shape: Sequence[int], width: float) -> nn.Sequential:
+    """5x5 CReLU convolutions, the first at full size, flattened. The cosine cost normalises."""
+    downs = halvings(shape)
+    first = 128 if downs == 3 else 64
+    filters = widths([first * 2**i for i in range(downs + 1)], width)
+    layers: list[nn.Module] = []
+    fan_in = shape[0]
+    for n in filters:
+        stride = 2 if layers else 1
+        layers += [nn.Conv2d(fan_in, n, 5, stride, padding=2), CReLU()]
+        fan_in = 2 * n
+    return weight_normalised(nn.Sequential(*layers, nn.Flatten()))
+
+
+def weight_normalised(net: nn.Sequential) -> nn.Sequential:
+    """``net`` with weight normalisation (Salimans & Kingma 2016) of every layer with weights."""
+    for layer in net:
+        if hasattr(layer, "weight"):
+            weight_norm(layer)
+    return net
+
+
+@torch.no_grad()
+def initialise_from_data(net: nn.Module, batch: Tensor) -> None:
+    """Scale and shift each weight-normalised layer to output mean 0 and variance 1 on ``batch``.
+
+    One forward pass does it, because each layer sees the corrected output of those before it.
+    """
+
+    def correct(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(output.transpose(0, 1).flatten(1), 1)
+        scale = (variance + 1e-8).rsqrt()
+        gain = layer.parametrizations.weight.original0
+        gain.mul_(scale.reshape(-1, *[1] * (gain.dim() - 1)))
+        layer.bias.copy_(-mean * scale)
+        return layer.forward(*inputs)  # a plain call would come back here
+
+    layers = [layer for layer in net.modules() if is_parametrized(layer, "weight")]
+    for layer in layers:
+        layer.bias.zero_()
+    hooks = [layer.register_forward_hook(correct) for layer in layers]
+    net(batch)
+    for hook in hooks:
+        hook.remove()
 
 
 class Game:
@@ -164,8 +236,8 @@ def train(args: argparse.Namespace) -> None:
     images, batches = options.begin_images(args)
     if args.device == "cpu" and args.width > 0.25 and images.shape[1] > 8:
         print(f"width {args.width:g} takes seconds a step on a CPU: --width 0.125 is for one")
-    generator = otgan_generator(images.shape, args.latent, args.prior, args.width)
-    critic = otgan_critic(images.shape, args.width)
+    generator = generator_of(images.shape, args.latent, args.prior, args.width)
+    critic = critic_of(images.shape, args.width)
     generator, critic = generator.to(args.device), critic.to(args.device)
     initialise_from_data(generator, generator.draw(args.batch))
     initialise_from_data(critic, to_float(images.train[: args.batch]))

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,9 @@ from common.metrics import Evaluator
 from common.models import (
     HIDDEN,
     Generator,
-    LabelledGenerator,
+    UpConv,
     mlp_generator,
     moving_average,
-    upsampling_generator,
     widths,
 )
 from torch import Tensor, nn
@@ -148,6 +148,36 @@ What next, each after `python examples/train_sinkhorn.py`:
   --preset geist-10 --data digits     a Sinkhorn divergence, and a map of its 2-D latent space
   --data fashion --data-dir FOLDER    FashionMNIST (docs/examples.md has the folder's layout)
   --help                              all presets and options"""
+
+
+class LabelledGenerator(Generator):
+    """A generator whose latent vector ends in a class as ``classes`` numbers, one of them 1."""
+
+    def __init__(self, base: Generator, classes: int) -> None:
+        super().__init__(base.net, base.latent, base.prior)
+        self.classes = classes
+
+    def draw(self, n: int, labels: Tensor | None = None) -> Tensor:
+        """``n`` latent vectors, of these classes or of random ones."""
+        z = super().draw(n)
+        labels = torch.randint(self.classes, (n,), device=z.device) if labels is None else labels
+        z[:, -self.classes :] = F.one_hot(labels, self.classes)
+        return z
+
+
+def upsampling_generator(shape: Sequence[int], latent: int, prior: str, width: float) -> Generator:
+    """A hidden layer, then twice upsampling and a 5x5 convolution: what a loss of pixels trains
+    well, because neighbouring pixels share their weights."""
+    channels, height, _ = shape
+    base, sizes = height // 4, widths((128, 64, 32), width)
+    hidden, start = widths((1024,), width)[0], sizes[0] * base**2
+    layers: list[nn.Module] = [nn.Linear(latent, hidden, bias=False), nn.BatchNorm1d(hidden)]
+    layers += [nn.ReLU(), nn.Linear(hidden, start, bias=False), nn.BatchNorm1d(start), nn.ReLU()]
+    layers += [nn.Unflatten(1, (sizes[0], base, base))]
+    for fan_in, fan_out in pairwise(sizes):
+        layers += [UpConv(fan_in, fan_out), nn.BatchNorm2d(fan_out), nn.ReLU()]
+    layers += [nn.Conv2d(sizes[-1], channels, 5, padding=2), nn.Tanh()]
+    return Generator(nn.Sequential(*layers), latent, prior)
 
 
 def build(args: argparse.Namespace, shape: Sequence[int]) -> Generator:

@@ -17,7 +17,7 @@ from otloss.costs import COSTS
 
 __all__ = ["main"]
 
-LAYOUTS = ("auto", "block", "cluster", "grid", "dense", "streamed")
+LAYOUTS = ("auto", "block", "cluster", "dense", "streamed")
 
 
 def main() -> int:

@@ -172,6 +172,8 @@ def solve_pairs(
 
 def _check_penalties(options: Options, dtype: torch.dtype) -> None:
     """Raises where the kernels, which flush subnormal numbers, would take a penalty for none."""
+    if options.balanced():
+        return
     rho, least = min(options.rho_x, options.rho_y), torch.finfo(dtype).tiny
     if rho < least:
         raise ValueError(f"unbalanced must be at least {least:.3g} in {dtype}, got {rho!r}")

@@ -79,11 +79,10 @@ class SinkhornDivergence(_PairLoss):
             minibatches. It changes results only within ``tol``.
         kwargs: the other keyword arguments of the function.
 
-    On a CPU a ``y`` that stays, the very same tensor in the next call, is not solved against itself
-    again, unless it needs a gradient or was changed in place (torch counts changes; those through
-    ``.data`` or a NumPy array it does not see). Without ``warm_start`` results are the same to the
-    last bit. This is for balanced and unbalanced divergences of named costs, ``"regularized"`` and
-    without ``n_iters``.
+    On a CPU a ``y`` that stays, the very same tensor in every call, is solved against itself in the
+    first two of them only, unless it needs a gradient or has changed. Without ``warm_start``
+    results are the same to the last bit. This is for balanced and unbalanced divergences of named
+    costs, ``"regularized"`` and without ``n_iters``.
 
     Example:
         >>> loss = otloss.SinkhornDivergence(eps=0.1, cost="cosine")

@@ -8,8 +8,9 @@ against itself. All tensors carry a batch dimension. The native kernels also tak
     cost               clouds                                 -> C (B, n, m) per pair
     cost_backward      gradients of costs                     -> gradients of the wanted clouds
     solve              problems                               -> loss (B,), status (P, B, 5), f and
-                       g per pair, their traces if asked, costs if they were made and stored
-    envelope_backward  gradient of the loss, at fixed f and g -> gradients
+                       g per pair, their traces if asked, costs if they were made and stored,
+                       and on a CPU what it ``prepared`` of the points, up to KEPT
+    envelope_backward  gradient of the loss, at fixed f and g, and what was prepared -> gradients
     unrolled_backward  gradients of the loss, f, g; traces    -> gradients
     implicit_backward  gradients of the loss, f, g            -> gradients, status (P, B, 2):
                        iterations and relative residual of the linear system
@@ -51,7 +52,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, inf
@@ -82,6 +83,8 @@ __all__ = [
     "unrolled_backward",
 ]
 
+KEPT: Final = 16 << 20  # bytes of prepared points; kMostKept in csrc/bindings/solve.cpp
+
 # Fields of one row of ``status``; csrc/kernels.h lists the same.
 ITERATIONS, ERROR, CONVERGED, MAX_COST, TERM = range(5)
 
@@ -97,8 +100,10 @@ cost({_CLOUDS}) -> Tensor[]
 cost_backward(Tensor[] grad_costs, Tensor[] costs, {_CLOUDS}, int[] want_points) -> Tensor[]
 solve({_PROBLEM}, Tensor[] init, Tensor tol, int max_iters, int n_iters, bool trace, bool dense, \
 Tensor? target=None) \
--> (Tensor loss, Tensor status, Tensor[] f, Tensor[] g, Tensor[] traces, Tensor[] made)
-envelope_backward(Tensor grad_loss, {_PROBLEM}, Tensor[] f, Tensor[] g, {_WANTED}) -> ({_GRADIENTS})
+-> (Tensor loss, Tensor status, Tensor[] f, Tensor[] g, Tensor[] traces, Tensor[] made, \
+Tensor[] prepared)
+envelope_backward(Tensor grad_loss, {_PROBLEM}, Tensor[] f, Tensor[] g, {_WANTED}, \
+Tensor? prepared=None) -> ({_GRADIENTS})
 unrolled_backward({_SEEDS}, {_PROBLEM}, Tensor[] init, Tensor[] traces, {_WANTED}) -> ({_GRADIENTS})
 implicit_backward({_SEEDS}, {_PROBLEM}, Tensor[] f, Tensor[] g, {_WANTED}) \
 -> ({_GRADIENTS}, Tensor status)
@@ -247,10 +252,8 @@ def _(axes: list[Tensor], *arguments: Any) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake("otloss::cost", lib=_library)
 def _(points: list[Tensor], weights: list[Tensor], pairs: list[int], kind: int) -> list[Tensor]:
-    return [
-        points[i].new_empty(points[i].shape[0], points[i].shape[1], points[j].shape[1])
-        for i, j in as_pairs(pairs)
-    ]
+    sides = [(points[i], points[j]) for i, j in as_pairs(pairs)]
+    return [x.new_empty(*x.shape[:2], y.shape[1]) for x, y in sides]
 
 
 @torch.library.register_fake("otloss::cost_backward", lib=_library)
@@ -273,15 +276,20 @@ def _(*arguments: Any) -> tuple[Any, ...]:
         traces = [loss.new_empty(B, n_iters, a.shape[1] + b.shape[1]) for a, b in sides]
     if dense and not problem.costs:
         made = [_empty_rows(a, b.shape[1]) for a, b in sides]
-    return loss, status, f, g, traces, made
+    return loss, status, f, g, traces, made, _empty_prepared(problem.points, problem.multiscale)
 
 
 def _empty_rows(a: Tensor, m: int) -> Tensor:
     """(B, n, m) as the kernels make it: on a CPU rows start on cache lines."""
-    if not NATIVE or a.device.type != "cpu":
-        return a.new_empty(*a.shape, m)
-    line = 64 // a.element_size()
+    line = 64 // a.element_size() if NATIVE and a.device.type == "cpu" else 1
     return a.new_empty(*a.shape, -(-m // line) * line)[..., :m]
+
+
+def _empty_prepared(points: list[Tensor], multiscale: bool) -> list[Tensor]:
+    if not NATIVE or multiscale or not points or points[0].is_cuda:
+        return []
+    count = sum(x[..., 0].numel() for x in points) * (points[0].shape[-1] + 1)
+    return [points[0].new_empty(count)] if count * points[0].element_size() <= KEPT else []
 
 
 def _gradients(
@@ -299,7 +307,7 @@ def _gradients(
 @torch.library.register_fake("otloss::envelope_backward", lib=_library)
 def _(grad_loss: Tensor, *arguments: Any) -> tuple[list[Tensor], ...]:
     problem, (_, _, *wanted) = read(arguments)
-    return _gradients(problem, *wanted)
+    return _gradients(problem, *wanted[:3])
 
 
 @torch.library.register_fake("otloss::unrolled_backward", lib=_library)

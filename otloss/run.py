@@ -18,7 +18,6 @@ from otloss.costs import degree, subtracted
 from otloss.eps import scale_of
 from otloss.first_use import first_use
 from otloss.problem import Problem
-from otloss.reference.arguments import as_pairs
 from otloss.streamed_functions import solve_by_rows
 from otloss.target import SelfProblem
 
@@ -100,7 +99,7 @@ def run(
     if live or forward_ad._current_level >= 0:
         outputs = Solve.apply(settings, sizes, *tensors)
     else:
-        outputs, _ = evaluate(settings, sizes, tensors)
+        outputs, *_ = evaluate(settings, sizes, tensors)
     loss, how, *rest = outputs
     half = len(rest) // 2
     solved = Solved(loss, how, tuple(rest[:half]), tuple(rest[half:]), settings)
@@ -111,13 +110,11 @@ def _live_pairs(
     costs: Sequence[Tensor], points: Sequence[Tensor], weights: Sequence[Tensor], pairs: list[int]
 ) -> list[int]:
     """Those that a gradient flows through."""
-    moves = [w.requires_grad for w in weights]
+    of_pairs, of_clouds = ([t.requires_grad for t in ts] for ts in (costs, weights))
     for c, x in enumerate(points):
-        moves[c] = moves[c] or x.requires_grad
-    moving = [moves[i] or moves[j] for i, j in as_pairs(pairs)]
-    for p, C in enumerate(costs):
-        moving[p] = moving[p] or C.requires_grad
-    return [p for p, moves_here in enumerate(moving) if moves_here]
+        of_clouds[c] |= x.requires_grad
+    sides = enumerate(zip(pairs[::2], pairs[1::2], strict=True))
+    return [p for p, (i, j) in sides if of_clouds[i] or of_clouds[j] or (of_pairs and of_pairs[p])]
 
 
 def _are_single(problem: Problem, points: Sequence[Tensor], options: Options) -> bool:

@@ -13,28 +13,31 @@ __all__ = ["SelfProblem", "Target"]
 
 
 class SelfProblem:
-    """OT(b, b) of one cloud, solved once for all calls that it stays for."""
+    """OT(b, b) of one cloud, kept from the second call on that it stays for: a copy of a fresh
+    minibatch takes some percent of a call."""
 
-    def __init__(
-        self, of: Sequence[tuple[Any, int]], tensors: Sequence[Tensor | None], settings: Any
-    ) -> None:
+    def __init__(self, of: Sequence[tuple[Any, int]], settings: Any) -> None:
         self.of = of  # the tensors, weakly, and how often they had been changed in place
-        # What they held: changes through NumPy or .data are not counted.
-        self.copies: list[Any] = [None if t is None else t.detach().clone() for t in tensors]
+        # What they held, once they have come again: changes through NumPy or .data are not counted.
+        self.copies: list[Any] | None = None
         self.settings = settings  # what else the solution depends on
         self.solution: Tensor | None = None  # (B, m + 5): the potential, the status
 
     def is_of(self, tensors: Sequence[Any], settings: tuple[Any, ...]) -> bool:
-        pairs = list(zip(self.of, tensors, self.copies, strict=True))
-        same = all(
-            ref() is t and (t is None or version == t._version) for (ref, version), t, _ in pairs
+        same = self.settings == settings and all(
+            ref() is t and (t is None or version == t._version)
+            for (ref, version), t in zip(self.of, tensors, strict=True)
         )
-        equal = same and all(t is copy is None or torch.equal(t, copy) for _, t, copy in pairs)
-        return equal and self.settings == settings
+        if same and self.copies is None:
+            self.copies = [None if t is None else t.detach().clone() for t in tensors]
+        return same and all(
+            t is copy is None or torch.equal(t, copy)
+            for t, copy in zip(tensors, self.copies or (), strict=True)
+        )
 
     def keep(self, f: Tensor, status: Tensor) -> None:
         """Takes f (B, m) and status (B, 5) of a call."""
-        if self.solution is None:
+        if self.solution is None and self.copies is not None:
             self.solution = torch.cat([f.double(), status], dim=-1)
 
 
@@ -66,7 +69,7 @@ class Target:
 
             of = [(_absent, 0) if t is None else (weakref.ref(t), t._version) for t in tensors]
             of[0] = weakref.ref(y, forget), y._version
-            last = self._last = SelfProblem(of, tensors, settings)
+            last = self._last = SelfProblem(of, settings)
         return last
 
 

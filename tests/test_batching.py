@@ -197,7 +197,7 @@ def test_an_eps_for_each_problem(rho, where, stored, mode, rng):
             objective=objective,
         )._replace(eps=eps)  # fmt: skip
         options = {"tol": 1e-10, "max_iters": 5000, "n_iters": count, "trace": count > 0}
-        loss, status, f, g, traces, _ = solved(problem, module=where, **options)
+        loss, status, f, g, traces, *_ = solved(problem, module=where, **options)
         seeds = of_loss[rows], [parts[3][c] for c in pairs[::2]], [parts[3][c] for c in pairs[1::2]]
         want = [0, 1, 2] if stored else [], [0, 1], True
         if mode == "envelope":

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 import otloss
 from otloss import method as methods
 
-REGIMES = ["auto", "block", "cluster", "grid", "dense", "streamed"]
+REGIMES = ["auto", "block", "cluster", "dense", "streamed"]
 # Envelope, unrolled and implicit gradients.
 MODES: list[dict[str, Any]] = [
     {},

@@ -107,7 +107,7 @@ def test_curves_are_of_the_runs_that_are_there(tmp_path):
     scores = {"is": 8.0, "fid": 300.0, "recall": 0.5, "med2": 2.0}
     report = {"cpu_seconds": 60, "metrics": scores, "floors": scores}
     report["evaluations"] = [{"step": 600, "cpu_seconds": 30, **scores}]
-    text = panels.curves({"mnist-basic": report}, tmp_path)
+    text = panels.curves({"digits-basic": report}, tmp_path)
     assert text.endswith("(pictures/french-curves.png)")
     assert (tmp_path / "pictures" / "french-curves.png").stat().st_size > 5000
 

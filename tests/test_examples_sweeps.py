@@ -159,7 +159,8 @@ def test_smoothness_is_in_units_of_the_data():
 
 
 def test_labelled_generator_appends_the_class():
-    generator = models.LabelledGenerator(models.mlp_generator((1, 4, 4), 5 + 3, "normal", (8,)), 3)
+    base = models.mlp_generator((1, 4, 4), 5 + 3, "normal", (8,))
+    generator = train_sinkhorn.LabelledGenerator(base, 3)
     z = generator.draw(4, torch.tensor([0, 2, 1, 2]))
     assert z.shape == (4, 8)
     assert z[:, 5:].argmax(1).tolist() == [0, 2, 1, 2]

@@ -151,6 +151,18 @@ def test_rounding_of_few_points(method, eps, rng):
 
 
 @pytest.mark.parametrize("method", ["dense", "reference"])
+def test_clusters_that_float32_hardly_sees_apart(method, rng):
+    """What a sweep changes there is only rounding, until steps along the residual get long."""
+    count = 40 if method == "reference" else 400
+    apart = 3 * torch.tensor([[0.0, 0, 0], [1, 0, 0]])
+    x, y = (
+        0.5 * randn(rng, count, n, 3, dtype=torch.float32) + apart.repeat(n // 2, 1) for n in (8, 4)
+    )
+    result = otloss.solve_sample(x, y, 0.5, tol=2e-5, max_iters=200, method=method)
+    assert bool(result.converged.all())
+
+
+@pytest.mark.parametrize("method", ["dense", "reference"])
 def test_below_what_float32_resolves_of_one_cloud(method):
     x = torch.rand(40, 3, generator=torch.Generator().manual_seed(0))
     with pytest.warns(otloss.ConvergenceWarning, match="float32 resolves no smaller"):

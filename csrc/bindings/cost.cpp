@@ -37,13 +37,13 @@ void cost_backward(StableIValue* stack, uint64_t, uint64_t) {
   for (int64_t p = 0; p < clouds.count(); ++p)
     for (const auto& [C, name] : {std::pair(&costs[p], "costs"), {&grad_costs[p], "grad_costs"}})
       check(*C,
-            {points[0].size(0), points[clouds.pairs[2 * p]].size(1),
-             points[clouds.pairs[2 * p + 1]].size(1)},
+            {clouds.shape(0)[0], clouds.shape(clouds.pairs[2 * p])[1],
+             clouds.shape(clouds.pairs[2 * p + 1])[1]},
             points[0].scalar_type(), name);
   const Device device(points[0], {&points, &clouds.weights, &costs, &grad_costs});
   dispatch_dtype(points[0], [&](auto zero) {
     using T = decltype(zero);
-    const Prepared prepared = prepare<T>(device, clouds);
+    const Prepared<T> prepared = prepare<T>(device, clouds);
     PointGradients<T> grads(device, prepared, wanted);
     for (int64_t p = 0; p < clouds.count(); ++p) {
       PlanWeightGroup<T> group{};

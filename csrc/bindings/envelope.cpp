@@ -6,9 +6,9 @@ namespace {
 
 template <typename T>
 void envelope_as(StableIValue* stack, const Device& device, const Problem& problem,
-                 const Tensor& grad_loss, const Tensors& f, const Tensors& g,
-                 const Wanted& wanted) {
-  Gradients<T> gradients(device, problem, grad_loss, wanted);
+                 const Tensor& grad_loss, const Tensors& f, const Tensors& g, const Wanted& wanted,
+                 const std::optional<Tensor>& prepared) {
+  Gradients<T> gradients(device, problem, grad_loss, wanted, prepared);
   if (!wanted.costs.empty() || wanted.weights) {
     std::vector<EnvelopeGroup<T>> groups;
     for (int64_t p = 0; p < problem.count(); ++p)
@@ -42,16 +42,19 @@ void envelope_backward(StableIValue* stack, uint64_t, uint64_t) {
   Problem problem(in);
   const Tensors f = in.next<Tensors>(), g = in.next<Tensors>();
   const Wanted wanted(in);
+  const auto prepared = in.next<std::optional<Tensor>>();
   problem.check();
   wanted.check(problem);
   problem.check_grad(grad_loss);
   problem.check_f(f, "f");
   problem.check_g(g, "g");
+  STD_TORCH_CHECK(!prepared || (prepared->is_cpu() && !problem.clouds.points.empty()),
+                  "otloss: clouds are prepared from points, on a CPU");
   const Device device(grad_loss,
                       {&problem.costs, &problem.clouds.points, &problem.clouds.weights, &f, &g});
   problem.fit(device);
   dispatch_dtype(grad_loss, [&](auto zero) {
-    envelope_as<decltype(zero)>(stack, device, problem, grad_loss, f, g, wanted);
+    envelope_as<decltype(zero)>(stack, device, problem, grad_loss, f, g, wanted, prepared);
   });
 }
 

@@ -14,12 +14,12 @@ void Wanted::check(const Problem& problem) const {
 
 template <typename T>
 Gradients<T>::Gradients(const Device& device, const Problem& problem, const Tensor& grad_loss,
-                        const Wanted& wanted)
+                        const Wanted& wanted, const std::optional<Tensor>& prepared)
     : device_(device),
       problem_(problem),
       grad_loss_(grad_loss),
       wanted_(wanted),
-      clouds_(problem.clouds.points.empty() ? Prepared{} : prepare<T>(device, problem.clouds)),
+      clouds_(prepare<T>(device, problem.clouds, prepared)),
       points_(device, clouds_, wanted.points),
       grad_C_(problem.count()) {}
 
@@ -76,9 +76,12 @@ EnvelopeGroup<T> Gradients<T>::group(int64_t p, bool matrices, const T* f, const
 template <typename T>
 PointSums<T> Gradients<T>::side(int64_t c, SolvedSide<T> solved) {
   if (!points_.wants(c)) return {};
-  const Tensor& z = clouds_.z[c];
-  const int64_t B = z.size(0), n = z.size(1), d = z.size(2);
-  sides_.push_back({c, empty(z, {B, n}), empty(z, {B, n, d}), solved});
+  const CloudGroup<T>& cloud = clouds_.clouds[c];
+  const auto made = [&](std::initializer_list<int64_t> shape) {
+    return empty(clouds_.memory, shape);
+  };
+  sides_.push_back(
+      {c, made({cloud.batch, cloud.n}), made({cloud.batch, cloud.n, cloud.d}), solved});
   return {data<T>(sides_.back().sum), data<T>(sides_.back().product)};
 }
 
@@ -86,7 +89,7 @@ template <typename T>
 MadeCost<T> Gradients<T>::made(int64_t p) {
   const int64_t i = problem_.x(p), j = problem_.y(p);
   const PointSums<T> x = side(i), y = i == j ? PointSums<T>{} : side(j);
-  return {point_pair<T>(clouds_, i, j, false, false), i == j, x, y};
+  return {clouds_.pair(i, j, false, false), i == j, x, y};
 }
 
 template <typename T>
@@ -96,7 +99,7 @@ void Gradients<T>::add_plan_side(std::vector<PointGradientGroup<T>>& groups, int
   const SolvedGroup<T> group = of_points(p, i, j, f, g);
   const PointSums<T> sums = side(i, {group.a, group.f});
   groups.push_back(
-      {group, i == j, point_pair<T>(clouds_, i, j, problem_.tf32, false), sums.sum, sums.product});
+      {group, i == j, clouds_.pair(i, j, problem_.tf32, false), sums.sum, sums.product});
 }
 
 template <typename T>
@@ -105,7 +108,7 @@ PlanSumsGroup<T> Gradients<T>::plan_sides(int64_t p, const Tensor& f, const Tens
   const SolvedGroup<T> group = solved(p, i, j, data<T>(f), data<T>(g));
   const PointSums<T> x = side(i, {group.a, group.f});
   const PointSums<T> y = i == j ? PointSums<T>{} : side(j, {group.b, group.g});
-  return {group, {point_pair<T>(as_given(problem_.clouds), i, j, false, true), i == j, x, y}};
+  return {group, {as_given<T>(problem_.clouds).pair(i, j, false, true), i == j, x, y}};
 }
 
 template <typename T>

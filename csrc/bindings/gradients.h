@@ -21,7 +21,7 @@ template <typename T>
 class Gradients {
  public:
   Gradients(const Device& device, const Problem& problem, const Tensor& grad_loss,
-            const Wanted& wanted);
+            const Wanted& wanted, const std::optional<Tensor>& prepared = {});
 
   // Of pair p. With `matrices`, the gradient of its cost matrix too if points need it.
   EnvelopeGroup<T> group(int64_t p, bool matrices, const T* f = nullptr, const T* g = nullptr);
@@ -46,9 +46,7 @@ class Gradients {
     for (const int64_t p : wanted_.costs)
       costs.push_back(
           first_entries(grad_C_[p], problem_.costs[p].size(1), problem_.costs[p].size(2)));
-    Tensors points = points_.result();
-    for (Tensor& grad : points) grad = problem_.clouds.single ? without_batch(grad) : grad;
-    otloss::give_back(stack, costs, points, grad_a_, grad_b_, more...);
+    otloss::give_back(stack, costs, points_.result(), grad_a_, grad_b_, more...);
   }
 
  private:
@@ -73,7 +71,7 @@ class Gradients {
   const Problem& problem_;
   const Tensor& grad_loss_;
   const Wanted& wanted_;
-  Prepared clouds_;
+  Prepared<T> clouds_;
   PointGradients<T> points_;
   Tensors grad_C_;  // per pair, undefined where not needed
   Tensors grad_a_, grad_b_;

@@ -8,7 +8,7 @@ namespace {
 template <typename T>
 void plan_product_as(StableIValue* stack, const Problem& problem, const Tensors& f,
                      const Tensors& g, const Tensors& v) {
-  const Prepared clouds = as_given(problem.clouds);
+  const Prepared<T> clouds = as_given<T>(problem.clouds);
   Tensors products;
   std::vector<PlanProductGroup<T>> groups;
   for (int64_t p = 0; p < problem.count(); ++p) {
@@ -18,7 +18,7 @@ void plan_product_as(StableIValue* stack, const Problem& problem, const Tensors&
     groups.push_back(
         {{B, n, m, data<T>(a), data<T>(b), data<T>(f[p]), data<T>(g[p]), nullptr, T(1)},
          columns,
-         point_pair<T>(clouds, problem.x(p), problem.y(p), false, true),
+         clouds.pair(problem.x(p), problem.y(p), false, true),
          data<T>(v[p]),
          data<T>(products.back())});
   }

@@ -11,23 +11,33 @@ namespace otloss {
 #if defined(OTLOSS_WITH_CUDA)
 namespace {
 
-// A (B, rows, columns) tensor for a product: a matrix if B is 1, transposed if asked.
-Tensor factor(const Tensor& t, bool transpose) {
-  const int64_t rows = t.size(1), columns = t.size(2);
-  Ints sizes{rows, columns}, strides{columns, 1};
-  if (transpose) std::swap(sizes[0], sizes[1]), std::swap(strides[0], strides[1]);
-  if (t.size(0) == 1) return view(t, sizes, strides);
-  return view(t, {t.size(0), sizes[0], sizes[1]}, {rows * columns, strides[0], strides[1]});
+// (B, rows, columns) from entry `first` of a tensor's memory on, for a product: a matrix if B is 1.
+struct Factor {
+  const Tensor& memory;
+  int64_t first, B, rows, columns;
+  bool transposed = false;
+
+  Tensor tensor() const {
+    Ints sizes{rows, columns}, strides{columns, 1};
+    if (transposed) std::swap(sizes[0], sizes[1]), std::swap(strides[0], strides[1]);
+    if (B == 1) return view(memory, sizes, strides, first);
+    return view(memory, {B, sizes[0], sizes[1]}, {rows * columns, strides[0], strides[1]}, first);
+  }
+};
+
+template <typename T>
+Factor factor(const Prepared<T>& clouds, int64_t c, bool transposed) {
+  const CloudGroup<T>& cloud = clouds.clouds[c];
+  return {clouds.memory, cloud.z - data<T>(clouds.memory), cloud.batch, cloud.n, cloud.d,
+          transposed};
 }
 
-// out = left right, batched, either transposed if asked. The out= form, because autocast leaves it
-// in the inputs' precision.
-void torch_product(const Tensor& left, bool transpose_left, const Tensor& right,
-                   bool transpose_right, const Tensor& out) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(factor(left, transpose_left)),
-                                    torch::stable::detail::from(factor(right, transpose_right)),
-                                    torch::stable::detail::from(factor(out, false))};
-  const char* name = out.size(0) == 1 ? "aten::mm" : "aten::bmm";
+// out = left right, batched. The out= form, because autocast leaves it in the inputs' precision.
+void torch_product(const Factor& left, const Factor& right, const Factor& out) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(left.tensor()),
+                                    torch::stable::detail::from(right.tensor()),
+                                    torch::stable::detail::from(out.tensor())};
+  const char* name = out.B == 1 ? "aten::mm" : "aten::bmm";
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes ownership of the returned reference
 }
@@ -38,38 +48,56 @@ void torch_product(const Tensor& left, bool transpose_left, const Tensor& right,
 // --------------------------------------------------------------------------------------- costs
 
 template <typename T>
-Prepared prepare(const Device& device, const Clouds& given) {
-  Prepared prepared{given.kind, {}, {}};
-  Tensors weights;  // without dummies
-  std::vector<CloudGroup<T>> clouds;
+Prepared<T> as_given(const Clouds& given) {
+  Prepared<T> prepared{given.kind, given.single, {}, {}};
   for (size_t c = 0; c < given.points.size(); ++c) {
-    const Tensor& x = given.points[c];
-    const int64_t B = x.size(0), n = x.size(1), d = x.size(2);
-    prepared.z.push_back(empty(x, {B, n, d}));
-    prepared.norm.push_back(empty(x, {B, n}));
-    if (!given.weights.empty()) weights.push_back(first_entries(given.weights[c], n));
-    clouds.push_back({B, n, d, data<T>(x), weights.empty() ? nullptr : data<T>(weights.back()),
-                      data<T>(prepared.z.back()), data<T>(prepared.norm.back())});
+    const auto [B, n, d] = given.shape(c);
+    T* const x = data<T>(given.points[c]);
+    prepared.clouds.push_back({B, n, d, x, nullptr, x, nullptr});
   }
-  OTLOSS_LAUNCH(device, prepare_clouds, clouds, given.kind);
   return prepared;
 }
 
 template <typename T>
-Tensors cost_matrices(const Device& device, const Prepared& clouds, const Ints& pairs,
+Prepared<T> prepare(const Device& device, const Clouds& given,
+                    const std::optional<Tensor>& before) {
+  Prepared<T> prepared = as_given<T>(given);
+  if (prepared.clouds.empty()) return prepared;
+  int64_t points = 0;
+  for (const CloudGroup<T>& cloud : prepared.clouds) points += cloud.batch * cloud.n;
+  const int64_t d = prepared.clouds[0].d, count = points * (d + 1);
+  if (before) check(*before, {count}, dtype_of<T>(), "prepared");
+  prepared.memory = before ? *before : empty(given.points[0], {count});
+  T *z = data<T>(prepared.memory), *norm = z + points * d;
+  Tensors weights;  // without dummies
+  for (size_t c = 0; c < prepared.clouds.size(); ++c) {
+    CloudGroup<T>& cloud = prepared.clouds[c];
+    cloud.z = z, z += cloud.batch * cloud.n * d;
+    cloud.norm = norm, norm += cloud.batch * cloud.n;
+    if (before || given.weights.empty()) continue;
+    weights.push_back(first_entries(given.weights[c], cloud.n));
+    cloud.weight = data<T>(weights.back());
+  }
+  if (!before) OTLOSS_LAUNCH(device, prepare_clouds, prepared.clouds, given.kind);
+  return prepared;
+}
+
+template <typename T>
+Tensors cost_matrices(const Device& device, const Prepared<T>& clouds, const Ints& pairs,
                       Tensor empty(const Tensor&, int64_t, int64_t, int64_t)) {
   Tensors costs;
   std::vector<CostGroup<T>> groups;
   for (size_t p = 0; p < pairs.size(); p += 2) {
     const int64_t i = pairs[p], j = pairs[p + 1];
-    const Tensor &zx = clouds.z[i], &zy = clouds.z[j];
-    const int64_t B = zx.size(0), n = zx.size(1), m = zy.size(1), d = zx.size(2);
-    costs.push_back(empty(zx, B, n, m));
+    const CloudGroup<T>&x = clouds.clouds[i], &y = clouds.clouds[j];
+    costs.push_back(empty(clouds.memory, x.batch, x.n, y.n));
 #if defined(OTLOSS_WITH_CUDA)
-    if (device.is_cuda() && d > kDirectDims) torch_product(zx, false, zy, true, costs.back());
+    if (device.is_cuda() && x.d > kDirectDims)
+      torch_product(factor(clouds, i, false), factor(clouds, j, true),
+                    {costs.back(), 0, x.batch, x.n, y.n});
 #endif
-    groups.push_back({B, n, m, d, i == j, data<T>(zx), data<T>(zy), data<T>(clouds.norm[i]),
-                      data<T>(clouds.norm[j]), data<T>(costs.back()), row_stride(costs.back())});
+    groups.push_back({x.batch, x.n, y.n, x.d, i == j, x.z, y.z, x.norm, y.norm,
+                      data<T>(costs.back()), row_stride(costs.back())});
   }
   if (!groups.empty()) OTLOSS_LAUNCH(device, cost_matrices, groups, clouds.kind);
   return costs;
@@ -78,12 +106,13 @@ Tensors cost_matrices(const Device& device, const Prepared& clouds, const Ints& 
 // ----------------------------------------------------------------------------------- gradients
 
 template <typename T>
-PointGradients<T>::PointGradients(const Device& device, const Prepared& clouds, const Ints& wanted)
+PointGradients<T>::PointGradients(const Device& device, const Prepared<T>& clouds,
+                                  const Ints& wanted)
     : device_(device),
       clouds_(clouds),
       wanted_(wanted),
-      grads_(clouds.z.size()),
-      terms_(clouds.z.size()) {}
+      grads_(clouds.clouds.size()),
+      terms_(clouds.clouds.size()) {}
 
 template <typename T>
 bool PointGradients<T>::wants(int64_t c) const {
@@ -92,30 +121,30 @@ bool PointGradients<T>::wants(int64_t c) const {
 
 template <typename T>
 void PointGradients<T>::add_side(int64_t c, const T* sum, const T* product, SolvedSide<T> side) {
-  const Tensor& z = clouds_.z[c];
-  const int64_t B = z.size(0), n = z.size(1), d = z.size(2);
-  if (!grads_[c].defined()) grads_[c] = zeros(z, {B, n, d});
+  const auto& [B, n, d, x, weight, z, norm] = clouds_.clouds[c];
+  if (!grads_[c].defined()) grads_[c] = zeroed(clouds_.empty_points(c));
   OTLOSS_LAUNCH(device_, cost_gradient,
-                CostGradientGroup<T>{B, n, d, data<T>(z), data<T>(clouds_.norm[c]), sum, product,
-                                     data<T>(grads_[c]), side},
+                CostGradientGroup<T>{B, n, d, z, norm, sum, product, data<T>(grads_[c]), side},
                 clouds_.kind);
 }
 
 template <typename T>
 void PointGradients<T>::add_product(int64_t c, int64_t other, const Tensor& V, bool transposed,
-                                    const Tensor& sum, SolvedSide<T> side) {
+                                    const T* sum, SolvedSide<T> side) {
   if (!wants(c)) return;
-  const Tensor& z = clouds_.z[other];
+  const CloudGroup<T>& far = clouds_.clouds[other];
 #if defined(OTLOSS_WITH_CUDA)
   if (device_.is_cuda()) {
-    const Tensor product = empty(z, {z.size(0), clouds_.z[c].size(1), z.size(2)});
-    torch_product(V, transposed, z, false, product);
-    add_side(c, data<T>(sum), data<T>(product), side);
+    const int64_t B = far.batch, n = clouds_.clouds[c].n, m = far.n, d = far.d;
+    const Tensor product = empty(V, {B, n, d});
+    torch_product({V, 0, B, transposed ? m : n, transposed ? n : m, transposed},
+                  factor(clouds_, other, false), {product, 0, B, n, d});
+    add_side(c, sum, data<T>(product), side);
     return;
   }
 #endif
-  terms_[c].push_back({z.size(1), transposed, data<T>(V), data<T>(z), data<T>(sum), side});
-  kept_.insert(kept_.end(), {V, sum});
+  terms_[c].push_back({far.n, transposed, data<T>(V), far.z, sum, side});
+  kept_.push_back(V);
 }
 
 template <typename T>
@@ -123,7 +152,7 @@ void PointGradients<T>::add_pair(int64_t i, int64_t j, const Tensor& C, PlanWeig
                                  const Eps& eps) {
   if (!wants(i) && !wants(j)) return;
   const int64_t B = C.size(0), n = C.size(1), m = C.size(2);
-  const Tensor V = empty(C, {B, n, m}), row_sum = empty(C, {B, n}), col_sum = empty(C, {B, m});
+  const Tensor V = empty(C, {B * (n * m + n + m)});  // with its sums behind
   group.batch = B;
   group.n = n;
   group.m = m;
@@ -131,15 +160,15 @@ void PointGradients<T>::add_pair(int64_t i, int64_t j, const Tensor& C, PlanWeig
   group.C = data<T>(C);
   group.C_stride = row_stride(C);
   group.V = data<T>(V);
-  group.row_sum = data<T>(row_sum);
-  group.col_sum = data<T>(col_sum);
+  group.row_sum = group.V + B * n * m;
+  group.col_sum = group.row_sum + B * n;
   if (group.W != nullptr)
     OTLOSS_LAUNCH(device_, cost_weights, static_cast<const CostWeightGroup<T>&>(group),
                   clouds_.kind);
   else
     OTLOSS_LAUNCH(device_, plan_weights, group, clouds_.kind, eps);
-  add_product(i, j, V, false, row_sum, {group.a, group.f});
-  if (i != j) add_product(j, i, V, true, col_sum, {group.b, group.g});
+  add_product(i, j, V, false, group.row_sum, {group.a, group.f});
+  if (i != j) add_product(j, i, V, true, group.col_sum, {group.b, group.g});
 }
 
 template <typename T>
@@ -147,25 +176,22 @@ Tensors PointGradients<T>::result() {
   std::vector<CloudGradientGroup<T>> products;
   for (size_t c = 0; c < grads_.size(); ++c) {
     if (terms_[c].empty()) continue;
-    const Tensor& z = clouds_.z[c];
-    const int64_t B = z.size(0), n = z.size(1), d = z.size(2);
-    grads_[c] = empty(z, {B, n, d});
-    products.push_back(
-        {B, n, d, data<T>(z), data<T>(clouds_.norm[c]), data<T>(grads_[c]), std::move(terms_[c])});
+    const auto& [B, n, d, x, weight, z, norm] = clouds_.clouds[c];
+    grads_[c] = clouds_.empty_points(c);
+    products.push_back({B, n, d, z, norm, data<T>(grads_[c]), std::move(terms_[c])});
   }
   if (!device_.is_cuda() && !products.empty()) cpu::cloud_gradients(products, clouds_.kind);
   Tensors all;
-  for (const int64_t c : wanted_) {
-    const Tensor& z = clouds_.z[c];
-    all.push_back(grads_[c].defined() ? grads_[c] : zeros(z, {z.size(0), z.size(1), z.size(2)}));
-  }
+  for (const int64_t c : wanted_)
+    all.push_back(grads_[c].defined() ? grads_[c] : zeroed(clouds_.empty_points(c)));
   return all;
 }
 
-#define OTLOSS_INSTANTIATE(T)                                                              \
-  template Prepared prepare<T>(const Device&, const Clouds&);                              \
-  template Tensors cost_matrices<T>(const Device&, const Prepared&, const Ints&,           \
-                                    Tensor (*)(const Tensor&, int64_t, int64_t, int64_t)); \
+#define OTLOSS_INSTANTIATE(T)                                                                  \
+  template Prepared<T> as_given<T>(const Clouds&);                                             \
+  template Prepared<T> prepare<T>(const Device&, const Clouds&, const std::optional<Tensor>&); \
+  template Tensors cost_matrices<T>(const Device&, const Prepared<T>&, const Ints&,            \
+                                    Tensor (*)(const Tensor&, int64_t, int64_t, int64_t));     \
   template class PointGradients<T>;
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)

@@ -7,41 +7,44 @@
 
 namespace otloss {
 
-// The clouds made ready for products: z (B, n, d) and norms (B, n).
+// The clouds made ready for products.
+template <typename T>
 struct Prepared {
   CostKind kind;
-  Tensors z, norm;
+  bool single;    // see Clouds
+  Tensor memory;  // of all z, then of all norms: one tensor, since each takes time
+  std::vector<CloudGroup<T>> clouds;
+
+  PointPair<T> pair(int64_t i, int64_t j, bool tf32, bool multiscale) const {
+    const CloudGroup<T>&x = clouds[i], &y = clouds[j];
+    return {kind, x.d, x.z, y.z, x.norm, y.norm, tf32, multiscale};
+  }
+  // For a gradient of cloud c.
+  Tensor empty_points(int64_t c) const {
+    const CloudGroup<T>& x = clouds[c];
+    return single ? empty(memory, {x.n, x.d}) : empty(memory, {x.batch, x.n, x.d});
+  }
 };
 
+// `before`: the memory of an earlier call with these clouds, or none.
 template <typename T>
-Prepared prepare(const Device& device, const Clouds& clouds);
+Prepared<T> prepare(const Device& device, const Clouds& clouds,
+                    const std::optional<Tensor>& before = {});
 
 // The clouds as they are given, without norms: multiscale makes them ready itself, in double.
-inline Prepared as_given(const Clouds& clouds) { return {clouds.kind, clouds.points, {}}; }
+template <typename T>
+Prepared<T> as_given(const Clouds& clouds);
 
 // C (B, n, m) of each pair, in memory by `empty` (like, B, n, m).
 template <typename T>
-Tensors cost_matrices(const Device& device, const Prepared& clouds, const Ints& pairs,
+Tensors cost_matrices(const Device& device, const Prepared<T>& clouds, const Ints& pairs,
                       Tensor empty(const Tensor&, int64_t, int64_t, int64_t));
-
-template <typename T>
-PointPair<T> point_pair(const Prepared& clouds, int64_t i, int64_t j, bool tf32, bool multiscale) {
-  const auto norm = [&](int64_t c) { return multiscale ? nullptr : data<T>(clouds.norm[c]); };
-  return {clouds.kind,
-          clouds.z[i].size(2),
-          data<T>(clouds.z[i]),
-          data<T>(clouds.z[j]),
-          norm(i),
-          norm(j),
-          tf32,
-          multiscale};
-}
 
 // Gradients of the clouds listed in `wanted`, summed over what is added.
 template <typename T>
 class PointGradients {
  public:
-  PointGradients(const Device& device, const Prepared& clouds, const Ints& wanted);
+  PointGradients(const Device& device, const Prepared<T>& clouds, const Ints& wanted);
 
   bool wants(int64_t c) const;
 
@@ -56,11 +59,11 @@ class PointGradients {
 
  private:
   // The product of V, or V^T, with cloud `other`, and what comes after it.
-  void add_product(int64_t c, int64_t other, const Tensor& V, bool transposed, const Tensor& sum,
+  void add_product(int64_t c, int64_t other, const Tensor& V, bool transposed, const T* sum,
                    SolvedSide<T> side);
 
   const Device& device_;
-  const Prepared& clouds_;
+  const Prepared<T>& clouds_;
   const Ints& wanted_;
   Tensors grads_;  // per cloud, undefined where there is none yet
   // On a CPU products are made by `result`, all of a cloud together.

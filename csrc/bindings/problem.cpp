@@ -28,11 +28,11 @@ constexpr double kLargestMultiscaleEps = 1e150;  // what it multiplies eps by mu
 
 // Multiscale orders the points of a cloud that have a weight; cosine is to it the distance of
 // points of a sphere.
-void check_multiscale(const Tensor& points, const Tensor& weights, CostKind kind) {
+void check_multiscale(const Tensor& points, int64_t d, const Tensor& weights, CostKind kind) {
   dispatch_dtype(weights, [&](auto zero) {
     const auto* z = static_cast<const decltype(zero)*>(points.const_data_ptr());
     const auto* w = static_cast<const decltype(zero)*>(weights.const_data_ptr());
-    const int64_t n = weights.size(1), d = points.size(2);
+    const int64_t n = weights.size(1);
     for (int64_t k = 0; k < weights.size(0); ++k)
       STD_TORCH_CHECK(
           std::any_of(w + k * n, w + (k + 1) * n, [&](auto weight) { return weight > zero; }) &&
@@ -53,8 +53,10 @@ int64_t dummies_of(const Tensors& costs, const Clouds& clouds) {
   if (c < 0 || c >= static_cast<int64_t>(clouds.weights.size())) return 0;
   const Tensors& given = clouds.points.empty() ? costs : clouds.points;
   const size_t at = clouds.points.empty() ? 0 : c;
-  if (at >= given.size() || given[at].dim() != 3 || clouds.weights[c].dim() != 2) return 0;
-  return clouds.weights[c].size(1) == given[at].size(1) + 1 ? 1 : 0;
+  if (at >= given.size() || clouds.weights[c].dim() != 2) return 0;
+  const int64_t dims = given[at].dim();
+  if (dims != 3 && !clouds.single) return 0;
+  return clouds.weights[c].size(1) == given[at].size(dims - 2) + 1 ? 1 : 0;
 }
 
 }  // namespace
@@ -77,27 +79,28 @@ Clouds::Clouds(Arguments& in)
       kind(in.next_enum<CostKind>()) {
   single = !points.empty();
   for (const Tensor& x : points) single = single && x.dim() == 2;
-  for (Tensor& x : points) x = single ? batch_of_one(x) : x;
 }
 
 void Clouds::check(int64_t dummies) const {
   const int64_t number = static_cast<int64_t>(kind);
   STD_TORCH_CHECK(is_cost(number), "otloss: there is no cost of number ", std::to_string(number));
   STD_TORCH_CHECK(pairs.size() % 2 == 0, "otloss: pairs must have an even number of entries");
-  const Tensors& clouds = points.empty() ? weights : points;
+  const bool of_points = !points.empty();
+  const Tensors& clouds = of_points ? points : weights;
   STD_TORCH_CHECK(!clouds.empty(), "otloss: there must be points or weights");
   check_indices(pairs, clouds.size(), "pairs");
-  if (!weights.empty() && !points.empty()) check_count(weights.size(), points.size(), "weights");
-  for (const Tensor& t : clouds) check_dims(t, points.empty() ? 2 : 3, "points or weights");
-  const int64_t B = clouds[0].size(0);
+  if (!weights.empty() && of_points) check_count(weights.size(), points.size(), "weights");
+  for (const Tensor& t : clouds) check_dims(t, of_points && !single ? 3 : 2, "points or weights");
+  const int64_t B = of_points ? shape(0)[0] : weights[0].size(0);
+  const ScalarType dtype = clouds[0].scalar_type();
   for (size_t c = 0; c < clouds.size(); ++c) {
-    const int64_t n = clouds[c].size(1);
-    const ScalarType dtype = clouds[0].scalar_type();
-    if (!points.empty()) otloss::check(points[c], {B, n, points[0].size(2)}, dtype, "points");
-    if (points.empty())
-      otloss::check(weights[c], {B, n}, dtype, "weights");
-    else if (!weights.empty())
-      otloss::check(weights[c], {B, n + dummies}, dtype, "weights");
+    const int64_t n = of_points ? shape(c)[1] : weights[c].size(1);
+    if (single)
+      otloss::check(points[c], {n, shape(0)[2]}, dtype, "points");
+    else if (of_points)
+      otloss::check(points[c], {B, n, shape(0)[2]}, dtype, "points");
+    if (!weights.empty())
+      otloss::check(weights[c], {B, n + (of_points ? dummies : 0)}, dtype, "weights");
   }
 }
 
@@ -136,11 +139,12 @@ void Problem::check() {
     STD_TORCH_CHECK(costs.empty() && !clouds.points.empty(), "otloss: multiscale is of points");
     STD_TORCH_CHECK(traits_of(clouds.kind).multiscale, "otloss: multiscale has no such cost");
     STD_TORCH_CHECK(clouds.points[0].is_cpu(), "otloss: multiscale is on a CPU");
-    STD_TORCH_CHECK(clouds.points[0].size(2) <= kMultiscaleDims, "otloss: multiscale has up to ",
+    const int64_t d = clouds.shape(0)[2];
+    STD_TORCH_CHECK(d <= kMultiscaleDims, "otloss: multiscale has up to ",
                     std::to_string(kMultiscaleDims), " coordinates");
     STD_TORCH_CHECK(eps.all < kLargestMultiscaleEps, "otloss: multiscale has an eps below 1e150");
     for (size_t c = 0; c < clouds.weights.size(); ++c)
-      check_multiscale(clouds.points[c], clouds.weights[c], clouds.kind);
+      check_multiscale(clouds.points[c], d, clouds.weights[c], clouds.kind);
   }
   const Penalties held = penalties_of(rho_);
   rho_x = held.rho_x, rho_y = held.rho_y;

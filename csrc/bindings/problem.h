@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <array>
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -49,8 +50,8 @@ Penalties penalties_of(const std::optional<Tensor>& rho);
 
 // Clouds, and the pairs of them that problems are between: flat, (i0, j0, i1, j1, ...).
 struct Clouds {
-  Tensors points;   // (B, n, d) each
-  bool single;      // they came as (n, d), and results are without a batch, too
+  Tensors points;   // (B, n, d) each, or (n, d)
+  bool single;      // they are (n, d), and results are without a batch, too
   Tensors weights;  // (B, n) each, or none
   Ints pairs;
   CostKind kind;
@@ -58,6 +59,12 @@ struct Clouds {
   explicit Clouds(Arguments& arguments);
   // dummies: 1 where each cloud has a weight more than points.
   void check(int64_t dummies = 0) const;
+  // (B, n, d) of the points of cloud c.
+  std::array<int64_t, 3> shape(size_t c) const {
+    const Tensor& x = points[c];
+    if (single) return {1, x.size(0), x.size(1)};
+    return {x.size(0), x.size(1), x.size(2)};
+  }
   int64_t count() const { return static_cast<int64_t>(pairs.size()) / 2; }
 };
 

@@ -8,6 +8,7 @@ namespace otloss {
 namespace {
 
 constexpr int64_t kMostTraced = int64_t{1} << 32;  // beyond any memory
+constexpr int64_t kMostKept = 16 << 20;  // bytes of prepared clouds, KEPT in otloss/ops.py
 
 struct Start {
   Tensors f, g;  // per pair: where a warm start is on entry, the potentials on return
@@ -37,9 +38,8 @@ void solve_as(StableIValue* stack, const Device& device, const Problem& problem,
   const int64_t P = problem.count(), B = problem.batch();
   const Tensor& like = problem.clouds.weights[0];
   const bool from_points = !problem.clouds.points.empty();
-  const Prepared clouds = problem.multiscale ? as_given(problem.clouds)
-                          : from_points      ? prepare<T>(device, problem.clouds)
-                                             : Prepared{};
+  const Prepared<T> clouds =
+      problem.multiscale ? as_given<T>(problem.clouds) : prepare<T>(device, problem.clouds);
   const bool made = dense && problem.costs.empty();
   const bool known = target && !device.is_cuda();  // kernels of a GPU solve it again
   Ints pairs = problem.clouds.pairs;
@@ -64,8 +64,7 @@ void solve_as(StableIValue* stack, const Device& device, const Problem& problem,
       group.C = data<T>(costs[p]), group.stride = row_stride(costs[p]),
       group.shared = is_shared(costs[p], B);
     if (from_points)
-      group.points =
-          point_pair<T>(clouds, problem.x(p), problem.y(p), problem.tf32, problem.multiscale);
+      group.points = clouds.pair(problem.x(p), problem.y(p), problem.tf32, problem.multiscale);
     group.a = data<T>(a);
     group.b = data<T>(b);
     group.f = data<T>(start.f[p]);
@@ -81,7 +80,11 @@ void solve_as(StableIValue* stack, const Device& device, const Problem& problem,
   }
   OTLOSS_LAUNCH(device, solve, groups, options);
   OTLOSS_LAUNCH(device, combine_terms, P, B, data<double>(status), data<T>(loss));
-  give_back(stack, loss, status, start.f, start.g, traces, made ? costs : Tensors());
+  Tensors kept;
+  if (clouds.memory.defined() && clouds.memory.is_cpu() &&
+      clouds.memory.numel() * static_cast<int64_t>(sizeof(T)) <= kMostKept)
+    kept.push_back(clouds.memory);
+  give_back(stack, loss, status, start.f, start.g, traces, made ? costs : Tensors(), kept);
 }
 
 }  // namespace

@@ -33,12 +33,9 @@ void check_indices(const Ints& indices, size_t count, const char* name);
 // Contiguous and uninitialised, on the device of `like` and of its dtype unless another is named.
 // In the emulated build filled with NaN: what is read before it is written shows.
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, int32_t dtype = -1);
-// The memory of `t` in another shape.
-Tensor view(const Tensor& t, const Ints& sizes, const Ints& strides);
-// A cloud (n, d) as a batch (1, n, d) of one, and the reverse.
-Tensor batch_of_one(const Tensor& t);
-Tensor without_batch(const Tensor& t);
-Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape);
+// The memory of `t` from entry `first` on, in another shape.
+Tensor view(const Tensor& t, const Ints& sizes, const Ints& strides, int64_t first = 0);
+Tensor zeroed(const Tensor& t);
 
 // (B, n, m) uninitialised: contiguous, or on a CPU with rows that start on cache lines.
 Tensor empty_matrices(const Tensor& like, int64_t B, int64_t n, int64_t m);

@@ -65,10 +65,12 @@ struct StepLength {
     return most < stretch ? most : stretch;
   }
 
-  // step: the one taken; change: of the residual; residual: before the step.
-  OTLOSS_HOST_DEVICE void accepted(double step, double change, double residual) {
-    constexpr double kFlat = 1e-2;
-    stretch = change < kFlat * kFlat * residual ? 2 * stretch : 1;
+  // step: the one taken; change: of the residual; residual: before the step; least: see
+  // least_change.
+  OTLOSS_HOST_DEVICE void accepted(double step, double change, double residual, double least) {
+    constexpr double kFlat = 1e-2, kFlatButForRounding = 0.3;
+    const double flat = change > least ? kFlat : kFlatButForRounding;
+    stretch = change < flat * flat * residual ? 2 * stretch : 1;
     reach = kReach * kReach * step;
   }
 

@@ -8,7 +8,7 @@ Layouts (``root`` is ``--data-dir``; each IDX file may also be gzipped, as ``.gz
     root/cifar10-jpeg/{train,test}/<class>/*.jpg                  as JPEG files, or
     root/cifar10-jpeg/cifar10-jpeg.tar.xz                         the same folders in one archive
 
-``digits`` (1797 images of 8x8 pixels) and ``iris`` come with scikit-learn and need no folder.
+``digits`` (1797 images of 8x8 pixels) come with scikit-learn and need no folder.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ import io
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
+from sklearn.datasets import load_digits
 from torch import Tensor
 
 from common import UsageError, replacing
@@ -41,7 +44,6 @@ IDX_FILES = {
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
 CIFAR_FOLDER = "cifar-10-batches-bin"
-CIFAR_CACHE = "cifar10-decoded.pt"
 CIFAR_FILES = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
 DIGITS_TEST = 500
 
@@ -87,11 +89,8 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 def default_dir() -> Path | None:
-    """``$OTLOSS_DATA``, else ``../shared/datasets`` next to the checkout, else ``None``."""
-    if named := os.environ.get("OTLOSS_DATA"):
-        return Path(named)
-    neighbour = Path(__file__).resolve().parents[2].parent / "shared" / "datasets"
-    return neighbour if neighbour.is_dir() else None
+    """The folder that ``$OTLOSS_DATA`` names, if it is set."""
+    return Path(os.environ["OTLOSS_DATA"]) if os.environ.get("OTLOSS_DATA") else None
 
 
 def available(name: str, root: Path | None) -> bool:
@@ -110,14 +109,6 @@ def load(name: str, root: Path | str | None = None) -> ImageData:
     if base is None or not files:
         raise FileNotFoundError(_missing(name, base))
     return _load_cifar10(files, base) if name == "cifar10" else _load_idx(name, files)
-
-
-def load_iris() -> tuple[Tensor, Tensor]:
-    """Fisher's iris: measurements (150, 4) float32 and species (150,) int64."""
-    from sklearn.datasets import load_iris as sklearn_iris
-
-    table = sklearn_iris()
-    return torch.from_numpy(table.data).float(), torch.from_numpy(table.target).long()
 
 
 class Batches:
@@ -153,7 +144,7 @@ def _files(name: str, root: Path) -> list[Path]:
     folder = root / "cifar10-jpeg"
     binary = [root / CIFAR_FOLDER / file for files in CIFAR_FILES.values() for file in files]
     jpegs = [folder / split for split in CIFAR_FILES]
-    forms = [*([cache] for cache in _caches(root)), binary, jpegs, [folder / "cifar10-jpeg.tar.xz"]]
+    forms = [[_cache(root)], binary, jpegs, [folder / "cifar10-jpeg.tar.xz"]]
     return next((form for form in forms if all(path.exists() for path in form)), [])
 
 
@@ -182,8 +173,6 @@ def _load_idx(name: str, files: Sequence[Path]) -> ImageData:
 
 
 def _load_digits() -> ImageData:
-    from sklearn.datasets import load_digits
-
     table = load_digits()
     images = torch.from_numpy(np.rint(table.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
     labels = torch.from_numpy(table.target).long()
@@ -194,13 +183,17 @@ def _load_digits() -> ImageData:
 
 
 def _load_cifar10(files: Sequence[Path], root: Path) -> ImageData:
-    if files[0].name == CIFAR_CACHE:
-        return ImageData("cifar10", **torch.load(files[0], weights_only=True))
+    if files[0].suffix == ".pt":
+        return ImageData("cifar10", *torch.load(files[0], weights_only=True))
     if files[0].suffix == ".bin":
         return ImageData("cifar10", *_cifar_records(files[:-1]), *_cifar_records(files[-1:]))
-    print(f"cifar10: decoding the images in {files[0]}, once", flush=True)
+    cache = _cache(root)
+    print(f"cifar10: decoding the images in {files[0]}, once; kept as {cache}", flush=True)
     images = _cifar_jpegs(files)
-    _keep(images, root)
+    with suppress(OSError):  # without a cache they are decoded again the next time
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(cache) as part:
+            torch.save(list(images[1:]), part)
     return images
 
 
@@ -214,8 +207,6 @@ def _cifar_records(paths: Sequence[Path]) -> tuple[Tensor, Tensor]:
 
 
 def _cifar_jpegs(files: Sequence[Path]) -> ImageData:
-    from PIL import Image
-
     found: dict[str, list[tuple[str, str, np.ndarray]]] = {split: [] for split in CIFAR_FILES}
     for name, contents in _jpegs(files):
         split, label, file = name.split("/")
@@ -238,8 +229,8 @@ def _cifar_jpegs(files: Sequence[Path]) -> ImageData:
 def _jpegs(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
     """Pairs (``split/class/file.jpg``, contents) from the two folders or from the archive."""
     if files[0].is_dir():
-        for path in (path for folder in files for path in folder.glob("*/*.jpg")):
-            yield "/".join(path.parts[-3:]), path.read_bytes()
+        paths = (path for folder in files for path in folder.glob("*/*.jpg"))
+        yield from (("/".join(path.parts[-3:]), path.read_bytes()) for path in paths)
         return
     with tarfile.open(files[0], "r|xz") as archive:
         for member in archive:
@@ -247,25 +238,11 @@ def _jpegs(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
                 yield "/".join(Path(member.name).parts[-3:]), contents.read()
 
 
-def _caches(root: Path) -> list[Path]:
-    """Where the decoded images may be kept: beside the files, else in the user's cache."""
+def _cache(root: Path) -> Path:
+    """Where the decoded images are kept, since decoding takes most of a minute."""
     key = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return [root / CIFAR_CACHE, home / "otloss" / key / CIFAR_CACHE]
-
-
-def _keep(images: ImageData, root: Path) -> None:
-    """Decoding takes most of a minute, so what it gave is kept where that can be written."""
-    tensors = {name: value for name, value in images._asdict().items() if name != "name"}
-    for path in _caches(root):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as part:
-                torch.save(tensors, part)
-        except OSError:
-            continue
-        print(f"kept as {path}", flush=True)
-        return
+    return home / "otloss" / f"cifar10-{key}.pt"
 
 
 def _missing(name: str, root: Path | None) -> str:
@@ -273,8 +250,8 @@ def _missing(name: str, root: Path | None) -> str:
         files = [f"{CIFAR_FOLDER}/{{data_batch_1..5,test_batch}}.bin, or"]
         files += ["cifar10-jpeg/{train,test}/<class>/*.jpg, or", "cifar10-jpeg/cifar10-jpeg.tar.xz"]
     else:
-        raw = f"{IDX_FOLDERS[name]}/raw"
-        files = [f"{raw}/{file}[.gz]" for split in IDX_FILES.values() for file in split]
+        names = (file for split in IDX_FILES.values() for file in split)
+        files = [f"{IDX_FOLDERS[name]}/raw/{file}[.gz]" for file in names]
     where = f"is {root}" if root is not None else "is not given and $OTLOSS_DATA is not set"
     listing = "\n  ".join(files)
     return (

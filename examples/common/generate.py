@@ -123,12 +123,10 @@ class Training(run.Run):
         """The losses, and for ``follow`` what it looked at and what it did."""
         curves = super().curves()
         if self.followed:
-            steps = [self._look_every * (i + 1) for i in range(len(self.followed))]
-            curves["held-out MED²"] = (steps, [look for look, _ in self.followed])
-            curves["learning rate"] = (
-                steps,
-                [self.args.lr * factor for _, factor in self.followed],
-            )
+            looks, factors = zip(*self.followed, strict=True)
+            steps = [self._look_every * (i + 1) for i in range(len(looks))]
+            curves["held-out MED²"] = (steps, looks)
+            curves["learning rate"] = (steps, [self.args.lr * factor for factor in factors])
         return curves
 
     @property

@@ -9,8 +9,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from torch.nn.utils.parametrizations import weight_norm
-from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.swa_utils import AveragedModel
 
 from common import UsageError
@@ -58,21 +56,6 @@ class Generator(nn.Module):
         quantiles = {"unit": ticks, "uniform": 2 * ticks - 1, "normal": torch.special.ndtri(ticks)}
         q = quantiles[self.prior].to(next(self.parameters()).device)
         return torch.cartesian_prod(q, q)
-
-
-class LabelledGenerator(Generator):
-    """A generator whose latent vector ends in a class as ``classes`` numbers, one of them 1."""
-
-    def __init__(self, base: Generator, classes: int) -> None:
-        super().__init__(base.net, base.latent, base.prior)
-        self.classes = classes
-
-    def draw(self, n: int, labels: Tensor | None = None) -> Tensor:
-        """``n`` latent vectors, of these classes or of random ones."""
-        z = super().draw(n)
-        labels = torch.randint(self.classes, (n,), device=z.device) if labels is None else labels
-        z[:, -self.classes :] = F.one_hot(labels, self.classes)
-        return z
 
 
 def mlp_generator(
@@ -150,21 +133,6 @@ def dcgan_critic(
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(sizes[-1] * (height // 4) ** 2, outputs))
 
 
-def upsampling_generator(shape: Sequence[int], latent: int, prior: str, width: float) -> Generator:
-    """A hidden layer, then twice upsampling and a 5x5 convolution: what a loss of pixels trains
-    well, because neighbouring pixels share their weights."""
-    channels, height, _ = shape
-    base, sizes = height // 4, widths((128, 64, 32), width)
-    hidden, start = widths((1024,), width)[0], sizes[0] * base**2
-    layers: list[nn.Module] = [nn.Linear(latent, hidden, bias=False), nn.BatchNorm1d(hidden)]
-    layers += [nn.ReLU(), nn.Linear(hidden, start, bias=False), nn.BatchNorm1d(start), nn.ReLU()]
-    layers += [nn.Unflatten(1, (sizes[0], base, base))]
-    for fan_in, fan_out in pairwise(sizes):
-        layers += [UpConv(fan_in, fan_out), nn.BatchNorm2d(fan_out), nn.ReLU()]
-    layers += [nn.Conv2d(sizes[-1], channels, 5, padding=2), nn.Tanh()]
-    return Generator(nn.Sequential(*layers), latent, prior)
-
-
 class UpConv(nn.Conv2d):
     """Nearest upsampling by 2, then a 5x5 convolution: the same map, computed without upsampling.
 
@@ -188,81 +156,6 @@ class UpConv(nn.Conv2d):
         weight = torch.einsum("pru,oiuv,qsv->opqirs", phases, self.weight, phases)
         bias = None if self.bias is None else self.bias.repeat_interleave(4)
         return F.pixel_shuffle(F.conv2d(images, weight.flatten(0, 2), bias, padding=1), 2)
-
-
-class CReLU(nn.Module):
-    """Positive and negative parts side by side: twice the channels."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat((x.relu(), (-x).relu()), 1)
-
-
-def _halvings(shape: Sequence[int]) -> int:
-    """How often OT-GAN's networks halve the size: 32 to 4, 28 to 7, 8 to 2."""
-    return 3 if shape[1] % 8 == 0 and shape[1] > 8 else 2
-
-
-def otgan_generator(shape: Sequence[int], latent: int, prior: str, width: float) -> Generator:
-    """Linear-GLU, then upsampling and 5x5 GLU convolutions that halve the channels down to 128."""
-    channels, height, _ = shape
-    ups = _halvings(shape)
-    sizes = widths([128 * 2**i for i in range(ups, -1, -1)], width)
-    base = height // 2**ups
-    layers: list[nn.Module] = [
-        nn.Linear(latent, 2 * sizes[0] * base**2),
-        nn.Unflatten(1, (2 * sizes[0], base, base)),
-        nn.GLU(1),
-    ]
-    for fan_in, fan_out in pairwise(sizes):
-        layers += [UpConv(fan_in, 2 * fan_out), nn.GLU(1)]
-    layers += [nn.Conv2d(sizes[-1], channels, 5, padding=2), nn.Tanh()]
-    return Generator(weight_normalised(nn.Sequential(*layers)), latent, prior)
-
-
-def otgan_critic(shape: Sequence[int], width: float) -> nn.Sequential:
-    """5x5 CReLU convolutions, the first at full size, flattened. The cosine cost normalises."""
-    halvings = _halvings(shape)
-    first = 128 if halvings == 3 else 64
-    filters = widths([first * 2**i for i in range(halvings + 1)], width)
-    layers: list[nn.Module] = []
-    fan_in = shape[0]
-    for n in filters:
-        stride = 2 if layers else 1
-        layers += [nn.Conv2d(fan_in, n, 5, stride, padding=2), CReLU()]
-        fan_in = 2 * n
-    return weight_normalised(nn.Sequential(*layers, nn.Flatten()))
-
-
-def weight_normalised(net: nn.Sequential) -> nn.Sequential:
-    """``net`` with weight normalisation (Salimans & Kingma 2016) of every layer with weights."""
-    for layer in net:
-        if hasattr(layer, "weight"):
-            weight_norm(layer)
-    return net
-
-
-@torch.no_grad()
-def initialise_from_data(net: nn.Module, batch: Tensor) -> None:
-    """Scale and shift each weight-normalised layer to output mean 0 and variance 1 on ``batch``.
-
-    One forward pass does it, because each layer sees the corrected output of those before it.
-    """
-
-    def correct(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        variance, mean = torch.var_mean(output.transpose(0, 1).flatten(1), 1)
-        scale = (variance + 1e-8).rsqrt()
-        gain = layer.parametrizations.weight.original0
-        gain.mul_(scale.reshape(-1, *[1] * (gain.dim() - 1)))
-        layer.bias.copy_(-mean * scale)
-        return layer.forward(*inputs)  # a plain call would come back here
-
-    layers = [layer for layer in net.modules() if is_parametrized(layer, "weight")]
-    for layer in layers:
-        layer.bias.zero_()
-    hooks = [layer.register_forward_hook(correct) for layer in layers]
-    net(batch)
-    for hook in hooks:
-        hook.remove()
 
 
 class Classifier(nn.Module):

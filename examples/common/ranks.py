@@ -70,8 +70,7 @@ def add_up(weights: Iterable[nn.Parameter]) -> None:
 
 def any_of(flag: bool) -> bool:
     """Whether it is true in any process."""
-    if count() == 1:
-        return flag
-    flags = [False] * count()
-    dist.all_gather_object(flags, flag)
+    flags = [flag] * count()
+    if count() > 1:
+        dist.all_gather_object(flags, flag)
     return any(flags)

@@ -103,14 +103,16 @@ class Run:
             print(f"stopped at step {self.step} of {self.args.steps}; --resume continues")
 
     def _bar(self) -> tqdm[Any]:
-        """Of the first process; on a terminal it moves, a log gets a state every few seconds."""
+        """Of the first process; on a terminal it moves, a log gets a line every half minute."""
+        line = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}\n"
+        log = {"mininterval": 30, "maxinterval": 60, "bar_format": line}
         return tqdm(
             total=self.args.steps,
             initial=self.step,
             desc=self.out.name,
             unit="step",
-            mininterval=0.1 if sys.stderr.isatty() else 5,
             disable=ranks.number() > 0,
+            **({} if sys.stderr.isatty() else log),
         )
 
     def subject(self) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from comparison.settings import FRENCH, FRENCH_SCORES
+from comparison.settings import FRENCH, FRENCH_SCORES, french_of
 from matplotlib.figure import Figure
 
-# Figures by name: run, picture ("last" and "first" sample grid), and what to call it.
+# Figures by name: run, picture ("last", or "first" for the samples of the first scores), its name.
 Tile = tuple[str, str, str]
 FIGURES: dict[str, list[Tile]] = {
     "samples": [
@@ -37,26 +38,27 @@ FIGURES: dict[str, list[Tile]] = {
         ("wgan-clip-10", "last", "WGAN, clipped"),
         ("wgan-gp-10", "last", "WGAN, penalty"),
     ],
-    "french_first": [
-        ("mnist-basic", "first", "BasicGAN, first epoch"),
-        ("mnist-otgan", "first", "OT-GAN, first epoch"),
-        ("mnist-dcgan", "first", "DCGAN, first epoch"),
-    ],
-    "french_last": [
-        ("mnist-basic", "last", "BasicGAN"),
-        ("mnist-otgan", "last", "OT-GAN"),
-        ("mnist-dcgan", "last", "DCGAN"),
-    ],
+    **{
+        f"french_{when}": [
+            (f"{data}-{net}", when, name)
+            for data in ("mnist", "digits")
+            for name, net in FRENCH.items()
+        ]
+        for when in ("first", "last")
+    },
     "li_liang": [
-        *((f"otgan-mnist-{weight}", "last", f"penalty {weight}") for weight in (500, 100)),
-        *((f"otgan-mnist-{weight}-beta", "last", f"penalty {weight}") for weight in (500, 100)),
-        ("otgan-mnist-500", "loss.png", "curves, penalty 500"),
-        ("otgan-mnist-100", "loss.png", "curves, penalty 100"),
+        (f"otgan-{data}-{weight}{beta}", picture, f"penalty {weight}{text}")
+        for data in ("mnist", "digits")
+        for beta, picture, text in (
+            ("", "last", ", beta_1 0.5"),
+            ("-beta", "last", ", beta_1 0.9"),
+            ("", "loss.png", ", curves"),
+        )
+        for weight in (500, 100)
     ],
     "label": [
         ("otgan-label", "real.png", "real 2s"),
         ("otgan-label", "last", "OT-GAN"),
-        ("otgan-label-2000", "last", "OT-GAN"),
     ],
     "matching": [
         ("otgan", "last", "optimal transport"),
@@ -149,9 +151,11 @@ def _row(tiles: Sequence[tuple[str, str]]) -> str:
 
 
 def _picture(folder: Path, picture: str) -> Path | None:
-    grids = sorted(folder.glob("samples_*.png"))
-    if picture in ("first", "last"):
-        return grids[0 if picture == "first" else -1] if grids else None
+    if picture == "last":
+        return max(folder.glob("samples_*.png"), default=None)
+    if picture == "first":
+        first = json.loads((folder / "metrics.json").read_text())["evaluations"][0]
+        picture = f"samples_{first['step']:06d}.png"
     return folder / picture if (folder / picture).is_file() else None
 
 
@@ -171,7 +175,7 @@ def _title(title: str, picture: str, report: Mapping[str, Any]) -> str:
 
 def curves(reports: Mapping[str, Any], out: Path, link: str = "") -> str:
     """The scores of the French report's runs against the CPU minutes that they took."""
-    runs = {label: reports[name] for label, name in FRENCH.items() if name in reports}
+    runs = {k: reports[name] for k, name in french_of(reports).items() if name in reports}
     if not runs:
         return "*No picture yet.*"
     figure = Figure(figsize=(8, 5.6), layout="constrained")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 # Every run by the experiment that it belongs to, its name, and its command. A report belongs to a
 # name if its own options are those of the command, wherever it lies. `reproduce.py` runs them in
 # this order. Lengths and widths are such that an experiment takes the CPU hours written above it.
@@ -15,7 +17,6 @@ SHORT: dict[str, str] = {
     "gan-geist": "train_gan.py --data fashion --preset geist --epochs 12",
     "otgan": "train_otgan.py --data fashion --preset tiny --eval-every 500",
     "otgan-random": "train_otgan.py --data fashion --preset tiny --match random --eval-every 500",
-    "otgan-label": "train_otgan.py --data mnist --preset tiny --labels 2 --steps 300",
     "otgan-cifar10": "train_otgan.py --preset cifar10 --width 0.125 --batch 200 --steps 600"
     " --eval-every 450",
     "otgan-cifar10-random": "train_otgan.py --preset cifar10 --width 0.125 --batch 200 --steps 250"
@@ -28,7 +29,9 @@ SHORT: dict[str, str] = {
     "conv": "train_sinkhorn.py --data fashion --preset conv --width 0.25 --epochs 4",
     "digits": "train_sinkhorn.py --data digits",
     "conv-digits": "train_sinkhorn.py --data digits --preset conv --epochs 250",
-    "digits-constant": "train_sinkhorn.py --data digits --schedule constant",
+    # On the images that digits-follow does not hold out.
+    "digits-constant": "train_sinkhorn.py --data digits --schedule constant --steps 1500"
+    " --limit-train 897",
     "digits-follow": "train_sinkhorn.py --data digits --schedule follow --steps 1500",
     **{
         f"geist-{eps}-digits": f"train_sinkhorn.py --data digits --preset geist-{eps} --epochs 300"
@@ -44,11 +47,14 @@ SHORT: dict[str, str] = {
         f" --preset {preset}"
         for preset in ("mmd", "eps-10", "eps-100", "eps-1000")
     },
-    "flow-ot": "train_flow.py --data digits --epochs 300 --hidden 256 256 256",
-    "flow-independent": "train_flow.py --data digits --epochs 300 --hidden 256 256 256"
-    " --pairs independent",
-    "flow-plane-ot": "train_flow.py --preset plane",
-    "flow-plane-independent": "train_flow.py --preset plane --pairs independent",
+    **{
+        f"flow-{pairs}": f"train_flow.py --data digits --epochs 400 --pairs {pairs}"
+        for pairs in ("ot", "independent", "pot")
+    },
+    **{
+        f"flow-plane-{pairs}": f"train_flow.py --preset plane --pairs {pairs}"
+        for pairs in ("ot", "independent")
+    },
     "genevay-a": "train_sinkhorn.py --data mnist --preset genevay-a",
     "genevay-b": "train_sinkhorn.py --data mnist --preset genevay-b",
     "genevay-c": "train_sinkhorn.py --data mnist --preset genevay-c",
@@ -56,7 +62,6 @@ SHORT: dict[str, str] = {
     "ellipses": "fit_ellipses.py",
     "ellipses-1000": "fit_ellipses.py --samples 1000 --losses mmd 'eps 1' 'eps 0.1' 'eps 0.03'",
 }
-LI_LIANG = "train_otgan.py --data mnist --preset tiny --batch 256 --steps 2000"
 LEARNED = "train_learned_cost.py --data cifar10 --width 0.25 --epochs 15"
 EXPERIMENTS: dict[str, dict[str, str]] = {
     # Of the metrics of the others.
@@ -65,42 +70,58 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
         "classifier_mnist": "train_classifier.py --data mnist --epochs 5",
         "classifier_cifar10": "train_classifier.py --data cifar10 --epochs 5",
     },
-    # The report on OT-GAN, at a quarter of the width: 3
+    # The report on OT-GAN, at an eighth of the width: 0.3
     "french": {
-        "mnist-basic": "train_gan.py --data mnist --preset basic --width 0.25 --eval-every 600",
-        "mnist-dcgan": "train_gan.py --data mnist --preset dcgan --width 0.25 --eval-every 600",
-        "mnist-otgan": "train_otgan.py --data mnist --preset tiny --width 0.25 --batch 100"
-        " --lr 2e-4 --steps 6000 --eval-every 600",
+        **{
+            f"digits-{net}": f"train_gan.py --data digits --preset {net} --width 0.125"
+            " --steps 4800 --eval-every 600"
+            for net in ("basic", "dcgan")
+        },
+        "digits-otgan": "train_otgan.py --data digits --preset tiny --batch 100 --lr 2e-4"
+        " --steps 2400 --eval-every 600",
+        **{
+            f"mnist-{net}": f"train_gan.py --data mnist --preset {net} --width 0.125"
+            f" --epochs {epochs} --eval-every 600 --eval-samples 5000"
+            for net, epochs in (("basic", 10), ("dcgan", 5))
+        },
+        "mnist-otgan": "train_otgan.py --data mnist --preset tiny --batch 100 --lr 2e-4"
+        " --epochs 3 --eval-every 600 --eval-samples 5000",
     },
-    # Genevay et al. 2018: 3
+    # Genevay et al. 2018: 2.5
     "genevay": {
         **{
             f"cifar10-{preset}": f"{LEARNED} --preset {preset}"
             for preset in ("mmd", "eps-10", "eps-100", "eps-1000")
         },
-        "sweep-eps": "sweep_eps.py --data fashion --epochs 4 --costs euclidean sqeuclidean",
+        "sweep-eps": "sweep_eps.py --data fashion --epochs 3 --seeds 2 --values 0.01 0.1 1 10"
+        " --eval-samples 5000",
     },
-    # Li & Liang 2022, at an eighth of the width: 2.5
+    # Li & Liang 2022, at an eighth of the width: 1
     "li-liang": {
-        "otgan-mnist-500": f"{LI_LIANG} --eps 0.002",
-        "otgan-mnist-100": f"{LI_LIANG} --eps 0.01",
-        "otgan-mnist-500-beta": f"{LI_LIANG} --eps 0.002 --betas 0.9 0.999",
-        "otgan-mnist-100-beta": f"{LI_LIANG} --eps 0.01 --betas 0.9 0.999",
-        "otgan-label-2000": "train_otgan.py --data mnist --preset tiny --labels 2",
+        **{
+            f"otgan-{data}-{penalty}{beta}": f"train_otgan.py --data {data} --preset tiny"
+            f" --batch 256 --steps 1000 --eps {1 / penalty:g}{options}"
+            for data in ("digits", "mnist")
+            for beta, options in (("", ""), ("-beta", " --betas 0.9 0.999"))
+            for penalty in (500, 100)
+        },
+        "otgan-label": "train_otgan.py --data mnist --preset tiny --labels 2 --steps 550",
         "genevay-b-70": "train_sinkhorn.py --data mnist --preset genevay-b --epochs 70",
         "otgan-follow": "train_otgan.py --data fashion --preset tiny --eval-every 500"
         " --schedule follow",
     },
-    # Geist & Gérard 2023: 2
+    # Geist & Gérard 2023: 0.8
     "geist": {
         **{
             f"geist-{eps}-{data}": f"train_sinkhorn.py --data {data} --preset geist-{eps}"
+            " --epochs 20"
             for data in ("fashion", "mnist")
             for eps in (1, 10, 100)
         },
-        "gan-geist-fashion": "train_gan.py --data fashion --preset geist",
-        "gan-geist-mnist": "train_gan.py --data mnist --preset geist",
-        "age": "score_by_age.py --data fashion --runs {runs}/geist-1-fashion"
+        "gan-geist-fashion": "train_gan.py --data fashion --preset geist --epochs 20",
+        "gan-geist-mnist": "train_gan.py --data mnist --preset geist --epochs 20",
+        "age": "score_by_age.py --data fashion --epochs 12 --ages 2 4 8 12 --runs"
+        " {runs}/geist-1-fashion"
         " {runs}/geist-10-fashion {runs}/geist-100-fashion {runs}/gan-geist-fashion",
     },
     # Vayer 2018: 1
@@ -117,11 +138,11 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
         "wgan-clip-10": "train_gan.py --data fashion --preset wgan-clip --epochs 10 --width 0.5",
         "wgan-gp-10": "train_gan.py --data fashion --preset wgan-gp --epochs 10 --width 0.5",
     },
-    # One step past the sources: 1.5
+    # One step past the sources: 1
     "beyond": {
         **{
-            f"flow-{data}-{pairs}": f"train_flow.py --data {data} --pairs {pairs}"
-            for data in ("digits", "fashion")
+            f"flow-fashion-{pairs}": f"train_flow.py --data fashion --epochs 5 --pairs {pairs}"
+            " --eval-samples 2000"
             for pairs in ("ot", "independent", "pot")
         },
         "conv-15": "train_sinkhorn.py --data fashion --preset conv --width 0.5 --epochs 11",
@@ -168,10 +189,10 @@ FASHION = {
     "VAE with 20 latent dimensions, 5 epochs": ("vae-20", "-"),
     "MED, ours, convolutions at 1/4 width, 4 epochs": ("conv", "-"),
     "MED, ours, convolutions at 1/2 width, 11 epochs": ("conv-15", "-"),
-    "Sinkhorn, eps 1, 40 epochs": ("geist-1-fashion", "49 / 6.8"),
-    "Sinkhorn, eps 10, 40 epochs": ("geist-10-fashion", "63 / 7.7"),
-    "Sinkhorn, eps 100, 40 epochs": ("geist-100-fashion", "75 / 7.5"),
-    "GAN, 40 epochs": ("gan-geist-fashion", "82 / 8.3"),
+    "Sinkhorn, eps 1, 20 epochs": ("geist-1-fashion", "49 / 6.8"),
+    "Sinkhorn, eps 10, 20 epochs": ("geist-10-fashion", "63 / 7.7"),
+    "Sinkhorn, eps 100, 20 epochs": ("geist-100-fashion", "75 / 7.5"),
+    "GAN, 20 epochs": ("gan-geist-fashion", "82 / 8.3"),
     "Wasserstein GAN, clipped, 10 epochs at 1/2 width": ("wgan-clip-10", "-"),
     "Wasserstein GAN, gradient penalty, 10 epochs at 1/2 width": ("wgan-gp-10", "-"),
     "Sinkhorn autoencoder, 15 epochs": ("sae-15", "-"),
@@ -188,15 +209,12 @@ MNIST = {
     "(.1, 10, 300)": "genevay-c",
     "(.1, 200, 100), 70 epochs": "genevay-b-70",
 }
-LABEL = {
-    "OT-GAN at 1/8 width, 300 steps": "otgan-label",
-    "OT-GAN at 1/8 width, 2000 steps": "otgan-label-2000",
-}
+LABEL = {"OT-GAN at 1/8 width, 550 steps": "otgan-label"}
 LI_LIANG_RUNS = {
-    "penalty 500, beta_1 0.5": "otgan-mnist-500",
-    "penalty 100, beta_1 0.5": "otgan-mnist-100",
-    "penalty 500, beta_1 0.9": "otgan-mnist-500-beta",
-    "penalty 100, beta_1 0.9": "otgan-mnist-100-beta",
+    f"{data}, penalty {penalty}, beta_1 {beta}": f"otgan-{data}-{penalty}{suffix}"
+    for data in ("mnist", "digits")
+    for beta, suffix in ((0.5, ""), (0.9, "-beta"))
+    for penalty in (500, 100)
 }
 FOLLOW = {
     "digits, constant": "digits-constant",
@@ -245,8 +263,16 @@ DIGITS = dict.fromkeys(
     ("precision", "recall", "is", "geist_is", "smooth", "smooth_95", "as_asked"), 2
 )
 
-# The report on OT-GAN: the runs beside each other, at one width.
-FRENCH = {"BasicGAN": "mnist-basic", "DCGAN": "mnist-dcgan", "OT-GAN": "mnist-otgan"}
+# The report on OT-GAN: networks beside each other, at one width.
+FRENCH = {"BasicGAN": "basic", "DCGAN": "dcgan", "OT-GAN": "otgan"}
+
+
+def french_of(reports: Container[str]) -> dict[str, str]:
+    """The runs of the three networks: on MNIST if all are there, else on the digits."""
+    on = [{label: f"{data}-{n}" for label, n in FRENCH.items()} for data in ("mnist", "digits")]
+    return next((runs for runs in on if all(name in reports for name in runs.values())), on[-1])
+
+
 FRENCH_SCORES = {
     "is": "inception score",
     "fid": "Fréchet distance",
@@ -260,6 +286,7 @@ FLOWS = {
     "FashionMNIST, exact plan of POT": "flow-fashion-pot",
     "digits, plan": "flow-ot",
     "digits, independent": "flow-independent",
+    "digits, exact plan of POT": "flow-pot",
     "plane, plan": "flow-plane-ot",
     "plane, independent": "flow-plane-independent",
 }
@@ -292,8 +319,8 @@ BARS: list[tuple[str, str, float, float]] = [
     ("med-40", "fid", 0, 270),
     ("conditional-15", "as_asked", 0.85, 1),
     ("conditional-conv", "as_asked", 0.85, 1),
-    ("otgan-label-2000", "as_asked", 0.9, 1),
-    ("otgan-label-2000", "recall", 0.3, 1),
+    ("otgan-label", "as_asked", 0.9, 1),
+    ("otgan-label", "recall", 0.3, 1),
     ("conv-15", "fid", 0, 200),
     ("conv-15", "recall", 0.4, 1),
     ("conv-15", "is", 8.8, INF),

@@ -17,7 +17,6 @@ from comparison.settings import (
     FASHION,
     FLOWS,
     FOLLOW,
-    FRENCH,
     GEIST_COLUMNS,
     INF,
     LABEL,
@@ -29,6 +28,7 @@ from comparison.settings import (
     PLAIN,
     SMOOTH,
     SWEEPS,
+    french_of,
     names_of,
 )
 
@@ -223,7 +223,7 @@ def matching(reports: Reports) -> str:
 def times(reports: Reports) -> str:
     """Minutes of the report, and of our runs with what they did in them."""
     rows = []
-    for label, name in FRENCH.items():
+    for label, name in french_of(reports).items():
         if name not in reports:
             rows.append([label, MINUTES[label], "not run", "", ""])
             continue
@@ -244,7 +244,7 @@ def epochs_of(report: Report) -> float:
 def french(reports: Reports) -> str:
     """The first and the last scores of the runs beside each other."""
     rows = []
-    for label, name in FRENCH.items():
+    for label, name in french_of(reports).items():
         report = reports.get(name)
         seen = (
             [*report["evaluations"], {"step": report["steps"], **report["metrics"]}]

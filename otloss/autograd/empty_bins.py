@@ -280,7 +280,7 @@ def _unrolled(
     s: Settings, places: Places, seeds: Seeds, weights: Sequence[Tensor], empty: Sequence[Tensor]
 ) -> Both:
     """The gradients of both weights of every pair, right at empty bins."""
-    inputs, (_, _, _, _, traces, _) = _repeated(s, places, weights, empty)
+    inputs, (_, _, _, _, traces, *_) = _repeated(s, places, weights, empty)
     at_f, at_g = (
         [torch.where(empty[c], 0.0, _precise(t)) for t, c in zip(grads, side, strict=False)]
         for grads, side in ((seeds.f, s.pairs[::2]), (seeds.g, s.pairs[1::2]))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,34 +23,28 @@ from otloss.autograd.settings import (
 
 __all__ = ["gradients", "of_clouds", "plan_product", "report_system"]
 
-# The operation of each mode: ``(where, seeds, problem, init, f, g, traces, want)`` to gradients of
-# costs, of points and of both weights of every pair, and of a linear system the status.
-OPERATIONS: Final[dict[str, Callable[..., Any]]] = {
-    "envelope": lambda where, seeds, problem, init, f, g, traces, want: where.envelope_backward(
-        seeds.loss, *problem, f, g, *want
-    ),
-    "implicit": lambda where, seeds, problem, init, f, g, traces, want: where.implicit_backward(
-        *seeds, *problem, f, g, *want
-    ),
-    "unrolled": lambda where, seeds, problem, init, f, g, traces, want: where.unrolled_backward(
-        *seeds, *problem, init, traces, *want
-    ),
-}
-
 
 def gradients(
-    s: Settings, seeds: Seeds, inputs: Inputs, solution: Sequence[Tensor], wanted: Wanted
+    s: Settings,
+    seeds: Seeds,
+    inputs: Inputs,
+    solution: Sequence[Tensor],
+    wanted: Wanted,
+    prepared: Tensor | None = None,
 ) -> Gradients:
-    """``solution``: [*f, *g, *traces]."""
+    """``solution``: [*f, *g, *traces]; ``prepared``: what a solve made of the points, if kept."""
     P, where, problem = len(s.coefficients), implementation(s.options.method), s.arguments(inputs)
     f, g, traces = list(solution[:P]), list(solution[P : 2 * P]), list(solution[2 * P :])
-    want = wanted.costs, wanted.points, any(wanted.weights)
-    costs, points, grad_a, grad_b, *status = OPERATIONS[mode(s, seeds)](
-        where, seeds, problem, inputs.init, f, g, traces, want
-    )
-    if status:
-        report_system(s.system, status[0], inputs.weights[0].dtype)
-    of_weights = of_clouds(s, seeds, inputs.weights, (f, g), (grad_a, grad_b), wanted.weights)
+    want, chosen = (wanted.costs, wanted.points, any(wanted.weights)), mode(s, seeds)
+    if chosen == "envelope":
+        found = where.envelope_backward(seeds.loss, *problem, f, g, *want, prepared)
+    elif chosen == "implicit":
+        *found, status = where.implicit_backward(*seeds, *problem, f, g, *want)
+        report_system(s.system, status, inputs.weights[0].dtype)
+    else:
+        found = where.unrolled_backward(*seeds, *problem, inputs.init, traces, *want)
+    costs, points, *of_sides = found
+    of_weights = of_clouds(s, seeds, inputs.weights, (f, g), of_sides, wanted.weights)
     return Gradients(costs, points, of_weights)
 
 

@@ -46,15 +46,15 @@ class Solve(torch.autograd.Function):
     def forward(
         ctx: Any, settings: Settings, sizes: list[int], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        outputs, solution = evaluate(settings, sizes, tensors)
-        ctx.settings, ctx.sizes = settings, sizes
+        outputs, solution, prepared = evaluate(settings, sizes, tensors)
+        ctx.settings, ctx.sizes, ctx.solved = settings, sizes, len(solution)
         ctx.loss = None if _check.readable(outputs[0]) else outputs[0].detach()
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(outputs[1])
         # The inputs themselves, not their contiguous copies: these know where they came from. And
         # what else is read of them, so that a change in place is seen.
         places = settings.places.costs if settings.places else []
-        ctx.save_for_backward(*tensors, *places, *solution)
+        ctx.save_for_backward(*tensors, *places, *solution, *prepared)
         return outputs
 
     @staticmethod
@@ -69,6 +69,7 @@ class Solve(torch.autograd.Function):
         if seeds is None:
             return None, None, *result
         live, solution = s.live, saved[len(needed) + (len(s.places.costs) if s.places else 0) :]
+        solution, prepared = solution[: ctx.solved], solution[ctx.solved :]
         s, seeds, inputs = s.of_live(), seeds.of_pairs(live), inputs.of_pairs(live)
         if points and s.dense:
             P = len(live)
@@ -82,8 +83,10 @@ class Solve(torch.autograd.Function):
             [c for c in range(points) if needed[given + c]],
             list(needed[first_weight : first_weight + weights]),
         )
-        compute = gradients if first_order else differentiable_gradients
-        found = compute(s, seeds, inputs, solution, wanted)
+        if first_order:
+            found = gradients(s, seeds, inputs, solution, wanted, *prepared)
+        else:
+            found = differentiable_gradients(s, seeds, inputs, solution, wanted)
         if ctx.loss is not None:  # where data is read, a failure raises
             found = _failed_are_nan(s, ctx.loss, inputs.weights, wanted, found)
         of_costs, of_points, of_weights = found
@@ -120,11 +123,11 @@ def _failed_are_nan(
 
 def evaluate(
     s: Settings, sizes: list[int], tensors: Sequence[Tensor]
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """What ``Solve`` returns, without a node, and what its backward pass needs of the pairs that a
-    gradient flows through: (*f, *g, *traces, *made)."""
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], list[Tensor]]:
+    """What ``Solve`` returns, without a node, and what its backward pass needs: of the pairs that a
+    gradient flows through (*f, *g, *traces, *made), and of the clouds what was prepared."""
     inputs, o = _inputs(tensors, sizes, single=s.single), s.options
-    loss, status, f, g, traces, made = implementation(o.method).solve(
+    loss, status, f, g, traces, made, prepared = implementation(o.method).solve(
         *s.arguments(inputs),
         inputs.init,
         ops.number(o.tol),
@@ -146,7 +149,7 @@ def evaluate(
         loss = loss[0]
     outputs = loss, status
     solution = tuple(each[p] for each in (f, g, traces, made) if each for p in s.live)
-    return (*outputs, *f, *g) if s.potentials else outputs, solution
+    return (*outputs, *f, *g) if s.potentials else outputs, solution, prepared
 
 
 def _inputs(tensors: Sequence[Tensor], sizes: list[int], *, single: bool) -> Inputs:

@@ -90,6 +90,8 @@ class Inputs(NamedTuple):
     init: list[Tensor]  # f and g of each pair in turn, or none
 
     def of_pairs(self, pairs: Sequence[int]) -> Inputs:
+        if not (self.costs or self.init):
+            return self
         costs, init = _of_pairs(self, pairs)
         return Inputs(costs, self.points, self.weights, init)
 
@@ -107,6 +109,8 @@ class Seeds(NamedTuple):
     g: list[Tensor]
 
     def of_pairs(self, pairs: Sequence[int]) -> Seeds:
+        if self.loss.dim() < 2 and not self.f:
+            return self
         loss = self.loss if self.loss.dim() < 2 else self.loss[list(pairs)]
         return Seeds(loss, *([each[p] for p in pairs if each] for each in (self.f, self.g)))
 

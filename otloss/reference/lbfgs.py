@@ -7,8 +7,9 @@ import math
 from torch import Tensor
 
 # A first step is at most MAX_GROWTH times as long as the one before. One that changes the residual
-# by less than FLAT of it is followed by one STRETCH times as long.
-MAX_GROWTH, FLAT, STRETCH = 10.0, 1e-2, 2.0
+# by less than FLAT of it, or FLAT_BUT_FOR_ROUNDING where the change may be only rounding, is
+# followed by one STRETCH times as long.
+MAX_GROWTH, FLAT, FLAT_BUT_FOR_ROUNDING, STRETCH = 10.0, 1e-2, 0.3, 2.0
 # L-BFGS: pairs kept, the least cosine of the angle between step and change of the residual.
 MEMORY, LEAST_CURVATURE = 8, 1e-10
 
@@ -28,8 +29,10 @@ class StepLength:
         most = math.sqrt(self.longest / direction) if direction > 0 else math.inf
         return min(most, self.stretch)
 
-    def accepted(self, step: float, change: float, residual: float) -> None:
-        self.stretch = STRETCH * self.stretch if change < FLAT**2 * residual else 1.0
+    def accepted(self, step: float, change: float, residual: float, least: float) -> None:
+        """``least``: what ``least_change`` says of ``change``."""
+        flat = FLAT if change > least else FLAT_BUT_FOR_ROUNDING
+        self.stretch = STRETCH * self.stretch if change < flat**2 * residual else 1.0
         self.longest = MAX_GROWTH**2 * step
 
     def plain(self, residual: float) -> None:

@@ -86,9 +86,7 @@ def cost_backward(
 
 
 @each_problem(0)
-def solve(
-    *arguments: Any,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+def solve(*arguments: Any) -> tuple[Any, ...]:
     problem, (init, tol, max_iters, n_iters, trace, dense, *_) = read(arguments)
     costs, weights, coefficients = _matrices(problem), problem.weights, problem.coefficients
     eps, tol, objective = problem.eps.item(), tol.item(), problem.objective
@@ -136,7 +134,7 @@ def solve(
             if points:  # a named cost, for which what is negative still is rounding
                 every[0] = torch.where(again, every[0].maximum(-every[1:].sum(0)), every[0])
     loss = clamped(every.sum(0), every.abs().sum(0), dtype).to(dtype)
-    return loss, torch.cat([status, every.unsqueeze(-1)], dim=-1), all_f, all_g, traces, made
+    return loss, torch.cat([status, every.unsqueeze(-1)], dim=-1), all_f, all_g, traces, made, []
 
 
 def _solve_again(
@@ -217,8 +215,8 @@ def _gradients(
 def envelope_backward(
     grad_loss: Tensor, *arguments: Any
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    problem, (f, g, *wanted) = read(arguments)
-    eps, with_plans = problem.eps.item(), bool(wanted[0] or wanted[1])
+    problem, (f, g, want_costs, want_points, want_weights, *_) = read(arguments)
+    eps, with_plans = problem.eps.item(), bool(want_costs or want_points)
     costs = _matrices(problem) if with_plans else []
 
     def of_pair(
@@ -232,7 +230,7 @@ def envelope_backward(
         grad_b = torch.where(b > 0, on[:, None] * of_b, 0.0)
         return scale[:, None, None] * P, grad_a, grad_b
 
-    return _gradients(problem, costs, of_pair, *wanted)
+    return _gradients(problem, costs, of_pair, want_costs, want_points, want_weights)
 
 
 @each_problem(3)

@@ -292,8 +292,9 @@ def _ascend(
             after = residual(engine, trial)
             step, change = torch.where(engine.b > 0, trial.g - point.g, 0.0), r - after
             changed = inner(change, change)
-            length.accepted(inner(step, step), changed, inner(r, r))
-            if changed > least_change(engine, eps, point) and inner.curved(step, change):
+            least = least_change(engine, eps, point)
+            length.accepted(inner(step, step), changed, inner(r, r), least)
+            if changed > least and inner.curved(step, change):
                 memory = [*memory[1 - MEMORY :], (step, change)]
         iterations += sweeps
         point, r = trial, after

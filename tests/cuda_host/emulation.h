@@ -103,8 +103,6 @@ struct Fiber {
   bool started = false, done = false;
   const Gate* waiting_for = nullptr;
   uint64_t waiting_since = 0;
-  const unsigned* counter = nullptr;
-  unsigned arrivals = 0;
   std::vector<Copy> copies;
   std::vector<size_t> commits;  // how many of them each commit covers
   void (*body)(Fiber*, const void*) = nullptr;
@@ -161,7 +159,6 @@ class Scheduler {
  private:
   static bool runnable(const Fiber& fiber) {
     if (fiber.waiting_for) return fiber.waiting_for->generation != fiber.waiting_since;
-    if (fiber.counter) return static_cast<int>(*fiber.counter - fiber.arrivals) >= 0;
     return true;
   }
 
@@ -169,7 +166,6 @@ class Scheduler {
     running_ = fiber;
     ++Emulation::get().switches;
     fiber->waiting_for = nullptr;
-    fiber->counter = nullptr;
     if (_setjmp(scheduler_) != 0) return;
     if (fiber->started) _longjmp(fiber->state, 1);
     fiber->started = true;
@@ -231,13 +227,6 @@ class EmulatedBlock {
   }
   void warp_sync() const { wait(warp().gate); }
   void cluster_sync() const { wait(*block_.cluster); }
-
-  void arrive_and_wait(unsigned* counter, unsigned arrivals) const {
-    ++*counter;
-    fiber_->counter = counter;
-    fiber_->arrivals = arrivals;
-    Scheduler::current()->yield();
-  }
 
   template <typename T>
   T shuffle(T value, int lane) const {
@@ -399,17 +388,11 @@ class EmulatedBlock {
 
 inline Limits limits(int) { return Emulation::get().limits; }
 
-template <class Kernel>
-int clusters_that_fit(const Context&, int size, size_t shared) {
-  const Limits& limits = Emulation::get().limits;
-  return size <= 16 && shared <= limits.shared_per_block ? limits.multiprocessors / size : 0;
-}
-
 inline void clear(const Context&, void* memory, int64_t bytes) {
   std::memset(memory, 0, static_cast<size_t>(bytes));
 }
 
-// Blocks that wait for each other run together; others one after the other.
+// Blocks of a cluster run together; clusters one after the other.
 template <class Kernel>
 void launch(const Context&, const Kernel& work, const Grid& grid) {
   static_assert(sizeof(Kernel) <= 4096, "kernel parameters are limited to 4 KB");
@@ -421,10 +404,7 @@ void launch(const Context&, const Kernel& work, const Grid& grid) {
   if (grid.x % grid.cluster != 0)
     throw std::runtime_error("emulation: the grid is not whole clusters");
   ++Emulation::get().launches;
-  const int64_t together = grid.cooperative ? grid.x * grid.y * grid.z : grid.cluster;
-  const int64_t total = grid.x * grid.y * grid.z;
-  if (grid.cooperative && total > Emulation::get().limits.multiprocessors)
-    throw std::runtime_error("emulation: more blocks than can be resident at once");
+  const int64_t together = grid.cluster, total = grid.x * grid.y * grid.z;
   for (int64_t first = 0; first < total; first += together) {
     Gate cluster;
     cluster.size = static_cast<int>(together) * Kernel::kThreads;

@@ -222,9 +222,9 @@ class PairSolver {
         change[j] = r_[j] - next[j];
       }
       const double changed = squared(change);
-      length_.accepted(squared(step), changed, squared(r_));
-      if (changed > least_change(point_.noise, y_.mass, kRoundoff<T>, eps_))
-        memory_.push(std::move(step), std::move(change));
+      const double least = least_change(point_.noise, y_.mass, kRoundoff<T>, eps_);
+      length_.accepted(squared(step), changed, squared(r_), least);
+      if (changed > least) memory_.push(std::move(step), std::move(change));
     } else if (next_ == Next::kPlain) {
       length_.plain(squared(r_));
     }

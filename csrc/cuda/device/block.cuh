@@ -6,8 +6,7 @@
 // whole of csrc/cuda then compiles with g++ alone and is tested without a GPU.
 //
 // A Block gives: thread() and x(), y(), z() (block index); sync() (block barrier), sync_some(group,
-// threads) (of some of its warps), warp_sync(), cluster_sync(), arrive_and_wait(counter, arrivals)
-// (a barrier between blocks, called by one thread of each); shuffle_xor(value, mask),
+// threads) (of some of its warps), warp_sync(), cluster_sync(); shuffle_xor(value, mask),
 // shuffle(value, lane) and any(flag) within a warp; shared<T>() (dynamic shared memory); load,
 // store (global memory that other blocks write, past L1); load_constant (16 bytes that nobody
 // writes during the launch); copy_async(to, from, inside) (16 bytes from global to shared memory,
@@ -32,9 +31,8 @@ namespace otloss::cuda {
 
 struct Grid {
   int64_t x = 1, y = 1, z = 1;
-  size_t shared = 0;         // bytes of dynamic shared memory
-  int cluster = 1;           // blocks of a thread-block cluster along x
-  bool cooperative = false;  // all blocks resident at once
+  size_t shared = 0;  // bytes of dynamic shared memory
+  int cluster = 1;    // blocks of a thread-block cluster along x
 };
 
 // A loop of launches that ends on the device when all of its blocks are done: repeat() queues it,
@@ -51,12 +49,13 @@ struct Loop {
 
 #include <cuda_runtime.h>
 
-#include <map>
-#include <mutex>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <type_traits>
+
+#if !defined(OTLOSS_GRAPH_LOOPS)
+#define OTLOSS_GRAPH_LOOPS (CUDART_VERSION >= 12040)
+#endif
 
 #define OTLOSS_DEVICE __device__ __forceinline__
 #define OTLOSS_NOINLINE __device__ __noinline__
@@ -114,17 +113,6 @@ class GpuBlock {
     asm volatile("bar.sync %0, %1;" ::"r"(group), "r"(threads) : "memory");
   }
 
-  // The block's barrier orders all of its writes before the release, and its reads after the
-  // fence. The counter only grows; the difference is compared, so that it may wrap around.
-  __device__ void arrive_and_wait(unsigned* counter, unsigned arrivals) const {
-    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
-    unsigned seen;
-    do {
-      asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-    } while (static_cast<int>(seen - arrivals) < 0);
-    asm volatile("fence.acq_rel.gpu;" ::: "memory");
-  }
-
   template <typename T>
   __device__ T load(const T* p) const {
     return __ldcg(p);
@@ -151,7 +139,7 @@ class GpuBlock {
   // not the last.
   __device__ void count_off(const Loop& loop, bool done) const {
     if (done) atomicAdd(loop.done, 1u);
-#if CUDART_VERSION >= 12040
+#if OTLOSS_GRAPH_LOOPS
     if (blockIdx.x == 0 && loop.handle != 0 && load(loop.done) == loop.count)
       cudaGraphSetConditional(loop.handle, 0);
 #endif
@@ -225,42 +213,6 @@ cudaError_t allow_shared(int device) {
                               static_cast<int>(limits(device).shared_per_block));
 }
 
-template <class Kernel>
-int ask_clusters_that_fit(int device, int size, size_t shared) {
-  check(cudaSetDevice(device), "selecting the device", "the device of the tensors");
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(size));
-  config.blockDim = dim3(Kernel::kThreads);
-  config.dynamicSmemBytes = shared;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  int clusters = 0;
-  const bool asked =
-      allow_shared<Kernel>(device) == cudaSuccess &&
-      cudaFuncSetAttribute(kernel<Kernel>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ==
-          cudaSuccess &&
-      cudaOccupancyMaxActiveClusters(&clusters, kernel<Kernel>, &config) == cudaSuccess;
-  if (!asked) cudaGetLastError();
-  return asked ? clusters : 0;
-}
-
-// How many clusters of this size with so much shared memory the device runs at once: fewer than its
-// multiprocessors would hold, since a cluster must not cross a group of them. The driver is asked
-// once for each, not at every call.
-template <class Kernel>
-int clusters_that_fit(const Context& context, int size, size_t shared) {
-  static std::mutex mutex;
-  static std::map<std::tuple<int, int, size_t>, int> known;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const std::tuple<int, int, size_t> question(context.device, size, shared);
-  const auto answer = known.find(question);
-  if (answer != known.end()) return answer->second;
-  return known[question] = ask_clusters_that_fit<Kernel>(context.device, size, shared);
-}
-
 inline void clear(const Context& context, void* memory, int64_t bytes) {
   check(cudaSetDevice(context.device), "selecting the device", "the device of the tensors");
   check(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes),
@@ -281,23 +233,18 @@ void launch(const Context& context, const Kernel& work, const Grid& grid) {
   constexpr size_t kSharedUnasked = 48 * 1024;
   if (grid.shared > kSharedUnasked)
     check(allow_shared<Kernel>(context.device), "asking for shared memory", kExpected);
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attribute;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
                         static_cast<unsigned>(grid.z));
   config.blockDim = dim3(Kernel::kThreads);
   config.dynamicSmemBytes = grid.shared;
   config.stream = static_cast<cudaStream_t>(context.stream);
-  config.attrs = attributes;
+  config.attrs = &attribute;
   if (grid.cluster > 1) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
-    check(cudaFuncSetAttribute(kernel<Kernel>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
-          "allowing large clusters", kExpected);
-  }
-  if (grid.cooperative) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
-    attributes[config.numAttrs++].val.cooperative = 1;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
+    config.numAttrs = 1;
   }
   check(cudaLaunchKernelEx(&config, kernel<Kernel>, work), "a kernel launch", kExpected);
 }

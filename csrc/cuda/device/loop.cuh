@@ -37,7 +37,7 @@ class Queue {
   cudaGraphNode_t last_ = nullptr;
 };
 
-#if CUDART_VERSION >= 12040
+#if OTLOSS_GRAPH_LOOPS
 // A graph of one loop, which the stream runs, or takes into the graph that it is recorded into.
 class LoopGraph {
  public:
@@ -118,7 +118,7 @@ class LoopGraph {
 template <class Body>
 void repeat(const Context& context, Loop loop, int64_t most, const Body& body) {
   check(cudaSetDevice(context.device), "selecting the device", "the device of the tensors");
-#if CUDART_VERSION >= 12040
+#if OTLOSS_GRAPH_LOOPS
   LoopGraph graph(context);
   if (cudaGraph_t inner = graph.body(&loop.handle)) {
     Queue queue(context, inner);

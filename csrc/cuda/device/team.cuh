@@ -1,10 +1,9 @@
-// A team: the blocks that work on one problem, their barrier, and sums over all their threads.
+// A team: the blocks that work on one problem, their barrier, sums over all their threads, and a
+// block's share of the rows and columns: a contiguous part of each.
 //
-// The barrier is the only thing that tells the regimes apart: __syncthreads for one block, the
-// hardware barrier of a thread-block cluster, or a counter in global memory for blocks of a
-// cooperative launch (all of them resident, so that waiting ends). Blocks exchange vectors and
-// partial sums through global memory, which all three barriers order; such memory is read and
-// written past L1 (load, store), which is not coherent between multiprocessors.
+// A team is one block, or a thread-block cluster, whose hardware barrier it meets at. Blocks
+// exchange vectors and partial sums through global memory, which the barrier orders; such memory is
+// read and written past L1 (load, store), which is not coherent between multiprocessors.
 #pragma once
 
 #include <algorithm>
@@ -32,27 +31,36 @@ struct Max {
   }
 };
 
-template <class Block>
-OTLOSS_DEVICE void team_sync(Block& block, TeamState& team) {
-  if (team.barrier == Barrier::kBlock) {
-    block.sync();
-  } else if (team.barrier == Barrier::kCluster) {
-    block.cluster_sync();
-  } else {
-    block.sync();
-    if (block.thread() == 0) {
-      team.arrivals += static_cast<unsigned>(team.size);
-      block.arrive_and_wait(team.counter, team.arrivals);
-    }
-    block.sync();
-  }
-}
-
 template <class Join, class Block>
 OTLOSS_DEVICE double warp_join(Block& block, double value, int width) {
   for (int mask = width / 2; mask > 0; mask /= 2)
     value = Join::join(value, block.shuffle_xor(value, mask));
   return value;
+}
+
+// Adds function(k) over first, first + step, ... < count, with several of its loads on their way.
+template <class Join, typename S, typename F>
+OTLOSS_DEVICE S join_over(int first, int step, int count, S start, F&& function) {
+  constexpr int kAhead = 8;
+  S total = start;
+  int k = first;
+  for (; k + (kAhead - 1) * step < count; k += kAhead * step) {
+    S part[kAhead];
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) part[u] = function(k + u * step);
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) total = Join::join(total, part[u]);
+  }
+  for (; k < count; k += step) total = Join::join(total, function(k));
+  return total;
+}
+
+template <class Block>
+OTLOSS_DEVICE void team_sync(Block& block, const TeamState& team) {
+  if (team.size == 1)
+    block.sync();
+  else
+    block.cluster_sync();
 }
 
 // Joins `count` values, of which each warp of each block has left a part in the scratch, to its
@@ -90,27 +98,89 @@ OTLOSS_NOINLINE void team_reduce(Block block, TeamState& team, int count) {
   if (block.thread() == 0) team.parity ^= 1;  // the next call has a barrier before it is read
 }
 
-template <class Block, int kThreads>
+// What a kernel knows of its teams; problem t is that of team t.
+struct TeamArguments {
+  int size;       // blocks per problem
+  double* parts;  // (problems, 2, size, kTeamValues), if there are several
+};
+
+template <class Block, int kBlockThreads>
 class Team {
  public:
-  OTLOSS_DEVICE Team(Block& block, TeamState& state) : block_(block), state_(state) {}
+  static constexpr int kThreads = kBlockThreads, kWarps = kThreads / kWarp;
+
+  OTLOSS_DEVICE Team(Block& block, const TeamArguments& arguments)
+      : block_(block), state_(block.template shared<TeamScratch>()->state) {
+    if (block.thread() == 0) {
+      state_.index = block.x() / arguments.size;
+      state_.rank = static_cast<int>(block.x() % arguments.size);
+      state_.size = arguments.size;
+      state_.parity = 0;
+      state_.partial = arguments.parts + state_.index * 2 * arguments.size * kTeamValues;
+      state_.scratch = block.template shared<TeamScratch>()->values;
+    }
+    block.sync();
+  }
+
+  // Calls function(group, batch) for the problem of this team.
+  template <typename Groups, typename F>
+  OTLOSS_DEVICE void with_problem(const Groups& groups, F&& function) {
+    int64_t batch = index();
+    const auto& group = groups.items[group_of(groups, &batch)];
+    if (block_.thread() == 0) place(group.n, group.m);
+    block_.sync();
+    function(group, batch);
+  }
 
   OTLOSS_DEVICE int rank() const { return state_.rank; }
   OTLOSS_DEVICE int size() const { return state_.size; }
+  OTLOSS_DEVICE int64_t index() const { return state_.index; }
+  OTLOSS_DEVICE bool first_thread() const { return rank() == 0 && block_.thread() == 0; }
+  OTLOSS_DEVICE int m() const { return state_.m; }
+  OTLOSS_DEVICE int64_t first_row() const { return state_.first_row; }
+  OTLOSS_DEVICE int first_column() const { return state_.first_column; }
+  OTLOSS_DEVICE int rows() const { return state_.rows; }
+  OTLOSS_DEVICE int columns() const { return state_.columns; }
+  OTLOSS_DEVICE int most_columns() const { return state_.most_columns; }
+
+  // What is in shared memory at an offset of the layout.
+  template <typename U>
+  OTLOSS_DEVICE U* at(int64_t offset) const {
+    return reinterpret_cast<U*>(block_.template shared<unsigned char>() + offset);
+  }
 
   // All threads of all blocks arrive before one leaves; what they wrote before is seen after.
   OTLOSS_DEVICE void sync() { team_sync(block_, state_); }
 
-  template <typename T>
-  OTLOSS_DEVICE T load(const T* p) const {
-    return state_.size == 1 ? *p : block_.load(p);
+  template <typename U>
+  OTLOSS_DEVICE U load(const U* p) const {
+    return size() == 1 ? *p : block_.load(p);
   }
-  template <typename T>
-  OTLOSS_DEVICE void store(T* p, T value) const {
-    if (state_.size == 1)
+  template <typename U>
+  OTLOSS_DEVICE void store(U* p, U value) const {
+    if (size() == 1)
       *p = value;
     else
       block_.store(p, value);
+  }
+
+  // Rows i < rows of the block, each by one thread, the block's columns, each by one thread, and
+  // all entries of its rows: a warp per row, neighbouring lanes at neighbouring columns.
+  template <typename F>
+  OTLOSS_DEVICE void for_rows(F&& function) const {
+    const int end = rows();
+    for (int i = block_.thread(); i < end; i += kThreads) function(i);
+  }
+  template <typename F>
+  OTLOSS_DEVICE void for_columns(F&& function) const {
+    const int begin = first_column(), end = begin + columns();
+    for (int j = begin + block_.thread(); j < end; j += kThreads) function(j);
+  }
+  template <typename F>
+  OTLOSS_DEVICE void for_entries(F&& function) const {
+    const int rows = this->rows(), m = this->m();
+    for (int i = block_.thread() / kWarp; i < rows; i += kWarps)
+      for (int j = block_.thread() % kWarp; j < m; j += kWarp) function(i, j);
   }
 
   // Each value joined over all threads of the team; every thread gets the results. The order is
@@ -118,7 +188,6 @@ class Team {
   template <class Join, int kCount>
   OTLOSS_DEVICE void reduce(double (&values)[kCount]) {
     static_assert(kCount <= kReduced, "raise kReduced");
-    constexpr int kWarps = kThreads / kWarp;
 #pragma unroll
     for (int v = 0; v < kCount; ++v) {
       const double part = warp_join<Join>(block_, values[v], kWarp);
@@ -128,18 +197,22 @@ class Team {
 #pragma unroll
     for (int v = 0; v < kCount; ++v) values[v] = state_.scratch[kReduced * kWarps + v];
   }
+  template <int kCount>
+  OTLOSS_DEVICE void sum(double (&values)[kCount]) {
+    reduce<Sum>(values);
+  }
 
   // Up to kTeamValues values of which each block has a part: each is summed by one warp, that of
   // the lanes that call. First all blocks show() their parts, then all threads sync(), then total()
   // gives the sum to all lanes of the warp. After the last total() and a barrier of the block
   // flip() the buffers; another barrier follows before they are used again.
   OTLOSS_DEVICE void show(int value, double part) const {
-    store(state_.partial + (state_.parity * state_.size + state_.rank) * kTeamValues + value, part);
+    store(state_.partial + (state_.parity * size() + rank()) * kTeamValues + value, part);
   }
   OTLOSS_DEVICE double total(int value) const {
-    const double* const all = state_.partial + state_.parity * state_.size * kTeamValues + value;
+    const double* const all = state_.partial + state_.parity * size() * kTeamValues + value;
     double sum = 0;
-    for (int r = block_.thread() % kWarp; r < state_.size; r += kWarp)
+    for (int r = block_.thread() % kWarp; r < size(); r += kWarp)
       sum += load(all + r * kTeamValues);
     return warp_join<Sum>(block_, sum, kWarp);
   }
@@ -148,6 +221,20 @@ class Team {
   }
 
  private:
+  OTLOSS_DEVICE void place(int64_t n, int64_t m) {
+    TeamState& s = state_;
+    const auto cut = [&s](int64_t count, int64_t* share, int64_t* first) {
+      *share = ceil_div(count, s.size);
+      *first = *share * s.rank < count ? *share * s.rank : count;
+      return static_cast<int>((*first + *share < count ? *first + *share : count) - *first);
+    };
+    int64_t share, first;
+    s.m = static_cast<int>(m);
+    s.rows = cut(n, &share, &s.first_row);
+    s.columns = cut(m, &share, &first);
+    s.most_columns = static_cast<int>(share), s.first_column = static_cast<int>(first);
+  }
+
   Block& block_;
   TeamState& state_;
 };
@@ -162,7 +249,6 @@ Shape shape_of(const Pack<Group>& pack) {
     shape.problems += p.batch;
     shape.n = std::max(shape.n, p.n);
     shape.m = std::max(shape.m, p.m);
-    shape.entries = std::max(shape.entries, p.n * p.m);
   }
   return shape;
 }

@@ -5,14 +5,12 @@
 // by conjugate gradients on the Schur complement diag(c) - P^T diag(1/r) P, or, for a cloud against
 // itself, on diag(r) + P. In turn, until all systems of a call are solved:
 //
-//     PlanProductKernel or SweepKernel    P x or P^T w of each problem      stored_plan.cuh, or
-//                                         of costs made from points         ../pass/sweeps.cuh
-//     ControlKernel                       the vectors of the iteration
+//     SweepKernel     P x or P^T w of each problem               ../pass/sweeps.cuh
+//     ControlKernel   the vectors of the iteration
 //
 // The entries of P are made again in every product, the same bits for both sides. Then comes C_bar,
 // or what the points receive, by the potentials and the solution (alpha, beta).
 #include "cuda/gradient/implicit_system.cuh"
-#include "cuda/gradient/stored_plan.cuh"
 
 namespace otloss::cuda {
 namespace {
@@ -24,7 +22,6 @@ struct ImplicitWork : ImplicitArguments<T> {
   using Team = typename Implicit<T, Block>::Team;
 
   OTLOSS_DEVICE const Pack<ImplicitGroup<T>>& groups() const { return this->pack; }
-  OTLOSS_DEVICE const TeamArguments<double>& team() const { return this->blocks; }
 
   template <class Block>
   OTLOSS_DEVICE bool advance(Block& block, Team<Block>& team, State& state,
@@ -37,44 +34,29 @@ struct ImplicitWork : ImplicitArguments<T> {
 template <typename T>
 void backward(const Context& context, const Pack<ImplicitGroup<T>>& pack, double eps,
               Objective objective, Packer<T>& packer) {
-  const Limits device = limits(context.device);
   const Shape shape = shape_of<T>(pack);
-  const PointPair<T>& points = pack.items[0].made.points;
-  const bool stored = pack.items[0].C != nullptr;
   if (shape.problems == 0) return;
-  SolvePlan plan{};
-  if (stored)
-    plan_products<T>(shape, device, &plan);
-  else
-    plan = choose_streamed_plan(shape, points.d, device, Regime::kAuto);
+  const SolvePlan plan = products_plan(context, shape, pack.items[0]);
   ImplicitWork<T> work{};
   work.pack = pack;
   work.eps = eps, work.objective = objective;
-  fill_team(context, shape, plan, &work.blocks);
   SweepArguments<RowSums<T, double>> sweep;
   const Grid grid = plan_sweeps(context, shape, plan, &work.orders, &sweep);
   work.vectors =
       context.scratch<double>(shape.problems * ImplicitVectors::kCount * plan.vector_length);
   for (int i = 0; i < pack.count; ++i) {
     const ImplicitGroup<T>& p = pack.items[i];
-    PlanOfPoints<T>& of = work.plans[i];
-    of.F = context.scratch<T>(p.batch * packed_stride(p.n));
-    of.G = context.scratch<T>(p.batch * packed_stride(p.m));
-    if (stored) continue;
-    of.points = packer(p.batch, p.n, p.m, p.made.points);
-    of.alpha = context.scratch<T>(p.batch * p.n), of.beta = context.scratch<T>(p.batch * p.m);
+    work.plans[i] = {packer(p.batch, p.n, p.m, p.made.points, p.C),
+                     context.scratch<T>(p.batch * packed_stride(p.n)),
+                     context.scratch<T>(p.batch * packed_stride(p.m)),
+                     context.scratch<T>(p.batch * p.n), context.scratch<T>(p.batch * p.m)};
   }
   // Beside the iterations: sums, sums of costs, the right-hand side, and the last product.
   const int64_t most = 2 * (kMaxCgIterations + 4);
   run_controls(context, work, shape.problems, most, [&](Queue& queue) {
-    if (stored)
-      queue(PlanProductKernel<T>{pack, sweep}, grid);
-    else
-      queue_sweep<Products>(queue, sweep, points.kind, points.d, grid);
+    queue_sweep<Products>(queue, sweep, work.plans[0].points, grid);
   });
-  if (!stored) return implicit_point_sums(context, pack, work.plans, eps, objective);
-  CostGradientKernel<T> gradient{work, ceil_div(shape.n, CostGradientKernel<T>::kWarps)};
-  launch(context, gradient, Grid{shape.problems * gradient.blocks});
+  implicit_sums(context, pack, work.plans, eps, objective);
 }
 
 }  // namespace
@@ -82,10 +64,8 @@ void backward(const Context& context, const Pack<ImplicitGroup<T>>& pack, double
 template <typename T>
 void implicit_backward(const Context& context, const std::vector<ImplicitGroup<T>>& groups,
                        double eps, Objective objective) {
-  // The products take multiply-adds: with tensor cores P_ij would depend on which side is first.
-  // The points' sums afterwards need not.
-  Packer<T> packer(context,
-                   groups.empty() ? TileKind::kFma : tiles_of(context, groups[0].made.points));
+  if (groups.empty()) return;
+  Packer<T> packer(context, tiles_of(context, groups[0].made.points, groups[0].C));
   for_each_pack(groups, [&](const Pack<ImplicitGroup<T>>& pack) {
     backward(context, pack, eps, objective, packer);
   });

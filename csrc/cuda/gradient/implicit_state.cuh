@@ -29,7 +29,6 @@ template <typename T>
 struct ImplicitArguments {
   Pack<ImplicitGroup<T>> pack;
   PlanOfPoints<T> plans[kMaxGroups];
-  TeamArguments<double> blocks;
   double eps;
   Objective objective;
   Orders<T, double> orders;

@@ -20,7 +20,7 @@ constexpr int kMaxCgIterations = 2000;
 template <typename T, class Block>
 class Implicit {
  public:
-  using Team = TeamShare<double, Block, kControlThreads>;
+  using Team = cuda::Team<Block, kControlThreads>;
 
   OTLOSS_DEVICE Implicit(Block& block, const ImplicitArguments<T>& arguments, Team& team,
                          const ImplicitGroup<T>& p, int64_t batch, ImplicitState<T>& state)
@@ -80,8 +80,9 @@ class Implicit {
     s_.a = p_.a + batch_ * p_.n, s_.b = p_.b + batch_ * p_.m;
     T* const F = plan.F + batch_ * packed_stride(p_.n);
     T* const G = plan.G + batch_ * packed_stride(p_.m);
-    s_.x = row_side(points, batch_, p_.n, F), s_.y = column_side(points, batch_, p_.m, G);
-    args_.orders.place(team_.index(), points, p_.symmetric, kLog2E / args_.eps);
+    s_.x = {points.x.cloud(batch_, points.d, p_.n), F};
+    s_.y = {points.y.cloud(batch_, points.d, p_.m), G};
+    args_.orders.place(team_.index(), points, p_, batch_, p_.symmetric, kLog2E / args_.eps);
     s_.of_x = {1 / p_.penalties.rho_x}, s_.of_y = {1 / p_.penalties.rho_y};
     s_.symmetric = p_.symmetric, s_.balanced = p_.penalties.balanced;
     s_.scale = static_cast<double>(p_.coefficient * p_.grad[batch_]);

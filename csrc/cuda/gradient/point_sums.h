@@ -1,5 +1,4 @@
-// What the gradients of points take of a solution, without a cost matrix, see
-// point_sums_launch.cuh.
+// What the gradients of costs and points take of a solution, see point_sums_launch.cuh.
 #pragma once
 
 #include "cuda/device/reduce.cuh"
@@ -18,26 +17,25 @@ struct PlanOfPoints {
   T* beta;   // (B, m)
 };
 
-// The sums that the points of the groups want, of the implicit gradient.
+// The gradients of the costs, or the sums that the points want.
 template <typename T>
-void implicit_point_sums(const Context& context, const Pack<ImplicitGroup<T>>& pack,
-                         const PlanOfPoints<T> (&plans)[kMaxGroups], double eps,
-                         Objective objective);
+void implicit_sums(const Context& context, const Pack<ImplicitGroup<T>>& pack,
+                   const PlanOfPoints<T> (&plans)[kMaxGroups], double eps, Objective objective);
 
 // The vectors of all iterations of a group, left by unrolled.cu, in its notation.
 template <typename T>
 struct IterationsOfPoints {
   PackedPair<T> points;
-  T* F;            // (B, packed_stride(n)) k f + log2 a of the last iteration
-  T* G;            // (B, packed_stride(m)) k g + log2 b
-  const T* R;      // (B, L, n)
-  const T* g_bar;  // (B, L, m)
-  const T* H;      // (B, L, m)
+  T* F;      // (B, packed_stride(n)) k f + log2 a of the last iteration
+  T* G;      // (B, packed_stride(m)) k g + log2 b
+  T* R;      // (B, L, n) f_bar times the damping of f
+  T* g_bar;  // (B, L, m) times the damping of g
+  T* H;      // (B, L, m) k g' + log2 b
 };
 
 template <typename T>
-void unrolled_point_sums(const Context& context, const Pack<UnrolledGroup<T>>& pack,
-                         const IterationsOfPoints<T> (&iterations)[kMaxGroups], double eps,
-                         Objective objective);
+void unrolled_sums(const Context& context, const Pack<UnrolledGroup<T>>& pack,
+                   const IterationsOfPoints<T> (&iterations)[kMaxGroups], double eps,
+                   Objective objective);
 
 }  // namespace otloss::cuda

@@ -1,9 +1,10 @@
-// What the gradients of points need, without a matrix: with V = gradient_weight of the cost's
-// gradient, V 1 and V y for the points of one side as rows (CostGradientGroup does the rest). V is
-// made tile by tile by a functor (point_weights.cuh), from costs that streamed.cuh makes.
+// The gradient W of stored costs, or what the gradients of points need, without a matrix: with V =
+// gradient_weight of W, V 1 and V y for the points of one side as rows (CostGradientGroup does the
+// rest). W is made tile by tile by a functor (point_weights.cuh), from the costs.
 //
 // Launches:
 //     AbsorbKernel   k f + log2 a for the envelope                   thread: a point
+//     CostKernel     W                                               warp: rows and columns
 //     SideSumKernel  V 1 and V y of some rows and columns            see there; one for each cost
 //     TensorSideSumKernel  the same by tensor cores                  tensor_side_sums.cuh
 //     JoinKernel     those of all columns                            thread: an entry
@@ -84,6 +85,13 @@ void launch_tensor_sums(const Context& context, SideSums<float, Weights> sums, i
 }
 
 template <typename T, class Weights>
+void launch_costs(const Context& context, const SideSums<T, Weights>& sums, int64_t n, Grid grid) {
+  grid.x = ceil_div(n, kSideRows) * sums.splits;
+  grid.shared = kArgumentBytes;
+  launch(context, CostKernel<T, Weights>{sums}, grid);
+}
+
+template <typename T, class Weights>
 constexpr bool kTensorSums = std::is_same_v<T, float> && Weights::kTensor;
 
 // Sets the sums of all items, their `partial` left open.
@@ -92,7 +100,8 @@ void sum_sides(const Context& context, const std::vector<SideItem<T, Weights>>& 
   const Limits device = limits(context.device);
   for_each_pack(sides, [&](const Pack<SideItem<T, Weights>>& pack) {
     const PackedPair<T>& points = pack.items[0].points;
-    const bool tensor = kTensorSums<T, Weights> && points.tiles != TileKind::kFma;
+    const bool stored = points.C != nullptr;
+    const bool tensor = kTensorSums<T, Weights> && !stored && points.tiles != TileKind::kFma;
     const int64_t rows = tensor ? SideSumShape::kRows : kSideRows;
     int64_t n = 1, m = 1, batch = 1, blocks = 0;
     for (int i = 0; i < pack.count; ++i) {
@@ -106,13 +115,15 @@ void sum_sides(const Context& context, const std::vector<SideItem<T, Weights>>& 
         std::max<int64_t>(1, kRounds * device.multiprocessors / std::max<int64_t>(1, blocks));
     SideSums<T, Weights> sums{pack, k, 1, 0, 0};
     sums.splits = std::min(wanted, ceil_div(m, SideSums<T, Weights>::share(1, 1)));
+    Grid grid;
+    grid.y = std::min(batch, kGridY);
+    grid.z = pack.count;
+    if constexpr (Weights::kStored)
+      if (stored) return launch_costs(context, sums, n, grid);
     for (int i = 0; i < pack.count; ++i) {
       SideItem<T, Weights>& p = sums.items.items[i];
       p.partial = context.scratch<T>(p.batch * sums.splits * p.n * (points.d + 1));
     }
-    Grid grid;
-    grid.y = std::min(batch, kGridY);
-    grid.z = pack.count;
     if constexpr (kTensorSums<T, Weights>)
       if (tensor) launch_tensor_sums(context, sums, n, grid);
     if (!tensor) launch_sums(context, sums, n, grid);
@@ -125,7 +136,6 @@ template <typename T>
 PackedPair<T> exchanged(const PackedPair<T>& pair) {
   PackedPair<T> other = pair;
   std::swap(other.x, other.y);
-  std::swap(other.split_x, other.split_y);
   return other;
 }
 
@@ -154,7 +164,7 @@ std::vector<SideItem<T, ScaledPlan<T>>> absorbed_sides(
       T* const G = absorb.G[i] = context.scratch<T>(p.batch * m_stride);
       sides.push_back({p.batch, p.n, p.m, p.symmetric, packer(p.batch, p.n, p.m, p.points),
                        p.points.zy, F, G, ScaledPlan<T>{p.grad, p.coefficient},
-                       PointSums<T>{p.sum, p.product}, nullptr});
+                       PointSums<T>{p.sum, p.product}, nullptr, nullptr});
     }
     Grid grid;
     grid.x = ceil_div(points, AbsorbKernel<T>::kThreads);
@@ -172,77 +182,67 @@ void point_gradient_sums(const Context& context, const std::vector<PointGradient
   sum_sides(context, absorbed_sides(context, groups, k), k);
 }
 
+// The sides of a group that want something; of_x, of_y: with the rows' points as rows, and the
+// columns'.
+template <typename T, class Weights, class Group>
+void add_sides(const Group& p, const PackedPair<T>& points, const T* F, const T* G,
+               const Weights& of_x, const Weights& of_y, std::vector<SideItem<T, Weights>>* sides) {
+  const MadeCost<T>& made = p.made;
+  if (made.x.sum || p.grad_C)
+    sides->push_back({p.batch, p.n, p.m, made.symmetric, points, made.points.zy, F, G, of_x, made.x,
+                      nullptr, p.grad_C});
+  if (made.y.sum)
+    sides->push_back({p.batch, p.m, p.n, made.symmetric, exchanged(points), made.points.zx, G, F,
+                      of_y, made.y, nullptr, nullptr});
+}
+
 template <typename T>
-void implicit_point_sums(const Context& context, const Pack<ImplicitGroup<T>>& pack,
-                         const PlanOfPoints<T> (&plans)[kMaxGroups], double eps,
-                         Objective objective) {
+void implicit_sums(const Context& context, const Pack<ImplicitGroup<T>>& pack,
+                   const PlanOfPoints<T> (&plans)[kMaxGroups], double eps, Objective objective) {
   std::vector<SideItem<T, SolvedPlan<T>>> sides;
   for (int i = 0; i < pack.count; ++i) {
     const ImplicitGroup<T>& p = pack.items[i];
     const PlanOfPoints<T>& plan = plans[i];
-    const T of_C = of_cost<T>(objective, eps), both = p.symmetric ? T(2) : T(1);
-    if (p.made.x.sum)
-      sides.push_back(
-          {p.batch, p.n, p.m, p.symmetric, plan.points, p.made.points.zy, plan.F, plan.G,
-           SolvedPlan<T>{plan.alpha, plan.beta, p.grad, p.coefficient, of_C, both, p.n, p.m},
-           p.made.x, nullptr});
-    if (p.made.y.sum)
-      sides.push_back(
-          {p.batch, p.m, p.n, p.symmetric, exchanged(plan.points), p.made.points.zx, plan.G, plan.F,
-           SolvedPlan<T>{plan.beta, plan.alpha, p.grad, p.coefficient, of_C, both, p.m, p.n},
-           p.made.y, nullptr});
+    const T of_C = of_cost<T>(objective, eps), both = p.made.symmetric ? T(2) : T(1);
+    const SolvedPlan<T> of_x{plan.alpha, plan.beta, p.grad, p.coefficient, of_C, both, p.n, p.m};
+    const SolvedPlan<T> of_y{plan.beta, plan.alpha, p.grad, p.coefficient, of_C, both, p.m, p.n};
+    add_sides<T>(p, plan.points, plan.F, plan.G, of_x, of_y, &sides);
   }
   sum_sides(context, sides, static_cast<T>(kLog2E / eps));
 }
 
 template <typename T>
-void unrolled_point_sums(const Context& context, const Pack<UnrolledGroup<T>>& pack,
-                         const IterationsOfPoints<T> (&iterations)[kMaxGroups], double eps,
-                         Objective objective) {
+void unrolled_sums(const Context& context, const Pack<UnrolledGroup<T>>& pack,
+                   const IterationsOfPoints<T> (&iterations)[kMaxGroups], double eps,
+                   Objective objective) {
   std::vector<SideItem<T, Iterations<T>>> sides;
+  const double k = kLog2E / eps;
   for (int i = 0; i < pack.count; ++i) {
     const UnrolledGroup<T>& p = pack.items[i];
     const IterationsOfPoints<T>& all = iterations[i];
     const Penalty x{1 / p.penalties.rho_x}, y{1 / p.penalties.rho_y};
-    const double k = kLog2E / eps;
-    const IterationSide<T> rows{all.F,
-                                p.trace,
-                                p.a,
-                                nullptr,
-                                all.R,
-                                nullptr,
-                                p.n,
-                                packed_stride(p.n),
-                                static_cast<T>(k),
-                                static_cast<T>(k / x.damping(eps))};
-    const IterationSide<T> columns{all.G,
-                                   p.trace + p.n,
-                                   p.b,
-                                   all.g_bar,
-                                   nullptr,
-                                   all.H,
-                                   p.m,
-                                   packed_stride(p.m),
-                                   static_cast<T>(k / y.damping(eps)),
-                                   T(0)};
-    Iterations<T> weights{rows,
-                          columns,
-                          p.L,
-                          p.n + p.m,
-                          p.grad,
-                          p.coefficient,
-                          of_cost<T>(objective, eps),
-                          objective == Objective::kTransport,
-                          p.made.symmetric};
-    if (p.made.x.sum)
-      sides.push_back({p.batch, p.n, p.m, p.made.symmetric, all.points, p.made.points.zy, all.F,
-                       all.G, weights, p.made.x, nullptr});
-    std::swap(weights.rows, weights.columns);
-    if (p.made.y.sum)
-      sides.push_back({p.batch, p.m, p.n, p.made.symmetric, exchanged(all.points), p.made.points.zx,
-                       all.G, all.F, weights, p.made.y, nullptr});
+    IterationSide<T> rows{}, columns{};
+    rows.plan = all.F, rows.trace = p.trace, rows.weight = p.a, rows.R = all.R;
+    rows.count = p.n, rows.stride = packed_stride(p.n);
+    rows.to_base = static_cast<T>(k), rows.to_other = static_cast<T>(k / x.damping(eps));
+    columns.plan = all.G, columns.trace = p.trace + p.n, columns.weight = p.b;
+    columns.g_bar = all.g_bar, columns.H = all.H;
+    columns.count = p.m, columns.stride = packed_stride(p.m);
+    columns.to_base = static_cast<T>(k / y.damping(eps));
+    Iterations<T> of_x{rows,
+                       columns,
+                       p.L,
+                       p.n + p.m,
+                       p.grad,
+                       p.coefficient,
+                       of_cost<T>(objective, eps),
+                       objective == Objective::kTransport,
+                       p.made.symmetric};
+    Iterations<T> of_y = of_x;
+    std::swap(of_y.rows, of_y.columns);
+    add_sides<T>(p, all.points, all.F, all.G, of_x, of_y, &sides);
   }
-  sum_sides(context, sides, static_cast<T>(kLog2E / eps));
+  sum_sides(context, sides, static_cast<T>(k));
 }
 
 }  // namespace otloss::cuda

@@ -1,5 +1,4 @@
-// What V is, entry by entry, for the gradients of points (point_sums_launch.cuh), from a tile of
-// costs:
+// The gradient of costs, entry by entry, from a tile of them (point_sums_launch.cuh):
 //
 //     ScaledPlan     grad P                                          envelope
 //     SolvedPlan     P (s + t C + alpha + beta)                      implicit
@@ -20,7 +19,8 @@ OTLOSS_DEVICE T plan_of(T F, T G, T kC) {
 
 template <typename T>
 struct ScaledPlan {
-  static constexpr bool kTensor = true;  // also served by tensor cores
+  // Also served by tensor cores; also where costs are stored.
+  static constexpr bool kTensor = true, kStored = false;
 
   const T* grad;  // (B,) of the loss
   T coefficient;
@@ -37,7 +37,7 @@ struct ScaledPlan {
 
 template <typename T>
 struct SolvedPlan {
-  static constexpr bool kTensor = true;
+  static constexpr bool kTensor = true, kStored = true;
 
   const T* alpha;  // (B, n)
   const T* beta;   // (B, m)
@@ -62,8 +62,10 @@ struct SolvedPlan {
     for (int r = 0; r < Layout::kRows; ++r)
       row[r] = s + (e.counts(r) ? alpha[batch * n + e.row + Layout::row(r)] : T(0));
     for_entries<Layout>([&](int r, int c) {
-      const T P = plan_of(e.potential(r), e.G[c], e.k * e.cost[r][c]);
-      V[r][c] = sides * P * (row[r] + t * e.cost[r][c] + column[c]);
+      // A potential that is NaN makes the plan NaN, which its exponential alone would not.
+      const T F = e.potential(r), nothing = T(0) * (F + e.G[c]);
+      const T P = plan_of(F, e.G[c], e.k * e.cost[r][c]) + nothing;
+      V[r][c] = P != T(0) ? sides * P * (row[r] + t * e.cost[r][c] + column[c]) : T(0);
     });
   }
 };
@@ -101,7 +103,7 @@ struct Iterations {
   using Side = IterationSide<T>;
   // Most of the work is on the iterations, and vectors of many columns would not fit into
   // registers.
-  static constexpr bool kTensor = false;
+  static constexpr bool kTensor = false, kStored = true;
 
   Side rows, columns;
   int64_t L, length;  // iterations, n + m
@@ -114,10 +116,7 @@ struct Iterations {
   template <class Entries>
   OTLOSS_DEVICE void operator()(const Entries& e, int64_t batch,
                                 typename Entries::Values& V) const {
-#pragma unroll
-    for (int r = 0; r < kTileRows; ++r)
-#pragma unroll
-      for (int c = 0; c < kVector<T>; ++c) V[r][c] = T(0);
+    for_entries<typename Entries::Layout>([&](int r, int c) { V[r][c] = T(0); });
 #pragma unroll 1
     for (int turn = 0; turn < (both_sides ? 2 : 1); ++turn) {
       const Side &x = turn == 0 ? rows : columns, &y = turn == 0 ? columns : rows;
@@ -131,17 +130,19 @@ struct Iterations {
   template <class Entries>
   OTLOSS_DEVICE void add_plan(const Entries& e, int64_t batch, const Side& x, const Side& y,
                               typename Entries::Values& V) const {
-    const T s = coefficient * grad[batch], t = of_cost * s;
-    T column[kVector<T>];
+    using Layout = typename Entries::Layout;
+    const T s = coefficient * grad[batch], t = of_cost * s, none = static_cast<T>(kLog2Zero);
+    T column[Layout::kColumns];
 #pragma unroll
-    for (int c = 0; c < kVector<T>; ++c)
-      column[c] = e.column + c < y.count ? y.plan[batch * y.stride + e.column + c]
-                                         : static_cast<T>(kLog2Zero);
+    for (int c = 0; c < Layout::kColumns; ++c) {
+      const int64_t j = e.column + Layout::column(c);
+      column[c] = j < y.count ? y.plan[batch * y.stride + j] : none;
+    }
 #pragma unroll
-    for (int r = 0; r < kTileRows; ++r) {
-      const T own = x.plan[batch * x.stride + e.row + r];
+    for (int r = 0; r < Layout::kRows; ++r) {
+      const T own = e.counts(r) ? x.plan[batch * x.stride + e.row + Layout::row(r)] : none;
 #pragma unroll
-      for (int c = 0; c < kVector<T>; ++c) {
+      for (int c = 0; c < Layout::kColumns; ++c) {
         const T P = plan_of(own, column[c], e.k * e.cost[r][c]);
         V[r][c] += P != T(0) ? P * (s + t * e.cost[r][c]) : T(0);
       }
@@ -151,16 +152,20 @@ struct Iterations {
   template <class Entries>
   OTLOSS_DEVICE void add(const Entries& e, int64_t batch, int64_t l, const Side& x, const Side& y,
                          typename Entries::Values& V) const {
+    using Layout = typename Entries::Layout;
     const int64_t at = batch * L + l;
-    typename Side::Value column[kVector<T>];
+    typename Side::Value column[Layout::kColumns];
 #pragma unroll
-    for (int c = 0; c < kVector<T>; ++c)
-      column[c] = y.value(batch, at, length, e.column + c, e.column + c < y.count);
+    for (int c = 0; c < Layout::kColumns; ++c) {
+      const int64_t j = e.column + Layout::column(c);
+      column[c] = y.value(batch, at, length, j, j < y.count);
+    }
 #pragma unroll
-    for (int r = 0; r < kTileRows; ++r) {
-      const typename Side::Value row = x.value(batch, at, length, e.row + r, r < e.rows);
+    for (int r = 0; r < Layout::kRows; ++r) {
+      const typename Side::Value row =
+          x.value(batch, at, length, e.row + Layout::row(r), e.counts(r));
 #pragma unroll
-      for (int c = 0; c < kVector<T>; ++c) {
+      for (int c = 0; c < Layout::kColumns; ++c) {
         const T kC = e.k * e.cost[r][c];
         V[r][c] +=
             fast_exp2(row.base + column[c].base - kC) * (row.factor * column[c].factor) +

@@ -1,8 +1,9 @@
-// The kernels of point_sums_launch.cuh: V 1 and V y of some rows and columns, and of all.
+// The kernels of point_sums_launch.cuh: W, and V 1 and V y of some rows and columns, and of all.
 #pragma once
 
 #include "cuda/gradient/point_sums.h"
-#include "cuda/pass/streamed.cuh"
+#include "cuda/gradient/point_weights.cuh"
+#include "cuda/pass/row_sums.cuh"
 #include "cuda/pass/tensor_side_sums.cuh"
 
 namespace otloss::cuda {
@@ -19,6 +20,7 @@ struct SideItem {
   Weights weights;   // what V is made by
   PointSums<T> out;  // (B, n) (B, n, d)
   T* partial;        // (B, splits, n, d + 1) V y and V 1 of each split of the columns
+  T* grad_C;         // (B, n, m) out, where costs are stored
 };
 
 // What a kernel of the sums is given.
@@ -62,20 +64,51 @@ struct SideSums {
     tiles.made_by = points.tiles;
     tiles.kind = points.kind, tiles.d = points.d, tiles.symmetric = p.symmetric;
     tiles.k = k, tiles.repair = true;
+    tiles.C = points.C + batch * p.n * p.m, tiles.width = p.m;
     tiles.first = first, tiles.last = first + most_rows < p.n ? first + most_rows : p.n;
     tiles.begin = begin;
     tiles.end = begin + share(p.m, splits) < p.m ? begin + share(p.m, splits) : p.m;
     tiles.stages = stages, tiles.room = room;
-    tiles.rows = packed_cloud(points.x, batch, points.d, p.n);
-    tiles.columns = packed_cloud(points.y, batch, points.d, p.m);
-    tiles.split_rows = points.split_x.cloud(batch, points.d, p.n);
-    tiles.split_columns = points.split_y.cloud(batch, points.d, p.m);
+    tiles.rows = points.x.cloud(batch, points.d, p.n);
+    tiles.columns = points.y.cloud(batch, points.d, p.m);
     tiles.F = p.F + batch * tiles.rows.stride + first;
     tiles.G = p.G + batch * tiles.columns.stride;
   }
 };
 
 constexpr int kSideRows = kSolveThreads / kWarp * kTileRows;  // of a block
+
+// W of stored costs for kSideRows rows and some columns; a warp has kTileRows rows.
+template <typename T, class Weights>
+struct CostKernel {
+  static constexpr int kThreads = kSolveThreads;
+
+  SideSums<T, Weights> sums;
+
+  template <class Block>
+  OTLOSS_DEVICE void operator()(Block& block) const {
+    using Maker = StoredTileMaker<StoredRows, T, Block>;
+    using Layout = typename Maker::Layout;
+    sums.for_problems(
+        block, kSideRows,
+        [&](const RowTiles<T>& tiles, const SideItem<T, Weights>& p, int64_t batch, T*) {
+          const Maker maker(block, tiles);
+          const int row = block.thread() / kWarp * Layout::kWarpRows;
+          if (tiles.first + row >= tiles.last) return;
+          for (int64_t j = tiles.begin; j < tiles.end; j += Layout::kWarpColumns) {
+            typename Maker::Entries e;
+            typename Maker::Entries::Values W;
+            maker.load(tiles.first, row, j, e);
+            p.weights(e, batch, W);
+            for_entries<Layout>([&](int r, int c) {
+              const int64_t column = e.column + Layout::column(c);
+              if (e.counts(r) && column < tiles.end)
+                p.grad_C[(batch * p.n + e.row + Layout::row(r)) * p.m + column] = W[r][c];
+            });
+          }
+        });
+  }
+};
 
 // V 1 and V y over some columns for kRows rows: a warp makes V for its
 // kTileRows rows and a tile of columns and writes it to shared memory, column by column; then its

@@ -5,141 +5,103 @@
 //     C_bar_ij = sum over iterations of a_i e_ij g_bar_j + R_ij f_bar_i.
 //
 // R_ij has an exponential of its own, of E_i + H_j - k C_ij: factors z and w can be beyond any
-// number where e is 0. The recursion keeps its vectors, L (n + 2 m) values, and two launches do
-// all, whatever L:
-//
-//     AdjointKernel     the recursion: a team of blocks for each problem, which passes over C once
-//                       per iteration (pass.cuh) and meets twice, for v and for the next g_bar
-//     accumulate.cu     C_bar, a plain sum over the iterations
-//
-// The recursion's vectors are cut by rows and columns: all are in global memory, and a block only
-// sees others' v (in parts) and g_bar.
-//
-// Without cost matrices e, and then R, are made from the points, once for the rows and once for the
-// columns: sweeps (../pass/sweeps.cuh) with a block for each problem between them;
-// point_sums_launch.cuh makes the sums of the points.
+// number where e is 0. e, and then R, are made from the costs, once for the rows and once for the
+// columns: sweeps (../pass/sweeps.cuh) with a block for each problem between them. The recursion
+// keeps its vectors, L (n + 2 m) values; C_bar, or what the points receive, is a plain sum over the
+// iterations afterwards (point_sums_launch.cuh).
+#include "core/penalty.h"
 #include "cuda/gradient/point_sums.h"
-#include "cuda/gradient/unrolled_adjoint.cuh"
 #include "cuda/pass/sweeps.cuh"
 
 namespace otloss::cuda {
 namespace {
 
-template <typename T>
-struct AdjointKernel {
-  static constexpr int kThreads = kSolveThreads;
+// The totals of the weights a, and of the weights b that the iterations ran with: if balanced,
+// those given, scaled to the total of a.
+struct Masses {
+  double a, b, ratio;
 
-  AdjointArguments<T> arguments;
-
-  template <class Block>
-  OTLOSS_DEVICE void operator()(Block& block) const {
-    using Team = TeamSweep<T, Block>;
-    Team team(block, arguments.blocks);
-    team.for_problems(arguments.pack, [&](const AdjointGroup<T>& p, int64_t batch) {
-      const T* const tile = load(team, p.C + (batch * p.n + team.first_row()) * p.m);
-      recur(team, Adjoint<T, Block, Team>(arguments, team, p, batch, tile), p.L);
-    });
-  }
-
- private:
-  // The costs of the block's rows to where passes read them.
-  template <class Team>
-  OTLOSS_DEVICE const T* load(Team& team, const T* C) const {
-    if (!arguments.blocks.resident) return C;
-    T* const tile = team.template at<T>(SweepShape(sizeof(T)).end);
-    const int64_t m = team.share().m;
-    team.for_entries([&](int i, int j) { tile[i * m + j] = C[i * m + j]; });
-    team.block_sync();
-    return tile;
-  }
-
-  template <class Team, class Recursion>
-  OTLOSS_DEVICE void recur(Team& team, Recursion recursion, int64_t L) const {
-    const auto sum = [&](const auto& work, auto&& set) {
-      team.pass(work);
-      team.sync();
-      team.join(set);
-    };
-    recursion.begin();
-    if (recursion.is_transport()) {
-      T* const G = arguments.G + team.index() * arguments.blocks.columns;
-      team.for_columns([&](int j) { team.store(G + j, recursion.plan_G(j)); });
-      team.sync();
-      sum(recursion.cost_work(G), [&](int j, T v) { recursion.put_costs(j, v); });
-      team.block_sync();
-      recursion.seed_costs();
-    } else {
-      recursion.seed_dual();
-    }
-    recursion.add_outside();
-    team.sync();
-    for (int64_t l = L - 1; l >= 0; --l) {
-      sum(recursion.work(l), [&](int j, T v) { recursion.take(l, j, v); });
-      if (l > 0) recursion.make_H(l - 1);
-      team.sync();
-    }
-    recursion.write();
-  }
+  Masses() = default;
+  OTLOSS_HOST_DEVICE Masses(double of_a, double given_b, bool balanced)
+      : a(of_a), b(balanced ? of_a : given_b), ratio(balanced ? of_a / given_b : 1.0) {}
 };
 
-// Without cost matrices: between the sweeps.
 template <typename T>
-struct AdjointWork : AdjointArguments<T> {
+struct AdjointWork {
   struct State {
     int64_t l;  // iteration, or -1: P C
+    Masses masses;
   };
   template <class Block>
-  using Team = TeamShare<T, Block, kControlThreads>;
+  using Team = cuda::Team<Block, kControlThreads>;
 
-  IterationsOfPoints<T> made[kMaxGroups];
+  Pack<UnrolledGroup<T>> pack;
+  IterationsOfPoints<T> all[kMaxGroups];
+  double eps;
+  Objective objective;
   Orders<T> orders;
-  T* exponents;  // (problems, 2, orders.length) of the rows and the columns of an iteration
+  T* vectors;     // (problems, 3, orders.length) exponents of an iteration; f_bar
+  double* grads;  // (problems, 2, orders.length) of the weights, summed over all iterations
 
-  OTLOSS_DEVICE const Pack<AdjointGroup<T>>& groups() const { return this->pack; }
-  OTLOSS_DEVICE const TeamArguments<T>& team() const { return this->blocks; }
+  OTLOSS_DEVICE const Pack<UnrolledGroup<T>>& groups() const { return pack; }
 
   template <class Block>
   OTLOSS_DEVICE bool advance(Block& block, Team<Block>& team, State& state,
-                             const AdjointGroup<T>& p, int64_t batch, bool first) const;
+                             const UnrolledGroup<T>& p, int64_t batch, bool first) const;
 };
 
+// A thread touches its own entries only, but in what the sums read.
 template <typename T, class Block>
-class SweptAdjoint : Adjoint<T, Block, typename AdjointWork<T>::template Team<Block>> {
+class Adjoint {
  public:
   using Work = AdjointWork<T>;
   using Team = typename Work::template Team<Block>;
-  using Base = Adjoint<T, Block, Team>;
 
-  OTLOSS_DEVICE SweptAdjoint(Block& block, const Work& work, Team& team,
-                             typename Work::State& state, const AdjointGroup<T>& p, int64_t batch)
-      : Base(work, team, p, batch, nullptr),
-        block_(block),
-        orders_(work.orders),
+  OTLOSS_DEVICE Adjoint(Block& block, const Work& work, Team& team, typename Work::State& state,
+                        const UnrolledGroup<T>& p, int64_t batch)
+      : block_(block),
+        work_(work),
+        team_(team),
         state_(state),
-        of_(work.made[&p - work.pack.items]),
-        exponents_(work.exponents + team.index() * 2 * work.orders.length),
-        scale_(kLog2E / work.eps) {}
+        p_(p),
+        batch_(batch),
+        all_(work.all[&p - work.pack.items]),
+        x_{1 / p.penalties.rho_x},
+        y_{1 / p.penalties.rho_y},
+        k_(static_cast<T>(kLog2E / work.eps)),
+        a_(p.a + batch * p.n),
+        b_(p.b + batch * p.m),
+        exponents_(work.vectors + team.index() * 3 * work.orders.length),
+        f_bar_(exponents_ + 2 * work.orders.length),
+        a_bar_(work.grads + team.index() * 2 * work.orders.length),
+        b_bar_(a_bar_ + work.orders.length) {}
 
   // Asks for the first sums.
   OTLOSS_DEVICE bool open() {
-    Base::begin();
+    double sums[2] = {0, 0};
+    team_.for_rows([&](int i) { sums[0] += static_cast<double>(a_[i]); });
+    team_.for_columns([&](int j) { sums[1] += static_cast<double>(b_[j]); });
+    team_.sum(sums);
+    if (block_.thread() == 0) {
+      state_.masses = Masses(sums[0], sums[1], p_.penalties.balanced);
+      work_.orders.place(team_.index(), all_.points, p_, batch_, p_.made.symmetric,
+                         kLog2E / work_.eps);
+    }
     block_.sync();
-    if (block_.thread() == 0) orders_.place(team_.index(), of_.points, p_.made.symmetric, scale_);
-    if (!this->is_transport()) {
-      Base::seed_dual();
-      Base::add_outside();
+    make_H(p_.L - 1);
+    if (work_.objective != Objective::kTransport) {
+      seed_dual();
       return iterate(p_.L - 1);
     }
     T *const F = exponents(-1).F, *const G = exponents(-1).G;
-    team_.for_rows([&](int i) { F[i] = Base::plan_F(i); });
-    team_.for_columns([&](int j) { G[j] = Base::plan_G(j); });
+    team_.for_rows([&](int i) { F[i] = k_ * last_f()[i] + log2_weight(a_[i]); });
+    team_.for_columns([&](int j) { G[j] = k_ * last_g()[j] + log2_weight(used(j)); });
     return ask(-1, 0, RowSum::kCost, nullptr);
   }
 
   // After those that were asked for. True: done.
   OTLOSS_DEVICE bool advance() {
-    Base::resume();
-    const bool rows = orders_.of[team_.index()].side == 0;
+    const bool rows = work_.orders.of[team_.index()].side == 0;
     if (state_.l < 0) return rows ? row_costs() : column_costs();
     return rows ? row_sums() : column_sums();
   }
@@ -148,164 +110,212 @@ class SweptAdjoint : Adjoint<T, Block, typename AdjointWork<T>::template Team<Bl
   struct Exponents {
     T *F, *G;
   };
-  // Of an iteration, or of the last plan, which stay for the gradient of the points.
+  // Of an iteration, or of the last plan, which stay for the gradient of the costs.
   OTLOSS_DEVICE Exponents exponents(int64_t l) const {
-    if (l >= 0) return {exponents_, exponents_ + orders_.length};
-    return {of_.F + batch_ * packed_stride(p_.n), of_.G + batch_ * packed_stride(p_.m)};
+    if (l >= 0) return {exponents_, exponents_ + work_.orders.length};
+    return {all_.F + batch_ * packed_stride(p_.n), all_.G + batch_ * packed_stride(p_.m)};
   }
 
-  OTLOSS_DEVICE T sum(int i) const { return static_cast<T>(orders_.sum(team_.index(), i)); }
+  OTLOSS_DEVICE T sum(int i) const { return static_cast<T>(work_.orders.sum(team_.index(), i)); }
 
   OTLOSS_DEVICE bool ask(int64_t l, int side, RowSum what, const T* x) {
-    T *const F = exponents(l).F, *const G = exponents(l).G;
-    const SweepSide<T> rows = row_side(of_.points, batch_, p_.n, F);
-    const SweepSide<T> columns = column_side(of_.points, batch_, p_.m, G);
+    const Exponents of = exponents(l);
+    const PackedPair<T>& points = all_.points;
+    const SweepSide<T> rows{points.x.cloud(batch_, points.d, p_.n), of.F};
+    const SweepSide<T> columns{points.y.cloud(batch_, points.d, p_.m), of.G};
     rows.pad(block_), columns.pad(block_);
     block_.sync();
     if (block_.thread() != 0) return false;
     state_.l = l;
-    set_order(orders_.of[team_.index()], side, what, x, rows, columns);
+    set_order(work_.orders.of[team_.index()], side, what, x, rows, columns);
     return false;
   }
 
+  OTLOSS_DEVICE double scale() const {
+    return static_cast<double>(p_.coefficient * p_.grad[batch_]);
+  }
+  OTLOSS_DEVICE T used(int j) const {  // the weight b_j that the iterations ran with
+    return static_cast<T>(static_cast<double>(b_[j]) * state_.masses.ratio);
+  }
+  // f of iteration l, and g.
+  OTLOSS_DEVICE const T* trace_f(int64_t l) const {
+    return p_.trace + (batch_ * p_.L + l) * (p_.n + p_.m);
+  }
+  OTLOSS_DEVICE const T* trace_g(int64_t l) const { return trace_f(l) + p_.n; }
+  OTLOSS_DEVICE const T* last_f() const { return trace_f(p_.L - 1); }
+  OTLOSS_DEVICE const T* last_g() const { return trace_g(p_.L - 1); }
+  OTLOSS_DEVICE T* of_rows(T* vectors, int64_t l) const {
+    return vectors + (batch_ * p_.L + l) * p_.n;
+  }
+  OTLOSS_DEVICE T* of_columns(T* vectors, int64_t l) const {
+    return vectors + (batch_ * p_.L + l) * p_.m;
+  }
+
+  // H of iteration l, from the g before it.
+  OTLOSS_DEVICE void make_H(int64_t l) const {
+    const T* const start = p_.start ? p_.start + batch_ * p_.m : nullptr;
+    const T* const before = l > 0 ? trace_g(l - 1) : start;
+    T* const H = of_columns(all_.H, l);
+    team_.for_columns([&](int j) {
+      H[j] = (before && b_[j] > T(0) ? k_ * before[j] : T(0)) + log2_weight(used(j));
+    });
+  }
+
+  // ------------------------------------------------------------------------------------- seeds
+
   OTLOSS_DEVICE bool row_costs() {
-    team_.for_rows([&](int i) { Base::f_bar()[i] = sum(i); });
+    team_.for_rows([&](int i) {
+      const double term = scale() * static_cast<double>(sum(i));
+      put_row(i, term / work_.eps, a_[i] > T(0) ? term / static_cast<double>(a_[i]) : 0.0);
+    });
     return ask(-1, 1, RowSum::kCost, nullptr);
   }
 
   OTLOSS_DEVICE bool column_costs() {
-    team_.for_columns([&](int j) { Base::put_costs(j, sum(j)); });
-    Base::seed_costs();
-    Base::add_outside();
+    team_.for_columns([&](int j) {
+      const double term = scale() * static_cast<double>(sum(j));
+      put_column(j, term / work_.eps, b_[j] > T(0) ? term / static_cast<double>(used(j)) : 0.0);
+    });
     return iterate(p_.L - 1);
   }
 
+  // The derivatives of the dual objective at the last potentials.
+  OTLOSS_DEVICE void seed_dual() const {
+    const double eps = p_.penalties.balanced ? 0.0 : work_.eps, damping = y_.damping(work_.eps);
+    team_.for_rows([&](int i) {
+      const double v = static_cast<double>(last_f()[i]);
+      put_row(i, scale() * x_.share(v) * static_cast<double>(a_[i]),
+              scale() * (x_.dual(v) + eps * state_.masses.b));
+    });
+    team_.for_columns([&](int j) {
+      const double v = static_cast<double>(last_g()[j]), share = y_.share(v);
+      put_column(j, scale() * share / damping * static_cast<double>(used(j)),
+                 scale() * (y_.dual(v) + eps * (state_.masses.a - share)));
+    });
+  }
+
+  // f_bar and g_bar of the last iteration, with what comes from outside, and the weights'.
+  OTLOSS_DEVICE void put_row(int i, double of_f, double of_a) const {
+    const T outside = p_.grad_f ? p_.grad_f[batch_ * p_.n + i] : T(0);
+    // Potentials that are NaN make the gradient NaN, which exponentials alone would not.
+    f_bar_[i] = static_cast<T>(of_f) + (a_[i] > T(0) ? outside + T(0) * last_f()[i] : T(0));
+    a_bar_[i] = of_a;
+  }
+  OTLOSS_DEVICE void put_column(int j, double of_g, double of_b) const {
+    const bool counts = b_[j] > T(0);
+    const T outside = p_.grad_g ? p_.grad_g[batch_ * p_.m + j] : T(0);
+    const T whole = static_cast<T>(y_.damping(work_.eps)) * (static_cast<T>(of_g) + outside);
+    of_columns(all_.g_bar, p_.L - 1)[j] = counts ? whole : T(0);
+    b_bar_[j] = counts ? of_b : 0.0;
+  }
+
+  // -------------------------------------------------------------------------------- iterations
+
   // The row sums of iteration l.
   OTLOSS_DEVICE bool iterate(int64_t l) {
-    const IterationWork<Block, T> work = Base::work(l);
-    T *const F = exponents(l).F, *const G = exponents(l).G;
-    team_.for_rows([&](int i) { F[i] = work.row(i); });
-    team_.for_columns([&](int j) { G[j] = work.exponent_of(j); });
-    return ask(l, 0, RowSum::kPlan, work.g_bar);
+    const T none = static_cast<T>(kLog2Zero);
+    const T to_G = static_cast<T>(kLog2E / work_.eps / y_.damping(work_.eps));
+    const Exponents of = exponents(l);
+    team_.for_rows([&](int i) { of.F[i] = a_[i] > T(0) ? k_ * trace_f(l)[i] : none; });
+    team_.for_columns([&](int j) { of.G[j] = b_[j] > T(0) ? to_G * trace_g(l)[j] : none; });
+    return ask(l, 0, RowSum::kPlan, of_columns(all_.g_bar, l));
   }
 
   OTLOSS_DEVICE bool row_sums() {
-    const IterationWork<Block, T> work = Base::work(state_.l);
-    T *const F = exponents(state_.l).F, *const G = exponents(state_.l).G;
+    const int64_t l = state_.l;
+    const double damping = x_.damping(work_.eps);
+    const T to_E = static_cast<T>(kLog2E / work_.eps / damping);
+    const Exponents of = exponents(l);
+    T *const R = of_rows(all_.R, l), *const H = of_columns(all_.H, l);
     team_.for_rows([&](int i) {
-      work.finish(i, sum(i), true);
-      F[i] = work.row_again(i);
+      const bool counts = a_[i] > T(0);
+      const T u = sum(i), outside = l == p_.L - 1 ? f_bar_[i] : T(0);
+      R[i] = counts ? (outside - a_[i] * u) * static_cast<T>(damping) : T(0);
+      if (counts) a_bar_[i] -= work_.eps * static_cast<double>(u);
+      of.F[i] = counts ? to_E * trace_f(l)[i] : static_cast<T>(kLog2Zero);
     });
-    team_.for_columns([&](int j) { G[j] = work.H[j]; });
-    return ask(state_.l, 1, RowSum::kPlan, work.R);
+    team_.for_columns([&](int j) { of.G[j] = H[j]; });
+    return ask(l, 1, RowSum::kPlan, R);
   }
 
   OTLOSS_DEVICE bool column_sums() {
     const int64_t l = state_.l;
-    team_.for_columns([&](int j) { Base::take(l, j, sum(j)); });
+    const T damping = static_cast<T>(y_.damping(work_.eps));
+    team_.for_columns([&](int j) {
+      const bool counts = b_[j] > T(0);
+      const T g_bar = counts ? -sum(j) : T(0);
+      if (counts)
+        b_bar_[j] += work_.eps * static_cast<double>(g_bar) / static_cast<double>(used(j));
+      if (l > 0) of_columns(all_.g_bar, l - 1)[j] = damping * g_bar;
+    });
     if (l > 0) {
-      Base::make_H(l - 1);
+      make_H(l - 1);
       return iterate(l - 1);
     }
-    Base::write();
+    if (p_.grad_a == nullptr) return true;
+    T *const grad_a = p_.grad_a + batch_ * p_.n, *const grad_b = p_.grad_b + batch_ * p_.m;
+    team_.for_rows([&](int i) { grad_a[i] = a_[i] > T(0) ? static_cast<T>(a_bar_[i]) : T(0); });
+    team_.for_columns([&](int j) { grad_b[j] = b_[j] > T(0) ? static_cast<T>(b_bar_[j]) : T(0); });
     return true;
   }
 
-  using Base::batch_, Base::p_, Base::team_;
   Block& block_;
-  const Orders<T>& orders_;
+  const Work& work_;
+  Team& team_;
   typename Work::State& state_;
-  const IterationsOfPoints<T>& of_;
-  T* const exponents_;
-  const double scale_;
+  const UnrolledGroup<T>& p_;
+  const int64_t batch_;
+  const IterationsOfPoints<T>& all_;
+  const Penalty x_, y_;
+  const T k_;
+  const T *const a_, *const b_;  // (n,) (m,)
+  T *const exponents_, *const f_bar_;
+  double *const a_bar_, *const b_bar_;
 };
 
 template <typename T>
 template <class Block>
 OTLOSS_DEVICE bool AdjointWork<T>::advance(Block& block, Team<Block>& team, State& state,
-                                           const AdjointGroup<T>& p, int64_t batch,
+                                           const UnrolledGroup<T>& p, int64_t batch,
                                            bool first) const {
-  SweptAdjoint<T, Block> adjoint(block, *this, team, state, p, batch);
+  Adjoint<T, Block> adjoint(block, *this, team, state, p, batch);
   return first ? adjoint.open() : adjoint.advance();
 }
 
-// Every workspace that the launches share.
 template <typename T>
-Pack<AdjointGroup<T>> with_workspace(const Context& context, const Pack<UnrolledGroup<T>>& pack) {
-  Pack<AdjointGroup<T>> groups{};
-  groups.count = pack.count;
+void backward(const Context& context, const Pack<UnrolledGroup<T>>& pack, double eps,
+              Objective objective, Packer<T>& packer) {
+  const Shape shape = shape_of<T>(pack);
+  if (shape.problems == 0) return;
+  const SolvePlan plan = products_plan(context, shape, pack.items[0]);
+  AdjointWork<T> work{};
+  work.pack = pack, work.eps = eps, work.objective = objective;
+  SweepArguments<RowSums<T>> sweep;
+  const Grid grid = plan_sweeps(context, shape, plan, &work.orders, &sweep);
+  work.vectors = context.scratch<T>(shape.problems * 3 * plan.vector_length);
+  work.grads = context.scratch<double>(shape.problems * 2 * plan.vector_length);
+  int64_t most = 0;
   for (int g = 0; g < pack.count; ++g) {
     const UnrolledGroup<T>& p = pack.items[g];
     const int64_t iterations = p.batch * p.L;
-    groups.items[g] = {p, p.grad_C || !p.C ? context.scratch<T>(iterations * p.n) : nullptr,
-                       context.scratch<T>(iterations * p.m), context.scratch<T>(iterations * p.m),
-                       context.scratch<double>(p.batch * 2)};
-  }
-  return groups;
-}
-
-// All but the blocks.
-template <typename T>
-void fill_arguments(const Context& context, const Pack<AdjointGroup<T>>& pack, double eps,
-                    Objective objective, AdjointArguments<T>* arguments) {
-  const TeamArguments<T>& blocks = arguments->blocks;
-  arguments->pack = pack;
-  arguments->eps = eps;
-  arguments->objective = objective;
-  arguments->f_bar = context.scratch<T>(blocks.teams * blocks.rows);
-  arguments->G = context.scratch<T>(blocks.teams * blocks.columns);
-  arguments->a_bar = context.scratch<double>(blocks.teams * blocks.rows);
-  arguments->b_bar = context.scratch<double>(blocks.teams * blocks.columns);
-}
-
-template <typename T>
-void stored_backward(const Context& context, const Pack<AdjointGroup<T>>& pack, double eps,
-                     Objective objective) {
-  AdjointKernel<T> adjoint{};
-  const Grid grid = plan_team<AdjointKernel<T>>(context, pack, &adjoint.arguments.blocks);
-  fill_arguments(context, pack, eps, objective, &adjoint.arguments);
-  launch(context, adjoint, grid);
-  accumulate_costs(context, pack, eps, objective);
-}
-
-template <typename T>
-void made_backward(const Context& context, const Pack<UnrolledGroup<T>>& given,
-                   const Pack<AdjointGroup<T>>& pack, double eps, Objective objective,
-                   Packer<T>& packer) {
-  const Shape shape = shape_of<T>(pack);
-  const PointPair<T>& points = pack.items[0].made.points;
-  if (shape.problems == 0) return;
-  const SolvePlan plan =
-      choose_streamed_plan(shape, points.d, limits(context.device), Regime::kAuto);
-  AdjointWork<T> work{};
-  fill_team(context, shape, plan, &work.blocks);
-  work.blocks.rows = work.blocks.columns = plan.vector_length;
-  fill_arguments(context, pack, eps, objective, &work);
-  SweepArguments<RowSums<T>> sweep;
-  const Grid grid = plan_sweeps(context, shape, plan, &work.orders, &sweep);
-  work.exponents = context.scratch<T>(shape.problems * 2 * plan.vector_length);
-  int64_t most = 0;
-  for (int g = 0; g < pack.count; ++g) {
-    const AdjointGroup<T>& p = pack.items[g];
+    const int64_t F = p.batch * packed_stride(p.n), G = p.batch * packed_stride(p.m);
     most = std::max(most, 2 * (p.L + 1));
-    work.made[g] = {packer(p.batch, p.n, p.m, p.made.points),
-                    context.scratch<T>(p.batch * packed_stride(p.n)),
-                    context.scratch<T>(p.batch * packed_stride(p.m)),
-                    p.R,
-                    p.g_bar,
-                    p.H};
+    IterationsOfPoints<T>& all = work.all[g];
+    all = {packer(p.batch, p.n, p.m, p.made.points, p.C),
+           context.scratch<T>(F),
+           context.scratch<T>(G),
+           context.scratch<T>(iterations * p.n),
+           context.scratch<T>(iterations * p.m),
+           context.scratch<T>(iterations * p.m)};
     if (objective == Objective::kTransport) continue;
-    // There is no last plan, but its exponents are loaded with the points.
-    const auto bytes = [&](int64_t count) {
-      return p.batch * packed_stride(count) * static_cast<int64_t>(sizeof(T));
-    };
-    clear(context, work.made[g].F, bytes(p.n));
-    clear(context, work.made[g].G, bytes(p.m));
+    // There is no last plan, but its exponents are loaded with the costs.
+    clear(context, all.F, F * static_cast<int64_t>(sizeof(T)));
+    clear(context, all.G, G * static_cast<int64_t>(sizeof(T)));
   }
   run_controls(context, work, shape.problems, most, [&](Queue& queue) {
-    queue_sweep<Products>(queue, sweep, points.kind, points.d, grid);
+    queue_sweep<Products>(queue, sweep, work.all[0].points, grid);
   });
-  unrolled_point_sums(context, given, work.made, eps, objective);
+  unrolled_sums(context, pack, work.all, eps, objective);
 }
 
 }  // namespace
@@ -314,12 +324,8 @@ template <typename T>
 void unrolled_backward(const Context& context, const std::vector<UnrolledGroup<T>>& groups,
                        double eps, Objective objective) {
   Packer<T> packer(context);
-  for_each_pack(groups, [&](const Pack<UnrolledGroup<T>>& given) {
-    const Pack<AdjointGroup<T>> pack = with_workspace(context, given);
-    if (given.items[0].C != nullptr)
-      stored_backward(context, pack, eps, objective);
-    else
-      made_backward(context, given, pack, eps, objective, packer);
+  for_each_pack(groups, [&](const Pack<UnrolledGroup<T>>& pack) {
+    backward(context, pack, eps, objective, packer);
   });
 }
 

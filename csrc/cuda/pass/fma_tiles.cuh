@@ -64,7 +64,7 @@ OTLOSS_HOST_DEVICE TileShape choose_tile(int64_t rows, int64_t columns, int64_t 
   return best;
 }
 
-// Makes the costs of a block's rows, tile by tile, for streamed.cuh.
+// Makes the costs of a block's rows, tile by tile, for row_sums.cuh.
 template <class Cost, bool kDifference, typename T, class Block>
 class TileMaker {
  public:

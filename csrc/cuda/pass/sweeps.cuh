@@ -6,9 +6,9 @@
 #include <cstring>
 
 #include "cuda/device/loop.cuh"
+#include "cuda/device/team.cuh"
 #include "cuda/pass/pack.cuh"
-#include "cuda/pass/streamed.cuh"
-#include "cuda/pass/team_sweep.cuh"
+#include "cuda/pass/row_sums.cuh"
 
 namespace otloss::cuda {
 
@@ -48,7 +48,7 @@ struct SolveSums {
 struct Products {
   template <class Maker, typename T, typename S, class Block>
   static OTLOSS_DEVICE void run(Block& block, const RowSums<T, S>& order) {
-    add_rows<Maker, ProductTerms<T, S>>(block, order);
+    add_rows<Maker, ProductTerms<T, S, typename Maker::Layout>>(block, order);
   }
 };
 
@@ -67,7 +67,12 @@ struct SweepKernel {
     copy_words<kThreads>(block, &order, &own);
     if (block.thread() == 0) cut(block.x() % arguments.blocks, own);
     block.sync();
-    Sums::template run<typename Tiles::template Maker<T, Block>>(block, own);
+    if constexpr (!std::is_same_v<Tiles, StoredTiles>)
+      Sums::template run<typename Tiles::template Maker<T, Block>>(block, own);
+    else if (own.side == 0)
+      Sums::template run<StoredTileMaker<StoredRows, T, Block>>(block, own);
+    else
+      Sums::template run<StoredTileMaker<StoredColumns, T, Block>>(block, own);
   }
 
  private:
@@ -86,10 +91,12 @@ struct SweepKernel {
   }
 };
 
+// Of costs that are stored, or made by multiply-adds.
 template <class Sums, typename T, typename S>
-void queue_sweep(Queue& queue, const SweepArguments<RowSums<T, S>>& arguments, CostKind kind,
-                 int64_t d, const Grid& grid) {
-  dispatch_tiles(kind, d, [&](auto tiles) {
+void queue_sweep(Queue& queue, const SweepArguments<RowSums<T, S>>& arguments,
+                 const PackedPair<T>& points, const Grid& grid) {
+  if (points.C != nullptr) return queue(SweepKernel<T, S, Sums, StoredTiles>{arguments}, grid);
+  dispatch_tiles(points.kind, points.d, [&](auto tiles) {
     queue(SweepKernel<T, S, Sums, decltype(tiles)>{arguments}, grid);
   });
 }
@@ -109,9 +116,10 @@ struct Orders {
   int64_t length;  // at least every n and m
   S* out;          // (problems, parts, length)
 
-  // What all orders of a problem have in common; by one thread.
-  OTLOSS_DEVICE void place(int64_t problem, const PackedPair<T>& points, bool symmetric,
-                           double k) const {
+  // What all orders of a problem have in common, p: its group; by one thread.
+  template <class Group>
+  OTLOSS_DEVICE void place(int64_t problem, const PackedPair<T>& points, const Group& p,
+                           int64_t batch, bool symmetric, double k) const {
     const int most = parts[0] > parts[1] ? parts[0] : parts[1];
     of[problem].x = nullptr;
     of[problem].out = out + problem * most * length;
@@ -120,6 +128,7 @@ struct Orders {
     tiles.made_by = points.tiles, tiles.kind = points.kind, tiles.d = points.d;
     tiles.symmetric = symmetric, tiles.repair = true;
     tiles.k = static_cast<T>(k);
+    tiles.C = points.C + batch * p.n * p.m, tiles.width = p.m;
     tiles.stages = layout.stages, tiles.room = layout.room;
   }
 
@@ -152,12 +161,19 @@ Grid plan_sweeps(const Context& context, const Shape& shape, const SolvePlan& pl
   return grid;
 }
 
+// The plan of products with the groups' plans. They take multiply-adds: with tensor cores P_ij
+// would depend on which side is first.
+template <typename Group>
+SolvePlan products_plan(const Context& context, const Shape& shape, const Group& group) {
+  return choose_launched_plan(shape, group.made.points.d, limits(context.device),
+                              group.C ? TileKind::kStored : TileKind::kFma);
+}
+
 // A side of a problem in a sweep: all of its points.
 template <typename T>
 struct SweepSide {
   PackedCloud<T> cloud;
-  SplitCloud split;
-  T* exponents;  // (cloud.stride,)
+  T* exponents;  // (cloud.stride,) padded
 
   // By all threads of a control.
   template <class Block>
@@ -166,20 +182,6 @@ struct SweepSide {
       exponents[i] = static_cast<T>(kLog2Zero);
   }
 };
-
-// Sides of a problem; exponents (n,) and (m,), padded.
-template <typename T>
-OTLOSS_DEVICE SweepSide<T> row_side(const PackedPair<T>& points, int64_t batch, int64_t n,
-                                    T* exponents) {
-  return {packed_cloud(points.x, batch, points.d, n), points.split_x.cloud(batch, points.d, n),
-          exponents};
-}
-template <typename T>
-OTLOSS_DEVICE SweepSide<T> column_side(const PackedPair<T>& points, int64_t batch, int64_t m,
-                                       T* exponents) {
-  return {packed_cloud(points.y, batch, points.d, m), points.split_y.cloud(batch, points.d, m),
-          exponents};
-}
 
 // The sums that come next; by one thread.
 template <typename T, typename S>
@@ -190,13 +192,12 @@ OTLOSS_DEVICE void set_order(RowSums<T, S>& order, int side, RowSum what, const 
   order.what = what, order.side = side, order.x = x;
   RowTiles<T>& tiles = order.tiles;
   tiles.rows = own.cloud, tiles.columns = other.cloud;
-  tiles.split_rows = own.split, tiles.split_columns = other.split;
   tiles.first = tiles.begin = 0;
   tiles.last = own.cloud.count, tiles.end = other.cloud.count;
   tiles.F = own.exponents, tiles.G = other.exponents;
 }
 
-// Work is what all problems of a call share: groups(), team(), orders; State what is kept of one.
+// Work is what all problems of a call share: groups(), orders; State what is kept of one.
 // work.advance(block, team, state, group, batch, first) asks for a sweep, or returns true: the
 // problem is done.
 template <class Work>
@@ -213,13 +214,13 @@ struct ControlKernel {
 
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const {
-    typename Work::template Team<Block> team(block, work.team());
+    typename Work::template Team<Block> team(block, TeamArguments{1, nullptr});
     auto& order = work.orders.of[team.index()];
     bool done = false;
     if (first || order.what != RowSum::kNone) {
       State& state = *reinterpret_cast<State*>(block.template shared<unsigned char>() + kState);
       if (!first) copy_words<kThreads>(block, saved + team.index(), &state);
-      team.for_problems(work.groups(), [&](const auto& group, int64_t batch) {
+      team.with_problem(work.groups(), [&](const auto& group, int64_t batch) {
         done = work.advance(block, team, state, group, batch, first);
       });
       copy_words<kThreads>(block, &state, saved + team.index());

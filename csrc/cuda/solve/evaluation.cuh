@@ -6,9 +6,9 @@
 // exponential overflows, and the soft means. Vectors are cut by columns: a thread only ever touches
 // its own entries, but for G, which everybody reads.
 //
-// Costs (stored_costs.cuh, made_costs.cuh) tells where costs are: place() by one thread, load(),
-// pass() from G and F, columns() and guard() for the update of the columns, transport(), entry() of
-// two samples.
+// Costs (resident_costs.cuh, launched_costs.cuh) tells where costs are: place() by one thread,
+// load(), pass() from G and F, columns() and guard() for the update of the columns, transport(),
+// entry() of two samples.
 #pragma once
 
 #include <limits>
@@ -80,8 +80,8 @@ class Evaluation {
     team_.for_columns([&](int j) { weigh(1, s_.b[j]); });
     double largest[2] = {0, 0};  // max |C|, and 1 where it is not finite
     costs_.load(largest);
-    team_.team().template reduce<Sum>(mass);
-    team_.team().template reduce<Max>(largest);
+    team_.template reduce<Sum>(mass);
+    team_.template reduce<Max>(largest);
     // b is scaled to the total of a: weights that were rounded differently must not keep the error
     // up.
     const double ratio = s_.balanced ? mass[0] / mass[1] : 1.0;
@@ -143,7 +143,7 @@ class Evaluation {
     team_.for_columns([&](int j) {
       if (s_.w[j] > T(0)) least[1] = Max::join(least[1], -static_cast<double>(g[j]));
     });
-    team_.team().template reduce<Max>(least);
+    team_.template reduce<Max>(least);
     one([&] { s_.least_f = -least[0], s_.least_g = -least[1]; });
   }
 
@@ -176,9 +176,10 @@ class Evaluation {
     s_.soft ? soft_scalars() : hard_scalars();
   }
 
-  // Sums: marginal error, dual value, its absolute size, <b, gt - g>, columns not to be trusted.
+  // Sums: marginal error, dual value, its absolute size, <b, gt - g>, columns not to be trusted;
+  // and, of d = b (1 - q), what is lacking and <d, g>.
   OTLOSS_DEVICE void hard_scalars() {
-    double sums[5];
+    double sums[7];
 #pragma unroll 1
     for (bool guarded = false;; guarded = true) {
       for (double& sum : sums) sum = 0;
@@ -190,6 +191,8 @@ class Evaluation {
         sums[2] += b * (g < 0 ? -g : g);
         sums[3] += b * (static_cast<double>(s_.trial_gt[j]) - g);
         sums[4] += q < 0 ? 1 : 0;
+        sums[5] += q < 1 ? b * (1 - q) : 0;
+        sums[6] += b * (1 - q) * g;
       });
       team_.for_rows([&](int i) {
         const double f = (s_.eps / kLog2E) * static_cast<double>(s_.F[i]);
@@ -201,9 +204,13 @@ class Evaluation {
       if (guarded || !(sums[4] > 0)) break;
       costs_.guard();
     }
+    // What is lacking could go as far as two points are apart; rounding may make four units of it
+    // out of nothing. Costs that are given may be negative.
+    const double lacking = sums[5] - 4 * roundoff<T>() * s_.mass_y;
+    const double range = (s_.group->points.zx ? 1 : 2) * s_.max_cost;
     one([&] {
-      s_.trial =
-          Scalars(sums[1], 4 * roundoff<T>() * sums[2], sums[0] / s_.mass_y, sums[3] / s_.mass_y);
+      s_.trial = Scalars(sums[1], 4 * roundoff<T>() * sums[2], sums[0] / s_.mass_y,
+                         sums[3] / s_.mass_y, (lacking > 0 ? lacking : 0.0) * range - sums[6]);
     });
   }
 
@@ -281,7 +288,7 @@ class Evaluation {
     const int64_t n = s_.group->n, m = s_.group->m;
     const int r = sample_size(n), c = sample_size(m);
     const int lane = block_.thread() % kWarp, warp = block_.thread() / kWarp;
-    const int rank = team_.team().rank(), size = team_.team().size();
+    const int rank = team_.rank(), size = team_.size();
     const auto row = [&](int i) { return sample(i, n); };
     const auto column = [&](int j) { return sample(j, m); };
     double sums[6] = {};  // of C, C^2, squares of row sums, of column sums; rows, columns

@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "core/costs.h"
 
@@ -20,18 +22,13 @@ constexpr double kGlobalBytes = 19;        // 4.3 TB/s over 132 multiprocessors 
 // Cycles of what surrounds the entries in a pass.
 constexpr double kVectorCycles = 2500;  // reductions, quasi-Newton step: latency of one block
 constexpr double kClusterSync = 850;    // every warp waits for its writes and drops L1
-constexpr double kGridSync = 2000;
 constexpr double kSyncsPerPass = 4;
 
-// What problems lose that run side by side, since they need different numbers of passes and the
-// last one has the device to itself on its share of it only.
-constexpr double kUneven = 1.5;
-
-// Streamed: instructions per entry beside those on its coordinates, and how many run per clock;
+// Launched: instructions per entry beside those on its coordinates, and how many run per clock;
 // launches in a pass.
 constexpr double kEntryOperations = 8;
 constexpr double kOperations = 128;
-constexpr double kStreamedLaunches = 4;
+constexpr double kLaunches = 4;
 // With tensor cores: instructions per entry beside the products; cycles of a product of 16 x 8 x 16
 // (1024 multiply-adds per clock: what mma.sync does on all architectures); cycles until the first
 // columns of a sweep have arrived; bytes per clock from the L2 cache, for the sums of a sweep.
@@ -58,7 +55,7 @@ constexpr int64_t kAlign = 16;
 int64_t ceil_to(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
 
 // Lays a block's shared memory out; bytes says whether it fits.
-SharedLayout lay_out(const Shape& shape, int64_t rows, bool vectors, bool tile) {
+SharedLayout lay_out(const Shape& shape, int64_t rows, bool vectors) {
   SharedLayout layout{};
   layout.bytes = SweepShape(shape.element).end;
   const auto take = [&](int64_t bytes) {
@@ -71,22 +68,29 @@ SharedLayout lay_out(const Shape& shape, int64_t rows, bool vectors, bool tile) 
   layout.a = take(rows * shape.element);
   layout.s = take(rows * shape.element);
   layout.vectors = vectors ? take(kVectors * ceil_to(shape.m, kWarp) * shape.element) : -1;
-  layout.tile = tile ? take(rows * shape.m * shape.element) : -1;
+  layout.tile = take(rows * shape.m * shape.element);
   return layout;
 }
 
-// All that is left of shared memory is for the stages.
+// All that is left of shared memory is for the stages, if there are any.
 StreamedLayout lay_out_streamed(const Limits& limits, TileKind tiles) {
   StreamedLayout layout{};
   layout.sums = kArgumentBytes;
   layout.stages = layout.sums + streamed_sums(tiles) * static_cast<int64_t>(sizeof(double));
-  layout.room = static_cast<int64_t>(limits.shared_per_block) / kAlign * kAlign - layout.stages;
+  if (tiles != TileKind::kStored)
+    layout.room = static_cast<int64_t>(limits.shared_per_block) / kAlign * kAlign - layout.stages;
   return layout;
 }
 
+double exponentials(const Shape& shape) {
+  return shape.element == 4 ? kExponentials : kDoubleExponentials;
+}
+
 // Entries per clock of a multiprocessor.
-double streamed_rate(const Shape& shape, int64_t d, TileKind tiles) {
+double sweep_rate(const Shape& shape, int64_t d, TileKind tiles) {
   const double coordinates = static_cast<double>(d);
+  if (tiles == TileKind::kStored)
+    return std::min(exponentials(shape), kGlobalBytes / static_cast<double>(shape.element));
   if (tiles == TileKind::kFma) {
     const double operations = kEntryOperations + (d <= kDirectDims ? 2 * coordinates : coordinates);
     return kOperations * 4 / static_cast<double>(shape.element) / operations;
@@ -96,13 +100,18 @@ double streamed_rate(const Shape& shape, int64_t d, TileKind tiles) {
   return 1 / (products * depths * kMmaCycles / kMmaEntries + kTensorOperations / kOperations);
 }
 
+// Rows and columns that a block takes at once.
+struct CutStep {
+  int64_t rows, columns;
+};
+
 // Cycles of a sweep over all problems; the block that adds up the parts is alone with its problem.
 double sweep_cycles(const Shape& shape, int64_t rows, int64_t columns, const SweepCut& cut,
-                    int64_t multiprocessors, TileKind tiles, double rate) {
+                    const CutStep& step, int64_t multiprocessors, TileKind tiles, double rate) {
   int64_t own = std::min(rows, cut.rows), other = ceil_div(columns, cut.parts);
   double cycles = 0;
-  if (tiles == TileKind::kFma) {
-    if (cut.parts > 1) other = ceil_to(other, kSolveThreads * 4);
+  if (tiles == TileKind::kFma || tiles == TileKind::kStored) {
+    if (cut.parts > 1) other = ceil_to(other, step.columns);
   } else {
     cycles = kFillCycles * static_cast<double>(ceil_div(own, RowSumShape::kRows));
     own = ceil_to(own, RowSumShape::kWarpRows), other = ceil_to(other, RowSumShape::kColumns);
@@ -113,23 +122,19 @@ double sweep_cycles(const Shape& shape, int64_t rows, int64_t columns, const Swe
          static_cast<double>(rows * cut.parts * shape.element) / kCacheBytes;
 }
 
-int forced_number(const char* name) {
-  const char* text = std::getenv(name);
-  return text == nullptr ? 0 : std::atoi(text);
-}
-
 // About a block for each multiprocessor; the parts with the fewest cycles, which are added to
 // `cycles`.
-SweepCut choose_cut(const Shape& shape, int64_t rows, int64_t columns, int64_t multiprocessors,
-                    TileKind tiles, double rate, double* cycles) {
+SweepCut choose_cut(const Shape& shape, int64_t rows, int64_t columns, const CutStep& step,
+                    int64_t multiprocessors, TileKind tiles, double rate, double* cycles) {
   constexpr int kMostParts = 32;
-  const int forced = forced_number("OTLOSS_CUDA_PARTS"), first = std::max(forced, 1);
+  const char* const text = std::getenv("OTLOSS_CUDA_PARTS");
+  const int forced = text == nullptr ? 0 : std::atoi(text), first = std::max(forced, 1);
   SweepCut best{};
   double least = 0;
   for (int parts = first; parts <= (forced > 0 ? forced : kMostParts); ++parts) {
     const int64_t share = ceil_div(rows * parts * shape.problems, multiprocessors);
-    const SweepCut cut{ceil_to(std::min(share, rows), kTileRows), parts};
-    const double time = sweep_cycles(shape, rows, columns, cut, multiprocessors, tiles, rate);
+    const SweepCut cut{ceil_to(std::min(share, rows), step.rows), parts};
+    const double time = sweep_cycles(shape, rows, columns, cut, step, multiprocessors, tiles, rate);
     if (best.parts > 0 && !(time < least)) continue;
     best = cut, least = time;
   }
@@ -137,62 +142,29 @@ SweepCut choose_cut(const Shape& shape, int64_t rows, int64_t columns, int64_t m
   return best;
 }
 
-struct Candidate {
-  Regime regime;
-  Barrier barrier;
-  bool resident;
-  int team_size;
-  bool small = false;
-};
+constexpr const char* kRegimes[] = {"auto", "block", "cluster", "dense", "streamed"};  // by number
+const char* name_of(Regime regime) { return kRegimes[static_cast<int>(regime)]; }
 
-const char* name_of(Regime regime) {
-  switch (regime) {
-    case Regime::kAuto: return "auto";
-    case Regime::kBlock: return "block";
-    case Regime::kCluster: return "cluster";
-    case Regime::kGrid: return "grid";
-    case Regime::kDense: return "dense";
-    case Regime::kStreamed: return "streamed";
-  }
-  return "";
-}
-
-// How many teams run at once, and the cycles of a pass.
-void set_teams(const Shape& shape, int64_t at_once, SolvePlan* plan) {
-  plan->teams = std::min(shape.problems, std::max<int64_t>(1, at_once));
-  const double entries =
-      static_cast<double>(ceil_div(shape.n, plan->team_size)) * static_cast<double>(shape.m);
-  const double rate = shape.element == 4 ? kExponentials : kDoubleExponentials;
-  const double global = kGlobalBytes / static_cast<double>(shape.element);
-  const double sync = plan->barrier == Barrier::kBlock     ? 0
-                      : plan->barrier == Barrier::kCluster ? kClusterSync
-                                                           : kGridSync;
-  const int64_t turns = ceil_div(shape.problems, plan->teams);
-  const double shared = plan->small ? kSmallBlocks : 1;  // blocks of a multiprocessor
-  const double of_pass = shared * entries / (plan->resident ? rate : std::min(rate, global)) +
-                         kVectorCycles + kSyncsPerPass * sync;
-  plan->cycles =
-      static_cast<double>(turns) * (plan->teams > 1 && turns == 1 ? kUneven : 1) * of_pass;
-}
-
-// Completes a candidate; cycles < 0: it does not fit.
-SolvePlan complete(const Shape& shape, const Limits& limits, const Candidate& candidate) {
+// Of a problem in shared memory; cycles < 0: it does not fit.
+SolvePlan resident_plan(const Shape& shape, const Limits& limits, int team_size, bool small) {
   SolvePlan plan{};
-  plan.regime = candidate.regime;
-  plan.barrier = candidate.barrier;
-  plan.resident = candidate.resident;
-  plan.small = candidate.small;
-  plan.team_size = candidate.team_size;
+  plan.regime = team_size == 1 ? Regime::kBlock : Regime::kCluster;
+  plan.small = small;
+  plan.team_size = team_size;
   plan.vector_length = ceil_to(shape.m, kWarp);
-  const int64_t rows = ceil_div(shape.n, plan.team_size);
-  const int64_t limit =
-      static_cast<int64_t>(limits.shared_per_block) / (plan.small ? kSmallBlocks : 1);
-  plan.shared = lay_out(shape, rows, plan.team_size == 1, plan.resident);
-  if (plan.shared.bytes > limit) plan.shared = lay_out(shape, rows, false, plan.resident);
-  set_teams(shape, limits.multiprocessors * (plan.small ? kSmallBlocks : 1) / plan.team_size,
-            &plan);
-  const bool clusters = candidate.barrier != Barrier::kCluster || limits.compute_capability >= 90;
-  if (plan.shared.bytes > limit || !clusters) plan.cycles = -1;
+  const int64_t rows = ceil_div(shape.n, team_size), blocks = small ? kSmallBlocks : 1;
+  const int64_t limit = static_cast<int64_t>(limits.shared_per_block) / blocks;
+  const int64_t columns =
+      small ? kSmallThreads * kLeastColumns : int64_t{kSolveThreads} * kMostColumns;
+  plan.shared = lay_out(shape, rows, team_size == 1);
+  if (plan.shared.bytes > limit) plan.shared = lay_out(shape, rows, false);
+  const int64_t at_once = std::max<int64_t>(1, limits.multiprocessors * blocks / team_size);
+  const double entries = static_cast<double>(blocks * rows) * static_cast<double>(shape.m);
+  const double sync = team_size > 1 ? kSyncsPerPass * kClusterSync : 0;
+  plan.cycles = static_cast<double>(ceil_div(shape.problems, at_once)) *
+                (entries / exponentials(shape) + kVectorCycles + sync);
+  const bool clusters = team_size == 1 || limits.compute_capability >= 90;
+  if (plan.shared.bytes > limit || shape.m > columns || !clusters) plan.cycles = -1;
   return plan;
 }
 
@@ -204,70 +176,45 @@ std::string SolvePlan::describe() const {
   const auto cut = [this](int side) {
     return std::to_string(cuts[side].rows) + " by 1/" + std::to_string(cuts[side].parts);
   };
-  if (regime == Regime::kStreamed)
-    return std::string("streamed, a launch for each sweep, costs made on the way by ") +
-           (tiles == TileKind::kFma ? "multiply-adds" : "tensor cores") + ", a block has " +
-           cut(0) + " of the columns, then " + cut(1) + " of the rows" + predicted;
+  if (is_launched())
+    return std::string(name_of(regime)) + ", a launch for each sweep, costs " +
+           (tiles == TileKind::kStored ? "read from global memory"
+            : tiles == TileKind::kFma  ? "made on the way by multiply-adds"
+                                       : "made on the way by tensor cores") +
+           ", a block has " + cut(0) + " of the columns, then " + cut(1) + " of the rows" +
+           predicted;
   return std::string(name_of(regime)) + ", " + std::to_string(team_size) +
-         (team_size == 1 ? " block" : " blocks") + " per problem, " + std::to_string(teams) +
-         " at once, cost tile in " + (resident ? "shared" : "global") + " memory, " +
-         std::to_string(shared.bytes) + " bytes of shared memory" + predicted;
+         (team_size == 1 ? " block" : " blocks") + " per problem, cost tile in shared memory, " +
+         std::to_string(shared.bytes) + " bytes of it" + predicted;
 }
 
 Regime forced_regime() {
   const char* text = std::getenv("OTLOSS_CUDA_REGIME");
   if (text == nullptr || *text == '\0') return Regime::kAuto;
-  for (const Regime regime : {Regime::kAuto, Regime::kBlock, Regime::kCluster, Regime::kGrid,
-                              Regime::kDense, Regime::kStreamed})
-    if (std::string(text) == name_of(regime)) return regime;
-  throw std::runtime_error(std::string("otloss: OTLOSS_CUDA_REGIME must be auto, block, cluster, "
-                                       "grid, dense or streamed, got ") +
-                           text);
+  for (int regime = 0; regime < static_cast<int>(std::size(kRegimes)); ++regime)
+    if (std::string(text) == kRegimes[regime]) return static_cast<Regime>(regime);
+  throw std::runtime_error(
+      std::string("otloss: OTLOSS_CUDA_REGIME must be auto, block, cluster, dense or streamed, ") +
+      "got " + text);
 }
 
-SolvePlan choose_plan(const Shape& shape, const Limits& limits, Regime forced,
-                      const std::function<int(const SolvePlan&)>& clusters) {
-  std::vector<Candidate> candidates;
-  candidates.push_back({Regime::kBlock, Barrier::kBlock, true, 1});
-  if (shape.small && shape.m <= kSmallThreads * kLeastColumns)
-    candidates.push_back({Regime::kBlock, Barrier::kBlock, true, 1, true});
-  for (int size = 2; size <= kLargestCluster; size *= 2)
-    candidates.push_back({Regime::kCluster, Barrier::kCluster, true, size});
-  // Blocks of a cooperative launch: all of them for one problem after the other, or shares of them,
-  // or fewer, so that each has a few rows.
-  constexpr int64_t kFewRows = 8;
-  for (int64_t size = limits.multiprocessors; size >= 1; size = size == 1 ? 0 : ceil_div(size, 2)) {
-    const int64_t share = size / std::min(size, shape.problems);
-    for (const int64_t blocks : {size, share}) {
-      if (blocks > 1 && ceil_div(shape.n, blocks) < kFewRows && forced == Regime::kAuto) continue;
-      const int team = static_cast<int>(blocks);
-      if (blocks > 1) candidates.push_back({Regime::kGrid, Barrier::kGrid, true, team});
-      const Barrier barrier = blocks > 1 ? Barrier::kGrid : Barrier::kBlock;
-      candidates.push_back({Regime::kDense, barrier, false, team});
-    }
-  }
-  SolvePlan best{};
-  best.cycles = -1;
-  for (const Candidate& candidate : candidates) {
-    if (forced != Regime::kAuto && candidate.regime != forced) continue;
-    SolvePlan plan = complete(shape, limits, candidate);
-    if (plan.cycles < 0 || (best.cycles >= 0 && plan.cycles >= best.cycles)) continue;
-    if (plan.barrier == Barrier::kCluster) {
-      const int at_once = clusters(plan);
-      if (at_once == 0) continue;
-      set_teams(shape, at_once, &plan);
-      if (best.cycles >= 0 && plan.cycles >= best.cycles) continue;
-    }
-    best = plan;
-  }
-  if (best.cycles < 0)
-    throw std::runtime_error("otloss: no way to solve problems of " + std::to_string(shape.n) +
-                             " x " + std::to_string(shape.m) + " on this GPU" +
-                             (forced == Regime::kAuto
-                                  ? std::string(": the rows of one block need more shared memory "
-                                                "than there is")
-                                  : std::string(" with OTLOSS_CUDA_REGIME=") + name_of(forced)));
-  return best;
+SolvePlan choose_plan(const Shape& shape, const Limits& limits, Regime forced) {
+  std::vector<SolvePlan> plans;
+  plans.push_back(choose_launched_plan(shape, 0, limits, TileKind::kStored));
+  plans.push_back(resident_plan(shape, limits, 1, true));
+  for (int size = 1; size <= kLargestCluster; size *= 2)
+    plans.push_back(resident_plan(shape, limits, size, false));
+  const SolvePlan* best = nullptr;
+  for (const SolvePlan& plan : plans)
+    if (plan.cycles >= 0 && (forced == Regime::kAuto || plan.regime == forced) &&
+        (best == nullptr || plan.cycles < best->cycles))
+      best = &plan;
+  if (best == nullptr)
+    throw std::runtime_error(
+        "otloss: no way to solve problems of " + std::to_string(shape.n) + " x " +
+        std::to_string(shape.m) +
+        " with costs stored on this GPU with OTLOSS_CUDA_REGIME=" + name_of(forced));
+  return *best;
 }
 
 bool start_pays(const SolvePlan& plan, int64_t problems, int64_t n, int64_t m, int d,
@@ -300,24 +247,25 @@ TileKind choose_tiles(int64_t element, int64_t d, const Limits& limits, TileKind
   return tensor_stages<RowSumShape>(d, planes_of(wanted), room).depth > 0 ? wanted : TileKind::kFma;
 }
 
-SolvePlan choose_streamed_plan(const Shape& shape, int64_t d, const Limits& limits, Regime forced,
+SolvePlan choose_launched_plan(const Shape& shape, int64_t d, const Limits& limits,
                                TileKind tiles) {
-  if (forced != Regime::kAuto && forced != Regime::kStreamed)
-    throw std::runtime_error(std::string("otloss: OTLOSS_CUDA_REGIME=") + name_of(forced) +
-                             " stores costs, but method=\"streamed\" was asked for");
-  const double rate = streamed_rate(shape, d, tiles);
+  // Two blocks share a multiprocessor where they only wait for memory.
+  const int64_t shared = tiles == TileKind::kStored ? 2 : 1,
+                at_once = shared * limits.multiprocessors;
+  const double rate = sweep_rate(shape, d, tiles) / static_cast<double>(shared);
   SolvePlan plan{};
-  plan.regime = Regime::kStreamed;
+  plan.regime = tiles == TileKind::kStored ? Regime::kDense : Regime::kStreamed;
   plan.tiles = tiles;
   plan.team_size = 1;
-  plan.teams = shape.problems;
   plan.vector_length = packed_stride(std::max(shape.n, shape.m));
   plan.shared.vectors = -1;
   plan.streamed = lay_out_streamed(limits, tiles);
-  plan.cycles = kVectorCycles + kStreamedLaunches * kLaunch;
-  const int64_t multiprocessors = limits.multiprocessors;
-  plan.cuts[0] = choose_cut(shape, shape.n, shape.m, multiprocessors, tiles, rate, &plan.cycles);
-  plan.cuts[1] = choose_cut(shape, shape.m, shape.n, multiprocessors, tiles, rate, &plan.cycles);
+  plan.cycles = 2 * kVectorCycles + kLaunches * kLaunch;
+  const CutStep of_rows{kTileRows, int64_t{kSolveThreads} * 4};
+  const CutStep of_columns = shared > 1 ? CutStep{kWarp, kSolveThreads / 2} : of_rows;
+  plan.cuts[0] = choose_cut(shape, shape.n, shape.m, of_rows, at_once, tiles, rate, &plan.cycles);
+  plan.cuts[1] =
+      choose_cut(shape, shape.m, shape.n, of_columns, at_once, tiles, rate, &plan.cycles);
   return plan;
 }
 

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <string>
 
 #include "core/lbfgs.h"
@@ -11,9 +10,6 @@
 #include "cuda/device/limits.h"
 
 namespace otloss::cuda {
-
-// How the blocks of a team wait for each other, see team.cuh.
-enum class Barrier : int { kBlock, kCluster, kGrid };
 
 // Values that a block shows the others of its team at once: all inner products of the solver.
 constexpr int kTeamValues = LbfgsGram::kVectors * LbfgsGram::kBasis;
@@ -37,40 +33,30 @@ constexpr int kSmallThreads = kSolveThreads / 2, kSmallBlocks = 3;
 constexpr int kControlThreads = 2 * kSolveThreads;
 
 // Entries of a pass that a thread keeps in registers, of so many rows at most, and how many columns
-// it has in the widest panel and in the widest of those of which a block takes several at once.
+// it has in the narrow and in the wide panel.
 template <typename S>
 constexpr int kEntries = sizeof(S) == 4 ? 64 : 32;
 constexpr int kPanelRows = 8;
 constexpr int kLeastColumns = 4;
-constexpr int kFewColumns = 8;
-template <typename S>
-constexpr int kManyColumns = sizeof(S) == 4 ? 32 : 16;
+constexpr int kMostColumns = 8;
 
-// What a block knows of its team, in shared memory. Written by one thread.
+// What a block knows of its team and of its share of the rows and columns, in shared memory.
+// Written by one thread.
 struct TeamState {
-  Barrier barrier;
-  int rank;           // of this block in the team
-  int size;           // blocks of the team
-  int parity;         // of the buffer for the next reduction
-  unsigned arrivals;  // at the counter, so far
-  unsigned* counter;  // 0 at the start of the kernel
-  double* partial;    // (2, size, kTeamValues) global
-  double* scratch;    // team_doubles(threads), shared
-};
-
-// A block's share of the rows and columns of a problem.
-struct Share {
   int64_t index;  // of the team
   int64_t first_row;
-  int64_t most_rows;  // of each block but the last
   int m, rows, first_column, columns, most_columns;
+  int rank;         // of this block in the team
+  int size;         // blocks of the team
+  int parity;       // of the buffer for the next reduction
+  double* partial;  // (2, size, kTeamValues) global
+  double* scratch;  // team_doubles(threads), shared
 };
 
 // At the start of shared memory.
 struct TeamScratch {
   double values[team_doubles(kControlThreads)];
   TeamState state;
-  Share share;
 };
 
 // Where a pass has its sums on their way, in bytes of shared memory after the TeamScratch;
@@ -81,7 +67,7 @@ struct SweepShape {
   OTLOSS_HOST_DEVICE explicit constexpr SweepShape(int64_t element)
       : exchange((sizeof(TeamScratch) + 15) / 16 * 16),
         sums(exchange + 2 * (kSolveThreads / kWarp) * kPanelRows * element),
-        end(sums + int64_t{kSolveThreads} * kFewColumns * element) {}
+        end(sums + int64_t{kSolveThreads} * kMostColumns * element) {}
 };
 
 // Of the solver's state, see state.cuh.
@@ -97,28 +83,26 @@ struct SharedLayout {
   int64_t F;        // (rows,)
   int64_t a;        // (rows,)
   int64_t s;        // (rows,)
-  int64_t vectors;  // (kVectors, m), or -1: in the workspace
-  int64_t tile;     // (rows, m), or -1: in global memory
+  int64_t vectors;  // (kVectors, m), or -1: in global memory
+  int64_t tile;     // (rows, m)
   int64_t bytes;
 };
 
-// Regimes: one block per problem, a cluster per problem, or the blocks of a cooperative launch
-// divided among the problems; the cost tile in shared memory or, `dense`, in global memory; or,
-// `streamed`, a launch for each sweep, with costs nowhere.
-enum class Regime : int { kAuto, kBlock, kCluster, kGrid, kDense, kStreamed };
+// Regimes: resident, whose costs stand in the shared memory of one block, or of a cluster, for each
+// problem; `dense`, a launch for each sweep over costs in global memory; or `streamed`, the same
+// with costs nowhere.
+enum class Regime : int { kAuto, kBlock, kCluster, kDense, kStreamed };
 
 // What the plan depends on: the largest problem of a launch.
 struct Shape {
   int64_t problems = 0;
   int64_t n = 0, m = 0;
-  int64_t entries = 0;  // of the largest cost matrix
   int64_t element = 4;  // bytes
-  bool small = false;   // whether there is an instance for small problems
 };
 
-// How costs that are not stored are made: by multiply-adds, or by tensor cores from points that are
-// split into two halves, or from the high halves alone.
-enum class TileKind : int { kFma, kTensor, kTensorHigh };
+// Where the tiles of a sweep come from: made by multiply-adds, or by tensor cores from points that
+// are split into two halves, or from the high halves alone; or stored.
+enum class TileKind : int { kFma, kTensor, kTensorHigh, kStored };
 
 // How the blocks of a sweep share a problem: each has `rows`, and one of so many parts of the
 // columns.
@@ -136,24 +120,21 @@ struct StreamedLayout {
 
 struct SolvePlan {
   Regime regime;
-  Barrier barrier;
-  bool resident;
-  bool small;  // blocks of kSmallThreads
-  int team_size;
-  // Streamed: who makes the tiles, and the sweeps for the rows' update and for the columns'.
+  bool small;             // blocks of kSmallThreads
+  int team_size;          // blocks per problem, of a launch for all or of a control
+  int64_t vector_length;  // at least every m; launched: and every n
+  SharedLayout shared;
+  // Launched: who makes the tiles, and the sweeps for the rows' update and for the columns'.
   TileKind tiles;
   SweepCut cuts[2];
   StreamedLayout streamed;
-  int64_t teams;
-  int64_t vector_length;
-  SharedLayout shared;
   double cycles;  // of a pass, by the model
 
+  bool is_launched() const { return regime == Regime::kDense || regime == Regime::kStreamed; }
   std::string describe() const;
 };
 
-// Streamed: rows of a thread, and rows of each row group whose sums are kept at once. See
-// fma_tiles.cuh.
+// Rows of a thread, and rows of each row group whose sums are kept at once. See fma_tiles.cuh.
 constexpr int kTileRows = 8;
 constexpr int kStreamedRows = 256;
 
@@ -221,8 +202,9 @@ constexpr int64_t kArgumentBytes = 512;
 
 // Sums of a sweep that are kept at once.
 constexpr int64_t streamed_sums(TileKind tiles) {
-  return tiles == TileKind::kFma ? kSolveThreads / kWarp * kStreamedRows
-                                 : RowSumShape::kColumnWarps * RowSumShape::kRows;
+  return tiles == TileKind::kTensor || tiles == TileKind::kTensorHigh
+             ? RowSumShape::kColumnWarps * RowSumShape::kRows
+             : kSolveThreads / kWarp * kStreamedRows;
 }
 
 // Points of a packed cloud are padded to whole lines, so that vectors of them are aligned.
@@ -232,15 +214,16 @@ OTLOSS_HOST_DEVICE constexpr int64_t packed_stride(int64_t count) {
   return ceil_div(count, kPackedAlign) * kPackedAlign;
 }
 
-constexpr int kLargestCluster = 16;
+constexpr int kLargestCluster = 8;  // that every device with clusters has
 
-// OTLOSS_CUDA_REGIME: auto, block, cluster, grid, dense or streamed.
+// OTLOSS_CUDA_REGIME: auto, block, cluster, dense or streamed.
 Regime forced_regime();
 
-// clusters: how many of the plan's clusters the device can run at once. Throws if a forced regime
-// cannot run.
-SolvePlan choose_plan(const Shape& shape, const Limits& limits, Regime forced,
-                      const std::function<int(const SolvePlan&)>& clusters);
+// For costs that are stored. Throws if a forced regime cannot run.
+SolvePlan choose_plan(const Shape& shape, const Limits& limits, Regime forced);
+
+// In launches; d: coordinates of the points that costs are made from, if they are.
+SolvePlan choose_launched_plan(const Shape& shape, int64_t d, const Limits& limits, TileKind tiles);
 
 // Whether a start between Gaussians (start.cu) takes less time than the passes it saves.
 bool start_pays(const SolvePlan& plan, int64_t problems, int64_t n, int64_t m, int d,
@@ -252,9 +235,5 @@ TileKind wanted_tiles(bool tf32);
 // How costs of points of d coordinates are made: as wanted where tensor cores serve, which is for
 // float32 beyond kDirectDims coordinates, if a stage has room.
 TileKind choose_tiles(int64_t element, int64_t d, const Limits& limits, TileKind wanted);
-
-// For costs that are made from points of d coordinates.
-SolvePlan choose_streamed_plan(const Shape& shape, int64_t d, const Limits& limits, Regime forced,
-                               TileKind tiles = TileKind::kFma);
 
 }  // namespace otloss::cuda

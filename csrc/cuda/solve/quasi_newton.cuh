@@ -8,11 +8,10 @@
 
 namespace otloss::cuda {
 
-template <typename T, class Block, class TeamSweep>
+template <typename T, class Block, class Team>
 class QuasiNewton {
  public:
-  OTLOSS_DEVICE QuasiNewton(Block& block, TeamSweep& team, SolverState<T>& state,
-                            int64_t vector_length)
+  OTLOSS_DEVICE QuasiNewton(Block& block, Team& team, SolverState<T>& state, int64_t vector_length)
       : block_(block), team_(team), s_(state), length_(vector_length) {}
 
   // Makes the trial point the point: its residual and, after a step that was taken, the new pair;
@@ -61,7 +60,7 @@ class QuasiNewton {
   }
 
  private:
-  static constexpr int kWarps = TeamSweep::kWarps, kBasis = LbfgsGram::kBasis;
+  static constexpr int kWarps = Team::kWarps, kBasis = LbfgsGram::kBasis;
 
   // The vectors that LbfgsGram numbers. p holds the gradient over the weights until the direction
   // takes its place.
@@ -77,7 +76,7 @@ class QuasiNewton {
     const unsigned used = s_.gram.in_use() | (paired ? LbfgsGram::bits_of(slot) : 0u);
     unsigned fresh = s_.soft ? used : 1u << LbfgsGram::kResidual;
     if (paired) fresh |= LbfgsGram::bits_of(slot);
-    const bool alone = team_.team().size() == 1, first_lane = block_.thread() % kWarp == 0;
+    const bool alone = team_.size() == 1, first_lane = block_.thread() % kWarp == 0;
     block_.sync();  // the vectors are there
     for_products(used, fresh, [&](int left, int right) {
       const T *u = vector(left), *v = vector(right), *target = s_.target;
@@ -92,17 +91,17 @@ class QuasiNewton {
       if (alone)
         s_.gram.set(left, right, sum);
       else
-        team_.team().show(left * kBasis + right, sum);
+        team_.show(left * kBasis + right, sum);
     });
     if (!alone) {
       team_.sync();
       for_products(used, fresh, [&](int left, int right) {
-        const double sum = team_.team().total(left * kBasis + right);
+        const double sum = team_.total(left * kBasis + right);
         if (first_lane) s_.gram.set(left, right, sum);
       });
     }
     block_.sync();
-    if (!alone) team_.team().flip();
+    if (!alone) team_.flip();
   }
 
   // Calls function(left, right) for the products of this warp, each once.
@@ -132,10 +131,11 @@ class QuasiNewton {
       const double changed = gram.product[change][change];
       // In the weights of the new point: the residual before was r + y.
       const double before = residual + 2 * gram.product[LbfgsGram::kResidual][change] + changed;
-      step.length.accepted(gram.product[slot][slot], changed, before);
+      const double noise = s_.control.point().noise;
+      const double least = least_change(noise, s_.mass_y, roundoff<T>(), s_.eps);
+      step.length.accepted(gram.product[slot][slot], changed, before, least);
       if (s_.soft) gram.sift();
-      if (changed > least_change(s_.control.point().noise, s_.mass_y, roundoff<T>(), s_.eps))
-        gram.keep(slot);
+      if (changed > least) gram.keep(slot);
     } else {
       gram.count = 0;
       if (s_.next == Next::kPlain)
@@ -206,7 +206,7 @@ class QuasiNewton {
   }
 
   Block& block_;
-  TeamSweep& team_;
+  Team& team_;
   SolverState<T>& s_;
   const int64_t length_;
 };

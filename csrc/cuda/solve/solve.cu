@@ -1,12 +1,12 @@
-// Launches the solve of stored costs. The cost model and the layout of shared memory: plan.cpp.
+// Launches a solve. The cost model and the layout of shared memory: plan.cpp.
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
 #include "cuda/pass/pack.cuh"
 #include "cuda/solve/describe.h"
+#include "cuda/solve/resident_costs.cuh"
 #include "cuda/solve/solver.cuh"
-#include "cuda/solve/stored_costs.cuh"
-#include "cuda/solve/streamed.h"
 
 namespace otloss::cuda {
 namespace {
@@ -20,7 +20,7 @@ struct SolveKernel {
 
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const {
-    using Costs = StoredCosts<T, Block, kThreads>;
+    using Costs = ResidentCosts<T, Block, kThreads>;
     typename Costs::Team team(block, arguments.team);
     SolverState<T>& state = *team.template at<SolverState<T>>(arguments.shared.state);
     Solver<T, Block, Costs>(block, arguments, Costs(block, arguments, team, state), team, state)
@@ -53,12 +53,32 @@ struct CombineKernel {
 };
 
 template <typename T>
-SolvePlan stored_plan(const Context& context, Shape shape) {
-  shape.small = true;
-  return choose_plan(shape, limits(context.device), forced_regime(), [&](const SolvePlan& plan) {
-    return clusters_that_fit<SolveKernel<T, kSolveThreads>>(context, plan.team_size,
-                                                            static_cast<size_t>(plan.shared.bytes));
-  });
+SolvePlan plan_of(const Context& context, const Pack<SolveGroup<T>>& pack, TileKind tiles) {
+  const Shape shape = shape_of<T>(pack);
+  const Limits device = limits(context.device);
+  const Regime forced = forced_regime();
+  if (tiles == TileKind::kStored) return choose_plan(shape, device, forced);
+  if (forced != Regime::kAuto && forced != Regime::kStreamed)
+    throw std::runtime_error(std::string("otloss: OTLOSS_CUDA_REGIME=") +
+                             std::getenv("OTLOSS_CUDA_REGIME") +
+                             " stores costs, but method=\"streamed\" was asked for");
+  return choose_launched_plan(shape, pack.items[0].points.d, device, tiles);
+}
+
+template <typename T>
+void solve_resident(const Context& context, const Pack<SolveGroup<T>>& pack,
+                    const SolveOptions& options, const SolvePlan& plan) {
+  const int64_t problems = shape_of<T>(pack).problems, blocks = problems * plan.team_size;
+  SolveArguments<T> arguments = solve_arguments(context, pack, options, plan, problems);
+  arguments.parts = context.scratch<T>(2 * blocks * plan.vector_length);
+  Grid grid;
+  grid.x = blocks;
+  grid.shared = static_cast<size_t>(plan.shared.bytes);
+  grid.cluster = plan.team_size;
+  if (plan.small)
+    launch(context, SolveKernel<T, kSmallThreads>{arguments}, grid);
+  else
+    launch(context, SolveKernel<T, kSolveThreads>{arguments}, grid);
 }
 
 }  // namespace
@@ -66,20 +86,16 @@ SolvePlan stored_plan(const Context& context, Shape shape) {
 template <typename T>
 void solve(const Context& context, const std::vector<SolveGroup<T>>& groups,
            const SolveOptions& options) {
-  if (!groups.empty() && groups.front().C == nullptr)
-    return solve_streamed(context, groups, options);
+  if (groups.empty()) return;
+  const TileKind tiles = tiles_of(context, groups[0].points, groups[0].C);
+  Packer<T> packer(context, tiles);
   for_each_pack(groups, [&](const Pack<SolveGroup<T>>& pack) {
-    const Shape shape = shape_of<T>(pack);
-    if (shape.problems == 0) return;
-    const SolvePlan plan = stored_plan<T>(context, shape);
-    SolveArguments<T> arguments = solve_arguments(context, pack, options, shape, plan);
-    fill_sweep(context, shape, plan, &arguments.team);
-    arguments.guarded = context.scratch<T>(plan.teams * 2 * plan.team_size * plan.vector_length);
-    const Grid grid = team_grid(plan, plan.shared.bytes);
-    if (plan.small)
-      launch(context, SolveKernel<T, kSmallThreads>{arguments}, grid);
+    if (shape_of<T>(pack).problems == 0) return;
+    const SolvePlan plan = plan_of<T>(context, pack, tiles);
+    if (plan.is_launched())
+      solve_launched(context, pack, options, plan, packer);
     else
-      launch(context, SolveKernel<T, kSolveThreads>{arguments}, grid);
+      solve_resident(context, pack, options, plan);
   });
 }
 
@@ -88,12 +104,8 @@ std::string describe_plan(const Context& context, int64_t problems, int64_t n, i
                           int64_t d) {
   SolveGroup<T> group{};
   group.batch = problems, group.n = n, group.m = m, group.points.d = d;
-  const Shape shape = shape_of<T>(Pack<SolveGroup<T>>{1, {group}});
-  const SolvePlan plan =
-      d > 0 ? choose_streamed_plan(shape, d, limits(context.device), forced_regime(),
-                                   tiles_of(context, group.points))
-            : stored_plan<T>(context, shape);
-  return plan.describe();
+  const TileKind tiles = d > 0 ? tiles_of(context, group.points) : TileKind::kStored;
+  return plan_of<T>(context, Pack<SolveGroup<T>>{1, {group}}, tiles).describe();
 }
 
 template <typename T>

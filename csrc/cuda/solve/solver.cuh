@@ -1,6 +1,6 @@
 // The solve of a problem by a team of blocks: the solver of csrc/cpu/solve/solver.cpp as a state
 // machine. Passes over the cost are made between its turns, by the blocks themselves (run) or by
-// other launches (streamed_launch.cuh). Each turn takes an evaluated point, and StepControl decides
+// other launches (launched.cuh). Each turn takes an evaluated point, and StepControl decides
 // which is next, by one thread of each block on equal numbers, so that all blocks agree.
 #pragma once
 
@@ -23,7 +23,7 @@ class Solver : Evaluation<T, Block, Costs> {
         quasi_newton_(block, team, state, arguments.vector_length) {}
 
   OTLOSS_DEVICE void run() {
-    team_.for_problems(args_.groups, [&](const SolveGroup<T>& p, int64_t batch) {
+    team_.with_problem(args_.groups, [&](const SolveGroup<T>& p, int64_t batch) {
       if (open(p, batch)) do
           costs_.pass();
         while (turn());
@@ -72,7 +72,7 @@ class Solver : Evaluation<T, Block, Costs> {
     double* const status = p.status + s_.batch * kStatusFields;
     status[kStatusIterations] = static_cast<double>(s_.control.passes());
     status[kStatusError] = s_.control.stop().final_error();
-    status[kStatusConverged] = s_.control.stop().reached() ? 1.0 : 0.0;
+    status[kStatusConverged] = s_.control.stop().reached() && !s_.doubtful ? 1.0 : 0.0;
     status[kStatusMaxCost] = s_.max_cost;
     status[kStatusTerm] = p.coefficient * value;
   }
@@ -92,6 +92,7 @@ class Solver : Evaluation<T, Block, Costs> {
     }
     one([&] {
       s_.next = Next::kStage;
+      s_.doubtful = false;
       s_.gram.count = 0, s_.step.slot = 0;
       s_.phase = s_.symmetric             ? warm ? Phase::kSymmetric : Phase::kSymmetricFirst
                  : options().n_iters >= 0 ? Phase::kFixed
@@ -197,7 +198,10 @@ class Solver : Evaluation<T, Block, Costs> {
       return evaluate_next();
     }
     quasi_newton_.move();
-    one([&] { s_.next = s_.control.move_to(s_.trial); });
+    one([&] {
+      s_.next = s_.control.move_to(s_.trial);
+      doubt();
+    });
     const StopRule& stop = s_.control.stop();
     if (stop.keeps()) keep();
     if (s_.next == Next::kDone && stop.returns_kept()) return_kept();
@@ -207,6 +211,15 @@ class Solver : Evaluation<T, Block, Costs> {
       quasi_newton_.set_direction();
     }
     return evaluate_next();
+  }
+
+  // A point within the tolerance whose value may be off goes on until that is no longer so, or as
+  // far as it can: then it has not converged. By one thread.
+  OTLOSS_DEVICE void doubt() {
+    const double value = s_.trial.value < 0 ? -s_.trial.value : s_.trial.value;
+    s_.doubtful = s_.next == Next::kDone &&
+                  FarMassRule::suspicious(s_.trial.bound, s_.trial.error, options().tol, value);
+    if (s_.doubtful) s_.next = s_.control.go_on();
   }
 
   // Iterations that began near the solution, as it seemed, go to the first stage after all if they
@@ -224,7 +237,7 @@ class Solver : Evaluation<T, Block, Costs> {
       const double r = static_cast<double>(gt[j] - g[j]);
       residual[0] = Max::join(residual[0], r < 0 ? -r : r);
     });
-    team_.team().template reduce<Max>(residual);
+    team_.template reduce<Max>(residual);
     return is_near(s_.trial.error, residual[0], s_.eps);
   }
 

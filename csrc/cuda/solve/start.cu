@@ -10,7 +10,7 @@
 //
 // All in double as on the CPU. MatrixKernel is a chain of small steps, three barriers for each of
 // some 6 d rounds of rotations: it decides for how many dimensions the start pays (plan.cpp).
-#include "cuda/solve/start.h"
+#include "cuda/solve/solve.h"
 
 #include <algorithm>
 

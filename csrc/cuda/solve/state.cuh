@@ -9,34 +9,36 @@
 #include "core/penalty.h"
 #include "core/rounding.h"
 #include "core/step_control.h"
-#include "cuda/pass/team_sweep.cuh"
+#include "cuda/device/team.cuh"
 #include "cuda/solve/plan.h"
-#include "cuda/solve/start.h"
+#include "cuda/solve/solve.h"
 
 namespace otloss::cuda {
 
 template <typename T>
 struct SolveArguments {
   Pack<SolveGroup<T>> groups;
-  TeamArguments<T> team;
+  TeamArguments team;
   SolveOptions options;
   SharedLayout shared;
   int64_t vector_length;        // at least every m, and a multiple of 32
   const T* starts[kMaxGroups];  // (B, m) to begin at, or null
-  T* vectors;                   // (teams, kVectors, vector_length), where not in shared memory
-  T* guarded;                   // (teams, 2, team_size, vector_length), of stored costs
+  T* vectors;                   // (problems, kVectors, vector_length), where not in shared memory
+  T* parts;                     // (problems, 2, team_size, vector_length), resident
 };
 
 // What is iterated: starts first, then Next says what the evaluated point is.
 enum class Phase { kFixed, kSymmetricFirst, kSymmetric, kStart, kSecondStart, kPair };
 
-// The scalars of one evaluated point, and <b, gt - g> over the mass.
+// The scalars of one evaluated point, <b, gt - g> over the mass, and a bound of the error of the
+// value (FarMassRule), where one is known.
 struct Scalars : PointScalars {
-  double mean = 0;
+  double mean = 0, bound = 0;
 
   Scalars() = default;
-  OTLOSS_HOST_DEVICE Scalars(double value, double noise, double error, double mean)
-      : PointScalars{value, noise, error}, mean(mean) {}
+  OTLOSS_HOST_DEVICE Scalars(double value, double noise, double error, double mean,
+                             double bound = 0)
+      : PointScalars{value, noise, error}, mean(mean), bound(bound) {}
 };
 
 // Points of a side that tell how varied the cost is: all of few, and some evenly of many.
@@ -87,7 +89,8 @@ struct SolverState {
   T k, to_cost, tilt;       // tilt: damping - 1
   StepControl control;
   Phase phase;
-  Next next;  // what the point under evaluation is
+  Next next;      // what the point under evaluation is
+  bool doubtful;  // mass that is small but has to go far may be hidden from the error
   Scalars trial;
   Scalars kept;  // of a start put aside
   Step step;
@@ -127,17 +130,19 @@ OTLOSS_DEVICE double roundoff() {
 // The arguments of a launch but for where costs are: workspace and layout by the plan.
 template <typename T>
 SolveArguments<T> solve_arguments(const Context& context, const Pack<SolveGroup<T>>& pack,
-                                  const SolveOptions& options, const Shape& shape,
-                                  const SolvePlan& plan) {
+                                  const SolveOptions& options, const SolvePlan& plan,
+                                  int64_t problems) {
   SolveArguments<T> arguments{};
   arguments.groups = pack;
   arguments.options = options;
   arguments.shared = plan.shared;
   arguments.vector_length = plan.vector_length;
   if (plan.shared.vectors < 0)
-    arguments.vectors = context.scratch<T>(plan.teams * kVectors * plan.vector_length);
+    arguments.vectors = context.scratch<T>(problems * kVectors * plan.vector_length);
   propose_starts(context, pack, options, plan, arguments.starts);
-  fill_team(context, shape, plan, &arguments.team);
+  const int64_t parts = problems * 2 * plan.team_size;
+  arguments.team.size = plan.team_size;
+  if (plan.team_size > 1) arguments.team.parts = context.scratch<double>(parts * kTeamValues);
   return arguments;
 }
 

@@ -1,8 +1,9 @@
-// A solve whose costs are made from points and never stored, in memory O((n + m) d): sweeps
-// (sweeps.cuh) in place of the pass over a matrix, and between them a block for each problem, which
-// takes the sums, updates the potentials and says which sums it needs next.
+// A solve whose costs are in global memory, or made from points and never stored, in memory
+// O((n + m) d): sweeps (sweeps.cuh) over the rows and then over the columns in place of the pass
+// over a tile, and between them a block for each problem, which takes the sums, updates the
+// potentials and says which sums it needs next.
 //
-// As in the dense pass no maximum is subtracted: the last potential is the guess that keeps the
+// As in the resident pass no maximum is subtracted: the last potential is the guess that keeps the
 // exponents near 0. Points whose sums leave the trusted range get their maximum from a second
 // sweep and their sum from a third.
 #pragma once
@@ -14,21 +15,22 @@
 namespace otloss::cuda {
 
 template <typename T>
-struct MadeArguments {
+struct LaunchedArguments {
   SolveArguments<T> solve;
   Orders<T> orders;
   PackedPair<T> points[kMaxGroups];  // of the groups
   const T* samples;                  // (problems, kSample, kSample) costs
-  T* vectors;                        // (problems, kMadeVectors, vector_length)
+  T* largest;                        // (problems, vector_length) of rows, if costs are stored
+  T* vectors;                        // (problems, kLaunchedVectors, vector_length)
 };
 
-constexpr int kMadeVectors = 6;
+constexpr int kLaunchedVectors = 6;
 
 // What the sums are that a sweep makes of a side.
 enum class Sums { kFirst, kLargest, kAgain };
 
 template <typename T>
-struct MadeState {
+struct LaunchedState {
   SweepSide<T> x, y;
   T *F, *a, *s;  // (n,)
   T* A;          // (n,) F + log2 a, damped
@@ -38,30 +40,30 @@ struct MadeState {
 };
 
 template <typename T, class Block>
-class MadeCosts {
+class LaunchedCosts {
  public:
-  using Team = TeamSweep<T, Block, kControlThreads>;
+  using Team = cuda::Team<Block, kControlThreads>;
   static constexpr bool kUpdatesColumns = true;
 
-  OTLOSS_DEVICE MadeCosts(Block& block, const MadeArguments<T>& arguments, Team& team,
-                          SolverState<T>& state, MadeState<T>& made)
-      : block_(block), args_(arguments), team_(team), s_(state), made_(made) {}
+  OTLOSS_DEVICE LaunchedCosts(Block& block, const LaunchedArguments<T>& arguments, Team& team,
+                              SolverState<T>& state, LaunchedState<T>& launched)
+      : block_(block), args_(arguments), team_(team), s_(state), state_(launched) {}
 
   // By one thread.
   OTLOSS_DEVICE void place(const SolveGroup<T>& p, int64_t batch) {
     const int64_t length = args_.solve.vector_length;
-    T* vectors = args_.vectors + team_.index() * kMadeVectors * length;
-    for (T** const v : {&made_.F, &made_.a, &made_.s, &made_.A, &made_.U, &made_.guess})
+    T* vectors = args_.vectors + team_.index() * kLaunchedVectors * length;
+    for (T** const v : {&state_.F, &state_.a, &state_.s, &state_.A, &state_.U, &state_.guess})
       *v = vectors, vectors += length;
-    s_.F = made_.F, s_.a = made_.a, s_.s = made_.s;
+    s_.F = state_.F, s_.a = state_.a, s_.s = state_.s;
     const PackedPair<T>& points = args_.points[&p - args_.solve.groups.items];
-    made_.x = row_side(points, batch, p.n, made_.A);
-    made_.y = column_side(points, batch, p.m, s_.G);
-    args_.orders.place(team_.index(), points, p.symmetric, 0);
+    state_.x = {points.x.cloud(batch, points.d, p.n), state_.A};
+    state_.y = {points.y.cloud(batch, points.d, p.m), s_.G};
+    args_.orders.place(team_.index(), points, p, batch, p.symmetric, 0);
   }
 
-  // A bound of max |C| from the largest norms, in the first place; 1 in the second if one is not
-  // finite. Also fills what is read of the vectors beyond their ends.
+  // max |C|, or a bound of it from the largest norms, in the first place; 1 in the second if one is
+  // not finite. Also fills what is read of the vectors beyond their ends.
   OTLOSS_DEVICE void load(double (&largest)[2]) {
     double norms[3] = {0, 0, 0};
     const auto look = [&](T weight, T norm, double& most) {
@@ -69,22 +71,25 @@ class MadeCosts {
       if (!(norm <= std::numeric_limits<T>::max())) norms[2] = 1;
       most = Max::join(most, static_cast<double>(norm));
     };
-    team_.for_rows([&](int i) { look(s_.a[i], made_.x.cloud.norm[i], norms[0]); });
-    team_.for_columns([&](int j) { look(s_.b[j], made_.y.cloud.norm[j], norms[1]); });
-    made_.x.pad(block_), made_.y.pad(block_);
-    team_.team().template reduce<Max>(norms);
+    const bool stored = args_.largest != nullptr;
+    const T* const of_rows = args_.largest + team_.index() * args_.solve.vector_length;
+    team_.for_rows(
+        [&](int i) { look(s_.a[i], stored ? of_rows[i] : state_.x.cloud.norm[i], norms[0]); });
+    if (!stored) team_.for_columns([&](int j) { look(s_.b[j], state_.y.cloud.norm[j], norms[1]); });
+    state_.x.pad(block_), state_.y.pad(block_);
+    team_.template reduce<Max>(norms);
     RowTiles<T>& tiles = order().tiles;
     if (block_.thread() == 0) {
       const double k = kLog2E / args_.solve.options.eps;
       tiles.repair = sizeof(T) > 4 || needs_repair(tiles.kind, k, norms[0], norms[1]);
     }
-    largest[0] = cost_bound(tiles.kind, norms[0], norms[1]);
+    largest[0] = stored ? norms[0] : cost_bound(tiles.kind, norms[0], norms[1]);
     largest[1] = norms[2];
   }
 
   // The next sweep: sums of a side (0: rows) at its potentials.
   OTLOSS_DEVICE void ask(int side, RowSum what) {
-    for_side(side, [&](int i) { made_.guess[i] = potentials(side)[i]; });
+    for_side(side, [&](int i) { state_.guess[i] = potentials(side)[i]; });
     ask(side, what, Sums::kFirst);
   }
 
@@ -96,12 +101,12 @@ class MadeCosts {
     if (!update(side)) return false;
     if (side == 0 && !s_.symmetric) {
       const T damping = static_cast<T>(s_.damping), k = s_.k;
-      team_.for_rows([&](int i) { made_.A[i] = damping * s_.F[i] + log2_weight(s_.a[i]); });
-      team_.for_columns([&](int j) { made_.U[j] = k * s_.trial_g[j]; });
+      team_.for_rows([&](int i) { state_.A[i] = damping * s_.F[i] + log2_weight(s_.a[i]); });
+      team_.for_columns([&](int j) { state_.U[j] = k * s_.trial_g[j]; });
       ask(1, RowSum::kPlan);
       return false;
     }
-    if (side == 1) team_.for_columns([&](int j) { s_.trial_gt[j] = s_.to_cost * made_.U[j]; });
+    if (side == 1) team_.for_columns([&](int j) { s_.trial_gt[j] = s_.to_cost * state_.U[j]; });
     return true;
   }
 
@@ -123,7 +128,7 @@ class MadeCosts {
 
  private:
   OTLOSS_DEVICE RowSums<T>& order() const { return args_.orders.of[team_.index()]; }
-  OTLOSS_DEVICE T* potentials(int side) const { return side == 0 ? made_.F : made_.U; }
+  OTLOSS_DEVICE T* potentials(int side) const { return side == 0 ? state_.F : state_.U; }
 
   template <typename F>
   OTLOSS_DEVICE void for_side(int side, F&& function) const {
@@ -133,9 +138,9 @@ class MadeCosts {
   OTLOSS_DEVICE void ask(int side, RowSum what, Sums sums) {
     block_.sync();  // nobody reads the order before any more
     if (block_.thread() != 0) return;
-    made_.sums = sums;
-    set_order<T, T>(order(), side, what, nullptr, made_.x, made_.y);
-    order().tiles.F = made_.guess;
+    state_.sums = sums;
+    set_order<T, T>(order(), side, what, nullptr, state_.x, state_.y);
+    order().tiles.F = state_.guess;
     order().tiles.k = s_.k;
   }
 
@@ -149,17 +154,17 @@ class MadeCosts {
     const T* const weight = side == 0 ? s_.weights : s_.b;
     T* const s = side == 0 ? s_.s : s_.q;
     const auto untrusted = [&](int i) { return weight[i] > T(0) && !trusted(s[i]); };
-    if (made_.sums == Sums::kFirst) {
+    if (state_.sums == Sums::kFirst) {
       double again[1] = {0};
       for_side(side, [&](int i) {
         s[i] = static_cast<T>(joined(RowSum::kPlan, i));
         if (untrusted(i)) again[0] = 1;
       });
-      team_.team().template reduce<Max>(again);
+      team_.template reduce<Max>(again);
       if (again[0] > 0) return ask(side, RowSum::kLargest, Sums::kLargest), false;
-    } else if (made_.sums == Sums::kLargest) {
+    } else if (state_.sums == Sums::kLargest) {
       for_side(side, [&](int i) {
-        if (untrusted(i)) made_.guess[i] -= static_cast<T>(joined(RowSum::kLargest, i));
+        if (untrusted(i)) state_.guess[i] -= static_cast<T>(joined(RowSum::kLargest, i));
       });
       return ask(side, RowSum::kPlan, Sums::kAgain), false;
     }
@@ -171,7 +176,7 @@ class MadeCosts {
         F -= fast_log2(s[i]);
       } else {
         const T before = F, limit = static_cast<T>(kExp2Limit);
-        F = made_.guess[i] - fast_log2(static_cast<T>(joined(RowSum::kPlan, i)));
+        F = state_.guess[i] - fast_log2(static_cast<T>(joined(RowSum::kPlan, i)));
         const T t = before - F;
         s[i] = fast_exp2(t < limit ? t : limit);
       }
@@ -180,10 +185,10 @@ class MadeCosts {
   }
 
   Block& block_;
-  const MadeArguments<T>& args_;
+  const LaunchedArguments<T>& args_;
   Team& team_;
   SolverState<T>& s_;
-  MadeState<T>& made_;
+  LaunchedState<T>& state_;
 };
 
 }  // namespace otloss::cuda

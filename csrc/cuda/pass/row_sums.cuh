@@ -1,4 +1,4 @@
-// Sums over the rows of a cost matrix that is made from the points on the way and never stored.
+// Sums over the rows of a cost matrix, stored or made from the points on the way.
 //
 // A block has some of the rows and passes over all columns, or over a part of them. Tiles of costs
 // come from a maker (tiles.cuh); per entry there is one exponential, and a few shuffles add up the
@@ -14,6 +14,7 @@
 #include "cuda/device/reduce.cuh"
 #include "cuda/device/team.cuh"
 #include "cuda/pass/fma_tiles.cuh"
+#include "cuda/pass/stored_tiles.cuh"
 #include "cuda/pass/tensor_tiles.cuh"
 #include "cuda/solve/plan.h"
 
@@ -33,6 +34,8 @@ struct TensorTiles {
   template <typename T, class Block>
   using Maker = TensorTileMaker<Cost, RowSumShape, kLow, Block>;
 };
+
+struct StoredTiles {};  // a maker for each side
 
 // Calls function(FmaTiles) for costs of d coordinates.
 template <class F>
@@ -72,7 +75,7 @@ struct RowSums {
   RowTiles<T> tiles;
   RowSum what;
   int side;      // 0: the rows are the problem's, 1: its columns
-  const S* x;    // (columns,) factors (ProductTerms), or null: 1; may be written by other blocks
+  const S* x;    // (columns,) factors (ProductTerms), or null: 1
   S* out;        // (last - first,)
   int64_t sums;  // bytes of shared memory before the streamed_sums doubles; the arguments' precede
 };
@@ -132,7 +135,7 @@ class RowTerms {
 // F_i + G_j is added first and costs do not depend on which side is first, so that both sides get
 // the same P_ij, bit for bit, as if it was kept: the linear system of the implicit gradient stays
 // symmetric. Tensor cores would not do that, nor are they used.
-template <typename T, typename S>
+template <typename T, typename S, class Layout>
 class ProductTerms {
  public:
   using Arguments = RowSums<T, S>;
@@ -145,15 +148,15 @@ class ProductTerms {
 
   // Joined over the warp as in tile_sum.
   template <class Block>
-  OTLOSS_DEVICE S of_tile(Block& block, const TileEntries<T, FmaLayout<T>>& e) {
-    load(block, e.column);
-    S sums[kTileRows];
+  OTLOSS_DEVICE S of_tile(Block& block, const TileEntries<T, Layout>& e) {
+    load(e.column);
+    S sums[Layout::kRows];
 #pragma unroll
-    for (int r = 0; r < kTileRows; ++r) {
+    for (int r = 0; r < Layout::kRows; ++r) {
       const T F = e.potential(r);
       sums[r] = S(0);
 #pragma unroll
-      for (int c = 0; c < kVector<T>; ++c) {
+      for (int c = 0; c < Layout::kColumns; ++c) {
         const T t = (F + e.G[c]) - e.k * e.cost[r][c];
         // A clamped exponential stands for 0, so that padding gets exactly 0.
         T p = t > static_cast<T>(-kExp2Limit) ? fast_exp2(t) : T(0);
@@ -161,26 +164,24 @@ class ProductTerms {
         sums[r] += static_cast<S>(p) * x_[c];
       }
     }
-    return scatter_reduce<Sum>(block, sums);
+    return scatter_reduce<Sum, Layout::kLanes>(block, sums);
   }
 
  private:
   // x of the thread's columns, which stay while its tile does.
-  template <class Block>
-  OTLOSS_DEVICE void load(const Block& block, int64_t first) {
+  OTLOSS_DEVICE void load(int64_t first) {
     if (first == column_) return;
     column_ = first;
 #pragma unroll
-    for (int c = 0; c < kVector<T>; ++c) {
-      const bool inside = first + c < p_.tiles.end;
-      x_[c] = inside ? S(1) : S(0);
-      if (p_.x != nullptr && inside) x_[c] = block.load(p_.x + first + c);
+    for (int c = 0; c < Layout::kColumns; ++c) {
+      const int64_t j = first + Layout::column(c);
+      x_[c] = j < p_.tiles.end ? p_.x != nullptr ? p_.x[j] : S(1) : S(0);
     }
   }
 
   const Arguments& p_;
   int64_t column_ = -1;
-  S x_[kVector<T>];
+  S x_[Layout::kColumns];
 };
 
 // Sums of a block's rows over all tiles of its columns.
