@@ -61,6 +61,7 @@ void implicit_as(StableIValue* stack, const Device& device, const Problem& probl
       empty(seeds.loss, {P, B, kImplicitStatusFields}, aoti_torch_dtype_float64());
   Gradients<T> gradients(device, problem, seeds.loss, wanted);
   Tensors scratch;  // plans of pairs whose cost gradient, which could hold them, is not needed
+  std::vector<PointPair<T>> given(P);
   std::vector<ImplicitGroup<T>> groups;
   for (int64_t p = 0; p < P; ++p) {
     ImplicitGroup<T> group{};
