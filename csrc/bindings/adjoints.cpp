@@ -76,8 +76,10 @@ void implicit_as(StableIValue* stack, const Device& device, const Problem& probl
       group.P = data<T>(scratch.back());
     }
     if (!stored) group.made = gradients.made(p);
-    if (problem.multiscale)
-      group.given = as_given<T>(problem.clouds).pair(problem.x(p), problem.y(p), false, true);
+    if (problem.multiscale) {
+      given[p] = as_given<T>(problem.clouds).pair(problem.x(p), problem.y(p), false, true);
+      group.given = &given[p];
+    }
     groups.push_back(group);
   }
   OTLOSS_LAUNCH(device, implicit_backward, groups, problem.eps, problem.objective);
