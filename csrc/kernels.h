@@ -173,7 +173,7 @@ struct ImplicitGroup : EnvelopeGroup<T> {
   T* P;             // (B, n, m) scratch; may be grad_C; null where costs are made
   double* status;   // (B, kImplicitStatusFields)
   MadeCost<T> made = {};
-  PointPair<T> given = {};  // of a multiscale solve, as plan_sums takes them
+  const PointPair<T>* given = nullptr;  // of a multiscale solve, as plan_sums takes them, or null
 };
 
 enum ImplicitStatusField : int {

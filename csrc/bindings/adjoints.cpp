@@ -61,6 +61,7 @@ void implicit_as(StableIValue* stack, const Device& device, const Problem& probl
       empty(seeds.loss, {P, B, kImplicitStatusFields}, aoti_torch_dtype_float64());
   Gradients<T> gradients(device, problem, seeds.loss, wanted);
   Tensors scratch;  // plans of pairs whose cost gradient, which could hold them, is not needed
+  std::vector<PointPair<T>> given(P);
   std::vector<ImplicitGroup<T>> groups;
   for (int64_t p = 0; p < P; ++p) {
     ImplicitGroup<T> group{};
@@ -75,8 +76,10 @@ void implicit_as(StableIValue* stack, const Device& device, const Problem& probl
       group.P = data<T>(scratch.back());
     }
     if (!stored) group.made = gradients.made(p);
-    if (problem.multiscale)
-      group.given = as_given<T>(problem.clouds).pair(problem.x(p), problem.y(p), false, true);
+    if (problem.multiscale) {
+      given[p] = as_given<T>(problem.clouds).pair(problem.x(p), problem.y(p), false, true);
+      group.given = &given[p];
+    }
     groups.push_back(group);
   }
   OTLOSS_LAUNCH(device, implicit_backward, groups, problem.eps, problem.objective);

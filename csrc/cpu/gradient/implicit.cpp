@@ -144,7 +144,7 @@ class ImplicitProblem final : public PlanProducts {
 template <typename T>
 void implicit_backward(const std::vector<ImplicitGroup<T>>& groups, const Eps& eps,
                        Objective objective) {
-  if (groups[0].given.multiscale) return multiscale::implicit_backward(groups, eps.all, objective);
+  if (groups[0].given) return multiscale::implicit_backward(groups, eps.all, objective);
   for_each_problem(groups, [&](const ImplicitGroup<T>& group, int64_t p, bool split) {
     ImplicitProblem<T>(group, p, eps.of(p), objective, split).run();
   });

@@ -119,7 +119,7 @@ class ImplicitProblem {
   }
 
   void point_gradients(ListedPlan& plan) {
-    const PointPair<T>& points = group_.given;
+    const PointPair<T>& points = *group_.given;
     const MadeCost<T>& made = group_.made;
     if (!made.x.sum && !made.y.sum) return;
     Vector of_x, of_y;
@@ -162,8 +162,8 @@ class ImplicitProblem {
   const Objective objective_;
   const bool split_;
   const double scale_ = static_cast<double>(group_.coefficient * group_.grad[problem_]);
-  const Fixed fixed_{group_.given, problem_, group_.n,         group_.a, group_.f, group_.m,
-                     group_.b,     group_.g, group_.symmetric, eps_,     split_};
+  const Fixed fixed_{*group_.given, problem_, group_.n,         group_.a, group_.f, group_.m,
+                     group_.b,      group_.g, group_.symmetric, eps_,     split_};
   const Order x_{fixed_.in_x, fixed_.x.size, group_.n}, y_{fixed_.in_y, fixed_.y.size, group_.m};
   ImplicitSystem system_{Side<double>(x_.size, fixed_.x.w.data(), group_.penalties.rho_x),
                          in_order(group_.f, x_).data(),
