@@ -48,7 +48,7 @@ PLATFORMS = ("2_28", "2_27", "2_24", "2_17", "2_12", "2_5")  # of glibc, as pip 
 # Rows of tests: a name and pytest's arguments, each row a process. On a GPU machine `cuda` is in
 # the name of all that runs on the GPU, and a regime stands at the start or after a dash.
 KERNEL_TESTS = ["tests/test_cuda.py", "tests/test_regimes.py"]
-REGIMES = ("auto", "block", "cluster", "grid", "dense", "streamed")
+REGIMES = ("auto", "block", "cluster", "dense", "streamed")
 AROUND = ("cuda", "regimes", "examples", "benchmarks", "docs")  # not tests of the library
 TESTS = {
     **{name: [*KERNEL_TESTS, "-k", f"cuda and ([{name} or -{name})"] for name in REGIMES},

@@ -119,9 +119,8 @@ def page(reports: Mapping[str, Report], out: Path, docs: Path | None = None) -> 
         text = text.replace(f"<!-- table: {name} -->", part(reports))
     for name in panels.FIGURES:
         text = text.replace(f"<!-- figure: {name} -->", panels.show(name, reports, out, link))
-    if docs:
-        text = text.replace("*No picture yet.*\n\n", "")
     text = text.replace("<!-- curves -->", panels.curves(reports, out, link))
+    text = text.replace("*No picture yet.*\n\n", "")
     return f"<!-- Written by examples/compare.py from examples/{template.name}. -->\n\n{text}"
 
 

@@ -275,11 +275,11 @@ def test_derivatives_of_a_result_are_those_of_all_pairs(rng):
 
 
 @pytest.mark.parametrize("options", [{}, {"unbalanced": (0.5, None)}, {"cost": "cosine"}], ids=str)
-@pytest.mark.parametrize("eps", [0.3, 0.05])
+@pytest.mark.parametrize("eps", [1.0, 0.2])
 def test_implicit_gradients_from_lists(eps, options, rng):
     """Of both potentials, of one of a cloud against itself, and of transport values."""
-    c = clouds(rng, N, M, 3, weights="random").require_grad()
-    v, w = randn(rng, N), randn(rng, M)
+    c = clouds(rng, 700, 600, 3, weights="random").require_grad()
+    v, w = randn(rng, 700), randn(rng, 600)
 
     def potentials(c: Clouds, **how) -> Tensor:
         f, g = c.solve(eps, **options, **how).potentials

@@ -960,7 +960,10 @@ def test_starts_as_the_cpu(long_memory, monkeypatch, dense, d, same_spread, pena
         p = replace(p, eps=fraction * unit, rho=penalty)
         expected, found = solve(p, **call), long_memory.solve(p, **call)
         passes = float(expected.passes())
-        assert abs(float(found.passes()) - passes) <= 1 + (0.15 if passes < 50 else 0.4) * passes
+        more = float(found.passes()) - passes
+        # Doubted solves go on, where the CPU reads the costs once more for a proof.
+        doubted = float(found.status[..., ops.ERROR].max()) < call["tol"] / 4
+        assert abs(more) <= 1 + (0.15 if passes < 50 else 0.4) * passes or (doubted and more > 0)
         assert found.converged() == expected.converged()
         assert_close(found.loss, expected.loss, rtol=1e-2, atol=1e-2 * p.eps)
 

@@ -76,8 +76,7 @@ void implicit_as(StableIValue* stack, const Device& device, const Problem& probl
     }
     if (!stored) group.made = gradients.made(p);
     if (problem.multiscale)
-      group.given =
-          point_pair<T>(as_given(problem.clouds), problem.x(p), problem.y(p), false, true);
+      group.given = as_given<T>(problem.clouds).pair(problem.x(p), problem.y(p), false, true);
     groups.push_back(group);
   }
   OTLOSS_LAUNCH(device, implicit_backward, groups, problem.eps, problem.objective);

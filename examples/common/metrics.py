@@ -33,7 +33,8 @@ OT_BATCH = 200
 OT_REPEATS = 25
 # Squared distances are tens to hundreds, so the transport cost at this eps is that of exact OT to
 # about 1e-4 (FashionMNIST, n=200: 76.79 against 76.786).
-EXACT: dict[str, Any] = {"eps": 0.1, "cost": "sqeuclidean", "max_iters": 10_000}
+# float32 resolves no smaller tolerance at costs above a thousand.
+EXACT: dict[str, Any] = {"eps": 0.1, "cost": "sqeuclidean", "max_iters": 10_000, "tol": 3e-3}
 NEIGHBOURS = 3
 CHUNK = 1000
 LABELS = {

@@ -71,8 +71,8 @@ FIGURES: dict[str, list[Tile]] = {
         ("sweep-batch", "sweep.png", "FashionMNIST, over the batch"),
     ],
     "learned_cost": [
-        (f"cifar10-{loss}{length}", "last", loss.replace("-", " "))
-        for length in ("", "-short")
+        (f"{data}-{loss}", "last", loss.replace("-", " "))
+        for data in ("cifar10", "digits")
         for loss in ("mmd", "eps-10", "eps-100", "eps-1000")
     ],
     "autoencoder": [

@@ -42,9 +42,8 @@ SHORT: dict[str, str] = {
     " {runs}/digits {runs}/conditional-digits {runs}/geist-10-digits {runs}/gan-geist-digits",
     "sweep-digits": "sweep_eps.py --data digits --epochs 100 --seeds 2 --values 0.01 0.1 1 10",
     **{
-        f"cifar10-{preset}-short": "train_learned_cost.py --data cifar10 --width 0.125 --batch 100"
-        f" --limit-train 5000 --steps 400 --eval-samples 2000 --classifier-preset quick"
-        f" --preset {preset}"
+        f"digits-{preset}": "train_learned_cost.py --data digits --width 0.5 --batch 100"
+        f" --steps 800 --preset {preset}"
         for preset in ("mmd", "eps-10", "eps-100", "eps-1000")
     },
     **{
@@ -74,7 +73,7 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
     "french": {
         **{
             f"digits-{net}": f"train_gan.py --data digits --preset {net} --width 0.125"
-            " --steps 7200 --eval-every 600"
+            " --steps 4800 --eval-every 600"
             for net in ("basic", "dcgan")
         },
         "digits-otgan": "train_otgan.py --data digits --preset tiny --batch 100 --lr 2e-4"
@@ -105,7 +104,7 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
             for beta, options in (("", ""), ("-beta", " --betas 0.9 0.999"))
             for penalty in (500, 100)
         },
-        "otgan-label": "train_otgan.py --data mnist --preset tiny --labels 2 --steps 600",
+        "otgan-label": "train_otgan.py --data mnist --preset tiny --labels 2 --steps 550",
         "genevay-b-70": "train_sinkhorn.py --data mnist --preset genevay-b --epochs 70",
         "otgan-follow": "train_otgan.py --data fashion --preset tiny --eval-every 500"
         " --schedule follow",
@@ -209,7 +208,7 @@ MNIST = {
     "(.1, 10, 300)": "genevay-c",
     "(.1, 200, 100), 70 epochs": "genevay-b-70",
 }
-LABEL = {"OT-GAN at 1/8 width, 600 steps": "otgan-label"}
+LABEL = {"OT-GAN at 1/8 width, 550 steps": "otgan-label"}
 LI_LIANG_RUNS = {
     f"{data}, penalty {penalty}, beta_1 {beta}": f"otgan-{data}-{penalty}{suffix}"
     for data in ("mnist", "digits")
@@ -224,8 +223,8 @@ FOLLOW = {
     "OT-GAN, follows the held-out MED²": "otgan-follow",
 }
 LEARNED_RUNS = {
-    f"{loss}{text}": f"cifar10-{loss}{length}"
-    for length, text in (("", ""), ("-short", ", 400 steps"))
+    f"{data}, {loss}": f"{data}-{loss}"
+    for data in ("cifar10", "digits")
     for loss in ("mmd", "eps-1000", "eps-100", "eps-10")
 }
 SMOOTH = {

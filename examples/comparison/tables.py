@@ -48,6 +48,11 @@ def present(reports: Reports, base: str) -> list[Report]:
     return [reports[name] for name in names_of(base) if name in reports]
 
 
+def there(rows: Mapping[str, str], reports: Reports) -> list[tuple[str, Report]]:
+    """The rows, by label, whose run has a report."""
+    return [(label, reports[name]) for label, name in rows.items() if name in reports]
+
+
 def spread(values: Sequence[float], digits: int) -> str:
     """The value, or mean ± deviation of several seeds; - where there is none."""
     if not values:
@@ -80,8 +85,6 @@ def scores(reports: Reports, rows: Mapping[str, str], columns: Sequence[str]) ->
         if found := present(reports, base):
             cells = [cell(found, key) for key in columns]
             table_rows.append([label, *cells, f"{len(found)}", cpu_seconds(found)])
-        else:
-            table_rows.append([label, "not run", *[""] * (len(columns) + 1)])
     found = [report for base in rows.values() for report in present(reports, base)]
     by_data = {report["args"]["data"]: report for report in reversed(found)}
     floors = []
@@ -130,10 +133,7 @@ def plain_scores(
 def sweeps(reports: Reports) -> str:
     """The best value of each sweep by each measure."""
     rows = []
-    for name in SWEEPS:
-        if name not in reports:
-            rows.append([name, "not run", "", ""])
-            continue
+    for name in filter(reports.__contains__, SWEEPS):
         found = reports[name]["metrics"]
         cells = []
         for key, choose in (("fid", min), ("recall", max), ("med2", min)):
@@ -207,10 +207,7 @@ def mixture(reports: Reports) -> str:
 def matching(reports: Reports) -> str:
     """OT against random matching along the runs, by the metrics that need no classifier."""
     rows = []
-    for name in ("otgan", "otgan-random"):
-        if name not in reports:
-            rows.append([name, "not run", "", ""])
-            continue
+    for name in filter(reports.__contains__, ("otgan", "otgan-random")):
         report = reports[name]
         seen = [*report["evaluations"], {"step": report["steps"], **report["metrics"]}]
         rows += [
@@ -223,11 +220,7 @@ def matching(reports: Reports) -> str:
 def times(reports: Reports) -> str:
     """Minutes of the report, and of our runs with what they did in them."""
     rows = []
-    for label, name in french_of(reports).items():
-        if name not in reports:
-            rows.append([label, MINUTES[label], "not run", "", ""])
-            continue
-        report = reports[name]
+    for label, report in there(french_of(reports), reports):
         epochs, minutes = epochs_of(report), float(cpu_seconds([report]).strip("≤ ")) / 60
         width = f"{report['args']['width']:g}"
         each = f"{minutes / epochs:.2f}"
@@ -244,19 +237,12 @@ def epochs_of(report: Report) -> float:
 def french(reports: Reports) -> str:
     """The first and the last scores of the runs beside each other."""
     rows = []
-    for label, name in french_of(reports).items():
-        report = reports.get(name)
-        seen = (
-            [*report["evaluations"], {"step": report["steps"], **report["metrics"]}]
-            if report
-            else []
-        )
-        for entry in seen[:1] + seen[-1:]:
-            done = epochs_of({**report, "steps": entry["step"]}) if report else 0
+    for label, report in there(french_of(reports), reports):
+        last = {"step": report["steps"], **report["metrics"]}
+        for entry in (report["evaluations"][0], last):
+            done = epochs_of({**report, "steps": entry["step"]})
             cells = [cell([{"metrics": entry}], key) for key in ("is", "fid", "recall", "med2")]
             rows.append([label, f"{done:.0f}", *cells])
-        if not seen:
-            rows.append([label, "not run", "", "", "", ""])
     return table(["", "epochs", "IS", "FID", "recall", "MED²"], rows)
 
 
@@ -264,11 +250,7 @@ def flows(reports: Reports) -> str:
     """MED² by the number of Euler steps, and how bent the paths are."""
     keys = [f"med2_{n}" for n in (1, 2, 4, 8, 100)]
     rows = []
-    for label, name in FLOWS.items():
-        if name not in reports:
-            rows.append([label, "not run", *[""] * (len(keys) + 2)])
-            continue
-        report = reports[name]
+    for label, report in there(FLOWS, reports):
         metrics = report["metrics"]
         digits = 3 if label.startswith("plane") else 2
         cells = [f"{metrics[key]:.{digits}f}" for key in keys]
@@ -281,11 +263,7 @@ def flows(reports: Reports) -> str:
 def modes(reports: Reports) -> str:
     """What each adversary covers of the mixture at the end."""
     rows = []
-    for label, name in MIXTURES.items():
-        if name not in reports:
-            rows.append([label, "not run", "", "", ""])
-            continue
-        report = reports[name]
+    for label, report in there(MIXTURES, reports):
         found = report["metrics"]
         shares = [f"{found[key]:.1%}" for key in ("near", "least")]
         rows.append([label, f"{report['steps']}", f"{found['modes']}", *shares])

@@ -7,8 +7,8 @@ import math
 from torch import Tensor
 
 # A first step is at most MAX_GROWTH times as long as the one before. One that changes the residual
-# by less than FLAT of it, or FLAT_BUT_FOR_ROUNDING where the change may be only rounding, is followed
-# by one STRETCH times as long.
+# by less than FLAT of it, or FLAT_BUT_FOR_ROUNDING where the change may be only rounding, is
+# followed by one STRETCH times as long.
 MAX_GROWTH, FLAT, FLAT_BUT_FOR_ROUNDING, STRETCH = 10.0, 1e-2, 0.3, 2.0
 # L-BFGS: pairs kept, the least cosine of the angle between step and change of the residual.
 MEMORY, LEAST_CURVATURE = 8, 1e-10

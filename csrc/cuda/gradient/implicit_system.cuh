@@ -10,7 +10,7 @@
 
 namespace otloss::cuda {
 
-// As in csrc/cpu/gradient/implicit_system.cpp.
+// As in csrc/cpu/gradient/implicit.cpp.
 template <typename T>
 OTLOSS_HOST_DEVICE constexpr double implicit_tolerance() {
   return sizeof(T) == 4 ? 1e-8 : 1e-13;
@@ -80,7 +80,8 @@ class Implicit {
     s_.a = p_.a + batch_ * p_.n, s_.b = p_.b + batch_ * p_.m;
     T* const F = plan.F + batch_ * packed_stride(p_.n);
     T* const G = plan.G + batch_ * packed_stride(p_.m);
-    s_.x = row_side(points, batch_, p_.n, F), s_.y = column_side(points, batch_, p_.m, G);
+    s_.x = {points.x.cloud(batch_, points.d, p_.n), F};
+    s_.y = {points.y.cloud(batch_, points.d, p_.m), G};
     args_.orders.place(team_.index(), points, p_, batch_, p_.symmetric, kLog2E / args_.eps);
     s_.of_x = {1 / p_.penalties.rho_x}, s_.of_y = {1 / p_.penalties.rho_y};
     s_.symmetric = p_.symmetric, s_.balanced = p_.penalties.balanced;

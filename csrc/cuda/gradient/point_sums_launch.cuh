@@ -136,7 +136,6 @@ template <typename T>
 PackedPair<T> exchanged(const PackedPair<T>& pair) {
   PackedPair<T> other = pair;
   std::swap(other.x, other.y);
-  std::swap(other.split_x, other.split_y);
   return other;
 }
 
@@ -183,6 +182,20 @@ void point_gradient_sums(const Context& context, const std::vector<PointGradient
   sum_sides(context, absorbed_sides(context, groups, k), k);
 }
 
+// The sides of a group that want something; of_x, of_y: with the rows' points as rows, and the
+// columns'.
+template <typename T, class Weights, class Group>
+void add_sides(const Group& p, const PackedPair<T>& points, const T* F, const T* G,
+               const Weights& of_x, const Weights& of_y, std::vector<SideItem<T, Weights>>* sides) {
+  const MadeCost<T>& made = p.made;
+  if (made.x.sum || p.grad_C)
+    sides->push_back({p.batch, p.n, p.m, made.symmetric, points, made.points.zy, F, G, of_x, made.x,
+                      nullptr, p.grad_C});
+  if (made.y.sum)
+    sides->push_back({p.batch, p.m, p.n, made.symmetric, exchanged(points), made.points.zx, G, F,
+                      of_y, made.y, nullptr, nullptr});
+}
+
 template <typename T>
 void implicit_sums(const Context& context, const Pack<ImplicitGroup<T>>& pack,
                    const PlanOfPoints<T> (&plans)[kMaxGroups], double eps, Objective objective) {
@@ -191,15 +204,9 @@ void implicit_sums(const Context& context, const Pack<ImplicitGroup<T>>& pack,
     const ImplicitGroup<T>& p = pack.items[i];
     const PlanOfPoints<T>& plan = plans[i];
     const T of_C = of_cost<T>(objective, eps), both = p.made.symmetric ? T(2) : T(1);
-    const SolvedPlan<T> weights{plan.alpha, plan.beta, p.grad, p.coefficient, of_C, both, p.n, p.m};
-    if (p.made.x.sum || p.grad_C)
-      sides.push_back({p.batch, p.n, p.m, p.symmetric, plan.points, p.made.points.zy, plan.F,
-                       plan.G, weights, p.made.x, nullptr, p.grad_C});
-    if (p.made.y.sum)
-      sides.push_back(
-          {p.batch, p.m, p.n, p.symmetric, exchanged(plan.points), p.made.points.zx, plan.G, plan.F,
-           SolvedPlan<T>{plan.beta, plan.alpha, p.grad, p.coefficient, of_C, both, p.m, p.n},
-           p.made.y, nullptr, nullptr});
+    const SolvedPlan<T> of_x{plan.alpha, plan.beta, p.grad, p.coefficient, of_C, both, p.n, p.m};
+    const SolvedPlan<T> of_y{plan.beta, plan.alpha, p.grad, p.coefficient, of_C, both, p.m, p.n};
+    add_sides<T>(p, plan.points, plan.F, plan.G, of_x, of_y, &sides);
   }
   sum_sides(context, sides, static_cast<T>(kLog2E / eps));
 }
@@ -209,49 +216,33 @@ void unrolled_sums(const Context& context, const Pack<UnrolledGroup<T>>& pack,
                    const IterationsOfPoints<T> (&iterations)[kMaxGroups], double eps,
                    Objective objective) {
   std::vector<SideItem<T, Iterations<T>>> sides;
+  const double k = kLog2E / eps;
   for (int i = 0; i < pack.count; ++i) {
     const UnrolledGroup<T>& p = pack.items[i];
     const IterationsOfPoints<T>& all = iterations[i];
     const Penalty x{1 / p.penalties.rho_x}, y{1 / p.penalties.rho_y};
-    const double k = kLog2E / eps;
-    const IterationSide<T> rows{all.F,
-                                p.trace,
-                                p.a,
-                                nullptr,
-                                all.R,
-                                nullptr,
-                                p.n,
-                                packed_stride(p.n),
-                                static_cast<T>(k),
-                                static_cast<T>(k / x.damping(eps))};
-    const IterationSide<T> columns{all.G,
-                                   p.trace + p.n,
-                                   p.b,
-                                   all.g_bar,
-                                   nullptr,
-                                   all.H,
-                                   p.m,
-                                   packed_stride(p.m),
-                                   static_cast<T>(k / y.damping(eps)),
-                                   T(0)};
-    Iterations<T> weights{rows,
-                          columns,
-                          p.L,
-                          p.n + p.m,
-                          p.grad,
-                          p.coefficient,
-                          of_cost<T>(objective, eps),
-                          objective == Objective::kTransport,
-                          p.made.symmetric};
-    if (p.made.x.sum || p.grad_C)
-      sides.push_back({p.batch, p.n, p.m, p.made.symmetric, all.points, p.made.points.zy, all.F,
-                       all.G, weights, p.made.x, nullptr, p.grad_C});
-    std::swap(weights.rows, weights.columns);
-    if (p.made.y.sum)
-      sides.push_back({p.batch, p.m, p.n, p.made.symmetric, exchanged(all.points), p.made.points.zx,
-                       all.G, all.F, weights, p.made.y, nullptr, nullptr});
+    IterationSide<T> rows{}, columns{};
+    rows.plan = all.F, rows.trace = p.trace, rows.weight = p.a, rows.R = all.R;
+    rows.count = p.n, rows.stride = packed_stride(p.n);
+    rows.to_base = static_cast<T>(k), rows.to_other = static_cast<T>(k / x.damping(eps));
+    columns.plan = all.G, columns.trace = p.trace + p.n, columns.weight = p.b;
+    columns.g_bar = all.g_bar, columns.H = all.H;
+    columns.count = p.m, columns.stride = packed_stride(p.m);
+    columns.to_base = static_cast<T>(k / y.damping(eps));
+    Iterations<T> of_x{rows,
+                       columns,
+                       p.L,
+                       p.n + p.m,
+                       p.grad,
+                       p.coefficient,
+                       of_cost<T>(objective, eps),
+                       objective == Objective::kTransport,
+                       p.made.symmetric};
+    Iterations<T> of_y = of_x;
+    std::swap(of_y.rows, of_y.columns);
+    add_sides<T>(p, all.points, all.F, all.G, of_x, of_y, &sides);
   }
-  sum_sides(context, sides, static_cast<T>(kLog2E / eps));
+  sum_sides(context, sides, static_cast<T>(k));
 }
 
 }  // namespace otloss::cuda

@@ -69,10 +69,8 @@ struct SideSums {
     tiles.begin = begin;
     tiles.end = begin + share(p.m, splits) < p.m ? begin + share(p.m, splits) : p.m;
     tiles.stages = stages, tiles.room = room;
-    tiles.rows = packed_cloud(points.x, batch, points.d, p.n);
-    tiles.columns = packed_cloud(points.y, batch, points.d, p.m);
-    tiles.split_rows = points.split_x.cloud(batch, points.d, p.n);
-    tiles.split_columns = points.split_y.cloud(batch, points.d, p.m);
+    tiles.rows = points.x.cloud(batch, points.d, p.n);
+    tiles.columns = points.y.cloud(batch, points.d, p.m);
     tiles.F = p.F + batch * tiles.rows.stride + first;
     tiles.G = p.G + batch * tiles.columns.stride;
   }

@@ -120,8 +120,9 @@ class Adjoint {
 
   OTLOSS_DEVICE bool ask(int64_t l, int side, RowSum what, const T* x) {
     const Exponents of = exponents(l);
-    const SweepSide<T> rows = row_side(all_.points, batch_, p_.n, of.F);
-    const SweepSide<T> columns = column_side(all_.points, batch_, p_.m, of.G);
+    const PackedPair<T>& points = all_.points;
+    const SweepSide<T> rows{points.x.cloud(batch_, points.d, p_.n), of.F};
+    const SweepSide<T> columns{points.y.cloud(batch_, points.d, p_.m), of.G};
     rows.pad(block_), columns.pad(block_);
     block_.sync();
     if (block_.thread() != 0) return false;

@@ -19,13 +19,11 @@ namespace otloss::cuda {
 // Where the costs of a group are: stored, or made from points.
 template <typename T>
 struct PackedPair {
-  const T* C;  // (B, n, m), or null
+  TileKind tiles;  // who makes them
   CostKind kind;
-  int64_t d;                     // coordinates
-  const T* x;                    // (B, d + 1, packed_stride(n)) points, then their norms
-  const T* y;                    // (B, d + 1, packed_stride(m))
-  SplitClouds split_x, split_y;  // for tensor cores
-  TileKind tiles;                // who makes costs
+  int64_t d;   // coordinates
+  const T* C;  // (B, n, m), or null
+  PackedClouds<T> x, y;
 };
 
 // A tile of kWarp points and kWarp coordinates through shared memory.
@@ -155,8 +153,9 @@ struct SplitKernel {
   }
 };
 
-inline SplitClouds split(const Context& context, int64_t batch, int64_t n, int64_t d,
-                         const float* z, const float* squared_norm) {
+// The halves of packed clouds.
+inline void split(const Context& context, int64_t batch, int64_t n, int64_t d, const float* z,
+                  const float* squared_norm, PackedClouds<float>* clouds) {
   const int64_t stride = packed_stride(n);
   float* const scale = context.scratch<float>(batch);
   uint16_t* const halves = context.scratch<uint16_t>(batch * 2 * split_depth(d) * stride);
@@ -169,7 +168,7 @@ inline SplitClouds split(const Context& context, int64_t batch, int64_t n, int64
   grid.z = std::min(split_depth(d) / SplitKernel::kPiece, kGridY);
   grid.shared = 0;
   launch(context, SplitKernel{batch, n, d, stride, z, scale, halves}, grid);
-  return {halves, scale};
+  clouds->halves = halves, clouds->scale = scale;
 }
 
 // Who makes costs of points, if they are not stored.
@@ -189,33 +188,30 @@ class Packer {
 
   PackedPair<T> operator()(int64_t batch, int64_t n, int64_t m, const PointPair<T>& points,
                            const T* C = nullptr) {
-    if (C != nullptr)
-      return {C, points.kind, points.d, nullptr, nullptr, {}, {}, TileKind::kStored};
-    const Cloud& x = packed(batch, n, points, points.zx, points.hx);
-    const Cloud& y = packed(batch, m, points, points.zy, points.hy);
-    return {nullptr, points.kind, points.d, x.points, y.points, x.halves, y.halves, tiles_};
+    if (C != nullptr) return {TileKind::kStored, points.kind, points.d, C, {}, {}};
+    return {tiles_,
+            points.kind,
+            points.d,
+            nullptr,
+            packed(batch, n, points, points.zx, points.hx),
+            packed(batch, m, points, points.zy, points.hy)};
   }
 
  private:
-  struct Cloud {
-    const T* points = nullptr;
-    SplitClouds halves = {nullptr, nullptr};
-  };
-
-  const Cloud& packed(int64_t batch, int64_t n, const PointPair<T>& p, const T* z, const T* norm) {
-    Cloud& cloud = packed_[z];
-    if (cloud.points != nullptr) return cloud;
-    cloud.points = pack(context_, batch, n, p.d, z, norm);
+  const PackedClouds<T>& packed(int64_t batch, int64_t n, const PointPair<T>& p, const T* z,
+                                const T* norm) {
+    PackedClouds<T>& clouds = packed_[z];
+    if (clouds.points != nullptr) return clouds;
+    clouds.points = pack(context_, batch, n, p.d, z, norm);
     if constexpr (std::is_same_v<T, float>)
       if (tiles_ != TileKind::kFma)
-        cloud.halves =
-            split(context_, batch, n, p.d, z, traits_of(p.kind).unit_norm ? nullptr : norm);
-    return cloud;
+        split(context_, batch, n, p.d, z, traits_of(p.kind).unit_norm ? nullptr : norm, &clouds);
+    return clouds;
   }
 
   const Context& context_;
   const TileKind tiles_;
-  std::map<const T*, Cloud> packed_;
+  std::map<const T*, PackedClouds<T>> packed_;
 };
 
 }  // namespace otloss::cuda

@@ -173,8 +173,7 @@ SolvePlan products_plan(const Context& context, const Shape& shape, const Group&
 template <typename T>
 struct SweepSide {
   PackedCloud<T> cloud;
-  SplitCloud split;
-  T* exponents;  // (cloud.stride,)
+  T* exponents;  // (cloud.stride,) padded
 
   // By all threads of a control.
   template <class Block>
@@ -183,20 +182,6 @@ struct SweepSide {
       exponents[i] = static_cast<T>(kLog2Zero);
   }
 };
-
-// Sides of a problem; exponents (n,) and (m,), padded.
-template <typename T>
-OTLOSS_DEVICE SweepSide<T> row_side(const PackedPair<T>& points, int64_t batch, int64_t n,
-                                    T* exponents) {
-  return {packed_cloud(points.x, batch, points.d, n), points.split_x.cloud(batch, points.d, n),
-          exponents};
-}
-template <typename T>
-OTLOSS_DEVICE SweepSide<T> column_side(const PackedPair<T>& points, int64_t batch, int64_t m,
-                                       T* exponents) {
-  return {packed_cloud(points.y, batch, points.d, m), points.split_y.cloud(batch, points.d, m),
-          exponents};
-}
 
 // The sums that come next; by one thread.
 template <typename T, typename S>
@@ -207,7 +192,6 @@ OTLOSS_DEVICE void set_order(RowSums<T, S>& order, int side, RowSum what, const 
   order.what = what, order.side = side, order.x = x;
   RowTiles<T>& tiles = order.tiles;
   tiles.rows = own.cloud, tiles.columns = other.cloud;
-  tiles.split_rows = own.split, tiles.split_columns = other.split;
   tiles.first = tiles.begin = 0;
   tiles.last = own.cloud.count, tiles.end = other.cloud.count;
   tiles.F = own.exponents, tiles.G = other.exponents;

@@ -87,7 +87,7 @@ class TensorSideSums {
       sum_[r] += sum;
       largest = join(largest, [](float x, float y) { return Max::join(x, y); });
       const float scale = row_scale(largest);
-      unscale_[r] = 1 / scale * (1 / p_.split_columns.scale);
+      unscale_[r] = 1 / scale * (1 / p_.columns.split.scale);
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) V[r][c] *= scale;
     }

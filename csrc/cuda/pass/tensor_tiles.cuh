@@ -58,7 +58,7 @@ class TensorTileMaker {
         row_(block.thread() / kWarp / Shape::kColumnWarps * Shape::kWarpRows),
         column_(block.thread() / kWarp % Shape::kColumnWarps * Shape::kWarpColumns),
         lane_(block.thread() % kWarp),
-        unscale_(1 / tiles.split_rows.scale * (1 / tiles.split_columns.scale)) {}
+        unscale_(1 / tiles.rows.split.scale * (1 / tiles.columns.split.scale)) {}
 
   // Rows that run() takes at most, and the warps that have columns of the same rows.
   OTLOSS_DEVICE int most_rows() const { return Shape::kRows; }
@@ -119,7 +119,7 @@ class TensorTileMaker {
       block_.commit_copies();
     };
     if (stages_.resident && p_.begin < p_.end)
-      copy_points<Shape::kRows>(p_.split_rows, p_.rows.stride, first, 0, padded_, rows_of({0}));
+      copy_points<Shape::kRows>(p_.rows.split, p_.rows.stride, first, 0, padded_, rows_of({0}));
     for (int s = 0; s < kTensorStages - 1; ++s) load_next();
     Entries entries;
     float sums[kM][kN][4];
@@ -181,10 +181,10 @@ class TensorTileMaker {
   // Starts copying a stage.
   OTLOSS_DEVICE void load(int64_t first, const Step& step) const {
     const int begin = step.chunk * stages_.depth, depth = depth_of(step.chunk);
-    copy_points<Shape::kColumns>(p_.split_columns, p_.columns.stride, step.column, begin, depth,
+    copy_points<Shape::kColumns>(p_.columns.split, p_.columns.stride, step.column, begin, depth,
                                  columns_of(step));
     if (!stages_.resident && !step.visit)
-      copy_points<Shape::kRows>(p_.split_rows, p_.rows.stride, first, begin, depth, rows_of(step));
+      copy_points<Shape::kRows>(p_.rows.split, p_.rows.stride, first, begin, depth, rows_of(step));
     if (step.chunk == chunks_ - 1 && !step.visit) copy_extra(step.column, extra_of(step));
   }
 

@@ -30,6 +30,13 @@ struct alignas(16) Vector {
   T at[kVector<T>];
 };
 
+// For tensor cores a cloud is also scaled by a power of two and split into halves, z = high + low.
+struct SplitCloud {
+  const uint16_t*
+      z;  // (split_depth(d) / 8, 2, stride, 8): 8 coordinates of a point, high, then low
+  float scale;
+};
+
 // A prepared cloud (see CloudGroup) coordinate by coordinate.
 template <typename T>
 struct PackedCloud {
@@ -37,32 +44,22 @@ struct PackedCloud {
   const T* norm;   // (stride,) see CloudGroup, 0 from `count` on
   int64_t count;   // points
   int64_t stride;  // packed_stride(count)
-};
-
-// Cloud `batch` of (B, d + 1, stride) values, points and then norms.
-template <typename T>
-OTLOSS_HOST_DEVICE PackedCloud<T> packed_cloud(const T* clouds, int64_t batch, int64_t d,
-                                               int64_t count) {
-  const int64_t stride = packed_stride(count);
-  const T* z = clouds + batch * (d + 1) * stride;
-  return {z, z + d * stride, count, stride};
-}
-
-// A packed cloud for tensor cores: scaled by a power of two and split into halves, z = high + low.
-struct SplitCloud {
-  const uint16_t*
-      z;  // (split_depth(d) / 8, 2, stride, 8) coordinates: 8 of a point, high, then low
-  float scale;
+  SplitCloud split;
 };
 
 // Clouds of one shape, (B, ...) of the above.
-struct SplitClouds {
-  const uint16_t* z;   // (B, split_depth(d) / 8, 2, stride, 8), or null: not made
-  const float* scale;  // (B,)
+template <typename T>
+struct PackedClouds {
+  const T* points = nullptr;         // (B, d + 1, stride) points, then norms; null: not made
+  const uint16_t* halves = nullptr;  // (B, split_depth(d) / 8, 2, stride, 8), or null: not made
+  const float* scale = nullptr;      // (B,)
 
-  OTLOSS_HOST_DEVICE SplitCloud cloud(int64_t batch, int64_t d, int64_t count) const {
-    if (z == nullptr) return {nullptr, 1.0f};
-    return {z + batch * split_depth(d) * 2 * packed_stride(count), scale[batch]};
+  OTLOSS_HOST_DEVICE PackedCloud<T> cloud(int64_t batch, int64_t d, int64_t count) const {
+    const int64_t stride = packed_stride(count);
+    const T* const z = points + batch * (d + 1) * stride;
+    if (halves == nullptr) return {z, z + d * stride, count, stride, {nullptr, 1.0f}};
+    const uint16_t* const split = halves + batch * split_depth(d) * 2 * stride;
+    return {z, z + d * stride, count, stride, {split, scale[batch]}};
   }
 };
 
@@ -78,10 +75,9 @@ struct RowTiles {
   const T* C;      // stored costs of the problem, of `width` columns; its rows, or its columns, are
   int64_t width;   // those of the tiles
   PackedCloud<T> rows, columns;
-  SplitCloud split_rows, split_columns;  // tensor cores
-  int64_t first, last;                   // rows; first a multiple of kTileRows
-  int64_t begin, end;                    // columns; begin a multiple of kPackedAlign
-  const T* F;                            // (last - first,) potentials of the rows in base 2
+  int64_t first, last;  // rows; first a multiple of kTileRows
+  int64_t begin, end;   // columns; begin a multiple of kPackedAlign
+  const T* F;           // (last - first,) potentials of the rows in base 2
   const T* G;      // (columns.stride,) of the columns, with the logarithm of their weights; may be
                    // written by other blocks
   int64_t stages;  // bytes of shared memory before those of the stages
@@ -190,7 +186,7 @@ OTLOSS_DEVICE bool square_distances(const T (&hx)[Layout::kRows], const T (&hy)[
     const T squares = hx[r] + hy[c];
     d2 = squares - T(2) * scale * d2;
     lost = lost || d2 <= cancellation_limit<T>() * squares;
-    d2 = d2 < T(0) ? T(0) : d2;  // NaN stays
+    d2 = d2 > T(0) ? d2 : T(0);
   });
   return lost;
 }

@@ -107,8 +107,8 @@ struct SampleKernel {
     if (p.C != nullptr)
       out = p.C[(batch * p.n + row) * p.m + column];
     else
-      out = pair_cost(pair.kind, pair.d, false, packed_cloud(pair.x, batch, pair.d, p.n), row,
-                      packed_cloud(pair.y, batch, pair.d, p.m), column);
+      out = pair_cost(pair.kind, pair.d, false, pair.x.cloud(batch, pair.d, p.n), row,
+                      pair.y.cloud(batch, pair.d, p.m), column);
   }
 };
 

@@ -57,8 +57,8 @@ class LaunchedCosts {
       *v = vectors, vectors += length;
     s_.F = state_.F, s_.a = state_.a, s_.s = state_.s;
     const PackedPair<T>& points = args_.points[&p - args_.solve.groups.items];
-    state_.x = row_side(points, batch, p.n, state_.A);
-    state_.y = column_side(points, batch, p.m, s_.G);
+    state_.x = {points.x.cloud(batch, points.d, p.n), state_.A};
+    state_.y = {points.y.cloud(batch, points.d, p.m), s_.G};
     args_.orders.place(team_.index(), points, p, batch, p.symmetric, 0);
   }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -99,13 +100,18 @@ double sweep_rate(const Shape& shape, int64_t d, TileKind tiles) {
   return 1 / (products * depths * kMmaCycles / kMmaEntries + kTensorOperations / kOperations);
 }
 
+// Rows and columns that a block takes at once.
+struct CutStep {
+  int64_t rows, columns;
+};
+
 // Cycles of a sweep over all problems; the block that adds up the parts is alone with its problem.
 double sweep_cycles(const Shape& shape, int64_t rows, int64_t columns, const SweepCut& cut,
-                    int64_t multiprocessors, TileKind tiles, double rate) {
+                    const CutStep& step, int64_t multiprocessors, TileKind tiles, double rate) {
   int64_t own = std::min(rows, cut.rows), other = ceil_div(columns, cut.parts);
   double cycles = 0;
   if (tiles == TileKind::kFma || tiles == TileKind::kStored) {
-    if (cut.parts > 1) other = ceil_to(other, kSolveThreads * 4);
+    if (cut.parts > 1) other = ceil_to(other, step.columns);
   } else {
     cycles = kFillCycles * static_cast<double>(ceil_div(own, RowSumShape::kRows));
     own = ceil_to(own, RowSumShape::kWarpRows), other = ceil_to(other, RowSumShape::kColumns);
@@ -116,23 +122,19 @@ double sweep_cycles(const Shape& shape, int64_t rows, int64_t columns, const Swe
          static_cast<double>(rows * cut.parts * shape.element) / kCacheBytes;
 }
 
-int forced_number(const char* name) {
-  const char* text = std::getenv(name);
-  return text == nullptr ? 0 : std::atoi(text);
-}
-
 // About a block for each multiprocessor; the parts with the fewest cycles, which are added to
 // `cycles`.
-SweepCut choose_cut(const Shape& shape, int64_t rows, int64_t columns, int64_t multiprocessors,
-                    TileKind tiles, double rate, double* cycles) {
+SweepCut choose_cut(const Shape& shape, int64_t rows, int64_t columns, const CutStep& step,
+                    int64_t multiprocessors, TileKind tiles, double rate, double* cycles) {
   constexpr int kMostParts = 32;
-  const int forced = forced_number("OTLOSS_CUDA_PARTS"), first = std::max(forced, 1);
+  const char* const text = std::getenv("OTLOSS_CUDA_PARTS");
+  const int forced = text == nullptr ? 0 : std::atoi(text), first = std::max(forced, 1);
   SweepCut best{};
   double least = 0;
   for (int parts = first; parts <= (forced > 0 ? forced : kMostParts); ++parts) {
     const int64_t share = ceil_div(rows * parts * shape.problems, multiprocessors);
-    const SweepCut cut{ceil_to(std::min(share, rows), kTileRows), parts};
-    const double time = sweep_cycles(shape, rows, columns, cut, multiprocessors, tiles, rate);
+    const SweepCut cut{ceil_to(std::min(share, rows), step.rows), parts};
+    const double time = sweep_cycles(shape, rows, columns, cut, step, multiprocessors, tiles, rate);
     if (best.parts > 0 && !(time < least)) continue;
     best = cut, least = time;
   }
@@ -140,16 +142,8 @@ SweepCut choose_cut(const Shape& shape, int64_t rows, int64_t columns, int64_t m
   return best;
 }
 
-const char* name_of(Regime regime) {
-  switch (regime) {
-    case Regime::kAuto: return "auto";
-    case Regime::kBlock: return "block";
-    case Regime::kCluster: return "cluster";
-    case Regime::kDense: return "dense";
-    case Regime::kStreamed: return "streamed";
-  }
-  return "";
-}
+constexpr const char* kRegimes[] = {"auto", "block", "cluster", "dense", "streamed"};  // by number
+const char* name_of(Regime regime) { return kRegimes[static_cast<int>(regime)]; }
 
 // Of a problem in shared memory; cycles < 0: it does not fit.
 SolvePlan resident_plan(const Shape& shape, const Limits& limits, int team_size, bool small) {
@@ -197,9 +191,8 @@ std::string SolvePlan::describe() const {
 Regime forced_regime() {
   const char* text = std::getenv("OTLOSS_CUDA_REGIME");
   if (text == nullptr || *text == '\0') return Regime::kAuto;
-  for (const Regime regime :
-       {Regime::kAuto, Regime::kBlock, Regime::kCluster, Regime::kDense, Regime::kStreamed})
-    if (std::string(text) == name_of(regime)) return regime;
+  for (int regime = 0; regime < static_cast<int>(std::size(kRegimes)); ++regime)
+    if (std::string(text) == kRegimes[regime]) return static_cast<Regime>(regime);
   throw std::runtime_error(
       std::string("otloss: OTLOSS_CUDA_REGIME must be auto, block, cluster, dense or streamed, ") +
       "got " + text);
@@ -268,8 +261,11 @@ SolvePlan choose_launched_plan(const Shape& shape, int64_t d, const Limits& limi
   plan.shared.vectors = -1;
   plan.streamed = lay_out_streamed(limits, tiles);
   plan.cycles = 2 * kVectorCycles + kLaunches * kLaunch;
-  plan.cuts[0] = choose_cut(shape, shape.n, shape.m, at_once, tiles, rate, &plan.cycles);
-  plan.cuts[1] = choose_cut(shape, shape.m, shape.n, at_once, tiles, rate, &plan.cycles);
+  const CutStep of_rows{kTileRows, int64_t{kSolveThreads} * 4};
+  const CutStep of_columns = shared > 1 ? CutStep{kWarp, kSolveThreads / 2} : of_rows;
+  plan.cuts[0] = choose_cut(shape, shape.n, shape.m, of_rows, at_once, tiles, rate, &plan.cycles);
+  plan.cuts[1] =
+      choose_cut(shape, shape.m, shape.n, of_columns, at_once, tiles, rate, &plan.cycles);
   return plan;
 }
 
