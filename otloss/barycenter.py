@@ -95,7 +95,8 @@ def barycenter(
     for k, cloud in enumerate(clouds):
         _check.finite(f"clouds[{k}]", cloud)
     K, dtype = len(y), _check.compute_dtype(y)
-    w = torch.as_tensor(weights, device=y.device)
+    numbers = None if isinstance(weights, Tensor) else torch.float64  # integers, too
+    w = torch.as_tensor(weights, dtype=numbers, device=y.device)
     _check.weights("weights", w, (K,), "clouds", y)
     given = [*clouds, w, *(b or ())]
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):

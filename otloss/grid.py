@@ -59,7 +59,8 @@ def solve_grid(
         periodic: whether the last point of an axis is a neighbour of the first, one or one per
             axis.
         cost: ``"sqeuclidean"`` |x - y|^2 (no 1/2), or a list of matrices, (H, H), (W, W), one per
-            axis, which are constants; then ``spacing`` and ``periodic`` are not used.
+            axis, which are constants; then ``spacing`` and ``periodic`` matter to
+            ``barycentric_map`` alone.
         objective, unbalanced, tol, max_iters, n_iters, init: as in :func:`otloss.solve`. With
             ``n_iters`` the gradient is that of the iterations, else that of the solution.
         method: ``"auto"`` or ``"reference"`` (plain torch).

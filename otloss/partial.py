@@ -296,7 +296,7 @@ class PartialResult(OTResult):
         settings = self._settings
         if settings is not None and settings.places is not None and self._kept_extended is None:
             a, b, f, g = self._whole
-            with torch.enable_grad():  # see Plan
+            with torch.inference_mode(False):  # see Plan
                 every = extended(settings, settings.places, [a, b], f, g)
             self._kept_extended = [v[:, :-1] for v in every]
         return self._kept_extended

@@ -66,7 +66,8 @@ class Plan:
                 )
 
     # Not cached_property, whose lock torch.compile cannot trace. What is kept is kept with its
-    # graph, also if it is first read where gradients are off: later readings may want one.
+    # graph, also if it is first read where gradients are off, in no_grad or inference_mode (leaving
+    # the latter turns them on): later readings may want one.
 
     @property
     def _cost(self) -> Tensor:
@@ -74,14 +75,14 @@ class Plan:
         self._check_unchanged()
         if self._kept_cost is None:
             o = self._options
-            with torch.enable_grad():
+            with torch.inference_mode(False):
                 self._kept_cost = build_costs(self._problem, [0, 1], o.cost, o.method)[0]
         return self._kept_cost
 
     @property
     def _plan(self) -> Tensor:
         if self._kept_plan is None:
-            with torch.enable_grad():
+            with torch.inference_mode(False):
                 self._kept_plan, self._kept_cost = self._plan_rows(slice(None), self._cost)
         return self._kept_plan
 
@@ -110,7 +111,7 @@ class Plan:
         settings = self._settings
         if settings is not None and settings.places is not None and self._kept_extended is None:
             weights = self._problem.weights
-            with torch.enable_grad():
+            with torch.inference_mode(False):
                 self._kept_extended = extended(settings, settings.places, weights, self._f, self._g)
         return self._kept_extended
 

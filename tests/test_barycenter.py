@@ -38,6 +38,12 @@ def test_agrees_with_pot():
     assert float((p - expected).abs().max()) < 0.01 * float(expected.max())
 
 
+def test_weights_are_any_numbers(rng):
+    y = rand(rng, 5, 2)
+    found, _ = otloss.barycenter([y, y + 1], [1, 3], 0.5)
+    assert torch.equal(found, otloss.barycenter([y, y + 1], torch.tensor([0.25, 0.75]), 0.5)[0])
+
+
 @pytest.mark.filterwarnings("ignore::otloss.ConvergenceWarning")
 def test_of_points_far_apart_at_a_small_eps():
     """Every entry of its plans underflows; half way there is still the one point."""

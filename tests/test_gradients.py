@@ -420,6 +420,17 @@ def test_clusters_that_exchange_nothing():
         assert all(grad(t[0, 0], x)[0].isfinite().all() for t in grads)
 
 
+@pytest.mark.parametrize("method", ["dense", "streamed"])
+def test_a_system_of_rounding_warns_of_nothing(method):
+    """Marginals that are constraints depend on no point: all of the right-hand side cancels."""
+    x, y = (randn(torch.Generator().manual_seed(k), n, 2) for k, n in ((3, 60), (4, 50)))
+    result = otloss.solve_sample(
+        x.requires_grad_(), y, 0.005, tol=1e-9, max_iters=20_000, method=method
+    )
+    found = torch.autograd.grad((result.marginals[0] * y[0, 0] * x.detach()[:, 0]).sum(), x)
+    assert float(found[0].abs().max()) < 1e-10
+
+
 @some_of("backend", [name for name in BACKENDS if name != "reference"])  # which has no iterations
 def test_the_result_tells_how_the_linear_system_went(backend, rng):
     c = clouds(rng, 6, 5, 2, batch=2).to(backend.device).require_grad()

@@ -38,7 +38,7 @@ CgReport conjugate_gradients(const CgLimits& limits, const Vector& inverse,
     rz = next;
     ++report.iterations;
   }
-  report.residual = first > limits.floor ? std::sqrt(rz / first) : 0.0;
+  report.residual = rz > limits.floor ? std::sqrt(rz / first) : 0.0;
   return report;
 }
 
