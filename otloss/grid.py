@@ -95,10 +95,12 @@ def solve_grid(
     if init is not None:
         f, g = init.potentials if isinstance(init, OTResult) else init
         for name, v in (("f", f), ("g", g)):
-            if not isinstance(v, Tensor) or v.shape != a.shape:
+            if _check.floating(f"init {name}", v).shape != a.shape:
                 raise ValueError(
                     f"init {name} must have shape {tuple(a.shape)}, got {_check.describe(v)}"
                 )
+            if _check.readable(v):
+                _check.finite(f"init {name}", v)
         start = [v.detach().double().flatten(1) for v in (f, g)]
     grid = _grid(axes, options)
     solved = solve_densities(problem, grid, spaces, LOSS, options, start)

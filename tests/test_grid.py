@@ -193,6 +193,7 @@ def test_single_precision():
         ({"cost": "euclidean"}, "cost must be 'sqeuclidean'"),
         ({"cost": [torch.rand(4, 4)]}, "one per axis"),
         ({"method": "dense"}, "method must be"),
+        ({"init": [torch.full((1, 4, 5), math.nan)] * 2}, "init f must be finite.*20 of 20"),
     ],
 )
 def test_wrong_calls_say_what_is_wrong(change, message):

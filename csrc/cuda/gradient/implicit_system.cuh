@@ -313,9 +313,8 @@ class Implicit {
   OTLOSS_DEVICE bool last() {
     if (team_.first_thread()) {
       double* const status = p_.status + batch_ * kImplicitStatusFields;
-      const double rz = s_.rz, ratio = rz > 0 || rz != rz ? rz / s_.first : 0.0;
       status[kImplicitIterations] = s_.iterations;
-      status[kImplicitResidual] = s_.first <= s_.floor ? 0.0 : sqrt(ratio);
+      status[kImplicitResidual] = s_.rz <= s_.floor ? 0.0 : sqrt(s_.rz / s_.first);
     }
     if (!s_.symmetric) return ask(Stage::kBack, 0, s_.v.beta);
     team_.for_columns([&](int j) {
