@@ -80,11 +80,11 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
         " --steps 2400 --eval-every 600",
         **{
             f"mnist-{net}": f"train_gan.py --data mnist --preset {net} --width 0.125"
-            f" --epochs {epochs} --eval-every 600 --eval-samples 5000"
-            for net, epochs in (("basic", 10), ("dcgan", 5))
+            f" --epochs {epochs} --eval-every 600"
+            for net, epochs in (("basic", 12), ("dcgan", 6))
         },
         "mnist-otgan": "train_otgan.py --data mnist --preset tiny --batch 100 --lr 2e-4"
-        " --epochs 3 --eval-every 600 --eval-samples 5000",
+        " --epochs 4 --eval-every 600",
     },
     # Genevay et al. 2018: 2.5
     "genevay": {
