@@ -258,6 +258,17 @@ def test_layouts(backend, dtype, batch, layout, rng):
     assert_close(*map(torch.autograd.grad, losses, (views, copies)), rtol=1e-5, atol=1e-6)
 
 
+@some_of("backend, dtype", BACKENDS, DTYPES)
+def test_clouds_of_one_point_each(backend, dtype, rng):
+    """Rounding makes the variance that they do not have negative, too."""
+    for d in (1, 2, 5, 5, 5, 5):
+        x, y = (randn(rng, 1, d, dtype=dtype).expand(n, d) for n in (7, 9))
+        a, b = (rand(rng, n, dtype=dtype).softmax(0) for n in (7, 9))
+        x, y, a, b = (t.to(backend.device) for t in (x, y, a, b))
+        loss = otloss.sinkhorn_divergence(x, y, 0.5, a=a, b=b, method=backend.method)
+        close(loss, (x[0] - y[0]).square().sum(), 1e-5, 1.0)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_cost_matrix_layouts_given_to_solve(layout, rng):
     C = randn(rng, 3, 7, 5).abs()

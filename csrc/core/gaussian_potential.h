@@ -42,9 +42,11 @@ OTLOSS_COOPERATIVE void factor(Threads& threads, int d, double* A, double* L) {
   for (int k = 0; k < d; ++k) trace += A[k * d + k];
   threads.each(d * d, [&](int e) { L[e] = 0; });
   for (int k = 0; k < d; ++k) {
-    const double pivot = A[k * d + k];
-    if (!(pivot > kLeast * trace)) continue;
-    threads.each(d - k, [&](int i) { L[(k + i) * d + k] = A[(k + i) * d + k] / std::sqrt(pivot); });
+    const double pivot = A[k * d + k];  // read before each() returns: A is written after that
+    const bool varies = pivot > 0 && pivot > kLeast * trace;  // rounding makes either negative
+    threads.each(d - k, [&](int i) {
+      L[(k + i) * d + k] = varies ? A[(k + i) * d + k] / std::sqrt(pivot) : 0;
+    });
     const int rest = d - k - 1;
     threads.each(rest * rest, [&](int e) {
       const int i = k + 1 + e / rest, j = k + 1 + e % rest;

@@ -80,11 +80,11 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
         " --steps 2400 --eval-every 600",
         **{
             f"mnist-{net}": f"train_gan.py --data mnist --preset {net} --width 0.125"
-            f" --epochs {epochs} --eval-every 600 --eval-samples 5000"
-            for net, epochs in (("basic", 10), ("dcgan", 5))
+            f" --epochs {epochs} --eval-every 600"
+            for net, epochs in (("basic", 12), ("dcgan", 6))
         },
         "mnist-otgan": "train_otgan.py --data mnist --preset tiny --batch 100 --lr 2e-4"
-        " --epochs 3 --eval-every 600 --eval-samples 5000",
+        " --epochs 4 --eval-every 600",
     },
     # Genevay et al. 2018: 2.5
     "genevay": {
@@ -99,8 +99,8 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
     "li-liang": {
         **{
             f"otgan-{data}-{penalty}{beta}": f"train_otgan.py --data {data} --preset tiny"
-            f" --batch 256 --steps 1000 --eps {1 / penalty:g}{options}"
-            for data in ("digits", "mnist")
+            f" --batch 256 --steps {steps} --eps {1 / penalty:g}{options}"
+            for data, steps in (("digits", 1000), ("mnist", 800))
             for beta, options in (("", ""), ("-beta", " --betas 0.9 0.999"))
             for penalty in (500, 100)
         },
