@@ -1,6 +1,6 @@
 """Register two shapes of a hundred thousand points: one flows onto the other.
 
-    python examples/register_shapes.py --out runs/shapes                          # a few minutes
+    python examples/register_shapes.py --out runs/shapes                          # a minute or two
     python examples/register_shapes.py --source bunny.npy --target torus --blur 0.02
 
 Every point follows the gradient of the Sinkhorn divergence, from rough to fine: the blur of a step
