@@ -207,7 +207,7 @@ def test_empty_bins(clouds, way, objective, n_iters):
 
     s, t = leaves(*torch.zeros(2, dtype=torch.float64))
     found = torch.autograd.grad(at(s, t), (s, t))
-    h = 1e-4
+    h = 2e-5  # the difference is off by a third of h^2 f''', which a small empty bin makes large
     for k, one in enumerate(found):
         v = [float(at(*((n * h, 0.0) if k == 0 else (0.0, n * h)))) for n in range(3)]
         expected = (4 * v[1] - 3 * v[0] - v[2]) / (2 * h)
