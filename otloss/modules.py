@@ -75,9 +75,9 @@ class SinkhornDivergence(_PairLoss):
     .. math:: S_\varepsilon(a, b) = OT_\varepsilon(a, b) - \tfrac12 OT_\varepsilon(a, a)
               - \tfrac12 OT_\varepsilon(b, b)
 
-    It is called with clouds (n, d) and (m, d), or batches (B, n, d) and (B, m, d), and weights
-    ``a``, ``b`` if they are not uniform, ``loss(x, y, a, b)``; it returns () or (B,), differentiable
-    twice in all four.
+    Called with clouds (n, d) and (m, d), or batches (B, n, d) and (B, m, d), and with weights if
+    they are not uniform, ``loss(x, y, a, b)``. It returns () or (B,), differentiable twice in all
+    four.
 
     Args:
         eps: regularisation, in units of cost, absolute. A ``Parameter`` is learnt with the module's
@@ -165,8 +165,8 @@ class EnergyDistance(nn.Module):
     .. math:: E(a, b) = \langle a, C_{xy} b\rangle - \tfrac12 \langle a, C_{xx} a\rangle
               - \tfrac12 \langle b, C_{yy} b\rangle
 
-    It is called with clouds (n, d) and (m, d), or batches, and weights ``a``, ``b`` if they are not
-    uniform; arguments, gradients and errors as the function's.
+    Called with clouds (n, d) and (m, d), or batches, and with weights if they are not uniform;
+    arguments, gradients and errors are those of the function.
 
     Example:
         >>> x = torch.rand(20, 3)

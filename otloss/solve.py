@@ -57,9 +57,9 @@ def solve(
     the totals of a and b may differ. At the solution the marginals are
     :math:`a\, e^{-f / \rho_x}` and :math:`b\, e^{-g / \rho_y}`.
 
-    With ``mass`` the plan is any of that total with :math:`P 1 \le a,\; P^T 1 \le b`, partial
-    transport; totals may differ. What stays has an entropy too (docs/unbalanced.md), so that it is the
-    limit of small eps that is exact.
+    With ``mass``, partial transport, the plan has that total and :math:`P 1 \le a,\; P^T 1 \le b`;
+    the totals of a and b may differ. What stays has an entropy too, so that only the limit of small
+    eps is exact (docs/unbalanced.md).
 
     Args:
         C: cost matrix (n, m), or (B, n, m) for a batch of independent problems. One matrix serves
