@@ -23,8 +23,8 @@ class _Loss(nn.Module):
         self, eps: float | Tensor, *, warm_start: bool = False, **kwargs: Unpack[LossOptions]
     ) -> None:
         super().__init__()
-        for name in self.options_refused:
-            if name in kwargs:
+        for name in kwargs:
+            if name in self.options_refused or name not in LossOptions.__annotations__:
                 raise TypeError(f"{type(self).__name__} takes no argument {name}")
         if warm_start and kwargs.get("n_iters") is not None:
             raise ValueError(
