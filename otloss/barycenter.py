@@ -300,4 +300,5 @@ def barycenter_grid(
             _check.ConvergenceWarning,
             stacklevel=_check.depth_of_caller(),
         )
-    return p.reshape(a.shape[1:]).to(_check.compute_dtype(a, weights))
+    tensors = (a, weights) if isinstance(weights, Tensor) else (a,)
+    return p.reshape(a.shape[1:]).to(_check.compute_dtype(*tensors))
