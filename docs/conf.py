@@ -79,8 +79,8 @@ def to_markup(app, what, name, obj, options, lines):  # type: ignore[no-untyped-
         lines[i] = re.sub(r"docs/([\w-]+)\.md", r":doc:`\1`", line)
 
 
-# What latex2mathml leaves to the renderer, which takes bars and the names of functions for operators
-# with space around them or for variables, and a minus after = or ( for a difference.
+# What latex2mathml leaves to the renderer, which takes bars and the names of functions for
+# operators with space around them or for variables, and a minus after = or ( for a difference.
 SPACING = (
     (r"<mo>(&#x(?:0007C|02016);)", r'<mo stretchy="false" lspace="0" rspace="0">\1'),
     (r"<mo (stretchy[^>]*)>(&#x(?:0007C|02016);)", r'<mo lspace="0" rspace="0" \1>\2'),
