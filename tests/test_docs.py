@@ -7,6 +7,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,8 @@ def test_links_and_pictures_are_there(page):
     """Files that links and pictures name; a page of the gallery is there where its script is."""
     for target in filter(None, LINK.findall(page.read_text(encoding="utf-8"))):
         if target.startswith("gallery/"):
-            assert target.removeprefix("gallery/") in {"index", *SCRIPTS}, target
+            name = re.sub(r"images/thumb/sphx_glr_(\w+)_thumb.png", r"\1", target)
+            assert name.removeprefix("gallery/") in {"index", *SCRIPTS}, target
         else:
             assert (page.parent / target).exists(), target
 
@@ -75,6 +77,26 @@ def test_no_page_is_long(page):
     """A page answers one question, in six minutes of reading."""
     most = 1700 if page.stem == "cuda-kernels" else 1500
     assert words_read(page.read_text(encoding="utf-8")) <= most
+
+
+SITE = """<a href="there.html">dead</a> <a href="#nowhere">dead</a> <a href="#top" id="top">well</a>
+<script src="https://example.org/script.js"></script>"""
+DRAWN = """<article><img src="none.png"> <p style="width: 900px">leaves</p>
+<div style="overflow-x: auto"><p style="width: 5000px">scrolls</p></div></article>"""
+
+
+def test_the_check_of_the_built_site_finds_faults(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    check = importlib.import_module("check")
+    (tmp_path / "index.html").write_text(SITE)
+    endings = sorted(line.split()[-1] for line in check.dead_links(tmp_path))
+    assert endings == ["network", "nowhere", "nowhere"]
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser:
+        (tmp_path / "index.html").write_text(DRAWN)
+        found = check.badly_drawn(tmp_path, browser)
+        assert len(found) == 3  # the picture at two widths, the paragraph at that of a phone
+        assert "leaves" in found[-1]
 
 
 def test_pictures_of_the_front_page_are_small():
