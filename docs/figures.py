@@ -195,7 +195,9 @@ def overhead() -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.2g}" if seconds < 0.1 else f"{1e3 * float(f'{seconds:.2g}'):.0f}"
+    """In milliseconds, to two digits, never with an exponent."""
+    rounded = 1e3 * float(f"{seconds:.2g}")
+    return f"{rounded:.2g}" if rounded < 100 else f"{rounded:.0f}"
 
 
 def percent(share: float) -> str:
