@@ -79,6 +79,7 @@ __all__ = [
     "implicit_backward",
     "makes_plain_tensors",
     "number",
+    "places_of_costs",
     "plan_product",
     "problems",
     "serve_in_plain_torch",
@@ -304,12 +305,19 @@ def _empty_packed(problem: Arguments, pack: bool = False, target: Any = None) ->
     w = problem.weights
     if not (pack and NATIVE) or w[0].is_cuda:
         return []
-    pairs, sides = as_pairs(problem.pairs), [w[c].numel() for c in problem.pairs]
-    made = pairs[:-1] if target is not None else pairs
-    entries = _whole(_count(problem.points), w[0])
-    entries += sum(w[i].numel() * _whole(w[j].shape[1], w[0]) for i, j in made)
+    made = problem.pairs[:-2] if target is not None else problem.pairs
+    potentials = sum(w[c].numel() for c in problem.pairs)
+    entries = places_of_costs(problem.points, w, made)[-1]
     fits = entries * w[0].element_size() < _native.most_packed
-    return [w[0].new_empty(sum(sides)), w[0].new_empty(entries)] if fits else []
+    return [w[0].new_empty(potentials), w[0].new_empty(entries)] if fits else []
+
+
+def places_of_costs(points: list[Tensor], weights: list[Tensor], pairs: list[int]) -> list[int]:
+    """Where the cost of each pair begins in what is packed, at last where it ends."""
+    places = [_whole(_count(points), weights[0])]
+    for i, j in as_pairs(pairs):
+        places.append(places[-1] + weights[i].numel() * _whole(weights[j].shape[1], weights[0]))
+    return places
 
 
 def _empty_prepared(points: list[Tensor], multiscale: bool) -> list[Tensor]:

@@ -72,8 +72,9 @@ class Solve(torch.autograd.Function):
         solution, prepared = solution[: ctx.solved], solution[ctx.solved :]
         packed = len(solution) == 1
         if packed and not first_order:
-            solution, prepared = _unpacked(s, inputs.weights, *solution), ()
-        if not (packed and first_order):
+            solution = _unpacked(s, inputs, *solution, *prepared)
+            packed, prepared = False, ()
+        if not packed:
             s, seeds, inputs = s.of_live(), seeds.of_pairs(live), inputs.of_pairs(live)
         if points and s.dense and not packed:
             P = len(live)
@@ -125,12 +126,17 @@ def _failed_are_nan(
     )
 
 
-def _unpacked(s: Settings, weights: list[Tensor], potentials: Tensor) -> tuple[Tensor, ...]:
-    """(*f, *g) of the pairs that a gradient flows through, from those of all pairs."""
-    like = [weights[c] for c in s.pairs]
-    parts = potentials.split([w.numel() for w in like])
-    each = [v.view_as(w) for v, w in zip(parts, like, strict=True)]
-    return tuple(each[2 * p + side] for side in (0, 1) for p in s.live)
+def _unpacked(
+    s: Settings, inputs: Inputs, potentials: Tensor, prepared: Tensor
+) -> tuple[Tensor, ...]:
+    """(*f, *g, *made) of the pairs that a gradient flows through."""
+    sides = [inputs.weights[c] for c in s.pairs]
+    places = ops.places_of_costs(inputs.points, inputs.weights, s.pairs)
+    parts = potentials.split([w.numel() for w in sides])
+    each = [v.view_as(w) for v, w in zip(parts, sides, strict=True)]
+    rows = [prepared[places[p] : places[p + 1]].view(*sides[2 * p].shape, -1) for p in s.live]
+    made = [C[..., : sides[2 * p + 1].shape[1]] for C, p in zip(rows, s.live, strict=True)]
+    return (*(each[2 * p] for p in s.live), *(each[2 * p + 1] for p in s.live), *made)
 
 
 def evaluate(
