@@ -289,8 +289,8 @@ def _solve_partial(
     mass: float | Tensor,
 ) -> OTResult:
     check_shape(options.eps, problem)
-    (whole, costs, options, dense), start = with_dummies(problem, mass, C, options, start)
-    return _solve_one(whole, costs, options, start, dense=dense, part=problem)
+    (whole, costs, options, dense, share), start = with_dummies(problem, mass, C, options, start)
+    return _solve_one(whole, costs, options, start, dense=dense, part=problem, share=share)
 
 
 def _solve_one(
@@ -301,16 +301,18 @@ def _solve_one(
     *,
     dense: bool = True,
     part: Problem | None = None,
+    share: Tensor | None = None,
 ) -> OTResult:
-    """``part``: the problem whose dummies ``problem`` has."""
+    """``part``: the problem whose dummies ``problem`` has; ``share``: of the mass, that moves."""
     check_shape(options.eps, problem)
     if not torch.is_grad_enabled():  # what the result makes later must not start a graph either
         options, problem, part = detached(options), problem.detached(), part and part.detached()
     # A traced graph cannot change a list from its backward pass.
     system: list[Tensor] | None = None if torch.compiler.is_compiling() else []
     costs, solved = solve_pairs(
-        problem, costs, LOSS, options, start, potentials=True, dense=dense, system=system
-    )
+        problem, costs, LOSS, options, start, potentials=True, dense=dense, system=system,
+        share=share,
+    )  # fmt: skip
     cost = costs[0] if costs else None
     if part:
         return PartialResult(part, problem, cost, options, solved, dense=dense)
