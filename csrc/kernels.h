@@ -395,6 +395,8 @@ void implicit_backward(const Context& context, const std::vector<ImplicitGroup<T
 template <typename T>
 void point_gradient_sums(const Context& context, const std::vector<PointGradientGroup<T>>& groups,
                          double eps);
+template <typename T>
+void plan_sums(const Context& context, const std::vector<PlanSumsGroup<T>>& groups, double eps);
 
 }  // namespace cuda
 }  // namespace otloss

@@ -114,6 +114,9 @@ class LaunchedCosts {
   OTLOSS_DEVICE void columns() {}
   OTLOSS_DEVICE void guard() {}
 
+  OTLOSS_DEVICE double left_out() const { return 0; }
+  OTLOSS_DEVICE double rounding() const { return 0; }
+
   // <P, C> over this thread's share, after a sweep of the rows for kCost.
   OTLOSS_DEVICE double transport() const {
     double total = 0;

@@ -105,6 +105,9 @@ class ResidentCosts {
     });
   }
 
+  OTLOSS_DEVICE double left_out() const { return 0; }
+  OTLOSS_DEVICE double rounding() const { return 0; }
+
   // <P, C> over this thread's share, for the published G.
   OTLOSS_NOINLINE double transport() const {
     const int m = team_.m();

@@ -36,9 +36,8 @@ struct Scalars : PointScalars {
   double mean = 0, bound = 0;
 
   Scalars() = default;
-  OTLOSS_HOST_DEVICE Scalars(double value, double noise, double error, double mean,
-                             double bound = 0)
-      : PointScalars{value, noise, error}, mean(mean), bound(bound) {}
+  OTLOSS_HOST_DEVICE Scalars(double value, double noise, double error, double mean)
+      : PointScalars{value, noise, error}, mean(mean) {}
 };
 
 // Points of a side that tell how varied the cost is: all of few, and some evenly of many.
