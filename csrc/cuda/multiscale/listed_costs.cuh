@@ -81,7 +81,7 @@ class ListedCosts {
     order.what = what, order.side = side, order.some = false, order.exact = args_.exact;
     order.k = kLog2E / s_.eps;
     order.threshold = state_.threshold;
-    order.single = static_cast<float>(args_.left_out / kTermRounding);
+    order.single = static_cast<float>(args_.left_out / (8 * kTermRounding));
     order.of[side] = {state_.guess, 1};
     order.of[1 - side] = side == 0 ? Potential{s_.evaluated, order.k} : Potential{s_.F, s_.damping};
   }
