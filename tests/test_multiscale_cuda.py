@@ -180,6 +180,26 @@ def test_wide_leaves_cost_no_digits(gpu, rng):
 
 
 @on_gpu
+@pytest.mark.filterwarnings("ignore::otloss.ConvergenceWarning")
+def test_small_mass_that_goes_far_is_not_missed(gpu, rng):
+    """Mass within the tolerance that has to go from one cluster to another, far away. A solve that
+    says it has converged has proven that it moved."""
+    proven = 0
+    for apart in (3.0, 30.0):
+        x, y = randn(rng, 540, 2), randn(rng, 520, 2)
+        x[:270, 0] += apart
+        y[:260, 0] += apart
+        a, b = torch.full((540,), 1 / 540.0), torch.full((520,), 1 / 520.0)
+        a[:270] *= 1 + 8e-4
+        c = Clouds(x, y, (a / a.sum()).double(), (b / b.sum()).double())
+        got, right = solved(c, 0.5, gpu, max_iters=200), exact(c, 0.5)
+        off = abs(float(got.value) - float(right.value)) / abs(float(right.value))
+        assert off <= 20 * TOL or not got.converged
+        proven += got.converged
+    assert proven > 0
+
+
+@on_gpu
 def test_what_is_not_available_is_refused(gpu, rng):
     c = clouds(rng, 300, 280, 2)
     c.x.requires_grad_()

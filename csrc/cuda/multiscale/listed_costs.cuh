@@ -13,6 +13,7 @@ struct ListedArguments {
   SolveArguments<double> solve;
   ListedProblem problem;
   double* vectors;  // (kListedVectors, vector_length)
+  float* log_w;     // (vector_length,)
   bool exact;       // all sums are over all pairs, in double
   double left_out;  // bound of the part of the plan that sums of a side may leave out
 };
@@ -33,7 +34,7 @@ template <int kD, class Block>
 class ListedCosts {
  public:
   using Team = cuda::Team<Block, kControlThreads>;
-  static constexpr bool kUpdatesColumns = true;
+  static constexpr bool kUpdatesColumns = true, kProves = true;
 
   OTLOSS_DEVICE ListedCosts(Block& block, const ListedArguments& arguments, Team& team,
                             SolverState<double>& state, ListedState& listed)
@@ -83,11 +84,55 @@ class ListedCosts {
     order.threshold = state_.threshold;
     order.single = static_cast<float>(args_.left_out / (8 * kTermRounding));
     order.of[side] = {state_.guess, 1};
+    order.log_w = nullptr;
     order.of[1 - side] = side == 0 ? Potential{s_.evaluated, order.k} : Potential{s_.F, s_.damping};
+  }
+
+  // The sums over what columns have too much, of the point.
+  OTLOSS_DEVICE void ask_proof() {
+    const int padded = static_cast<int>(ceil_div(team_.m(), kLeaf)) * kLeaf;
+    for (int j = block_.thread(); j < padded; j += kControlThreads) {
+      const double w = j < team_.m() ? s_.w[j] : 0.0, excess = w > 0 ? w - w / s_.q[j] : 0.0;
+      args_.log_w[j] = excess > 0 ? static_cast<float>(fast_log2(excess)) : kNone;
+    }
+    ask(0, RowSum::kPlan);
+    if (block_.thread() == 0) order().log_w = args_.log_w, order().exact = false;
+  }
+
+  // Of rows, u_i what they send there: u_i (mean cost to what columns lack - f_i) + eps u_i log(u_i
+  // / a_i). Costs from moments; lacking: the total.
+  OTLOSS_DEVICE double sent_and_far(double lacking) {
+    const Cloud &x = args_.problem.sides[0].cloud, &y = args_.problem.sides[1].cloud;
+    const auto lacks = [&](int j) { return s_.q[j] < 1 ? s_.w[j] * (1 - s_.q[j]) / lacking : 0.0; };
+    double mean[kD], square[1] = {0}, result = 0;
+#pragma unroll 1
+    for (int c = 0; c < kD; ++c) {
+      double sum[1] = {0};
+      team_.for_columns([&](int j) { sum[0] += lacks(j) * y.X[offset<kD>(j, c)]; });
+      team_.sum(sum);
+      mean[c] = sum[0];
+      team_.for_columns([&](int j) {
+        const double delta = y.X[offset<kD>(j, c)] - sum[0];
+        square[0] += lacks(j) * delta * delta;
+      });
+    }
+    team_.sum(square);
+    team_.for_rows([&](int i) {
+      const double a = s_.a[i], sum = args_.problem.sides[0].sum[i], u = a * sum;
+      if (!(u > 0)) return;
+      double far = square[0];
+      for (int c = 0; c < kD; ++c) {
+        const double delta = x.X[offset<kD>(i, c)] - mean[c];
+        far += delta * delta;
+      }
+      result += u * (far - s_.to_cost * s_.F[i]) + s_.eps * u * log(sum);
+    });
+    return result;
   }
 
   // After sums, see LaunchedCosts.
   OTLOSS_DEVICE bool complete() {
+    if (s_.proving) return true;
     const int side = order().side;
     if (!update(side)) return false;
     if (side == 0 && !s_.symmetric) {
@@ -237,7 +282,10 @@ struct ListedSolve : ListedArguments {
     if (block.thread() == 0) state.solver.group = &p;  // another address in every launch
     block.sync();
     if (!first && !costs.complete()) return false;
-    if (first ? solver.open(p, batch) : solver.turn()) return costs.ask(0, RowSum::kPlan), false;
+    if (first ? solver.open(p, batch) : solver.turn()) {
+      solver.is_proving() ? costs.ask_proof() : costs.ask(0, RowSum::kPlan);
+      return false;
+    }
     solver.write_potentials();
     solver.write_status();
     if (block.thread() == 0) *doubtful = state.solver.doubtful;

@@ -194,6 +194,7 @@ class ProblemSolve {
     arguments.vector_length = length;
     arguments.vectors = context_.scratch<double>(kVectors * length);
     work.vectors = context_.scratch<double>(kListedVectors * length);
+    work.log_w = context_.scratch<float>(length);
     work.exact = told.exact;
     work.left_out = told.tol / 8;
     work.problem.order = work.orders.of = context_.scratch<ListedOrder>(1);

@@ -20,14 +20,15 @@ namespace otloss::cuda::multiscale {
 
 // What is summed next.
 struct ListedOrder {
-  RowSum what;      // kPlan, or kNone: nothing
-  int side;         // 0: the rows are the problem's, 1: its columns
-  bool some;        // only leaves where a row's last sum is that of a poor guess
-  bool exact;       // in double, over all pairs
-  double k;         // log2(e) / eps
-  float threshold;  // log2 of what a pair of leaves that is left out may hold of a row
-  float single;     // largest term of exponents in single precision
-  Potential of[2];  // by side
+  RowSum what;         // kPlan, or kNone: nothing
+  int side;            // 0: the rows are the problem's, 1: its columns
+  bool some;           // only leaves where a row's last sum is that of a poor guess
+  bool exact;          // in double, over all pairs
+  double k;            // log2(e) / eps
+  float threshold;     // log2 of what a pair of leaves that is left out may hold of a row
+  float single;        // largest term of exponents in single precision
+  Potential of[2];     // by side
+  const float* log_w;  // in place of the columns' own, which are no less; or null
 };
 
 // A side, and what its sums are put to.
@@ -83,7 +84,8 @@ class LeafSums {
         k_(static_cast<float>(order.k)),
         top_(static_cast<float>(rows.planes.base[I])),
         radius_(rows.cloud.leaf.radius[I]),
-        rest_(rows.planes.rest[I * kLeaf + lane_]) {
+        rest_(rows.planes.rest[I * kLeaf + lane_]),
+        log_w_(order.log_w ? order.log_w : columns.cloud.log_w) {
     const Nodes& leaf = rows.cloud.leaf;
 #pragma unroll
     for (int c = 0; c < kD; ++c) {
@@ -206,7 +208,7 @@ class LeafSums {
     const float most_x = joined<Max>(block_, alpha), most_y = joined<Max>(block_, beta);
     const float bound = pair_bound(shift, most_x, most_y, inner, terms);
     if (!keeps(bound + leaf.log_mass[J], lane_ == 0)) return;
-    own.beta = beta + shift + y_.cloud.log_w[j];
+    own.beta = beta + shift + log_w_[j];
     block_.warp_sync();  // nobody reads the columns before any more
     columns[lane_] = own;
     block_.warp_sync();
@@ -245,7 +247,7 @@ class LeafSums {
 #pragma unroll 1
     for (int h = 0; h < kLeaf; ++h) {
       const int64_t j = J * kLeaf + h;
-      const float log_w = y_.cloud.log_w[j];
+      const float log_w = log_w_[j];
       const float t = log_w > kNone ? static_cast<float>(density(j, V)) + log_w : kNone;
       add_entry(fast_exp2_unclamped(t), columns[h], values);
     }
@@ -295,6 +297,7 @@ class LeafSums {
   const int64_t I_;
   const int lane_, warp_;
   const float k_, top_, radius_, rest_;
+  const float* const log_w_;
   double at_[kD];
   float half_[kD], slope_[kD], u_[kD];
   double sum_[kValues] = {}, left_out_ = 0;

@@ -44,6 +44,7 @@ class LaunchedCosts {
  public:
   using Team = cuda::Team<Block, kControlThreads>;
   static constexpr bool kUpdatesColumns = true;
+  static constexpr bool kProves = false;
 
   OTLOSS_DEVICE LaunchedCosts(Block& block, const LaunchedArguments<T>& arguments, Team& team,
                               SolverState<T>& state, LaunchedState<T>& launched)

@@ -22,6 +22,7 @@ class ResidentCosts {
  public:
   using Team = cuda::Team<Block, kThreads>;
   static constexpr bool kUpdatesColumns = false;  // by pass()
+  static constexpr bool kProves = false;
 
   OTLOSS_DEVICE ResidentCosts(Block& block, const SolveArguments<T>& arguments, Team& team,
                               SolverState<T>& state)

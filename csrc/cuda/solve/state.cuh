@@ -90,6 +90,9 @@ struct SolverState {
   Phase phase;
   Next next;      // what the point under evaluation is
   bool doubtful;  // mass that is small but has to go far may be hidden from the error
+  bool proving;   // sums are made next that may prove that there is none
+  FarMassRule far;
+  int64_t begun;  // passes before the stage
   Scalars trial;
   Scalars kept;  // of a start put aside
   Step step;
