@@ -68,7 +68,7 @@ struct PointPair {
   // Inner products may be made from 11 bits of each coordinate, where that is faster.
   bool tf32 = false;
   // Pairs of points that hold nothing of the plan are left out, found by bounds on nodes of a tree
-  // (csrc/cpu/multiscale). Up to kMultiscaleDims coordinates, on a CPU.
+  // (csrc/cpu/multiscale). Up to kMultiscaleDims coordinates.
   bool multiscale = false;
 };
 

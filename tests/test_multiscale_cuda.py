@@ -165,10 +165,11 @@ def test_warm_start(gpu, rng):
     cold = solved(c, eps, gpu)
     warm = solved(c, eps, gpu, init=cold.potentials)
     assert true_error(c, eps, *on_cpu_again(warm.potentials)) <= warm.marginal_error + 1e-6
-    assert warm.n_iters <= 2 < cold.n_iters
+    assert warm.n_iters <= 4 < cold.n_iters  # with a proof, where it is in doubt
 
 
 @on_gpu
+@pytest.mark.filterwarnings("ignore::otloss.ConvergenceWarning")
 def test_wide_leaves_cost_no_digits(gpu, rng):
     """Terms of exponents that single precision does not hold."""
     x, y = randn(rng, 600, 3), randn(rng, 500, 3)
