@@ -103,20 +103,18 @@ class ProblemSolve {
     const int64_t n = group_.n, m = group_.m, d = group_.points.d;
     const CostKind kind = group_.points.kind;
     one_ = group_.symmetric;
-    double* const masses = context_.scratch<double>(2);
+    const int64_t count = options_.warm_start ? 1 : level_count(std::max(n, m));
+    double *const found = context_.scratch<double>(2 * count + 2), *masses = found + 2 * count;
+    clear(context_, found, (2 * count + 2) * static_cast<int64_t>(sizeof(double)));
     x_ = ordered_cloud<kD>(context_, kind, n, d, group_.points.zx + p_ * n * d, group_.a + p_ * n,
                            nullptr, masses);
     y_ = one_ ? x_
               : ordered_cloud<kD>(context_, kind, m, d, group_.points.zy + p_ * m * d,
                                   group_.b + p_ * m, balanced() ? masses : nullptr, masses + 1);
-    const int64_t count = options_.warm_start ? 1 : level_count(std::max(n, m));
-    double* const found = context_.scratch<double>(2 * count + 1);
-    clear(context_, found, (2 * count + 1) * static_cast<int64_t>(sizeof(double)));
     const Levels xs = levels(x_.cloud, count, found);
     const Levels ys = one_ ? xs : levels(y_.cloud, count, found + count);
-    measure(count, found, masses);
-    status_ = context_.scratch<double>(kStatusFields);
-    doubtful_ = context_.scratch<bool>(1);
+    measure(count, found);
+    make_room(ceil_div(std::max(n, m), kWarp) * kWarp);
     one_ ? solve_self(xs) : solve_pair(xs, ys);
     give_back();
   }
@@ -160,13 +158,12 @@ class ProblemSolve {
   }
 
   // The mean squared distance of the points to the centroids of each level.
-  void measure(int64_t count, const double* found, const double* masses) {
+  void measure(int64_t count, const double* found) {
     spread_.assign(count, 0);
     if (count == 1) return;
-    std::vector<double> sums(2 * count);
-    double mass[2];
-    read(context_, sums.data(), found, 2 * count * static_cast<int64_t>(sizeof(double)));
-    read(context_, mass, masses, (one_ ? 1 : 2) * static_cast<int64_t>(sizeof(double)));
+    std::vector<double> sums(2 * count + 2);
+    read(context_, sums.data(), found, (2 * count + 2) * static_cast<int64_t>(sizeof(double)));
+    double* const mass = sums.data() + 2 * count;
     if (one_ || balanced()) mass[1] = mass[0];
     double of_x = 0, of_y = 0;
     for (int64_t level = 1; level < count; ++level) {
@@ -175,39 +172,47 @@ class ProblemSolve {
     }
   }
 
+  // What all solves have in common, for so many points.
+  void make_room(int64_t length) {
+    SolveArguments<double>& arguments = work_.solve;
+    arguments.team.size = 1;
+    arguments.shared.vectors = -1;
+    arguments.vector_length = length;
+    arguments.vectors = context_.scratch<double>(kVectors * length);
+    work_.vectors = context_.scratch<double>(kListedVectors * length);
+    work_.log_w = context_.scratch<float>(length);
+    work_.problem.order = work_.orders.of = context_.scratch<ListedOrder>(1);
+    work_.doubtful = context_.scratch<bool>(1);
+    status_ = context_.scratch<double>(kStatusFields);
+  }
+
+  // The clouds of a level.
+  void enter(const Cloud& x, const Cloud& y) {
+    work_.problem.sides[0] = side(x), work_.problem.sides[1] = side(y);
+  }
+
   // Solves at one eps, from f and g if it is a warm start, to f and g.
-  void solve_at(const Cloud& x, const Cloud& y, const Told& told) {
-    ListedSolve<kD> work{};
-    const int64_t length = ceil_div(std::max(x.n, y.n), kWarp) * kWarp;
+  void solve_at(const Told& told) {
+    const Cloud &x = work_.problem.sides[0].cloud, &y = work_.problem.sides[1].cloud;
     SolveGroup<double> group{};
     group.batch = 1, group.n = x.n, group.m = y.n, group.symmetric = one_;
     group.points.zx = x.X;
     group.a = x.w, group.b = y.w, group.f = f_, group.g = g_;
     group.status = status_, group.coefficient = 1, group.penalties = group_.penalties;
-    SolveArguments<double>& arguments = work.solve;
-    arguments.groups = {1, {group}};
-    arguments.team.size = 1;
-    arguments.options = options_;
-    arguments.options.eps = told.eps, arguments.options.tol = told.tol;
-    arguments.options.max_iters = told.passes, arguments.options.warm_start = told.warm;
-    arguments.shared.vectors = -1;
-    arguments.vector_length = length;
-    arguments.vectors = context_.scratch<double>(kVectors * length);
-    work.vectors = context_.scratch<double>(kListedVectors * length);
-    work.log_w = context_.scratch<float>(length);
-    work.exact = told.exact;
-    work.left_out = told.tol / 8;
-    work.problem.order = work.orders.of = context_.scratch<ListedOrder>(1);
-    work.problem.sides[0] = side(x), work.problem.sides[1] = side(y);
-    work.doubtful = doubtful_;
+    work_.solve.groups = {1, {group}};
+    SolveOptions& options = work_.solve.options = options_;
+    options.eps = told.eps, options.tol = told.tol;
+    options.max_iters = told.passes, options.warm_start = told.warm;
+    work_.exact = told.exact;
+    work_.left_out = told.tol / 8;
     const Grid planes{x.supers + y.supers};
     Grid sums{ceil_div(std::max(x.n, y.n), kLeaf)};
     using Sums = ListedSumsKernel<kD, false>;
     sums.shared = LeafSums<kD, false, int>::kShared;
     constexpr int64_t kTurns = 8, kRepeats = 40;  // of a pass; of all, with less left out
-    run_controls(context_, work, 1, kTurns * told.passes + kRepeats, [&](Queue& queue) {
-      queue(PlanesKernel<kD>{work.problem}, planes);
-      queue(Sums{work.problem}, sums);
+    run_controls(context_, work_, 1, kTurns * told.passes + kRepeats, [&](Queue& queue) {
+      queue(PlanesKernel<kD>{work_.problem}, planes);
+      queue(Sums{work_.problem}, sums);
     });
   }
 
@@ -257,21 +262,22 @@ class ProblemSolve {
       const double tol = level > 0 ? stage_tol() : finest_tol();
       if (level == coarsest && !options_.warm_start) {
         f_ = context_.scratch<double>(x.n), g_ = context_.scratch<double>(y.n);
-        solve_at(x, y, {at = target, tol, options_.max_iters, true, false});
+        enter(x, y);
+        solve_at({at = target, tol, options_.max_iters, true, false});
         continue;
       }
       if (level < coarsest) {
         f_ = extended(x, xs[level + 1], f_, at);
         g_ = extended(y, ys[level + 1], g_, at);
       }
+      enter(x, y);
       const double from = at;
       const int stages =
           std::max(1, static_cast<int>(std::ceil(std::log2(from / target) / kLog2Ratio)));
       for (int s = 1; s <= stages; ++s) {
         const bool last = s == stages, finest = last && level == 0;
         at = last ? target : from * std::pow(target / from, double(s) / stages);
-        solve_at(x, y,
-                 {at, finest ? tol : stage_tol(), finest ? options_.max_iters : kStagePasses});
+        solve_at({at, finest ? tol : stage_tol(), finest ? options_.max_iters : kStagePasses});
       }
     }
   }
@@ -289,12 +295,14 @@ class ProblemSolve {
     const Ordered start{first, x_.index};
     f_ = started(start, options_.warm_start ? group_.f + p_ * group_.n : nullptr);
     g_ = context_.scratch<double>(first.n);
-    solve_at(first, first, told(small, !small));
+    enter(first, first);
+    solve_at(told(small, !small));
     while (level-- > 0) {
       const Cloud& x = levels[level];
       f_ = extended(x, levels[level + 1], f_, eps);
       g_ = context_.scratch<double>(x.n);
-      solve_at(x, x, told(false, true));
+      enter(x, x);
+      solve_at(told(false, true));
     }
   }
 
@@ -306,7 +314,7 @@ class ProblemSolve {
     kernel.balanced = balanced();
     kernel.tol = options_.tol, kernel.coefficient = group_.coefficient;
     kernel.per_cost = 1 / options_.eps + 1 / std::min(held.rho_x, held.rho_y);
-    kernel.solved = status_, kernel.doubtful = doubtful_;
+    kernel.solved = status_, kernel.doubtful = work_.doubtful;
     kernel.status = group_.status + p_ * kStatusFields;
     Grid grid;
     grid.shared = block_sum_bytes<ReturnKernel<T>::kThreads>(3);
@@ -322,7 +330,7 @@ class ProblemSolve {
   std::vector<double> spread_;
   double *f_ = nullptr, *g_ = nullptr;  // of the level's points
   double* status_ = nullptr;
-  bool* doubtful_ = nullptr;
+  ListedSolve<kD> work_{};
 };
 
 }  // namespace
