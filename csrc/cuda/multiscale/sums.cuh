@@ -71,6 +71,7 @@ class LeafSums {
   static constexpr size_t kColumns = sizeof(Column) * kSumThreads;
   static constexpr size_t kJoined = sizeof(double) * (kValues * kSumThreads + 2 * kSumWarps);
   static constexpr size_t kShared = kColumns > kJoined ? kColumns : kJoined;
+  static_assert(kShared >= 2 * sizeof(double) * kSumThreads, "run_exact() takes as much");
 
   OTLOSS_DEVICE LeafSums(Block& block, const ListedOrder& order, const ListedSide& rows,
                          const ListedSide& columns, int64_t I)
