@@ -240,7 +240,7 @@ def compilations(torch: Torch, cuda: Cuda | None) -> list[Compilation]:
         macros += ["-DOTLOSS_WITH_CUDA", f'-DOTLOSS_CUDA_ARCH="{cuda.arch}"']
     system = [pybind11.get_include(), str(torch.folder / "include"), python]
     # Bindings hold no loop that repays optimisation.
-    binding = [*kernel, "-O1", *macros, *(f"-isystem{path}" for path in system)]
+    binding = [*kernel, "-O2", *macros, *(f"-isystem{path}" for path in system)]
     headers = f"torch {torch.version} pybind11 {pybind11.__version__} {sys.version}"
     bindings = [CSRC / "bindings" / name for name in ("operations.cpp", "module.cpp")]
     sources = [

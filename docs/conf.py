@@ -1,6 +1,7 @@
 """Sphinx configuration: ``make docs`` builds ``docs/_build/index.html``."""
 
 import re
+import unicodedata
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -79,6 +80,14 @@ def to_markup(app, what, name, obj, options, lines):  # type: ignore[no-untyped-
         lines[i] = re.sub(r"docs/([\w-]+)\.md", r":doc:`\1`", line)
 
 
+MATH_STYLE = """
+@font-face { font-family: "STIX Two Math"; src: url("STIXTwoMath.woff"); }
+math { font-family: "STIX Two Math", math; }
+mtd[columnalign="right"] { text-align: right; padding-inline: 2em 0; }
+mtd[columnalign="right"]:first-child { padding-inline-start: 0; }
+mtd[columnalign="left"] { text-align: left; padding-inline: 0; }
+"""
+
 # What latex2mathml leaves to the renderer, which takes bars and the names of functions for
 # operators with space around them or for variables, and a minus after = or ( for a difference.
 SPACING = (
@@ -90,12 +99,20 @@ SPACING = (
 )
 
 
+def styled(match):  # type: ignore[no-untyped-def]
+    """A bold, script or monospace character has a code of its own; browsers ignore mathvariant."""
+    kind = re.sub("LATIN (CAPITAL|SMALL) LETTER", r"\1", unicodedata.name(match[2]))
+    return f">{unicodedata.lookup(f'MATHEMATICAL {match[1].upper()} {kind}')}<"
+
+
 def mathml(node, display):  # type: ignore[no-untyped-def]
     """MathML, which browsers draw by themselves: the pages need neither scripts nor the network."""
-    formula = convert(node.astext(), display=display)
+    formula = convert(node.astext().replace("{aligned}", "{split}"), display=display)
+    if re.search(r"<m[io]>(\\|&(amp;)?<)", formula):
+        raise ValueError(f"latex2mathml does not know all of this formula: {node.astext()}")
     for found, better in SPACING:
         formula = re.sub(found, better, formula)
-    return formula
+    return re.sub(r' mathvariant="(\w+)">(\w)<', styled, formula)
 
 
 def math_font(app):  # type: ignore[no-untyped-def]
@@ -109,8 +126,7 @@ def math_font(app):  # type: ignore[no-untyped-def]
         ranges = "20-17F,2B0-3FF,2000-22FF,2308-230B,27E8-27EB,1D400-1D7FF"
         to = static / "STIXTwoMath.woff"
         subset.main([str(font), f"--unicodes={ranges}", "--flavor=woff", f"--output-file={to}"])
-    face = '@font-face { font-family: "STIX Two Math"; src: url("STIXTwoMath.woff"); }'
-    (static / "math.css").write_text(f'{face}\nmath {{ font-family: "STIX Two Math", math; }}\n')
+    (static / "math.css").write_text(MATH_STYLE)
 
 
 def inline_formula(translator, node):  # type: ignore[no-untyped-def]

@@ -95,9 +95,14 @@ def floating(name: str, value: Any) -> Tensor:
     return value
 
 
-def points(name: str, value: Any, part: bool = False) -> Tensor:
-    """A cloud (n, d) or (B, n, d), not empty; or a part of one, which may have no points."""
+def points(name: str, value: Any) -> Tensor:
+    """A cloud (n, d) or (B, n, d), not empty."""
     no_transforms()
+    return points_or_part(name, value, False)
+
+
+def points_or_part(name: str, value: Any, part: bool) -> Tensor:
+    """The same, or a part of a cloud, which may have no points."""
     x = cloud(name, value)
     if 0 in (x.shape[:-2] + x.shape[-1:] if part else x.shape):
         raise ValueError(f"{name} must not be empty, got {describe(x)}")
@@ -301,6 +306,8 @@ def powers(problem: Any, p: float, means: float | Tensor, spare: float = 1.0) ->
     """The same for the power p of distances, and its values below ``spare`` times the least."""
     w = problem.weights[0]
     limit = spare * torch.finfo(w.dtype).tiny
+    if not isinstance(means, Tensor) and means >= limit:
+        return
     if not unread(w):
         means = means.detach().amin() if isinstance(means, Tensor) else means
         if not readable(w) or means >= limit:

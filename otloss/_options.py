@@ -215,6 +215,8 @@ def _symmetric(value: Any, cost: Any) -> bool | None:
 
 def _penalties(value: Any) -> tuple[float, float]:
     """``(rho_x, rho_y)``, infinite where the marginal is a hard constraint."""
+    if value is None:
+        return math.inf, math.inf
     pair = value if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2:
         raise ValueError(

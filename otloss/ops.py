@@ -9,7 +9,7 @@ against itself. All tensors carry a batch dimension. The native kernels also tak
     cost_backward      gradients of costs                     -> gradients of the wanted clouds
     solve              problems                               -> loss (B,), status (P, B, 5), f and
                        g per pair, their traces if asked, costs if they were made and stored,
-                       and on a CPU what it ``prepared`` of the points, up to KEPT
+                       and on a CPU what it ``prepared`` of the points, up to 16 MiB
     envelope_backward  gradient of the loss, at fixed f and g, and what was prepared -> gradients
     unrolled_backward  gradients of the loss, f, g; traces    -> gradients
     implicit_backward  gradients of the loss, f, g            -> gradients, status (P, B, 2):
@@ -38,6 +38,10 @@ points with 11 bits, where costs are not stored.
 ``multiscale`` leaves out pairs of points that hold nothing of the plan: from points, by the native
 library alone; on a GPU for the regularized value and its envelope gradient.
 
+``pack``: on a CPU, where costs are made and stored, fewer and larger tensors may be given back: all
+potentials as one ``f``, f and g of each pair in turn, without ``g``; and the costs in the tensor of
+what was prepared. ``envelope_backward`` of the same pairs takes both as they are.
+
 ``target``, of float64 on a CPU, is the solution of the last pair, a cloud against itself, from an
 earlier call: (B, n + 5), its potential and its status. Its cost is not made.
 
@@ -52,7 +56,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, inf
@@ -83,8 +87,6 @@ __all__ = [
     "unrolled_backward",
 ]
 
-KEPT: Final = 16 << 20  # bytes of prepared points; kMostKept in csrc/bindings/solve.cpp
-
 # Fields of one row of ``status``; csrc/kernels.h lists the same.
 ITERATIONS, ERROR, CONVERGED, MAX_COST, TERM = range(5)
 
@@ -99,7 +101,7 @@ _SCHEMAS = f"""
 cost({_CLOUDS}) -> Tensor[]
 cost_backward(Tensor[] grad_costs, Tensor[] costs, {_CLOUDS}, int[] want_points) -> Tensor[]
 solve({_PROBLEM}, Tensor[] init, Tensor tol, int max_iters, int n_iters, bool trace, bool dense, \
-Tensor? target=None) \
+bool pack=False, Tensor? target=None) \
 -> (Tensor loss, Tensor status, Tensor[] f, Tensor[] g, Tensor[] traces, Tensor[] made, \
 Tensor[] prepared)
 envelope_backward(Tensor grad_loss, {_PROBLEM}, Tensor[] f, Tensor[] g, {_WANTED}, \
@@ -179,10 +181,12 @@ def number(value: float | Tensor) -> Tensor:
     """A number of the solver as operations take it: () float64 on the CPU; eps also (B,)."""
     if isinstance(value, Tensor):
         return value.reshape(-1 if value.dim() else ()).double().cpu().contiguous()
+    if makes_plain_tensors():
+        return _number(value)
     if torch.compiler.is_compiling():
         # A product stays symbolic in the graph, so that another value needs no other graph.
         return torch.ones((), dtype=torch.float64, device="cpu") * value
-    return (_number if makes_plain_tensors() else _number.__wrapped__)(value)
+    return _number.__wrapped__(value)
 
 
 def makes_plain_tensors() -> bool:
@@ -264,12 +268,16 @@ def _(*arguments: Any) -> list[Tensor]:
 
 @torch.library.register_fake("otloss::solve", lib=_library)
 def _(*arguments: Any) -> tuple[Any, ...]:
-    problem, (_, _, _, n_iters, trace, dense, *_) = read(arguments)
+    problem, (init, _, _, n_iters, trace, dense, *rest) = read(arguments)
     sides = [(problem.weights[i], problem.weights[j]) for i, j in as_pairs(problem.pairs)]
     B = problem.weights[0].shape[0]
     single = bool(problem.points) and problem.points[0].dim() == 2
     loss = problem.weights[0].new_empty([] if single else [B])
     status = loss.new_empty(len(sides), B, 5, dtype=torch.float64)
+    if dense and not (trace or init or problem.costs):
+        packed = _empty_packed(problem, *rest)
+        if packed:
+            return loss, status, packed[:1], [], [], [], packed[1:]
     f, g = [torch.empty_like(a) for a, _ in sides], [torch.empty_like(b) for _, b in sides]
     traces, made = list[Tensor](), list[Tensor]()
     if trace:
@@ -281,15 +289,40 @@ def _(*arguments: Any) -> tuple[Any, ...]:
 
 def _empty_rows(a: Tensor, m: int) -> Tensor:
     """(B, n, m) as the kernels make it: on a CPU rows start on cache lines."""
-    line = 64 // a.element_size() if NATIVE and a.device.type == "cpu" else 1
-    return a.new_empty(*a.shape, -(-m // line) * line)[..., :m]
+    on_lines = NATIVE and a.device.type == "cpu"
+    return a.new_empty(*a.shape, _whole(m, a) if on_lines else m)[..., :m]
+
+
+def _whole(m: int, like: Tensor) -> int:
+    """m entries up to whole cache lines."""
+    line = 64 // like.element_size()
+    return -(-m // line) * line
+
+
+def _empty_packed(problem: Arguments, pack: bool = False, target: Any = None) -> list[Tensor]:
+    """Potentials and what was prepared, of a solve that packs them; or none."""
+    w = problem.weights
+    if not (pack and NATIVE) or w[0].is_cuda:
+        return []
+    pairs, sides = as_pairs(problem.pairs), [w[c].numel() for c in problem.pairs]
+    made = pairs[:-1] if target is not None else pairs
+    entries = _whole(_count(problem.points), w[0])
+    entries += sum(w[i].numel() * _whole(w[j].shape[1], w[0]) for i, j in made)
+    fits = entries * w[0].element_size() < _native.most_packed
+    return [w[0].new_empty(sum(sides)), w[0].new_empty(entries)] if fits else []
 
 
 def _empty_prepared(points: list[Tensor], multiscale: bool) -> list[Tensor]:
     if not NATIVE or multiscale or not points or points[0].is_cuda:
         return []
-    count = sum(x[..., 0].numel() for x in points) * (points[0].shape[-1] + 1)
-    return [points[0].new_empty(count)] if count * points[0].element_size() <= KEPT else []
+    count = _count(points)
+    kept = count * points[0].element_size() <= _native.most_kept
+    return [points[0].new_empty(count)] if kept else []
+
+
+def _count(points: list[Tensor]) -> int:
+    """Entries of prepared clouds: coordinates, and a norm for each point."""
+    return sum(x[..., 0].numel() for x in points) * (points[0].shape[-1] + 1)
 
 
 def _gradients(

@@ -123,7 +123,8 @@ def check_clouds(
 ) -> Problem:
     """Checks clouds by name against the first, and the weights of the first two; ``parts``: they
     are parts of clouds, which may have no points, or none that counts."""
-    names, points = tuple(clouds), [_check.points(k, v, parts) for k, v in clouds.items()]
+    _check.no_transforms()
+    names, points = tuple(clouds), [_check.points_or_part(k, v, parts) for k, v in clouds.items()]
     named = weights or dict.fromkeys(names)
     given = [w for w in named.values() if w is not None]
     points = as_one_batch(points, given)

@@ -35,10 +35,12 @@ class SelfProblem:
             for t, copy in zip(tensors, self.copies or (), strict=True)
         )
 
+    def is_wanted(self) -> bool:
+        return self.solution is None and self.copies is not None
+
     def keep(self, f: Tensor, status: Tensor) -> None:
-        """Takes f (B, m) and status (B, 5) of a call."""
-        if self.solution is None and self.copies is not None:
-            self.solution = torch.cat([f.double(), status], dim=-1)
+        """Takes f (B, m) and status (B, 5) of a call, where ``is_wanted``."""
+        self.solution = torch.cat([f.double(), status], dim=-1)
 
 
 class Target:

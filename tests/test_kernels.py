@@ -242,6 +242,13 @@ def test_instruction_levels(level):
     assert run.stdout.strip() == (min(own, names[level]) if own in names.values() else own)
 
 
+def packed_solution(problem: Any) -> tuple[tuple[list[Tensor], list[Tensor]], Tensor]:
+    """f and g as one tensor, and what is kept."""
+    limits = ops.number(1e-3), 1000, -1, False, True, True
+    _, _, f, g, _, _, (kept,) = ops.solve(*problem, [], *limits)
+    return (f, g), kept
+
+
 def sample_arguments() -> dict[str, tuple[Any, ...]]:
     """Arguments of every operation, small and valid; after a colon, which of several."""
     generator = torch.Generator().manual_seed(0)
@@ -256,6 +263,7 @@ def sample_arguments() -> dict[str, tuple[Any, ...]]:
     both = ops.problems(weights, pairs, coefficients, 0.5, costs=C, points=[x, y], kind=1, rho=rho)
     _, _, f, g, *_ = solved(stored)
     *_, (prepared,) = solved(made)
+    packed, kept = packed_solution(made)
     _, _, _, _, traces, *_ = solved(stored, n_iters=3, trace=True)
     grads = [torch.ones_like(v) for v in f], [torch.ones_like(v) for v in g]
     ones = torch.ones(2, dtype=torch.float64)
@@ -271,16 +279,18 @@ def sample_arguments() -> dict[str, tuple[Any, ...]]:
     return {
         "cost": ([x, y], weights, pairs, 0),
         "cost_backward": ([torch.ones_like(c) for c in C], C, [x, y], weights, pairs, 1, [0, 1]),
-        "solve": (*stored, fg, *limits, False, None),
-        "solve:points": (*made, [], *limits, False, None),
-        "solve:multiscale": (*multiscale, [], *limits, False, None),
-        "solve:dense": (*made, [], *limits, True, None),
+        "solve": (*stored, fg, *limits, False, False, None),
+        "solve:points": (*made, [], *limits, False, False, None),
+        "solve:multiscale": (*multiscale, [], *limits, False, False, None),
+        "solve:dense": (*made, [], *limits, True, False, None),
+        "solve:packed": (*made, [], *limits, True, True, None),
         "plan_product:multiscale": (*multiscale, f, g, [b.unsqueeze(-1), a.unsqueeze(-1)]),
         "grid_means": (axes, half, f[0], f[0].unsqueeze(1)),
         "grid_adjoint": (axes, half, penalties, *densities, f[0], f[1], f[0], f[1]),
         "grid_solve": (axes, [1.0, 1.0], densities, pairs, half, penalties, [], half, 1000),
         "envelope_backward:multiscale": (ones, *multiscale, f, g, [], [1, 0], True),
         "envelope_backward:prepared": (ones, *made, f, g, *given[":points"][1], prepared),
+        "envelope_backward:packed": (ones, *made, *packed, *given[":points"][1], kept),
         "envelope_backward:weights": (ones, *stored._replace(costs=[]), f, g, [], [], True),
         **{f"envelope_backward{k}": (ones, *p, f, g, *w) for k, (p, w) in given.items()},
         **{
@@ -332,7 +342,11 @@ def test_fake_kernels(operation):
     assert all(t.device.type == "meta" for t in flat)
 
 
-EXACT = [operation for operation in sample_arguments() if not operation.endswith(":multiscale")]
+EXACT = [
+    operation
+    for operation in sample_arguments()
+    if not operation.endswith((":multiscale", "envelope_backward:packed"))
+]
 
 
 @pytest.mark.parametrize("operation", EXACT)
@@ -356,6 +370,34 @@ def test_native_equals_reference(operation):
     if operation.startswith("implicit_backward"):  # solved in other ways; the last item says how
         got, expected = got[:4], expected[:4]
     assert_close(list(got), list(expected), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_a_packed_solve_is_the_same(single, rng):
+    """To the last bit, and so is the gradient of what it gives back; of a target that is known the
+    costs are not made."""
+    x, y = randn(rng, 9, 50), randn(rng, 21, 50)
+    points = [x, y] if single else [x[None], y[None]]
+    weights, pairs = [uniform(9)[None], uniform(21)[None]], [0, 1, 0, 0, 1, 1]
+    problem = ops.problems(weights, pairs, [1.0, -0.5, -0.5], 30.0, points=points)
+    limits = [], ops.number(1e-6), 1000, -1, False, True
+    loss, status, f, g, _, _, (prepared,) = ops.solve(*problem, *limits)
+    known = torch.cat([f[2].double(), status[2]], dim=-1)
+    costs = ops.solve(*problem, *limits)[5]
+    wanted = [], [0], False
+    expected = ops.envelope_backward(
+        torch.ones_like(loss), *problem._replace(costs=costs), f, g, *wanted, prepared
+    )
+    potentials = torch.cat([v[0] for both in zip(f, g, strict=True) for v in both])
+    for target in (None, known):
+        packed = ops.solve(*problem, *limits, True, target)
+        assert [len(part) for part in packed[2:]] == [1, 0, 0, 0, 1]
+        assert_close(packed[0], loss, rtol=0, atol=1e-12)
+        assert_close(packed[2][0], potentials, rtol=0, atol=0)
+        found = ops.envelope_backward(
+            torch.ones_like(loss), *problem, packed[2], [], *wanted, *packed[6]
+        )
+        assert_close(found[1][0], expected[1][0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int64])

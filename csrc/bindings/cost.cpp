@@ -48,7 +48,8 @@ void cost_backward(StableIValue* stack, uint64_t, uint64_t) {
     for (int64_t p = 0; p < clouds.count(); ++p) {
       PlanWeightGroup<T> group{};
       group.W = data<T>(grad_costs[p]);
-      grads.add_pair(clouds.pairs[2 * p], clouds.pairs[2 * p + 1], costs[p], group, {});
+      grads.add_pair(clouds.pairs[2 * p], clouds.pairs[2 * p + 1], as_matrix<T>(costs[p]), group,
+                     {});
     }
     give_back(stack, grads.result());
   });

@@ -14,12 +14,13 @@ void Wanted::check(const Problem& problem) const {
 
 template <typename T>
 Gradients<T>::Gradients(const Device& device, const Problem& problem, const Tensor& grad_loss,
-                        const Wanted& wanted, const std::optional<Tensor>& prepared)
+                        const Wanted& wanted, const std::optional<Tensor>& prepared,
+                        int64_t entries)
     : device_(device),
       problem_(problem),
       grad_loss_(grad_loss),
       wanted_(wanted),
-      clouds_(prepare<T>(device, problem.clouds, prepared)),
+      clouds_(prepare<T>(device, problem.clouds, prepared, entries)),
       points_(device, clouds_, wanted.points),
       grad_C_(problem.count()) {}
 
@@ -124,22 +125,21 @@ void Gradients<T>::add_matrices() {
     if (!grad_C_[p].defined()) continue;
     PlanWeightGroup<T> group{};
     group.W = data<T>(grad_C_[p]);
-    points_.add_pair(problem_.x(p), problem_.y(p), problem_.costs[p], group, problem_.eps);
+    points_.add_pair(problem_.x(p), problem_.y(p), as_matrix<T>(problem_.costs[p]), group,
+                     problem_.eps);
   }
 }
 
 template <typename T>
-void Gradients<T>::add_plans(const Tensors& f, const Tensors& g) {
-  for (int64_t p = 0; p < problem_.count(); ++p) {
-    PlanWeightGroup<T> group{};
-    group.a = data<T>(problem_.a(p));
-    group.b = data<T>(problem_.b(p));
-    group.f = data<T>(f[p]);
-    group.g = data<T>(g[p]);
-    group.grad = grad(p);
-    group.coefficient = static_cast<T>(problem_.coefficients[p]);
-    points_.add_pair(problem_.x(p), problem_.y(p), problem_.costs[p], group, problem_.eps);
-  }
+void Gradients<T>::add_plan(int64_t p, const Matrix<T>& C, const T* f, const T* g) {
+  PlanWeightGroup<T> group{};
+  group.a = data<T>(problem_.a(p));
+  group.b = data<T>(problem_.b(p));
+  group.f = f;
+  group.g = g;
+  group.grad = grad(p);
+  group.coefficient = static_cast<T>(problem_.coefficients[p]);
+  points_.add_pair(problem_.x(p), problem_.y(p), C, group, problem_.eps);
 }
 
 template class Gradients<float>;

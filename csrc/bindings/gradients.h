@@ -21,7 +21,7 @@ template <typename T>
 class Gradients {
  public:
   Gradients(const Device& device, const Problem& problem, const Tensor& grad_loss,
-            const Wanted& wanted, const std::optional<Tensor>& prepared = {});
+            const Wanted& wanted, const std::optional<Tensor>& prepared = {}, int64_t entries = 0);
 
   // Of pair p. With `matrices`, the gradient of its cost matrix too if points need it.
   EnvelopeGroup<T> group(int64_t p, bool matrices, const T* f = nullptr, const T* g = nullptr);
@@ -37,7 +37,9 @@ class Gradients {
   // from the matrices' gradients, or from the plan at fixed potentials.
   void add_sums();
   void add_matrices();
-  void add_plans(const Tensors& f, const Tensors& g);
+  void add_plan(int64_t p, const Matrix<T>& C, const T* f, const T* g);
+  // Where the clouds were prepared.
+  const Tensor& memory() const { return clouds_.memory; }
 
   // Writes the gradients of the wanted costs and points, of a and b, and `more`.
   template <typename... More>

@@ -3,6 +3,7 @@
 
 #include "bindings/host.h"
 #include "bindings/operations.h"
+#include "bindings/points.h"
 #include "cpu/simd/simd.h"
 #include "cuda/solve/describe.h"
 #if defined(OTLOSS_WITH_CUDA)
@@ -51,6 +52,8 @@ PYBIND11_MODULE(_C, module) {
              });
 #endif
   module.def("set_progress", &otloss::set_progress);
+  module.attr("most_kept") = otloss::kMostKept;
+  module.attr("most_packed") = otloss::kMostPacked;
   module.def("build_info", [] {
     pybind11::dict info;
     info["compiler"] = std::string("C++ ") + __VERSION__;

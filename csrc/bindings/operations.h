@@ -14,6 +14,9 @@ using Operation = void(StableIValue* stack, uint64_t arguments, uint64_t results
 Operation cost, cost_backward, solve, envelope_backward, unrolled_backward, implicit_backward,
     plan_product, grid_means, grid_solve;
 
+// Bytes of prepared clouds that a solve on a CPU gives back, for its gradient.
+constexpr int64_t kMostKept = 16 << 20;
+
 template <Operation* operation>
 void call(StableIValue* stack, uint64_t arguments, uint64_t results) {
   const Call scope;

@@ -59,15 +59,17 @@ Prepared<T> as_given(const Clouds& given) {
 }
 
 template <typename T>
-Prepared<T> prepare(const Device& device, const Clouds& given,
-                    const std::optional<Tensor>& before) {
+Prepared<T> prepare(const Device& device, const Clouds& given, const std::optional<Tensor>& before,
+                    int64_t entries) {
   Prepared<T> prepared = as_given<T>(given);
   if (prepared.clouds.empty()) return prepared;
   int64_t points = 0;
   for (const CloudGroup<T>& cloud : prepared.clouds) points += cloud.batch * cloud.n;
   const int64_t d = prepared.clouds[0].d, count = points * (d + 1);
-  if (before) check(*before, {count}, dtype_of<T>(), "prepared");
-  prepared.memory = before ? *before : empty(given.points[0], {count});
+  if (entries == 0) entries = count;
+  STD_TORCH_CHECK(entries >= count, "otloss: prepared must hold all clouds");
+  if (before) check(*before, {entries}, dtype_of<T>(), "prepared");
+  prepared.memory = before ? *before : empty(given.points[0], {entries});
   T *z = data<T>(prepared.memory), *norm = z + points * d;
   Tensors weights;  // without dummies
   for (size_t c = 0; c < prepared.clouds.size(); ++c) {
@@ -101,6 +103,51 @@ Tensors cost_matrices(const Device& device, const Prepared<T>& clouds, const Int
   }
   if (!groups.empty()) OTLOSS_LAUNCH(device, cost_matrices, groups, clouds.kind);
   return costs;
+}
+
+template <typename T>
+PackedCosts<T>::PackedCosts(const Clouds& clouds, const Ints& pairs) : end_(0) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const auto whole = [](int64_t count) { return (count + kLine - 1) / kLine * kLine; };
+  for (size_t c = 0; c < clouds.points.size(); ++c) {
+    const auto [B, n, d] = clouds.shape(c);
+    end_ += B * n * (d + 1);
+  }
+  end_ = whole(end_);
+  for (size_t p = 0; p < pairs.size(); p += 2) {
+    const int64_t B = clouds.shape(0)[0], n = clouds.shape(pairs[p])[1];
+    const int64_t m = clouds.shape(pairs[p + 1])[1], stride = whole(m);
+    matrices_.push_back({B, n, m, nullptr, stride});
+    first_.push_back(end_);
+    end_ += B * n * stride;
+  }
+}
+
+template <typename T>
+Matrix<T> PackedCosts<T>::matrix(const Tensor& memory, int64_t p) const {
+  Matrix<T> C = matrices_[p];
+  if (first_[p] + C.B * C.n * C.stride <= memory.numel()) C.entries = data<T>(memory) + first_[p];
+  return C;
+}
+
+template <typename T>
+void PackedCosts<T>::make(const Device& device, const Prepared<T>& clouds,
+                          const Ints& pairs) const {
+  std::vector<CostGroup<T>> groups;
+  // Nothing is left as it was found: before the first matrix, and behind each.
+  const CloudGroup<T>& last = clouds.clouds.back();
+  T* const begin = data<T>(clouds.memory);
+  std::fill(last.norm + last.batch * last.n, begin + (first_.empty() ? end_ : first_[0]), T(0));
+  for (size_t p = 0; p < pairs.size(); p += 2) {
+    const int64_t i = pairs[p], j = pairs[p + 1];
+    const CloudGroup<T>&x = clouds.clouds[i], &y = clouds.clouds[j];
+    const Matrix<T> C = matrix(clouds.memory, p / 2);
+    for (T* end = C.entries + C.n * C.stride; end <= C.entries + C.B * C.n * C.stride;
+         end += C.n * C.stride)
+      std::fill(end - C.stride + C.m, end, T(0));
+    groups.push_back({C.B, C.n, C.m, x.d, i == j, x.z, y.z, x.norm, y.norm, C.entries, C.stride});
+  }
+  if (!groups.empty()) OTLOSS_LAUNCH(device, cost_matrices, groups, clouds.kind);
 }
 
 // ----------------------------------------------------------------------------------- gradients
@@ -148,17 +195,18 @@ void PointGradients<T>::add_product(int64_t c, int64_t other, const Tensor& V, b
 }
 
 template <typename T>
-void PointGradients<T>::add_pair(int64_t i, int64_t j, const Tensor& C, PlanWeightGroup<T> group,
+void PointGradients<T>::add_pair(int64_t i, int64_t j, const Matrix<T>& C, PlanWeightGroup<T> group,
                                  const Eps& eps) {
   if (!wants(i) && !wants(j)) return;
-  const int64_t B = C.size(0), n = C.size(1), m = C.size(2);
-  const Tensor V = empty(C, {B * (n * m + n + m)});  // with its sums behind
+  STD_TORCH_CHECK(C.entries != nullptr, "otloss: there must be a cost for every gradient");
+  const auto [B, n, m, entries, stride] = C;
+  const Tensor V = empty(clouds_.memory, {B * (n * m + n + m)});  // with its sums behind
   group.batch = B;
   group.n = n;
   group.m = m;
   group.symmetrise = i == j;
-  group.C = data<T>(C);
-  group.C_stride = row_stride(C);
+  group.C = entries;
+  group.C_stride = stride;
   group.V = data<T>(V);
   group.row_sum = group.V + B * n * m;
   group.col_sum = group.row_sum + B * n;
@@ -187,11 +235,13 @@ Tensors PointGradients<T>::result() {
   return all;
 }
 
-#define OTLOSS_INSTANTIATE(T)                                                                  \
-  template Prepared<T> as_given<T>(const Clouds&);                                             \
-  template Prepared<T> prepare<T>(const Device&, const Clouds&, const std::optional<Tensor>&); \
-  template Tensors cost_matrices<T>(const Device&, const Prepared<T>&, const Ints&,            \
-                                    Tensor (*)(const Tensor&, int64_t, int64_t, int64_t));     \
+#define OTLOSS_INSTANTIATE(T)                                                                 \
+  template Prepared<T> as_given<T>(const Clouds&);                                            \
+  template Prepared<T> prepare<T>(const Device&, const Clouds&, const std::optional<Tensor>&, \
+                                  int64_t);                                                   \
+  template class PackedCosts<T>;                                                              \
+  template Tensors cost_matrices<T>(const Device&, const Prepared<T>&, const Ints&,           \
+                                    Tensor (*)(const Tensor&, int64_t, int64_t, int64_t));    \
   template class PointGradients<T>;
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)

@@ -8,7 +8,6 @@ namespace otloss {
 namespace {
 
 constexpr int64_t kMostTraced = int64_t{1} << 32;  // beyond any memory
-constexpr int64_t kMostKept = 16 << 20;  // bytes of prepared clouds, KEPT in otloss/ops.py
 
 struct Start {
   Tensors f, g;  // per pair: where a warm start is on entry, the potentials on return
@@ -31,21 +30,36 @@ Start start_from(const Tensors& init, const Problem& problem) {
   return start;
 }
 
+// Memory for those of all pairs in one tensor, f and g of each pair in turn.
+Start packed_start(const Problem& problem) {
+  int64_t entries = 0;
+  for (int64_t p = 0; p < problem.count(); ++p)
+    entries += problem.a(p).numel() + problem.b(p).numel();
+  return {{empty(problem.clouds.weights[0], {entries})}, {}};
+}
+
 template <typename T>
 void solve_as(StableIValue* stack, const Device& device, const Problem& problem,
-              const Tensors& init, const SolveOptions& options, bool trace, bool dense,
+              const Tensors& init, const SolveOptions& options, bool trace, bool dense, bool pack,
               const std::optional<Tensor>& target) {
   const int64_t P = problem.count(), B = problem.batch();
   const Tensor& like = problem.clouds.weights[0];
   const bool from_points = !problem.clouds.points.empty();
-  const Prepared<T> clouds =
-      problem.multiscale ? as_given<T>(problem.clouds) : prepare<T>(device, problem.clouds);
   const bool made = dense && problem.costs.empty();
   const bool known = target && !device.is_cuda();  // kernels of a GPU solve it again
   Ints pairs = problem.clouds.pairs;
   if (known) pairs.resize(2 * P - 2);
-  const Tensors costs = made ? cost_matrices<T>(device, clouds, pairs, empty_rows) : problem.costs;
-  const Start start = start_from(init, problem);
+  pack = pack && made && !trace && init.empty() && !device.is_cuda();
+  const PackedCosts<T> packed(problem.clouds, pack ? pairs : Ints());
+  pack = pack && packed.fit();
+  const Prepared<T> clouds =
+      problem.multiscale ? as_given<T>(problem.clouds)
+                         : prepare<T>(device, problem.clouds, {}, pack ? packed.entries() : 0);
+  if (pack) packed.make(device, clouds, pairs);
+  const Tensors costs =
+      made && !pack ? cost_matrices<T>(device, clouds, pairs, empty_rows) : problem.costs;
+  const Start start = pack ? packed_start(problem) : start_from(init, problem);
+  T* potentials = pack ? data<T>(start.f[0]) : nullptr;
   const Tensor loss = problem.clouds.single ? empty(like, {}) : empty(like, {B});
   const Tensor status = empty(like, {P, B, kStatusFields}, aoti_torch_dtype_float64());
   Tensors traces;
@@ -60,6 +74,9 @@ void solve_as(StableIValue* stack, const Device& device, const Problem& problem,
     group.symmetric = problem.x(p) == problem.y(p);
     if (known && p + 1 == P)
       group.known = data<double>(*target);
+    else if (pack)
+      group.C = packed.matrix(clouds.memory, p).entries,
+      group.stride = packed.matrix(clouds.memory, p).stride;
     else if (!costs.empty())
       group.C = data<T>(costs[p]), group.stride = row_stride(costs[p]),
       group.shared = is_shared(costs[p], B);
@@ -67,8 +84,9 @@ void solve_as(StableIValue* stack, const Device& device, const Problem& problem,
       group.points = clouds.pair(problem.x(p), problem.y(p), problem.tf32, problem.multiscale);
     group.a = data<T>(a);
     group.b = data<T>(b);
-    group.f = data<T>(start.f[p]);
-    group.g = data<T>(start.g[p]);
+    group.f = pack ? potentials : data<T>(start.f[p]);
+    group.g = pack ? potentials + a.numel() : data<T>(start.g[p]);
+    if (pack) potentials = group.g + b.numel();
     if (trace) {
       traces.push_back(empty(like, {B, options.n_iters, group.n + group.m}));
       group.trace = data<T>(traces.back());
@@ -81,9 +99,9 @@ void solve_as(StableIValue* stack, const Device& device, const Problem& problem,
   OTLOSS_LAUNCH(device, solve, groups, options);
   OTLOSS_LAUNCH(device, combine_terms, P, B, data<double>(status), data<T>(loss));
   Tensors kept;
-  if (clouds.memory.defined() && clouds.memory.is_cpu() &&
-      clouds.memory.numel() * static_cast<int64_t>(sizeof(T)) <= kMostKept)
-    kept.push_back(clouds.memory);
+  const bool small = clouds.memory.defined() && clouds.memory.is_cpu() &&
+                     clouds.memory.numel() * static_cast<int64_t>(sizeof(T)) <= kMostKept;
+  if (pack || small) kept.push_back(clouds.memory);
   give_back(stack, loss, status, start.f, start.g, traces, made ? costs : Tensors(), kept);
 }
 
@@ -97,7 +115,7 @@ void solve(StableIValue* stack, uint64_t, uint64_t) {
   SolveOptions options{};
   options.max_iters = in.next<int64_t>();
   options.n_iters = in.next<int64_t>();
-  const bool trace = in.next<bool>(), dense = in.next<bool>();
+  const bool trace = in.next<bool>(), dense = in.next<bool>(), pack = in.next<bool>();
   const auto target = in.next<std::optional<Tensor>>();
   problem.check();
   STD_TORCH_CHECK(!problem.costs.empty() || !problem.clouds.points.empty(),
@@ -132,7 +150,7 @@ void solve(StableIValue* stack, uint64_t, uint64_t) {
                       {&problem.costs, &problem.clouds.points, &problem.clouds.weights, &init});
   problem.fit(device);
   dispatch_dtype(problem.clouds.weights[0], [&](auto zero) {
-    solve_as<decltype(zero)>(stack, device, problem, init, options, trace, dense, target);
+    solve_as<decltype(zero)>(stack, device, problem, init, options, trace, dense, pack, target);
   });
 }
 

@@ -70,8 +70,12 @@ class Solve(torch.autograd.Function):
             return None, None, *result
         live, solution = s.live, saved[len(needed) + (len(s.places.costs) if s.places else 0) :]
         solution, prepared = solution[: ctx.solved], solution[ctx.solved :]
-        s, seeds, inputs = s.of_live(), seeds.of_pairs(live), inputs.of_pairs(live)
-        if points and s.dense:
+        packed = len(solution) == 1
+        if packed and not first_order:
+            solution, prepared = _unpacked(s, inputs.weights, *solution), ()
+        if not (packed and first_order):
+            s, seeds, inputs = s.of_live(), seeds.of_pairs(live), inputs.of_pairs(live)
+        if points and s.dense and not packed:
             P = len(live)
             solution, made = solution[:-P], list(solution[-P:])
             if mode(s, seeds) != "envelope":  # the others read contiguous ones
@@ -121,11 +125,20 @@ def _failed_are_nan(
     )
 
 
+def _unpacked(s: Settings, weights: list[Tensor], potentials: Tensor) -> tuple[Tensor, ...]:
+    """(*f, *g) of the pairs that a gradient flows through, from those of all pairs."""
+    like = [weights[c] for c in s.pairs]
+    parts = potentials.split([w.numel() for w in like])
+    each = [v.view_as(w) for v, w in zip(parts, like, strict=True)]
+    return tuple(each[2 * p + side] for side in (0, 1) for p in s.live)
+
+
 def evaluate(
     s: Settings, sizes: list[int], tensors: Sequence[Tensor]
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], list[Tensor]]:
     """What ``Solve`` returns, without a node, and what its backward pass needs: of the pairs that a
-    gradient flows through (*f, *g, *traces, *made), and of the clouds what was prepared."""
+    gradient flows through (*f, *g, *traces, *made), or of all pairs one tensor, packed; and of the
+    clouds what was prepared."""
     inputs, o = _inputs(tensors, sizes, single=s.single), s.options
     loss, status, f, g, traces, made, prepared = implementation(o.method).solve(
         *s.arguments(inputs),
@@ -135,9 +148,10 @@ def evaluate(
         o.n_iters,
         s.trace,
         s.dense,
+        s.packs(),
         s.target.solution if s.target else None,
     )
-    if s.target:
+    if s.target and s.target.is_wanted():
         s.target.keep(f[-1], status[-1])
     exact = o.method == "multiscale"  # centred in double, before potentials are rounded
     if s.potentials and o.balanced() and o.n_iters < 0 and not exact:
@@ -148,6 +162,8 @@ def evaluate(
     elif not (s.batched or s.single):
         loss = loss[0]
     outputs = loss, status
+    if not g:
+        return outputs, tuple(f), prepared
     solution = tuple(each[p] for each in (f, g, traces, made) if each for p in s.live)
     return (*outputs, *f, *g) if s.potentials else outputs, solution, prepared
 

@@ -58,6 +58,22 @@ class Settings(NamedTuple):
         places = self.places.of_pairs(self.live) if self.places else None
         return Settings(pairs, coefficients, *self[2:-1], places)
 
+    def packs(self) -> bool:
+        """Whether a solve may pack its results: nothing but the envelope gradient reads them."""
+        return (
+            self.single
+            and self.dense
+            and not (self.potentials or self.trace)
+            and self.of_value() == "envelope"
+            and not (self.target and self.target.is_wanted())
+        )
+
+    def of_value(self) -> str:
+        """Which gradient that of the value is: the implicit one is that at fixed potentials."""
+        chosen = self.options.gradient()
+        exact = chosen == "implicit" and self.options.objective == "regularized"
+        return "envelope" if exact else chosen
+
     def arguments(self, inputs: Inputs) -> Arguments:
         """What the operations take of a set of problems."""
         o, (costs, points, weights, _) = self.options, inputs
@@ -154,7 +170,5 @@ def unbatched(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def mode(s: Settings, seeds: Seeds) -> str:
-    """Which gradient it is: the implicit one of the value alone is that at fixed potentials."""
-    of_value = s.options.objective == "regularized" and not seeds.f
-    chosen = s.options.gradient()
-    return "envelope" if chosen == "implicit" and of_value else chosen
+    """Which gradient it is."""
+    return s.options.gradient() if seeds.f else s.of_value()

@@ -106,19 +106,6 @@ T unit_row(int64_t d, const T* x, T* z) {
 // Coordinates from which on half of a symmetric matrix and its reflection is less work than all.
 constexpr int64_t kReflectDims = 48;
 
-// Copies the part above the diagonal to the part below.
-template <typename T>
-void reflect(int64_t n, T* C, int64_t stride) {
-  constexpr int64_t kTile = 32;
-  for_each_row(groups_of(n, kTile), n * kTile, [&](int64_t tile) {
-    const int64_t i0 = tile * kTile, end = std::min(n, i0 + kTile);
-    for (int64_t j0 = 0; j0 < i0; j0 += kTile)
-      transpose(kTile, end - i0, C + j0 * stride + i0, stride, C + i0 * stride + j0, stride);
-    for (int64_t i = i0; i < end; ++i)
-      for (int64_t j = i0; j < i; ++j) C[i * stride + j] = C[j * stride + i];
-  });
-}
-
 // A block of rows of one of several matrices.
 struct RowBlock {
   size_t matrix;
@@ -176,8 +163,6 @@ void costs_of_problem(const std::vector<CostGroup<T>>& groups, int64_t p, CostKi
     for (int64_t i = block.first; i + 1 < n && i < block.first + block.rows; ++i, C += group.stride)
       std::fill(C + m, C + group.stride, T(0));
   });
-  for (const CostGroup<T>& group : groups)
-    if (half(group)) reflect(group.n, group.C + p * group.n * group.stride, group.stride);
 }
 
 // ------------------------------------------------------------------------------------ gradient

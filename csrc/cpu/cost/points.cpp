@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "core/math.h"
 #include "cpu/simd/simd.h"
@@ -14,26 +15,19 @@
 namespace otloss::cpu {
 namespace {
 
-// C_j from products with the columns of a strip; `self`: the column of the row's own point, or less
-// than 0. Distances of which the expanded form has lost half of the digits are computed again
-// directly.
+// Distances of which the expanded form has lost half of the digits, computed again directly.
 template <typename Cost, typename T>
-OTLOSS_INLINE void row_from_products(int64_t columns, int64_t d, T hx, const T* hy, const T* x,
-                                     const T* zy, int64_t self, const T* products, T* C) {
-  int cancelled = 0;
-#pragma omp simd reduction(+ : cancelled)
-  for (int64_t j = 0; j < columns; ++j) {
-    const T scale = hx + hy[j];
-    const T left = scale - T(2) * products[j] - cancellation_limit<T>() * scale;
-    cancelled += left <= T(0);
-    C[j] = Cost::from_product(hx, hy[j], products[j]);
-  }
-  if constexpr (!Cost::kUnitNorm) {
-    const bool has_self = self >= 0 && self < columns;
-    if (cancelled <= (has_self ? 1 : 0)) return;
+OTLOSS_SIMD void mend_cancelled(Cost, const CostRows<T>& p, int64_t row, int64_t column,
+                                int64_t rows, int64_t columns) {
+  const int64_t d = p.to->d;
+  for (int64_t i = row; i < row + rows; ++i) {
+    const T *x = p.from->z + i * d, hx = p.from->norm[i];
+    T* C = p.at(i, column);
     for (int64_t j = 0; j < columns; ++j) {
-      if (j == self || Cost::squared(C[j]) > cancellation_limit<T>() * (hx + hy[j])) continue;
-      const T* y = zy + j * d;
+      const bool self = p.symmetric && i == column + j;
+      if (self || Cost::squared(C[j]) > cancellation_limit<T>() * (hx + p.to->h[column + j]))
+        continue;
+      const T* y = p.to->z + (column + j) * d;
       T exact = 0;
 #pragma omp simd reduction(+ : exact)
       for (int64_t k = 0; k < d; ++k) exact += (x[k] - y[k]) * (x[k] - y[k]);
@@ -42,23 +36,37 @@ OTLOSS_INLINE void row_from_products(int64_t columns, int64_t d, T hx, const T* 
   }
 }
 
-// `count` rows of a strip, from the one of `row` and `column` on, of inner products (count,
-// kStrip); the caller sets the costs of a point against itself.
+// The costs of a tile, from `row` and `column` on, from its inner products (rows, kStrip); the
+// caller sets those of a point against itself. Returns how many distances have lost half of their
+// digits; those count too.
 template <typename Cost, typename T>
-OTLOSS_SIMD void costs_from_products(Cost, const CostRows<T>& p, int64_t row, int64_t column,
-                                     int64_t count, const T* products) {
-  const int64_t d = p.to->d, columns = p.end - column;
-  for (int64_t i = row; i < row + count; ++i, products += kStrip<T>) {
-    const auto costs = [&](int64_t some) OTLOSS_ALWAYS_INLINE {
-      row_from_products<Cost>(some, d, p.from->norm[i], p.to->h.data() + column, p.from->z + i * d,
-                              p.to->z + column * d, p.symmetric ? i - column : -1, products,
-                              p.at(i, column));
-    };
-    if (columns >= kStrip<T>)  // a constant number takes no loop
-      costs(kStrip<T>);
-    else
-      costs(columns);
-  }
+OTLOSS_SIMD int64_t costs_from_products(Cost, const CostRows<T>& p, int64_t row, int64_t column,
+                                        int64_t rows, int64_t columns, const T* products) {
+  using Count = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;  // in lanes as wide as T
+  alignas(64) Count cancelled[kStrip<T>] = {};
+  const T* hy = p.to->h.data() + column;
+  const auto costs = [&](int64_t some) OTLOSS_ALWAYS_INLINE {
+    for (int64_t i = row; i < row + rows; ++i, products += kStrip<T>) {
+      const T hx = p.from->norm[i];
+      T* C = p.at(i, column);
+#pragma omp simd
+      for (int64_t j = 0; j < some; ++j) {
+        if constexpr (!Cost::kUnitNorm) {
+          const T scale = hx + hy[j];
+          const T left = scale - T(2) * products[j] - cancellation_limit<T>() * scale;
+          cancelled[j] += left <= T(0);
+        }
+        C[j] = Cost::from_product(hx, hy[j], products[j]);
+      }
+    }
+  };
+  if (columns == kStrip<T>)  // a constant number takes no loop
+    costs(kStrip<T>);
+  else
+    costs(columns);
+  int64_t count = 0;
+  for (const Count lane : cancelled) count += lane;
+  return count;
 }
 
 template <typename Cost, typename T>
@@ -93,15 +101,38 @@ void difference_rows(CostKind kind, const CostRows<T>& p, int64_t row) {
   });
 }
 
+// The part of a tile of half a symmetric matrix that no tile makes below the diagonal: those do up
+// to the last one that begins within the strip of the row's own point.
+template <typename T>
+void mirror_tile(const CostRows<T>& p, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  for (int64_t i = row, next; i < row + rows; i = next) {
+    const int64_t strip_end = (i / kStrip<T> + 1) * kStrip<T>;
+    next = std::min(row + rows, strip_end);
+    const int64_t j = std::max(column, groups_of(strip_end, kTileRows) * kTileRows);
+    if (j < column + columns)
+      transpose(next - i, column + columns - j, p.at(i, j), p.stride, p.at(j, i), p.stride);
+  }
+}
+
 // A tile from products, from `row` on by the strip from `column` on.
 template <typename T>
 void product_tile(CostKind kind, const CostRows<T>& p, int64_t row, int64_t column) {
   const int64_t d = p.to->d, rows = std::min(kTileRows, p.first + p.rows - row);
-  const int64_t columns = padded<T>(std::min(kStrip<T>, p.end - column));
+  const int64_t columns = std::min(kStrip<T>, p.end - column);
+  for (int64_t i = row; i < row + rows; ++i)  // comes to the cache during the product
+    for (int64_t j = 0; j < columns; j += kBlock<T>) __builtin_prefetch(p.at(i, column + j), 1);
   alignas(64) T sum[kTileRows * kStrip<T>];
-  add_products(TileProduct<T>{rows, columns, d, p.from->z + row * d, d, 1,
+  add_products(TileProduct<T>{rows, padded<T>(columns), d, p.from->z + row * d, d, 1,
                               p.to->strips.data() + column * d, kStrip<T>, sum, kStrip<T>, false});
-  dispatch_cost(kind, [&](auto cost) { costs_from_products(cost, p, row, column, rows, sum); });
+  const int64_t itself =  // distances of points to themselves
+      p.symmetric ? std::min(row + rows, column + columns) - std::max(row, column) : 0;
+  dispatch_cost(kind, [&](auto cost) {
+    [[maybe_unused]] const int64_t lost =
+        costs_from_products(cost, p, row, column, rows, columns, sum);
+    if constexpr (!decltype(cost)::kUnitNorm)
+      if (lost > std::max<int64_t>(0, itself)) mend_cancelled(cost, p, row, column, rows, columns);
+  });
+  if (p.half) mirror_tile(p, row, rows, column, columns);
 }
 
 // Few coordinates: each coordinate of a row keeps a strip of partial sums, added up at the end.

@@ -48,7 +48,8 @@ struct CostRows {
   const PackedCloud<T>* to;
   T* C;  // (rows, stride) out; column 0 is column `begin`
   int64_t stride;
-  bool half = false;  // tiles below the diagonal may be left out
+  bool half = false;  // all of a symmetric matrix is made in turn: tiles below the diagonal are
+                      // mirror images
 
   T* at(int64_t row, int64_t column) const { return C + (row - first) * stride + (column - begin); }
 };

@@ -85,6 +85,9 @@ OTLOSS_INLINE void add_part(const TileProduct<T>& t, int64_t r, int64_t j) {
     part.for_each(at, t.stride, [](auto& sum, const T* from) OTLOSS_ALWAYS_INLINE {
       sum = in_memory<kBytes>(from).vector;
     });
+  else  // what is written at the end comes to the cache meanwhile
+    part.for_each(at, t.stride,
+                  [](auto&, const T* to) OTLOSS_ALWAYS_INLINE { __builtin_prefetch(to, 1); });
   part.add(t.inner, t.x + r * t.x_row, t.x_row, t.x_inner, t.y + j, t.y_inner,
            [](auto& sum, const auto& x, const auto& y) OTLOSS_ALWAYS_INLINE { sum += x * y; });
   part.for_each(at, t.stride, [](const auto& sum, T* to) OTLOSS_ALWAYS_INLINE {
