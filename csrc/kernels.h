@@ -68,7 +68,7 @@ struct PointPair {
   // Inner products may be made from 11 bits of each coordinate, where that is faster.
   bool tf32 = false;
   // Pairs of points that hold nothing of the plan are left out, found by bounds on nodes of a tree
-  // (csrc/cpu/multiscale). Up to kMultiscaleDims coordinates, on a CPU.
+  // (csrc/cpu/multiscale). Up to kMultiscaleDims coordinates.
   bool multiscale = false;
 };
 
@@ -395,6 +395,8 @@ void implicit_backward(const Context& context, const std::vector<ImplicitGroup<T
 template <typename T>
 void point_gradient_sums(const Context& context, const std::vector<PointGradientGroup<T>>& groups,
                          double eps);
+template <typename T>
+void plan_sums(const Context& context, const std::vector<PlanSumsGroup<T>>& groups, double eps);
 
 }  // namespace cuda
 }  // namespace otloss

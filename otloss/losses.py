@@ -102,12 +102,12 @@ def sinkhorn_divergence(
               objective implicit equals envelope.
         method: ``"dense"`` stores the cost matrices. ``"streamed"`` computes costs from the points
             in every sweep, memory O((n + m) d); a cost function is called on some rows of x and all
-            of y, and has the envelope gradient. ``"multiscale"`` computes those
-            that hold something of the plan: large clouds in up to 8 dimensions on a CPU, squared
-            or cosine cost. ``"reference"`` is plain torch. ``"auto"`` streams if the matrices
-            exceed the memory budget ``otloss.method.dense_budget`` or would be slower, and takes
-            "multiscale" where a sample of the points says that it pays; see
-            docs/large-point-clouds.md.
+            of y, and has the envelope gradient. ``"multiscale"`` computes those that hold something
+            of the plan: large clouds in up to 8 dimensions, squared or cosine cost; on a GPU for
+            the regularized objective and its envelope gradient. ``"reference"`` is plain torch.
+            ``"auto"`` streams if the matrices exceed the memory budget
+            ``otloss.method.dense_budget`` or would be slower, and takes "multiscale" where a sample
+            of the points says that it pays, on a CPU; see docs/large-point-clouds.md.
         precision: ``"tf32"`` allows inner products from 11 bits of each coordinate. It applies to
             streamed solves and envelope gradients on CUDA, float32 or half inputs, in more than 16
             dimensions, and changes nothing elsewhere. Default ``"float32"``: full accuracy.

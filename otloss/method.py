@@ -114,8 +114,11 @@ def _multiscale_lacks(
     (n, d), device = points[0].shape[-2:], points[0].device
     if weights[0].shape[-1] > n:
         return "all of the mass", "mass="
-    if not ops.NATIVE or device.type != "cpu":
-        return "the native library and points on a CPU", str(device)
+    on_gpu = device.type == "cuda"
+    if not (ops.CUDA_KERNELS if on_gpu else ops.NATIVE and device.type == "cpu"):
+        return "a build with kernels for the points' device", str(device)
+    if on_gpu and options.objective != "regularized":
+        return 'objective="regularized" on a GPU', options.objective
     if options.cost not in MULTISCALE_COSTS:
         return 'cost="sqeuclidean" or "cosine"', options.cost
     if d > MULTISCALE_DIMS:
@@ -131,7 +134,7 @@ def _multiscale_lacks(
 
 def _multiscale_pays(points: Sequence[Tensor], weights: Sequence[Tensor], options: Options) -> bool:
     """Whether the clouds are large, and locally of few dimensions: then few pairs of leaves hold
-    the plan."""
+    the plan. On a GPU that is not known: there the engine is asked for by name."""
     sizes = [w.shape[1] for w in weights]
     wanted = options.balanced() and options.objective == "regularized"
     if not wanted or min(sizes) * max(sizes) < MULTISCALE_FROM or not _check.readable(points[0]):

@@ -35,8 +35,8 @@ without ``rho`` all are.
 Numbers of the solver are float64 tensors on the CPU, so that a traced graph does not depend on
 their values. ``eps`` is one for all problems or, on a CPU, (B,). ``tf32`` allows inner products of
 points with 11 bits, where costs are not stored.
-``multiscale`` leaves out pairs of points that hold nothing of the plan: from points, on a CPU, by
-the native library alone.
+``multiscale`` leaves out pairs of points that hold nothing of the plan: from points, by the native
+library alone; on a GPU for the regularized value and its envelope gradient.
 
 ``pack``: on a CPU, where costs are made and stored, fewer and larger tensors may be given back: all
 potentials as one ``f``, f and g of each pair in turn, without ``g``; and the costs in the tensor of

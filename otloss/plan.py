@@ -138,8 +138,8 @@ class Plan:
 
     def _prunes(self, *others: Tensor) -> bool:
         """Whether products with the plan are those of the multiscale engine, which have no
-        gradient."""
-        if self._options.method != "multiscale" or self._kept_plan is not None:
+        gradient, and are made on a CPU."""
+        if self._options.method != "multiscale" or self._kept_plan is not None or self._f.is_cuda:
             return False
         given = (*self._problem.points, self._f, self._g, self._a, self._b, *others)
         return not (torch.is_grad_enabled() and any(t.requires_grad for t in given))

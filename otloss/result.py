@@ -201,7 +201,7 @@ class OTResult(PlanPairs):
         where, how = self._a.device, self._options.method
         if how not in ("reference", "multiscale"):
             how = "dense" if self._dense else "streamed"
-        if where.type != "cuda" or how == "reference" or not ops.CUDA_KERNELS:
+        if where.type != "cuda" or how in ("reference", "multiscale") or not ops.CUDA_KERNELS:
             return f"{how} on {where}"
         (problems, n), m = self._a.shape, self._b.shape[1]
         d = 0 if self._dense else self._problem.points[0].shape[-1]

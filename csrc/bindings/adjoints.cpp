@@ -128,6 +128,8 @@ void implicit_backward(StableIValue* stack, uint64_t, uint64_t) {
   problem.check_g(g, "g");
   const Device device(seeds.loss, {&seeds.f, &seeds.g, &problem.costs, &problem.clouds.points,
                                    &problem.clouds.weights, &f, &g});
+  STD_TORCH_CHECK(!(problem.multiscale && device.is_cuda()),
+                  "otloss: multiscale on a GPU has no implicit gradient");
   problem.fit(device);
   dispatch_dtype(seeds.loss, [&](auto zero) {
     implicit_as<decltype(zero)>(stack, device, problem, seeds, f, g, wanted);

@@ -51,7 +51,7 @@ void envelope_as(StableIValue* stack, const Device& device, const Problem& probl
     std::vector<PlanSumsGroup<T>> groups;
     for (int64_t p = 0; p < problem.count(); ++p)
       groups.push_back(gradients.plan_sides(p, f[p], g[p]));
-    OTLOSS_LAUNCH_ON_CPU(plan_sums, groups, problem.eps.all);
+    OTLOSS_LAUNCH(device, plan_sums, groups, problem.eps.all);
     gradients.add_sums();
   } else if (!wanted.points.empty()) {
     std::vector<PointGradientGroup<T>> groups;

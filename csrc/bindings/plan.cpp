@@ -43,6 +43,7 @@ void plan_product(StableIValue* stack, uint64_t, uint64_t) {
   }
   const Device device(problem.clouds.weights[0],
                       {&problem.clouds.points, &problem.clouds.weights, &f, &g, &v});
+  STD_TORCH_CHECK(!device.is_cuda(), "otloss: plan_product is on a CPU");
   dispatch_dtype(problem.clouds.weights[0],
                  [&](auto zero) { plan_product_as<decltype(zero)>(stack, problem, f, g, v); });
 }

@@ -138,12 +138,11 @@ void Problem::check() {
     STD_TORCH_CHECK(!eps.each, "otloss: multiscale has one eps for all problems");
     STD_TORCH_CHECK(costs.empty() && !clouds.points.empty(), "otloss: multiscale is of points");
     STD_TORCH_CHECK(traits_of(clouds.kind).multiscale, "otloss: multiscale has no such cost");
-    STD_TORCH_CHECK(clouds.points[0].is_cpu(), "otloss: multiscale is on a CPU");
     const int64_t d = clouds.shape(0)[2];
     STD_TORCH_CHECK(d <= kMultiscaleDims, "otloss: multiscale has up to ",
                     std::to_string(kMultiscaleDims), " coordinates");
     STD_TORCH_CHECK(eps.all < kLargestMultiscaleEps, "otloss: multiscale has an eps below 1e150");
-    for (size_t c = 0; c < clouds.weights.size(); ++c)
+    for (size_t c = 0; c < clouds.weights.size() && clouds.points[c].is_cpu(); ++c)
       check_multiscale(clouds.points[c], d, clouds.weights[c], clouds.kind);
   }
   const Penalties held = penalties_of(rho_);
@@ -157,6 +156,8 @@ void Problem::fit(const Device& device) {
   STD_TORCH_CHECK(dummies == 0, "otloss: dummy points are not available on a GPU");
   STD_TORCH_CHECK(!eps.each,
                   "otloss: an eps for each problem of a batch is not available on a GPU");
+  STD_TORCH_CHECK(!multiscale || objective == Objective::kRegularized,
+                  "otloss: multiscale on a GPU has regularized values");
   for (Tensor& C : costs)
     if (is_shared(C, batch())) C = repeated(C, batch());
 }

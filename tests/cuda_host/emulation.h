@@ -243,13 +243,15 @@ class EmulatedBlock {
   T shuffle_xor(T value, int mask) const {
     return shuffle(value, (fiber_->thread % kWarp) ^ mask);
   }
-  bool any(bool flag) const {
+  bool any(bool flag) const { return ballot(flag) != 0; }
+  unsigned ballot(bool flag) const {
     HostWarp& warp = this->warp();
     const int side = static_cast<int>(warp.gate.generation % 2);
     warp.slots[side][fiber_->thread % kWarp][0] = flag;
     wait(warp.gate);
-    bool result = false;
-    for (int lane = 0; lane < kWarp; ++lane) result = result || warp.slots[side][lane][0];
+    unsigned result = 0;
+    for (int lane = 0; lane < kWarp; ++lane)
+      if (warp.slots[side][lane][0]) result |= 1u << lane;
     return result;
   }
 
@@ -390,6 +392,10 @@ inline Limits limits(int) { return Emulation::get().limits; }
 
 inline void clear(const Context&, void* memory, int64_t bytes) {
   std::memset(memory, 0, static_cast<size_t>(bytes));
+}
+
+inline void read(const Context&, void* to, const void* from, int64_t bytes) {
+  std::memcpy(to, from, static_cast<size_t>(bytes));
 }
 
 // Blocks of a cluster run together; clusters one after the other.

@@ -29,9 +29,7 @@ int64_t cut(const double* x, int64_t d, int32_t* index, int64_t count) {
   int64_t axis = 0;
   for (int64_t c = 1; c < d; ++c)
     if (high[c] - low[c] > high[axis] - low[axis]) axis = c;
-  int64_t unit = kFewest;
-  while (unit * 4 <= count) unit *= 2;
-  const int64_t left = std::max<int64_t>(1, (count / 2 + unit / 2) / unit) * unit;
+  const int64_t left = first_half(count);
   std::nth_element(index, index + left, index + count,
                    [&](int32_t i, int32_t j) { return x[i * d + axis] < x[j * d + axis]; });
   return left;
@@ -40,7 +38,7 @@ int64_t cut(const double* x, int64_t d, int32_t* index, int64_t count) {
 // Reorders index; the nodes of `levels` levels are left to `later`.
 template <typename F>
 void order(const double* x, int64_t d, int32_t* index, int64_t count, int levels, F&& later) {
-  if (count <= kFewest || interrupted()) return;
+  if (count <= kPoints || interrupted()) return;
   if (levels == 0) return later(index, count);
   const int64_t left = cut(x, d, index, count);
   order(x, d, index, left, levels - 1, later);

@@ -9,15 +9,16 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/multiscale.h"
 #include "cpu/simd/blocks.h"
 #include "kernels.h"
 
 namespace otloss::cpu::multiscale {
 
+using namespace otloss::multiscale;
+
 constexpr int64_t kSuper = 16;       // leaves of a super: one vector of single precision
 constexpr int64_t kMostLeaf = 1024;  // points of a leaf
-constexpr int64_t kFewest = 4;       // points of a node of the tree
-constexpr float kNone = -1e30f;      // log2 of 0
 
 // Boxes of runs of points, padded to whole supers with boxes of mass 0.
 struct Nodes {

@@ -10,9 +10,7 @@ namespace otloss::cpu::multiscale {
 namespace {
 
 constexpr int64_t kLeastMoments = 64;  // points of a leaf from which on moments pay
-constexpr float kSlack = 3;      // log2 by which densities may rise before a list is of no use
-constexpr double kShare = 0.01;  // of what may be left out, by one pair of leaves
-constexpr double kLess = 8, kLeastThreshold = 1e-12;  // where more is left out than may be
+constexpr float kSlack = 3;  // log2 by which densities may rise before a list is of no use
 
 // The share of pairs of runs of this number of points of which 2 R R' / eps, which bounds
 // 2 <u, v> / eps, is at most this.

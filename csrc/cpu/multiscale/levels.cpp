@@ -11,10 +11,6 @@
 namespace otloss::cpu::multiscale {
 namespace {
 
-constexpr int64_t kPoints = 4;      // that a centroid stands for
-constexpr int64_t kCoarsest = 500;  // points of the coarsest level, at most
-constexpr double kStageTol = 0.01;  // of all but the finest
-constexpr int64_t kStagePasses = 100;
 constexpr double kMostEffort = 0.4;  // see Engine::effort; otherwise all pairs take less time
 
 // Clouds from fine to coarse; spread: mean squared distance of the points to those of a level.
@@ -31,12 +27,6 @@ struct Levels {
     }
   }
 };
-
-int64_t level_count(int64_t n) {
-  int64_t count = 1;
-  for (; n > kCoarsest; n = (n + kPoints - 1) / kPoints) ++count;
-  return count;
-}
 
 void build(Cloud& X, Cloud& Y, double eps, const Precision& precision) {
   const int64_t L = leaf_size(X, Y, eps, precision);
@@ -149,7 +139,6 @@ struct Finer {
 // A level's solve at one eps after the other, from `at` to `target`, which `at` is then.
 Outcome run_stages(Engine& engine, const SolveOptions& options, double target, bool finest,
                    double tol, double& at, std::vector<double>& F, std::vector<double>& g) {
-  constexpr double kLog2Ratio = 2.2;  // of one eps to the next, at most
   const int stages = std::max(1, static_cast<int>(std::ceil(std::log2(at / target) / kLog2Ratio)));
   const double from = at;
   Outcome outcome;
@@ -231,7 +220,6 @@ void Clouds::set_masses(double mass_x, double mass_y) {
 Solution solve_pair(Clouds clouds, const Penalties& penalties, const SolveOptions& options,
                     Solution start, bool single, bool split) {
   const double eps = options.eps;
-  constexpr double kPerSpread = 1.5;  // eps of a level, at least
   const int64_t count = options.warm_start ? 1 : level_count(std::max(clouds.x.n, clouds.y.n));
   Levels xs(std::move(clouds.x), count), ys(std::move(clouds.y), count);
   std::vector<double> F, g;  // F of the level's row update, g half a step on
@@ -289,12 +277,11 @@ Solution solve_pair(Clouds clouds, const Penalties& penalties, const SolveOption
 
 Solution solve_self(Clouds clouds, const Penalties& penalties, const SolveOptions& options,
                     Solution start, bool single, bool split) {
-  constexpr double kPerSpread = 6;  // eps of a level, at least
   const double eps = options.eps, k = kLog2E / eps;
   Levels levels(std::move(clouds.x), options.warm_start ? 1 : level_count(clouds.x.n));
   const double damping = Penalty{1 / penalties.rho_x}.damping(eps);
   int64_t level = static_cast<int64_t>(levels.clouds.size()) - 1;
-  while (kPerSpread * levels.spread[level] > eps) --level;
+  while (kSelfPerSpread * levels.spread[level] > eps) --level;
   levels.clouds.resize(level + 1);
   std::vector<double> F;  // k f
   const bool small = levels.clouds[level].n <= kCoarsest && !options.warm_start;

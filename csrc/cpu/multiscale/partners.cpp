@@ -8,9 +8,6 @@
 namespace otloss::cpu::multiscale {
 namespace {
 
-// Of the largest number in it.
-constexpr float kBoundRounding = 1e-6f;
-
 // Nodes with the planes of their potential.
 struct Bounded {
   const Nodes* nodes;
@@ -104,8 +101,7 @@ OTLOSS_INLINE void add_pair(const Search& search, int64_t J, Found& found) {
   const float in_x = std::sqrt(ball_x) * x.leaf.radius[I];
   const float in_y = std::sqrt(ball_y) * y.leaf.radius[J];
   const float terms = std::max({inner, in_x, in_y});
-  const float size = std::abs(most_x) + std::abs(most_y) + std::abs(shift) + terms;
-  const float bound = most_x + most_y + shift + inner + kBoundRounding * size;
+  const float bound = pair_bound(shift, most_x, most_y, inner, terms);
   const float held = bound + std::max(search.reach, y.leaf.log_mass[J]);
   const bool listed = held >= search.threshold - search.slack;
   if (listed && found.listed) found.listed[found.listed_count++] = static_cast<int32_t>(J);

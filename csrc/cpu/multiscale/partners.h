@@ -29,10 +29,6 @@ struct Tile {
   bool wide;     // terms of an exponent are so large that they are added up in double
 };
 
-// The part of an entry of the plan that single precision changes, for each bit that the largest
-// term of its exponent can have: terms that cancel leave their rounding behind.
-constexpr double kTermRounding = 2.5e-8;
-
 // In numbers of base 2: `reach` is of the mass of a leaf, or a super, of x as columns see it, at
 // least that of its weights; a pair is left out where 2^bound times it or the mass of y's is below
 // 2^threshold.

@@ -11,9 +11,6 @@
 
 namespace otloss::cpu::multiscale {
 
-// Of the plan: what may be left out of it.
-constexpr double kLeftOut = 1e-4;
-
 // A problem's two clouds with their leaves, and potentials in order.
 struct Fixed {
   Clouds clouds;

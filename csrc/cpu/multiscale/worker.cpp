@@ -10,17 +10,10 @@
 namespace otloss::cpu::multiscale {
 namespace {
 
-// The part of a row's sum that single precision changes, beside what it does to exponents.
-constexpr double kSumRounding = 1e-7;
 // The part that polynomials in place of exponentials change.
 constexpr double kMomentError = 1e-5;
 
 }  // namespace
-
-bool is_good_sum(double sum) {
-  constexpr double kLeast = 1e-3, kMost = 1e18;
-  return sum > kLeast && sum < kMost;
-}
 
 template <typename F>
 void Worker::for_each_leaf(const Pass& pass, int64_t begin, int64_t end, F&& leaf) {

@@ -41,9 +41,6 @@ struct GroupSums {
   void clear() { end.clear(), leaf.clear(), value.clear(), row.clear(); }
 };
 
-// Whether a row's or column's sum is of a good guess: what was left out of it is little.
-bool is_good_sum(double sum);
-
 class Worker {
  public:
   std::vector<double> column;          // (m,) sums

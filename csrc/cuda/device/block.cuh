@@ -7,7 +7,7 @@
 //
 // A Block gives: thread() and x(), y(), z() (block index); sync() (block barrier), sync_some(group,
 // threads) (of some of its warps), warp_sync(), cluster_sync(); shuffle_xor(value, mask),
-// shuffle(value, lane) and any(flag) within a warp; shared<T>() (dynamic shared memory); load,
+// shuffle(value, lane), any(flag) and ballot(flag) within a warp; shared<T>() (dynamic shared memory); load,
 // store (global memory that other blocks write, past L1); load_constant (16 bytes that nobody
 // writes during the launch); copy_async(to, from, inside) (16 bytes from global to shared memory,
 // past L1, or zeros), commit_copies() and wait_for_copies<pending>() (those of this thread, but for
@@ -98,6 +98,7 @@ class GpuBlock {
     return __shfl_sync(0xffffffffu, value, lane);
   }
   __device__ bool any(bool flag) const { return __any_sync(0xffffffffu, flag) != 0; }
+  __device__ unsigned ballot(bool flag) const { return __ballot_sync(0xffffffffu, flag); }
 
   __device__ void cluster_sync() const {
 #if __CUDA_ARCH__ >= 900
@@ -218,6 +219,14 @@ inline void clear(const Context& context, void* memory, int64_t bytes) {
   check(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes),
                         static_cast<cudaStream_t>(context.stream)),
         "clearing memory", "a working CUDA device");
+}
+
+// To the host, which waits for all that the stream was given before.
+inline void read(const Context& context, void* to, const void* from, int64_t bytes) {
+  const auto stream = static_cast<cudaStream_t>(context.stream);
+  check(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost, stream),
+        "reading from the device", "a stream that is not recorded into a graph");
+  check(cudaStreamSynchronize(stream), "waiting for the device", "a working CUDA device");
 }
 
 template <class Kernel>

@@ -8,7 +8,9 @@
 //
 // Costs (resident_costs.cuh, launched_costs.cuh) tells where costs are: place() by one thread,
 // load(), pass() from G and F, columns() and guard() for the update of the columns, transport(),
-// entry() of two samples.
+// entry() of two samples; and left_out(), a bound of the part of the plan that the pass left out,
+// and rounding(), by how much that of its sums typically changes marginals beside roundoff. Where
+// it kProves, sent_and_far() adds up what of a duality gap takes sums over the plan, after these.
 #pragma once
 
 #include <limits>
@@ -209,8 +211,8 @@ class Evaluation {
     const double lacking = sums[5] - 4 * roundoff<T>() * s_.mass_y;
     const double range = (s_.group->points.zx ? 1 : 2) * s_.max_cost;
     one([&] {
-      s_.trial = Scalars(sums[1], 4 * roundoff<T>() * sums[2], sums[0] / s_.mass_y,
-                         sums[3] / s_.mass_y, (lacking > 0 ? lacking : 0.0) * range - sums[6]);
+      measure(sums[1], 4 * roundoff<T>() * sums[2], sums[0], sums[3]);
+      s_.trial.bound = (lacking > 0 ? lacking : 0.0) * range - sums[6];
     });
   }
 
@@ -245,9 +247,15 @@ class Evaluation {
       sums[1] += w * static_cast<double>(s_.trial_gt[j] - v);
     });
     team_.sum(sums);
-    one([&] {
-      s_.trial = Scalars(best.value, best.noise, sums[0] / s_.mass_y, sums[1] / s_.mass_y);
-    });
+    one([&] { measure(best.value, best.noise, sums[0], sums[1]); });
+  }
+
+  // The scalars of the evaluated point, from sums over the columns; by one thread.
+  OTLOSS_DEVICE void measure(double value, double noise, double off, double moved) {
+    const double sums = costs_.rounding();
+    s_.trial = Scalars(value, noise + sums * s_.eps * s_.mass_y,
+                       off / s_.mass_y + costs_.left_out(), moved / s_.mass_y);
+    s_.trial.sums = sums;
   }
 
   // A cloud against itself, see SymmetricRule: function(i, f_i) for the block's rows, by who has
@@ -278,7 +286,10 @@ class Evaluation {
       sums[1] += static_cast<double>(w) * static_cast<double>(f < T(0) ? -f : f);
     });
     team_.sum(sums);
-    one([&] { s_.control.observe({0, 8 * roundoff<T>() * sums[1], sums[0] / s_.mass_x}); });
+    one([&] {
+      s_.control.observe({0, 8 * roundoff<T>() * sums[1], sums[0] / s_.mass_x + costs_.left_out(),
+                          costs_.rounding()});
+    });
   }
 
   // Standard deviation of C_ij - mean_i - mean_j + mean over the samples of positive weight, a part

@@ -44,6 +44,7 @@ class LaunchedCosts {
  public:
   using Team = cuda::Team<Block, kControlThreads>;
   static constexpr bool kUpdatesColumns = true;
+  static constexpr bool kProves = false;
 
   OTLOSS_DEVICE LaunchedCosts(Block& block, const LaunchedArguments<T>& arguments, Team& team,
                               SolverState<T>& state, LaunchedState<T>& launched)
@@ -113,6 +114,9 @@ class LaunchedCosts {
   // By complete().
   OTLOSS_DEVICE void columns() {}
   OTLOSS_DEVICE void guard() {}
+
+  OTLOSS_DEVICE double left_out() const { return 0; }
+  OTLOSS_DEVICE double rounding() const { return 0; }
 
   // <P, C> over this thread's share, after a sweep of the rows for kCost.
   OTLOSS_DEVICE double transport() const {

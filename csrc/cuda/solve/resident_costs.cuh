@@ -22,6 +22,7 @@ class ResidentCosts {
  public:
   using Team = cuda::Team<Block, kThreads>;
   static constexpr bool kUpdatesColumns = false;  // by pass()
+  static constexpr bool kProves = false;
 
   OTLOSS_DEVICE ResidentCosts(Block& block, const SolveArguments<T>& arguments, Team& team,
                               SolverState<T>& state)
@@ -104,6 +105,9 @@ class ResidentCosts {
       s_.q[j] = fast_exp2(t < static_cast<T>(kExp2Limit) ? t : static_cast<T>(kExp2Limit));
     });
   }
+
+  OTLOSS_DEVICE double left_out() const { return 0; }
+  OTLOSS_DEVICE double rounding() const { return 0; }
 
   // <P, C> over this thread's share, for the published G.
   OTLOSS_NOINLINE double transport() const {

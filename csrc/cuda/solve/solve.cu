@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/multiscale/multiscale.h"
 #include "cuda/pass/pack.cuh"
 #include "cuda/solve/describe.h"
 #include "cuda/solve/resident_costs.cuh"
@@ -87,6 +88,7 @@ template <typename T>
 void solve(const Context& context, const std::vector<SolveGroup<T>>& groups,
            const SolveOptions& options) {
   if (groups.empty()) return;
+  if (groups[0].points.multiscale) return multiscale::solve(context, groups, options);
   const TileKind tiles = tiles_of(context, groups[0].points, groups[0].C);
   Packer<T> packer(context, tiles);
   for_each_pack(groups, [&](const Pack<SolveGroup<T>>& pack) {

@@ -63,6 +63,8 @@ class Solver : Evaluation<T, Block, Costs> {
     return s_.finite() && options().objective == Objective::kTransport;
   }
   OTLOSS_DEVICE void publish_result() { publish(s_.group->g + s_.batch * s_.group->m); }
+  // Whether turn() waits for the sums of a proof in place of a pass.
+  OTLOSS_DEVICE bool is_proving() const { return s_.proving; }
 
   OTLOSS_DEVICE void write_status() {
     const SolveGroup<T>& p = *s_.group;
@@ -92,7 +94,8 @@ class Solver : Evaluation<T, Block, Costs> {
     }
     one([&] {
       s_.next = Next::kStage;
-      s_.doubtful = false;
+      s_.doubtful = s_.proving = false;
+      begin_stage(0);
       s_.gram.count = 0, s_.step.slot = 0;
       s_.phase = s_.symmetric             ? warm ? Phase::kSymmetric : Phase::kSymmetricFirst
                  : options().n_iters >= 0 ? Phase::kFixed
@@ -101,7 +104,12 @@ class Solver : Evaluation<T, Block, Costs> {
     });
   }
 
+  // By one thread.
+  OTLOSS_DEVICE void begin_stage(int64_t passes) { s_.far = FarMassRule(), s_.begun = passes; }
+
   OTLOSS_DEVICE bool judge() {
+    if constexpr (Costs::kProves)
+      if (s_.proving) return conclude();
     one([&] { s_.control.count_passes(1); });
     if (s_.phase == Phase::kSymmetricFirst) {
       centre_start();
@@ -202,6 +210,11 @@ class Solver : Evaluation<T, Block, Costs> {
       s_.next = s_.control.move_to(s_.trial);
       doubt();
     });
+    return s_.proving || settle();
+  }
+
+  // The point is judged, and next says what follows.
+  OTLOSS_DEVICE bool settle() {
     const StopRule& stop = s_.control.stop();
     if (stop.keeps()) keep();
     if (s_.next == Next::kDone && stop.returns_kept()) return_kept();
@@ -219,7 +232,50 @@ class Solver : Evaluation<T, Block, Costs> {
     const double value = s_.trial.value < 0 ? -s_.trial.value : s_.trial.value;
     s_.doubtful = s_.next == Next::kDone &&
                   FarMassRule::suspicious(s_.trial.bound, s_.trial.error, options().tol, value);
-    if (s_.doubtful) s_.next = s_.control.go_on();
+    if (!s_.doubtful) return;
+    if constexpr (Costs::kProves) {
+      const int64_t sweeps = s_.control.passes() - s_.begun;
+      s_.proving = s_.control.stop().reached() && s_.control.may_pass(0) &&
+                   s_.far.examines(s_.control.stop(), sweeps);
+    }
+    if (!s_.proving) s_.next = s_.control.go_on();
+  }
+
+  // After the sums of a proof.
+  OTLOSS_DEVICE bool conclude() {
+    const double bound = gap();
+    one([&] {
+      const double value = s_.trial.value < 0 ? -s_.trial.value : s_.trial.value;
+      s_.control.count_passes(1);
+      s_.proving = false;
+      s_.doubtful = !FarMassRule::proves(bound, options().tol, value);
+      if (s_.doubtful) s_.next = s_.control.go_on();
+    });
+    return settle();
+  }
+
+  // x log(x / y), 0 for x = 0.
+  OTLOSS_DEVICE static double x_log_ratio(double x, double y) { return x > 0 ? x * log(x / y) : 0; }
+
+  // A bound of the duality gap, as FarMass::gap of the CPU: of the plan with columns that have too
+  // much scaled down, and a plan of rank 1 for what rows and columns lack then.
+  OTLOSS_NOINLINE double gap() {
+    double sums[4] = {0, 0, 0, 0};  // what columns lack, have, keep; the value of what they lack
+    team_.for_columns([&](int j) {
+      const double w = static_cast<double>(s_.w[j]), c = w * static_cast<double>(s_.q[j]);
+      if (!(w > 0)) return;
+      sums[1] += c, sums[2] += x_log_ratio(w < c ? w : c, c);
+      if (!(w > c)) return;
+      sums[0] += w - c;
+      sums[3] += s_.eps * x_log_ratio(w - c, w) - (w - c) * static_cast<double>(s_.g[j]);
+    });
+    team_.sum(sums);
+    const double s = sums[0], total = sums[1];
+    if (!(s > 0)) return 0;
+    double rows[1] = {costs_.sent_and_far(s)};
+    team_.sum(rows);
+    return sums[3] + rows[0] +
+           s_.eps * (sums[2] - x_log_ratio(total - s, total) - x_log_ratio(s, total) - s * log(s));
   }
 
   // Iterations that began near the solution, as it seemed, go to the first stage after all if they
@@ -257,6 +313,7 @@ class Solver : Evaluation<T, Block, Costs> {
     if (next == Next::kStage) scale_rows();
     one([&] {
       if (next != Next::kStep) s_.gram.count = 0;
+      if (next == Next::kStage) begin_stage(s_.control.passes());
       s_.set_eps(s_.control.eps());
       s_.evaluated = trial;
     });

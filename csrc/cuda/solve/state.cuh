@@ -36,9 +36,8 @@ struct Scalars : PointScalars {
   double mean = 0, bound = 0;
 
   Scalars() = default;
-  OTLOSS_HOST_DEVICE Scalars(double value, double noise, double error, double mean,
-                             double bound = 0)
-      : PointScalars{value, noise, error}, mean(mean), bound(bound) {}
+  OTLOSS_HOST_DEVICE Scalars(double value, double noise, double error, double mean)
+      : PointScalars{value, noise, error}, mean(mean) {}
 };
 
 // Points of a side that tell how varied the cost is: all of few, and some evenly of many.
@@ -91,6 +90,9 @@ struct SolverState {
   Phase phase;
   Next next;      // what the point under evaluation is
   bool doubtful;  // mass that is small but has to go far may be hidden from the error
+  bool proving;   // sums are made next that may prove that there is none
+  FarMassRule far;
+  int64_t begun;  // passes before the stage
   Scalars trial;
   Scalars kept;  // of a start put aside
   Step step;
