@@ -1,7 +1,7 @@
 """What `method="auto"` chooses for large clouds: ``python -m benchmarks.choice``.
 
 CPU seconds of a divergence and its gradient, multiscale and streamed, beside the local dimension
-that otloss measures on a sample: a table of ``docs/large-point-clouds.md``.
+that otloss measures on a sample: a table of ``docs/multiscale-engine.md``.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def cloud(n: int, centres: Tensor) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--points", type=int, nargs="+", default=[3000, 9900, 11_000])
+    parser.add_argument("--points", type=int, nargs="+", default=[3000, 5000, 9900, 11_000])
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", otloss.ConvergenceWarning)
     for n in parser.parse_args().points:

@@ -125,17 +125,16 @@ class StopRule {
   OTLOSS_HOST_DEVICE StopRule(double tol, double share) : tol_(tol), share_(share) {}
 
   // A point, after `passes` passes. scale: the mean sizes of f and of g times the machine epsilon,
-  // over eps: the error of a plan whose potentials are each off by their rounding.
-  OTLOSS_HOST_DEVICE void see(double error, double scale, int64_t passes) {
+  // over eps: the error of a plan whose potentials are each off by their rounding. sums: what the
+  // rounding of sums typically adds.
+  OTLOSS_HOST_DEVICE void see(double error, double scale, double sums, int64_t passes) {
     constexpr double kProgress = 0.8;
-    keeps_ = error <= kNear * scale && error < least_;
+    error_ = error, rounding_ = share_ * scale + sums, near_ = kNear * (scale + sums);
+    keeps_ = error <= near_ && error < least_;
     if (keeps_) least_ = error;
     if (error <= kProgress * mark_) mark_ = error, marked_ = passes;
-    error_ = error, scale_ = scale, idle_ = passes - marked_;
+    idle_ = passes - marked_;
   }
-
-  // The scale that typically adds this to the error.
-  OTLOSS_HOST_DEVICE double scale_of(double error) const { return error / share_; }
 
   // Of the plan of the potentials as they are stored.
   OTLOSS_HOST_DEVICE double error() const { return with_rounding(error_); }
@@ -149,7 +148,7 @@ class StopRule {
   OTLOSS_HOST_DEVICE bool returns_kept() const { return !reached() && least_ < error_; }
   // Whether rounding hides all progress.
   OTLOSS_HOST_DEVICE bool stuck() const {
-    return error_ <= share_ * scale_ || (error_ <= kNear * scale_ && idle_ >= kPatience);
+    return error_ <= rounding_ || (error_ <= near_ && idle_ >= kPatience);
   }
   // Of the point that is returned.
   OTLOSS_HOST_DEVICE double final_error() const {
@@ -157,14 +156,15 @@ class StopRule {
   }
 
  private:
-  // Within kNear of the scale, kPatience passes that bring no progress are the last.
+  // Within kNear of the scales, kPatience passes that bring no progress are the last.
   static constexpr double kNear = 10;
   static constexpr int64_t kPatience = 8;
 
-  OTLOSS_HOST_DEVICE double with_rounding(double error) const { return error + share_ * scale_; }
+  OTLOSS_HOST_DEVICE double with_rounding(double error) const { return error + rounding_; }
 
   double tol_ = 0, share_ = 0;
-  double error_ = std::numeric_limits<double>::quiet_NaN(), scale_ = 0;
+  double error_ = std::numeric_limits<double>::quiet_NaN();
+  double rounding_ = 0, near_ = 0;  // to be counted on; where it may be what hides progress
   // The least error of points that were kept; the last error that was clearly less than before.
   double least_ = std::numeric_limits<double>::infinity(), mark_ = least_;
   int64_t marked_ = 0, idle_ = 0;  // passes until then and since
@@ -302,7 +302,7 @@ class StepControl {
 
   // Judges an evaluated point, of which `value` is not read.
   OTLOSS_HOST_DEVICE void observe(const PointScalars& point) {
-    stop_.see(point.error, point.noise / (4 * mass_ * eps()) + stop_.scale_of(point.sums), passes_);
+    stop_.see(point.error, point.noise / (4 * mass_ * eps()), point.sums, passes_);
   }
 
   // The evaluated point becomes the point. The last pass that is allowed is a plain iteration.

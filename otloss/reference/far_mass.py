@@ -26,7 +26,7 @@ PATIENCE, PROGRESS = 5, 0.5
 SOON = 3  # sweeps after a shift that gained much
 # log2 of the entries, over their row's or column's sum, that join groups, and by what it is
 # multiplied where there are too many.
-LEAST_ENTRY, FEWER, MOST_GROUPS = -10, 4, 64
+LEAST_ENTRY, FEWER, MOST_GROUPS = -10, 2, 64
 
 
 class Found(NamedTuple):

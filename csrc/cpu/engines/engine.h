@@ -57,6 +57,8 @@ class Engine {
   // Standard deviation of the double-centred cost on a sample: against eps, how hard the problem
   // is.
   double sigma();
+  // How many passes take as long as a shift of groups, where these are many.
+  int64_t shift_passes() const { return 0; }
 
   // Sets g to a start that may be better than 0. False where there is none that takes less time
   // than this number of sweeps.

@@ -37,6 +37,8 @@ class Engine {
   double max_cost() const { return cost_range_.max_abs(); }
   const CostRange& cost_range() const { return cost_range_; }
   double sigma() const;
+  // How many passes take as long as a shift of groups, where these are many.
+  int64_t shift_passes() const { return 0; }
   bool propose(double sweeps, double eps, double* g) const;
   static constexpr double left_out() { return 0; }
   static constexpr double rounding() { return 0; }

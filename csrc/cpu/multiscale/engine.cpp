@@ -9,7 +9,6 @@
 namespace otloss::cpu::multiscale {
 namespace {
 
-constexpr int64_t kLeastMoments = 64;  // points of a leaf from which on moments pay
 constexpr float kSlack = 3;  // log2 by which densities may rise before a list is of no use
 
 // The share of pairs of runs of this number of points of which 2 R R' / eps, which bounds
@@ -169,6 +168,16 @@ bool Engine::repeats() {
     return false;
   threshold_ /= kLess;
   return true;
+}
+
+// A shift reads all pairs a few times, each of them in about the time of one that is kept.
+int64_t Engine::shift_passes() const {
+  constexpr double kReadings = 2, kMost = 50;
+  double tiles = 1;
+  for (const double kept : tiles_) tiles += kept;
+  const double entries = tiles * static_cast<double>(X.L * X.L);
+  const double pairs = static_cast<double>(X.n) * static_cast<double>(Y.n);
+  return static_cast<int64_t>(std::min(kMost, kReadings * pairs / entries));
 }
 
 void Engine::expect(double rate) {

@@ -21,13 +21,16 @@ namespace multiscale {
 
 class GroupNewton;
 
+constexpr int64_t kLeastMoments = 64;  // points of a leaf from which on moments pay
+
 struct Precision {
-  double left_out;  // bound of the part of the plan that may be left out
-  bool symmetric;   // a cloud against itself, of one potential
-  bool split;       // over threads
+  double left_out;      // bound of the part of the plan that may be left out
+  bool symmetric;       // a cloud against itself, of one potential
+  bool split;           // over threads
+  bool narrow = false;  // leaves and Newton's groups of few points: no moments
 
   // Whether moments are right enough.
-  bool moments() const { return left_out >= 2e-5; }
+  bool moments() const { return left_out >= 2e-5 && !narrow; }
 };
 
 class Engine {
@@ -50,6 +53,7 @@ class Engine {
   double max_cost() const { return cost_range_.max_abs(); }
   const CostRange& cost_range() const { return cost_range_; }
   double sigma() const { return 0; }
+  int64_t shift_passes() const;
   bool propose(double, double, double*) const { return false; }
 
   // Of the last pass, relative to the mass: what of the plan was left out, at most; by how much the

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <utility>
 
 #include "core/math.h"
@@ -11,6 +12,7 @@
 namespace otloss::cpu::multiscale {
 namespace {
 
+constexpr int64_t kWidePasses = 50;  // with leaves of moments, see solve_narrow
 constexpr double kMostEffort = 0.4;  // see Engine::effort; otherwise all pairs take less time
 
 // Clouds from fine to coarse; spread: mean squared distance of the points to those of a level.
@@ -152,6 +154,24 @@ Outcome run_stages(Engine& engine, const SolveOptions& options, double target, b
   return outcome;
 }
 
+// Goes on with leaves of few points, where those of moments led nowhere. A leaf is then a group of
+// Newton's step as well, and what few of its points send far away stands out of it: between groups
+// of points many eps apart, mass comes from the points on the near side alone.
+void solve_narrow(Cloud& X, Cloud& Y, const Penalties& penalties, const SolveOptions& options,
+                  Precision wanted, double tol, std::optional<Engine>& engine, Outcome& outcome,
+                  std::vector<double>& F, std::vector<double>& g) {
+  if (outcome.converged || X.L < kLeastMoments || outcome.iterations >= options.max_iters) return;
+  wanted.narrow = true;
+  build(X, Y, options.eps, wanted);
+  F.resize(X.size), g.resize(Y.size);
+  engine.emplace(X, Y, penalties.rho_x, penalties.rho_y, options.eps, wanted);
+  SolveOptions rest = stage(options, options.eps, true, tol);
+  rest.max_iters -= outcome.iterations;
+  const int64_t before = outcome.iterations;
+  outcome = cpu::solve_pair(*engine, rest, F.data(), g.data());
+  outcome.iterations += before;
+}
+
 // A few more passes, where the error is not well below `tol`: that of a gradient can be twice as
 // large, as in clouds of many clusters. Kept where they bring it down.
 void polish(Engine& engine, const SolveOptions& options, double tol, Outcome& outcome,
@@ -254,15 +274,19 @@ Solution solve_pair(Clouds clouds, const Penalties& penalties, const SolveOption
     const Precision wanted = precision(tol, false, split);
     build(X, Y, target, wanted);
     F.resize(X.size), g.resize(Y.size);
-    Engine engine(X, Y, penalties.rho_x, penalties.rho_y, target, wanted);
-    engine.expect(left_out_rate);
+    std::optional<Engine> engine;
+    engine.emplace(X, Y, penalties.rho_x, penalties.rho_y, target, wanted);
+    engine->expect(left_out_rate);
     if (finest && rounding <= tol / 2 &&
-        engine.effort(target, times(F, at / target).data(), g.data()) > kMostEffort)
-      return unfinished(engine, at, F, std::move(g));
-    Outcome outcome = run_stages(engine, options, target, finest, tol, at, F, g);
+        engine->effort(target, times(F, at / target).data(), g.data()) > kMostEffort)
+      return unfinished(*engine, at, F, std::move(g));
+    SolveOptions first_passes = options;
+    if (X.L >= kLeastMoments) first_passes.max_iters = std::min(options.max_iters, kWidePasses);
+    Outcome outcome = run_stages(*engine, first_passes, target, finest, tol, at, F, g);
     if (finest) {
-      polish(engine, options, tol, outcome, F, g);
-      Solution result = finished(engine, options, penalties, outcome, F, g);
+      solve_narrow(X, Y, penalties, options, wanted, tol, engine, outcome, F, g);
+      polish(*engine, options, tol, outcome, F, g);
+      Solution result = finished(*engine, options, penalties, outcome, F, g);
       if (single)
         add_rounding(result,
                      rounding_error(X, result.f, eps, penalties) +

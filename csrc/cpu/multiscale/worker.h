@@ -8,6 +8,7 @@
 #include "cpu/multiscale/moments.h"
 #include "cpu/multiscale/partners.h"
 #include "cpu/multiscale/tiles.h"
+#include "cpu/parallel.h"
 
 namespace otloss::cpu::multiscale {
 
@@ -70,8 +71,7 @@ class Worker {
               double* out);
 
  private:
-  template <typename F>
-  void for_each_leaf(const Pass& pass, int64_t begin, int64_t end, F&& leaf);
+  void for_each_leaf(const Pass& pass, int64_t begin, int64_t end, FunctionRef<void(int64_t)> leaf);
   double tilted(int64_t first, int64_t last) const;
   void find_supers(int64_t S, bool all);
   void find(int64_t I, bool anew, int64_t least);

@@ -211,7 +211,7 @@ typename FarMass<T, E>::Shift FarMass<T, E>::shift(double eps, const T* F,
                                                    const SemidualPoint<T>& point,
                                                    int64_t most_readings) {
   constexpr int64_t kGroups = 64;
-  constexpr double kLeast = -10, kFewer = 4;  // log2 of the entries that join; times, where too few
+  constexpr double kLeast = -10, kFewer = 2;  // log2 of the entries that join; times, where too few
   const int64_t m = y_.count;
   Shift result;
   plan_ = PlanMarginals<T>(x_.count, y_.count);

@@ -101,6 +101,7 @@ class PairSolver {
     newton_.reset();
     length_ = StepLength();
     far_rule_ = FarMassRule();
+    next_shift_ = 0;
   }
 
   bool near_enough(const SemidualPoint<T>& point) const {
@@ -181,7 +182,7 @@ class PairSolver {
         doubtful_ = !FarMassRule::proves(far_.gap(eps_, F_, point_), tol, value);
         if (!doubtful_) return false;
       }
-      if (shift(value, sweeps)) return true;
+      if ((sweeps >= next_shift_ || stop.stuck()) && shift(value, sweeps)) return true;
     }
     next_ = control_.go_on();
     return false;
@@ -189,6 +190,7 @@ class PairSolver {
 
   // Whether shifting the groups of the plan makes a better point, the trial.
   bool shift(double value, int64_t sweeps) {
+    next_shift_ = sweeps + engine_.shift_passes();
     const auto found = far_.shift(eps_, F_, point_, control_.passes_left() - 1);
     control_.count_passes(found.readings);
     const double tol = options_.tol;
@@ -205,6 +207,7 @@ class PairSolver {
       std::copy(F.begin(), F.end(), F_);
       return false;
     }
+    if (much) next_shift_ = 0;
     far_rule_.shifted(much, sweeps);
     control_.restart();
     memory_.clear();
@@ -298,8 +301,9 @@ class PairSolver {
   typename E::Newton newton_{engine_};
   typename E::Far far_{engine_};
   FarMassRule far_rule_;
-  bool doubtful_ = false;  // whether small mass may have to go far
-  int64_t begun_ = 0;      // passes before the stage
+  bool doubtful_ = false;   // whether small mass may have to go far
+  int64_t begun_ = 0;       // passes before the stage
+  int64_t next_shift_ = 0;  // in sweeps: not sooner where a shift takes as long as many of them
 };
 
 }  // namespace
