@@ -9,13 +9,16 @@ void envelope_as(StableIValue* stack, const Device& device, const Problem& probl
                  const Tensor& grad_loss, const Tensors& f, const Tensors& g, const Wanted& wanted,
                  const std::optional<Tensor>& prepared) {
   Gradients<T> gradients(device, problem, grad_loss, wanted, prepared);
-  if (!wanted.costs.empty() || wanted.weights) {
+  // On a GPU points take the gradient of a stored matrix, too.
+  const bool stored = !wanted.points.empty() && !problem.costs.empty();
+  const bool matrices = stored && device.is_cuda();
+  if (!wanted.costs.empty() || wanted.weights || matrices) {
     std::vector<EnvelopeGroup<T>> groups;
     for (int64_t p = 0; p < problem.count(); ++p)
-      groups.push_back(gradients.group(p, false, data<T>(f[p]), data<T>(g[p])));
+      groups.push_back(gradients.group(p, matrices, data<T>(f[p]), data<T>(g[p])));
     OTLOSS_LAUNCH(device, envelope_backward, groups, problem.eps, problem.objective);
   }
-  if (!wanted.points.empty() && !problem.costs.empty()) gradients.add_plans(f, g);
+  if (stored) matrices ? gradients.add_matrices() : gradients.add_plans(f, g);
   if (!wanted.points.empty() && problem.multiscale) {
     std::vector<PlanSumsGroup<T>> groups;
     for (int64_t p = 0; p < problem.count(); ++p)

@@ -56,7 +56,7 @@ struct HostWarp {
 };
 
 struct HostBlock {
-  int64_t x, y, z;
+  int64_t x;
   Gate gate;
   Gate groups[16];  // sync_some
   Gate* cluster;
@@ -217,8 +217,6 @@ class EmulatedBlock {
 
   int thread() const { return fiber_->thread; }
   int64_t x() const { return block_.x; }
-  int64_t y() const { return block_.y; }
-  int64_t z() const { return block_.z; }
 
   void sync() const { wait(block_.gate); }
   void sync_some(int group, int threads) const {
@@ -289,20 +287,10 @@ class EmulatedBlock {
     commits.erase(commits.begin(), done);
   }
 
-  template <bool kTransposed>
   void load_matrices(const uint16_t* row, uint32_t (&to)[4]) const {
     const unsigned char (*slots)[24] = exchange(row, 16, nullptr, 0);
-    const int lane = fiber_->thread % kWarp;
-    const auto element = [&](int matrix, int i, int j) {
-      uint16_t half;
-      std::memcpy(&half, slots[8 * matrix + i] + 2 * j, sizeof(half));
-      return static_cast<uint32_t>(half);
-    };
-    for (int q = 0; q < 4; ++q) {
-      const int i = lane / 4, j = 2 * (lane % 4);
-      to[q] = kTransposed ? element(q, j, i) | element(q, j + 1, i) << 16
-                          : element(q, i, j) | element(q, i, j + 1) << 16;
-    }
+    const int i = fiber_->thread % kWarp / 4, j = 2 * (fiber_->thread % 4);
+    for (int q = 0; q < 4; ++q) std::memcpy(&to[q], slots[8 * q + i] + 2 * j, sizeof(to[q]));
   }
   // Products are exact; each sum of 16 of them and c is rounded once, towards zero.
   void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) const {
@@ -396,15 +384,14 @@ inline void clear(const Context&, void* memory, int64_t bytes) {
 template <class Kernel>
 void launch(const Context&, const Kernel& work, const Grid& grid) {
   static_assert(sizeof(Kernel) <= 4096, "kernel parameters are limited to 4 KB");
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (grid.x == 0) return;
   if (grid.shared > Emulation::get().limits.shared_per_block)
     throw std::runtime_error("emulation: too much shared memory was asked for");
-  if (grid.x > 0x7fffffff || grid.y > 0xffff || grid.z > 0xffff)
-    throw std::runtime_error("emulation: the grid is too large");
+  if (grid.x > 0x7fffffff) throw std::runtime_error("emulation: the grid is too large");
   if (grid.x % grid.cluster != 0)
     throw std::runtime_error("emulation: the grid is not whole clusters");
   ++Emulation::get().launches;
-  const int64_t together = grid.cluster, total = grid.x * grid.y * grid.z;
+  const int64_t together = grid.cluster, total = grid.x;
   for (int64_t first = 0; first < total; first += together) {
     Gate cluster;
     cluster.size = static_cast<int>(together) * Kernel::kThreads;
@@ -412,10 +399,7 @@ void launch(const Context&, const Kernel& work, const Grid& grid) {
     std::vector<std::unique_ptr<Fiber>> fibers;
     for (int64_t b = 0; b < together; ++b) {
       HostBlock& block = blocks[static_cast<size_t>(b)];
-      const int64_t index = first + b;
-      block.x = index % grid.x;
-      block.y = index / grid.x % grid.y;
-      block.z = index / grid.x / grid.y;
+      block.x = first + b;
       block.gate.size = Kernel::kThreads;
       block.cluster = &cluster;
       block.warps.resize(Kernel::kThreads / kWarp);

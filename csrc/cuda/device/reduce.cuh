@@ -37,10 +37,22 @@ OTLOSS_DEVICE int group_of(const Pack<Group>& pack, int64_t* number) {
   return group;
 }
 
-// What is beyond these is looped over inside the kernels. The limits of the hardware are 2^31 - 1
-// for x and 65535 for y and z.
-constexpr int64_t kGridX = 1 << 30;
-constexpr int64_t kGridY = 32768;
+// Calls function(group, batch, block of the problem) for the problem of this block, of a launch
+// that has so many blocks for each.
+template <class Block, typename Group, typename F>
+OTLOSS_DEVICE void with_problem(Block& block, const Pack<Group>& pack, int64_t blocks,
+                                F&& function) {
+  int64_t batch = block.x() / blocks;
+  const Group& group = pack.items[group_of(pack, &batch)];
+  function(group, batch, block.x() % blocks);
+}
+
+template <typename Group>
+int64_t problems_of(const Pack<Group>& pack) {
+  int64_t problems = 0;
+  for (int i = 0; i < pack.count; ++i) problems += pack.items[i].batch;
+  return problems;
+}
 
 // --------------------------------------------------------------------------------------- sums
 
@@ -75,30 +87,6 @@ OTLOSS_DEVICE T scatter_reduce(Block& block, T (&values)[kCount]) {
   T result = values[0];
   for (; mask > 0; mask /= 2) result = Join::join(result, block.shuffle_xor(result, mask));
   return result;
-}
-
-template <int kThreads>
-constexpr size_t block_sum_bytes(int count) {
-  return sizeof(double) * count * (kThreads / kWarp);
-}
-
-// Sums over the block. `scratch` holds block_sum_bytes<kThreads>(kCount) and is free again
-// when the function returns.
-template <int kThreads, int kCount, class Block>
-OTLOSS_DEVICE void block_sum(Block& block, double (&values)[kCount], double* scratch) {
-  constexpr int kWarps = kThreads / kWarp;
-  warp_sum(block, values);
-  const int lane = block.thread() % kWarp, warp = block.thread() / kWarp;
-  if (lane == 0)
-#pragma unroll
-    for (int v = 0; v < kCount; ++v) scratch[v * kWarps + warp] = values[v];
-  block.sync();
-#pragma unroll
-  for (int v = 0; v < kCount; ++v) {
-    values[v] = 0;
-    for (int w = 0; w < kWarps; ++w) values[v] += scratch[v * kWarps + w];
-  }
-  block.sync();
 }
 
 }  // namespace otloss::cuda

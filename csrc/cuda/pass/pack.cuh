@@ -26,14 +26,15 @@ struct PackedPair {
   PackedClouds<T> x, y;
 };
 
-// A tile of kWarp points and kWarp coordinates through shared memory.
+// A tile of kWarp points and kWarp coordinates through shared memory. Blocks: clouds, parts of the
+// coordinates and the norm, parts of the points.
 template <typename T>
 struct PackKernel {
   static constexpr int kThreads = 256;
   static constexpr int kLines = kThreads / kWarp;
   static_assert(kPackedAlign == kWarp, "a block makes whole lines");
 
-  int64_t batch, n, d, stride;
+  int64_t n, d, stride, parts;
   const T* z;     // (B, n, d)
   const T* norm;  // (B, n)
   T* packed;      // (B, d + 1, stride) out
@@ -42,21 +43,18 @@ struct PackKernel {
   OTLOSS_DEVICE void operator()(Block& block) const {
     T* tile = block.template shared<T>();  // (kWarp, kWarp + 1)
     const int lane = block.thread() % kWarp, line = block.thread() / kWarp;
-    const int64_t first = block.x() * kWarp;
-    for (int64_t b = block.y(); b < batch; b += kGridY)
-      for (int64_t k0 = block.z() * kWarp; k0 <= d; k0 += kGridY * kWarp) {
-        for (int row = line; row < kWarp; row += kLines) {
-          const int64_t i = first + row, k = k0 + lane;
-          T value = T(0);
-          if (i < n && k < d) value = z[(b * n + i) * d + k];
-          if (i < n && k == d) value = norm[b * n + i];
-          tile[row * (kWarp + 1) + lane] = value;
-        }
-        block.sync();
-        for (int row = line; row < kWarp && k0 + row <= d; row += kLines)
-          packed[(b * (d + 1) + k0 + row) * stride + first + lane] = tile[lane * (kWarp + 1) + row];
-        block.sync();
-      }
+    const int64_t lines = stride / kWarp, first = block.x() % lines * kWarp;
+    const int64_t k0 = block.x() / lines % parts * kWarp, b = block.x() / lines / parts;
+    for (int row = line; row < kWarp; row += kLines) {
+      const int64_t i = first + row, k = k0 + lane;
+      T value = T(0);
+      if (i < n && k < d) value = z[(b * n + i) * d + k];
+      if (i < n && k == d) value = norm[b * n + i];
+      tile[row * (kWarp + 1) + lane] = value;
+    }
+    block.sync();
+    for (int row = line; row < kWarp && k0 + row <= d; row += kLines)
+      packed[(b * (d + 1) + k0 + row) * stride + first + lane] = tile[lane * (kWarp + 1) + row];
   }
 };
 
@@ -64,14 +62,10 @@ struct PackKernel {
 template <typename T>
 const T* pack(const Context& context, int64_t batch, int64_t n, int64_t d, const T* z,
               const T* norm) {
-  const int64_t stride = packed_stride(n);
+  const int64_t stride = packed_stride(n), parts = ceil_div(d + 1, kWarp);
   T* packed = context.scratch<T>(batch * (d + 1) * stride);
-  Grid grid;
-  grid.x = stride / kWarp;
-  grid.y = std::min(batch, kGridY);
-  grid.z = std::min(ceil_div(d + 1, kWarp), kGridY);
-  grid.shared = kWarp * (kWarp + 1) * sizeof(T);
-  launch(context, PackKernel<T>{batch, n, d, stride, z, norm, packed}, grid);
+  launch(context, PackKernel<T>{n, d, stride, parts, z, norm, packed},
+         Grid{batch * parts * stride / kWarp, kWarp * (kWarp + 1) * sizeof(T)});
   return packed;
 }
 
@@ -118,17 +112,16 @@ struct SplitKernel {
   static constexpr int kThreads = 256;
   static constexpr int kPiece = 8;
 
-  int64_t batch, n, d, stride;
+  int64_t n, d, stride;
   const float* z;      // (B, n, d)
   const float* scale;  // (B,)
   uint16_t* halves;    // (B, split_depth(d) / 8, 2, stride, 8) out
 
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const {
-    const int64_t i = block.x() * kThreads + block.thread(), pieces = split_depth(d) / kPiece;
-    if (i >= stride) return;
-    for (int64_t b = block.y(); b < batch; b += kGridY)
-      for (int64_t piece = block.z(); piece < pieces; piece += kGridY) split(b, piece, i);
+    const int64_t blocks = ceil_div(stride, kThreads), pieces = split_depth(d) / kPiece;
+    const int64_t i = block.x() % blocks * kThreads + block.thread();
+    if (i < stride) split(block.x() / blocks / pieces, block.x() / blocks % pieces, i);
   }
 
  private:
@@ -159,15 +152,11 @@ inline void split(const Context& context, int64_t batch, int64_t n, int64_t d, c
   const int64_t stride = packed_stride(n);
   float* const scale = context.scratch<float>(batch);
   uint16_t* const halves = context.scratch<uint16_t>(batch * 2 * split_depth(d) * stride);
-  Grid grid;
-  grid.x = batch;
-  grid.shared = ScaleKernel::kWarps * sizeof(float);
-  launch(context, ScaleKernel{n, squared_norm, scale}, grid);
-  grid.x = ceil_div(stride, SplitKernel::kThreads);
-  grid.y = std::min(batch, kGridY);
-  grid.z = std::min(split_depth(d) / SplitKernel::kPiece, kGridY);
-  grid.shared = 0;
-  launch(context, SplitKernel{batch, n, d, stride, z, scale, halves}, grid);
+  launch(context, ScaleKernel{n, squared_norm, scale},
+         Grid{batch, ScaleKernel::kWarps * sizeof(float)});
+  const int64_t blocks = ceil_div(stride, SplitKernel::kThreads);
+  launch(context, SplitKernel{n, d, stride, z, scale, halves},
+         Grid{batch * (split_depth(d) / SplitKernel::kPiece) * blocks});
   clouds->halves = halves, clouds->scale = scale;
 }
 

@@ -36,13 +36,6 @@ struct MmaLayout {
   static OTLOSS_HOST_DEVICE constexpr int column(int c) { return c / 2 * 8 + c % 2; }
 };
 
-// Some coordinates of a warp's columns of a tile, in shared memory.
-struct TensorColumns {
-  const uint16_t* z;  // (depth / 8, planes, kColumns, 8)
-  int begin, depth;   // coordinates
-  bool first;         // of the tiles of a row
-};
-
 template <class Cost, class Shape, bool kLow, class Block>
 class TensorTileMaker {
  public:
@@ -68,20 +61,10 @@ class TensorTileMaker {
   // Calls use(entries) for all tiles of rows [first, first + rows), a whole warp at a time.
   template <class Use>
   OTLOSS_DEVICE void run(int64_t first, int rows, Use&& use) {
-    const auto nothing = [](const TensorColumns&) {};
     if (chunks_ == 1)
-      run_chunks<true, false>(first, rows, use, nothing);
+      run_chunks<true>(first, rows, use);
     else
-      run_chunks<false, false>(first, rows, use, nothing);
-  }
-
-  // After each tile also visit(columns) for its columns' points, some coordinates at a time.
-  template <class Use, class Visit>
-  OTLOSS_DEVICE void run(int64_t first, int rows, Use&& use, Visit&& visit) {
-    if (chunks_ == 1)
-      run_chunks<true, true>(first, rows, use, visit);
-    else
-      run_chunks<false, true>(first, rows, use, visit);
+      run_chunks<false>(first, rows, use);
   }
 
  private:
@@ -93,28 +76,25 @@ class TensorTileMaker {
 
   // A stage: some coordinates of a tile.
   struct Step {
-    int64_t column;      // the first of the tile
-    int chunk = 0;       // of coordinates
-    int slot = 0;        // in shared memory
-    bool visit = false;  // after the tile's costs were used, for its columns alone
+    int64_t column;  // the first of the tile
+    int chunk = 0;   // of coordinates
+    int slot = 0;    // in shared memory
 
-    // visits: what does not stay in shared memory comes a second time.
-    OTLOSS_DEVICE void advance(int chunks, bool visits) {
+    OTLOSS_DEVICE void advance(int chunks) {
       if (++slot == kTensorStages) slot = 0;
       if (++chunk < chunks) return;
-      chunk = 0, visit = visits && !visit;
-      if (!visit) column += Shape::kColumns;
+      chunk = 0, column += Shape::kColumns;
     }
   };
 
-  template <bool kOneChunk, bool kVisits, class Use, class Visit>
-  OTLOSS_DEVICE void run_chunks(int64_t first, int rows, Use&& use, Visit&& visit) {
+  template <bool kOneChunk, class Use>
+  OTLOSS_DEVICE void run_chunks(int64_t first, int rows, Use&& use) {
     const int chunks = kOneChunk ? 1 : chunks_;
     Step step{p_.begin}, next{p_.begin};
     const auto load_next = [&] {
       if (next.column < p_.end) {
         load(first, next);
-        next.advance(chunks, kVisits && !kOneChunk);
+        next.advance(chunks);
       }
       block_.commit_copies();
     };
@@ -123,28 +103,18 @@ class TensorTileMaker {
     for (int s = 0; s < kTensorStages - 1; ++s) load_next();
     Entries entries;
     float sums[kM][kN][4];
-    for (; step.column < p_.end; step.advance(chunks, kVisits && !kOneChunk)) {
+    for (; step.column < p_.end; step.advance(chunks)) {
       block_.template wait_for_copies<kTensorStages - 2>();
       block_.sync();  // the stage is there, and nobody reads the one before any more
       load_next();
       if (row_ >= rows) continue;  // the same for the whole warp
-      if (kVisits && step.visit) {
-        visit(visited(step));
-        continue;
-      }
       add_chunk(step, sums);
       if (step.chunk + 1 < chunks) continue;
       entries.place(p_, first, row_ + lane_ / 4, step.column + column_ + 2 * (lane_ % 4));
       finish(step, sums, entries);
       use(entries);
-      if (kVisits && kOneChunk) visit(visited(step));
     }
     block_.sync();  // before the stages are used again
-  }
-
-  OTLOSS_DEVICE TensorColumns visited(const Step& step) const {
-    return {columns_of(step) + column_ * kPiece, step.chunk * stages_.depth, depth_of(step.chunk),
-            step.column == p_.begin};
   }
 
   // ------------------------------------------------------------------------- shared memory
@@ -183,9 +153,9 @@ class TensorTileMaker {
     const int begin = step.chunk * stages_.depth, depth = depth_of(step.chunk);
     copy_points<Shape::kColumns>(p_.columns.split, p_.columns.stride, step.column, begin, depth,
                                  columns_of(step));
-    if (!stages_.resident && !step.visit)
+    if (!stages_.resident)
       copy_points<Shape::kRows>(p_.rows.split, p_.rows.stride, first, begin, depth, rows_of(step));
-    if (step.chunk == chunks_ - 1 && !step.visit) copy_extra(step.column, extra_of(step));
+    if (step.chunk == chunks_ - 1) copy_extra(step.column, extra_of(step));
   }
 
   // Coordinates [begin, begin + depth) of kPoints points; a thread has one of them.
@@ -274,8 +244,7 @@ class TensorTileMaker {
   template <int kCount>
   OTLOSS_DEVICE void load_points(const uint16_t* from, uint32_t (&to)[kCount][4]) const {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      block_.template load_matrices<false>(from + i * 16 * kPiece, to[i]);
+    for (int i = 0; i < kCount; ++i) block_.load_matrices(from + i * 16 * kPiece, to[i]);
   }
 
   template <int kRowsM, int kColumnsN, int kPairs>

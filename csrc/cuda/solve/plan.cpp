@@ -217,17 +217,16 @@ SolvePlan choose_plan(const Shape& shape, const Limits& limits, Regime forced) {
   return *best;
 }
 
-bool start_pays(const SolvePlan& plan, int64_t problems, int64_t n, int64_t m, int d,
-                const Limits& limits) {
-  const double wide = static_cast<double>(d), multiprocessors = limits.multiprocessors;
-  const double sums = static_cast<double>(problems) *
-                      (0.5 * static_cast<double>(n + m) + static_cast<double>(m)) * wide * wide;
-  const double turns = std::ceil(static_cast<double>(problems) / multiprocessors);
+bool start_pays(const SolvePlan& plan, const Shape& shape, int d, const Limits& limits) {
+  if (shape.problems == 0) return false;
+  const double wide = static_cast<double>(d);
+  const double points = 0.5 * static_cast<double>(shape.n) + 1.5 * static_cast<double>(shape.m);
+  const int64_t turns = ceil_div(shape.problems, limits.multiprocessors);
   // A round touches every entry of two matrices twice.
   const double round = kRotation + 6 * wide * wide / kDoubles;
-  const double cycles = 3 * kLaunch + sums / (kDoubles * multiprocessors) +
-                        turns * kSweepsOfRotations * (d > 1 ? wide : 0.0) * round;
-  return cycles <= kStartPasses * plan.cycles;
+  const double cycles =
+      points * wide * wide / kDoubles + kSweepsOfRotations * (d > 1 ? wide : 0.0) * round;
+  return kLaunch + static_cast<double>(turns) * cycles <= kStartPasses * plan.cycles;
 }
 
 TileKind wanted_tiles(bool tf32) {

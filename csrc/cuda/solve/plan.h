@@ -150,7 +150,6 @@ struct TensorShape {
   static_assert(kRows <= kSolveThreads && kColumns <= kSolveThreads, "a thread copies for a point");
 };
 using RowSumShape = TensorShape<kSolveThreads / kWarp / 2, 2, 4>;
-using SideSumShape = TensorShape<kSolveThreads / kWarp, 1, 8>;  // a warp has all columns
 
 // Coordinates of a product of the tensor cores; clouds are padded to whole ones.
 constexpr int64_t kMmaDepth = 16;
@@ -225,9 +224,9 @@ SolvePlan choose_plan(const Shape& shape, const Limits& limits, Regime forced);
 // In launches; d: coordinates of the points that costs are made from, if they are.
 SolvePlan choose_launched_plan(const Shape& shape, int64_t d, const Limits& limits, TileKind tiles);
 
-// Whether a start between Gaussians (start.cu) takes less time than the passes it saves.
-bool start_pays(const SolvePlan& plan, int64_t problems, int64_t n, int64_t m, int d,
-                const Limits& limits);
+// Whether a start between Gaussians (start.cu), of problems of a shape, takes less time than the
+// passes it saves.
+bool start_pays(const SolvePlan& plan, const Shape& shape, int d, const Limits& limits);
 
 // OTLOSS_CUDA_TILES: auto, fma, tensor or high (without low halves; auto if tf32 will do).
 TileKind wanted_tiles(bool tf32);
