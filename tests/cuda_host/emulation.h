@@ -88,7 +88,7 @@ class Stack {
   std::unique_ptr<char[]> memory_;
 };
 
-// 16 bytes on their way into shared memory; from null: zeros.
+// 16 bytes on their way into shared memory.
 struct Copy {
   void* to;
   const void* from;
@@ -266,12 +266,12 @@ class EmulatedBlock {
   // Copies arrive when they are waited for or, in backward order, at once: the first shows a use
   // that comes too early, the second a buffer that is still in use.
   template <typename T>
-  void copy_async(T* to, const T* from, bool inside) const {
+  void copy_async(T* to, const T* from) const {
     if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) {
       std::fputs("emulation: a copy of 16 bytes that is not aligned\n", stderr);
       std::abort();  // an exception cannot leave a fiber
     }
-    fiber_->copies.push_back({to, inside ? from : nullptr});
+    fiber_->copies.push_back({to, from});
     if (Emulation::get().order == Order::kBackward) finish_copies(fiber_->copies.size());
   }
   void count_off(const Loop& loop, bool done) const {
@@ -326,12 +326,7 @@ class EmulatedBlock {
 
   void finish_copies(size_t count) const {
     std::vector<Copy>& copies = fiber_->copies;
-    for (size_t c = 0; c < count; ++c) {
-      if (copies[c].from)
-        std::memcpy(copies[c].to, copies[c].from, 16);
-      else
-        std::memset(copies[c].to, 0, 16);
-    }
+    for (size_t c = 0; c < count; ++c) std::memcpy(copies[c].to, copies[c].from, 16);
     copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(count));
     for (size_t& commit : fiber_->commits) commit -= commit < count ? commit : count;
   }

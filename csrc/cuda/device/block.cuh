@@ -9,8 +9,8 @@
 // threads) (of some of its warps), warp_sync(), cluster_sync(); shuffle_xor(value, mask),
 // shuffle(value, lane) and any(flag) within a warp; shared<T>() (dynamic shared memory); load,
 // store (global memory that other blocks write, past L1); load_constant (16 bytes that nobody
-// writes during the launch); copy_async(to, from, inside) (16 bytes from global to shared memory,
-// past L1, or zeros), commit_copies() and wait_for_copies<pending>() (those of this thread, but for
+// writes during the launch); copy_async(to, from) (16 bytes from global to shared memory,
+// past L1), commit_copies() and wait_for_copies<pending>() (those of this thread, but for
 // the last `pending` commits); count_off(loop, done) (see Loop).
 //
 // And for tensor cores, on half precision numbers as their 16 bits, two in a word, where lane l is
@@ -126,12 +126,9 @@ class GpuBlock {
     return bit_cast<V>(__ldg(reinterpret_cast<const uint4*>(p)));
   }
   template <typename T>
-  __device__ void copy_async(T* to, const T* from, bool inside) const {
+  __device__ void copy_async(T* to, const T* from) const {
     const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
-    const int bytes = inside ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
-                 "r"(bytes)
-                 : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
   }
   // Only the first block may end the loop: a turn later than the last one was done, if it was
   // not the last.

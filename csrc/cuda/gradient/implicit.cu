@@ -40,7 +40,7 @@ void backward(const Context& context, const Pack<ImplicitGroup<T>>& pack, double
   ImplicitWork<T> work{};
   work.pack = pack;
   work.eps = eps, work.objective = objective;
-  SweepArguments<RowSums<T, double>> sweep;
+  SweepArguments<T, double> sweep;
   const Grid grid = plan_sweeps(context, shape, plan, &work.orders, &sweep);
   work.vectors =
       context.scratch<double>(shape.problems * ImplicitVectors::kCount * plan.vector_length);

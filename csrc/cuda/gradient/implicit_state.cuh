@@ -58,7 +58,7 @@ template <typename T>
 struct ImplicitState {
   ImplicitVectors v;
   const T *a, *b;  // (n,) (m,)
-  SweepSide<T> x, y;
+  T *F, *G;        // exponents of the plan
   Penalty of_x, of_y;
   double scale, mass_a, mass_b;
   double mass, floor, first, rz;  // of c; rounding of the right-hand side; squared residuals

@@ -43,7 +43,7 @@ struct SolvedPlan {
       row[r] = s + (alpha != nullptr && e.counts(r) ? alpha[i] : T(0));
     }
     for_entries<Layout>([&](int r, int c) {
-      const T F = e.potential(r), G = e.G[c];
+      const T F = e.F[r], G = e.G[c];
       // A potential that is NaN makes the plan NaN, which its exponential alone would not, but not
       // for padding.
       const T nothing = F <= none || G <= none ? T(0) : T(0) * (F + G);

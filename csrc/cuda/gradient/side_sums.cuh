@@ -24,49 +24,34 @@ struct SideSums {
   Pack<SideItem<T, Weights>> items;
   T k;  // log2(e) / eps
   int64_t splits;
-  int64_t blocks;        // of a problem
-  int64_t stages, room;  // of shared memory, see RowTiles
-
-  // Columns of a split: whole tiles.
-  static OTLOSS_HOST_DEVICE int64_t share(int64_t m, int64_t splits) {
-    constexpr int64_t kTile = 128;
-    static_assert(kTile % kPackedAlign == 0, "splits begin at tiles");
-    return ceil_div(ceil_div(m, splits), kTile) * kTile;
-  }
+  int64_t blocks;  // of a problem
 
   // Calls function(tiles, item, batch, out) for this block's columns and rows, at most kSideRows;
-  // out (rows, d + 1).
+  // out (n, d + 1).
   template <class Block, class F>
   OTLOSS_DEVICE void of_block(Block& block, F&& function) const {
     with_problem(block, items, blocks, [&](const auto& p, int64_t batch, int64_t number) {
-      const int64_t split = number % splits, first = number / splits * kSideRows;
-      const int64_t begin = split * share(p.m, splits);
-      if (first >= p.n || begin >= p.m) return;
       RowTiles<T>& tiles = *block.template shared<RowTiles<T>>();
       static_assert(sizeof(tiles) <= kArgumentBytes, "raise kArgumentBytes");
-      if (block.thread() == 0) set(tiles, p, batch, first, begin);
+      if (block.thread() == 0) set(tiles, p, batch, number);
       block.sync();
+      if (tiles.first == tiles.last) return;
       function(tiles, p, batch,
-               p.partial + ((batch * splits + split) * p.n + first) * (p.points.d + 1));
+               p.partial + (batch * splits + number % splits) * p.n * (p.points.d + 1));
     });
   }
 
  private:
   OTLOSS_DEVICE void set(RowTiles<T>& tiles, const SideItem<T, Weights>& p, int64_t batch,
-                         int64_t first, int64_t begin) const {
+                         int64_t number) const {
     const PackedPair<T>& points = p.points;
-    const int64_t last = first + kSideRows, end = begin + share(p.m, splits);
-    tiles.made_by = points.tiles;
-    tiles.kind = points.kind, tiles.d = points.d, tiles.symmetric = p.symmetric;
-    tiles.k = k, tiles.repair = true;
+    tiles.d = points.d, tiles.symmetric = p.symmetric, tiles.repair = true, tiles.k = k;
     tiles.C = points.C + batch * p.n * p.m, tiles.width = p.m;
-    tiles.first = first, tiles.last = last < p.n ? last : p.n;
-    tiles.begin = begin, tiles.end = end < p.m ? end : p.m;
-    tiles.stages = stages, tiles.room = room;
     tiles.rows = points.x.cloud(batch, points.d, p.n);
     tiles.columns = points.y.cloud(batch, points.d, p.m);
-    tiles.F = p.F + batch * tiles.rows.stride + first;
-    tiles.G = p.G + batch * tiles.columns.stride;
+    tiles.F = p.F + batch * tiles.rows.stride, tiles.G = p.G + batch * tiles.columns.stride;
+    tiles.last = p.n, tiles.end = p.m;
+    tiles.cut(number, kSideRows, splits);
   }
 };
 
@@ -81,22 +66,18 @@ struct CostKernel {
   OTLOSS_DEVICE void operator()(Block& block) const {
     using Maker = StoredTileMaker<StoredRows, T, Block>;
     using Layout = typename Maker::Layout;
+    static_assert(Maker::kRows == kSideRows);
     sums.of_block(block,
                   [&](const RowTiles<T>& tiles, const SideItem<T, Weights>& p, int64_t batch, T*) {
-                    const Maker maker(block, tiles);
-                    const int row = block.thread() / kWarp * Layout::kWarpRows;
-                    if (tiles.first + row >= tiles.last) return;
-                    for (int64_t j = tiles.begin; j < tiles.end; j += Layout::kWarpColumns) {
-                      typename Maker::Entries e;
+                    Maker(block, tiles).run([&](const typename Maker::Entries& e) {
                       typename Maker::Entries::Values W;
-                      maker.load(tiles.first, row, j, e);
                       p.weights(e, batch, W);
                       for_entries<Layout>([&](int r, int c) {
                         const int64_t column = e.column + Layout::column(c);
                         if (e.counts(r) && column < tiles.end)
                           p.grad_C[(batch * p.n + e.row + Layout::row(r)) * p.m + column] = W[r][c];
                       });
-                    }
+                    });
                   });
   }
 };
@@ -112,8 +93,10 @@ struct SideSumKernel {
   using Cost = typename Tiles::Cost;
   static constexpr int kThreads = kSolveThreads;
   static constexpr int kWarps = kThreads / kWarp;
-  static constexpr int kTile = kWarp * kVector<T>;              // columns
-  static constexpr int64_t kPlan = kWarps * kTile * kTileRows;  // shared elements of V
+  static constexpr int kTile = kWarp * kVector<T>;  // columns
+  // Bytes of shared memory before the stages: V of each warp.
+  static constexpr int64_t kStages =
+      kArgumentBytes + kWarps * kTile * kTileRows * static_cast<int64_t>(sizeof(T));
 
   SideSums<T, Weights> sums;
 
@@ -133,14 +116,12 @@ struct SideSumKernel {
   OTLOSS_DEVICE static void rows(Block& block, const RowTiles<T>& tiles, const Weights& weights,
                                  int64_t batch,
                                  const T* y,  // (m, d)
-                                 T* out) {    // (rows, d + 1)
-    const int count = static_cast<int>(tiles.last - tiles.first);
-    Vector<T>* const V =  // (kTile, kVectors) of this warp
+                                 T* out) {    // (n, d + 1)
+    Vector<T>* const V =                      // (kTile, kVectors) of this warp
         block.template shared<Vector<T>>() + kArgumentBytes / static_cast<int>(sizeof(Vector<T>)) +
         block.thread() / kWarp * kTile * kVectors;
-    using Maker = typename Tiles::template Maker<T, Block>;
-    Maker maker(block, tiles, tile_shape<T>(kWarps, tiles.d, Maker::stage_elements(tiles)));
-    maker.run(tiles.first, count, [&](const Entries& e) {
+    typename Tiles::template Maker<T, Block> maker(block, tiles, kStages);
+    maker.run([&](const Entries& e) {
       block.warp_sync();  // the tile before was read
       write_weights(e, weights, batch, V + block.thread() % kWarp * kVectors);
       block.warp_sync();
@@ -196,7 +177,7 @@ struct SideSumKernel {
 #pragma unroll
       for (int r = 0; r < kTileRows; ++r) {
         if (r >= e.rows) continue;
-        T& total = out[(e.local + r) * (d + 1) + k];
+        T& total = out[(e.row + r) * (d + 1) + k];
         total = first == tiles.begin ? sum[r] : total + sum[r];
       }
     }
@@ -216,9 +197,8 @@ struct JoinKernel {
       const int64_t d = p.points.d, width = p.n * (d + 1), e = number * kThreads + block.thread();
       if (e >= width) return;
       const int64_t i = batch * p.n + e / (d + 1), k = e % (d + 1);
-      const int64_t share = sums.share(p.m, sums.splits);
       double total = 0;
-      for (int64_t split = 0; split * share < p.m; ++split)
+      for (int64_t split = 0; split < sums.splits; ++split)
         total += static_cast<double>(p.partial[(batch * sums.splits + split) * width + e]);
       (k < d ? p.out.product[i * d + k] : p.out.sum[i]) = static_cast<T>(total);
     });
@@ -236,8 +216,8 @@ void sum_sides(const Context& context, const std::vector<SideItem<T, Weights>>& 
     constexpr int64_t kRounds = 4;
     const int64_t wanted =
         kRounds * device.multiprocessors / std::max<int64_t>(1, shape.problems * rows);
-    SideSums<T, Weights> sums{pack, k, 1, 0, kArgumentBytes, 0};
-    sums.splits = std::min(std::max<int64_t>(1, wanted), ceil_div(shape.m, sums.share(1, 1)));
+    SideSums<T, Weights> sums{pack, k, 1, 0};
+    sums.splits = std::min(std::max<int64_t>(1, wanted), ceil_div(shape.m, kPackedAlign));
     sums.blocks = rows * sums.splits;
     const auto launch_all = [&](const auto& kernel, int64_t shared) {
       launch(context, kernel,
@@ -250,12 +230,7 @@ void sum_sides(const Context& context, const std::vector<SideItem<T, Weights>>& 
     }
     dispatch_tiles(points.kind, d, [&](auto tiles) {
       using Kernel = SideSumKernel<T, Weights, decltype(tiles)>;
-      constexpr int64_t kElement = sizeof(T), kStages = 2, kPlan = Kernel::kPlan * kElement;
-      // A tile of all coordinates if it fits: the rest of the memory caches y.
-      sums.stages = kArgumentBytes + kPlan;
-      sums.room = std::min(kStages * (d + kTileExtra) * Kernel::kTile * kElement,
-                           static_cast<int64_t>(device.shared_per_block) - sums.stages);
-      launch_all(Kernel{sums}, sums.stages + sums.room);
+      launch_all(Kernel{sums}, Kernel::kStages + kFmaRoom);
     });
     sums.blocks = ceil_div(shape.n * (d + 1), JoinKernel<T, Weights>::kThreads);
     launch_all(JoinKernel<T, Weights>{sums}, 0);

@@ -96,7 +96,7 @@ class Adjoint {
     if (block_.thread() == 0) {
       state_.masses = Masses(sums[0], sums[1], p_.penalties.balanced);
       work_.orders.place(team_.index(), all_.points, p_, batch_, p_.made.symmetric,
-                         kLog2E / work_.eps);
+                         kLog2E / work_.eps, nullptr, nullptr);
     }
     block_.sync();
     make_H(p_.L - 1);
@@ -131,14 +131,15 @@ class Adjoint {
 
   OTLOSS_DEVICE bool ask(int64_t l, int side, RowSum what, const T* x) {
     const Exponents of = exponents(l);
-    const PackedPair<T>& points = all_.points;
-    const SweepSide<T> rows{points.x.cloud(batch_, points.d, p_.n), of.F};
-    const SweepSide<T> columns{points.y.cloud(batch_, points.d, p_.m), of.G};
-    rows.pad(block_), columns.pad(block_);
+    SweepOrder<T>& order = work_.orders.of[team_.index()];
     block_.sync();
-    if (block_.thread() != 0) return false;
-    state_.l = l;
-    set_order(work_.orders.of[team_.index()], side, what, x, rows, columns);
+    if (block_.thread() == 0) {
+      state_.l = l;
+      order.sides[0].exponents = of.F, order.sides[1].exponents = of.G;
+      order.ask(side, what, x);
+    }
+    block_.sync();
+    order.sides[0].pad(block_), order.sides[1].pad(block_);
     return false;
   }
 
@@ -336,7 +337,7 @@ void backward(const Context& context, const Pack<UnrolledGroup<T>>& pack, double
   const SolvePlan plan = products_plan(context, shape, pack.items[0]);
   AdjointWork<T> work{};
   work.pack = pack, work.eps = eps, work.objective = objective;
-  SweepArguments<RowSums<T>> sweep;
+  SweepArguments<T, T> sweep;
   const Grid grid = plan_sweeps(context, shape, plan, &work.orders, &sweep);
   work.vectors = context.scratch<T>(shape.problems * 3 * plan.vector_length);
   work.grads = context.scratch<double>(shape.problems * 2 * plan.vector_length);

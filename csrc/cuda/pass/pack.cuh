@@ -19,7 +19,6 @@ namespace otloss::cuda {
 // Where the costs of a group are: stored, or made from points.
 template <typename T>
 struct PackedPair {
-  TileKind tiles;  // who makes them
   CostKind kind;
   int64_t d;   // coordinates
   const T* C;  // (B, n, m), or null
@@ -32,7 +31,7 @@ template <typename T>
 struct PackKernel {
   static constexpr int kThreads = 256;
   static constexpr int kLines = kThreads / kWarp;
-  static_assert(kPackedAlign == kWarp, "a block makes whole lines");
+  static_assert(kPackedAlign % kWarp == 0, "a block makes whole lines");
 
   int64_t n, d, stride, parts;
   const T* z;     // (B, n, d)
@@ -177,12 +176,8 @@ class Packer {
 
   PackedPair<T> operator()(int64_t batch, int64_t n, int64_t m, const PointPair<T>& points,
                            const T* C = nullptr) {
-    if (C != nullptr) return {TileKind::kStored, points.kind, points.d, C, {}, {}};
-    return {tiles_,
-            points.kind,
-            points.d,
-            nullptr,
-            packed(batch, n, points, points.zx, points.hx),
+    if (C != nullptr) return {points.kind, points.d, C, {}, {}};
+    return {points.kind, points.d, nullptr, packed(batch, n, points, points.zx, points.hx),
             packed(batch, m, points, points.zy, points.hy)};
   }
 

@@ -1,8 +1,8 @@
 // Sums over the rows of a cost matrix, stored or made from the points on the way.
 //
 // A block has some of the rows and passes over all columns, or over a part of them. Tiles of costs
-// come from a maker (tiles.cuh); per entry there is one exponential, and a few shuffles add up the
-// rows of a tile. Sums of a tile are in the working precision, sums over tiles in double.
+// come from a maker (tiles.cuh), and there is one exponential per entry. A thread sums up its own
+// entries of each row, and all threads that have a row join their sums after the last tile.
 #pragma once
 
 #include <limits>
@@ -27,12 +27,10 @@ struct FmaTiles {
   template <typename T, class Block>
   using Maker = TileMaker<Cost, kDifference, T, Block>;
 };
-template <class CostOf, bool kLowHalves>
+template <class Cost, bool kLow>
 struct TensorTiles {
-  using Cost = CostOf;
-  static constexpr bool kLow = kLowHalves;
   template <typename T, class Block>
-  using Maker = TensorTileMaker<Cost, RowSumShape, kLow, Block>;
+  using Maker = TensorTileMaker<Cost, kLow, Block>;
 };
 
 struct StoredTiles {};  // a maker for each side
@@ -74,60 +72,85 @@ template <typename T, typename S = T>
 struct RowSums {
   RowTiles<T> tiles;
   RowSum what;
-  int side;      // 0: the rows are the problem's, 1: its columns
-  const S* x;    // (columns,) factors (ProductTerms), or null: 1
-  S* out;        // (last - first,)
-  int64_t sums;  // bytes of shared memory before the streamed_sums doubles; the arguments' precede
+  const S* x;  // (columns,) factors (ProductTerms), or null: 1
+  S* out;      // (rows,)
 };
 
 OTLOSS_DEVICE double join_sums(RowSum what, double x, double y) {
   return what == RowSum::kLargest ? Max::join(x, y) : Sum::join(x, y);
 }
 
-// Joined over the lanes that have the same rows: lane l of them gets row l / (kLanes / kRows).
-template <RowSum kWhat, typename T, class Layout, class Block>
-OTLOSS_DEVICE T tile_sum(Block& block, const TileEntries<T, Layout>& e) {
-  using Join = std::conditional_t<kWhat == RowSum::kLargest, Max, Sum>;
-  T sums[Layout::kRows];
-#pragma unroll
-  for (int r = 0; r < Layout::kRows; ++r) {
-    const T F = e.potential(r);
-#pragma unroll
-    for (int c = 0; c < Layout::kColumns; ++c) {
-      const T t = e.exponent(F, r, c);
-      T term = t;
-      if constexpr (kWhat == RowSum::kPlan) term = fast_exp2_unclamped(t);
-      if constexpr (kWhat == RowSum::kCost)  // a clamped exponential stands for 0
-        term = t > static_cast<T>(-kExp2Limit) ? fast_exp2(t) * e.cost[r][c] : T(0);
-      sums[r] = c == 0 ? term : Join::join(sums[r], term);
+// A sum over many tiles; in single precision with the rounding errors made up for.
+template <typename S>
+struct Total {
+  S sum = S(0), lost = S(0);
+
+  OTLOSS_DEVICE void add(S x) {
+    if constexpr (sizeof(S) == sizeof(double)) {
+      sum += x;
+    } else {
+      const S rest = x - lost, more = sum + rest;
+      lost = (more - sum) - rest;
+      sum = more;
     }
   }
-  return scatter_reduce<Join, Layout::kLanes>(block, sums);
-}
+};
 
 // What add_rows adds up. kPlan has one of its own, whose registers need not do for the others.
-template <typename T, bool kPlan>
+template <typename T, bool kPlan, class Layout>
 class RowTerms {
  public:
-  using Arguments = RowSums<T>;
   using Value = T;
+  using Arguments = RowSums<T>;
 
-  OTLOSS_DEVICE explicit RowTerms(const Arguments& p) : what_(kPlan ? RowSum::kPlan : p.what) {}
-
-  OTLOSS_DEVICE T start() const {
-    return what_ == RowSum::kLargest ? std::numeric_limits<T>::lowest() : T(0);
+  OTLOSS_DEVICE explicit RowTerms(const Arguments& p) : what_(kPlan ? RowSum::kPlan : p.what) {
+    if (what_ != RowSum::kLargest) return;
+#pragma unroll
+    for (int r = 0; r < Layout::kRows; ++r) totals_[r].sum = std::numeric_limits<T>::lowest();
   }
-  OTLOSS_DEVICE double join(double x, double y) const { return join_sums(what_, x, y); }
 
-  template <class Block, class Entries>
-  OTLOSS_DEVICE T of_tile(Block& block, const Entries& e) const {
-    return kPlan                    ? tile_sum<RowSum::kPlan>(block, e)
-           : what_ == RowSum::kCost ? tile_sum<RowSum::kCost>(block, e)
-                                    : tile_sum<RowSum::kLargest>(block, e);
+  OTLOSS_DEVICE void add(const TileEntries<T, Layout>& e) {
+    if constexpr (kPlan)
+      add_terms(e, [](T t, T) { return fast_exp2_unclamped(t); });
+    else if (what_ == RowSum::kCost)  // a clamped exponential stands for 0
+      add_terms(e, [](T t, T cost) {
+        return t > static_cast<T>(-kExp2Limit) ? fast_exp2(t) * cost : T(0);
+      });
+    else
+      for_entries<Layout>(
+          [&](int r, int c) { totals_[r].sum = Max::join(totals_[r].sum, exponent(e, r, c)); });
+  }
+
+  OTLOSS_DEVICE T join(T x, T y) const {
+    return what_ == RowSum::kLargest ? Max::join(x, y) : Sum::join(x, y);
+  }
+  // Lane l of those that have the same rows gets row l / (kLanes / kRows).
+  template <class Block>
+  OTLOSS_DEVICE T joined(Block& block) const {
+    T sums[Layout::kRows];
+#pragma unroll
+    for (int r = 0; r < Layout::kRows; ++r) sums[r] = totals_[r].sum;
+    return what_ == RowSum::kLargest ? scatter_reduce<Max, Layout::kLanes>(block, sums)
+                                     : scatter_reduce<Sum, Layout::kLanes>(block, sums);
   }
 
  private:
+  OTLOSS_DEVICE static T exponent(const TileEntries<T, Layout>& e, int r, int c) {
+    return e.F[r] + (e.G[c] - e.k * e.cost[r][c]);
+  }
+  template <typename F>
+  OTLOSS_DEVICE void add_terms(const TileEntries<T, Layout>& e, F&& term) {
+#pragma unroll
+    for (int r = 0; r < Layout::kRows; ++r) {
+      T sum = T(0);
+#pragma unroll
+      for (int c = 0; c < Layout::kColumns; ++c) sum += term(exponent(e, r, c), e.cost[r][c]);
+      totals_[r].add(sum);
+    }
+  }
+
   const RowSum what_;
+  Total<T> totals_[Layout::kRows];
 };
 
 // The sums over a plan times the factors x of its columns, for gradients.
@@ -138,79 +161,73 @@ class RowTerms {
 template <typename T, typename S, class Layout>
 class ProductTerms {
  public:
-  using Arguments = RowSums<T, S>;
   using Value = S;
+  using Arguments = RowSums<T, S>;
 
   OTLOSS_DEVICE explicit ProductTerms(const Arguments& p) : p_(p) {}
 
-  OTLOSS_DEVICE S start() const { return S(0); }
-  OTLOSS_DEVICE double join(double x, double y) const { return x + y; }
-
-  // Joined over the warp as in tile_sum.
-  template <class Block>
-  OTLOSS_DEVICE S of_tile(Block& block, const TileEntries<T, Layout>& e) {
-    load(e.column);
-    S sums[Layout::kRows];
+  OTLOSS_DEVICE void add(const TileEntries<T, Layout>& e) {
+    S x[Layout::kColumns];
+#pragma unroll
+    for (int c = 0; c < Layout::kColumns; ++c) {
+      const int64_t j = e.column + Layout::column(c);
+      x[c] = j < p_.tiles.end ? p_.x != nullptr ? p_.x[j] : S(1) : S(0);
+    }
 #pragma unroll
     for (int r = 0; r < Layout::kRows; ++r) {
-      const T F = e.potential(r);
-      sums[r] = S(0);
+      S sum = S(0);
 #pragma unroll
       for (int c = 0; c < Layout::kColumns; ++c) {
-        const T t = (F + e.G[c]) - e.k * e.cost[r][c];
+        const T t = (e.F[r] + e.G[c]) - e.k * e.cost[r][c];
         // A clamped exponential stands for 0, so that padding gets exactly 0.
         T p = t > static_cast<T>(-kExp2Limit) ? fast_exp2(t) : T(0);
         if (p_.what == RowSum::kCost) p = p != T(0) ? p * e.cost[r][c] : T(0);
-        sums[r] += static_cast<S>(p) * x_[c];
+        sum += static_cast<S>(p) * x[c];
       }
+      totals_[r].add(sum);
     }
+  }
+
+  // As in RowTerms.
+  OTLOSS_DEVICE S join(S x, S y) const { return x + y; }
+  template <class Block>
+  OTLOSS_DEVICE S joined(Block& block) const {
+    S sums[Layout::kRows];
+#pragma unroll
+    for (int r = 0; r < Layout::kRows; ++r) sums[r] = totals_[r].sum;
     return scatter_reduce<Sum, Layout::kLanes>(block, sums);
   }
 
  private:
-  // x of the thread's columns, which stay while its tile does.
-  OTLOSS_DEVICE void load(int64_t first) {
-    if (first == column_) return;
-    column_ = first;
-#pragma unroll
-    for (int c = 0; c < Layout::kColumns; ++c) {
-      const int64_t j = first + Layout::column(c);
-      x_[c] = j < p_.tiles.end ? p_.x != nullptr ? p_.x[j] : S(1) : S(0);
-    }
-  }
-
   const Arguments& p_;
-  int64_t column_ = -1;
-  S x_[Layout::kColumns];
+  Total<S> totals_[Layout::kRows];
 };
 
 // Sums of a block's rows over all tiles of its columns.
 template <class Maker, class Terms, class Block>
 OTLOSS_DEVICE void add_rows(Block& block, const typename Terms::Arguments& p) {
   using Layout = typename Maker::Layout;
-  constexpr int kLanes = Layout::kLanes / Layout::kRows;  // of a row, after the reduction
-  const auto& tiles = p.tiles;
-  double* const sums = reinterpret_cast<double*>(block.template shared<unsigned char>() + p.sums);
-  Maker maker(block, tiles);
-  const int lane = block.thread() % Layout::kLanes, most = maker.most_rows();
-  for (int64_t first = tiles.first; first < tiles.last; first += most) {
-    const int rows = static_cast<int>(tiles.last - first < most ? tiles.last - first : most);
-    Terms terms(p);
-    for (int s = block.thread(); s < maker.warps() * most; s += kSolveThreads)
-      sums[s] = static_cast<double>(terms.start());
-    maker.run(first, rows, [&](const typename Maker::Entries& e) {
-      const typename Terms::Value joined = terms.of_tile(block, e);
-      if (lane % kLanes != 0) return;
-      const int row = e.local + Layout::row(lane / kLanes);
-      double& total = sums[maker.warp_of_group() * most + row];
-      total = terms.join(total, static_cast<double>(joined));
-    });
-    for (int row = block.thread(); row < rows; row += kSolveThreads) {
-      double total = sums[row];
-      for (int w = 1; w < maker.warps(); ++w) total = terms.join(total, sums[w * most + row]);
-      p.out[first - tiles.first + row] = static_cast<typename Terms::Value>(total);
-    }
+  constexpr int kLanes = Layout::kLanes / Layout::kRows;  // of a row, once they are joined
+  Maker maker(block, p.tiles);
+  Terms terms(p);
+  maker.run([&](const typename Maker::Entries& e) { terms.add(e); });
+  const typename Terms::Value joined = terms.joined(block);
+  const int lane = block.thread() % Layout::kLanes;
+  const int64_t row = maker.row() + Layout::row(lane / kLanes);
+  const bool writes = lane % kLanes == 0 && row < p.tiles.last;
+  if constexpr (Maker::kSharing == 1) {
+    if (writes) p.out[row] = joined;
+  } else {  // warps that have the same rows
+    static_assert(Maker::kRows == kWarp && sizeof(double) * kSolveThreads <= kStoredRoom);
+    auto* const all = reinterpret_cast<typename Terms::Value*>(
+        block.template shared<unsigned char>() + kArgumentBytes);
+    all[block.thread()] = joined;
     block.sync();
+    if (block.thread() >= kWarp || !writes) return;
+    auto total = joined;
+    for (int t = block.thread() + kWarp; t < kSolveThreads; t += kWarp)
+      total = terms.join(total, all[t]);
+    p.out[row] = total;
   }
 }
 

@@ -137,7 +137,7 @@ void solve_launched(const Context& context, const Pack<SolveGroup<T>>& pack,
     std::copy(work.points, work.points + pack.count, sampled.points);
     launch(context, sampled, Grid{problems * SampleKernel<T>::kBlocks});
   }
-  SweepArguments<RowSums<T>> sweep;
+  SweepArguments<T, T> sweep;
   const Grid grid = plan_sweeps(context, shape, plan, &work.orders, &sweep);
   // Each pass may make the sums of both sides three times; and one for the value.
   const int64_t most = 6 * (options.n_iters < 0 ? options.max_iters : options.n_iters) + 1;
