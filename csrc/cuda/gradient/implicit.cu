@@ -53,9 +53,8 @@ void backward(const Context& context, const Pack<ImplicitGroup<T>>& pack, double
   }
   // Beside the iterations: sums, sums of costs, the right-hand side, and the last product.
   const int64_t most = 2 * (kMaxCgIterations + 4);
-  run_controls(context, work, shape.problems, most, [&](Queue& queue) {
-    queue_sweep<Products>(queue, sweep, work.plans[0].points, grid);
-  });
+  run_controls(context, work, shape.problems, most,
+               [&](Queue& queue) { queue_sweep<true>(queue, sweep, work.plans[0].points, grid); });
   std::vector<SideItem<T, SolvedPlan<T>>> sides;
   for (int i = 0; i < pack.count; ++i) {
     const ImplicitGroup<T>& p = pack.items[i];

@@ -72,7 +72,7 @@ template <typename T, typename S = T>
 struct RowSums {
   RowTiles<T> tiles;
   RowSum what;
-  const S* x;  // (columns,) factors (ProductTerms), or null: 1
+  const S* x;  // (columns,) factors (kProducts), or null: 1
   S* out;      // (rows,)
 };
 
@@ -96,38 +96,45 @@ struct Total {
   }
 };
 
-// What add_rows adds up. kPlan has one of its own, whose registers need not do for the others.
-template <typename T, bool kPlan, class Layout>
+// What is added up of a tile's entries, in kernels or loops of their own: what a pass of the solver
+// wants, whatever else it wants, and the sums over a plan times the factors x of its columns, for
+// gradients.
+//
+// Of products F_i + G_j is added first and costs do not depend on which side is first, so that both
+// sides get the same P_ij, bit for bit, as if it was kept: the linear system of the implicit
+// gradient stays symmetric. Tensor cores would not do that, nor are they used.
+enum class Terms { kPass, kOther, kProducts };
+
+template <Terms kTerms, typename T, typename S, class Layout>
 class RowTerms {
  public:
-  using Value = T;
-  using Arguments = RowSums<T>;
-
-  OTLOSS_DEVICE explicit RowTerms(const Arguments& p) : what_(kPlan ? RowSum::kPlan : p.what) {
+  OTLOSS_DEVICE explicit RowTerms(const RowSums<T, S>& p)
+      : p_(p), what_(kTerms == Terms::kPass ? RowSum::kPlan : p.what) {
     if (what_ != RowSum::kLargest) return;
 #pragma unroll
-    for (int r = 0; r < Layout::kRows; ++r) totals_[r].sum = std::numeric_limits<T>::lowest();
+    for (int r = 0; r < Layout::kRows; ++r) totals_[r].sum = std::numeric_limits<S>::lowest();
   }
 
   OTLOSS_DEVICE void add(const TileEntries<T, Layout>& e) {
-    if constexpr (kPlan)
-      add_terms(e, [](T t, T) { return fast_exp2_unclamped(t); });
-    else if (what_ == RowSum::kCost)  // a clamped exponential stands for 0
-      add_terms(e, [](T t, T cost) {
-        return t > static_cast<T>(-kExp2Limit) ? fast_exp2(t) * cost : T(0);
-      });
+    const auto exponent = [&](int r, int c) { return e.F[r] + (e.G[c] - e.k * e.cost[r][c]); };
+    if constexpr (kTerms == Terms::kPass)
+      add_terms([&](int r, int c) { return fast_exp2_unclamped(exponent(r, c)); });
+    else if constexpr (kTerms == Terms::kProducts)
+      add_products(e);
+    else if (what_ == RowSum::kCost)
+      add_terms([&](int r, int c) { return of_plan(exponent(r, c)) * e.cost[r][c]; });
     else
       for_entries<Layout>(
-          [&](int r, int c) { totals_[r].sum = Max::join(totals_[r].sum, exponent(e, r, c)); });
+          [&](int r, int c) { totals_[r].sum = Max::join(totals_[r].sum, exponent(r, c)); });
   }
 
-  OTLOSS_DEVICE T join(T x, T y) const {
+  OTLOSS_DEVICE S join(S x, S y) const {
     return what_ == RowSum::kLargest ? Max::join(x, y) : Sum::join(x, y);
   }
   // Lane l of those that have the same rows gets row l / (kLanes / kRows).
   template <class Block>
-  OTLOSS_DEVICE T joined(Block& block) const {
-    T sums[Layout::kRows];
+  OTLOSS_DEVICE S joined(Block& block) const {
+    S sums[Layout::kRows];
 #pragma unroll
     for (int r = 0; r < Layout::kRows; ++r) sums[r] = totals_[r].sum;
     return what_ == RowSum::kLargest ? scatter_reduce<Max, Layout::kLanes>(block, sums)
@@ -135,83 +142,47 @@ class RowTerms {
   }
 
  private:
-  OTLOSS_DEVICE static T exponent(const TileEntries<T, Layout>& e, int r, int c) {
-    return e.F[r] + (e.G[c] - e.k * e.cost[r][c]);
+  // A clamped exponential stands for 0, so that padding gets exactly 0.
+  OTLOSS_DEVICE static T of_plan(T t) {
+    return t > static_cast<T>(-kExp2Limit) ? fast_exp2(t) : T(0);
   }
   template <typename F>
-  OTLOSS_DEVICE void add_terms(const TileEntries<T, Layout>& e, F&& term) {
+  OTLOSS_DEVICE void add_terms(F&& term) {
 #pragma unroll
     for (int r = 0; r < Layout::kRows; ++r) {
-      T sum = T(0);
+      S sum = S(0);
 #pragma unroll
-      for (int c = 0; c < Layout::kColumns; ++c) sum += term(exponent(e, r, c), e.cost[r][c]);
+      for (int c = 0; c < Layout::kColumns; ++c) sum += term(r, c);
       totals_[r].add(sum);
     }
   }
-
-  const RowSum what_;
-  Total<T> totals_[Layout::kRows];
-};
-
-// The sums over a plan times the factors x of its columns, for gradients.
-//
-// F_i + G_j is added first and costs do not depend on which side is first, so that both sides get
-// the same P_ij, bit for bit, as if it was kept: the linear system of the implicit gradient stays
-// symmetric. Tensor cores would not do that, nor are they used.
-template <typename T, typename S, class Layout>
-class ProductTerms {
- public:
-  using Value = S;
-  using Arguments = RowSums<T, S>;
-
-  OTLOSS_DEVICE explicit ProductTerms(const Arguments& p) : p_(p) {}
-
-  OTLOSS_DEVICE void add(const TileEntries<T, Layout>& e) {
+  OTLOSS_DEVICE void add_products(const TileEntries<T, Layout>& e) {
     S x[Layout::kColumns];
 #pragma unroll
     for (int c = 0; c < Layout::kColumns; ++c) {
       const int64_t j = e.column + Layout::column(c);
       x[c] = j < p_.tiles.end ? p_.x != nullptr ? p_.x[j] : S(1) : S(0);
     }
-#pragma unroll
-    for (int r = 0; r < Layout::kRows; ++r) {
-      S sum = S(0);
-#pragma unroll
-      for (int c = 0; c < Layout::kColumns; ++c) {
-        const T t = (e.F[r] + e.G[c]) - e.k * e.cost[r][c];
-        // A clamped exponential stands for 0, so that padding gets exactly 0.
-        T p = t > static_cast<T>(-kExp2Limit) ? fast_exp2(t) : T(0);
-        if (p_.what == RowSum::kCost) p = p != T(0) ? p * e.cost[r][c] : T(0);
-        sum += static_cast<S>(p) * x[c];
-      }
-      totals_[r].add(sum);
-    }
+    add_terms([&](int r, int c) {
+      const T p = of_plan((e.F[r] + e.G[c]) - e.k * e.cost[r][c]);
+      return static_cast<S>(what_ == RowSum::kCost && p != T(0) ? p * e.cost[r][c] : p) * x[c];
+    });
   }
 
-  // As in RowTerms.
-  OTLOSS_DEVICE S join(S x, S y) const { return x + y; }
-  template <class Block>
-  OTLOSS_DEVICE S joined(Block& block) const {
-    S sums[Layout::kRows];
-#pragma unroll
-    for (int r = 0; r < Layout::kRows; ++r) sums[r] = totals_[r].sum;
-    return scatter_reduce<Sum, Layout::kLanes>(block, sums);
-  }
-
- private:
-  const Arguments& p_;
+  const RowSums<T, S>& p_;
+  const RowSum what_;
   Total<S> totals_[Layout::kRows];
 };
 
 // Sums of a block's rows over all tiles of its columns.
-template <class Maker, class Terms, class Block>
-OTLOSS_DEVICE void add_rows(Block& block, const typename Terms::Arguments& p) {
+template <class Maker, Terms kTerms, typename T, typename S, class Block>
+OTLOSS_DEVICE void add_rows(Block& block, const RowSums<T, S>& p) {
   using Layout = typename Maker::Layout;
   constexpr int kLanes = Layout::kLanes / Layout::kRows;  // of a row, once they are joined
   Maker maker(block, p.tiles);
-  Terms terms(p);
+  RowTerms<kTerms, T, S, Layout> terms(p);
   maker.run([&](const typename Maker::Entries& e) { terms.add(e); });
-  const typename Terms::Value joined = terms.joined(block);
+  const S joined = terms.joined(block);
   const int lane = block.thread() % Layout::kLanes;
   const int64_t row = maker.row() + Layout::row(lane / kLanes);
   const bool writes = lane % kLanes == 0 && row < p.tiles.last;
@@ -219,12 +190,11 @@ OTLOSS_DEVICE void add_rows(Block& block, const typename Terms::Arguments& p) {
     if (writes) p.out[row] = joined;
   } else {  // warps that have the same rows
     static_assert(Maker::kRows == kWarp && sizeof(double) * kSolveThreads <= kStoredRoom);
-    auto* const all = reinterpret_cast<typename Terms::Value*>(
-        block.template shared<unsigned char>() + kArgumentBytes);
+    S* const all = reinterpret_cast<S*>(block.template shared<unsigned char>() + kArgumentBytes);
     all[block.thread()] = joined;
     block.sync();
     if (block.thread() >= kWarp || !writes) return;
-    auto total = joined;
+    S total = joined;
     for (int t = block.thread() + kWarp; t < kSolveThreads; t += kWarp)
       total = terms.join(total, all[t]);
     p.out[row] = total;

@@ -67,25 +67,7 @@ OTLOSS_DEVICE void copy_words(Block& block, const Object* from, Object* to) {
   block.sync();
 }
 
-// Sums of a solve, or with factors.
-struct SolveSums {
-  template <class Maker, typename T, class Block>
-  static OTLOSS_DEVICE void run(Block& block, const RowSums<T>& order) {
-    using Layout = typename Maker::Layout;
-    if (order.what == RowSum::kPlan)
-      add_rows<Maker, RowTerms<T, true, Layout>>(block, order);
-    else
-      add_rows<Maker, RowTerms<T, false, Layout>>(block, order);
-  }
-};
-struct Products {
-  template <class Maker, typename T, typename S, class Block>
-  static OTLOSS_DEVICE void run(Block& block, const RowSums<T, S>& order) {
-    add_rows<Maker, ProductTerms<T, S, typename Maker::Layout>>(block, order);
-  }
-};
-
-template <typename T, typename S, class Sums, class Tiles>
+template <typename T, typename S, bool kProducts, class Tiles>
 struct SweepKernel {
   static constexpr int kThreads = kSolveThreads;
 
@@ -101,14 +83,24 @@ struct SweepKernel {
     block.sync();
     if (own.tiles.first == own.tiles.last) return;
     if constexpr (!std::is_same_v<Tiles, StoredTiles>)
-      Sums::template run<typename Tiles::template Maker<T, Block>>(block, own);
+      add<typename Tiles::template Maker<T, Block>>(block, own);
     else if (order.side == 0)
-      Sums::template run<StoredTileMaker<StoredRows, T, Block>>(block, own);
+      add<StoredTileMaker<StoredRows, T, Block>>(block, own);
     else
-      Sums::template run<StoredTileMaker<StoredColumns, T, Block>>(block, own);
+      add<StoredTileMaker<StoredColumns, T, Block>>(block, own);
   }
 
  private:
+  template <class Maker, class Block>
+  OTLOSS_DEVICE static void add(Block& block, const RowSums<T, S>& sums) {
+    if constexpr (kProducts)
+      add_rows<Maker, Terms::kProducts>(block, sums);
+    else if (sums.what == RowSum::kPlan)
+      add_rows<Maker, Terms::kPass>(block, sums);
+    else
+      add_rows<Maker, Terms::kOther>(block, sums);
+  }
+
   OTLOSS_DEVICE void place(int64_t number, const SweepOrder<T, S>& order,
                            RowSums<T, S>& own) const {
     const SweepSide<T>&rows = order.sides[order.side], &columns = order.sides[1 - order.side];
@@ -126,12 +118,12 @@ struct SweepKernel {
 };
 
 // Of costs that are stored, or made by multiply-adds.
-template <class Sums, typename T, typename S>
+template <bool kProducts, typename T, typename S>
 void queue_sweep(Queue& queue, const SweepArguments<T, S>& arguments, const PackedPair<T>& points,
                  const Grid& grid) {
-  if (points.C != nullptr) return queue(SweepKernel<T, S, Sums, StoredTiles>{arguments}, grid);
+  if (points.C != nullptr) return queue(SweepKernel<T, S, kProducts, StoredTiles>{arguments}, grid);
   dispatch_tiles(points.kind, points.d, [&](auto tiles) {
-    queue(SweepKernel<T, S, Sums, decltype(tiles)>{arguments}, grid);
+    queue(SweepKernel<T, S, kProducts, decltype(tiles)>{arguments}, grid);
   });
 }
 
