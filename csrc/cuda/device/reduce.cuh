@@ -89,4 +89,28 @@ OTLOSS_DEVICE T scatter_reduce(Block& block, T (&values)[kCount]) {
   return result;
 }
 
+template <int kThreads>
+constexpr size_t block_sum_bytes(int count) {
+  return sizeof(double) * count * (kThreads / kWarp);
+}
+
+// Sums over the block. `scratch` holds block_sum_bytes<kThreads>(kCount) and is free again
+// when the function returns.
+template <int kThreads, int kCount, class Block>
+OTLOSS_DEVICE void block_sum(Block& block, double (&values)[kCount], double* scratch) {
+  constexpr int kWarps = kThreads / kWarp;
+  warp_sum(block, values);
+  const int lane = block.thread() % kWarp, warp = block.thread() / kWarp;
+  if (lane == 0)
+#pragma unroll
+    for (int v = 0; v < kCount; ++v) scratch[v * kWarps + warp] = values[v];
+  block.sync();
+#pragma unroll
+  for (int v = 0; v < kCount; ++v) {
+    values[v] = 0;
+    for (int w = 0; w < kWarps; ++w) values[v] += scratch[v * kWarps + w];
+  }
+  block.sync();
+}
+
 }  // namespace otloss::cuda

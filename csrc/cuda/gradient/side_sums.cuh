@@ -64,7 +64,7 @@ struct CostKernel {
 
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const {
-    using Maker = StoredTileMaker<StoredRows, T, Block>;
+    using Maker = StoredTileMaker<StoredRows<T>, T, Block>;
     using Layout = typename Maker::Layout;
     static_assert(Maker::kRows == kSideRows);
     sums.of_block(block,

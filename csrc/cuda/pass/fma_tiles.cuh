@@ -43,19 +43,23 @@ class TileMaker {
   template <class Use>
   OTLOSS_DEVICE void run(Use&& use) {
     const int chunks = kDifference ? 1 : chunks_;  // known where it can be
-    const int64_t steps = ceil_div(p_.end - p_.begin, kWidth) * chunks;
-    if (steps > 0) load(0);
-    for (int64_t step = 0; step < steps; ++step) {
+    Step step{p_.begin}, next{p_.begin};
+    const auto load_next = [&] {
+      if (next.column >= p_.end) return;
+      load(next);
+      next.advance(chunks);
+    };
+    load_next();
+    for (; step.column < p_.end; step.advance(chunks)) {
       block_.wait_for_copies();
       block_.sync();  // the stage is there, and nobody reads the other one any more
-      if (step + 1 < steps) load(step + 1);
+      load_next();
       if (e_.row >= p_.last) continue;  // the same for the whole warp
-      const int chunk = kDifference ? 0 : static_cast<int>(step % chunks);
-      if (chunk == 0) for_entries<Layout>([&](int r, int c) { e_.cost[r][c] = T(0); });
+      if (step.chunk == 0) for_entries<Layout>([&](int r, int c) { e_.cost[r][c] = T(0); });
       const T* stage = stage_of(step) + lane_ * kColumns;
-      accumulate(chunk, stage);
-      if (chunk < chunks - 1) continue;
-      e_.column = p_.begin + step / chunks * kWidth + lane_ * kColumns;
+      accumulate(step.chunk, stage);
+      if (step.chunk < chunks - 1) continue;
+      e_.column = step.column + lane_ * kColumns;
       finish(stage + kChunk * kWidth);
       use(e_);
     }
@@ -68,14 +72,25 @@ class TileMaker {
   static_assert(kPackedAlign % kWidth == 0 && kPackedAlign % kTileRows == 0, "they are there");
   static_assert(2 * (kChunk + 2) * kWidth * sizeof(T) == kFmaRoom);
 
+  // A stage: some coordinates of a tile.
+  struct Step {
+    int64_t column;           // the first of the tile
+    int chunk = 0, slot = 0;  // of coordinates; in shared memory
+
+    OTLOSS_DEVICE void advance(int chunks) {
+      slot ^= 1;
+      if (++chunk == chunks) chunk = 0, column += kWidth;
+    }
+  };
+
   OTLOSS_DEVICE static Entries rows_of(Block& block, const RowTiles<T>& p) {
     Entries e;
     e.set_rows(p, p.first + block.thread() / kWarp * kTileRows);
     return e;
   }
   // (kChunk, kWidth) coordinates, (kWidth,) G, (kWidth,) norms.
-  OTLOSS_DEVICE T* stage_of(int64_t step) const {
-    return stages_ + (step % 2) * ((kChunk + 2) * kWidth);
+  OTLOSS_DEVICE T* stage_of(const Step& step) const {
+    return stages_ + step.slot * ((kChunk + 2) * kWidth);
   }
   // Coordinates of chunk `chunk`.
   OTLOSS_DEVICE int coordinates(int chunk) const {
@@ -84,12 +99,10 @@ class TileMaker {
   }
 
   // Starts copying a stage: some coordinates of a tile of columns, their G and norms.
-  OTLOSS_DEVICE void load(int64_t step) const {
-    const int chunk = static_cast<int>(step % chunks_), count = coordinates(chunk);
-    const int warp = block_.thread() / kWarp;
-    const int64_t j = p_.begin + step / chunks_ * kWidth + lane_ * kColumns;
-    const int64_t stride = p_.columns.stride;
-    const T* z = p_.columns.z + static_cast<int64_t>(chunk) * kChunk * stride + j;
+  OTLOSS_DEVICE void load(const Step& step) const {
+    const int count = coordinates(step.chunk), warp = block_.thread() / kWarp;
+    const int64_t j = step.column + lane_ * kColumns, stride = p_.columns.stride;
+    const T* z = p_.columns.z + static_cast<int64_t>(step.chunk) * kChunk * stride + j;
     T* const to = stage_of(step) + lane_ * kColumns;
     for (int k = warp; k < count; k += kWarps) block_.copy_async(to + k * kWidth, z + k * stride);
     if (warp == 0) block_.copy_async(to + kChunk * kWidth, p_.G + j);

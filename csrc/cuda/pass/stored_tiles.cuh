@@ -9,9 +9,10 @@
 
 namespace otloss::cuda {
 
-// Tiles of 8 rows and 128 columns of the matrix.
+// Tiles of 8 rows and 128 columns of the matrix, 64 in double.
+template <typename T>
 struct StoredRows {
-  static constexpr int kRows = kTileRows, kColumns = 4, kLanes = kWarp;
+  static constexpr int kRows = kTileRows, kColumns = kVector<T>, kLanes = kWarp;
   static constexpr int kWarpRows = kRows, kWarpColumns = kColumns * kWarp, kSharing = 1;
   static OTLOSS_HOST_DEVICE constexpr int row(int r) { return r; }
   static OTLOSS_HOST_DEVICE constexpr int column(int c) { return c * kWarp; }

@@ -85,7 +85,7 @@ struct SweepKernel {
     if constexpr (!std::is_same_v<Tiles, StoredTiles>)
       add<typename Tiles::template Maker<T, Block>>(block, own);
     else if (order.side == 0)
-      add<StoredTileMaker<StoredRows, T, Block>>(block, own);
+      add<StoredTileMaker<StoredRows<T>, T, Block>>(block, own);
     else
       add<StoredTileMaker<StoredColumns, T, Block>>(block, own);
   }
