@@ -1,6 +1,11 @@
 """Sphinx configuration: ``make docs`` builds ``docs/_build/index.html``."""
 
+import re
+from importlib.resources import as_file, files
+from pathlib import Path
+
 from docutils import nodes
+from fontTools import subset
 from latex2mathml.converter import convert
 
 import otloss
@@ -52,6 +57,7 @@ autodoc_typehints = "none"  # the signatures have them
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_use_param = False  # "x, y: clouds" is one entry
 # Modules are named where they are, classes and functions as users import them.
 add_module_names = False
 
@@ -61,24 +67,59 @@ html_title = "otloss"
 html_use_index = False  # the API page and the search have what it lists
 
 
-def escape_bars(app, what, name, obj, options, lines):  # type: ignore[no-untyped-def]
-    """In docstrings |x| is a norm, not a substitution; formulas and literals stay as they are."""
+def to_markup(app, what, name, obj, options, lines):  # type: ignore[no-untyped-def]
+    """In docstrings |x| is a norm, not a substitution; formulas and literals stay as they are. A
+    page that is named is a link."""
     for i, line in enumerate(lines):
         if "\\" not in line:
             parts = line.split("``")
-            lines[i] = "``".join(
+            line = "``".join(
                 part if k % 2 else part.replace("|", r"\|") for k, part in enumerate(parts)
             )
+        lines[i] = re.sub(r"docs/([\w-]+)\.md", r":doc:`\1`", line)
+
+
+# What latex2mathml leaves to the renderer, which takes bars and the names of functions for
+# operators with space around them or for variables, and a minus after = or ( for a difference.
+SPACING = (
+    (r"<mo>(&#x(?:0007C|02016);)", r'<mo stretchy="false" lspace="0" rspace="0">\1'),
+    (r"<mo (stretchy[^>]*)>(&#x(?:0007C|02016);)", r'<mo lspace="0" rspace="0" \1>\2'),
+    (r"<mi>(log|exp)</mi>", r'<mo lspace="0.17em" rspace="0.17em">\1</mo>'),
+    (r"<mo>(max|min|tr|diag)</mo>", r'<mo lspace="0" rspace="0.17em">\1</mo>'),
+    (r"(&#x0(?:003D|0028);</mo>)<mo>(&#x02212;)", r'\1<mo form="prefix" lspace="0" rspace="0">\2'),
+)
+
+
+def mathml(node, display):  # type: ignore[no-untyped-def]
+    """MathML, which browsers draw by themselves: the pages need neither scripts nor the network."""
+    formula = convert(node.astext(), display=display)
+    for found, better in SPACING:
+        formula = re.sub(found, better, formula)
+    return formula
+
+
+def math_font(app):  # type: ignore[no-untyped-def]
+    """The font that formulas are drawn in, for devices that have none with the tables for it: what
+    formulas use of STIX Two Math, from the package ziamath."""
+    if app.builder.format != "html":
+        return
+    static = Path(app.outdir) / "_static"
+    static.mkdir(parents=True, exist_ok=True)
+    with as_file(files("ziamath") / "fonts" / "STIXTwoMath-Regular.ttf") as font:
+        ranges = "20-17F,2B0-3FF,2000-22FF,2308-230B,27E8-27EB,1D400-1D7FF"
+        to = static / "STIXTwoMath.woff"
+        subset.main([str(font), f"--unicodes={ranges}", "--flavor=woff", f"--output-file={to}"])
+    face = '@font-face { font-family: "STIX Two Math"; src: url("STIXTwoMath.woff"); }'
+    (static / "math.css").write_text(f'{face}\nmath {{ font-family: "STIX Two Math", math; }}\n')
 
 
 def inline_formula(translator, node):  # type: ignore[no-untyped-def]
-    """MathML, which browsers draw by themselves: the pages need neither scripts nor the network."""
-    translator.body.append(convert(node.astext()))
+    translator.body.append(mathml(node, "inline"))
     raise nodes.SkipNode
 
 
 def displayed_formula(translator, node):  # type: ignore[no-untyped-def]
-    formula = convert(node.astext(), display="block")
+    formula = mathml(node, "block")
     translator.body.append(
         f'<div class="math" style="overflow-y: hidden; padding-block: 0.6em">{formula}</div>'
     )
@@ -87,4 +128,6 @@ def displayed_formula(translator, node):  # type: ignore[no-untyped-def]
 
 def setup(app):  # type: ignore[no-untyped-def]
     app.add_html_math_renderer("mathml", (inline_formula, None), (displayed_formula, None))
-    app.connect("autodoc-process-docstring", escape_bars)
+    app.connect("autodoc-process-docstring", to_markup)
+    app.connect("builder-inited", math_font)
+    app.add_css_file("math.css")

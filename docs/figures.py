@@ -135,6 +135,31 @@ def products() -> str:
     )
 
 
+def products_two_threads() -> str:
+    from benchmarks.suites.products import cells
+
+    result, how = load("products_two_threads")
+    header = ["n = m, d", "GFLOP/s", "torch's whole", "its product"]
+    rows = [row[: len(header)] for row in cells(result)]
+    return f"The same with two threads, by wall time ({how}):\n\n{table(header, rows)}\n"
+
+
+def floors_two_threads() -> str:
+    """The rows of another checkout are those of this one with one thread."""
+    result, how = load("floors_two_threads")
+    two, one = ([r for r in result["rows"] if r["against"] is single] for single in (False, True))
+    rows = [
+        [b["case"], milliseconds(a["both"]), milliseconds(b["both"])]
+        + [number(a[part] / b[part]) for part in ("both", "floor")]
+        for a, b in zip(one, two, strict=True)
+    ]
+    header = ["", "one thread", "two threads", "ratio", "ratio of torch's products"]
+    return (
+        "Milliseconds by the wall clock for the value and gradient of a minibatch's divergence\n"
+        f"({how.removesuffix(', float32')}):\n\n{table(header, rows)}\n"
+    )
+
+
 def floors() -> str:
     result, how = load("floors")
     how, rows = how.removesuffix(", float32"), []
@@ -170,7 +195,9 @@ def overhead() -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.2g}" if seconds < 0.1 else f"{1e3 * float(f'{seconds:.2g}'):.0f}"
+    """In milliseconds, to two digits, never with an exponent."""
+    rounded = 1e3 * float(f"{seconds:.2g}")
+    return f"{rounded:.2g}" if rounded < 100 else f"{rounded:.0f}"
 
 
 def percent(share: float) -> str:
@@ -412,7 +439,9 @@ FIGURES: dict[str, Callable[[], str]] = {
         sweeps,
         costs,
         products,
+        products_two_threads,
         floors,
+        floors_two_threads,
         overhead,
         accuracy,
         accuracy_all,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from sklearn.datasets import make_moons
 
 import otloss
@@ -21,6 +22,7 @@ DOCS = Path(__file__).resolve().parent
 IMAGES = DOCS / "images"
 RESULTS = DOCS.parent / "benchmarks" / "results" / "cpu"
 NAMES = {"otloss": "otloss", "geomloss": "GeomLoss", "pot": "POT", "ott": "OTT-JAX"}
+COLOURS = dict(zip(NAMES, ("tab:blue", "tab:orange", "tab:green", "tab:red"), strict=True))
 SHARP = ("shapes_3d", 2000, 5e-3)  # workload, n, eps
 
 
@@ -68,8 +70,8 @@ def peers() -> None:
             if times.get(name) and times.get("otloss"):
                 ratio = times[name]["median"] / times["otloss"]["median"]
                 found.setdefault(name, []).append(ratio)
-    for row, ratios in enumerate(found.values()):
-        axes.scatter(ratios, [row] * len(ratios), alpha=0.7)
+    for row, (name, ratios) in enumerate(found.items()):
+        axes.scatter(ratios, [row] * len(ratios), alpha=0.7, color=COLOURS[name])
     axes.axvline(1, color="black", lw=1)
     labels = [f"{NAMES[name]} ({len(ratios)} of {len(cases())})" for name, ratios in found.items()]
     axes.set_yticks(range(len(found)), labels)
@@ -85,7 +87,8 @@ def accuracy() -> None:
     for peer, label in NAMES.items():
         rungs = [rung for f in case["families"] if f["peer"] == peer for rung in f["rungs"]]
         errors = [rung["gradient_error"] for rung in rungs]
-        axes.scatter([rung["rough_seconds"] for rung in rungs], errors, s=14, label=label)
+        seconds = [rung["rough_seconds"] for rung in rungs]
+        axes.scatter(seconds, errors, s=14, label=label, color=COLOURS[peer])
     axes.set(xscale="log", yscale="log", xlabel="seconds", ylabel="error of the gradient")
     axes.set_title(f"{case['title']}, n = {case['n']}, eps {case['eps']:g}", fontsize=9)
     figure.legend(loc="outside upper center", ncols=len(NAMES), fontsize=8)
@@ -93,19 +96,27 @@ def accuracy() -> None:
 
 
 def scaling() -> None:
-    """CPU time against the number of points."""
-    figure = Figure(figsize=(5, 4.4), layout="constrained")
+    """CPU time against the number of points: a colour for each problem, a line for each method."""
+    figure = Figure(figsize=(5, 4.2), layout="constrained")
     axes, curves = figure.subplots(), {}
     for row in result("large")["rows"]:
-        if "cpu_seconds" in row:
+        if "cpu_seconds" in row and "float64" not in row["method"]:
             method = row["method"].split(",")[0].replace("geomloss", "GeomLoss")
-            name = (row["title"], row["eps"], method)
+            name = (f"{row['title']}, eps {row['eps']:g}", method)
             curves.setdefault(name, []).append((row["n"], row["cpu_seconds"]))
-    for (title, eps, method), points in curves.items():
-        label = f"{method}: {title}, eps {eps:g}"
-        axes.loglog(*zip(*sorted(points), strict=True), "o-", label=label)
+    problems, methods = (list(dict.fromkeys(part)) for part in zip(*sorted(curves), strict=True))
+    methods.sort(reverse=True)
+    colours = dict(zip(problems, ("tab:blue", "tab:cyan", "tab:red", "tab:orange"), strict=False))
+    styles = dict(zip(methods, ("o-", "s--", "^:"), strict=False))
+    for (problem, method), points in curves.items():
+        of_line = {"color": colours[problem], "ms": 5}
+        axes.loglog(*zip(*sorted(points), strict=True), styles[method], **of_line)
+    keys = [Line2D([], [], color=colours[problem], lw=4, label=problem) for problem in problems]
+    for method in methods:
+        line = {"linestyle": styles[method][1:], "marker": styles[method][0]}
+        keys.append(Line2D([], [], color="grey", label=method, **line))
     axes.set(xlabel="points in each cloud", ylabel="CPU seconds")
-    figure.legend(loc="outside lower center", fontsize=7)
+    figure.legend(handles=keys, loc="outside lower center", fontsize=7, ncols=2)
     save(figure, "scaling")
 
 

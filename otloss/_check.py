@@ -32,6 +32,8 @@ __all__ = [
 ]
 
 DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# What to do about a cloud of one axis, or of four.
+FLATTER: Final = {1: "; numbers are points (n, 1)", 4: "; images are points after x.flatten(1)"}
 
 
 class ConvergenceWarning(UserWarning):
@@ -103,9 +105,15 @@ def points(name: str, value: Any, part: bool = False) -> Tensor:
 
 
 def cloud(name: str, value: Any) -> Tensor:
+    if isinstance(value, list | tuple):
+        kind = type(value).__name__
+        raise TypeError(
+            f"{name} must be a torch.Tensor, got {kind}: otloss.pad makes one of a list of clouds"
+        )
     x = floating(name, value)
     if x.dim() not in (2, 3):
-        raise ValueError(f"{name} must have shape (n, d) or (B, n, d), got {describe(x)}")
+        given = describe(x) + FLATTER.get(x.dim(), "")
+        raise ValueError(f"{name} must have shape (n, d) or (B, n, d), got {given}")
     return x
 
 
@@ -114,7 +122,7 @@ def same_space(reference_name: str, reference: Tensor, name: str, value: Tensor)
     if value.dim() != reference.dim():
         raise ValueError(
             f"{reference_name} and {name} must both be single clouds or both batches, got "
-            f"{describe(reference)} and {describe(value)}"
+            f"{describe(reference)} and {describe(value)}; one cloud for a whole batch is (1, n, d)"
         )
     if value.dim() == 3 and value.shape[0] != reference.shape[0]:
         raise ValueError(
@@ -180,6 +188,11 @@ def weights(
 ) -> None:
     """One weight per point, in a batch one row for all problems or for each; of a part of a cloud
     all may be 0."""
+    if isinstance(value, Tensor) and value.dtype == torch.bool:
+        raise TypeError(
+            f"{name} must be floating-point weights, got a mask: give "
+            "mask / mask.sum(-1, keepdim=True)"
+        )
     w = floating(name, value)
     if tuple(w.shape) not in (shape, (1, *shape[1:]) if len(shape) == 2 else shape):
         raise ValueError(
@@ -201,24 +214,24 @@ def weights(
         raise ValueError(f"{name} must have a positive total, but its weights are all 0")
 
 
-def same_mass(a: Tensor, b: Tensor, given: Sequence[Tensor | None]) -> None:
+def same_mass(a: Tensor, b: Tensor, given: Sequence[Tensor | None], note: str = "") -> None:
     """Balanced transport needs equal totals, to the rounding of the weights that were ``given``."""
     if not a.is_cpu:
         return
     x, y = a.detach().sum(-1).double(), b.detach().sum(-1).double()
     tolerance = max([1e-4, *(2 * torch.finfo(w.dtype).eps for w in given if w is not None)])
-    equal = ((x - y).abs() <= tolerance * x).all()
+    excess = (x - y).abs() - tolerance * x
+    equal = (excess <= 0).all()
     demand = "a and b must have the same total mass for balanced transport"
     if unread(a):
         torch._assert_async(equal, demand)
     elif not bool(equal):
+        worst = int(excess.argmax())
+        of = f" in problem {worst} of {len(x)}" if len(x) > 1 else ""
         raise ValueError(
-            f"{demand}, got {_numbers(x)} and {_numbers(y)}; normalise them or give unbalanced="
+            f"{demand}, got {x[worst]:.6g} and {y[worst]:.6g}{of}; normalise them or give "
+            f"unbalanced={note}"
         )
-
-
-def _numbers(t: Tensor) -> str:
-    return f"{t.item():.6g}" if t.dim() == 0 else str([round(v, 6) for v in t.tolist()])
 
 
 def finite(name: str, value: Tensor) -> None:

@@ -95,8 +95,7 @@ def barycenter(
     for k, cloud in enumerate(clouds):
         _check.finite(f"clouds[{k}]", cloud)
     K, dtype = len(y), _check.compute_dtype(y)
-    numbers = None if isinstance(weights, Tensor) else torch.float64  # integers, too
-    w = torch.as_tensor(weights, dtype=numbers, device=y.device)
+    w = _as_tensor(weights, y)
     _check.weights("weights", w, (K,), "clouds", y)
     given = [*clouds, w, *(b or ())]
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
@@ -116,6 +115,11 @@ def barycenter(
             stacklevel=_check.depth_of_caller(),
         )
     return x.to(dtype), info
+
+
+def _as_tensor(weights: Tensor | Sequence[float], like: Tensor) -> Tensor:
+    numbers = None if isinstance(weights, Tensor) else torch.float64  # integers, too
+    return torch.as_tensor(weights, dtype=numbers, device=like.device)
 
 
 def _point_weights(clouds: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
@@ -222,7 +226,7 @@ def _line_search(
 
 def barycenter_grid(
     a: Tensor,
-    weights: Tensor,
+    weights: Tensor | Sequence[float],
     eps: float,
     spacing: float | Sequence[float] = 1.0,
     *,
@@ -254,7 +258,7 @@ def barycenter_grid(
 
     Example:
         >>> images = torch.rand(2, 16, 16)
-        >>> halfway = otloss.barycenter_grid(images, torch.tensor([0.5, 0.5]), eps=8.0)
+        >>> halfway = otloss.barycenter_grid(images, [0.5, 0.5], eps=8.0)
 
     References:
         Janati, Cuturi, Gramfort, *Debiased Sinkhorn barycenters* (2020).
@@ -266,9 +270,10 @@ def barycenter_grid(
         raise ValueError(
             f"a must have shape (K, N), (K, H, W) or (K, D, H, W), got {_check.describe(a)}"
         )
-    _check.weights("weights", weights, (len(a),), "a", a)
+    w = _as_tensor(weights, a)
+    _check.weights("weights", w, (len(a),), "a", a)
     _check.weights("a", a.flatten(1), (len(a), a[0].numel()), "a", a)
-    given, w = a.double().flatten(1), weights.double().unsqueeze(-1)
+    given, w = a.double().flatten(1), w.double().unsqueeze(-1)
     given, w = given / given.sum(-1, True), w / w.sum()
     axes, *_ = axes_of(tuple(a.shape[1:]), spacing, periodic, "sqeuclidean", a.device)
     grid = Grid(axes, eps, False)
@@ -295,4 +300,5 @@ def barycenter_grid(
             _check.ConvergenceWarning,
             stacklevel=_check.depth_of_caller(),
         )
-    return p.reshape(a.shape[1:]).to(_check.compute_dtype(a, weights))
+    tensors = (a, weights) if isinstance(weights, Tensor) else (a,)
+    return p.reshape(a.shape[1:]).to(_check.compute_dtype(*tensors))

@@ -140,26 +140,31 @@ def solve_pairs(
     dense: bool,
     system: list[Tensor] | None = None,
     target: SelfProblem | None = None,
+    share: Tensor | None = None,
 ) -> tuple[Sequence[Tensor] | None, Solved]:
     """The costs, finite ones in place of those of forbidden pairs, and the solution, which is
     reported on; keyword arguments as in ``run``. Solved at unit totals, see ``otloss/totals.py``.
+    ``share`` (B,): of the mass, that errors are over.
     """
     pairs, coefficients, _ = combination
     _check_penalties(options, problem.weights[0].dtype)
     unit, totals = at_unit_totals(problem, options)
     if totals:
         init = totals.start(init, pairs)
+    stopping = options
+    if share is not None and _check.readable(share):
+        stopping = options._replace(tol=options.tol * float(share.min()))
 
     def solve_given(given: Sequence[Tensor] | None, wanted: bool) -> Solved:
         wanted, combined = wanted or potentials, totals is None
         if given is None or _self_problems_are_symmetric(given, pairs, options):
             solved = run(
-                unit, given, pairs, coefficients, options, init, potentials=wanted, dense=dense,
+                unit, given, pairs, coefficients, stopping, init, potentials=wanted, dense=dense,
                 combined=combined, system=system, target=target,
             )  # fmt: skip
         else:
             solved = _solve_apart(
-                unit, given, combination, options, init, potentials=wanted, combined=combined
+                unit, given, combination, stopping, init, potentials=wanted, combined=combined
             )
         return at_given_totals(solved, problem, totals, combination, options)
 
@@ -167,6 +172,10 @@ def solve_pairs(
         solved = solve_given(None, False)
     else:
         costs, solved = solve_allowed(problem, pairs, costs, options, solve_given)
+    if share is not None:
+        over = torch.ones_like(solved.status)
+        over[..., ops.ERROR] = share.to(over)
+        solved.status = solved.status / over
     report(problem, costs or (), options, solved)
     return costs, solved
 

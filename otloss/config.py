@@ -12,8 +12,13 @@ __all__ = ["show_config"]
 
 
 def show_config(mode: str = "stdout") -> dict[str, Any] | None:
-    """Prints versions, kernels, SIMD level, CUDA architectures and threads in use; returns them as
-    a dict with ``mode="dicts"``.
+    """Prints versions, kernels, SIMD level, CUDA architectures and threads in use.
+
+    Args:
+        mode: ``"stdout"`` prints them and returns None; ``"dicts"`` returns them as a dict.
+
+    Raises:
+        ValueError: another mode.
 
     Example:
         >>> sorted(otloss.show_config("dicts"))[-3:]

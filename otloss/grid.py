@@ -192,7 +192,8 @@ def _densities(
     a = _check.floating("a", a)
     if a.dim() not in (2, 3, 4) or 0 in a.shape:
         raise ValueError(
-            f"a must have shape (B, N), (B, H, W) or (B, D, H, W), got {_check.describe(a)}"
+            "a must have shape (B, N), (B, H, W) or (B, D, H, W), the batch first, got "
+            f"{_check.describe(a)}"
         )
     shape = tuple(a.shape)
     _check.weights("a", a, shape, "the grid", a, part=True)
@@ -203,7 +204,8 @@ def _densities(
         if _check.readable(w) and not bool((w.detach().sum(-1) > 0).all()):
             raise ValueError(f"{name} must have a positive total, but a density is 0 everywhere")
     if options.balanced():
-        _check.same_mass(weights[0], weights[1], (a, b))
+        note = f". {shape} is a batch of lines: one image is (1, H, W)" if a.dim() == 2 else ""
+        _check.same_mass(weights[0], weights[1], (a, b), note)
     present = tuple(torch.ones_like(w, dtype=torch.bool) for w in weights)  # all are bins
     return Problem((), (), weights, True, True, present), shape[1:], dtype
 

@@ -106,7 +106,8 @@ def sinkhorn_divergence(
             that hold something of the plan: large clouds in up to 8 dimensions on a CPU, squared
             or cosine cost. ``"reference"`` is plain torch. ``"auto"`` streams if the matrices
             exceed the memory budget ``otloss.method.dense_budget`` or would be slower, and takes
-            "multiscale" where a sample of the points says that it pays; docs/large-point-clouds.
+            "multiscale" where a sample of the points says that it pays; see
+            docs/large-point-clouds.md.
         precision: ``"tf32"`` allows inner products from 11 bits of each coordinate. It applies to
             streamed solves on CUDA, float32 or half inputs, in more than 16 dimensions, and changes
             nothing elsewhere. Default ``"float32"``: full accuracy.

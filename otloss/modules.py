@@ -23,8 +23,8 @@ class _Loss(nn.Module):
         self, eps: float | Tensor, *, warm_start: bool = False, **kwargs: Unpack[LossOptions]
     ) -> None:
         super().__init__()
-        for name in self.options_refused:
-            if name in kwargs:
+        for name in kwargs:
+            if name in self.options_refused or name not in LossOptions.__annotations__:
                 raise TypeError(f"{type(self).__name__} takes no argument {name}")
         if warm_start and kwargs.get("n_iters") is not None:
             raise ValueError(
@@ -70,10 +70,18 @@ class _PairLoss(_Loss):
 
 
 class SinkhornDivergence(_PairLoss):
-    """:func:`otloss.sinkhorn_divergence` as a module: ``SinkhornDivergence(eps, ...)(x, y)``.
+    r""":func:`otloss.sinkhorn_divergence` as a module: ``SinkhornDivergence(eps, ...)(x, y)``.
+
+    .. math:: S_\varepsilon(a, b) = OT_\varepsilon(a, b) - \tfrac12 OT_\varepsilon(a, a)
+              - \tfrac12 OT_\varepsilon(b, b)
+
+    Called with clouds (n, d) and (m, d), or batches (B, n, d) and (B, m, d), and with weights if
+    they are not uniform, ``loss(x, y, a, b)``. It returns () or (B,), differentiable twice in all
+    four.
 
     Args:
-        eps: regularisation, in units of cost. A ``Parameter`` is learnt with the module's others.
+        eps: regularisation, in units of cost, absolute. A ``Parameter`` is learnt with the module's
+            others.
         warm_start: start from the potentials of the previous call if the shapes agree. It helps if
             the clouds move slowly between calls, as in a gradient flow, and not with fresh
             minibatches. It changes results only within ``tol``.
@@ -83,6 +91,10 @@ class SinkhornDivergence(_PairLoss):
     first two of them only, unless it needs a gradient or has changed. Without ``warm_start``
     results are the same to the last bit. This is for balanced and unbalanced divergences of named
     costs, ``"regularized"`` and without ``n_iters``.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, named: options when the module is made, clouds and
+            weights when it is called.
 
     Example:
         >>> loss = otloss.SinkhornDivergence(eps=0.1, cost="cosine")
@@ -102,9 +114,12 @@ class SinkhornDivergence(_PairLoss):
 
 
 class SinkhornLoss(_PairLoss):
-    """:func:`otloss.sinkhorn_loss` as a module: ``SinkhornLoss(eps, ...)(x, y)``.
+    r""":func:`otloss.sinkhorn_loss` as a module: ``SinkhornLoss(eps, ...)(x, y)``.
 
-    Arguments as :class:`SinkhornDivergence`.
+    .. math:: OT_\varepsilon(a, b) = \min_{P 1 = a,\; P^T 1 = b}
+              \langle P, C\rangle + \varepsilon\, KL(P \,|\, a \otimes b)
+
+    Arguments, calls, gradients and errors as :class:`SinkhornDivergence`, without ``symmetric``.
 
     Example:
         >>> loss = otloss.SinkhornLoss(eps=torch.nn.Parameter(torch.tensor(0.1)))  # learns its eps
@@ -118,9 +133,13 @@ class SinkhornLoss(_PairLoss):
 
 
 class MinibatchEnergyDistance(_Loss):
-    """:func:`otloss.minibatch_energy_distance` as a module, called with x1, x2, y1, y2.
+    r""":func:`otloss.minibatch_energy_distance` as a module, called with x1, x2, y1, y2.
 
-    Arguments as :class:`SinkhornDivergence`; defaults as :func:`otloss.minibatch_energy_distance`.
+    .. math:: L = W(x_1, y_1) + W(x_1, y_2) + W(x_2, y_1) + W(x_2, y_2)
+              - 2 W(x_1, x_2) - 2 W(y_1, y_2)
+
+    Arguments and errors as :class:`SinkhornDivergence`, without ``unbalanced`` and ``symmetric``;
+    defaults, shapes and gradients as :func:`otloss.minibatch_energy_distance`.
 
     Example:
         >>> loss = otloss.MinibatchEnergyDistance(eps=0.01)
@@ -141,7 +160,13 @@ class MinibatchEnergyDistance(_Loss):
 
 
 class EnergyDistance(nn.Module):
-    """:func:`otloss.energy_distance` as a module: ``EnergyDistance(cost=...)(x, y)``.
+    r""":func:`otloss.energy_distance` as a module: ``EnergyDistance(cost=...)(x, y)``.
+
+    .. math:: E(a, b) = \langle a, C_{xy} b\rangle - \tfrac12 \langle a, C_{xx} a\rangle
+              - \tfrac12 \langle b, C_{yy} b\rangle
+
+    Called with clouds (n, d) and (m, d), or batches, and with weights if they are not uniform;
+    arguments, gradients and errors are those of the function.
 
     Example:
         >>> x = torch.rand(20, 3)

@@ -61,6 +61,10 @@ def check_options_of(mass: Mass, options: Options) -> None:
         raise NotImplementedError('mass= is not available with method="multiscale": use "auto"')
 
 
+# A problem, its costs, options, and whether costs are stored.
+Solvable = tuple[Problem, tuple[Tensor, ...] | None, Options, bool]
+
+
 class Whole(NamedTuple):
     """The balanced problem with the dummies, as it is solved."""
 
@@ -68,6 +72,7 @@ class Whole(NamedTuple):
     costs: tuple[Tensor, ...] | None
     options: Options
     dense: bool
+    share: Tensor  # (B,) of the mass, that moves
 
 
 def with_dummies(
@@ -87,13 +92,10 @@ def with_dummies(
         )
         start = torch.cat([start[0], of_x], -1), torch.cat([start[1], of_y], -1)
     weights = _weights(real, mass)
-    moved = _moved_mass(weights)
-    if _check.readable(moved):  # errors are over what moves, not over all that is there
-        share = float((moved / weights[0].detach().sum(-1)).min())
-        share = max(share, torch.finfo(weights[0].dtype).eps)
-        options = options._replace(tol=options.tol * share)
+    share = _moved_mass(weights) / weights[0].detach().sum(-1)
+    share = share.clamp(min=torch.finfo(weights[0].dtype).eps)
     whole = replace(real, weights=weights, padded=True)
-    return _whole(real, whole, mass, C, options), start
+    return Whole(*_whole(real, whole, mass, C, options), share), start
 
 
 def _weights(real: Problem, mass: float | Tensor) -> tuple[Tensor, ...]:
@@ -111,7 +113,7 @@ def _moved_mass(weights: Sequence[Tensor]) -> Tensor:
 
 def _whole(
     real: Problem, whole: Problem, mass: float | Tensor, C: Tensor | None, options: Options
-) -> Whole:
+) -> Solvable:
     """How ``whole``, ``real`` with the weights of the dummies, is solved.
 
     The kernels of a CPU take matrices and points as they are. Elsewhere, and where a pair is
@@ -130,7 +132,7 @@ def _whole(
     kernels = ops.NATIVE and weights[0].is_cpu and options.method != "reference"
     kernels = kernels and not has_empty_bins
     if not dense and kernels and isinstance(options.cost, str):
-        return Whole(whole, None, options, False)
+        return whole, None, options, False
     if not dense and streams_function(weights, PAIRS, options):
         return _by_rows(whole, options)
     if C is None:
@@ -138,13 +140,13 @@ def _whole(
     else:
         counted = hide_padding(real, C, *real.weights)
     if kernels and _check.readable(counted) and counted.detach().amax() != math.inf:
-        return Whole(whole, (counted,), options, True)
+        return whole, (counted,), options, True
     eps = of_rows(detached(options).eps, weights[0])
     if has_empty_bins:
         costs = _seen(seen, options) if C is None else C.detach()
         how = options.cost, options.method
         whole = see_empty_bins(whole, PAIRS, *how, _for_each(costs, weights, eps))
-    return Whole(whole, (_for_each(counted, weights, eps),), options, True)
+    return whole, (_for_each(counted, weights, eps),), options, True
 
 
 def _may_come_to(kept: Sequence[Tensor]) -> bool:
@@ -163,7 +165,7 @@ def _seen(seen: Problem, options: Options) -> Tensor:
     return seen_costs(replace(seen, present=present), PAIRS, options.cost, options.method)[0]
 
 
-def _by_rows(whole: Problem, options: Options) -> Whole:
+def _by_rows(whole: Problem, options: Options) -> Solvable:
     """With dummies among the points and a cost that knows them."""
     real = [w[:, :-1] for w in whole.weights]
     eps = of_rows(detached(options).eps, whole.weights[0])
@@ -171,7 +173,7 @@ def _by_rows(whole: Problem, options: Options) -> Whole:
     cost = WithDummies(options.cost, forbidding(eps, least, real[0].dtype))
     points = tuple(_with_dummy(x, w) for x, w in zip(whole.points, real, strict=True))
     marked = ready_for_blocks(replace(whole, points=points))
-    return Whole(marked, None, options._replace(cost=cost), False)
+    return marked, None, options._replace(cost=cost), False
 
 
 def _kept(problem: Problem, mass: float | Tensor) -> list[Tensor]:

@@ -34,6 +34,13 @@ class progress:  # noqa: N801 - a switch, like torch.no_grad
     Args:
         enabled: whether to show it.
         after: seconds that a call may take before anything is shown.
+
+    Raises:
+        TypeError: ``enabled`` is not a bool.
+
+    Example:
+        >>> with otloss.progress(after=10.0):  # silent: this takes no ten seconds
+        ...     loss = otloss.sinkhorn_divergence(torch.rand(20, 2), torch.rand(30, 2), eps=0.1)
     """
 
     _current: progress | None = None

@@ -43,7 +43,7 @@ class PlanPairs(Plan):
 
     def argmax(self) -> Tensor:
         """The most probable partner j of each i, (n,) or (B, n) of int64; -1 where P has a row of
-        0."""
+        0. Several i may have the same j."""
         plan = self._readable_rows()
 
         def largest(rows: slice) -> tuple[Tensor, ...]:

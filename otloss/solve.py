@@ -57,9 +57,9 @@ def solve(
     the totals of a and b may differ. At the solution the marginals are
     :math:`a\, e^{-f / \rho_x}` and :math:`b\, e^{-g / \rho_y}`.
 
-    With ``mass`` the plan is any of that total with :math:`P 1 \le a,\; P^T 1 \le b`, partial
-    transport; totals may differ. What stays has an entropy too (docs/math.md), so that it is the
-    limit of small eps that is exact.
+    With ``mass``, partial transport, the plan has that total and :math:`P 1 \le a,\; P^T 1 \le b`;
+    the totals of a and b may differ. What stays has an entropy too, so that only the limit of small
+    eps is exact (docs/unbalanced.md).
 
     Args:
         C: cost matrix (n, m), or (B, n, m) for a batch of independent problems. One matrix serves
@@ -148,7 +148,13 @@ def solve_sample(
     precision: Precision = "float32",
     init: OTResult | tuple[Tensor, Tensor] | None = None,
 ) -> OTResult:
-    """Entropic optimal transport between two clouds.
+    r"""Entropic optimal transport between two clouds.
+
+    .. math:: OT_\varepsilon(a, b) = \min_{P 1 = a,\; P^T 1 = b}
+              \langle P, C\rangle + \varepsilon\, KL(P \,|\, a \otimes b), \qquad
+              C_{ij} = c(x_i, y_j)
+
+    :func:`otloss.solve` says what ``unbalanced`` and ``mass`` make of it.
 
     Args:
         x, y: clouds (n, d) and (m, d), or (B, n, d) and (B, m, d); float16 and bfloat16 are
@@ -182,6 +188,9 @@ def solve_sample(
         >>> half.plan.round(decimals=2)
         tensor([[0.5000, 0.0000],
                 [0.0000, 0.0000]])
+
+    References:
+        As :func:`otloss.solve`.
     """
     options = check_options(
         eps, cost=cost, objective=objective, unbalanced=unbalanced, tol=tol, max_iters=max_iters,
@@ -280,8 +289,8 @@ def _solve_partial(
     mass: float | Tensor,
 ) -> OTResult:
     check_shape(options.eps, problem)
-    (whole, costs, options, dense), start = with_dummies(problem, mass, C, options, start)
-    return _solve_one(whole, costs, options, start, dense=dense, part=problem)
+    (whole, costs, options, dense, share), start = with_dummies(problem, mass, C, options, start)
+    return _solve_one(whole, costs, options, start, dense=dense, part=problem, share=share)
 
 
 def _solve_one(
@@ -292,16 +301,18 @@ def _solve_one(
     *,
     dense: bool = True,
     part: Problem | None = None,
+    share: Tensor | None = None,
 ) -> OTResult:
-    """``part``: the problem whose dummies ``problem`` has."""
+    """``part``: the problem whose dummies ``problem`` has; ``share``: of the mass, that moves."""
     check_shape(options.eps, problem)
     if not torch.is_grad_enabled():  # what the result makes later must not start a graph either
         options, problem, part = detached(options), problem.detached(), part and part.detached()
     # A traced graph cannot change a list from its backward pass.
     system: list[Tensor] | None = None if torch.compiler.is_compiling() else []
     costs, solved = solve_pairs(
-        problem, costs, LOSS, options, start, potentials=True, dense=dense, system=system
-    )
+        problem, costs, LOSS, options, start, potentials=True, dense=dense, system=system,
+        share=share,
+    )  # fmt: skip
     cost = costs[0] if costs else None
     if part:
         return PartialResult(part, problem, cost, options, solved, dense=dense)

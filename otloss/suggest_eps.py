@@ -47,7 +47,7 @@ def suggest_eps(
         generator: of the points drawn, on the CPU; default torch's own.
 
     Returns:
-        A Python number; a GPU is waited for.
+        A Python number, in units of cost and without a gradient; a GPU is waited for.
 
     Raises:
         ValueError, TypeError: a wrong argument, or a mean cost that is not positive.

@@ -70,7 +70,7 @@ def test_wrong_calls_say_what_is_wrong():
     with pytest.raises(ValueError, match="weights must have shape"):
         otloss.barycenter_grid(a, torch.ones(3), 1.0)
     with pytest.warns(otloss.ConvergenceWarning, match="still changed"):
-        otloss.barycenter_grid(a, torch.ones(2), 0.01, max_iters=2)
+        assert otloss.barycenter_grid(a, [1, 1], 0.01, max_iters=2).dtype == torch.float32
 
 
 def normal(n):

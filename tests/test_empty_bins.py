@@ -41,7 +41,7 @@ def moves(c: Clouds) -> tuple[Tensor, Tensor]:
     return change[0], change[1]
 
 
-def one_sided(function: Callable[[Tensor, Tensor], Tensor], c: Clouds, h: float = 4e-6) -> float:
+def one_sided(function: Callable[[Tensor, Tensor], Tensor], c: Clouds, h: float = 2e-6) -> float:
     """Its derivative along ``moves``, of fourth order in h."""
     u, v = moves(c)
     with torch.no_grad():

@@ -102,10 +102,25 @@ def test_cost(function, cost, kind, message):
         function(cost)
 
 
+def test_modules_name_arguments_that_they_lack():
+    with pytest.raises(TypeError, match="SinkhornDivergence takes no argument reach"):
+        otloss.SinkhornDivergence(EPS, reach=1.0)
+
+
 NESTED = torch.nested.nested_tensor([X, Y], layout=torch.jagged)
 CLOUDS = [
-    (X[0], Y, ValueError, r"x must have shape \(n, d\) or \(B, n, d\), got .*shape \(3,\)"),
-    (X[None, None], Y, ValueError, r"x must have shape .*got .*shape \(1, 1, 4, 3\)"),
+    (
+        X[0],
+        Y,
+        ValueError,
+        r"x must have shape \(n, d\) or \(B, n, d\), got .*shape \(3,\).*\(n, 1\)",
+    ),
+    (
+        X[None, None],
+        Y,
+        ValueError,
+        r"x must have shape .*got .*shape \(1, 1, 4, 3\).*x.flatten\(1\)",
+    ),
     (X[:0], Y, ValueError, r"x must not be empty, got a tensor of shape \(0, 3\)"),
     (X, Y[:0], ValueError, r"y must not be empty, got a tensor of shape \(0, 3\)"),
     (X[:, :0], Y[:, :0], ValueError, r"x must not be empty, got a tensor of shape \(4, 0\)"),
@@ -120,7 +135,7 @@ CLOUDS = [
     (X.to(torch.float8_e4m3fn), Y, TypeError, r"x must be a floating-point tensor.*float8"),
     (X.to_sparse(), Y, TypeError, r"x must be a dense tensor, got layout torch.sparse_coo"),
     (X.numpy(), Y, TypeError, r"x must be a torch.Tensor, got ndarray"),
-    (X, [[0.0]], TypeError, r"y must be a torch.Tensor, got list"),
+    (X, [[0.0]], TypeError, r"y must be a torch.Tensor, got list: otloss.pad makes one"),
     (X, None, TypeError, r"y must be a torch.Tensor, got NoneType"),
     (NESTED, Y.expand(2, 5, 3), TypeError, r"x must be a dense tensor, got a nested one: pad"),
     (X, Y.to("meta"), ValueError, r"x and y must be on one device, got cpu and meta"),
@@ -163,6 +178,7 @@ WEIGHTS = [
     (3 * A, None, ValueError, r"same total mass for balanced transport"),
     (A.to("meta"), B, ValueError, r"must be on one device, got cpu and meta"),
     (A.long(), B, TypeError, r"a must be a floating-point tensor"),
+    (A > 0, B, TypeError, r"a must be floating-point weights, got a mask: give mask / mask.sum"),
     ([0.25] * 4, B, TypeError, r"a must be a torch.Tensor, got list"),
 ]
 
@@ -188,7 +204,7 @@ def test_weights_of_a_batch():
     one_of_two = torch.stack([A, torch.zeros(4)])
     with pytest.raises(ValueError, match=r"a must have a positive total"):
         otloss.sinkhorn_loss(x, y, EPS, a=one_of_two, b=b)
-    with pytest.raises(ValueError, match=r"same total mass.*\[1.0, 2.0\] and \[1.0, 1.0\]"):
+    with pytest.raises(ValueError, match=r"same total mass.*got 2 and 1 in problem 1 of 2"):
         otloss.sinkhorn_loss(x, y, EPS, a=torch.stack([A, 2 * A]), b=b)
 
 

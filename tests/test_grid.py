@@ -187,6 +187,10 @@ def test_single_precision():
     [
         ({"a": torch.rand(4)}, r"a must have shape \(B, N\)"),
         ({"b": torch.ones(1, 4, 5) / 10}, "total mass"),
+        (
+            {"a": torch.eye(4) / 4, "b": torch.ones(4, 4) / 16 + torch.eye(4)},
+            r"one image is \(1, H, W\)",
+        ),
         ({"b": torch.ones(1, 5, 4)}, "b must have shape"),
         ({"a": torch.zeros(1, 4, 5)}, "positive total"),
         ({"spacing": (1.0, 1.0, 1.0)}, "one per axis"),

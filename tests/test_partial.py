@@ -92,6 +92,17 @@ def test_little_mass_is_not_lost_in_the_tolerance(clouds, way):
     assert float(result.plan.sum()) == pytest.approx(1e-4, rel=1e-3)
 
 
+@pytest.mark.parametrize("way", ["points", "matrix", "streamed", "reference"])
+def test_errors_are_over_the_mass_that_moves(clouds, way):
+    """Those of a warning and of the last status too, which are of before the last update."""
+    with pytest.warns(otloss.ConvergenceWarning, match=r"above tol=1e-11\.") as warned:
+        result = WAYS[way](*clouds, 1e-3, max_iters=3)
+    status = otloss.last_status()
+    assert not status.converged
+    assert 0.5 * status.marginal_error <= result.marginal_error <= status.marginal_error
+    assert f"{status.marginal_error:.2e}" in str(warned[0].message)
+
+
 def test_the_whole_mass_is_balanced_transport(clouds):
     x, y, a, b = clouds
     b = (b / b.sum()).requires_grad_()

@@ -6,6 +6,7 @@ At small eps the divergence is optimal transport, at large eps a maximum mean di
 ``energy_distance``. Between them both the value and the field of gradients change.
 """
 
+# sphinx_gallery_thumbnail_number = 2
 import matplotlib.pyplot as plt
 import torch
 

@@ -34,6 +34,7 @@ shown[4::8, 4::8] = a[4::8, 4::8] > 0.1 * a.max()
 (rows, columns), (down, right) = pixel[shown].T, flow[shown].T
 axes[1].quiver(columns, rows, right, down, angles="xy", scale_units="xy", scale=1, color="tab:red")
 axes[1].set_title("moves along")
+# sphinx_gallery_defer_figures
 
 # %%
 # Halfway is a density, not the two images on top of each other.

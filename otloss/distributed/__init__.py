@@ -113,7 +113,8 @@ def minibatch_energy_distance(
 ) -> Tensor:
     """:func:`otloss.minibatch_energy_distance` of the minibatches of all ranks, concatenated.
 
-    Ranks, arguments, gradients and errors are as in :func:`sinkhorn_divergence`.
+    Ranks, shapes, gradients and errors are as in :func:`sinkhorn_divergence`; the formula and the
+    other arguments as in :func:`otloss.minibatch_energy_distance`.
 
     Example:
         >>> from torch import distributed as dist

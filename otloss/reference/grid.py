@@ -104,8 +104,8 @@ def adjoint(
     grad_g: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a and b (B, N) from those of the potentials f and g that solve the problem: the
-    linear system of docs/gradients.md, by conjugate gradients over passes. And the system's status
-    (B, 2): iterations and relative residual.
+    linear system of docs/gradient-methods.md, by conjugate gradients over passes. And the system's
+    status (B, 2): iterations and relative residual.
 
     ``rho``: (2,) of the pair, or none, where every marginal of the call is a constraint.
     """
