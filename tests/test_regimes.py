@@ -709,7 +709,7 @@ def errors_of_sums(machine: Machine, p: Problem) -> float:
      (1, 70, 90, 227), (70, 1, 33, 227), (70, 150, 300, 227), (70, 150, 300, 99)],
 )  # fmt: skip
 def test_gradient_sums_of_points(emulator, dtype, kind, size):
-    """By tensor cores a bar that single half-precision products miss by a factor of a hundred."""
+    """By multiply-adds, whatever makes the costs of a solve."""
     pairs = (0, 0) if size[0] == size[1] else (0, 1)
     p = problem(dtype, *size[:3], kind=kind, eps=0.3, pairs=pairs)
     emulator.gpu = {"shared": 1024 * size[3]} if len(size) > 3 else {}
@@ -908,10 +908,10 @@ def test_tensor_cores_are_as_accurate_as_multiply_adds(machine, force, kind, siz
 def test_one_product_is_less_accurate(machine, force, kind):
     """What precision="tf32" allows: 11 bits, here forced."""
     p = problem(DOUBLE, 65, 131, 100, batch=1, kind=kind, eps=0.1)
-    pair, errors = replace(moved(p, SINGLE), pairs=(0, 1)), {}
+    errors = {}
     for tiles in ("tensor", "high"):
         force(tiles=tiles)
-        errors[tiles] = max(errors_on_points(machine, p)[1], errors_of_sums(machine, pair))
+        errors[tiles] = errors_on_points(machine, p)[1]
     assert errors["tensor"] < 3e-6
     assert 3e-5 < errors["high"] < 5e-3
 
