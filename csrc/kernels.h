@@ -237,13 +237,14 @@ struct CostGroup {
   int64_t stride;  // distance of rows of C; m on a GPU
 };
 
-// Before the gradient's products: V = W * gradient_weight(C) and its row and column sums.
+// Before the gradient's products: V = W * gradient_weight(C) and, on a CPU, its row and column
+// sums.
 template <typename T>
 struct CostWeightGroup {
   int64_t batch;     // B
   int64_t n;         // rows
   int64_t m;         // columns
-  bool symmetrise;   // V + V^T in place of V: both sides are one cloud
+  bool symmetrise;   // V + V^T in place of V: both sides are one cloud; on a CPU
   const T* W;        // (B, n, m) gradient with respect to C
   const T* C;        // (B, n, m)
   int64_t C_stride;  // distance of rows of C; m on a GPU
@@ -252,7 +253,7 @@ struct CostWeightGroup {
   T* col_sum;        // (B, m) out
 };
 
-// From a solution: W = coefficient * grad * plan is not stored.
+// From a solution, on a CPU: W = coefficient * grad * plan is not stored.
 template <typename T>
 struct PlanWeightGroup : CostWeightGroup<T> {
   const T* a;     // (B, n)
@@ -372,9 +373,6 @@ template <typename T>
 void cost_matrices(const Context& context, const std::vector<CostGroup<T>>& groups, CostKind kind);
 template <typename T>
 void cost_weights(const Context& context, const CostWeightGroup<T>& group, CostKind kind);
-template <typename T>
-void plan_weights(const Context& context, const PlanWeightGroup<T>& group, CostKind kind,
-                  double eps);
 template <typename T>
 void cost_gradient(const Context& context, const CostGradientGroup<T>& group, CostKind kind);
 template <typename T>

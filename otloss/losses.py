@@ -109,8 +109,8 @@ def sinkhorn_divergence(
             ``otloss.method.dense_budget`` or would be slower, and takes "multiscale" where a sample
             of the points says that it pays, on a CPU; see docs/large-point-clouds.md.
         precision: ``"tf32"`` allows inner products from 11 bits of each coordinate. It applies to
-            streamed solves and envelope gradients on CUDA, float32 or half inputs, in more than 16
-            dimensions, and changes nothing elsewhere. Default ``"float32"``: full accuracy.
+            streamed solves on CUDA, float32 or half inputs, in more than 16 dimensions, and changes
+            nothing elsewhere. Default ``"float32"``: full accuracy.
         symmetric: of a cost function, whether c(x, y) = c(y, x) for clouds of equal size, which
             makes the terms OT(a, a) and OT(b, b) cheap. Default None: their matrices are compared
             with their transposes; on CUDA and under torch.compile, where that would wait for the

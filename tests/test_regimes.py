@@ -706,10 +706,10 @@ def errors_of_sums(machine: Machine, p: Problem) -> float:
 @some(
     "dtype, kind, size", DTYPES, range(3),
     [(40, 33, 1), (35, 700, 3), (150, 150, 16), (40, 33, 40), (150, 150, 70), (65, 130, 17, 227),
-     (1, 70, 90, 227), (70, 1, 33, 227), (70, 150, 300, 227), (70, 150, 300, 40)],
+     (1, 70, 90, 227), (70, 1, 33, 227), (70, 150, 300, 227), (70, 150, 300, 99)],
 )  # fmt: skip
 def test_gradient_sums_of_points(emulator, dtype, kind, size):
-    """By tensor cores a bar that single half-precision products miss by a factor of a hundred."""
+    """By multiply-adds, whatever makes the costs of a solve."""
     pairs = (0, 0) if size[0] == size[1] else (0, 1)
     p = problem(dtype, *size[:3], kind=kind, eps=0.3, pairs=pairs)
     emulator.gpu = {"shared": 1024 * size[3]} if len(size) > 3 else {}
@@ -799,14 +799,14 @@ def test_more_pairs_than_a_launch_takes(machine):
             9000,
             0,
             "dense, a launch for each sweep, costs read from global memory, "
-            "a block has 104 by 1/3 of the columns",
+            "a block has 32 by 1/9 of the columns",
         ),
         (
             1,
             9000,
             3,
             "streamed, a launch for each sweep, costs made on the way by multiply-adds, "
-            "a block has 72 by 1/1 of the columns",
+            "a block has 32 by 1/4 of the columns",
         ),
     ],
 )
@@ -908,12 +908,12 @@ def test_tensor_cores_are_as_accurate_as_multiply_adds(machine, force, kind, siz
 def test_one_product_is_less_accurate(machine, force, kind):
     """What precision="tf32" allows: 11 bits, here forced."""
     p = problem(DOUBLE, 65, 131, 100, batch=1, kind=kind, eps=0.1)
-    pair, errors = replace(moved(p, SINGLE), pairs=(0, 1)), {}
+    errors = {}
     for tiles in ("tensor", "high"):
         force(tiles=tiles)
-        errors[tiles] = max(errors_on_points(machine, p)[1], errors_of_sums(machine, pair))
+        errors[tiles] = errors_on_points(machine, p)[1]
     assert errors["tensor"] < 3e-6
-    assert 3e-5 < errors["high"] < 5e-3
+    assert 1e-5 < errors["high"] < 5e-3
 
 
 @slow
@@ -994,4 +994,4 @@ def test_the_start_is_left_out(emulator, long_memory):
     for solver, kilobytes in ((long_memory, 163), (long_memory, 99), (emulator, 163)):
         solver.gpu = {"shared": kilobytes * 1024}
         counts.append(solver.launches(lambda solver=solver: solver.solve(p)))
-    assert counts == [counts[1] + 3, counts[1], counts[1]]
+    assert counts == [counts[1] + 1, counts[1], counts[1]]

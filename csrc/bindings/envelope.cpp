@@ -35,13 +35,18 @@ void envelope_as(StableIValue* stack, const Device& device, const Problem& probl
   Gradients<T> gradients(device, problem, grad_loss, wanted, prepared,
                          packed ? prepared->numel() : 0);
   const Potentials<T> potentials(problem, f, g);
-  if (!wanted.costs.empty() || wanted.weights) {
+  // On a GPU points take the gradient of a stored matrix, too.
+  const bool stored = !wanted.points.empty() && (packed || !problem.costs.empty());
+  const bool matrices = stored && device.is_cuda();
+  if (!wanted.costs.empty() || wanted.weights || matrices) {
     std::vector<EnvelopeGroup<T>> groups;
     for (int64_t p = 0; p < problem.count(); ++p)
-      groups.push_back(gradients.group(p, false, potentials.f[p], potentials.g[p]));
+      groups.push_back(gradients.group(p, matrices, potentials.f[p], potentials.g[p]));
     OTLOSS_LAUNCH(device, envelope_backward, groups, problem.eps, problem.objective);
   }
-  if (!wanted.points.empty() && (packed || !problem.costs.empty())) {
+  if (matrices) {
+    gradients.add_matrices();
+  } else if (stored) {
     const PackedCosts<T> costs(problem.clouds, packed ? problem.clouds.pairs : Ints());
     for (int64_t p = 0; p < problem.count(); ++p)
       gradients.add_plan(

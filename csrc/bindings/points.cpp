@@ -4,6 +4,8 @@
 #include <array>
 #include <utility>
 
+#include <torch/csrc/stable/ops.h>
+
 namespace otloss {
 
 // ------------------------------------------------------------------------------------ products
@@ -41,6 +43,9 @@ void torch_product(const Factor& left, const Factor& right, const Factor& out) {
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes ownership of the returned reference
 }
+
+// V 1, or V^T 1.
+Tensor sum_over(const Tensor& V, int64_t dim) { return torch::stable::sum(V, Ints{dim}); }
 
 }  // namespace
 #endif
@@ -196,25 +201,32 @@ void PointGradients<T>::add_product(int64_t c, int64_t other, const Tensor& V, b
 
 template <typename T>
 void PointGradients<T>::add_pair(int64_t i, int64_t j, const Matrix<T>& C, PlanWeightGroup<T> group,
-                                 const Eps& eps) {
+                                 [[maybe_unused]] const Eps& eps) {
   if (!wants(i) && !wants(j)) return;
   STD_TORCH_CHECK(C.entries != nullptr, "otloss: there must be a cost for every gradient");
   const auto [B, n, m, entries, stride] = C;
-  const Tensor V = empty(clouds_.memory, {B * (n * m + n + m)});  // with its sums behind
-  group.batch = B;
-  group.n = n;
-  group.m = m;
-  group.symmetrise = i == j;
+  group.batch = B, group.n = n, group.m = m;
   group.C = entries;
   group.C_stride = stride;
+#if defined(OTLOSS_WITH_CUDA)
+  if (device_.is_cuda()) {
+    const Tensor V = empty(clouds_.memory, {B, n, m});
+    group.V = data<T>(V);
+    cuda::cost_weights<T>(device_.context(), group, clouds_.kind);
+    add_product(i, j, V, false, data<T>(sum_over(V, 2)), {});
+    add_product(j, i, V, true, data<T>(sum_over(V, 1)), {});
+    return;
+  }
+#endif
+  const Tensor V = empty(clouds_.memory, {B * (n * m + n + m)});  // with its sums behind
+  group.symmetrise = i == j;
   group.V = data<T>(V);
   group.row_sum = group.V + B * n * m;
   group.col_sum = group.row_sum + B * n;
   if (group.W != nullptr)
-    OTLOSS_LAUNCH(device_, cost_weights, static_cast<const CostWeightGroup<T>&>(group),
-                  clouds_.kind);
+    OTLOSS_LAUNCH_ON_CPU(cost_weights, static_cast<const CostWeightGroup<T>&>(group), clouds_.kind);
   else
-    OTLOSS_LAUNCH(device_, plan_weights, group, clouds_.kind, eps);
+    OTLOSS_LAUNCH_ON_CPU(plan_weights, group, clouds_.kind, eps);
   add_product(i, j, V, false, group.row_sum, {group.a, group.f});
   if (i != j) add_product(j, i, V, true, group.col_sum, {group.b, group.g});
 }

@@ -56,7 +56,7 @@ struct HostWarp {
 };
 
 struct HostBlock {
-  int64_t x, y, z;
+  int64_t x;
   Gate gate;
   Gate groups[16];  // sync_some
   Gate* cluster;
@@ -88,7 +88,7 @@ class Stack {
   std::unique_ptr<char[]> memory_;
 };
 
-// 16 bytes on their way into shared memory; from null: zeros.
+// 16 bytes on their way into shared memory.
 struct Copy {
   void* to;
   const void* from;
@@ -217,8 +217,6 @@ class EmulatedBlock {
 
   int thread() const { return fiber_->thread; }
   int64_t x() const { return block_.x; }
-  int64_t y() const { return block_.y; }
-  int64_t z() const { return block_.z; }
 
   void sync() const { wait(block_.gate); }
   void sync_some(int group, int threads) const {
@@ -270,12 +268,12 @@ class EmulatedBlock {
   // Copies arrive when they are waited for or, in backward order, at once: the first shows a use
   // that comes too early, the second a buffer that is still in use.
   template <typename T>
-  void copy_async(T* to, const T* from, bool inside) const {
+  void copy_async(T* to, const T* from) const {
     if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) {
       std::fputs("emulation: a copy of 16 bytes that is not aligned\n", stderr);
       std::abort();  // an exception cannot leave a fiber
     }
-    fiber_->copies.push_back({to, inside ? from : nullptr});
+    fiber_->copies.push_back({to, from});
     if (Emulation::get().order == Order::kBackward) finish_copies(fiber_->copies.size());
   }
   void count_off(const Loop& loop, bool done) const {
@@ -291,20 +289,10 @@ class EmulatedBlock {
     commits.erase(commits.begin(), done);
   }
 
-  template <bool kTransposed>
   void load_matrices(const uint16_t* row, uint32_t (&to)[4]) const {
     const unsigned char (*slots)[24] = exchange(row, 16, nullptr, 0);
-    const int lane = fiber_->thread % kWarp;
-    const auto element = [&](int matrix, int i, int j) {
-      uint16_t half;
-      std::memcpy(&half, slots[8 * matrix + i] + 2 * j, sizeof(half));
-      return static_cast<uint32_t>(half);
-    };
-    for (int q = 0; q < 4; ++q) {
-      const int i = lane / 4, j = 2 * (lane % 4);
-      to[q] = kTransposed ? element(q, j, i) | element(q, j + 1, i) << 16
-                          : element(q, i, j) | element(q, i, j + 1) << 16;
-    }
+    const int i = fiber_->thread % kWarp / 4, j = 2 * (fiber_->thread % 4);
+    for (int q = 0; q < 4; ++q) std::memcpy(&to[q], slots[8 * q + i] + 2 * j, sizeof(to[q]));
   }
   // Products are exact; each sum of 16 of them and c is rounded once, towards zero.
   void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) const {
@@ -340,12 +328,7 @@ class EmulatedBlock {
 
   void finish_copies(size_t count) const {
     std::vector<Copy>& copies = fiber_->copies;
-    for (size_t c = 0; c < count; ++c) {
-      if (copies[c].from)
-        std::memcpy(copies[c].to, copies[c].from, 16);
-      else
-        std::memset(copies[c].to, 0, 16);
-    }
+    for (size_t c = 0; c < count; ++c) std::memcpy(copies[c].to, copies[c].from, 16);
     copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(count));
     for (size_t& commit : fiber_->commits) commit -= commit < count ? commit : count;
   }
@@ -402,15 +385,14 @@ inline void read(const Context&, void* to, const void* from, int64_t bytes) {
 template <class Kernel>
 void launch(const Context&, const Kernel& work, const Grid& grid) {
   static_assert(sizeof(Kernel) <= 4096, "kernel parameters are limited to 4 KB");
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (grid.x == 0) return;
   if (grid.shared > Emulation::get().limits.shared_per_block)
     throw std::runtime_error("emulation: too much shared memory was asked for");
-  if (grid.x > 0x7fffffff || grid.y > 0xffff || grid.z > 0xffff)
-    throw std::runtime_error("emulation: the grid is too large");
+  if (grid.x > 0x7fffffff) throw std::runtime_error("emulation: the grid is too large");
   if (grid.x % grid.cluster != 0)
     throw std::runtime_error("emulation: the grid is not whole clusters");
   ++Emulation::get().launches;
-  const int64_t together = grid.cluster, total = grid.x * grid.y * grid.z;
+  const int64_t together = grid.cluster, total = grid.x;
   for (int64_t first = 0; first < total; first += together) {
     Gate cluster;
     cluster.size = static_cast<int>(together) * Kernel::kThreads;
@@ -418,10 +400,7 @@ void launch(const Context&, const Kernel& work, const Grid& grid) {
     std::vector<std::unique_ptr<Fiber>> fibers;
     for (int64_t b = 0; b < together; ++b) {
       HostBlock& block = blocks[static_cast<size_t>(b)];
-      const int64_t index = first + b;
-      block.x = index % grid.x;
-      block.y = index / grid.x % grid.y;
-      block.z = index / grid.x / grid.y;
+      block.x = first + b;
       block.gate.size = Kernel::kThreads;
       block.cluster = &cluster;
       block.warps.resize(Kernel::kThreads / kWarp);

@@ -1,24 +1,21 @@
-// Cost matrices and their gradients on a GPU: everything around the matrix products, see the list
-// of steps in csrc/cpu/cost/cost.cpp.
+// Cost matrices and their gradients on a GPU: everything around the matrix products and sums of
+// torch, see the list of steps in csrc/cpu/cost/cost.cpp.
 //
-//     CentreKernel     sums of the points of positive weight       thread: a coordinate of some
-//     rows JoinPartsKernel  their mean; column sums of V                thread: a value
+//     CentreKernel     a mean of the points of positive weight      block: some coordinates
 //     PrepareKernel    z = x - centre or x / |x|, norms             warp: a point
 //     EpilogueKernel   C = cost(|zx|^2, |zy|^2, <zx, zy>)           warp: part of a row of C
-//     WeightKernel     V = W * gradient_weight(C), row sums         warp: a row of C
-//     ColumnKernel     column sums of V                            thread: a column of some rows
+//     WeightKernel     V = W * gradient_weight(C)                   thread: an entry
 //     GradientKernel   grad += z sum - V y                          warp: a point
 //
 // All are bound by memory: neighbouring lanes take neighbouring addresses, and each matrix is read
-// or written once (the transpose, where V is symmetrised, comes through L2). Sums have a fixed
-// order.
+// or written once. Sums have a fixed order.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 
 #include "core/costs.h"
-#include "cuda/device/block.cuh"
 #include "cuda/device/reduce.cuh"
+#include "cuda/device/team.cuh"
 
 namespace otloss::cuda {
 namespace {
@@ -26,78 +23,41 @@ namespace {
 constexpr int kBlockThreads = 256;
 constexpr int kBlockWarps = kBlockThreads / kWarp;
 
-// Of sums that are a chain over rows, a block takes a part of them; a second launch adds the parts
-// up.
-constexpr int64_t kSumParts = 64;
-
-// The rows of a part: [first, last).
-struct PartRows {
-  int64_t first, last;
-
-  OTLOSS_HOST_DEVICE PartRows(int64_t n, int64_t part) {
-    const int64_t share = ceil_div(n, kSumParts);
-    first = part * share < n ? part * share : n;
-    last = first + share < n ? first + share : n;
-  }
-};
-
+// One centre for all clouds. That costs keep their digits takes no more than that it is among the
+// points: the mean of some of each cloud, evenly.
 template <typename T>
 struct CentreKernel {
   static constexpr int kThreads = kBlockThreads;
+  static constexpr int64_t kPoints = 128;
 
   Pack<CloudGroup<T>> clouds;
-  double* parts;  // (B, kSumParts, d + 1) out: sums of coordinates, number of points
+  T* centre;  // (B, d) out
 
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const {
     const int lane = block.thread() % kWarp, warp = block.thread() / kWarp;
-    const int64_t d = clouds.items[0].d, k = block.x() * kWarp + lane;
-    double* const scratch = block.template shared<double>();  // (kBlockWarps, kWarp)
-    for (int64_t batch = block.y(); batch < clouds.items[0].batch; batch += kGridY) {
-      double sum = 0;
-      for (int c = 0; c < clouds.count; ++c) {
-        const CloudGroup<T>& cloud = clouds.items[c];
-        const PartRows rows(cloud.n, block.z());
-        for (int64_t i = rows.first + warp; i < rows.last; i += kBlockWarps) {
-          const int64_t row = batch * cloud.n + i;
-          if (cloud.weight && !(cloud.weight[row] > T(0))) continue;
-          sum += k < d ? static_cast<double>(cloud.x[row * d + k]) : 1.0;
-        }
-      }
-      scratch[warp * kWarp + lane] = sum;
-      block.sync();
-      if (warp == 0 && k <= d) {
-        for (int w = 1; w < kBlockWarps; ++w) sum += scratch[w * kWarp + lane];
-        parts[(batch * kSumParts + block.z()) * (d + 1) + k] = sum;
-      }
-      block.sync();
+    const int64_t d = clouds.items[0].d, parts = ceil_div(d, kWarp);
+    const int64_t batch = block.x() / parts, k = block.x() % parts * kWarp + lane;
+    double sum = 0, points = 0;
+    for (int c = 0; c < clouds.count; ++c) {
+      const CloudGroup<T>& cloud = clouds.items[c];
+      const int count = static_cast<int>(cloud.n < kPoints ? cloud.n : kPoints);
+      const auto row = [&](int s) { return batch * cloud.n + s * cloud.n / count; };
+      const auto counts = [&](int s) { return !cloud.weight || cloud.weight[row(s)] > T(0); };
+      sum += join_over<Sum>(warp, kBlockWarps, count, 0.0, [&](int s) {
+        const double x = static_cast<double>(k < d ? cloud.x[row(s) * d + k] : T(0));
+        return counts(s) ? x : 0.0;
+      });
+      points += join_over<Sum>(warp, kBlockWarps, count, 0.0,
+                               [&](int s) { return counts(s) ? 1.0 : 0.0; });
     }
-  }
-};
-
-// Adds parts up: the mean over the last column of sums, or the sums. A thread per value.
-template <typename T, typename S>
-struct JoinPartsKernel {
-  static constexpr int kThreads = kBlockThreads;
-
-  int64_t batch, width;  // values of a part
-  bool mean;             // over the last value, which is not wanted
-  const S* parts;        // (B, kSumParts, width)
-  T* out;                // (B, width), or (B, width - 1)
-
-  template <class Block>
-  OTLOSS_DEVICE void operator()(Block& block) const {
-    const int64_t count = mean ? width - 1 : width, k = block.x() * kThreads + block.thread();
-    if (k >= count) return;
-    for (int64_t b = block.y(); b < batch; b += kGridY) {
-      S sum = S(0), points = S(0);
-      for (int64_t part = 0; part < kSumParts; ++part) {
-        const S* const values = parts + (b * kSumParts + part) * width;
-        sum += values[k];
-        if (mean) points += values[count];
-      }
-      out[b * count + k] = static_cast<T>(mean ? sum / (points > S(1) ? points : S(1)) : sum);
-    }
+    double* const sums = block.template shared<double>();  // (kBlockWarps, 2, kWarp)
+    sums[2 * warp * kWarp + lane] = sum, sums[(2 * warp + 1) * kWarp + lane] = points;
+    block.sync();
+    if (warp != 0 || k >= d) return;
+    for (int w = 1; w < kBlockWarps; ++w)
+      sum += sums[2 * w * kWarp + lane], points += sums[(2 * w + 1) * kWarp + lane];
+    centre[batch * d + k] = static_cast<T>(sum / (points > 1 ? points : 1));
   }
 };
 
@@ -107,14 +67,14 @@ struct PrepareKernel {
 
   Pack<CloudGroup<T>> clouds;
   const T* centre;  // (B, d), or null: unit norm instead
+  int64_t blocks;   // of a cloud
 
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const {
-    const CloudGroup<T>& cloud = clouds.items[block.z()];
-    const int lane = block.thread() % kWarp;
-    const int64_t i = block.x() * kBlockWarps + block.thread() / kWarp;
-    if (i >= cloud.n) return;
-    for (int64_t batch = block.y(); batch < cloud.batch; batch += kGridY) {
+    with_problem(block, clouds, blocks, [&](const auto& cloud, int64_t batch, int64_t number) {
+      const int lane = block.thread() % kWarp;
+      const int64_t i = number * kBlockWarps + block.thread() / kWarp;
+      if (i >= cloud.n) return;
       const int64_t row = batch * cloud.n + i;
       const T* x = cloud.x + row * cloud.d;
       T* z = cloud.z + row * cloud.d;
@@ -136,7 +96,7 @@ struct PrepareKernel {
       if (!centre && norm2[0] > T(0))
         for (int64_t k = lane; k < cloud.d; k += kWarp) z[k] *= T(1) / sqrt(norm2[0]);
       if (lane == 0) cloud.norm[row] = centre ? norm2[0] : norm_of(norm2[0], by);
-    }
+    });
   }
 };
 
@@ -145,30 +105,29 @@ struct EpilogueKernel {
   static constexpr int kThreads = kBlockThreads;
   static constexpr int64_t kColumns = 256;  // of a warp
 
-  CostGroup<T> group;
+  Pack<CostGroup<T>> groups;
+  int64_t rows, blocks;  // blocks of rows, and all, of a problem
 
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const {
-    const int lane = block.thread() % kWarp;
-    const int64_t i = block.x() * kBlockWarps + block.thread() / kWarp;
-    if (i >= group.n) return;
-    const int64_t first = block.z() * kColumns;
-    const int64_t last = first + kColumns < group.m ? first + kColumns : group.m;
-    for (int64_t batch = block.y(); batch < group.batch; batch += kGridY) {
-      const int64_t row = batch * group.n + i;
-      for (int64_t j = first + lane; j < last; j += kWarp) {
+    with_problem(block, groups, blocks, [&](const auto& group, int64_t batch, int64_t number) {
+      const int64_t i = number % rows * kBlockWarps + block.thread() / kWarp;
+      if (i >= group.n) return;
+      const int64_t row = batch * group.n + i, first = number / rows * kColumns;
+      const int64_t last = first + kColumns < group.m ? first + kColumns : group.m;
+      for (int64_t j = first + block.thread() % kWarp; j < last; j += kWarp) {
         T& c = group.C[row * group.m + j];
         // Up to kDirectDims there is nothing in C yet.
-        c = entry(row, batch * group.m + j, group.d > kDirectDims ? c : T(0));
+        c = entry(group, row, batch * group.m + j, group.d > kDirectDims ? c : T(0));
         // A point is at distance 0 from itself; one of zero norm has no direction and costs 1.
         if (group.symmetric && i == j && !(Cost::kUnitNorm && !(group.hx[row] > T(0)))) c = T(0);
       }
-    }
+    });
   }
 
  private:
   // `xy`: the inner product, if there are more than kDirectDims coordinates.
-  OTLOSS_DEVICE T entry(int64_t i, int64_t j, T xy) const {
+  OTLOSS_DEVICE static T entry(const CostGroup<T>& group, int64_t i, int64_t j, T xy) {
     const T *x = group.zx + i * group.d, *y = group.zy + j * group.d;
     if constexpr (Cost::kUnitNorm) {
       if (group.d > kDirectDims) return Cost::from_product(T(0), T(0), xy);
@@ -192,51 +151,13 @@ template <typename T, class Cost>
 struct WeightKernel {
   static constexpr int kThreads = kBlockThreads;
 
+  int64_t count;
   CostWeightGroup<T> group;
 
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const {
-    const int lane = block.thread() % kWarp;
-    const int64_t i = block.x() * kBlockWarps + block.thread() / kWarp;
-    if (i >= group.n) return;
-    for (int64_t batch = block.y(); batch < group.batch; batch += kGridY) {
-      const int64_t matrix = batch * group.n * group.m, row = matrix + i * group.m;
-      T sum[1] = {T(0)};
-      for (int64_t j = lane; j < group.m; j += kWarp) {
-        T value = Cost::gradient_weight(group.W[row + j], group.C[row + j]);
-        if (group.symmetrise) {
-          const int64_t mirror = matrix + j * group.m + i;
-          value += Cost::gradient_weight(group.W[mirror], group.C[mirror]);
-        }
-        group.V[row + j] = value;
-        sum[0] += value;
-      }
-      warp_sum(block, sum);
-      if (lane != 0) continue;
-      group.row_sum[batch * group.n + i] = sum[0];
-      if (group.symmetrise) group.col_sum[batch * group.n + i] = sum[0];
-    }
-  }
-};
-
-template <typename T>
-struct ColumnKernel {
-  static constexpr int kThreads = kBlockThreads;
-
-  CostWeightGroup<T> group;
-  T* parts;  // (B, kSumParts, m) out
-
-  template <class Block>
-  OTLOSS_DEVICE void operator()(Block& block) const {
-    const int64_t j = block.x() * kThreads + block.thread();
-    if (j >= group.m) return;
-    const PartRows rows(group.n, block.z());
-    for (int64_t batch = block.y(); batch < group.batch; batch += kGridY) {
-      const T* const V = group.V + batch * group.n * group.m + j;
-      T sum = T(0);
-      for (int64_t i = rows.first; i < rows.last; ++i) sum += V[i * group.m];
-      parts[(batch * kSumParts + block.z()) * group.m + j] = sum;
-    }
+    const int64_t e = block.x() * kThreads + block.thread();
+    if (e < count) group.V[e] = Cost::gradient_weight(group.W[e], group.C[e]);
   }
 };
 
@@ -286,86 +207,48 @@ void prepare_clouds(const Context& context, const std::vector<CloudGroup<T>>& cl
     T* centre = nullptr;
     if (!traits_of(kind).unit_norm) {
       centre = context.scratch<T>(std::max<int64_t>(1, batch * d));
-      double* const parts = context.scratch<double>(batch * kSumParts * (d + 1));
-      Grid grid;
-      grid.x = ceil_div(d + 1, kWarp);
-      grid.y = std::min(batch, kGridY);
-      grid.z = kSumParts;
-      grid.shared = kBlockThreads * sizeof(double);
-      launch(context, CentreKernel<T>{pack, parts}, grid);
-      grid.x = ceil_div(d, kBlockThreads), grid.z = 1, grid.shared = 0;
-      launch(context, JoinPartsKernel<T, double>{batch, d + 1, true, parts, centre}, grid);
+      launch(context, CentreKernel<T>{pack, centre},
+             Grid{batch * ceil_div(d, kWarp), 2 * kBlockThreads * sizeof(double)});
     }
-    Grid grid;
-    for (int c = 0; c < pack.count; ++c)
-      grid.x = std::max(grid.x, ceil_div(pack.items[c].n, kBlockWarps));
-    grid.y = std::min(batch, kGridY);
-    grid.z = pack.count;
-    launch(context, PrepareKernel<T>{pack, centre}, grid);
+    int64_t points = 0;
+    for (const CloudGroup<T>& cloud : clouds) points = std::max(points, cloud.n);
+    const int64_t blocks = ceil_div(points, kBlockWarps);
+    launch(context, PrepareKernel<T>{pack, centre, blocks}, Grid{problems_of(pack) * blocks});
   });
 }
 
 template <typename T>
 void cost_matrices(const Context& context, const std::vector<CostGroup<T>>& groups, CostKind kind) {
-  dispatch_cost(kind, [&](auto cost) {
-    using Kernel = EpilogueKernel<T, decltype(cost)>;
-    for (const CostGroup<T>& group : groups) {
-      Grid grid;
-      grid.x = ceil_div(group.n, kBlockWarps);
-      grid.y = std::min(group.batch, kGridY);
-      grid.z = ceil_div(group.m, Kernel::kColumns);
-      launch(context, Kernel{group}, grid);
-    }
+  for_each_pack(groups, [&](const Pack<CostGroup<T>>& pack) {
+    dispatch_cost(kind, [&](auto cost) {
+      using Kernel = EpilogueKernel<T, decltype(cost)>;
+      const Shape shape = shape_of<T>(pack);
+      const int64_t rows = ceil_div(shape.n, kBlockWarps);
+      const int64_t blocks = rows * ceil_div(shape.m, Kernel::kColumns);
+      launch(context, Kernel{pack, rows, blocks}, Grid{shape.problems * blocks});
+    });
   });
 }
 
 template <typename T>
 void cost_weights(const Context& context, const CostWeightGroup<T>& group, CostKind kind) {
+  const int64_t count = group.batch * group.n * group.m;
   dispatch_cost(kind, [&](auto cost) {
-    Grid grid;
-    grid.x = ceil_div(group.n, kBlockWarps);
-    grid.y = std::min(group.batch, kGridY);
-    launch(context, WeightKernel<T, decltype(cost)>{group}, grid);
+    launch(context, WeightKernel<T, decltype(cost)>{count, group},
+           Grid{ceil_div(count, kBlockThreads)});
   });
-  if (group.symmetrise) return;
-  Grid grid;
-  T* const parts = context.scratch<T>(group.batch * kSumParts * group.m);
-  grid.x = ceil_div(group.m, kBlockThreads);
-  grid.y = std::min(group.batch, kGridY);
-  grid.z = kSumParts;
-  launch(context, ColumnKernel<T>{group, parts}, grid);
-  grid.z = 1;
-  launch(context, JoinPartsKernel<T, T>{group.batch, group.m, false, parts, group.col_sum}, grid);
-}
-
-template <typename T>
-void plan_weights(const Context& context, const PlanWeightGroup<T>& group, CostKind kind,
-                  double eps) {
-  T* W = context.scratch<T>(group.batch * group.n * group.m);
-  const EnvelopeGroup<T> plan{{group.batch, group.n, group.m, group.a, group.b, group.f, group.g,
-                               group.grad, group.coefficient},
-                              group.C,
-                              W,
-                              nullptr,
-                              nullptr};
-  envelope_backward(context, std::vector{plan}, eps, Objective::kRegularized);
-  CostWeightGroup<T> weights = group;
-  weights.W = W;
-  cost_weights(context, weights, kind);
 }
 
 template <typename T>
 void cost_gradient(const Context& context, const CostGradientGroup<T>& group, CostKind kind) {
-  Grid grid;
-  grid.x = ceil_div(group.batch * group.n, kBlockWarps);
-  launch(context, GradientKernel<T>{group, traits_of(kind).unit_norm}, grid);
+  launch(context, GradientKernel<T>{group, traits_of(kind).unit_norm},
+         Grid{ceil_div(group.batch * group.n, kBlockWarps)});
 }
 
 #define OTLOSS_INSTANTIATE(T)                                                                \
   template void prepare_clouds(const Context&, const std::vector<CloudGroup<T>>&, CostKind); \
   template void cost_matrices(const Context&, const std::vector<CostGroup<T>>&, CostKind);   \
   template void cost_weights(const Context&, const CostWeightGroup<T>&, CostKind);           \
-  template void plan_weights(const Context&, const PlanWeightGroup<T>&, CostKind, double);   \
   template void cost_gradient(const Context&, const CostGradientGroup<T>&, CostKind);
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)

@@ -5,17 +5,17 @@
 // tests/cuda_host/emulation.h, where each thread is a fiber and barriers switch between them; the
 // whole of csrc/cuda then compiles with g++ alone and is tested without a GPU.
 //
-// A Block gives: thread() and x(), y(), z() (block index); sync() (block barrier), sync_some(group,
+// A Block gives: thread() and x() (block index); sync() (block barrier), sync_some(group,
 // threads) (of some of its warps), warp_sync(), cluster_sync(); shuffle_xor(value, mask),
 // shuffle(value, lane), any(flag) and ballot(flag) within a warp; shared<T>() (dynamic shared memory); load,
 // store (global memory that other blocks write, past L1); load_constant (16 bytes that nobody
-// writes during the launch); copy_async(to, from, inside) (16 bytes from global to shared memory,
-// past L1, or zeros), commit_copies() and wait_for_copies<pending>() (those of this thread, but for
+// writes during the launch); copy_async(to, from) (16 bytes from global to shared memory,
+// past L1), commit_copies() and wait_for_copies<pending>() (those of this thread, but for
 // the last `pending` commits); count_off(loop, done) (see Loop).
 //
 // And for tensor cores, on half precision numbers as their 16 bits, two in a word, where lane l is
 // in row l / 4 with the neighbouring columns 2 (l % 4) and the next one of each 8 x 8 matrix:
-// load_matrices<transposed>(row, words) (ldmatrix: lane l gives row l % 8, 16 bytes of shared
+// load_matrices(row, words) (ldmatrix: lane l gives row l % 8, 16 bytes of shared
 // memory, of matrix l / 8), multiply_add(c, a, b0, b1) (mma: c (16, 8) += a (16, 16) b (16, 8); a:
 // matrices (0, 0), (1, 0), (0, 1), (1, 1), b: transposed matrices (0, 0), (1, 0), c: rows 0 to 7, 8
 // to 15).
@@ -30,7 +30,7 @@
 namespace otloss::cuda {
 
 struct Grid {
-  int64_t x = 1, y = 1, z = 1;
+  int64_t x = 1;      // blocks
   size_t shared = 0;  // bytes of dynamic shared memory
   int cluster = 1;    // blocks of a thread-block cluster along x
 };
@@ -85,8 +85,6 @@ class GpuBlock {
  public:
   __device__ int thread() const { return static_cast<int>(threadIdx.x); }
   __device__ int64_t x() const { return blockIdx.x; }
-  __device__ int64_t y() const { return blockIdx.y; }
-  __device__ int64_t z() const { return blockIdx.z; }
   __device__ void sync() const { __syncthreads(); }
   __device__ void warp_sync() const { __syncwarp(); }
   template <typename T>
@@ -129,12 +127,9 @@ class GpuBlock {
     return bit_cast<V>(__ldg(reinterpret_cast<const uint4*>(p)));
   }
   template <typename T>
-  __device__ void copy_async(T* to, const T* from, bool inside) const {
+  __device__ void copy_async(T* to, const T* from) const {
     const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
-    const int bytes = inside ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
-                 "r"(bytes)
-                 : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
   }
   // Only the first block may end the loop: a turn later than the last one was done, if it was
   // not the last.
@@ -152,17 +147,11 @@ class GpuBlock {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
   }
 
-  template <bool kTransposed>
   __device__ void load_matrices(const uint16_t* row, uint32_t (&to)[4]) const {
     const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(row));
-    if constexpr (kTransposed)
-      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                   : "r"(address));
-    else
-      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                   : "r"(address));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(address));
   }
   __device__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                                uint32_t b1) const {
@@ -237,15 +226,14 @@ void launch(const Context& context, const Kernel& work, const Grid& grid) {
       "apart)";
   static_assert(sizeof(Kernel) <= 4096, "kernel parameters are limited to 4 KB");
   static_assert(Kernel::kThreads % kWarp == 0 && Kernel::kThreads <= 1024, "whole warps, 1024");
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (grid.x == 0) return;
   check(cudaSetDevice(context.device), "selecting the device", "the device of the tensors");
   constexpr size_t kSharedUnasked = 48 * 1024;
   if (grid.shared > kSharedUnasked)
     check(allow_shared<Kernel>(context.device), "asking for shared memory", kExpected);
   cudaLaunchAttribute attribute;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
-                        static_cast<unsigned>(grid.z));
+  config.gridDim = dim3(static_cast<unsigned>(grid.x));
   config.blockDim = dim3(Kernel::kThreads);
   config.dynamicSmemBytes = grid.shared;
   config.stream = static_cast<cudaStream_t>(context.stream);

@@ -21,8 +21,7 @@ class Queue {
     const void* arguments[] = {&work};
     cudaKernelNodeParams node{};
     node.func = reinterpret_cast<void*>(kernel<Kernel>);
-    node.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
-                        static_cast<unsigned>(grid.z));
+    node.gridDim = dim3(static_cast<unsigned>(grid.x));
     node.blockDim = dim3(Kernel::kThreads);
     node.sharedMemBytes = static_cast<unsigned>(grid.shared);
     node.kernelParams = const_cast<void**>(arguments);

@@ -37,10 +37,22 @@ OTLOSS_DEVICE int group_of(const Pack<Group>& pack, int64_t* number) {
   return group;
 }
 
-// What is beyond these is looped over inside the kernels. The limits of the hardware are 2^31 - 1
-// for x and 65535 for y and z.
-constexpr int64_t kGridX = 1 << 30;
-constexpr int64_t kGridY = 32768;
+// Calls function(group, batch, block of the problem) for the problem of this block, of a launch
+// that has so many blocks for each.
+template <class Block, typename Group, typename F>
+OTLOSS_DEVICE void with_problem(Block& block, const Pack<Group>& pack, int64_t blocks,
+                                F&& function) {
+  int64_t batch = block.x() / blocks;
+  const Group& group = pack.items[group_of(pack, &batch)];
+  function(group, batch, block.x() % blocks);
+}
+
+template <typename Group>
+int64_t problems_of(const Pack<Group>& pack) {
+  int64_t problems = 0;
+  for (int i = 0; i < pack.count; ++i) problems += pack.items[i].batch;
+  return problems;
+}
 
 // --------------------------------------------------------------------------------------- sums
 

@@ -40,7 +40,7 @@ void backward(const Context& context, const Pack<ImplicitGroup<T>>& pack, double
   ImplicitWork<T> work{};
   work.pack = pack;
   work.eps = eps, work.objective = objective;
-  SweepArguments<RowSums<T, double>> sweep;
+  SweepArguments<T, double> sweep;
   const Grid grid = plan_sweeps(context, shape, plan, &work.orders, &sweep);
   work.vectors =
       context.scratch<double>(shape.problems * ImplicitVectors::kCount * plan.vector_length);
@@ -53,10 +53,18 @@ void backward(const Context& context, const Pack<ImplicitGroup<T>>& pack, double
   }
   // Beside the iterations: sums, sums of costs, the right-hand side, and the last product.
   const int64_t most = 2 * (kMaxCgIterations + 4);
-  run_controls(context, work, shape.problems, most, [&](Queue& queue) {
-    queue_sweep<Products>(queue, sweep, work.plans[0].points, grid);
-  });
-  implicit_sums(context, pack, work.plans, eps, objective);
+  run_controls(context, work, shape.problems, most,
+               [&](Queue& queue) { queue_sweep<true>(queue, sweep, work.plans[0].points, grid); });
+  std::vector<SideItem<T, SolvedPlan<T>>> sides;
+  for (int i = 0; i < pack.count; ++i) {
+    const ImplicitGroup<T>& p = pack.items[i];
+    const PlanOfPoints<T>& of = work.plans[i];
+    const T of_C = of_cost<T>(objective, eps), both = p.made.symmetric ? T(2) : T(1);
+    const SolvedPlan<T> of_x{of.alpha, of.beta, p.grad, p.coefficient, of_C, both, p.n, p.m};
+    const SolvedPlan<T> of_y{of.beta, of.alpha, p.grad, p.coefficient, of_C, both, p.m, p.n};
+    add_sides<T>(p, of.points, of.F, of.G, of_x, of_y, &sides);
+  }
+  sum_sides(context, sides, static_cast<T>(kLog2E / eps));
 }
 
 }  // namespace
@@ -65,7 +73,7 @@ template <typename T>
 void implicit_backward(const Context& context, const std::vector<ImplicitGroup<T>>& groups,
                        double eps, Objective objective) {
   if (groups.empty()) return;
-  Packer<T> packer(context, tiles_of(context, groups[0].made.points, groups[0].C));
+  Packer<T> packer(context);
   for_each_pack(groups, [&](const Pack<ImplicitGroup<T>>& pack) {
     backward(context, pack, eps, objective, packer);
   });

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "core/penalty.h"
-#include "cuda/gradient/point_sums.h"
+#include "cuda/gradient/side_sums.h"
 #include "cuda/pass/sweeps.cuh"
 
 namespace otloss::cuda {
@@ -23,6 +23,16 @@ struct ImplicitVectors {
                              &inverse_c, &base, &w, &beta, &rest, &q, &direction})
       *v = memory, memory += length;
   }
+};
+
+// The plan of a group and the solution of its linear system.
+template <typename T>
+struct PlanOfPoints {
+  PackedPair<T> points;
+  T* F;      // (B, packed_stride(n)) k f + log2 a, kLog2Zero past the end
+  T* G;      // (B, packed_stride(m)) k g + log2 b
+  T* alpha;  // (B, n)
+  T* beta;   // (B, m)
 };
 
 template <typename T>
@@ -48,7 +58,7 @@ template <typename T>
 struct ImplicitState {
   ImplicitVectors v;
   const T *a, *b;  // (n,) (m,)
-  SweepSide<T> x, y;
+  T *F, *G;        // exponents of the plan
   Penalty of_x, of_y;
   double scale, mass_a, mass_b;
   double mass, floor, first, rz;  // of c; rounding of the right-hand side; squared residuals

@@ -58,14 +58,14 @@ class Implicit {
 
   // ------------------------------------------------------------------------------------ sums
 
-  OTLOSS_DEVICE RowSums<T, double>& order() const { return args_.orders.of[team_.index()]; }
+  OTLOSS_DEVICE SweepOrder<T, double>& order() const { return args_.orders.of[team_.index()]; }
 
   // Sums over the columns of P, or of P C, times x, for the rows; the other way round for side 1.
   OTLOSS_DEVICE bool ask(Stage stage, int side, const double* x, RowSum what = RowSum::kPlan) {
     block_.sync();
     if (block_.thread() != 0) return false;
     s_.stage = stage;
-    set_order(order(), side, what, x, s_.x, s_.y);
+    order().ask(side, what, x);
     return false;
   }
   OTLOSS_DEVICE double sum(int i) const { return args_.orders.sum(team_.index(), i); }
@@ -78,11 +78,9 @@ class Implicit {
     const PackedPair<T>& points = plan.points;
     s_.v = args_.vectors_of(team_.index());
     s_.a = p_.a + batch_ * p_.n, s_.b = p_.b + batch_ * p_.m;
-    T* const F = plan.F + batch_ * packed_stride(p_.n);
-    T* const G = plan.G + batch_ * packed_stride(p_.m);
-    s_.x = {points.x.cloud(batch_, points.d, p_.n), F};
-    s_.y = {points.y.cloud(batch_, points.d, p_.m), G};
-    args_.orders.place(team_.index(), points, p_, batch_, p_.symmetric, kLog2E / args_.eps);
+    s_.F = plan.F + batch_ * packed_stride(p_.n), s_.G = plan.G + batch_ * packed_stride(p_.m);
+    args_.orders.place(team_.index(), points, p_, batch_, p_.symmetric, kLog2E / args_.eps, s_.F,
+                       s_.G);
     s_.of_x = {1 / p_.penalties.rho_x}, s_.of_y = {1 / p_.penalties.rho_y};
     s_.symmetric = p_.symmetric, s_.balanced = p_.penalties.balanced;
     s_.scale = static_cast<double>(p_.coefficient * p_.grad[batch_]);
@@ -108,7 +106,7 @@ class Implicit {
     if (block_.thread() == 0) s_.mass_a = mass_a, s_.mass_b = mass_b;
     const double shift = s_.balanced ? (sums[3] - sums[2]) / (mass_a + mass_b) : 0.0;
     const double k = kLog2E / args_.eps;
-    T *const F = s_.x.exponents, *const G = s_.y.exponents;
+    T *const F = s_.F, *const G = s_.G;
     team_.for_columns([&](int j) {
       const double other = s_.symmetric ? static_cast<double>(f[j]) : 0.0;
       const double own = static_cast<double>(g[j]);
@@ -120,13 +118,13 @@ class Implicit {
       s_.v.f[i] = !(a[i] > T(0)) ? 0.0 : s_.symmetric ? s_.v.g[i] : own;
       F[i] = static_cast<T>(k * s_.v.f[i]) + log2_weight(a[i]);
     });
-    s_.x.pad(block_), s_.y.pad(block_);
+    order().sides[0].pad(block_), order().sides[1].pad(block_);
   }
 
   OTLOSS_DEVICE bool row_sums() {
     const double damping = s_.of_x.damping(args_.eps);
     team_.for_rows([&](int i) {
-      const double total = sum(i) + nothing(s_.x.exponents[i]), mass = total / damping;
+      const double total = sum(i) + nothing(s_.F[i]), mass = total / damping;
       s_.v.row_mass[i] = mass;
       s_.v.inverse_r[i] = mass != 0 ? 1 / mass : 0.0;
     });
@@ -137,8 +135,7 @@ class Implicit {
 
   OTLOSS_DEVICE bool column_sums() {
     const double damping = s_.of_y.damping(args_.eps);
-    team_.for_columns(
-        [&](int j) { set_column_mass(j, (sum(j) + nothing(s_.y.exponents[j])) / damping); });
+    team_.for_columns([&](int j) { set_column_mass(j, (sum(j) + nothing(s_.G[j])) / damping); });
     return seed();
   }
 

@@ -1,7 +1,6 @@
-// The gradient of costs, entry by entry, from a tile of them (point_sums_launch.cuh):
+// The gradient of costs, entry by entry, from a tile of them (side_sums.h):
 //
-//     ScaledPlan     grad P                                          envelope
-//     SolvedPlan     P (s + t C + alpha + beta)                      implicit
+//     SolvedPlan     P (s + t C + alpha + beta)                      envelope, implicit
 //     Iterations     sum over the iterations, as in unrolled.cu, of
 //                    e a g_bar + R f_bar, and P (s + t C) of the last
 #pragma once
@@ -18,29 +17,9 @@ OTLOSS_DEVICE T plan_of(T F, T G, T kC) {
 }
 
 template <typename T>
-struct ScaledPlan {
-  // Also served by tensor cores; also where costs are stored.
-  static constexpr bool kTensor = true, kStored = false;
-
-  const T* grad;  // (B,) of the loss
-  T coefficient;
-
-  template <class Entries>
-  OTLOSS_DEVICE void operator()(const Entries& e, int64_t batch,
-                                typename Entries::Values& V) const {
-    const T scale = coefficient * grad[batch];
-    for_entries<typename Entries::Layout>([&](int r, int c) {
-      V[r][c] = scale * plan_of(e.potential(r), e.G[c], e.k * e.cost[r][c]);
-    });
-  }
-};
-
-template <typename T>
 struct SolvedPlan {
-  static constexpr bool kTensor = true, kStored = true;
-
-  const T* alpha;  // (B, n)
-  const T* beta;   // (B, m)
+  const T* alpha;  // (B, n) and
+  const T* beta;   // (B, m), or null: 0
   const T* grad;   // (B,) of the loss
   T coefficient;   // s = coefficient grad
   T of_cost;       // t / s
@@ -51,20 +30,24 @@ struct SolvedPlan {
   OTLOSS_DEVICE void operator()(const Entries& e, int64_t batch,
                                 typename Entries::Values& V) const {
     using Layout = typename Entries::Layout;
-    const T s = coefficient * grad[batch], t = of_cost * s;
+    const T s = coefficient * grad[batch], t = of_cost * s, none = static_cast<T>(kLog2Zero);
     T column[Layout::kColumns], row[Layout::kRows];
 #pragma unroll
     for (int c = 0; c < Layout::kColumns; ++c) {
       const int64_t j = e.column + Layout::column(c);
-      column[c] = j < m ? beta[batch * m + j] : T(0);
+      column[c] = beta != nullptr && j < m ? beta[batch * m + j] : T(0);
     }
 #pragma unroll
-    for (int r = 0; r < Layout::kRows; ++r)
-      row[r] = s + (e.counts(r) ? alpha[batch * n + e.row + Layout::row(r)] : T(0));
+    for (int r = 0; r < Layout::kRows; ++r) {
+      const int64_t i = batch * n + e.row + Layout::row(r);
+      row[r] = s + (alpha != nullptr && e.counts(r) ? alpha[i] : T(0));
+    }
     for_entries<Layout>([&](int r, int c) {
-      // A potential that is NaN makes the plan NaN, which its exponential alone would not.
-      const T F = e.potential(r), nothing = T(0) * (F + e.G[c]);
-      const T P = plan_of(F, e.G[c], e.k * e.cost[r][c]) + nothing;
+      const T F = e.F[r], G = e.G[c];
+      // A potential that is NaN makes the plan NaN, which its exponential alone would not, but not
+      // for padding.
+      const T nothing = F <= none || G <= none ? T(0) : T(0) * (F + G);
+      const T P = plan_of(F, G, e.k * e.cost[r][c]) + nothing;
       V[r][c] = P != T(0) ? sides * P * (row[r] + t * e.cost[r][c] + column[c]) : T(0);
     });
   }
@@ -101,10 +84,6 @@ struct IterationSide {
 template <typename T>
 struct Iterations {
   using Side = IterationSide<T>;
-  // Most of the work is on the iterations, and vectors of many columns would not fit into
-  // registers.
-  static constexpr bool kTensor = false, kStored = true;
-
   Side rows, columns;
   int64_t L, length;  // iterations, n + m
   const T* grad;      // (B,) of the loss

@@ -1,27 +1,22 @@
-// The kernels of point_sums_launch.cuh: W, and V 1 and V y of some rows and columns, and of all.
+// The kernels of side_sums.h:
+//
+//     CostKernel     W                                    warp: rows and columns
+//     SideSumKernel  V 1 and V y of some rows and columns            see there; one for each cost
+//     JoinKernel     those of all columns                            thread: an entry
+//
+// By multiply-adds whoever makes the costs of a solve: this is one pass, and a solve takes many.
+//
+// A file for each type includes this: together they take minutes to compile.
 #pragma once
 
-#include "cuda/gradient/point_sums.h"
-#include "cuda/gradient/point_weights.cuh"
+#include <algorithm>
+
+#include "cuda/gradient/side_sums.h"
 #include "cuda/pass/row_sums.cuh"
-#include "cuda/pass/tensor_side_sums.cuh"
 
 namespace otloss::cuda {
 
-// One side of a group, with what makes V and the workspace.
-template <typename T, class Weights>
-struct SideItem {
-  int64_t batch, n, m;
-  bool symmetric;  // a cloud against itself
-  PackedPair<T> points;
-  const T* y;        // (B, m, d) points of the other side
-  const T* F;        // (B, packed_stride(n)) exponents of the rows
-  const T* G;        // (B, packed_stride(m)) of the columns
-  Weights weights;   // what V is made by
-  PointSums<T> out;  // (B, n) (B, n, d)
-  T* partial;        // (B, splits, n, d + 1) V y and V 1 of each split of the columns
-  T* grad_C;         // (B, n, m) out, where costs are stored
-};
+constexpr int kSideRows = kSolveThreads / kWarp * kTileRows;  // of a block
 
 // What a kernel of the sums is given.
 template <typename T, class Weights>
@@ -29,54 +24,36 @@ struct SideSums {
   Pack<SideItem<T, Weights>> items;
   T k;  // log2(e) / eps
   int64_t splits;
-  int64_t stages, room;  // of shared memory, see RowTiles
+  int64_t blocks;  // of a problem
 
-  // Columns of a split: whole tiles.
-  static OTLOSS_HOST_DEVICE int64_t share(int64_t m, int64_t splits) {
-    constexpr int64_t kTile = 128;
-    static_assert(kTile % kPackedAlign == 0, "splits begin at tiles");
-    return ceil_div(ceil_div(m, splits), kTile) * kTile;
-  }
-
-  // Calls function(tiles, item, batch, out) for this block's columns and at most so many rows, for
-  // each problem; out (rows, d + 1).
+  // Calls function(tiles, item, batch, out) for this block's columns and rows, at most kSideRows;
+  // out (n, d + 1).
   template <class Block, class F>
-  OTLOSS_DEVICE void for_problems(Block& block, int most_rows, F&& function) const {
-    const SideItem<T, Weights>& p = items.items[block.z()];
-    const int64_t split = block.x() % splits, first = block.x() / splits * most_rows;
-    const int64_t begin = split * share(p.m, splits);
-    if (first >= p.n || begin >= p.m) return;
-    RowTiles<T>& tiles = *block.template shared<RowTiles<T>>();
-    static_assert(sizeof(tiles) <= kArgumentBytes, "raise kArgumentBytes");
-    for (int64_t batch = block.y(); batch < p.batch; batch += kGridY) {
+  OTLOSS_DEVICE void of_block(Block& block, F&& function) const {
+    with_problem(block, items, blocks, [&](const auto& p, int64_t batch, int64_t number) {
+      RowTiles<T>& tiles = *block.template shared<RowTiles<T>>();
+      static_assert(sizeof(tiles) <= kArgumentBytes, "raise kArgumentBytes");
+      if (block.thread() == 0) set(tiles, p, batch, number);
       block.sync();
-      if (block.thread() == 0) set(tiles, p, batch, first, most_rows, begin);
-      block.sync();
+      if (tiles.first == tiles.last) return;
       function(tiles, p, batch,
-               p.partial + ((batch * splits + split) * p.n + first) * (p.points.d + 1));
-    }
+               p.partial + (batch * splits + number % splits) * p.n * (p.points.d + 1));
+    });
   }
 
  private:
   OTLOSS_DEVICE void set(RowTiles<T>& tiles, const SideItem<T, Weights>& p, int64_t batch,
-                         int64_t first, int most_rows, int64_t begin) const {
+                         int64_t number) const {
     const PackedPair<T>& points = p.points;
-    tiles.made_by = points.tiles;
-    tiles.kind = points.kind, tiles.d = points.d, tiles.symmetric = p.symmetric;
-    tiles.k = k, tiles.repair = true;
+    tiles.d = points.d, tiles.symmetric = p.symmetric, tiles.repair = true, tiles.k = k;
     tiles.C = points.C + batch * p.n * p.m, tiles.width = p.m;
-    tiles.first = first, tiles.last = first + most_rows < p.n ? first + most_rows : p.n;
-    tiles.begin = begin;
-    tiles.end = begin + share(p.m, splits) < p.m ? begin + share(p.m, splits) : p.m;
-    tiles.stages = stages, tiles.room = room;
     tiles.rows = points.x.cloud(batch, points.d, p.n);
     tiles.columns = points.y.cloud(batch, points.d, p.m);
-    tiles.F = p.F + batch * tiles.rows.stride + first;
-    tiles.G = p.G + batch * tiles.columns.stride;
+    tiles.F = p.F + batch * tiles.rows.stride, tiles.G = p.G + batch * tiles.columns.stride;
+    tiles.last = p.n, tiles.end = p.m;
+    tiles.cut(number, kSideRows, splits);
   }
 };
-
-constexpr int kSideRows = kSolveThreads / kWarp * kTileRows;  // of a block
 
 // W of stored costs for kSideRows rows and some columns; a warp has kTileRows rows.
 template <typename T, class Weights>
@@ -87,30 +64,25 @@ struct CostKernel {
 
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const {
-    using Maker = StoredTileMaker<StoredRows, T, Block>;
+    using Maker = StoredTileMaker<StoredRows<T>, T, Block>;
     using Layout = typename Maker::Layout;
-    sums.for_problems(
-        block, kSideRows,
-        [&](const RowTiles<T>& tiles, const SideItem<T, Weights>& p, int64_t batch, T*) {
-          const Maker maker(block, tiles);
-          const int row = block.thread() / kWarp * Layout::kWarpRows;
-          if (tiles.first + row >= tiles.last) return;
-          for (int64_t j = tiles.begin; j < tiles.end; j += Layout::kWarpColumns) {
-            typename Maker::Entries e;
-            typename Maker::Entries::Values W;
-            maker.load(tiles.first, row, j, e);
-            p.weights(e, batch, W);
-            for_entries<Layout>([&](int r, int c) {
-              const int64_t column = e.column + Layout::column(c);
-              if (e.counts(r) && column < tiles.end)
-                p.grad_C[(batch * p.n + e.row + Layout::row(r)) * p.m + column] = W[r][c];
-            });
-          }
-        });
+    static_assert(Maker::kRows == kSideRows);
+    sums.of_block(block,
+                  [&](const RowTiles<T>& tiles, const SideItem<T, Weights>& p, int64_t batch, T*) {
+                    Maker(block, tiles).run([&](const typename Maker::Entries& e) {
+                      typename Maker::Entries::Values W;
+                      p.weights(e, batch, W);
+                      for_entries<Layout>([&](int r, int c) {
+                        const int64_t column = e.column + Layout::column(c);
+                        if (e.counts(r) && column < tiles.end)
+                          p.grad_C[(batch * p.n + e.row + Layout::row(r)) * p.m + column] = W[r][c];
+                      });
+                    });
+                  });
   }
 };
 
-// V 1 and V y over some columns for kRows rows: a warp makes V for its
+// V 1 and V y over some columns for kSideRows rows: a warp makes V for its
 // kTileRows rows and a tile of columns and writes it to shared memory, column by column; then its
 // lanes turn to the coordinates of y (as many as fit beside each other, the last is the constant 1
 // that gives V 1), each with kTileRows sums: one load of y and a few of V, that all lanes share,
@@ -121,17 +93,17 @@ struct SideSumKernel {
   using Cost = typename Tiles::Cost;
   static constexpr int kThreads = kSolveThreads;
   static constexpr int kWarps = kThreads / kWarp;
-  static constexpr int kRows = kSideRows;
-  static constexpr int kTile = kWarp * kVector<T>;              // columns
-  static constexpr int64_t kPlan = kWarps * kTile * kTileRows;  // shared elements of V
+  static constexpr int kTile = kWarp * kVector<T>;  // columns
+  // Bytes of shared memory before the stages: V of each warp.
+  static constexpr int64_t kStages =
+      kArgumentBytes + kWarps * kTile * kTileRows * static_cast<int64_t>(sizeof(T));
 
   SideSums<T, Weights> sums;
 
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const {
-    sums.for_problems(
-        block, kRows,
-        [&](const RowTiles<T>& tiles, const SideItem<T, Weights>& p, int64_t batch, T* out) {
+    sums.of_block(
+        block, [&](const RowTiles<T>& tiles, const SideItem<T, Weights>& p, int64_t batch, T* out) {
           rows(block, tiles, p.weights, batch, p.y + batch * p.m * tiles.d, out);
         });
   }
@@ -144,14 +116,12 @@ struct SideSumKernel {
   OTLOSS_DEVICE static void rows(Block& block, const RowTiles<T>& tiles, const Weights& weights,
                                  int64_t batch,
                                  const T* y,  // (m, d)
-                                 T* out) {    // (rows, d + 1)
-    const int count = static_cast<int>(tiles.last - tiles.first);
-    Vector<T>* const V =  // (kTile, kVectors) of this warp
+                                 T* out) {    // (n, d + 1)
+    Vector<T>* const V =                      // (kTile, kVectors) of this warp
         block.template shared<Vector<T>>() + kArgumentBytes / static_cast<int>(sizeof(Vector<T>)) +
         block.thread() / kWarp * kTile * kVectors;
-    using Maker = typename Tiles::template Maker<T, Block>;
-    Maker maker(block, tiles, tile_shape<T>(kWarps, tiles.d, Maker::stage_elements(tiles)));
-    maker.run(tiles.first, count, [&](const Entries& e) {
+    typename Tiles::template Maker<T, Block> maker(block, tiles, kStages);
+    maker.run([&](const Entries& e) {
       block.warp_sync();  // the tile before was read
       write_weights(e, weights, batch, V + block.thread() % kWarp * kVectors);
       block.warp_sync();
@@ -207,29 +177,10 @@ struct SideSumKernel {
 #pragma unroll
       for (int r = 0; r < kTileRows; ++r) {
         if (r >= e.rows) continue;
-        T& total = out[(e.local + r) * (d + 1) + k];
+        T& total = out[(e.row + r) * (d + 1) + k];
         total = first == tiles.begin ? sum[r] : total + sum[r];
       }
     }
-  }
-};
-
-// By tensor cores, see tensor_side_sums.cuh.
-template <class Weights, class Tiles>
-struct TensorSideSumKernel {
-  static constexpr int kThreads = kSolveThreads;
-  static constexpr int kRows = SideSumShape::kRows;
-
-  SideSums<float, Weights> sums;
-
-  template <class Block>
-  OTLOSS_DEVICE void operator()(Block& block) const {
-    using Sums = TensorSideSums<typename Tiles::Cost, Tiles::kLow, Weights, Block>;
-    sums.for_problems(block, kRows,
-                      [&](const RowTiles<float>& tiles, const SideItem<float, Weights>& p,
-                          int64_t batch, float* out) {  // (rows, d + 1)
-                        Sums(block, tiles, p.weights, batch, out).run();
-                      });
   }
 };
 
@@ -238,24 +189,52 @@ template <typename T, class Weights>
 struct JoinKernel {
   static constexpr int kThreads = 256;
 
-  Pack<SideItem<T, Weights>> items;
-  int64_t splits;
+  SideSums<T, Weights> sums;
 
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const {
-    const SideItem<T, Weights>& p = items.items[block.z()];
-    const int64_t d = p.points.d, width = p.n * (d + 1), e = block.x() * kThreads + block.thread();
-    if (e >= width) return;
-    const int64_t i = e / (d + 1), k = e % (d + 1);
-    const int64_t share = SideSums<T, Weights>::share(p.m, splits);
-    for (int64_t batch = block.y(); batch < p.batch; batch += kGridY) {
+    with_problem(block, sums.items, sums.blocks, [&](const auto& p, int64_t batch, int64_t number) {
+      const int64_t d = p.points.d, width = p.n * (d + 1), e = number * kThreads + block.thread();
+      if (e >= width) return;
+      const int64_t i = batch * p.n + e / (d + 1), k = e % (d + 1);
       double total = 0;
-      for (int64_t split = 0; split * share < p.m; ++split)
-        total += static_cast<double>(p.partial[(batch * splits + split) * width + e]);
-      (k < d ? p.out.product[(batch * p.n + i) * d + k] : p.out.sum[batch * p.n + i]) =
-          static_cast<T>(total);
-    }
+      for (int64_t split = 0; split < sums.splits; ++split)
+        total += static_cast<double>(p.partial[(batch * sums.splits + split) * width + e]);
+      (k < d ? p.out.product[i * d + k] : p.out.sum[i]) = static_cast<T>(total);
+    });
   }
 };
+
+template <typename T, class Weights>
+void sum_sides(const Context& context, const std::vector<SideItem<T, Weights>>& sides, T k) {
+  const Limits device = limits(context.device);
+  for_each_pack(sides, [&](const Pack<SideItem<T, Weights>>& pack) {
+    const PackedPair<T>& points = pack.items[0].points;
+    const Shape shape = shape_of<T>(pack);
+    const int64_t rows = ceil_div(shape.n, kSideRows), d = points.d;
+    // Columns are split until a few rounds of blocks fill the device.
+    constexpr int64_t kRounds = 4;
+    const int64_t wanted =
+        kRounds * device.multiprocessors / std::max<int64_t>(1, shape.problems * rows);
+    SideSums<T, Weights> sums{pack, k, 1, 0};
+    sums.splits = std::min(std::max<int64_t>(1, wanted), ceil_div(shape.m, kPackedAlign));
+    sums.blocks = rows * sums.splits;
+    const auto launch_all = [&](const auto& kernel, int64_t shared) {
+      launch(context, kernel,
+             Grid{shape.problems * kernel.sums.blocks, static_cast<size_t>(shared)});
+    };
+    if (points.C != nullptr) return launch_all(CostKernel<T, Weights>{sums}, kArgumentBytes);
+    for (int i = 0; i < pack.count; ++i) {
+      SideItem<T, Weights>& p = sums.items.items[i];
+      p.partial = context.scratch<T>(p.batch * sums.splits * p.n * (d + 1));
+    }
+    dispatch_tiles(points.kind, d, [&](auto tiles) {
+      using Kernel = SideSumKernel<T, Weights, decltype(tiles)>;
+      launch_all(Kernel{sums}, Kernel::kStages + kFmaRoom);
+    });
+    sums.blocks = ceil_div(shape.n * (d + 1), JoinKernel<T, Weights>::kThreads);
+    launch_all(JoinKernel<T, Weights>{sums}, 0);
+  });
+}
 
 }  // namespace otloss::cuda

@@ -8,9 +8,9 @@
 // number where e is 0. e, and then R, are made from the costs, once for the rows and once for the
 // columns: sweeps (../pass/sweeps.cuh) with a block for each problem between them. The recursion
 // keeps its vectors, L (n + 2 m) values; C_bar, or what the points receive, is a plain sum over the
-// iterations afterwards (point_sums_launch.cuh).
+// iterations afterwards (side_sums.h).
 #include "core/penalty.h"
-#include "cuda/gradient/point_sums.h"
+#include "cuda/gradient/side_sums.h"
 #include "cuda/pass/sweeps.cuh"
 
 namespace otloss::cuda {
@@ -24,6 +24,17 @@ struct Masses {
   Masses() = default;
   OTLOSS_HOST_DEVICE Masses(double of_a, double given_b, bool balanced)
       : a(of_a), b(balanced ? of_a : given_b), ratio(balanced ? of_a / given_b : 1.0) {}
+};
+
+// The vectors of all iterations of a group.
+template <typename T>
+struct IterationsOfPoints {
+  PackedPair<T> points;
+  T* F;      // (B, packed_stride(n)) k f + log2 a of the last iteration
+  T* G;      // (B, packed_stride(m)) k g + log2 b
+  T* R;      // (B, L, n) f_bar times the damping of f
+  T* g_bar;  // (B, L, m) times the damping of g
+  T* H;      // (B, L, m) k g' + log2 b
 };
 
 template <typename T>
@@ -85,7 +96,7 @@ class Adjoint {
     if (block_.thread() == 0) {
       state_.masses = Masses(sums[0], sums[1], p_.penalties.balanced);
       work_.orders.place(team_.index(), all_.points, p_, batch_, p_.made.symmetric,
-                         kLog2E / work_.eps);
+                         kLog2E / work_.eps, nullptr, nullptr);
     }
     block_.sync();
     make_H(p_.L - 1);
@@ -120,14 +131,15 @@ class Adjoint {
 
   OTLOSS_DEVICE bool ask(int64_t l, int side, RowSum what, const T* x) {
     const Exponents of = exponents(l);
-    const PackedPair<T>& points = all_.points;
-    const SweepSide<T> rows{points.x.cloud(batch_, points.d, p_.n), of.F};
-    const SweepSide<T> columns{points.y.cloud(batch_, points.d, p_.m), of.G};
-    rows.pad(block_), columns.pad(block_);
+    SweepOrder<T>& order = work_.orders.of[team_.index()];
     block_.sync();
-    if (block_.thread() != 0) return false;
-    state_.l = l;
-    set_order(work_.orders.of[team_.index()], side, what, x, rows, columns);
+    if (block_.thread() == 0) {
+      state_.l = l;
+      order.sides[0].exponents = of.F, order.sides[1].exponents = of.G;
+      order.ask(side, what, x);
+    }
+    block_.sync();
+    order.sides[0].pad(block_), order.sides[1].pad(block_);
     return false;
   }
 
@@ -282,6 +294,41 @@ OTLOSS_DEVICE bool AdjointWork<T>::advance(Block& block, Team<Block>& team, Stat
   return first ? adjoint.open() : adjoint.advance();
 }
 
+// The gradients of the costs, or the sums that the points want.
+template <typename T>
+void sum_iterations(const Context& context, const Pack<UnrolledGroup<T>>& pack,
+                    const IterationsOfPoints<T> (&iterations)[kMaxGroups], double eps,
+                    Objective objective) {
+  std::vector<SideItem<T, Iterations<T>>> sides;
+  const double k = kLog2E / eps;
+  for (int i = 0; i < pack.count; ++i) {
+    const UnrolledGroup<T>& p = pack.items[i];
+    const IterationsOfPoints<T>& all = iterations[i];
+    const Penalty x{1 / p.penalties.rho_x}, y{1 / p.penalties.rho_y};
+    IterationSide<T> rows{}, columns{};
+    rows.plan = all.F, rows.trace = p.trace, rows.weight = p.a, rows.R = all.R;
+    rows.count = p.n, rows.stride = packed_stride(p.n);
+    rows.to_base = static_cast<T>(k), rows.to_other = static_cast<T>(k / x.damping(eps));
+    columns.plan = all.G, columns.trace = p.trace + p.n, columns.weight = p.b;
+    columns.g_bar = all.g_bar, columns.H = all.H;
+    columns.count = p.m, columns.stride = packed_stride(p.m);
+    columns.to_base = static_cast<T>(k / y.damping(eps));
+    Iterations<T> of_x{rows,
+                       columns,
+                       p.L,
+                       p.n + p.m,
+                       p.grad,
+                       p.coefficient,
+                       of_cost<T>(objective, eps),
+                       objective == Objective::kTransport,
+                       p.made.symmetric};
+    Iterations<T> of_y = of_x;
+    std::swap(of_y.rows, of_y.columns);
+    add_sides<T>(p, all.points, all.F, all.G, of_x, of_y, &sides);
+  }
+  sum_sides(context, sides, static_cast<T>(k));
+}
+
 template <typename T>
 void backward(const Context& context, const Pack<UnrolledGroup<T>>& pack, double eps,
               Objective objective, Packer<T>& packer) {
@@ -290,7 +337,7 @@ void backward(const Context& context, const Pack<UnrolledGroup<T>>& pack, double
   const SolvePlan plan = products_plan(context, shape, pack.items[0]);
   AdjointWork<T> work{};
   work.pack = pack, work.eps = eps, work.objective = objective;
-  SweepArguments<RowSums<T>> sweep;
+  SweepArguments<T, T> sweep;
   const Grid grid = plan_sweeps(context, shape, plan, &work.orders, &sweep);
   work.vectors = context.scratch<T>(shape.problems * 3 * plan.vector_length);
   work.grads = context.scratch<double>(shape.problems * 2 * plan.vector_length);
@@ -312,10 +359,9 @@ void backward(const Context& context, const Pack<UnrolledGroup<T>>& pack, double
     clear(context, all.F, F * static_cast<int64_t>(sizeof(T)));
     clear(context, all.G, G * static_cast<int64_t>(sizeof(T)));
   }
-  run_controls(context, work, shape.problems, most, [&](Queue& queue) {
-    queue_sweep<Products>(queue, sweep, work.all[0].points, grid);
-  });
-  unrolled_sums(context, pack, work.all, eps, objective);
+  run_controls(context, work, shape.problems, most,
+               [&](Queue& queue) { queue_sweep<true>(queue, sweep, work.all[0].points, grid); });
+  sum_iterations(context, pack, work.all, eps, objective);
 }
 
 }  // namespace

@@ -37,22 +37,22 @@ struct AxisKernel {
 
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const {
-    for (int64_t at = block.x() * kThreads + block.thread(); at < count; at += kGridX * kThreads) {
-      const int64_t i = at / inner % n, first = at - i * inner, batch = at / size;
-      double most = 2 * kLog2Zero, sum = 0;
-      for (int64_t j = 0; j < n; ++j) {
-        const double t = term(first, i, j);
-        most = t > most ? t : most;
-      }
-      for (int64_t j = 0; j < n; ++j) sum += fast_exp2(term(first, i, j) - most);
-      to.v[at] = units_out * (most + fast_log2(sum));
-      for (int64_t c = 0; c < channels; ++c) {
-        const int64_t shift = (batch * (channels - 1) + c) * size;  // from (B, N) to (B, c, N)
-        double mean = 0;
-        for (int64_t j = 0; j < n; ++j)
-          mean += fast_exp2(term(first, i, j) - most) * from.u[first + shift + j * inner];
-        to.u[at + shift] = mean / sum;
-      }
+    const int64_t at = block.x() * kThreads + block.thread();
+    if (at >= count) return;
+    const int64_t i = at / inner % n, first = at - i * inner, batch = at / size;
+    double most = 2 * kLog2Zero, sum = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      const double t = term(first, i, j);
+      most = t > most ? t : most;
+    }
+    for (int64_t j = 0; j < n; ++j) sum += fast_exp2(term(first, i, j) - most);
+    to.v[at] = units_out * (most + fast_log2(sum));
+    for (int64_t c = 0; c < channels; ++c) {
+      const int64_t shift = (batch * (channels - 1) + c) * size;  // from (B, N) to (B, c, N)
+      double mean = 0;
+      for (int64_t j = 0; j < n; ++j)
+        mean += fast_exp2(term(first, i, j) - most) * from.u[first + shift + j * inner];
+      to.u[at + shift] = mean / sum;
     }
   }
 
@@ -71,8 +71,7 @@ void grid_means(const Context& context, const GridMeans& p) {
   kernel.channels = p.channels;
   Arrays here{p.v, p.u}, there{context.scratch<double>(kernel.count), nullptr};
   if (p.channels > 0) there.u = context.scratch<double>(kernel.count * p.channels);
-  Grid grid;
-  grid.x = std::min(ceil_div(kernel.count, AxisKernel::kThreads), kGridX);
+  const Grid grid{ceil_div(kernel.count, AxisKernel::kThreads)};
   const auto pass = [&](int64_t n, int64_t inner, const double* C, double k) {
     kernel.n = n, kernel.inner = inner, kernel.C = C, kernel.k = k;
     kernel.from = here, kernel.to = there;

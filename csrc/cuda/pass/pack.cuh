@@ -1,8 +1,4 @@
 // Packing of prepared clouds for the kernels that make costs on the way (tiles.cuh), once per call.
-//
-//     PackKernel     points by coordinates, so that a warp reads neighbouring points
-//     ScaleKernel    the power of two that a cloud is scaled by for tensor cores   block: a cloud
-//     SplitKernel    high and low halves                    thread: 8 coordinates of a point
 #pragma once
 
 #include <algorithm>
@@ -19,61 +15,11 @@ namespace otloss::cuda {
 // Where the costs of a group are: stored, or made from points.
 template <typename T>
 struct PackedPair {
-  TileKind tiles;  // who makes them
   CostKind kind;
   int64_t d;   // coordinates
   const T* C;  // (B, n, m), or null
   PackedClouds<T> x, y;
 };
-
-// A tile of kWarp points and kWarp coordinates through shared memory.
-template <typename T>
-struct PackKernel {
-  static constexpr int kThreads = 256;
-  static constexpr int kLines = kThreads / kWarp;
-  static_assert(kPackedAlign == kWarp, "a block makes whole lines");
-
-  int64_t batch, n, d, stride;
-  const T* z;     // (B, n, d)
-  const T* norm;  // (B, n)
-  T* packed;      // (B, d + 1, stride) out
-
-  template <class Block>
-  OTLOSS_DEVICE void operator()(Block& block) const {
-    T* tile = block.template shared<T>();  // (kWarp, kWarp + 1)
-    const int lane = block.thread() % kWarp, line = block.thread() / kWarp;
-    const int64_t first = block.x() * kWarp;
-    for (int64_t b = block.y(); b < batch; b += kGridY)
-      for (int64_t k0 = block.z() * kWarp; k0 <= d; k0 += kGridY * kWarp) {
-        for (int row = line; row < kWarp; row += kLines) {
-          const int64_t i = first + row, k = k0 + lane;
-          T value = T(0);
-          if (i < n && k < d) value = z[(b * n + i) * d + k];
-          if (i < n && k == d) value = norm[b * n + i];
-          tile[row * (kWarp + 1) + lane] = value;
-        }
-        block.sync();
-        for (int row = line; row < kWarp && k0 + row <= d; row += kLines)
-          packed[(b * (d + 1) + k0 + row) * stride + first + lane] = tile[lane * (kWarp + 1) + row];
-        block.sync();
-      }
-  }
-};
-
-// (B, d + 1, packed_stride(n))
-template <typename T>
-const T* pack(const Context& context, int64_t batch, int64_t n, int64_t d, const T* z,
-              const T* norm) {
-  const int64_t stride = packed_stride(n);
-  T* packed = context.scratch<T>(batch * (d + 1) * stride);
-  Grid grid;
-  grid.x = stride / kWarp;
-  grid.y = std::min(batch, kGridY);
-  grid.z = std::min(ceil_div(d + 1, kWarp), kGridY);
-  grid.shared = kWarp * (kWarp + 1) * sizeof(T);
-  launch(context, PackKernel<T>{batch, n, d, stride, z, norm, packed}, grid);
-  return packed;
-}
 
 // The largest power of two that keeps a point within 2^15, from the largest squared norm; 1 / it is
 // a normal number, as is 1 / (its square).
@@ -86,90 +32,75 @@ OTLOSS_HOST_DEVICE float split_scale(float largest) {
   return bit_cast<float>(static_cast<uint32_t>(kept + 127) << 23);
 }
 
-struct ScaleKernel {
-  static constexpr int kThreads = 512;
-  static constexpr int kWarps = kThreads / kWarp;
-
-  int64_t n;
-  const float* norm;  // (B, n) squared, or null: points of length 1
-  float* scale;       // (B,) out
-
-  template <class Block>
-  OTLOSS_DEVICE void operator()(Block& block) const {
-    float* const parts = block.template shared<float>();  // (kWarps,)
-    const int64_t b = block.x();
-    float largest = norm == nullptr ? 1.0f : 0.0f;
-    for (int64_t i = block.thread(); norm != nullptr && i < n; i += kThreads) {
-      const float h = norm[b * n + i];
-      // A cloud that is not finite is not solved.
-      if (h > largest && h <= std::numeric_limits<float>::max()) largest = h;
-    }
-    for (int mask = kWarp / 2; mask > 0; mask /= 2)
-      largest = Max::join(largest, block.shuffle_xor(largest, mask));
-    if (block.thread() % kWarp == 0) parts[block.thread() / kWarp] = largest;
-    block.sync();
-    if (block.thread() != 0) return;
-    for (int w = 0; w < kWarps; ++w) largest = Max::join(largest, parts[w]);
-    scale[b] = split_scale(largest);
-  }
-};
-
-struct SplitKernel {
-  static constexpr int kThreads = 256;
+// Points by coordinates, so that a warp reads neighbouring points, and for tensor cores the high
+// and low halves of scaled points. A thread has kPiece coordinates of a point.
+template <typename T>
+struct PackKernel {
+  static constexpr int kThreads = 256, kWarps = kThreads / kWarp;
   static constexpr int kPiece = 8;
 
-  int64_t batch, n, d, stride;
-  const float* z;      // (B, n, d)
-  const float* scale;  // (B,)
-  uint16_t* halves;    // (B, split_depth(d) / 8, 2, stride, 8) out
+  int64_t n, d, stride, pieces;  // pieces: of a point
+  bool unit_norm;
+  const T* z;        // (B, n, d)
+  const T* norm;     // (B, n)
+  T* points;         // (B, d + 1, stride) out: points, then norms
+  uint16_t* halves;  // (B, split_depth(d) / kPiece, 2, stride, kPiece) out, or null
+  float* scale;      // (B,) out
 
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const {
-    const int64_t i = block.x() * kThreads + block.thread(), pieces = split_depth(d) / kPiece;
-    if (i >= stride) return;
-    for (int64_t b = block.y(); b < batch; b += kGridY)
-      for (int64_t piece = block.z(); piece < pieces; piece += kGridY) split(b, piece, i);
+    const int64_t blocks = ceil_div(stride, kThreads), part = block.x() / blocks;
+    const int64_t batch = part / pieces, first = part % pieces * kPiece;
+    const int64_t i = block.x() % blocks * kThreads + block.thread();
+    T* const to = points + batch * (d + 1) * stride + i;
+    T own[kPiece];
+#pragma unroll
+    for (int c = 0; c < kPiece; ++c) {
+      const int64_t k = first + c;
+      own[c] = i < n && k < d ? z[(batch * n + i) * d + k] : T(0);
+      if (i < stride && k < d) to[k * stride] = own[c];
+    }
+    if (i < stride && first == 0) to[d * stride] = i < n ? norm[batch * n + i] : T(0);
+    if constexpr (std::is_same_v<T, float>) {
+      if (halves == nullptr) return;
+      const float by = unit_norm ? split_scale(1.0f) : split_scale(longest(block, batch));
+      if (i == 0 && first == 0) scale[batch] = by;
+      if (i < stride) split(own, by, halves + (part * 2 * stride + i) * kPiece);
+    }
   }
 
  private:
-  OTLOSS_DEVICE void split(int64_t b, int64_t piece, int64_t i) const {
+  // The largest squared norm of a cloud.
+  template <class Block>
+  OTLOSS_DEVICE T longest(Block& block, int64_t batch) const {
+    T* const parts = block.template shared<T>();  // (kWarps,)
+    T most = T(0);
+    for (int64_t i = block.thread(); i < n; i += kThreads) {
+      const T h = norm[batch * n + i];
+      // A cloud that is not finite is not solved.
+      if (h > most && h <= std::numeric_limits<T>::max()) most = h;
+    }
+    for (int mask = kWarp / 2; mask > 0; mask /= 2)
+      most = Max::join(most, block.shuffle_xor(most, mask));
+    if (block.thread() % kWarp == 0) parts[block.thread() / kWarp] = most;
+    block.sync();
+    for (int w = 0; w < kWarps; ++w) most = Max::join(most, parts[w]);
+    return most;
+  }
+
+  OTLOSS_DEVICE void split(const T (&own)[kPiece], float by, uint16_t* to) const {
     alignas(16) uint16_t high[kPiece], low[kPiece];
 #pragma unroll
     for (int c = 0; c < kPiece; ++c) {
-      const int64_t k = piece * kPiece + c;
-      const float value = i < n && k < d ? scale[b] * z[(b * n + i) * d + k] : 0.0f;
+      const float value = by * own[c];
       high[c] = to_half(value);
       low[c] = to_half(value - from_half(high[c]));
     }
-    uint16_t* const to =
-        halves + ((b * (split_depth(d) / kPiece) + piece) * 2 * stride + i) * kPiece;
-    store(high, to);
-    store(low, to + stride * kPiece);
-  }
-
-  // 16 bytes.
-  static OTLOSS_DEVICE void store(const uint16_t (&from)[kPiece], uint16_t* to) {
-    *reinterpret_cast<Vector<float>*>(to) = *reinterpret_cast<const Vector<float>*>(from);
+    *reinterpret_cast<Vector<float>*>(to) = *reinterpret_cast<const Vector<float>*>(high);
+    *reinterpret_cast<Vector<float>*>(to + stride * kPiece) =
+        *reinterpret_cast<const Vector<float>*>(low);
   }
 };
-
-// The halves of packed clouds.
-inline void split(const Context& context, int64_t batch, int64_t n, int64_t d, const float* z,
-                  const float* squared_norm, PackedClouds<float>* clouds) {
-  const int64_t stride = packed_stride(n);
-  float* const scale = context.scratch<float>(batch);
-  uint16_t* const halves = context.scratch<uint16_t>(batch * 2 * split_depth(d) * stride);
-  Grid grid;
-  grid.x = batch;
-  grid.shared = ScaleKernel::kWarps * sizeof(float);
-  launch(context, ScaleKernel{n, squared_norm, scale}, grid);
-  grid.x = ceil_div(stride, SplitKernel::kThreads);
-  grid.y = std::min(batch, kGridY);
-  grid.z = std::min(split_depth(d) / SplitKernel::kPiece, kGridY);
-  grid.shared = 0;
-  launch(context, SplitKernel{batch, n, d, stride, z, scale, halves}, grid);
-  clouds->halves = halves, clouds->scale = scale;
-}
 
 // Who makes costs of points, if they are not stored.
 template <typename T>
@@ -188,12 +119,8 @@ class Packer {
 
   PackedPair<T> operator()(int64_t batch, int64_t n, int64_t m, const PointPair<T>& points,
                            const T* C = nullptr) {
-    if (C != nullptr) return {TileKind::kStored, points.kind, points.d, C, {}, {}};
-    return {tiles_,
-            points.kind,
-            points.d,
-            nullptr,
-            packed(batch, n, points, points.zx, points.hx),
+    if (C != nullptr) return {points.kind, points.d, C, {}, {}};
+    return {points.kind, points.d, nullptr, packed(batch, n, points, points.zx, points.hx),
             packed(batch, m, points, points.zy, points.hy)};
   }
 
@@ -202,10 +129,20 @@ class Packer {
                                 const T* norm) {
     PackedClouds<T>& clouds = packed_[z];
     if (clouds.points != nullptr) return clouds;
-    clouds.points = pack(context_, batch, n, p.d, z, norm);
-    if constexpr (std::is_same_v<T, float>)
-      if (tiles_ != TileKind::kFma)
-        split(context_, batch, n, p.d, z, traits_of(p.kind).unit_norm ? nullptr : norm, &clouds);
+    using Kernel = PackKernel<T>;
+    const int64_t stride = packed_stride(n), depth = split_depth(p.d);
+    Kernel kernel{
+        n,       p.d,     stride, depth / Kernel::kPiece, traits_of(p.kind).unit_norm, z, norm,
+        nullptr, nullptr, nullptr};
+    kernel.points = context_.scratch<T>(batch * (p.d + 1) * stride);
+    if (tiles_ == TileKind::kTensor || tiles_ == TileKind::kTensorHigh) {
+      kernel.halves = context_.scratch<uint16_t>(batch * 2 * depth * stride);
+      kernel.scale = context_.scratch<float>(batch);
+    }
+    launch(context_, kernel,
+           Grid{batch * kernel.pieces * ceil_div(stride, Kernel::kThreads),
+                Kernel::kWarps * sizeof(T)});
+    clouds = {kernel.points, kernel.halves, kernel.scale};
     return clouds;
   }
 

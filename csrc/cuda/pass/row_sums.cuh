@@ -1,8 +1,8 @@
 // Sums over the rows of a cost matrix, stored or made from the points on the way.
 //
 // A block has some of the rows and passes over all columns, or over a part of them. Tiles of costs
-// come from a maker (tiles.cuh); per entry there is one exponential, and a few shuffles add up the
-// rows of a tile. Sums of a tile are in the working precision, sums over tiles in double.
+// come from a maker (tiles.cuh), and there is one exponential per entry. A thread sums up its own
+// entries of each row, and all threads that have a row join their sums after the last tile.
 #pragma once
 
 #include <limits>
@@ -27,12 +27,10 @@ struct FmaTiles {
   template <typename T, class Block>
   using Maker = TileMaker<Cost, kDifference, T, Block>;
 };
-template <class CostOf, bool kLowHalves>
+template <class Cost, bool kLow>
 struct TensorTiles {
-  using Cost = CostOf;
-  static constexpr bool kLow = kLowHalves;
   template <typename T, class Block>
-  using Maker = TensorTileMaker<Cost, RowSumShape, kLow, Block>;
+  using Maker = TensorTileMaker<Cost, kLow, Block>;
 };
 
 struct StoredTiles {};  // a maker for each side
@@ -74,143 +72,132 @@ template <typename T, typename S = T>
 struct RowSums {
   RowTiles<T> tiles;
   RowSum what;
-  int side;      // 0: the rows are the problem's, 1: its columns
-  const S* x;    // (columns,) factors (ProductTerms), or null: 1
-  S* out;        // (last - first,)
-  int64_t sums;  // bytes of shared memory before the streamed_sums doubles; the arguments' precede
+  const S* x;  // (columns,) factors (kProducts), or null: 1
+  S* out;      // (rows,)
 };
 
 OTLOSS_DEVICE double join_sums(RowSum what, double x, double y) {
   return what == RowSum::kLargest ? Max::join(x, y) : Sum::join(x, y);
 }
 
-// Joined over the lanes that have the same rows: lane l of them gets row l / (kLanes / kRows).
-template <RowSum kWhat, typename T, class Layout, class Block>
-OTLOSS_DEVICE T tile_sum(Block& block, const TileEntries<T, Layout>& e) {
-  using Join = std::conditional_t<kWhat == RowSum::kLargest, Max, Sum>;
-  T sums[Layout::kRows];
-#pragma unroll
-  for (int r = 0; r < Layout::kRows; ++r) {
-    const T F = e.potential(r);
-#pragma unroll
-    for (int c = 0; c < Layout::kColumns; ++c) {
-      const T t = e.exponent(F, r, c);
-      T term = t;
-      if constexpr (kWhat == RowSum::kPlan) term = fast_exp2_unclamped(t);
-      if constexpr (kWhat == RowSum::kCost)  // a clamped exponential stands for 0
-        term = t > static_cast<T>(-kExp2Limit) ? fast_exp2(t) * e.cost[r][c] : T(0);
-      sums[r] = c == 0 ? term : Join::join(sums[r], term);
+// A sum over many tiles; in single precision with the rounding errors made up for.
+template <typename S>
+struct Total {
+  S sum = S(0), lost = S(0);
+
+  OTLOSS_DEVICE void add(S x) {
+    if constexpr (sizeof(S) == sizeof(double)) {
+      sum += x;
+    } else {
+      const S rest = x - lost, more = sum + rest;
+      lost = (more - sum) - rest;
+      sum = more;
     }
   }
-  return scatter_reduce<Join, Layout::kLanes>(block, sums);
-}
-
-// What add_rows adds up. kPlan has one of its own, whose registers need not do for the others.
-template <typename T, bool kPlan>
-class RowTerms {
- public:
-  using Arguments = RowSums<T>;
-  using Value = T;
-
-  OTLOSS_DEVICE explicit RowTerms(const Arguments& p) : what_(kPlan ? RowSum::kPlan : p.what) {}
-
-  OTLOSS_DEVICE T start() const {
-    return what_ == RowSum::kLargest ? std::numeric_limits<T>::lowest() : T(0);
-  }
-  OTLOSS_DEVICE double join(double x, double y) const { return join_sums(what_, x, y); }
-
-  template <class Block, class Entries>
-  OTLOSS_DEVICE T of_tile(Block& block, const Entries& e) const {
-    return kPlan                    ? tile_sum<RowSum::kPlan>(block, e)
-           : what_ == RowSum::kCost ? tile_sum<RowSum::kCost>(block, e)
-                                    : tile_sum<RowSum::kLargest>(block, e);
-  }
-
- private:
-  const RowSum what_;
 };
 
-// The sums over a plan times the factors x of its columns, for gradients.
+// What is added up of a tile's entries, in kernels or loops of their own: what a pass of the solver
+// wants, whatever else it wants, and the sums over a plan times the factors x of its columns, for
+// gradients.
 //
-// F_i + G_j is added first and costs do not depend on which side is first, so that both sides get
-// the same P_ij, bit for bit, as if it was kept: the linear system of the implicit gradient stays
-// symmetric. Tensor cores would not do that, nor are they used.
-template <typename T, typename S, class Layout>
-class ProductTerms {
+// Of products F_i + G_j is added first and costs do not depend on which side is first, so that both
+// sides get the same P_ij, bit for bit, as if it was kept: the linear system of the implicit
+// gradient stays symmetric. Tensor cores would not do that, nor are they used.
+enum class Terms { kPass, kOther, kProducts };
+
+template <Terms kTerms, typename T, typename S, class Layout>
+class RowTerms {
  public:
-  using Arguments = RowSums<T, S>;
-  using Value = S;
+  OTLOSS_DEVICE explicit RowTerms(const RowSums<T, S>& p)
+      : p_(p), what_(kTerms == Terms::kPass ? RowSum::kPlan : p.what) {
+    if (what_ != RowSum::kLargest) return;
+#pragma unroll
+    for (int r = 0; r < Layout::kRows; ++r) totals_[r].sum = std::numeric_limits<S>::lowest();
+  }
 
-  OTLOSS_DEVICE explicit ProductTerms(const Arguments& p) : p_(p) {}
+  OTLOSS_DEVICE void add(const TileEntries<T, Layout>& e) {
+    const auto exponent = [&](int r, int c) { return e.F[r] + (e.G[c] - e.k * e.cost[r][c]); };
+    if constexpr (kTerms == Terms::kPass)
+      add_terms([&](int r, int c) { return fast_exp2_unclamped(exponent(r, c)); });
+    else if constexpr (kTerms == Terms::kProducts)
+      add_products(e);
+    else if (what_ == RowSum::kCost)
+      add_terms([&](int r, int c) { return of_plan(exponent(r, c)) * e.cost[r][c]; });
+    else
+      for_entries<Layout>(
+          [&](int r, int c) { totals_[r].sum = Max::join(totals_[r].sum, exponent(r, c)); });
+  }
 
-  OTLOSS_DEVICE S start() const { return S(0); }
-  OTLOSS_DEVICE double join(double x, double y) const { return x + y; }
-
-  // Joined over the warp as in tile_sum.
+  OTLOSS_DEVICE S join(S x, S y) const {
+    return what_ == RowSum::kLargest ? Max::join(x, y) : Sum::join(x, y);
+  }
+  // Lane l of those that have the same rows gets row l / (kLanes / kRows).
   template <class Block>
-  OTLOSS_DEVICE S of_tile(Block& block, const TileEntries<T, Layout>& e) {
-    load(e.column);
+  OTLOSS_DEVICE S joined(Block& block) const {
     S sums[Layout::kRows];
 #pragma unroll
-    for (int r = 0; r < Layout::kRows; ++r) {
-      const T F = e.potential(r);
-      sums[r] = S(0);
-#pragma unroll
-      for (int c = 0; c < Layout::kColumns; ++c) {
-        const T t = (F + e.G[c]) - e.k * e.cost[r][c];
-        // A clamped exponential stands for 0, so that padding gets exactly 0.
-        T p = t > static_cast<T>(-kExp2Limit) ? fast_exp2(t) : T(0);
-        if (p_.what == RowSum::kCost) p = p != T(0) ? p * e.cost[r][c] : T(0);
-        sums[r] += static_cast<S>(p) * x_[c];
-      }
-    }
-    return scatter_reduce<Sum, Layout::kLanes>(block, sums);
+    for (int r = 0; r < Layout::kRows; ++r) sums[r] = totals_[r].sum;
+    return what_ == RowSum::kLargest ? scatter_reduce<Max, Layout::kLanes>(block, sums)
+                                     : scatter_reduce<Sum, Layout::kLanes>(block, sums);
   }
 
  private:
-  // x of the thread's columns, which stay while its tile does.
-  OTLOSS_DEVICE void load(int64_t first) {
-    if (first == column_) return;
-    column_ = first;
+  // A clamped exponential stands for 0, so that padding gets exactly 0.
+  OTLOSS_DEVICE static T of_plan(T t) {
+    return t > static_cast<T>(-kExp2Limit) ? fast_exp2(t) : T(0);
+  }
+  template <typename F>
+  OTLOSS_DEVICE void add_terms(F&& term) {
 #pragma unroll
-    for (int c = 0; c < Layout::kColumns; ++c) {
-      const int64_t j = first + Layout::column(c);
-      x_[c] = j < p_.tiles.end ? p_.x != nullptr ? p_.x[j] : S(1) : S(0);
+    for (int r = 0; r < Layout::kRows; ++r) {
+      S sum = S(0);
+#pragma unroll
+      for (int c = 0; c < Layout::kColumns; ++c) sum += term(r, c);
+      totals_[r].add(sum);
     }
   }
+  OTLOSS_DEVICE void add_products(const TileEntries<T, Layout>& e) {
+    S x[Layout::kColumns];
+#pragma unroll
+    for (int c = 0; c < Layout::kColumns; ++c) {
+      const int64_t j = e.column + Layout::column(c);
+      x[c] = j < p_.tiles.end ? p_.x != nullptr ? p_.x[j] : S(1) : S(0);
+    }
+    add_terms([&](int r, int c) {
+      const T p = of_plan((e.F[r] + e.G[c]) - e.k * e.cost[r][c]);
+      return static_cast<S>(what_ == RowSum::kCost && p != T(0) ? p * e.cost[r][c] : p) * x[c];
+    });
+  }
 
-  const Arguments& p_;
-  int64_t column_ = -1;
-  S x_[Layout::kColumns];
+  const RowSums<T, S>& p_;
+  const RowSum what_;
+  Total<S> totals_[Layout::kRows];
 };
 
 // Sums of a block's rows over all tiles of its columns.
-template <class Maker, class Terms, class Block>
-OTLOSS_DEVICE void add_rows(Block& block, const typename Terms::Arguments& p) {
+template <class Maker, Terms kTerms, typename T, typename S, class Block>
+OTLOSS_DEVICE void add_rows(Block& block, const RowSums<T, S>& p) {
   using Layout = typename Maker::Layout;
-  constexpr int kLanes = Layout::kLanes / Layout::kRows;  // of a row, after the reduction
-  const auto& tiles = p.tiles;
-  double* const sums = reinterpret_cast<double*>(block.template shared<unsigned char>() + p.sums);
-  Maker maker(block, tiles);
-  const int lane = block.thread() % Layout::kLanes, most = maker.most_rows();
-  for (int64_t first = tiles.first; first < tiles.last; first += most) {
-    const int rows = static_cast<int>(tiles.last - first < most ? tiles.last - first : most);
-    Terms terms(p);
-    for (int s = block.thread(); s < maker.warps() * most; s += kSolveThreads)
-      sums[s] = static_cast<double>(terms.start());
-    maker.run(first, rows, [&](const typename Maker::Entries& e) {
-      const typename Terms::Value joined = terms.of_tile(block, e);
-      if (lane % kLanes != 0) return;
-      const int row = e.local + Layout::row(lane / kLanes);
-      double& total = sums[maker.warp_of_group() * most + row];
-      total = terms.join(total, static_cast<double>(joined));
-    });
-    for (int row = block.thread(); row < rows; row += kSolveThreads) {
-      double total = sums[row];
-      for (int w = 1; w < maker.warps(); ++w) total = terms.join(total, sums[w * most + row]);
-      p.out[first - tiles.first + row] = static_cast<typename Terms::Value>(total);
-    }
+  constexpr int kLanes = Layout::kLanes / Layout::kRows;  // of a row, once they are joined
+  Maker maker(block, p.tiles);
+  RowTerms<kTerms, T, S, Layout> terms(p);
+  maker.run([&](const typename Maker::Entries& e) { terms.add(e); });
+  const S joined = terms.joined(block);
+  const int lane = block.thread() % Layout::kLanes;
+  const int64_t row = maker.row() + Layout::row(lane / kLanes);
+  const bool writes = lane % kLanes == 0 && row < p.tiles.last;
+  if constexpr (Maker::kSharing == 1) {
+    if (writes) p.out[row] = joined;
+  } else {  // warps that have the same rows
+    static_assert(Maker::kRows == kWarp && sizeof(double) * kSolveThreads <= kStoredRoom);
+    S* const all = reinterpret_cast<S*>(block.template shared<unsigned char>() + kArgumentBytes);
+    all[block.thread()] = joined;
     block.sync();
+    if (block.thread() >= kWarp || !writes) return;
+    S total = joined;
+    for (int t = block.thread() + kWarp; t < kSolveThreads; t += kWarp)
+      total = terms.join(total, all[t]);
+    p.out[row] = total;
   }
 }
 

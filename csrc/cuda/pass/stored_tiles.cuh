@@ -9,10 +9,11 @@
 
 namespace otloss::cuda {
 
-// Tiles of 8 rows and 128 columns of the matrix.
+// Tiles of 8 rows and 128 columns of the matrix, 64 in double.
+template <typename T>
 struct StoredRows {
-  static constexpr int kRows = kTileRows, kColumns = 4, kLanes = kWarp;
-  static constexpr int kWarpRows = kRows, kWarpColumns = kColumns * kWarp;
+  static constexpr int kRows = kTileRows, kColumns = kVector<T>, kLanes = kWarp;
+  static constexpr int kWarpRows = kRows, kWarpColumns = kColumns * kWarp, kSharing = 1;
   static OTLOSS_HOST_DEVICE constexpr int row(int r) { return r; }
   static OTLOSS_HOST_DEVICE constexpr int column(int c) { return c * kWarp; }
   static OTLOSS_HOST_DEVICE constexpr int64_t at(int64_t i, int64_t j, int64_t width) {
@@ -24,6 +25,7 @@ struct StoredRows {
 struct StoredColumns {
   static constexpr int kRows = 1, kColumns = 16, kLanes = 1;
   static constexpr int kWarpRows = kWarp, kWarpColumns = kColumns;
+  static constexpr int kSharing = kSolveThreads / kWarp;
   static OTLOSS_HOST_DEVICE constexpr int row(int r) { return r; }
   static OTLOSS_HOST_DEVICE constexpr int column(int c) { return c; }
   static OTLOSS_HOST_DEVICE constexpr int64_t at(int64_t i, int64_t j, int64_t width) {
@@ -36,55 +38,51 @@ class StoredTileMaker {
  public:
   using Layout = StoredLayout;
   using Entries = TileEntries<T, Layout>;
-  static constexpr int kWarps = kSolveThreads / kWarp;
-  static_assert(kStreamedRows % Layout::kWarpRows == 0, "whole tiles");
+  static constexpr int kSharing = Layout::kSharing;  // warps that have the same rows
+  static constexpr int kRows = kSolveThreads / kWarp / kSharing * Layout::kWarpRows;
+  static_assert(kPackedAlign % (kSharing * Layout::kWarpColumns) == 0, "their G are there");
 
   OTLOSS_DEVICE StoredTileMaker(Block& block, const RowTiles<T>& tiles)
-      : block_(block), p_(tiles), warp_(block.thread() / kWarp), lane_(block.thread() % kWarp) {}
-
-  // As of the other makers.
-  OTLOSS_DEVICE int most_rows() const { return kStreamedRows; }
-  OTLOSS_DEVICE int warps() const { return kWarps; }
-  OTLOSS_DEVICE int warp_of_group() const { return warp_; }
-
-  template <class Use>
-  OTLOSS_DEVICE void run(int64_t first, int rows, Use&& use) const {
-    block_.sync();  // what is used has been set, and is read afterwards
-    for (int64_t j = p_.begin + warp_ * Layout::kWarpColumns; j < p_.end;
-         j += kWarps * Layout::kWarpColumns)
-      for (int row = 0; row < rows; row += Layout::kWarpRows) {
-        Entries e;
-        load(first, row, j, e);
-        use(e);
-      }
-    block_.sync();
+      : p_(tiles), warp_(block.thread() / kWarp), lane_(block.thread() % kWarp) {
+    first_ = p_.first + warp_ / kSharing * Layout::kWarpRows;
+    e_.set_rows(p_, kOwnRows ? first_ + lane_ : first_);
   }
 
-  // The tile of a warp at row `row` of those from `first` on. Entries past the end repeat the last
-  // ones. Of points that count all costs are finite.
-  OTLOSS_DEVICE void load(int64_t first, int row, int64_t j, Entries& e) const {
-    constexpr bool kOwnRows = Layout::kLanes == 1;
-    e.place(p_, first, row + (kOwnRows ? lane_ : 0), j + (kOwnRows ? 0 : lane_));
+  OTLOSS_DEVICE int64_t row() const { return e_.row; }
+
+  template <class Use>
+  OTLOSS_DEVICE void run(Use&& use) {
+    if (first_ >= p_.last) return;
+    for (int64_t j = p_.begin + warp_ % kSharing * Layout::kWarpColumns; j < p_.end;
+         j += kSharing * Layout::kWarpColumns) {
+      load(j);
+      use(e_);
+    }
+  }
+
+ private:
+  static constexpr bool kOwnRows = Layout::kLanes == 1;
+
+  // Entries past the end repeat the last ones. Of points that count all costs are finite.
+  OTLOSS_DEVICE void load(int64_t j) {
+    e_.column = kOwnRows ? j : j + lane_;
     const auto inside = [](int64_t at, int64_t end) { return at < end ? at : end - 1; };
     for_entries<Layout>([&](int r, int c) {
-      e.cost[r][c] = p_.C[Layout::at(inside(e.row + Layout::row(r), p_.last),
-                                     inside(e.column + Layout::column(c), p_.end), p_.width)];
+      e_.cost[r][c] = p_.C[Layout::at(inside(e_.row + Layout::row(r), p_.last),
+                                      inside(e_.column + Layout::column(c), p_.end), p_.width)];
     });
 #pragma unroll
-    for (int c = 0; c < Layout::kColumns; ++c) {
-      const int64_t j = e.column + Layout::column(c);
-      e.G[c] = j < p_.end ? p_.G[j] : static_cast<T>(kLog2Zero);
-    }
+    for (int c = 0; c < Layout::kColumns; ++c) e_.G[c] = p_.G[e_.column + Layout::column(c)];
     for_entries<Layout>([&](int r, int c) {
-      T& cost = e.cost[r][c];
+      T& cost = e_.cost[r][c];
       cost = fabs(cost) <= std::numeric_limits<T>::max() ? cost : T(0);
     });
   }
 
- private:
-  Block& block_;
   const RowTiles<T>& p_;
   const int warp_, lane_;
+  int64_t first_;  // row of the warp
+  Entries e_;
 };
 
 }  // namespace otloss::cuda

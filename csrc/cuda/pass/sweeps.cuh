@@ -12,13 +12,45 @@
 
 namespace otloss::cuda {
 
-// Order: the RowSums that a problem asks for, of its rows and columns whole.
-template <class Order>
+// A side of a problem in a sweep: all of its points.
+template <typename T>
+struct SweepSide {
+  PackedCloud<T> cloud;
+  T* exponents;  // (cloud.stride,) padded
+
+  // By all threads of a control.
+  template <class Block>
+  OTLOSS_DEVICE void pad(Block& block) const {
+    for (int64_t i = cloud.count + block.thread(); i < cloud.stride; i += kControlThreads)
+      exponents[i] = static_cast<T>(kLog2Zero);
+  }
+};
+
+// The sums that a problem waits for.
+template <typename T, typename S = T>
+struct SweepOrder {
+  RowSum what;
+  int side;            // whose points are the rows; 0: the problem's rows
+  const S* x;          // factors of the other side's points, or null
+  const T* exponents;  // of the rows in place of the side's, or null
+  // What stays.
+  SweepSide<T> sides[2];
+  RowTiles<T> tiles;  // but for rows and columns
+  S* out;             // (parts, length)
+
+  OTLOSS_DEVICE void ask(int of_side, RowSum of_what, const S* factors = nullptr,
+                         const T* of_rows = nullptr) {
+    side = of_side, what = of_what, x = factors, exponents = of_rows;
+  }
+};
+
+template <typename T, typename S>
 struct SweepArguments {
-  const Order* orders;  // (problems,)
-  SweepCut cuts[2];     // by side
-  int64_t blocks;       // of a problem
-  int64_t length;       // out: (parts, length)
+  const SweepOrder<T, S>* orders;  // (problems,)
+  SweepCut cuts[2];                // by side
+  int64_t blocks;                  // of a problem
+  int64_t length;                  // out: (parts, length)
+  int64_t room;                    // see RowTiles
 };
 
 // By all threads of a block, a word each.
@@ -35,106 +67,98 @@ OTLOSS_DEVICE void copy_words(Block& block, const Object* from, Object* to) {
   block.sync();
 }
 
-// Sums of a solve, or with factors.
-struct SolveSums {
-  template <class Maker, typename T, class Block>
-  static OTLOSS_DEVICE void run(Block& block, const RowSums<T>& order) {
-    if (order.what == RowSum::kPlan)
-      add_rows<Maker, RowTerms<T, true>>(block, order);
-    else
-      add_rows<Maker, RowTerms<T, false>>(block, order);
-  }
-};
-struct Products {
-  template <class Maker, typename T, typename S, class Block>
-  static OTLOSS_DEVICE void run(Block& block, const RowSums<T, S>& order) {
-    add_rows<Maker, ProductTerms<T, S, typename Maker::Layout>>(block, order);
-  }
-};
-
-template <typename T, typename S, class Sums, class Tiles>
+template <typename T, typename S, bool kProducts, class Tiles>
 struct SweepKernel {
   static constexpr int kThreads = kSolveThreads;
 
-  SweepArguments<RowSums<T, S>> arguments;
+  SweepArguments<T, S> arguments;
 
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const {
-    const RowSums<T, S>& order = arguments.orders[block.x() / arguments.blocks];
+    const SweepOrder<T, S>& order = arguments.orders[block.x() / arguments.blocks];
     if (order.what == RowSum::kNone) return;
-    static_assert(sizeof(order) <= kArgumentBytes, "raise kArgumentBytes");
     RowSums<T, S>& own = *block.template shared<RowSums<T, S>>();
-    copy_words<kThreads>(block, &order, &own);
-    if (block.thread() == 0) cut(block.x() % arguments.blocks, own);
+    static_assert(sizeof(own) <= kArgumentBytes, "raise kArgumentBytes");
+    if (block.thread() == 0) place(block.x() % arguments.blocks, order, own);
     block.sync();
+    if (own.tiles.first == own.tiles.last) return;
     if constexpr (!std::is_same_v<Tiles, StoredTiles>)
-      Sums::template run<typename Tiles::template Maker<T, Block>>(block, own);
-    else if (own.side == 0)
-      Sums::template run<StoredTileMaker<StoredRows, T, Block>>(block, own);
+      add<typename Tiles::template Maker<T, Block>>(block, own);
+    else if (order.side == 0)
+      add<StoredTileMaker<StoredRows<T>, T, Block>>(block, own);
     else
-      Sums::template run<StoredTileMaker<StoredColumns, T, Block>>(block, own);
+      add<StoredTileMaker<StoredColumns, T, Block>>(block, own);
   }
 
  private:
-  OTLOSS_DEVICE void cut(int64_t number, RowSums<T, S>& own) const {
-    const SweepCut& shares = arguments.cuts[own.side];
-    RowTiles<T>& tiles = own.tiles;
-    const auto least = [](int64_t x, int64_t y) { return x < y ? x : y; };
-    const int64_t part = number % shares.parts, end = tiles.end;
-    const int64_t columns = ceil_div(end, shares.parts * kPackedAlign) * kPackedAlign;
-    tiles.first = least(number / shares.parts * shares.rows, tiles.last);
-    tiles.last = least(tiles.first + shares.rows, tiles.last);
-    tiles.begin = least(part * columns, end);
-    tiles.end = least(tiles.begin + columns, end);
-    tiles.F += tiles.first;
-    own.out += part * arguments.length + tiles.first;
+  template <class Maker, class Block>
+  OTLOSS_DEVICE static void add(Block& block, const RowSums<T, S>& sums) {
+    if constexpr (kProducts)
+      add_rows<Maker, Terms::kProducts>(block, sums);
+    else if (sums.what == RowSum::kPlan)
+      add_rows<Maker, Terms::kPass>(block, sums);
+    else
+      add_rows<Maker, Terms::kOther>(block, sums);
+  }
+
+  OTLOSS_DEVICE void place(int64_t number, const SweepOrder<T, S>& order,
+                           RowSums<T, S>& own) const {
+    const SweepSide<T>&rows = order.sides[order.side], &columns = order.sides[1 - order.side];
+    const SweepCut& cut = arguments.cuts[order.side];
+    RowTiles<T>& tiles = own.tiles = order.tiles;
+    tiles.rows = rows.cloud, tiles.columns = columns.cloud;
+    tiles.last = rows.cloud.count, tiles.end = columns.cloud.count;
+    tiles.F = order.exponents != nullptr ? order.exponents : rows.exponents;
+    tiles.G = columns.exponents;
+    tiles.room = arguments.room;
+    tiles.cut(number, cut.rows, cut.parts);
+    own.what = order.what, own.x = order.x;
+    own.out = order.out + number % cut.parts * arguments.length;
   }
 };
 
 // Of costs that are stored, or made by multiply-adds.
-template <class Sums, typename T, typename S>
-void queue_sweep(Queue& queue, const SweepArguments<RowSums<T, S>>& arguments,
-                 const PackedPair<T>& points, const Grid& grid) {
-  if (points.C != nullptr) return queue(SweepKernel<T, S, Sums, StoredTiles>{arguments}, grid);
+template <bool kProducts, typename T, typename S>
+void queue_sweep(Queue& queue, const SweepArguments<T, S>& arguments, const PackedPair<T>& points,
+                 const Grid& grid) {
+  if (points.C != nullptr) return queue(SweepKernel<T, S, kProducts, StoredTiles>{arguments}, grid);
   dispatch_tiles(points.kind, points.d, [&](auto tiles) {
-    queue(SweepKernel<T, S, Sums, decltype(tiles)>{arguments}, grid);
+    queue(SweepKernel<T, S, kProducts, decltype(tiles)>{arguments}, grid);
   });
 }
 
 // Of a solve, in a file of its own: both together take minutes to compile.
-void queue_tensor_sweep(Queue& queue, const SweepArguments<RowSums<float>>& arguments,
-                        CostKind kind, TileKind made_by, const Grid& grid);
+void queue_tensor_sweep(Queue& queue, const SweepArguments<float, float>& arguments, CostKind kind,
+                        TileKind made_by, const Grid& grid);
 
 // ------------------------------------------------------------------------------------- control
 
 // What problems ask for, and get.
 template <typename T, typename S = T>
 struct Orders {
-  RowSums<T, S>* of;  // (problems,)
-  StreamedLayout layout;
-  int parts[2];    // of the columns, by side
-  int64_t length;  // at least every n and m
-  S* out;          // (problems, parts, length)
+  SweepOrder<T, S>* of;  // (problems,)
+  int parts[2];          // of the columns, by side
+  int64_t length;        // at least every n and m
+  S* out;                // (problems, parts, length)
 
-  // What all orders of a problem have in common, p: its group; by one thread.
+  // What stays of an order, p: the group of the problem; by one thread.
   template <class Group>
   OTLOSS_DEVICE void place(int64_t problem, const PackedPair<T>& points, const Group& p,
-                           int64_t batch, bool symmetric, double k) const {
+                           int64_t batch, bool symmetric, double k, T* F, T* G) const {
+    SweepOrder<T, S>& order = of[problem];
     const int most = parts[0] > parts[1] ? parts[0] : parts[1];
-    of[problem].x = nullptr;
-    of[problem].out = out + problem * most * length;
-    of[problem].sums = layout.sums;
-    RowTiles<T>& tiles = of[problem].tiles;
-    tiles.made_by = points.tiles, tiles.kind = points.kind, tiles.d = points.d;
-    tiles.symmetric = symmetric, tiles.repair = true;
+    order.out = out + problem * most * length;
+    order.sides[0] = {points.x.cloud(batch, points.d, p.n), F};
+    order.sides[1] = {points.y.cloud(batch, points.d, p.m), G};
+    RowTiles<T>& tiles = order.tiles;
+    tiles.d = points.d, tiles.symmetric = symmetric, tiles.repair = true;
     tiles.k = static_cast<T>(k);
     tiles.C = points.C + batch * p.n * p.m, tiles.width = p.m;
-    tiles.stages = layout.stages, tiles.room = layout.room;
   }
 
   // Sum i of those that the problem asked for.
   OTLOSS_DEVICE double sum(int64_t problem, int i, RowSum what = RowSum::kPlan) const {
-    const RowSums<T, S>& order = of[problem];
+    const SweepOrder<T, S>& order = of[problem];
     double total = static_cast<double>(order.out[i]);
     for (int part = 1; part < parts[order.side]; ++part)
       total = join_sums(what, total, static_cast<double>(order.out[part * length + i]));
@@ -145,20 +169,16 @@ struct Orders {
 // The sweeps of a plan.
 template <typename T, typename S>
 Grid plan_sweeps(const Context& context, const Shape& shape, const SolvePlan& plan,
-                 Orders<T, S>* orders, SweepArguments<RowSums<T, S>>* sweep) {
+                 Orders<T, S>* orders, SweepArguments<T, S>* sweep) {
   const int64_t blocks = std::max(plan.cuts[0].blocks(shape.n), plan.cuts[1].blocks(shape.m));
   const int parts[2] = {plan.cuts[0].parts, plan.cuts[1].parts};
   const int64_t sums = shape.problems * std::max(parts[0], parts[1]) * plan.vector_length;
-  *orders = {context.scratch<RowSums<T, S>>(shape.problems),
-             plan.streamed,
+  *orders = {context.scratch<SweepOrder<T, S>>(shape.problems),
              {parts[0], parts[1]},
              plan.vector_length,
              context.scratch<S>(sums)};
-  *sweep = {orders->of, {plan.cuts[0], plan.cuts[1]}, blocks, plan.vector_length};
-  Grid grid;
-  grid.x = shape.problems * blocks;
-  grid.shared = static_cast<size_t>(plan.streamed.stages + plan.streamed.room);
-  return grid;
+  *sweep = {orders->of, {plan.cuts[0], plan.cuts[1]}, blocks, plan.vector_length, plan.room};
+  return {shape.problems * blocks, static_cast<size_t>(kArgumentBytes + plan.room)};
 }
 
 // The plan of products with the groups' plans. They take multiply-adds: with tensor cores P_ij
@@ -167,34 +187,6 @@ template <typename Group>
 SolvePlan products_plan(const Context& context, const Shape& shape, const Group& group) {
   return choose_launched_plan(shape, group.made.points.d, limits(context.device),
                               group.C ? TileKind::kStored : TileKind::kFma);
-}
-
-// A side of a problem in a sweep: all of its points.
-template <typename T>
-struct SweepSide {
-  PackedCloud<T> cloud;
-  T* exponents;  // (cloud.stride,) padded
-
-  // By all threads of a control.
-  template <class Block>
-  OTLOSS_DEVICE void pad(Block& block) const {
-    for (int64_t i = cloud.count + block.thread(); i < cloud.stride; i += kControlThreads)
-      exponents[i] = static_cast<T>(kLog2Zero);
-  }
-};
-
-// The sums that come next; by one thread.
-template <typename T, typename S>
-OTLOSS_DEVICE void set_order(RowSums<T, S>& order, int side, RowSum what, const S* x,
-                             const SweepSide<T>& rows, const SweepSide<T>& columns) {
-  const SweepSide<T>& own = side == 0 ? rows : columns;
-  const SweepSide<T>& other = side == 0 ? columns : rows;
-  order.what = what, order.side = side, order.x = x;
-  RowTiles<T>& tiles = order.tiles;
-  tiles.rows = own.cloud, tiles.columns = other.cloud;
-  tiles.first = tiles.begin = 0;
-  tiles.last = own.cloud.count, tiles.end = other.cloud.count;
-  tiles.F = own.exponents, tiles.G = other.exponents;
 }
 
 // Work is what all problems of a call share: groups(), orders; State what is kept of one.
@@ -239,9 +231,7 @@ void run_controls(const Context& context, const Work& work, int64_t problems, in
   using Kernel = ControlKernel<Work>;
   Loop loop{context.scratch<unsigned>(1), static_cast<unsigned>(problems)};
   clear(context, loop.done, sizeof(unsigned));
-  Grid grid;
-  grid.x = problems;
-  grid.shared = Kernel::kShared;
+  const Grid grid{problems, Kernel::kShared};
   Kernel control{work, context.scratch<typename Work::State>(problems), true, loop};
   launch(context, control, grid);
   control.first = false;

@@ -1,18 +1,25 @@
 // Tiles of a cost matrix, which is made from the points on the way and never stored, or read: what
 // those who make them (fma_tiles.cuh, tensor_tiles.cuh, stored_tiles.cuh) and those who use them
-// (row_sums.cuh) have in common.
+// (row_sums.cuh, gradient/side_sums.cuh) have in common.
 //
-// A maker gives the entries of a tile to the threads of a block, up to 64 to each, as TileEntries.
-// Which rows and columns these are is the maker's layout:
+// A block has a few rows, kRows of its maker, and passes over some columns, tile by tile. A maker
+// gives the entries of a tile to the threads, up to 64 to each, as TileEntries; a thread has the
+// same rows in every tile, and keeps in registers what it knows of them. Which rows and columns a
+// thread has is the maker's layout:
 //
 //     kRows, kColumns          entries of a thread
 //     row(r), column(c)        from its first row and column
 //     kLanes                   neighbouring lanes that have the same rows
 //
+// maker.run(use) calls use(entries) for all tiles that have rows, a whole warp at a time.
+//
 // Costs up to kDirectDims coordinates come from differences, beyond from inner products, with
 // entries that lost more than half of their digits computed again from the difference, as in
 // csrc/cpu/cost/points.cpp.
 #pragma once
+
+#include <cmath>
+#include <limits>
 
 #include "core/costs.h"
 #include "core/math.h"
@@ -66,8 +73,6 @@ struct PackedClouds {
 // Some rows against some columns.
 template <typename T>
 struct RowTiles {
-  TileKind made_by;
-  CostKind kind;
   int64_t d;
   bool symmetric;  // rows and columns are one cloud
   bool repair;     // see needs_repair
@@ -77,11 +82,18 @@ struct RowTiles {
   PackedCloud<T> rows, columns;
   int64_t first, last;  // rows; first a multiple of kTileRows
   int64_t begin, end;   // columns; begin a multiple of kPackedAlign
-  const T* F;           // (last - first,) potentials of the rows in base 2
-  const T* G;      // (columns.stride,) of the columns, with the logarithm of their weights; may be
-                   // written by other blocks
-  int64_t stages;  // bytes of shared memory before those of the stages
-  int64_t room;    // bytes of all stages
+  const T* F;           // (rows.stride,) potentials of the rows in base 2
+  const T* G;           // (columns.stride,) of the columns, with the logarithm of their weights
+  int64_t room;         // bytes of shared memory for tensor cores
+
+  // Block `number` of those that share the rows and columns, each with `share` rows and one of so
+  // many parts of the columns.
+  OTLOSS_DEVICE void cut(int64_t number, int64_t share, int64_t parts) {
+    const auto least = [](int64_t x, int64_t y) { return x < y ? x : y; };
+    const int64_t columns = ceil_div(end, parts * kPackedAlign) * kPackedAlign;
+    first = least(number / parts * share, last), last = least(first + share, last);
+    begin = least(number % parts * columns, end), end = least(begin + columns, end);
+  }
 };
 
 // Whether entries that lost digits by cancellation are worth making again, where nothing but their
@@ -123,26 +135,35 @@ struct TileEntries {
   static_assert(kRows * kColumns <= 64, "a bit of a word for each");
 
   int64_t row, column;  // the first ones
-  int local;            // row - first row of the call
   int rows;             // rows from there on: beyond, plans are 0 and costs may be anything finite
   T k;
-  const T* F;     // (rows,)
-  T G[kColumns];  // kLog2Zero for columns that do not count
+  T F[kRows];  // kLog2Zero for rows and columns that do not count
+  T G[kColumns];
   Values cost;
 
-  OTLOSS_DEVICE void place(const RowTiles<T>& p, int64_t first, int64_t row_of_call, int64_t j) {
-    row = first + row_of_call, column = j;
-    local = static_cast<int>(row_of_call);
+  // The same for all tiles.
+  OTLOSS_DEVICE void set_rows(const RowTiles<T>& p, int64_t first) {
+    row = first;
     rows = static_cast<int>(p.last - row);
     k = p.k;
-    F = p.F + (row - p.first);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+      F[r] = counts(r) ? p.F[row + Layout::row(r)] : static_cast<T>(kLog2Zero);
   }
   OTLOSS_DEVICE bool counts(int r) const { return Layout::row(r) < rows; }
-  OTLOSS_DEVICE T potential(int r) const {
-    return counts(r) ? F[Layout::row(r)] : static_cast<T>(kLog2Zero);
-  }
-  OTLOSS_DEVICE T exponent(T potential, int r, int c) const {
-    return potential + (G[c] - k * cost[r][c]);
+};
+
+// Norms of the rows of a thread, and the largest.
+template <typename T, class Layout>
+struct RowNorms {
+  T of[Layout::kRows], most = T(0);
+
+  OTLOSS_DEVICE RowNorms(const RowTiles<T>& p, const TileEntries<T, Layout>& e) {
+#pragma unroll
+    for (int r = 0; r < Layout::kRows; ++r) {
+      of[r] = e.counts(r) ? p.rows.norm[e.row + Layout::row(r)] : T(0);
+      most = std::fmax(most, of[r]);
+    }
   }
 };
 
@@ -176,24 +197,26 @@ OTLOSS_DEVICE void make_again(const RowTiles<T>& p, TileEntries<T, Layout>& e, F
 }
 
 // From inner products, divided by scale, in e.cost to squared distances. Returns whether one of
-// them lost too many digits. hx, hy: squared norms.
+// them may have lost too many digits. hx, hy: squared norms.
 template <typename T, class Layout>
-OTLOSS_DEVICE bool square_distances(const T (&hx)[Layout::kRows], const T (&hy)[Layout::kColumns],
+OTLOSS_DEVICE bool square_distances(const RowNorms<T, Layout>& hx, const T (&hy)[Layout::kColumns],
                                     T scale, TileEntries<T, Layout>& e) {
-  bool lost = false;
+  using std::fmax, std::fmin;  // an instruction each
+  T least = std::numeric_limits<T>::max(), most = T(0);
+#pragma unroll
+  for (int c = 0; c < Layout::kColumns; ++c) most = fmax(most, hy[c]);
   for_entries<Layout>([&](int r, int c) {
     T& d2 = e.cost[r][c];
-    const T squares = hx[r] + hy[c];
-    d2 = squares - T(2) * scale * d2;
-    lost = lost || d2 <= cancellation_limit<T>() * squares;
-    d2 = d2 > T(0) ? d2 : T(0);
+    d2 = fmax(hx.of[r] + hy[c] - T(2) * scale * d2, T(0));
+    least = fmin(least, d2);
   });
-  return lost;
+  return least <= cancellation_limit<T>() * (hx.most + most);
 }
 
-// From inner products, divided by scale, in e.cost to costs. hy: norms of the columns.
+// From inner products, divided by scale, in e.cost to costs. hx, hy: norms of rows and columns.
 template <class Cost, typename T, class Layout>
-OTLOSS_DEVICE void finish_products(const RowTiles<T>& p, const T (&hy)[Layout::kColumns], T scale,
+OTLOSS_DEVICE void finish_products(const RowTiles<T>& p, const RowNorms<T, Layout>& hx,
+                                   const T (&hy)[Layout::kColumns], T scale,
                                    TileEntries<T, Layout>& e) {
   if constexpr (Cost::kUnitNorm) {
     for_entries<Layout>(
@@ -206,14 +229,11 @@ OTLOSS_DEVICE void finish_products(const RowTiles<T>& p, const T (&hy)[Layout::k
         return Layout::row(r) - Layout::column(c) == static_cast<int>(apart);
       });
   } else {
-    T hx[Layout::kRows];
-#pragma unroll
-    for (int r = 0; r < Layout::kRows; ++r)
-      hx[r] = e.counts(r) ? p.rows.norm[e.row + Layout::row(r)] : T(0);
+    const T limit = cancellation_limit<T>();
+    const T reach = limit * hx.most;
     if (square_distances(hx, hy, scale, e) && p.repair)
-      make_again<SqEuclidean>(p, e, [&](int r, int c) {
-        return e.cost[r][c] <= cancellation_limit<T>() * (hx[r] + hy[c]);
-      });
+      make_again<SqEuclidean>(p, e,
+                              [&](int r, int c) { return e.cost[r][c] <= limit * hy[c] + reach; });
     for_entries<Layout>([&](int r, int c) { e.cost[r][c] = Cost::from_difference(e.cost[r][c]); });
   }
 }

@@ -65,22 +65,21 @@ struct LargestKernel {
 
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const {
-    const int64_t problem = block.x() / blocks;
-    const int64_t i = block.x() % blocks * kWarps + block.thread() / kWarp;
-    int64_t batch = problem;
-    const SolveGroup<T>& p = groups.items[group_of(groups, &batch)];
-    if (i >= p.n) return;
-    const T *const C = p.C + (batch * p.n + i) * p.m, *const b = p.b + batch * p.m;
-    const int lane = block.thread() % kWarp, m = static_cast<int>(p.m);
-    T most = join_over<Max>(lane, kWarp, m, T(0), [&](int j) {
-      const T c = fabs(C[j]);
-      return !(b[j] > T(0))                       ? T(0)
-             : c <= std::numeric_limits<T>::max() ? c
-                                                  : std::numeric_limits<T>::infinity();
+    with_problem(block, groups, blocks, [&](const auto& p, int64_t batch, int64_t number) {
+      const int64_t i = number * kWarps + block.thread() / kWarp;
+      if (i >= p.n) return;
+      const T *const C = p.C + (batch * p.n + i) * p.m, *const b = p.b + batch * p.m;
+      const int lane = block.thread() % kWarp, m = static_cast<int>(p.m);
+      T most = join_over<Max>(lane, kWarp, m, T(0), [&](int j) {
+        const T c = fabs(C[j]);
+        return !(b[j] > T(0))                       ? T(0)
+               : c <= std::numeric_limits<T>::max() ? c
+                                                    : std::numeric_limits<T>::infinity();
+      });
+      for (int mask = kWarp / 2; mask > 0; mask /= 2)
+        most = Max::join(most, block.shuffle_xor(most, mask));
+      if (lane == 0) largest[block.x() / blocks * length + i] = most;
     });
-    for (int mask = kWarp / 2; mask > 0; mask /= 2)
-      most = Max::join(most, block.shuffle_xor(most, mask));
-    if (lane == 0) largest[problem * length + i] = most;
   }
 };
 
@@ -95,20 +94,19 @@ struct SampleKernel {
 
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const {
-    int64_t batch = block.x() / kBlocks;
-    const int group = group_of(groups, &batch);
-    const SolveGroup<T>& p = groups.items[group];
-    const int at = static_cast<int>(block.x() % kBlocks) * kThreads + block.thread();
-    const int i = at / kSample, j = at % kSample;
-    if (p.symmetric || i >= sample_size(p.n) || j >= sample_size(p.m)) return;
-    const PackedPair<T>& pair = points[group];
-    const int64_t row = sample(i, p.n), column = sample(j, p.m);
-    T& out = samples[block.x() / kBlocks * kSample * kSample + at];
-    if (p.C != nullptr)
-      out = p.C[(batch * p.n + row) * p.m + column];
-    else
-      out = pair_cost(pair.kind, pair.d, false, pair.x.cloud(batch, pair.d, p.n), row,
-                      pair.y.cloud(batch, pair.d, p.m), column);
+    with_problem(block, groups, kBlocks, [&](const auto& p, int64_t batch, int64_t number) {
+      const int at = static_cast<int>(number) * kThreads + block.thread();
+      const int i = at / kSample, j = at % kSample;
+      if (p.symmetric || i >= sample_size(p.n) || j >= sample_size(p.m)) return;
+      const PackedPair<T>& pair = points[&p - groups.items];
+      const int64_t row = sample(i, p.n), column = sample(j, p.m);
+      T& out = samples[block.x() / kBlocks * kSample * kSample + at];
+      if (p.C != nullptr)
+        out = p.C[(batch * p.n + row) * p.m + column];
+      else
+        out = pair_cost(pair.kind, pair.d, false, pair.x.cloud(batch, pair.d, p.n), row,
+                        pair.y.cloud(batch, pair.d, p.m), column);
+    });
   }
 };
 
@@ -137,7 +135,7 @@ void solve_launched(const Context& context, const Pack<SolveGroup<T>>& pack,
     std::copy(work.points, work.points + pack.count, sampled.points);
     launch(context, sampled, Grid{problems * SampleKernel<T>::kBlocks});
   }
-  SweepArguments<RowSums<T>> sweep;
+  SweepArguments<T, T> sweep;
   const Grid grid = plan_sweeps(context, shape, plan, &work.orders, &sweep);
   // Each pass may make the sums of both sides three times; and one for the value.
   const int64_t most = 6 * (options.n_iters < 0 ? options.max_iters : options.n_iters) + 1;
@@ -145,7 +143,7 @@ void solve_launched(const Context& context, const Pack<SolveGroup<T>>& pack,
     if constexpr (sizeof(T) == 4)
       if (plan.tiles == TileKind::kTensor || plan.tiles == TileKind::kTensorHigh)
         return queue_tensor_sweep(queue, sweep, work.points[0].kind, plan.tiles, grid);
-    queue_sweep<SolveSums>(queue, sweep, work.points[0], grid);
+    queue_sweep<false>(queue, sweep, work.points[0], grid);
   });
 }
 

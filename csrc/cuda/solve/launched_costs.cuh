@@ -31,7 +31,6 @@ enum class Sums { kFirst, kLargest, kAgain };
 
 template <typename T>
 struct LaunchedState {
-  SweepSide<T> x, y;
   T *F, *a, *s;  // (n,)
   T* A;          // (n,) F + log2 a, damped
   T* U;          // (m,) k g, then k gt
@@ -58,9 +57,7 @@ class LaunchedCosts {
       *v = vectors, vectors += length;
     s_.F = state_.F, s_.a = state_.a, s_.s = state_.s;
     const PackedPair<T>& points = args_.points[&p - args_.solve.groups.items];
-    state_.x = {points.x.cloud(batch, points.d, p.n), state_.A};
-    state_.y = {points.y.cloud(batch, points.d, p.m), s_.G};
-    args_.orders.place(team_.index(), points, p, batch, p.symmetric, 0);
+    args_.orders.place(team_.index(), points, p, batch, p.symmetric, 0, state_.A, s_.G);
   }
 
   // max |C|, or a bound of it from the largest norms, in the first place; 1 in the second if one is
@@ -74,17 +71,17 @@ class LaunchedCosts {
     };
     const bool stored = args_.largest != nullptr;
     const T* const of_rows = args_.largest + team_.index() * args_.solve.vector_length;
-    team_.for_rows(
-        [&](int i) { look(s_.a[i], stored ? of_rows[i] : state_.x.cloud.norm[i], norms[0]); });
-    if (!stored) team_.for_columns([&](int j) { look(s_.b[j], state_.y.cloud.norm[j], norms[1]); });
-    state_.x.pad(block_), state_.y.pad(block_);
+    const SweepSide<T>&x = order().sides[0], &y = order().sides[1];
+    team_.for_rows([&](int i) { look(s_.a[i], stored ? of_rows[i] : x.cloud.norm[i], norms[0]); });
+    if (!stored) team_.for_columns([&](int j) { look(s_.b[j], y.cloud.norm[j], norms[1]); });
+    x.pad(block_), y.pad(block_);
     team_.template reduce<Max>(norms);
-    RowTiles<T>& tiles = order().tiles;
+    const CostKind kind = args_.points[s_.group - args_.solve.groups.items].kind;
     if (block_.thread() == 0) {
       const double k = kLog2E / args_.solve.options.eps;
-      tiles.repair = sizeof(T) > 4 || needs_repair(tiles.kind, k, norms[0], norms[1]);
+      order().tiles.repair = sizeof(T) > 4 || needs_repair(kind, k, norms[0], norms[1]);
     }
-    largest[0] = stored ? norms[0] : cost_bound(tiles.kind, norms[0], norms[1]);
+    largest[0] = stored ? norms[0] : cost_bound(kind, norms[0], norms[1]);
     largest[1] = norms[2];
   }
 
@@ -131,7 +128,7 @@ class LaunchedCosts {
   }
 
  private:
-  OTLOSS_DEVICE RowSums<T>& order() const { return args_.orders.of[team_.index()]; }
+  OTLOSS_DEVICE SweepOrder<T>& order() const { return args_.orders.of[team_.index()]; }
   OTLOSS_DEVICE T* potentials(int side) const { return side == 0 ? state_.F : state_.U; }
 
   template <typename F>
@@ -143,8 +140,7 @@ class LaunchedCosts {
     block_.sync();  // nobody reads the order before any more
     if (block_.thread() != 0) return;
     state_.sums = sums;
-    set_order<T, T>(order(), side, what, nullptr, state_.x, state_.y);
-    order().tiles.F = state_.guess;
+    order().ask(side, what, nullptr, state_.guess);
     order().tiles.k = s_.k;
   }
 

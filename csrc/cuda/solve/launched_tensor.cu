@@ -2,10 +2,10 @@
 
 namespace otloss::cuda {
 
-void queue_tensor_sweep(Queue& queue, const SweepArguments<RowSums<float>>& arguments,
-                        CostKind kind, TileKind made_by, const Grid& grid) {
+void queue_tensor_sweep(Queue& queue, const SweepArguments<float, float>& arguments, CostKind kind,
+                        TileKind made_by, const Grid& grid) {
   dispatch_tensor_tiles(kind, made_by, [&](auto tiles) {
-    queue(SweepKernel<float, float, SolveSums, decltype(tiles)>{arguments}, grid);
+    queue(SweepKernel<float, float, false, decltype(tiles)>{arguments}, grid);
   });
 }
 

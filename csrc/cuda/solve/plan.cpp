@@ -72,14 +72,12 @@ SharedLayout lay_out(const Shape& shape, int64_t rows, bool vectors) {
   return layout;
 }
 
-// All that is left of shared memory is for the stages, if there are any.
-StreamedLayout lay_out_streamed(const Limits& limits, TileKind tiles) {
-  StreamedLayout layout{};
-  layout.sums = kArgumentBytes;
-  layout.stages = layout.sums + streamed_sums(tiles) * static_cast<int64_t>(sizeof(double));
-  if (tiles != TileKind::kStored)
-    layout.room = static_cast<int64_t>(limits.shared_per_block) / kAlign * kAlign - layout.stages;
-  return layout;
+// Shared memory for the makers of tiles.
+int64_t room_for(int64_t d, const Limits& limits, TileKind tiles) {
+  if (tiles == TileKind::kStored) return kStoredRoom;
+  if (tiles == TileKind::kFma) return kFmaRoom;
+  const int64_t all = static_cast<int64_t>(limits.shared_per_block) / kAlign * kAlign;
+  return tensor_room(d, planes_of(tiles), all - kArgumentBytes);
 }
 
 double exponentials(const Shape& shape) {
@@ -100,41 +98,31 @@ double sweep_rate(const Shape& shape, int64_t d, TileKind tiles) {
   return 1 / (products * depths * kMmaCycles / kMmaEntries + kTensorOperations / kOperations);
 }
 
-// Rows and columns that a block takes at once.
-struct CutStep {
-  int64_t rows, columns;
-};
-
-// Cycles of a sweep over all problems; the block that adds up the parts is alone with its problem.
-double sweep_cycles(const Shape& shape, int64_t rows, int64_t columns, const SweepCut& cut,
-                    const CutStep& step, int64_t multiprocessors, TileKind tiles, double rate) {
-  int64_t own = std::min(rows, cut.rows), other = ceil_div(columns, cut.parts);
-  double cycles = 0;
-  if (tiles == TileKind::kFma || tiles == TileKind::kStored) {
-    if (cut.parts > 1) other = ceil_to(other, step.columns);
-  } else {
-    cycles = kFillCycles * static_cast<double>(ceil_div(own, RowSumShape::kRows));
-    own = ceil_to(own, RowSumShape::kWarpRows), other = ceil_to(other, RowSumShape::kColumns);
-  }
-  cycles += static_cast<double>(own) * static_cast<double>(other) / rate;
-  const int64_t turns = ceil_div(shape.problems * cut.blocks(rows), multiprocessors);
-  return static_cast<double>(turns) * cycles +
-         static_cast<double>(rows * cut.parts * shape.element) / kCacheBytes;
+// Rows of a side that a block has.
+int64_t block_rows(TileKind tiles, int side) {
+  if (tiles == TileKind::kTensor || tiles == TileKind::kTensorHigh) return kTensorRows;
+  return tiles == TileKind::kStored && side == 1 ? kWarp : kSolveThreads / kWarp * kTileRows;
 }
 
-// About a block for each multiprocessor; the parts with the fewest cycles, which are added to
-// `cycles`.
-SweepCut choose_cut(const Shape& shape, int64_t rows, int64_t columns, const CutStep& step,
-                    int64_t multiprocessors, TileKind tiles, double rate, double* cycles) {
+// The parts with the fewest cycles of a sweep over all problems, which are added to `cycles`; the
+// block that adds up the parts is alone with its problem. at_once: blocks, of so many entries per
+// clock.
+SweepCut choose_cut(const Shape& shape, int side, int64_t at_once, TileKind tiles, double rate,
+                    double* cycles) {
   constexpr int kMostParts = 32;
   const char* const text = std::getenv("OTLOSS_CUDA_PARTS");
   const int forced = text == nullptr ? 0 : std::atoi(text), first = std::max(forced, 1);
+  const bool tensor = tiles == TileKind::kTensor || tiles == TileKind::kTensorHigh;
+  const int64_t rows = side == 0 ? shape.n : shape.m, columns = side == 0 ? shape.m : shape.n;
   SweepCut best{};
   double least = 0;
   for (int parts = first; parts <= (forced > 0 ? forced : kMostParts); ++parts) {
-    const int64_t share = ceil_div(rows * parts * shape.problems, multiprocessors);
-    const SweepCut cut{ceil_to(std::min(share, rows), step.rows), parts};
-    const double time = sweep_cycles(shape, rows, columns, cut, step, multiprocessors, tiles, rate);
+    const SweepCut cut{block_rows(tiles, side), parts};
+    const int64_t share = ceil_to(ceil_div(columns, parts), kPackedAlign);
+    const double entries = static_cast<double>(cut.rows * share);
+    const int64_t turns = ceil_div(shape.problems * cut.blocks(rows), at_once);
+    const double time = static_cast<double>(turns) * (entries / rate + (tensor ? kFillCycles : 0)) +
+                        static_cast<double>(rows * parts * shape.element) / kCacheBytes;
     if (best.parts > 0 && !(time < least)) continue;
     best = cut, least = time;
   }
@@ -217,17 +205,16 @@ SolvePlan choose_plan(const Shape& shape, const Limits& limits, Regime forced) {
   return *best;
 }
 
-bool start_pays(const SolvePlan& plan, int64_t problems, int64_t n, int64_t m, int d,
-                const Limits& limits) {
-  const double wide = static_cast<double>(d), multiprocessors = limits.multiprocessors;
-  const double sums = static_cast<double>(problems) *
-                      (0.5 * static_cast<double>(n + m) + static_cast<double>(m)) * wide * wide;
-  const double turns = std::ceil(static_cast<double>(problems) / multiprocessors);
+bool start_pays(const SolvePlan& plan, const Shape& shape, int d, const Limits& limits) {
+  if (shape.problems == 0) return false;
+  const double wide = static_cast<double>(d);
+  const double points = 0.5 * static_cast<double>(shape.n) + 1.5 * static_cast<double>(shape.m);
+  const int64_t turns = ceil_div(shape.problems, limits.multiprocessors);
   // A round touches every entry of two matrices twice.
   const double round = kRotation + 6 * wide * wide / kDoubles;
-  const double cycles = 3 * kLaunch + sums / (kDoubles * multiprocessors) +
-                        turns * kSweepsOfRotations * (d > 1 ? wide : 0.0) * round;
-  return cycles <= kStartPasses * plan.cycles;
+  const double cycles =
+      points * wide * wide / kDoubles + kSweepsOfRotations * (d > 1 ? wide : 0.0) * round;
+  return kLaunch + static_cast<double>(turns) * cycles <= kStartPasses * plan.cycles;
 }
 
 TileKind wanted_tiles(bool tf32) {
@@ -243,8 +230,7 @@ TileKind wanted_tiles(bool tf32) {
 
 TileKind choose_tiles(int64_t element, int64_t d, const Limits& limits, TileKind wanted) {
   if (element != 4 || d <= kDirectDims || wanted == TileKind::kFma) return TileKind::kFma;
-  const int64_t room = lay_out_streamed(limits, wanted).room;
-  return tensor_stages<RowSumShape>(d, planes_of(wanted), room).depth > 0 ? wanted : TileKind::kFma;
+  return room_for(d, limits, wanted) > 0 ? wanted : TileKind::kFma;
 }
 
 SolvePlan choose_launched_plan(const Shape& shape, int64_t d, const Limits& limits,
@@ -259,13 +245,10 @@ SolvePlan choose_launched_plan(const Shape& shape, int64_t d, const Limits& limi
   plan.team_size = 1;
   plan.vector_length = packed_stride(std::max(shape.n, shape.m));
   plan.shared.vectors = -1;
-  plan.streamed = lay_out_streamed(limits, tiles);
+  plan.room = room_for(d, limits, tiles);
   plan.cycles = 2 * kVectorCycles + kLaunches * kLaunch;
-  const CutStep of_rows{kTileRows, int64_t{kSolveThreads} * 4};
-  const CutStep of_columns = shared > 1 ? CutStep{kWarp, kSolveThreads / 2} : of_rows;
-  plan.cuts[0] = choose_cut(shape, shape.n, shape.m, of_rows, at_once, tiles, rate, &plan.cycles);
-  plan.cuts[1] =
-      choose_cut(shape, shape.m, shape.n, of_columns, at_once, tiles, rate, &plan.cycles);
+  for (int side = 0; side < 2; ++side)
+    plan.cuts[side] = choose_cut(shape, side, at_once, tiles, rate, &plan.cycles);
   return plan;
 }
 

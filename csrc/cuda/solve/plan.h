@@ -110,12 +110,7 @@ struct SweepCut {
   int64_t rows;
   int parts;
 
-  OTLOSS_HOST_DEVICE int64_t blocks(int64_t count) const { return ceil_div(count, rows) * parts; }
-};
-
-// Where a sweep has its arguments (at 0), sums and stages in shared memory, in bytes.
-struct StreamedLayout {
-  int64_t sums, stages, room;
+  int64_t blocks(int64_t count) const { return ceil_div(count, rows) * parts; }
 };
 
 struct SolvePlan {
@@ -127,30 +122,23 @@ struct SolvePlan {
   // Launched: who makes the tiles, and the sweeps for the rows' update and for the columns'.
   TileKind tiles;
   SweepCut cuts[2];
-  StreamedLayout streamed;
+  int64_t room;   // bytes of shared memory for the makers of tiles
   double cycles;  // of a pass, by the model
 
   bool is_launched() const { return regime == Regime::kDense || regime == Regime::kStreamed; }
   std::string describe() const;
 };
 
-// Rows of a thread, and rows of each row group whose sums are kept at once. See fma_tiles.cuh.
+// Rows of a thread, and coordinates at once, of multiply-adds; bytes of two stages of 16 bytes of
+// each lane for each coordinate, G and the norms. See fma_tiles.cuh. Of stored costs sums of rows.
 constexpr int kTileRows = 8;
-constexpr int kStreamedRows = 256;
+constexpr int kFmaChunk = 32;
+constexpr int64_t kStoredRoom = kSolveThreads * static_cast<int64_t>(sizeof(double));
+constexpr int64_t kFmaRoom = 2 * (kFmaChunk + 2) * kWarp * 16;
 
-// The tile of a block by tensor cores: its warps stand in kRowWarps rows, each has kM times 16 rows
-// and kN times 8 columns. See tensor_tiles.cuh.
-template <int kWarpsInRows, int kRowMatrices, int kColumnMatrices>
-struct TensorShape {
-  static constexpr int kRowWarps = kWarpsInRows;
-  static constexpr int kColumnWarps = kSolveThreads / kWarp / kRowWarps;
-  static constexpr int kM = kRowMatrices, kN = kColumnMatrices;
-  static constexpr int kWarpRows = 16 * kM, kWarpColumns = 8 * kN;
-  static constexpr int kRows = kRowWarps * kWarpRows, kColumns = kColumnWarps * kWarpColumns;
-  static_assert(kRows <= kSolveThreads && kColumns <= kSolveThreads, "a thread copies for a point");
-};
-using RowSumShape = TensorShape<kSolveThreads / kWarp / 2, 2, 4>;
-using SideSumShape = TensorShape<kSolveThreads / kWarp, 1, 8>;  // a warp has all columns
+// The tile of a block by tensor cores. See tensor_tiles.cuh.
+constexpr int kTensorRows = kSolveThreads / kWarp * 16;
+constexpr int kTensorColumns = 64;
 
 // Coordinates of a product of the tensor cores; clouds are padded to whole ones.
 constexpr int64_t kMmaDepth = 16;
@@ -167,31 +155,29 @@ struct TensorStages {
 };
 
 // planes: 2 with low halves, else 1; room: bytes of shared memory.
-template <class Shape>
 OTLOSS_HOST_DEVICE TensorStages tensor_stages(int64_t d, int planes, int64_t room) {
   // A stage is long enough to copy the next one meanwhile, and rows only stay if it still is.
   constexpr int kStep = static_cast<int>(kMmaDepth), kMost = 4 * kStep, kLeast = 2 * kStep;
-  constexpr int kExtra = 2 * static_cast<int>(sizeof(float)) * Shape::kColumns;
+  constexpr int kExtra = 2 * static_cast<int>(sizeof(float)) * kTensorColumns;
   const int64_t padded = split_depth(d);
   const int most = padded < kMost ? static_cast<int>(padded) : kMost;
   const int least = most < kLeast ? most : kLeast, coordinate = 2 * planes;  // bytes
   for (int depth = most; depth >= least; depth -= kStep) {
-    const int bytes = depth * coordinate * Shape::kColumns + kExtra;
-    if (padded * coordinate * Shape::kRows + kTensorStages * bytes <= room)
+    const int bytes = depth * coordinate * kTensorColumns + kExtra;
+    if (padded * coordinate * kTensorRows + kTensorStages * bytes <= room)
       return {depth, true, bytes};
   }
   for (int depth = most; depth > 0; depth -= kStep) {
-    const int bytes = depth * coordinate * (Shape::kRows + Shape::kColumns) + kExtra;
+    const int bytes = depth * coordinate * (kTensorRows + kTensorColumns) + kExtra;
     if (kTensorStages * bytes <= room) return {depth, false, bytes};
   }
   return {0, false, 0};
 }
 
 // As much of the room as the stages take.
-template <class Shape>
-OTLOSS_HOST_DEVICE int64_t tensor_room(int64_t d, int planes, int64_t room) {
-  const TensorStages stages = tensor_stages<Shape>(d, planes, room);
-  const int64_t resident = stages.resident ? 2 * planes * split_depth(d) * Shape::kRows : 0;
+inline int64_t tensor_room(int64_t d, int planes, int64_t room) {
+  const TensorStages stages = tensor_stages(d, planes, room);
+  const int64_t resident = stages.resident ? 2 * planes * split_depth(d) * kTensorRows : 0;
   return resident + kTensorStages * stages.bytes;
 }
 
@@ -200,16 +186,10 @@ constexpr int planes_of(TileKind tiles) { return tiles == TileKind::kTensor ? 2 
 // Of what a sweep is told, in shared memory: threads would keep it in local memory.
 constexpr int64_t kArgumentBytes = 512;
 
-// Sums of a sweep that are kept at once.
-constexpr int64_t streamed_sums(TileKind tiles) {
-  return tiles == TileKind::kTensor || tiles == TileKind::kTensorHigh
-             ? RowSumShape::kColumnWarps * RowSumShape::kRows
-             : kSolveThreads / kWarp * kStreamedRows;
-}
-
-// Points of a packed cloud are padded to whole lines, so that vectors of them are aligned.
-constexpr int64_t kPackedAlign = 32;
-static_assert(kPackedAlign % kTileRows == 0, "rows beyond the last are read, but are there");
+// Points of a packed cloud are padded to whole tiles of all makers: what is beyond the last is
+// read, but is there.
+constexpr int64_t kPackedAlign = 128;
+static_assert(kPackedAlign % kTensorRows == 0 && kPackedAlign % kTensorColumns == 0);
 OTLOSS_HOST_DEVICE constexpr int64_t packed_stride(int64_t count) {
   return ceil_div(count, kPackedAlign) * kPackedAlign;
 }
@@ -225,9 +205,9 @@ SolvePlan choose_plan(const Shape& shape, const Limits& limits, Regime forced);
 // In launches; d: coordinates of the points that costs are made from, if they are.
 SolvePlan choose_launched_plan(const Shape& shape, int64_t d, const Limits& limits, TileKind tiles);
 
-// Whether a start between Gaussians (start.cu) takes less time than the passes it saves.
-bool start_pays(const SolvePlan& plan, int64_t problems, int64_t n, int64_t m, int d,
-                const Limits& limits);
+// Whether a start between Gaussians (start.cu), of problems of a shape, takes less time than the
+// passes it saves.
+bool start_pays(const SolvePlan& plan, const Shape& shape, int d, const Limits& limits);
 
 // OTLOSS_CUDA_TILES: auto, fma, tensor or high (without low halves; auto if tf32 will do).
 TileKind wanted_tiles(bool tf32);

@@ -1,7 +1,6 @@
 // What the files of a solve tell each other.
 #pragma once
 
-#include "cuda/device/reduce.cuh"
 #include "cuda/pass/pack.cuh"
 #include "cuda/solve/plan.h"
 #include "kernels.h"
