@@ -7,10 +7,10 @@
 //
 // A Block gives: thread() and x() (block index); sync() (block barrier), sync_some(group,
 // threads) (of some of its warps), warp_sync(), cluster_sync(); shuffle_xor(value, mask),
-// shuffle(value, lane), any(flag) and ballot(flag) within a warp; shared<T>() (dynamic shared memory); load,
-// store (global memory that other blocks write, past L1); load_constant (16 bytes that nobody
-// writes during the launch); copy_async(to, from) (16 bytes from global to shared memory,
-// past L1), commit_copies() and wait_for_copies<pending>() (those of this thread, but for
+// shuffle(value, lane), any(flag) and ballot(flag) within a warp; shared<T>() (dynamic shared
+// memory); load, store (global memory that other blocks write, past L1); load_constant (16 bytes
+// that nobody writes during the launch); copy_async(to, from) (16 bytes from global to shared
+// memory, past L1), commit_copies() and wait_for_copies<pending>() (those of this thread, but for
 // the last `pending` commits); count_off(loop, done) (see Loop).
 //
 // And for tensor cores, on half precision numbers as their 16 bits, two in a word, where lane l is
