@@ -75,8 +75,7 @@ def words_read(text):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_no_page_is_long(page):
     """A page answers one question, in six minutes of reading."""
-    most = 1700 if page.stem == "cuda-kernels" else 1500
-    assert words_read(page.read_text(encoding="utf-8")) <= most
+    assert words_read(page.read_text(encoding="utf-8")) <= 1500
 
 
 SITE = """<a href="there.html">dead</a> <a href="#nowhere">dead</a> <a href="#top" id="top">well</a>
