@@ -171,15 +171,17 @@ def ellipses(reports: Reports) -> Finding:
     return listed(found, 0), max(found, key=found.__getitem__) != "mmd"
 
 
-def learned_cost(reports: Reports) -> Finding:
-    for data in ("cifar10", "digits"):
-        runs = {loss: present(reports, f"{data}-{loss}") for loss in LOSSES}
-        if all(runs.values()):
-            found = {loss.replace("-", " "): mean(of, "is") for loss, of in runs.items()}
-            mmd, *others = found.values()
-            text = f"{listed(found)} ({length(runs['mmd'])})"
-            return text, min(mmd, others[0]) > max(others[1:])
-    raise NotRunError
+def learned_cost(data: str) -> Callable[[Reports], Finding]:
+    """Whether the largest eps and the maximum mean discrepancy have the best inception scores."""
+
+    def of(reports: Reports) -> Finding:
+        runs = {loss: seeds(reports, f"{data}-{loss}") for loss in LOSSES}
+        found = {loss.replace("-", " "): mean(run, "is") for loss, run in runs.items()}
+        mmd, *others = found.values()
+        text = f"{listed(found)} ({length(runs['mmd'])})"
+        return text, min(mmd, others[0]) > max(others[1:])
+
+    return of
 
 
 LOSSES = ("mmd", "eps-1000", "eps-100", "eps-10")
@@ -281,8 +283,9 @@ CLAIMS: dict[str, list[Claim]] = {
         (
             "learned cost on CIFAR-10: MMD and eps 1000 have better scores than smaller eps",
             "MMD 4.04, eps 1000: 4.14, 100: 3.09, 10: 3.11",
-            learned_cost,
+            learned_cost("cifar10"),
         ),
+        ("the same on the digits", "-", learned_cost("digits")),
         ("their open question: which eps is best?", "-", best_eps),
     ],
     "salimans": [
