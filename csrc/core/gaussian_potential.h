@@ -63,8 +63,8 @@ OTLOSS_COOPERATIVE void diagonalise(Threads& threads, int d, double* S, double* 
   constexpr int kSweeps = 30;
   constexpr double kLeast = 1e-12;  // of the trace
   const int rounds = d + d % 2 - 1, games = (rounds + 1) / 2;
-  double trace = 0;
-  for (int k = 0; k < d; ++k) trace += S[k * d + k];
+  double trace = 0;  // rounding makes small eigenvalues negative
+  for (int k = 0; k < d; ++k) trace += std::abs(S[k * d + k]);
   threads.each(d * d, [&](int e) { V[e] = e / d == e % d ? 1 : 0; });
   for (int sweep = 0; sweep < kSweeps; ++sweep) {
     double* const moved = scratch + (2 + sweep % 2) * games;  // (games,)

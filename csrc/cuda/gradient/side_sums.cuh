@@ -197,8 +197,9 @@ struct JoinKernel {
       const int64_t d = p.points.d, width = p.n * (d + 1), e = number * kThreads + block.thread();
       if (e >= width) return;
       const int64_t i = batch * p.n + e / (d + 1), k = e % (d + 1);
+      const int64_t columns = columns_of_part(p.m, sums.splits);
       double total = 0;
-      for (int64_t split = 0; split < sums.splits; ++split)
+      for (int64_t split = 0; split * columns < p.m; ++split)
         total += static_cast<double>(p.partial[(batch * sums.splits + split) * width + e]);
       (k < d ? p.out.product[i * d + k] : p.out.sum[i]) = static_cast<T>(total);
     });

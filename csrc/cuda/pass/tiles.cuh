@@ -70,6 +70,11 @@ struct PackedClouds {
   }
 };
 
+// Columns of each of so many parts, of which the last may have none.
+OTLOSS_HOST_DEVICE int64_t columns_of_part(int64_t columns, int64_t parts) {
+  return ceil_div(columns, parts * kPackedAlign) * kPackedAlign;
+}
+
 // Some rows against some columns.
 template <typename T>
 struct RowTiles {
@@ -90,7 +95,7 @@ struct RowTiles {
   // many parts of the columns.
   OTLOSS_DEVICE void cut(int64_t number, int64_t share, int64_t parts) {
     const auto least = [](int64_t x, int64_t y) { return x < y ? x : y; };
-    const int64_t columns = ceil_div(end, parts * kPackedAlign) * kPackedAlign;
+    const int64_t columns = columns_of_part(end, parts);
     first = least(number / parts * share, last), last = least(first + share, last);
     begin = least(number % parts * columns, end), end = least(begin + columns, end);
   }
