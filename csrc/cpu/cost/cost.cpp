@@ -18,6 +18,7 @@
 #include "core/costs.h"
 #include "cpu/cost/points.h"
 #include "cpu/parallel.h"
+#include "cpu/simd/rows_product.h"
 #include "cpu/simd/simd.h"
 #include "cpu/simd/sweep.h"
 #include "cpu/solve/marginal.h"
@@ -340,9 +341,10 @@ void gradients_of_problem(const std::vector<CloudGradientGroup<T>>& clouds, int6
       const T* z = term.z + p * term.m * d;
       const T* strips = strips_of_cloud(z);
       const int64_t V_row = term.transposed ? 1 : term.m, V_inner = term.transposed ? n : 1;
-      multiply_rows(RowsProduct<T>{
-          block.rows, term.m, d, term.V + p * n * term.m + block.first * V_row, V_row, V_inner,
-          strips ? strips : z, strips != nullptr, grad, &term != cloud.terms.data()});
+      multiply_rows(RowsProduct<T>{block.rows, term.m, d,
+                                   term.V + p * n * term.m + block.first * V_row, V_row, V_inner,
+                                   term.sum + begin, strips ? strips : z, strips != nullptr, grad,
+                                   &term != cloud.terms.data()});
     }
     for (int64_t i = begin; i < begin + block.rows; ++i, grad += d) {
       T sum = 0;

@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "core/math.h"
+#include "cpu/simd/rows_product.h"
 #include "cpu/simd/simd.h"
 
 namespace otloss::cpu {
@@ -172,8 +173,8 @@ OTLOSS_SIMD void apply_products(const ApplyRows<T>& p) {
     for (int64_t j = 0; j < m; ++j) total += p.V[r * p.stride + j];
     p.sum[r] = total;
   }
-  multiply_rows(
-      RowsProduct<T>{p.rows, m, p.to->d, p.V, p.stride, 1, p.coordinates, true, p.product, false});
+  multiply_rows(RowsProduct<T>{p.rows, m, p.to->d, p.V, p.stride, 1, p.sum, p.coordinates, true,
+                               p.product, false});
 }
 
 }  // namespace

@@ -9,34 +9,13 @@
 #include "cpu/simd/tile.h"
 
 #include <algorithm>
-#include <utility>
 
 #include "cpu/parallel.h"
 #include "cpu/simd/simd.h"
+#include "cpu/simd/vector_types.h"
 
 namespace otloss::cpu {
 namespace {
-
-template <typename T, int kBytes>
-struct VectorOf {
-  using type __attribute__((vector_size(kBytes))) = T;
-};
-template <typename T, int kBytes>
-using Vector = typename VectorOf<T, kBytes>::type;
-
-// kBytes of T, wherever a T may lie. (Clang forgets an alignment that is part of a dependent type.)
-template <typename T, int kBytes>
-struct __attribute__((packed, may_alias)) InMemory {
-  Vector<T, kBytes> vector;
-};
-template <int kBytes, typename T>
-OTLOSS_INLINE const InMemory<T, kBytes>& in_memory(const T* p) {
-  return *reinterpret_cast<const InMemory<T, kBytes>*>(p);
-}
-template <int kBytes, typename T>
-OTLOSS_INLINE InMemory<T, kBytes>& in_memory(T* p) {
-  return *reinterpret_cast<InMemory<T, kBytes>*>(p);
-}
 
 // Sums of kRows rows by kVectors vectors.
 template <int kBytes, int kRows, int kVectors, typename T>
@@ -260,58 +239,11 @@ void pack(const Packing<T>& p) {
                });
 }
 
-// Sums of the last columns, which may be less than a vector, pass through a tile of their own.
-template <typename T>
-void add_last_columns(TileProduct<T> tile, int64_t columns) {
-  alignas(64) T sum[kTileRows * kStrip<T>];
-  T* const out = std::exchange(tile.sum, sum);
-  const int64_t stride = std::exchange(tile.stride, kStrip<T>);
-  for (int64_t r = 0; r < tile.rows && tile.add; ++r)
-    std::copy_n(out + r * stride, columns, sum + r * kStrip<T>);
-  add_tile(tile);
-  for (int64_t r = 0; r < tile.rows; ++r)
-    std::copy_n(sum + r * kStrip<T>, columns, out + r * stride);
-}
-
-// A block of rows of V by a chunk of the inner index stays in the L2 cache while all columns of z
-// pass by, a strip by a chunk in the L1 or L2 cache while the rows do.
-template <typename T>
-void multiply_rows(const RowsProduct<T>& p) {
-  constexpr int64_t kChunk = 512;
-  const int64_t z_inner = p.packed ? kStrip<T> : p.columns;
-  const int64_t z_strip = p.packed ? p.inner * kStrip<T> : kStrip<T>;
-  for (int64_t i = 0; i < p.rows; i += kProductRows) {
-    const int64_t end = std::min(p.rows, i + kProductRows);
-    for (int64_t k = 0; k < p.inner; k += kChunk)
-      for (int64_t s = 0; s < strips_of<T>(p.columns); ++s) {
-        const int64_t columns = std::min(kStrip<T>, p.columns - s * kStrip<T>);
-        for (int64_t r = i; r < end; r += kTileRows) {
-          const TileProduct<T> tile{std::min(kTileRows, end - r),
-                                    padded<T>(columns),
-                                    std::min(kChunk, p.inner - k),
-                                    p.V + r * p.V_row + k * p.V_inner,
-                                    p.V_row,
-                                    p.V_inner,
-                                    p.z + s * z_strip + k * z_inner,
-                                    z_inner,
-                                    p.out + r * p.columns + s * kStrip<T>,
-                                    p.columns,
-                                    p.add || k > 0};
-          if (columns == tile.columns)
-            add_tile(tile);
-          else
-            add_last_columns(tile, columns);
-        }
-      }
-  }
-}
-
 #define OTLOSS_INSTANTIATE(T)                                                \
   template void transpose(int64_t, int64_t, const T*, int64_t, T*, int64_t); \
   template void add_products(const TileProduct<T>&);                         \
   template void squared_differences(const Differences<T>&);                  \
-  template void pack(const Packing<T>&);                                     \
-  template void multiply_rows(const RowsProduct<T>&);
+  template void pack(const Packing<T>&);
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)
 
