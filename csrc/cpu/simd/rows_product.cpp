@@ -6,7 +6,7 @@
 // of rows where few are left is multiplied by lists of these, row by row.
 //
 // Floor of a list: a load of z for each multiply-add, one of 512 bits per clock, and a broadcast
-// for every four: 5 clocks for 4 multiply-adds, where the tiles of tile.cpp take 4 (Zen 4) or 2.
+// for every four: 5 clocks (Zen 4) where a tile takes 4.
 #include "cpu/simd/rows_product.h"
 
 #if defined(__x86_64__)
@@ -43,32 +43,32 @@ struct TileLists {
 };
 
 template <typename T>
-OTLOSS_INLINE bool counts(T entry, T least) {
-  return !(std::abs(entry) <= least);  // NaN does
+OTLOSS_INLINE bool counts(T entry, T limit) {
+  return !(std::abs(entry) <= limit);  // NaN does
 }
 
 template <typename T>
-OTLOSS_SIMD int64_t count_entries(int64_t inner, T least, const T* V) {
+OTLOSS_SIMD int64_t count_entries(int64_t inner, T limit, const T* V) {
   int32_t count = 0;
 #pragma omp simd reduction(+ : count)
-  for (int64_t k = 0; k < inner; ++k) count += static_cast<int32_t>(counts(V[k], least));
+  for (int64_t k = 0; k < inner; ++k) count += static_cast<int32_t>(counts(V[k], limit));
   return count;
 }
 
 // Lists the entries of a row that count; returns how many.
 template <typename T>
-int64_t list_by_entry(int64_t inner, T least, const T* V, int32_t* index, T* weight) {
+int64_t list_by_entry(int64_t inner, T limit, const T* V, int32_t* index, T* weight) {
   int64_t count = 0;
   for (int64_t k = 0; k < inner; ++k) {
     index[count] = static_cast<int32_t>(k);
     weight[count] = V[k];
-    count += static_cast<int64_t>(counts(V[k], least));
+    count += static_cast<int64_t>(counts(V[k], limit));
   }
   return count;
 }
 
 #if defined(OTLOSS_LEVELS)
-OTLOSS_AVX512 int64_t list_by_blocks(int64_t inner, float least, const float* V, int32_t* index,
+OTLOSS_AVX512 int64_t list_by_blocks(int64_t inner, float limit, const float* V, int32_t* index,
                                      float* weight) {
   int64_t count = 0;
   __m512i k = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -76,14 +76,14 @@ OTLOSS_AVX512 int64_t list_by_blocks(int64_t inner, float least, const float* V,
     const __mmask16 there = static_cast<__mmask16>((1U << std::min<int64_t>(16, inner)) - 1);
     const __m512 entries = _mm512_maskz_loadu_ps(there, V);
     const __mmask16 kept =
-        _mm512_mask_cmp_ps_mask(there, _mm512_abs_ps(entries), _mm512_set1_ps(least), _CMP_NLE_UQ);
+        _mm512_mask_cmp_ps_mask(there, _mm512_abs_ps(entries), _mm512_set1_ps(limit), _CMP_NLE_UQ);
     _mm512_storeu_ps(weight + count, _mm512_maskz_compress_ps(kept, entries));
     _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(kept, k));
     count += __builtin_popcount(kept);
   }
   return count;
 }
-OTLOSS_AVX512 int64_t list_by_blocks(int64_t inner, double least, const double* V, int32_t* index,
+OTLOSS_AVX512 int64_t list_by_blocks(int64_t inner, double limit, const double* V, int32_t* index,
                                      double* weight) {
   int64_t count = 0;
   __m256i k = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
@@ -91,7 +91,7 @@ OTLOSS_AVX512 int64_t list_by_blocks(int64_t inner, double least, const double* 
     const __mmask8 there = static_cast<__mmask8>((1U << std::min<int64_t>(8, inner)) - 1);
     const __m512d entries = _mm512_maskz_loadu_pd(there, V);
     const __mmask8 kept =
-        _mm512_mask_cmp_pd_mask(there, _mm512_abs_pd(entries), _mm512_set1_pd(least), _CMP_NLE_UQ);
+        _mm512_mask_cmp_pd_mask(there, _mm512_abs_pd(entries), _mm512_set1_pd(limit), _CMP_NLE_UQ);
     _mm512_storeu_pd(weight + count, _mm512_maskz_compress_pd(kept, entries));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(index + count),
                         _mm256_maskz_compress_epi32(kept, k));
@@ -101,19 +101,19 @@ OTLOSS_AVX512 int64_t list_by_blocks(int64_t inner, double least, const double* 
 }
 #endif
 
-// What each entry of a row may be less than, if it is left out: infinite or NaN ones never are.
+// The size up to which entries of a row do not count. Infinite and NaN ones do.
 template <typename T>
-T least_entry(T sum, int64_t inner) {
-  const T least = std::abs(sum) * (std::numeric_limits<T>::epsilon() / T(2 * inner));
-  return std::min(least, std::numeric_limits<T>::max());
+T limit_of_row(T sum, int64_t inner) {
+  const T limit = std::abs(sum) * (std::numeric_limits<T>::epsilon() / T(2 * inner));
+  return std::min(limit, std::numeric_limits<T>::max());
 }
 
 template <typename T>
-int64_t list_row(int64_t inner, T least, const T* V, int32_t* index, T* weight) {
+int64_t list_row(int64_t inner, T limit, const T* V, int32_t* index, T* weight) {
 #if defined(OTLOSS_LEVELS)
-  if (simd_level() == SimdLevel::kAvx512) return list_by_blocks(inner, least, V, index, weight);
+  if (simd_level() == SimdLevel::kAvx512) return list_by_blocks(inner, limit, V, index, weight);
 #endif
-  return list_by_entry(inner, least, V, index, weight);
+  return list_by_entry(inner, limit, V, index, weight);
 }
 
 // A tile of rows of V, a chunk for lists at a time.
@@ -121,7 +121,7 @@ template <typename T>
 class TileOfRows {
  public:
   TileOfRows(const RowsProduct<T>& p, int64_t first) : p_(p), first_(first) {
-    for (int64_t r = 0; r < rows_; ++r) least_[r] = least_entry(p.sum[first + r], p.inner);
+    for (int64_t r = 0; r < rows_; ++r) limit_[r] = limit_of_row(p.sum[first + r], p.inner);
   }
 
   // Whether few entries count, by a sample of rows.
@@ -133,7 +133,7 @@ class TileOfRows {
       const int64_t inner = std::min(chunk, p_.inner - k);
       read(k, inner);
       for (int64_t r = 0; r < rows_; r += kEvery)
-        count += count_entries(inner, least_[r], V_ + r * stride_);
+        count += count_entries(inner, limit_[r], V_ + r * stride_);
     }
     const int64_t of = groups_of(rows_, kEvery) * p_.inner;
     return static_cast<double>(count) <= kFewEntries * static_cast<double>(of);
@@ -145,7 +145,7 @@ class TileOfRows {
     int32_t end = 0;
     for (int64_t r = 0; r < rows_; ++r) {
       end += static_cast<int32_t>(
-          list_row(inner, least_[r], V_ + r * stride_, lists.index + end, lists.weight + end));
+          list_row(inner, limit_[r], V_ + r * stride_, lists.index + end, lists.weight + end));
       lists.end[r] = end;
     }
   }
@@ -160,7 +160,7 @@ class TileOfRows {
 
   const RowsProduct<T>& p_;
   const int64_t first_, rows_ = std::min(kTileRows, p_.rows - first_);
-  T least_[kTileRows];
+  T limit_[kTileRows];
   const T* V_;  // (rows, stride) a chunk
   int64_t stride_;
   alignas(64) T columns_[kTileRows * kListChunk];  // of V^T
