@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <utility>
 #include <vector>
@@ -271,7 +272,8 @@ void multiply_lists(const RowsProduct<T>& p, const std::vector<int64_t>& rows) {
       const int64_t strips = std::min(kPass, whole - s);
       for (int64_t j = 0; j < inner; ++j)
         for (int64_t t = 0; t < strips; ++t)
-          std::copy_n(z_at(p, k + j, s + t), kStrip<T>, y + (j * kPass + t) * kStrip<T>);
+          std::memcpy(y + (j * kPass + t) * kStrip<T>, z_at(p, k + j, s + t),
+                      sizeof(T) * kStrip<T>);
       for (size_t t = 0; t < rows.size(); ++t)
         run_at_level<AddLists>(ListsProduct<T>{
             std::min(kTileRows, p.rows - rows[t]), strips, &lists[t], y,
