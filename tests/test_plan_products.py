@@ -136,3 +136,12 @@ def test_threads_agree(rng):
         torch.set_num_threads(threads)
     assert torch.equal(found[1], found[2])
     torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "cosine"])
+@pytest.mark.parametrize("d", [16, 17, 32, 50])
+@pytest.mark.parametrize("n", [7, 33, 200])
+def test_half_of_a_symmetric_cost(n, d, cost, rng):
+    x = torch.randn(n, d, generator=rng)
+    found, expected = (otloss.cost_matrix(x, other, cost) for other in (x, x.clone()))
+    torch.testing.assert_close(found, expected.fill_diagonal_(0), rtol=1e-5, atol=1e-4)

@@ -104,9 +104,6 @@ T unit_row(int64_t d, const T* x, T* z) {
 
 // ------------------------------------------------------------------------------------- costs
 
-// Coordinates from which on half of a symmetric matrix and its reflection is less work than all.
-constexpr int64_t kReflectDims = 48;
-
 // A block of rows of one of several matrices.
 struct RowBlock {
   size_t matrix;
@@ -149,8 +146,9 @@ void costs_of_problem(const std::vector<CostGroup<T>>& groups, int64_t p, CostKi
     rows.push_back(group.n);
     work += group.n * group.m * group.d;
   }
+  // By products, half of a symmetric matrix and its reflection is less work than all.
   const auto half = [](const CostGroup<T>& group) {
-    return group.symmetric && group.d >= kReflectDims;
+    return group.symmetric && group.d > kDirectDims;
   };
   for_each_block(rows, work, [&](const RowBlock& block) {
     const CostGroup<T>& group = groups[block.matrix];
