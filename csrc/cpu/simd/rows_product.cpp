@@ -34,6 +34,9 @@ constexpr int64_t kListChunk = 112;
 constexpr int64_t kPass = 2;        // strips
 constexpr double kFewEntries = .5;  // of a tile: at .55 to .6 lists take as long
 
+// Columns whose products with an entry take as long as looking whether it is to be listed.
+double columns_of_listing() { return simd_level() == SimdLevel::kAvx512 ? 4 : 40; }
+
 // Where the entries of a chunk of a tile that count are listed, row after row; the lists of a row
 // are written on to whole blocks.
 template <typename T>
@@ -56,14 +59,22 @@ OTLOSS_SIMD int64_t count_entries(int64_t inner, T limit, const T* V) {
   return count;
 }
 
-// Lists the entries of a row that count; returns how many.
+template <typename T>
+OTLOSS_SIMD void mark_entries(int64_t inner, T limit, const T* V, uint8_t* marks) {
+#pragma omp simd
+  for (int64_t k = 0; k < inner; ++k) marks[k] = static_cast<uint8_t>(counts(V[k], limit));
+}
+
+// Lists the entries of a chunk of a row that count; returns how many. Without a branch.
 template <typename T>
 int64_t list_by_entry(int64_t inner, T limit, const T* V, int32_t* index, T* weight) {
+  uint8_t marks[kListChunk];
+  mark_entries(inner, limit, V, marks);
   int64_t count = 0;
   for (int64_t k = 0; k < inner; ++k) {
     index[count] = static_cast<int32_t>(k);
     weight[count] = V[k];
-    count += static_cast<int64_t>(counts(V[k], limit));
+    count += marks[k];
   }
   return count;
 }
@@ -125,7 +136,7 @@ class TileOfRows {
     for (int64_t r = 0; r < rows_; ++r) limit_[r] = limit_of_row(p.sum[first + r], p.inner);
   }
 
-  // Whether few entries count, by a sample of rows.
+  // Whether so few entries count that they should be listed, by a sample of rows.
   bool few() {
     constexpr int64_t kEvery = 4;
     const int64_t chunk = p_.V_inner == 1 ? p_.inner : kListChunk;
@@ -137,7 +148,8 @@ class TileOfRows {
         count += count_entries(inner, limit_[r], V_ + r * stride_);
     }
     const int64_t of = groups_of(rows_, kEvery) * p_.inner;
-    return static_cast<double>(count) <= kFewEntries * static_cast<double>(of);
+    const double most = kFewEntries - columns_of_listing() / static_cast<double>(p_.columns);
+    return static_cast<double>(count) <= most * static_cast<double>(of);
   }
 
   // Inner indices [k, k + inner).
