@@ -82,6 +82,23 @@ def test_what_is_left_out(share, dtype, rng):
     assert errors(W, x, y)[0] < 10
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_entries_of_far_points_count(dtype, rng):
+    """What is left out is small as a product, not as an entry alone."""
+    n, m, far = 24, 200, 101
+    x, y = clouds(n, m, 64, dtype, rng)
+    y[far] *= 1e6
+    W = torch.zeros(n, m, dtype=dtype)
+    W[:, 0] = 1
+    W[:, far] = 0.2 * torch.finfo(dtype).eps / m
+    points = x.requires_grad_()
+    (grad,) = torch.autograd.grad(otloss.cost_matrix(points, y), points, W)
+    exact = 2 * (x.detach() * W.sum(1, keepdim=True) - W @ y).double()
+    rounding = torch.finfo(dtype).eps / 2
+    assert 2 * W[0, far] * y[far].max() > 500 * rounding  # of the far point
+    torch.testing.assert_close(grad.double(), exact, rtol=0, atol=20 * rounding)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_counts(value, rng):
     x, y = clouds(24, 200, 64, torch.float32, rng)

@@ -312,11 +312,14 @@ void cost_gradient(const CostGradientGroup<T>& group, CostKind kind) {
 template <typename T>
 void gradients_of_problem(const std::vector<CloudGradientGroup<T>>& clouds, int64_t p, bool unit) {
   constexpr int64_t kNear = 256;  // rows that are as well read where they are
-  std::vector<std::pair<const T*, BlockBuffer<T>>> packed;  // each cloud once
-  const auto strips_of_cloud = [&](const T* z) -> const T* {
-    for (const auto& [of, strips] : packed)
-      if (of == z) return strips.data();
-    return nullptr;
+  struct Cloud {
+    const T* z;
+    T even;
+    BlockBuffer<T> strips;  // empty where z is read where it is
+  };
+  std::vector<Cloud> others;  // each once
+  const auto cloud_at = [&](const T* z) {
+    return std::find_if(others.begin(), others.end(), [z](const Cloud& c) { return c.z == z; });
   };
   std::vector<int64_t> rows;
   int64_t work = 0;
@@ -326,9 +329,11 @@ void gradients_of_problem(const std::vector<CloudGradientGroup<T>>& clouds, int6
     for (const GradientTerm<T>& term : cloud.terms) {
       const T* z = term.z + p * term.m * d;
       work += cloud.n * term.m * d;
-      if ((term.m <= kNear && d % kBlock<T> == 0) || strips_of_cloud(z)) continue;
-      packed.emplace_back(z, BlockBuffer<T>(strips_of<T>(d) * term.m * kStrip<T>));
-      pack(Packing<T>{d, term.m, z, d, true, packed.back().second.data()});
+      if (cloud_at(z) != others.end()) continue;
+      const bool near = term.m <= kNear && d % kBlock<T> == 0;
+      others.push_back({z, evenness(term.m, d, z),
+                        BlockBuffer<T>(near ? 0 : strips_of<T>(d) * term.m * kStrip<T>)});
+      if (!near) pack(Packing<T>{d, term.m, z, d, true, others.back().strips.data()});
     }
   }
   for_each_block(rows, work, [&](const RowBlock& block) {
@@ -337,12 +342,13 @@ void gradients_of_problem(const std::vector<CloudGradientGroup<T>>& clouds, int6
     T* grad = cloud.grad + begin * d;
     for (const GradientTerm<T>& term : cloud.terms) {
       const T* z = term.z + p * term.m * d;
-      const T* strips = strips_of_cloud(z);
+      const Cloud& other = *cloud_at(z);
+      const bool packed = !other.strips.empty();
       const int64_t V_row = term.transposed ? 1 : term.m, V_inner = term.transposed ? n : 1;
       multiply_rows(RowsProduct<T>{block.rows, term.m, d,
                                    term.V + p * n * term.m + block.first * V_row, V_row, V_inner,
-                                   term.sum + begin, strips ? strips : z, strips != nullptr, grad,
-                                   &term != cloud.terms.data()});
+                                   term.sum + begin, other.even, packed ? other.strips.data() : z,
+                                   packed, grad, &term != cloud.terms.data()});
     }
     for (int64_t i = begin; i < begin + block.rows; ++i, grad += d) {
       T sum = 0;

@@ -33,6 +33,7 @@ template <typename T>
 struct PackedCloud : CloudRows<T> {
   BlockBuffer<T> strips;  // (strips_of(m), d, kStrip)
   BlockVector<T> h;       // (strips_of(m) * kStrip,) norms, padded with zeros
+  T even;                 // evenness of z
 
   explicit PackedCloud(const CloudRows<T>& cloud);
 };

@@ -11,6 +11,10 @@ namespace otloss::cpu {
 // once it is in the L2 cache.
 constexpr int64_t kProductRows = 8 * kTileRows;
 
+// The length of the shortest point z (m, d) over that of the longest; points at 0 apart.
+template <typename T>
+T evenness(int64_t m, int64_t d, const T* z);
+
 // out (+)= V z.
 template <typename T>
 struct RowsProduct {
@@ -21,6 +25,7 @@ struct RowsProduct {
   int64_t V_row;    // distance of its rows
   int64_t V_inner;  // distance of its inner indices: 1, or V_row is
   const T* sum;     // (rows,) V 1
+  T evenness;       // of z
   const T* z;       // (inner, columns) where columns are whole blocks, or the strips of z^T:
   bool packed;      // (strips_of(columns), inner, kStrip)
   T* out;           // (rows, columns)
