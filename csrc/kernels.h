@@ -147,7 +147,7 @@ struct PointSums {
 template <typename T>
 struct MadeCost {
   PointPair<T> points;
-  bool symmetric;  // a cloud against itself: x takes both sides' sums, y is null
+  bool symmetric;  // a cloud against itself: on a CPU x takes both sides' sums, y is null
   PointSums<T> x;
   PointSums<T> y;  // (B, m) (B, m, d)
 };

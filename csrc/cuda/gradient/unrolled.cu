@@ -95,8 +95,8 @@ class Adjoint {
     team_.sum(sums);
     if (block_.thread() == 0) {
       state_.masses = Masses(sums[0], sums[1], p_.penalties.balanced);
-      work_.orders.place(team_.index(), all_.points, p_, batch_, p_.made.symmetric,
-                         kLog2E / work_.eps, nullptr, nullptr);
+      const auto tiles = all_.points.tiles(batch_, p_.n, p_.m, p_.made.symmetric, k_);
+      work_.orders.place(team_.index(), tiles, nullptr, nullptr);
     }
     block_.sync();
     make_H(p_.L - 1);
@@ -135,11 +135,11 @@ class Adjoint {
     block_.sync();
     if (block_.thread() == 0) {
       state_.l = l;
-      order.sides[0].exponents = of.F, order.sides[1].exponents = of.G;
+      order.tiles.F = of.F, order.tiles.G = of.G;
       order.ask(side, what, x);
     }
     block_.sync();
-    order.sides[0].pad(block_), order.sides[1].pad(block_);
+    order.pad(block_);
     return false;
   }
 
@@ -306,24 +306,16 @@ void sum_iterations(const Context& context, const Pack<UnrolledGroup<T>>& pack,
     const IterationsOfPoints<T>& all = iterations[i];
     const Penalty x{1 / p.penalties.rho_x}, y{1 / p.penalties.rho_y};
     IterationSide<T> rows{}, columns{};
-    rows.plan = all.F, rows.trace = p.trace, rows.weight = p.a, rows.R = all.R;
-    rows.count = p.n, rows.stride = packed_stride(p.n);
+    rows.trace = p.trace, rows.weight = p.a, rows.R = all.R, rows.count = p.n;
     rows.to_base = static_cast<T>(k), rows.to_other = static_cast<T>(k / x.damping(eps));
-    columns.plan = all.G, columns.trace = p.trace + p.n, columns.weight = p.b;
-    columns.g_bar = all.g_bar, columns.H = all.H;
-    columns.count = p.m, columns.stride = packed_stride(p.m);
+    columns.trace = p.trace + p.n, columns.weight = p.b, columns.g_bar = all.g_bar;
+    columns.H = all.H, columns.count = p.m;
     columns.to_base = static_cast<T>(k / y.damping(eps));
-    Iterations<T> of_x{rows,
-                       columns,
-                       p.L,
-                       p.n + p.m,
-                       p.grad,
-                       p.coefficient,
-                       of_cost<T>(objective, eps),
-                       objective == Objective::kTransport,
-                       p.made.symmetric};
-    Iterations<T> of_y = of_x;
-    std::swap(of_y.rows, of_y.columns);
+    const T of_C = of_cost<T>(objective, eps);
+    const SolvedPlan<T> last{nullptr, nullptr, p.grad, p.coefficient, of_C, p.n, p.m};
+    const bool transport = objective == Objective::kTransport;
+    const Iterations<T> of_x{rows, columns, p.L, p.n + p.m, last, transport};
+    const Iterations<T> of_y{columns, rows, p.L, p.n + p.m, last, transport};
     add_sides<T>(p, all.points, all.F, all.G, of_x, of_y, &sides);
   }
   sum_sides(context, sides, static_cast<T>(k));
@@ -334,7 +326,8 @@ void backward(const Context& context, const Pack<UnrolledGroup<T>>& pack, double
               Objective objective, Packer<T>& packer) {
   const Shape shape = shape_of<T>(pack);
   if (shape.problems == 0) return;
-  const SolvePlan plan = products_plan(context, shape, pack.items[0]);
+  const SolvePlan plan =
+      products_plan(context, shape, pack.items[0].made.points.d, pack.items[0].C != nullptr);
   AdjointWork<T> work{};
   work.pack = pack, work.eps = eps, work.objective = objective;
   SweepArguments<T, T> sweep;
@@ -360,7 +353,7 @@ void backward(const Context& context, const Pack<UnrolledGroup<T>>& pack, double
     clear(context, all.G, G * static_cast<int64_t>(sizeof(T)));
   }
   run_controls(context, work, shape.problems, most,
-               [&](Queue& queue) { queue_sweep<true>(queue, sweep, work.all[0].points, grid); });
+               [&](Queue& queue) { queue_sweep(queue, sweep, work.all[0].points, grid); });
   sum_iterations(context, pack, work.all, eps, objective);
 }
 

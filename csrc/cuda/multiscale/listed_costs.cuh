@@ -1,6 +1,6 @@
 // A solve between two clouds in few dimensions, of the pairs of leaves that hold something of the
 // plan: sums.cuh makes the sums, and a control after each takes them and says which are next, as in
-// launched.cuh. Potentials are in double.
+// launched.cu. Potentials are in double.
 #pragma once
 
 #include "cuda/multiscale/sums.cuh"

@@ -12,15 +12,6 @@
 
 namespace otloss::cuda {
 
-// Where the costs of a group are: stored, or made from points.
-template <typename T>
-struct PackedPair {
-  CostKind kind;
-  int64_t d;   // coordinates
-  const T* C;  // (B, n, m), or null
-  PackedClouds<T> x, y;
-};
-
 // The largest power of two that keeps a point within 2^15, from the largest squared norm; 1 / it is
 // a normal number, as is 1 / (its square).
 OTLOSS_HOST_DEVICE float split_scale(float largest) {
@@ -119,7 +110,7 @@ class Packer {
 
   PackedPair<T> operator()(int64_t batch, int64_t n, int64_t m, const PointPair<T>& points,
                            const T* C = nullptr) {
-    if (C != nullptr) return {points.kind, points.d, C, {}, {}};
+    if (C != nullptr || points.zx == nullptr) return {points.kind, points.d, C, {}, {}};
     return {points.kind, points.d, nullptr, packed(batch, n, points, points.zx, points.hx),
             packed(batch, m, points, points.zy, points.hy)};
   }

@@ -12,35 +12,28 @@
 
 namespace otloss::cuda {
 
-// A side of a problem in a sweep: all of its points.
-template <typename T>
-struct SweepSide {
-  PackedCloud<T> cloud;
-  T* exponents;  // (cloud.stride,) padded
-
-  // By all threads of a control.
-  template <class Block>
-  OTLOSS_DEVICE void pad(Block& block) const {
-    for (int64_t i = cloud.count + block.thread(); i < cloud.stride; i += kControlThreads)
-      exponents[i] = static_cast<T>(kLog2Zero);
-  }
-};
-
 // The sums that a problem waits for.
 template <typename T, typename S = T>
 struct SweepOrder {
   RowSum what;
-  int side;            // whose points are the rows; 0: the problem's rows
-  const S* x;          // factors of the other side's points, or null
-  const T* exponents;  // of the rows in place of the side's, or null
-  // What stays.
-  SweepSide<T> sides[2];
-  RowTiles<T> tiles;  // but for rows and columns
+  int side;           // whose points are the rows; 0: the problem's rows
+  const S* x;         // factors of the other side's points, or null
+  T* exponents;       // of the rows in place of the side's, or null
+  RowTiles<T> tiles;  // with the problem's rows as rows
   S* out;             // (parts, length)
 
   OTLOSS_DEVICE void ask(int of_side, RowSum of_what, const S* factors = nullptr,
-                         const T* of_rows = nullptr) {
+                         T* of_rows = nullptr) {
     side = of_side, what = of_what, x = factors, exponents = of_rows;
+  }
+  // Exponents past the ends, by all threads of a control.
+  template <class Block>
+  OTLOSS_DEVICE void pad(Block& block) const {
+    const auto fill = [&](T* F, const PackedCloud<T>& cloud) {
+      for (int64_t i = cloud.count + block.thread(); i < cloud.stride; i += kControlThreads)
+        F[i] = static_cast<T>(kLog2Zero);
+    };
+    fill(tiles.F, tiles.rows), fill(tiles.G, tiles.columns);
   }
 };
 
@@ -67,7 +60,7 @@ OTLOSS_DEVICE void copy_words(Block& block, const Object* from, Object* to) {
   block.sync();
 }
 
-template <typename T, typename S, bool kProducts, class Tiles>
+template <typename T, typename S, class Tiles>
 struct SweepKernel {
   static constexpr int kThreads = kSolveThreads;
 
@@ -93,23 +86,23 @@ struct SweepKernel {
  private:
   template <class Maker, class Block>
   OTLOSS_DEVICE static void add(Block& block, const RowSums<T, S>& sums) {
-    if constexpr (kProducts)
-      add_rows<Maker, Terms::kProducts>(block, sums);
-    else if (sums.what == RowSum::kPlan)
-      add_rows<Maker, Terms::kPass>(block, sums);
+    if (sums.what == RowSum::kPlan && sums.x == nullptr)
+      add_rows<Maker, true>(block, sums);
     else
-      add_rows<Maker, Terms::kOther>(block, sums);
+      add_rows<Maker, false>(block, sums);
   }
 
   OTLOSS_DEVICE void place(int64_t number, const SweepOrder<T, S>& order,
                            RowSums<T, S>& own) const {
-    const SweepSide<T>&rows = order.sides[order.side], &columns = order.sides[1 - order.side];
     const SweepCut& cut = arguments.cuts[order.side];
-    RowTiles<T>& tiles = own.tiles = order.tiles;
-    tiles.rows = rows.cloud, tiles.columns = columns.cloud;
-    tiles.last = rows.cloud.count, tiles.end = columns.cloud.count;
-    tiles.F = order.exponents != nullptr ? order.exponents : rows.exponents;
-    tiles.G = columns.exponents;
+    const RowTiles<T>& whole = order.tiles;
+    RowTiles<T>& tiles = own.tiles = whole;
+    if (order.side == 1) {
+      tiles.rows = whole.columns, tiles.columns = whole.rows;
+      tiles.F = whole.G, tiles.G = whole.F;
+      tiles.last = whole.end, tiles.end = whole.last;
+    }
+    if (order.exponents != nullptr) tiles.F = order.exponents;
     tiles.room = arguments.room;
     tiles.cut(number, cut.rows, cut.parts);
     own.what = order.what, own.x = order.x;
@@ -118,18 +111,13 @@ struct SweepKernel {
 };
 
 // Of costs that are stored, or made by multiply-adds.
-template <bool kProducts, typename T, typename S>
+template <typename T, typename S>
 void queue_sweep(Queue& queue, const SweepArguments<T, S>& arguments, const PackedPair<T>& points,
                  const Grid& grid) {
-  if (points.C != nullptr) return queue(SweepKernel<T, S, kProducts, StoredTiles>{arguments}, grid);
-  dispatch_tiles(points.kind, points.d, [&](auto tiles) {
-    queue(SweepKernel<T, S, kProducts, decltype(tiles)>{arguments}, grid);
-  });
+  if (points.C != nullptr) return queue(SweepKernel<T, S, StoredTiles>{arguments}, grid);
+  dispatch_tiles(points.kind, points.d,
+                 [&](auto tiles) { queue(SweepKernel<T, S, decltype(tiles)>{arguments}, grid); });
 }
-
-// Of a solve, in a file of its own: both together take minutes to compile.
-void queue_tensor_sweep(Queue& queue, const SweepArguments<float, float>& arguments, CostKind kind,
-                        TileKind made_by, const Grid& grid);
 
 // ------------------------------------------------------------------------------------- control
 
@@ -141,19 +129,12 @@ struct Orders {
   int64_t length;        // at least every n and m
   S* out;                // (problems, parts, length)
 
-  // What stays of an order, p: the group of the problem; by one thread.
-  template <class Group>
-  OTLOSS_DEVICE void place(int64_t problem, const PackedPair<T>& points, const Group& p,
-                           int64_t batch, bool symmetric, double k, T* F, T* G) const {
+  // What stays of an order; by one thread.
+  OTLOSS_DEVICE void place(int64_t problem, const RowTiles<T>& tiles, T* F, T* G) const {
     SweepOrder<T, S>& order = of[problem];
     const int most = parts[0] > parts[1] ? parts[0] : parts[1];
     order.out = out + problem * most * length;
-    order.sides[0] = {points.x.cloud(batch, points.d, p.n), F};
-    order.sides[1] = {points.y.cloud(batch, points.d, p.m), G};
-    RowTiles<T>& tiles = order.tiles;
-    tiles.d = points.d, tiles.symmetric = symmetric, tiles.repair = true;
-    tiles.k = static_cast<T>(k);
-    tiles.C = points.C + batch * p.n * p.m, tiles.width = p.m;
+    order.tiles = tiles, order.tiles.F = F, order.tiles.G = G;
   }
 
   // Sum i of those that the problem asked for.
@@ -183,10 +164,9 @@ Grid plan_sweeps(const Context& context, const Shape& shape, const SolvePlan& pl
 
 // The plan of products with the groups' plans. They take multiply-adds: with tensor cores P_ij
 // would depend on which side is first.
-template <typename Group>
-SolvePlan products_plan(const Context& context, const Shape& shape, const Group& group) {
-  return choose_launched_plan(shape, group.made.points.d, limits(context.device),
-                              group.C ? TileKind::kStored : TileKind::kFma);
+inline SolvePlan products_plan(const Context& context, const Shape& shape, int64_t d, bool stored) {
+  return choose_launched_plan(shape, d, limits(context.device),
+                              stored ? TileKind::kStored : TileKind::kFma);
 }
 
 // Work is what all problems of a call share: groups(), orders; State what is kept of one.
@@ -224,7 +204,7 @@ struct ControlKernel {
 };
 
 // Runs controls and sweeps, sweep(queue), in turn until all problems are done, which takes `most`
-// sweeps at most.
+// sweeps at most; 0: a control alone.
 template <class Work, class Sweep>
 void run_controls(const Context& context, const Work& work, int64_t problems, int64_t most,
                   Sweep&& sweep) {
@@ -235,6 +215,7 @@ void run_controls(const Context& context, const Work& work, int64_t problems, in
   Kernel control{work, context.scratch<typename Work::State>(problems), true, loop};
   launch(context, control, grid);
   control.first = false;
+  if (most == 0) return;
   repeat(context, loop, most, [&](const Loop& turn, Queue& queue) {
     sweep(queue);
     control.loop = turn;

@@ -1,6 +1,6 @@
 // Tiles of a cost matrix, which is made from the points on the way and never stored, or read: what
 // those who make them (fma_tiles.cuh, tensor_tiles.cuh, stored_tiles.cuh) and those who use them
-// (row_sums.cuh, gradient/side_sums.cuh) have in common.
+// (row_sums.cuh, gradient/side_sums.cu) have in common.
 //
 // A block has a few rows, kRows of its maker, and passes over some columns, tile by tile. A maker
 // gives the entries of a tile to the threads, up to 64 to each, as TileEntries; a thread has the
@@ -87,8 +87,8 @@ struct RowTiles {
   PackedCloud<T> rows, columns;
   int64_t first, last;  // rows; first a multiple of kTileRows
   int64_t begin, end;   // columns; begin a multiple of kPackedAlign
-  const T* F;           // (rows.stride,) potentials of the rows in base 2
-  const T* G;           // (columns.stride,) of the columns, with the logarithm of their weights
+  T* F;                 // (rows.stride,) exponents: potentials of the rows in base 2
+  T* G;                 // (columns.stride,) of the columns, with the logarithm of their weights
   int64_t room;         // bytes of shared memory for tensor cores
 
   // Block `number` of those that share the rows and columns, each with `share` rows and one of so
@@ -98,6 +98,25 @@ struct RowTiles {
     const int64_t columns = columns_of_part(end, parts);
     first = least(number / parts * share, last), last = least(first + share, last);
     begin = least(number % parts * columns, end), end = least(begin + columns, end);
+  }
+};
+
+// Where the costs of a group are: stored, or made from points.
+template <typename T>
+struct PackedPair {
+  CostKind kind;
+  int64_t d;   // coordinates
+  const T* C;  // (B, n, m), or null
+  PackedClouds<T> x, y;
+
+  // All of a problem, but for the exponents. k: log2(e) / eps.
+  OTLOSS_DEVICE RowTiles<T> tiles(int64_t batch, int64_t n, int64_t m, bool symmetric, T k) const {
+    RowTiles<T> tiles{};
+    tiles.d = d, tiles.symmetric = symmetric, tiles.repair = true, tiles.k = k;
+    tiles.C = C + batch * n * m, tiles.width = m;
+    tiles.rows = x.cloud(batch, d, n), tiles.columns = y.cloud(batch, d, m);
+    tiles.last = n, tiles.end = m;
+    return tiles;
   }
 };
 

@@ -57,7 +57,8 @@ class LaunchedCosts {
       *v = vectors, vectors += length;
     s_.F = state_.F, s_.a = state_.a, s_.s = state_.s;
     const PackedPair<T>& points = args_.points[&p - args_.solve.groups.items];
-    args_.orders.place(team_.index(), points, p, batch, p.symmetric, 0, state_.A, s_.G);
+    args_.orders.place(team_.index(), points.tiles(batch, p.n, p.m, p.symmetric, T(0)), state_.A,
+                       s_.G);
   }
 
   // max |C|, or a bound of it from the largest norms, in the first place; 1 in the second if one is
@@ -71,10 +72,10 @@ class LaunchedCosts {
     };
     const bool stored = args_.largest != nullptr;
     const T* const of_rows = args_.largest + team_.index() * args_.solve.vector_length;
-    const SweepSide<T>&x = order().sides[0], &y = order().sides[1];
-    team_.for_rows([&](int i) { look(s_.a[i], stored ? of_rows[i] : x.cloud.norm[i], norms[0]); });
-    if (!stored) team_.for_columns([&](int j) { look(s_.b[j], y.cloud.norm[j], norms[1]); });
-    x.pad(block_), y.pad(block_);
+    const T *const x = order().tiles.rows.norm, *const y = order().tiles.columns.norm;
+    team_.for_rows([&](int i) { look(s_.a[i], stored ? of_rows[i] : x[i], norms[0]); });
+    if (!stored) team_.for_columns([&](int j) { look(s_.b[j], y[j], norms[1]); });
+    order().pad(block_);
     team_.template reduce<Max>(norms);
     const CostKind kind = args_.points[s_.group - args_.solve.groups.items].kind;
     if (block_.thread() == 0) {

@@ -7,7 +7,7 @@
 
 namespace otloss::cuda {
 
-// A solve in many launches, see launched.cuh; the plan is of the pack's largest problem.
+// A solve in many launches, see launched.cu; the plan is of the pack's largest problem.
 template <typename T>
 void solve_launched(const Context& context, const Pack<SolveGroup<T>>& pack,
                     const SolveOptions& options, const SolvePlan& plan, Packer<T>& packer);

@@ -1,6 +1,6 @@
 // The solve of a problem by a team of blocks: the solver of csrc/cpu/solve/solver.cpp as a state
 // machine. Passes over the cost are made between its turns, by the blocks themselves (run) or by
-// other launches (launched.cuh). Each turn takes an evaluated point, and StepControl decides
+// other launches (launched.cu). Each turn takes an evaluated point, and StepControl decides
 // which is next, by one thread of each block on equal numbers, so that all blocks agree.
 #pragma once
 

@@ -7,10 +7,6 @@
 // Kernel boundaries take the place of barriers between blocks, and a sweep has all registers to
 // itself; at these sizes a sweep takes far longer than a launch. A pass takes two turns, more where
 // sums have to be made again. A problem that is solved asks for nothing.
-//
-// A file for each type includes this.
-#pragma once
-
 #include <algorithm>
 #include <limits>
 
@@ -19,6 +15,7 @@
 #include "cuda/solve/solver.cuh"
 
 namespace otloss::cuda {
+namespace {
 
 template <typename T>
 struct LaunchedSolve : LaunchedArguments<T> {
@@ -110,6 +107,8 @@ struct SampleKernel {
   }
 };
 
+}  // namespace
+
 template <typename T>
 void solve_launched(const Context& context, const Pack<SolveGroup<T>>& pack,
                     const SolveOptions& options, const SolvePlan& plan, Packer<T>& packer) {
@@ -142,9 +141,16 @@ void solve_launched(const Context& context, const Pack<SolveGroup<T>>& pack,
   run_controls(context, work, problems, most, [&](Queue& queue) {
     if constexpr (sizeof(T) == 4)
       if (plan.tiles == TileKind::kTensor || plan.tiles == TileKind::kTensorHigh)
-        return queue_tensor_sweep(queue, sweep, work.points[0].kind, plan.tiles, grid);
-    queue_sweep<false>(queue, sweep, work.points[0], grid);
+        return dispatch_tensor_tiles(work.points[0].kind, plan.tiles, [&](auto tiles) {
+          queue(SweepKernel<T, T, decltype(tiles)>{sweep}, grid);
+        });
+    queue_sweep(queue, sweep, work.points[0], grid);
   });
 }
+
+template void solve_launched(const Context&, const Pack<SolveGroup<float>>&, const SolveOptions&,
+                             const SolvePlan&, Packer<float>&);
+template void solve_launched(const Context&, const Pack<SolveGroup<double>>&, const SolveOptions&,
+                             const SolvePlan&, Packer<double>&);
 
 }  // namespace otloss::cuda
