@@ -66,8 +66,9 @@ void backward(const Context& context, const std::vector<ImplicitGroup<T>>& group
     }
     // Beside the iterations: sums, sums of costs, the right-hand side, and the last product.
     const int64_t most = fixed ? 0 : 2 * (kMaxCgIterations + 4);
-    run_controls(context, work, shape.problems, most,
-                 [&](Queue& queue) { queue_sweep(queue, sweep, work.plans[0].points, grid); });
+    run_controls(context, work, shape.problems, most, [&](Queue& queue) {
+      queue_sweep<true>(queue, sweep, work.plans[0].points, grid);
+    });
   });
   sum_sides(context, sides, static_cast<T>(kLog2E / eps));
 }

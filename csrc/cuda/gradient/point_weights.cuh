@@ -95,12 +95,13 @@ struct Iterations {
     else
       for_entries<typename Entries::Layout>([&](int r, int c) { V[r][c] = T(0); });
 #pragma unroll 1
-    for (int64_t l = 0; l < L; ++l) add(e, batch, l, V);
+    for (int64_t l = 0; l < L; ++l) add(e, batch, l, rows, columns, V);
   }
 
  private:
+  // Sides by value: their pointers stay in registers.
   template <class Entries>
-  OTLOSS_DEVICE void add(const Entries& e, int64_t batch, int64_t l,
+  OTLOSS_DEVICE void add(const Entries& e, int64_t batch, int64_t l, const Side x, const Side y,
                          typename Entries::Values& V) const {
     using Layout = typename Entries::Layout;
     const int64_t at = batch * L + l;
@@ -108,12 +109,12 @@ struct Iterations {
 #pragma unroll
     for (int c = 0; c < Layout::kColumns; ++c) {
       const int64_t j = e.column + Layout::column(c);
-      column[c] = columns.value(batch, at, length, j, j < columns.count);
+      column[c] = y.value(batch, at, length, j, j < y.count);
     }
 #pragma unroll
     for (int r = 0; r < Layout::kRows; ++r) {
       const typename Side::Value row =
-          rows.value(batch, at, length, e.row + Layout::row(r), e.counts(r));
+          x.value(batch, at, length, e.row + Layout::row(r), e.counts(r));
 #pragma unroll
       for (int c = 0; c < Layout::kColumns; ++c) {
         const T kC = e.k * e.cost[r][c];

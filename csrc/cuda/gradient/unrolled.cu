@@ -353,7 +353,7 @@ void backward(const Context& context, const Pack<UnrolledGroup<T>>& pack, double
     clear(context, all.G, G * static_cast<int64_t>(sizeof(T)));
   }
   run_controls(context, work, shape.problems, most,
-               [&](Queue& queue) { queue_sweep(queue, sweep, work.all[0].points, grid); });
+               [&](Queue& queue) { queue_sweep<true>(queue, sweep, work.all[0].points, grid); });
   sum_iterations(context, pack, work.all, eps, objective);
 }
 

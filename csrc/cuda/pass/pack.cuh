@@ -71,8 +71,7 @@ struct PackKernel {
       // A cloud that is not finite is not solved.
       if (h > most && h <= std::numeric_limits<T>::max()) most = h;
     }
-    for (int mask = kWarp / 2; mask > 0; mask /= 2)
-      most = Max::join(most, block.shuffle_xor(most, mask));
+    most = warp_join<Max>(block, most);
     if (block.thread() % kWarp == 0) parts[block.thread() / kWarp] = most;
     block.sync();
     for (int w = 0; w < kWarps; ++w) most = Max::join(most, parts[w]);

@@ -96,27 +96,31 @@ struct Total {
   }
 };
 
-// What is added up of a tile's entries, in loops of their own: what a pass of the solver wants
-// (kPass), and whatever else there is.
+// What is added up of a tile's entries, in loops of their own: what a pass of the solver wants;
+// sums over a plan times the factors x of its columns; or these and the largest exponents.
 //
-// F_i + G_j is added first and costs do not depend on which side is first, so that both sides get
-// the same P_ij, bit for bit, as if it was kept: the linear system of the implicit gradient stays
-// symmetric. Tensor cores would not do that, nor are they used for it.
-template <bool kPass, typename T, typename S, class Layout>
+// Of products F_i + G_j is added first and costs do not depend on which side is first, so that both
+// sides get the same P_ij, bit for bit, as if it was kept: the linear system of the implicit
+// gradient stays symmetric. Tensor cores would not do that, nor are they used for it.
+enum class Terms { kPass, kProducts, kAny };
+
+template <Terms kTerms, typename T, typename S, class Layout>
 class RowTerms {
  public:
   OTLOSS_DEVICE explicit RowTerms(const RowSums<T, S>& p)
-      : p_(p), what_(kPass ? RowSum::kPlan : p.what) {
+      : p_(p), what_(kTerms == Terms::kPass ? RowSum::kPlan : p.what) {
     if (what_ != RowSum::kLargest) return;
 #pragma unroll
     for (int r = 0; r < Layout::kRows; ++r) totals_[r].sum = std::numeric_limits<S>::lowest();
   }
 
   OTLOSS_DEVICE void add(const TileEntries<T, Layout>& e) {
+    if constexpr (kTerms == Terms::kPass)
+      return add_terms([&](int r, int c) {
+        return fast_exp2_unclamped(e.F[r] + (e.G[c] - e.k * e.cost[r][c]));
+      });
     const auto exponent = [&](int r, int c) { return (e.F[r] + e.G[c]) - e.k * e.cost[r][c]; };
-    if constexpr (kPass)
-      return add_terms([&](int r, int c) { return fast_exp2_unclamped(exponent(r, c)); });
-    if (what_ == RowSum::kLargest)
+    if (kTerms == Terms::kAny && what_ == RowSum::kLargest)
       return for_entries<Layout>([&](int r, int c) {
         totals_[r].sum = Max::join(totals_[r].sum, static_cast<S>(exponent(r, c)));
       });
@@ -164,12 +168,12 @@ class RowTerms {
 };
 
 // Sums of a block's rows over all tiles of its columns.
-template <class Maker, bool kPass, typename T, typename S, class Block>
+template <class Maker, Terms kTerms, typename T, typename S, class Block>
 OTLOSS_DEVICE void add_rows(Block& block, const RowSums<T, S>& p) {
   using Layout = typename Maker::Layout;
   constexpr int kLanes = Layout::kLanes / Layout::kRows;  // of a row, once they are joined
   Maker maker(block, p.tiles);
-  RowTerms<kPass, T, S, Layout> terms(p);
+  RowTerms<kTerms, T, S, Layout> terms(p);
   maker.run([&](const typename Maker::Entries& e) { terms.add(e); });
   const S joined = terms.joined(block);
   const int lane = block.thread() % Layout::kLanes;

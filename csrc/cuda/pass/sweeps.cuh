@@ -60,7 +60,7 @@ OTLOSS_DEVICE void copy_words(Block& block, const Object* from, Object* to) {
   block.sync();
 }
 
-template <typename T, typename S, class Tiles>
+template <typename T, typename S, bool kProducts, class Tiles>
 struct SweepKernel {
   static constexpr int kThreads = kSolveThreads;
 
@@ -86,10 +86,12 @@ struct SweepKernel {
  private:
   template <class Maker, class Block>
   OTLOSS_DEVICE static void add(Block& block, const RowSums<T, S>& sums) {
-    if (sums.what == RowSum::kPlan && sums.x == nullptr)
-      add_rows<Maker, true>(block, sums);
+    if constexpr (kProducts)
+      add_rows<Maker, Terms::kProducts>(block, sums);
+    else if (sums.what == RowSum::kPlan)
+      add_rows<Maker, Terms::kPass>(block, sums);
     else
-      add_rows<Maker, false>(block, sums);
+      add_rows<Maker, Terms::kAny>(block, sums);
   }
 
   OTLOSS_DEVICE void place(int64_t number, const SweepOrder<T, S>& order,
@@ -111,12 +113,13 @@ struct SweepKernel {
 };
 
 // Of costs that are stored, or made by multiply-adds.
-template <typename T, typename S>
+template <bool kProducts, typename T, typename S>
 void queue_sweep(Queue& queue, const SweepArguments<T, S>& arguments, const PackedPair<T>& points,
                  const Grid& grid) {
-  if (points.C != nullptr) return queue(SweepKernel<T, S, StoredTiles>{arguments}, grid);
-  dispatch_tiles(points.kind, points.d,
-                 [&](auto tiles) { queue(SweepKernel<T, S, decltype(tiles)>{arguments}, grid); });
+  if (points.C != nullptr) return queue(SweepKernel<T, S, kProducts, StoredTiles>{arguments}, grid);
+  dispatch_tiles(points.kind, points.d, [&](auto tiles) {
+    queue(SweepKernel<T, S, kProducts, decltype(tiles)>{arguments}, grid);
+  });
 }
 
 // ------------------------------------------------------------------------------------- control

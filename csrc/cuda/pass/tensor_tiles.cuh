@@ -70,19 +70,6 @@ class TensorTileMaker {
   static constexpr int kAtOnce = 4;  // products whose sums are in registers
   static_assert(kN % kAtOnce == 0 && kAtOnce % 2 == 0, "a load is of the matrices of two");
 
-  // A stage: some coordinates of a tile.
-  struct Step {
-    int64_t column;  // the first of the tile
-    int chunk = 0;   // of coordinates
-    int slot = 0;    // in shared memory
-
-    OTLOSS_DEVICE void advance(int chunks) {
-      if (++slot == kTensorStages) slot = 0;
-      if (++chunk < chunks) return;
-      chunk = 0, column += kTensorColumns;
-    }
-  };
-
   OTLOSS_DEVICE static Entries rows_of(Block& block, const RowTiles<float>& p) {
     Entries e;
     e.set_rows(p, p.first + block.thread() / kWarp * 16 + block.thread() % kWarp / 4);
@@ -92,29 +79,19 @@ class TensorTileMaker {
   template <bool kOneChunk, class Use>
   OTLOSS_DEVICE void run_chunks(Use&& use) {
     const int chunks = kOneChunk ? 1 : chunks_;
-    Step step{p_.begin}, next{p_.begin};
-    const auto load_next = [&] {
-      if (next.column < p_.end) {
-        load(next);
-        next.advance(chunks);
-      }
-      block_.commit_copies();
-    };
     if (stages_.resident && p_.begin < p_.end)
       copy_points<kTensorRows>(p_.rows.split, p_.rows.stride, p_.first, 0, padded_, rows_of({0}));
-    for (int s = 0; s < kTensorStages - 1; ++s) load_next();
     float sums[kN][4];
-    for (; step.column < p_.end; step.advance(chunks)) {
-      block_.template wait_for_copies<kTensorStages - 2>();
-      block_.sync();  // the stage is there, and nobody reads the one before any more
-      load_next();
-      if (p_.first + row_ >= p_.last) continue;  // the same for the whole warp
+    const auto work = [&](const TileStage& step) {
+      if (p_.first + row_ >= p_.last) return;  // the same for the whole warp
       add_chunk(step, sums);
-      if (step.chunk + 1 < chunks) continue;
+      if (step.chunk + 1 < chunks) return;
       e_.column = step.column + 2 * (lane_ % 4);
       finish(step, sums);
       use(e_);
-    }
+    };
+    for_stages<kTensorStages, kTensorColumns>(
+        block_, p_.begin, p_.end, chunks, [&](const TileStage& s) { load(s); }, work);
   }
 
   // ------------------------------------------------------------------------- shared memory
@@ -124,21 +101,21 @@ class TensorTileMaker {
   }
   // (depth / kPiece, kPlanes, kTensorColumns, kPiece), then the rows' if they are not resident,
   // then G and norms of the columns, (2, kTensorColumns).
-  OTLOSS_DEVICE unsigned char* stage(const Step& step) const {
+  OTLOSS_DEVICE unsigned char* stage(const TileStage& step) const {
     const int resident = stages_.resident ? padded_ * kRowBytes : 0;
     return memory() + (resident + step.slot * stages_.bytes);
   }
-  OTLOSS_DEVICE uint16_t* columns_of(const Step& step) const {
+  OTLOSS_DEVICE uint16_t* columns_of(const TileStage& step) const {
     return reinterpret_cast<uint16_t*>(stage(step));
   }
   // (depth / kPiece, kPlanes, kTensorRows, kPiece); resident, all chunks lie at the beginning.
-  OTLOSS_DEVICE uint16_t* rows_of(const Step& step) const {
+  OTLOSS_DEVICE uint16_t* rows_of(const TileStage& step) const {
     const int coordinates = stages_.depth;
     return reinterpret_cast<uint16_t*>(stages_.resident
                                            ? memory() + step.chunk * coordinates * kRowBytes
                                            : stage(step) + coordinates * kColumnBytes);
   }
-  OTLOSS_DEVICE float* extra_of(const Step& step) const {
+  OTLOSS_DEVICE float* extra_of(const TileStage& step) const {
     return reinterpret_cast<float*>(stage(step) + stages_.bytes) - 2 * kTensorColumns;
   }
 
@@ -149,7 +126,7 @@ class TensorTileMaker {
   }
 
   // Starts copying a stage.
-  OTLOSS_DEVICE void load(const Step& step) const {
+  OTLOSS_DEVICE void load(const TileStage& step) const {
     const int begin = step.chunk * stages_.depth, depth = depth_of(step.chunk);
     copy_points<kTensorColumns>(p_.columns.split, p_.columns.stride, step.column, begin, depth,
                                 columns_of(step));
@@ -183,7 +160,7 @@ class TensorTileMaker {
   // ------------------------------------------------------------------------------ products
 
   // Products of a stage with kAtOnce matrices of columns from number n0 on.
-  OTLOSS_DEVICE void multiply(const Step& step, int n0, float (&sum)[kAtOnce][4]) const {
+  OTLOSS_DEVICE void multiply(const TileStage& step, int n0, float (&sum)[kAtOnce][4]) const {
     constexpr int kX = kTensorRows * kPiece, kY = kTensorColumns * kPiece;  // halves of a piece
     // The row that this lane gives of the four matrices of a load: for x (0, 0), (8, 0), (0, 8),
     // (8, 8) in points and coordinates, for y (0, 0), (0, 8), (8, 0), (8, 8).
@@ -214,7 +191,7 @@ class TensorTileMaker {
   }
 
   // sums += products of a stage, or = for the first chunk.
-  OTLOSS_DEVICE void add_chunk(const Step& step, float (&sums)[kN][4]) const {
+  OTLOSS_DEVICE void add_chunk(const TileStage& step, float (&sums)[kN][4]) const {
 #pragma unroll
     for (int n0 = 0; n0 < kN; n0 += kAtOnce) {
       float part[kAtOnce][4];
@@ -241,7 +218,7 @@ class TensorTileMaker {
       block_.multiply_add(sum[n], x, y[n / 2][n % 2 * 2], y[n / 2][n % 2 * 2 + 1]);
   }
 
-  OTLOSS_DEVICE void finish(const Step& step, const float (&sums)[kN][4]) {
+  OTLOSS_DEVICE void finish(const TileStage& step, const float (&sums)[kN][4]) {
     const float* extra = extra_of(step) + 2 * (lane_ % 4);
     float hy[Layout::kColumns] = {};
 #pragma unroll

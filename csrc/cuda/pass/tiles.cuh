@@ -128,26 +128,24 @@ OTLOSS_HOST_DEVICE bool needs_repair(CostKind kind, double k, double norm_x, dou
   return kind == CostKind::kEuclidean || !(k * kRounding * (norm_x + norm_y) < kSmall);
 }
 
-// One entry.
-template <typename T>
-OTLOSS_DEVICE T pair_cost(CostKind kind, int64_t d, bool symmetric, const PackedCloud<T>& x,
-                          int64_t i, const PackedCloud<T>& y, int64_t j) {
-  T result = T(0);
-  dispatch_cost(kind, [&](auto cost) {
-    using Cost = decltype(cost);
-    // A point is at distance 0 from itself; one of zero norm has no direction and costs 1.
-    if (symmetric && i == j && (!Cost::kUnitNorm || x.norm[i] > T(0))) return;
-    T sum = T(0);
-    for (int64_t k = 0; k < d; ++k) {
-      const T xk = x.z[k * x.stride + i], yk = y.z[k * y.stride + j];
-      sum += Cost::kUnitNorm ? xk * yk : (xk - yk) * (xk - yk);
-    }
-    if constexpr (Cost::kUnitNorm)
-      result = Cost::from_product(T(0), T(0), sum);
-    else
-      result = Cost::from_difference(sum);
-  });
-  return result;
+// The cost of two points whose coordinates are so far apart.
+template <class Cost, typename T>
+OTLOSS_DEVICE T pair_cost(int64_t d, const T* x, int64_t x_step, const T* y, int64_t y_step) {
+  T sum = T(0);
+  for (int64_t k = 0; k < d; ++k) {
+    const T xk = x[k * x_step], yk = y[k * y_step];
+    sum += Cost::kUnitNorm ? xk * yk : (xk - yk) * (xk - yk);
+  }
+  if constexpr (Cost::kUnitNorm)
+    return Cost::from_product(T(0), T(0), sum);
+  else
+    return Cost::from_difference(sum);
+}
+
+// A point is at distance 0 from itself; one of zero norm has no direction and costs 1.
+template <class Cost, typename T>
+OTLOSS_DEVICE bool costs_nothing(bool symmetric, int64_t i, int64_t j, T norm) {
+  return symmetric && i == j && (!Cost::kUnitNorm || norm > T(0));
 }
 
 // The entries of a thread in one tile.
@@ -191,6 +189,35 @@ struct RowNorms {
   }
 };
 
+// A stage on its way through shared memory: some coordinates of a tile of columns.
+struct TileStage {
+  int64_t column;  // the first of the tile
+  int chunk = 0;   // of coordinates
+  int slot = 0;    // in shared memory
+};
+
+// Calls load(step) for all stages of all tiles, kStages - 1 before work(step) of the same.
+template <int kStages, int kWidth, class Block, class Load, class Work>
+OTLOSS_DEVICE void for_stages(Block& block, int64_t begin, int64_t end, int chunks, Load&& load,
+                              Work&& work) {
+  const auto advance = [chunks](TileStage& step) {
+    if (++step.slot == kStages) step.slot = 0;
+    if (++step.chunk == chunks) step.chunk = 0, step.column += kWidth;
+  };
+  TileStage step{begin}, next{begin};
+  const auto load_next = [&] {
+    if (next.column < end) load(next), advance(next);
+    block.commit_copies();
+  };
+  for (int s = 0; s < kStages - 1; ++s) load_next();
+  for (; step.column < end; advance(step)) {
+    block.template wait_for_copies<kStages - 2>();
+    block.sync();  // the stage is there, and nobody reads the one before any more
+    load_next();
+    work(step);
+  }
+}
+
 // Calls function(r, c) for the entries of a thread.
 template <class Layout, class F>
 OTLOSS_DEVICE void for_entries(F&& function) {
@@ -213,7 +240,10 @@ OTLOSS_DEVICE void make_again(const RowTiles<T>& p, TileEntries<T, Layout>& e, F
     const int64_t i = e.row + Layout::row(entry / kColumns);
     const int64_t j = e.column + Layout::column(entry % kColumns);
     if ((entries & 1) == 0 || i >= p.last || j >= p.end) continue;
-    const T exact = pair_cost(Cost::kKind, p.d, p.symmetric, p.rows, i, p.columns, j);
+    const T exact =
+        costs_nothing<Cost>(p.symmetric, i, j, p.rows.norm[i])
+            ? T(0)
+            : pair_cost<Cost>(p.d, p.rows.z + i, p.rows.stride, p.columns.z + j, p.columns.stride);
     for_entries<Layout>([&](int r, int c) {
       if (entry == r * kColumns + c) e.cost[r][c] = exact;
     });

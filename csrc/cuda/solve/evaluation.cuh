@@ -305,15 +305,15 @@ class Evaluation {
     double sums[6] = {};  // of C, C^2, squares of row sums, of column sums; rows, columns
     for (int i = rank * kWarps + warp; i < r; i += size * kWarps) {
       if (!(s_.weights[row(i)] > T(0))) continue;
-      double sum[2] = {0, 0};
+      double sum = 0, squares = 0;
       for (int j = lane; j < c; j += kWarp) {
         if (!(s_.b[column(j)] > T(0))) continue;
         const double value = static_cast<double>(costs_.entry(i, j));
-        sum[0] += value, sum[1] += value * value;
+        sum += value, squares += value * value;
       }
-      warp_sum(block_, sum);
+      sum = warp_join<Sum>(block_, sum), squares = warp_join<Sum>(block_, squares);
       if (lane != 0) continue;
-      sums[0] += sum[0], sums[1] += sum[1], sums[2] += sum[0] * sum[0], sums[4] += 1;
+      sums[0] += sum, sums[1] += squares, sums[2] += sum * sum, sums[4] += 1;
     }
     for (int j = rank * Team::kThreads + block_.thread(); j < c; j += size * Team::kThreads) {
       if (!(s_.b[column(j)] > T(0))) continue;

@@ -11,7 +11,6 @@
 #include <limits>
 
 #include "cuda/solve/launched_costs.cuh"
-#include "cuda/solve/solve.h"
 #include "cuda/solve/solver.cuh"
 
 namespace otloss::cuda {
@@ -73,8 +72,7 @@ struct LargestKernel {
                : c <= std::numeric_limits<T>::max() ? c
                                                     : std::numeric_limits<T>::infinity();
       });
-      for (int mask = kWarp / 2; mask > 0; mask /= 2)
-        most = Max::join(most, block.shuffle_xor(most, mask));
+      most = warp_join<Max>(block, most);
       if (lane == 0) largest[block.x() / blocks * length + i] = most;
     });
   }
@@ -101,8 +99,10 @@ struct SampleKernel {
       if (p.C != nullptr)
         out = p.C[(batch * p.n + row) * p.m + column];
       else
-        out = pair_cost(pair.kind, pair.d, false, pair.x.cloud(batch, pair.d, p.n), row,
-                        pair.y.cloud(batch, pair.d, p.m), column);
+        dispatch_cost(pair.kind, [&](auto cost) {
+          const auto x = pair.x.cloud(batch, pair.d, p.n), y = pair.y.cloud(batch, pair.d, p.m);
+          out = pair_cost<decltype(cost)>(pair.d, x.z + row, x.stride, y.z + column, y.stride);
+        });
     });
   }
 };
@@ -142,9 +142,9 @@ void solve_launched(const Context& context, const Pack<SolveGroup<T>>& pack,
     if constexpr (sizeof(T) == 4)
       if (plan.tiles == TileKind::kTensor || plan.tiles == TileKind::kTensorHigh)
         return dispatch_tensor_tiles(work.points[0].kind, plan.tiles, [&](auto tiles) {
-          queue(SweepKernel<T, T, decltype(tiles)>{sweep}, grid);
+          queue(SweepKernel<T, T, false, decltype(tiles)>{sweep}, grid);
         });
-    queue_sweep(queue, sweep, work.points[0], grid);
+    queue_sweep<false>(queue, sweep, work.points[0], grid);
   });
 }
 

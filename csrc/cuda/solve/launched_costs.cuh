@@ -31,10 +31,9 @@ enum class Sums { kFirst, kLargest, kAgain };
 
 template <typename T>
 struct LaunchedState {
-  T *F, *a, *s;  // (n,)
-  T* A;          // (n,) F + log2 a, damped
-  T* U;          // (m,) k g, then k gt
-  T* guess;      // the potentials of a sweep
+  T* A;      // (n,) F + log2 a, damped
+  T* U;      // (m,) k g, then k gt
+  T* guess;  // the potentials of a sweep
   Sums sums;
 };
 
@@ -53,9 +52,8 @@ class LaunchedCosts {
   OTLOSS_DEVICE void place(const SolveGroup<T>& p, int64_t batch) {
     const int64_t length = args_.solve.vector_length;
     T* vectors = args_.vectors + team_.index() * kLaunchedVectors * length;
-    for (T** const v : {&state_.F, &state_.a, &state_.s, &state_.A, &state_.U, &state_.guess})
+    for (T** const v : {&s_.F, &s_.a, &s_.s, &state_.A, &state_.U, &state_.guess})
       *v = vectors, vectors += length;
-    s_.F = state_.F, s_.a = state_.a, s_.s = state_.s;
     const PackedPair<T>& points = args_.points[&p - args_.solve.groups.items];
     args_.orders.place(team_.index(), points.tiles(batch, p.n, p.m, p.symmetric, T(0)), state_.A,
                        s_.G);
@@ -130,7 +128,7 @@ class LaunchedCosts {
 
  private:
   OTLOSS_DEVICE SweepOrder<T>& order() const { return args_.orders.of[team_.index()]; }
-  OTLOSS_DEVICE T* potentials(int side) const { return side == 0 ? state_.F : state_.U; }
+  OTLOSS_DEVICE T* potentials(int side) const { return side == 0 ? s_.F : state_.U; }
 
   template <typename F>
   OTLOSS_DEVICE void for_side(int side, F&& function) const {

@@ -77,7 +77,7 @@ int64_t room_for(int64_t d, const Limits& limits, TileKind tiles) {
   if (tiles == TileKind::kStored) return kStoredRoom;
   if (tiles == TileKind::kFma) return kFmaRoom;
   const int64_t all = static_cast<int64_t>(limits.shared_per_block) / kAlign * kAlign;
-  return tensor_room(d, planes_of(tiles), all - kArgumentBytes);
+  return tensor_stages(d, tiles == TileKind::kTensor ? 2 : 1, all - kArgumentBytes).all;
 }
 
 double exponentials(const Shape& shape) {

@@ -152,6 +152,7 @@ struct TensorStages {
   int depth;      // coordinates of a stage; 0: there is no room
   bool resident;  // all coordinates of the rows stay, the stages are for columns alone
   int bytes;      // of a stage
+  int64_t all;    // bytes of all stages and the rows
 };
 
 // planes: 2 with low halves, else 1; room: bytes of shared memory.
@@ -162,26 +163,16 @@ OTLOSS_HOST_DEVICE TensorStages tensor_stages(int64_t d, int planes, int64_t roo
   const int64_t padded = split_depth(d);
   const int most = padded < kMost ? static_cast<int>(padded) : kMost;
   const int least = most < kLeast ? most : kLeast, coordinate = 2 * planes;  // bytes
-  for (int depth = most; depth >= least; depth -= kStep) {
-    const int bytes = depth * coordinate * kTensorColumns + kExtra;
-    if (padded * coordinate * kTensorRows + kTensorStages * bytes <= room)
-      return {depth, true, bytes};
-  }
-  for (int depth = most; depth > 0; depth -= kStep) {
-    const int bytes = depth * coordinate * (kTensorRows + kTensorColumns) + kExtra;
-    if (kTensorStages * bytes <= room) return {depth, false, bytes};
-  }
-  return {0, false, 0};
+  for (const bool resident : {true, false})
+    for (int depth = most; depth >= (resident ? least : kStep); depth -= kStep) {
+      const int points = kTensorColumns + (resident ? 0 : kTensorRows);
+      const int bytes = depth * coordinate * points + kExtra;
+      const int64_t rows = resident ? padded * coordinate * kTensorRows : 0;
+      const int64_t all = rows + kTensorStages * bytes;
+      if (all <= room) return {depth, resident, bytes, all};
+    }
+  return {0, false, 0, 0};
 }
-
-// As much of the room as the stages take.
-inline int64_t tensor_room(int64_t d, int planes, int64_t room) {
-  const TensorStages stages = tensor_stages(d, planes, room);
-  const int64_t resident = stages.resident ? 2 * planes * split_depth(d) * kTensorRows : 0;
-  return resident + kTensorStages * stages.bytes;
-}
-
-constexpr int planes_of(TileKind tiles) { return tiles == TileKind::kTensor ? 2 : 1; }
 
 // Of what a sweep is told, in shared memory: threads would keep it in local memory.
 constexpr int64_t kArgumentBytes = 512;

@@ -86,7 +86,7 @@ class QuasiNewton {
         return static_cast<double>(target[j]) * static_cast<double>(u[j]) *
                static_cast<double>(v[j]);
       });
-      sum = warp_join<Sum>(block_, sum, kWarp);
+      sum = warp_join<Sum>(block_, sum);
       if (!first_lane) return;
       if (alone)
         s_.gram.set(left, right, sum);
@@ -154,7 +154,7 @@ class QuasiNewton {
     const auto along = [&](double factor, int number) {
       // Products with vectors that are not in use are whatever is there.
       const double term = factor != 0 ? factor * gram.product[number][lane] : 0.0;
-      return warp_join<Sum>(block_, term, kWarp);
+      return warp_join<Sum>(block_, term);
     };
     const auto change = [&](int i) { return LbfgsGram::change(gram.order[i]); };
     // Lane i: 1 / <s_i, y_i>.
@@ -192,8 +192,8 @@ class QuasiNewton {
       squared *= step.on[lane];
       slope = step.on[lane] * gram.product[LbfgsGram::kGradient][lane];
     }
-    slope = warp_join<Sum>(block_, slope, kWarp);
-    squared = warp_join<Sum>(block_, squared, kWarp);
+    slope = warp_join<Sum>(block_, slope);
+    squared = warp_join<Sum>(block_, squared);
     if (lane != 0) return;
     if (!(slope > 0)) {
       s_.gram.count = 0;

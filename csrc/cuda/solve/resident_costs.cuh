@@ -67,7 +67,10 @@ class ResidentCosts {
       least *= largest > kExp2Limit ? std::numeric_limits<double>::infinity()
                                     : fast_exp2(largest > 0 ? largest : 0.0);
     }
-    join([&](int j, T c) {
+    const int size = team_.size();
+    team_.for_columns([&](int j) {
+      const T c = join_over<Sum>(0, 1, size, T(0),
+                                 [&](int rank) { return team_.load(column_part(rank) + j); });
       const T b = s_.w[j], q = b > T(0) ? c / b : T(1);
       const bool good = !(b > T(0)) || (trusted(q) && static_cast<double>(c) > least);
       s_.q[j] = good ? q : static_cast<T>(-1);
@@ -137,33 +140,6 @@ class ResidentCosts {
   OTLOSS_DEVICE T* column_part(int rank) const { return part(0, rank); }
   OTLOSS_DEVICE T* part(int which, int rank) const {
     return args_.parts + ((team_.index() * 2 + which) * team_.size() + rank) * args_.vector_length;
-  }
-
-  // After a pass and a sync: set(j, y_j) for the columns of this block, each by one thread, whose
-  // writes the block may read when this returns.
-  template <typename F>
-  OTLOSS_DEVICE void join(F&& set) {
-    // With fewer columns than threads, several threads share the blocks' parts.
-    constexpr int kBlockThreads = Team::kThreads;
-    const int thread = block_.thread(), most = team_.most_columns();
-    T* const sums = team_.template at<T>(kShape.sums);
-    int width = kBlockThreads;
-    while (width > kWarp && width / 2 >= most) width /= 2;
-    const int groups = kBlockThreads / width, group = thread / width;
-    for (int begin = 0; begin < most; begin += width) {
-      const int local = begin + thread % width, j = team_.first_column() + local;
-      const bool mine = local < team_.columns();
-      T total = T(0);
-      for (int rank = group; mine && rank < team_.size(); rank += groups)
-        total += team_.load(column_part(rank) + j);
-      sums[thread] = total;
-      block_.sync();
-      if (mine && group == 0) {
-        for (int other = 1; other < groups; ++other) total += sums[other * width + thread];
-        set(j, total);
-      }
-      block_.sync();
-    }
   }
 
   Block& block_;
