@@ -21,13 +21,11 @@ namespace {
 template <typename T>
 struct ImplicitWork : ImplicitArguments<T> {
   using State = ImplicitState;
-  template <class Block>
-  using Team = typename Implicit<T, Block>::Team;
 
   OTLOSS_DEVICE const Pack<ImplicitGroup<T>>& groups() const { return this->pack; }
 
   template <class Block>
-  OTLOSS_DEVICE bool advance(Block& block, Team<Block>& team, State& state,
+  OTLOSS_DEVICE bool advance(Block& block, ControlTeam<Block>& team, State& state,
                              const ImplicitGroup<T>& p, int64_t batch, bool first) const {
     Implicit<T, Block> system(block, *this, team, p, batch, state);
     return first ? system.open() : system.advance();
@@ -47,8 +45,7 @@ void backward(const Context& context, const std::vector<ImplicitGroup<T>>& group
     ImplicitWork<T> work{};
     work.pack = pack;
     work.eps = eps, work.objective = objective, work.fixed = fixed;
-    SweepArguments<T, double> sweep;
-    const Grid grid = plan_sweeps(context, shape, plan, &work.orders, &sweep);
+    work.orders = Sweeps<T, double>::of_plan(context, shape, plan);
     work.vectors =
         context.scratch<double>(shape.problems * ImplicitVectors::kCount * plan.vector_length);
     for (int i = 0; i < pack.count; ++i) {
@@ -67,7 +64,7 @@ void backward(const Context& context, const std::vector<ImplicitGroup<T>>& group
     // Beside the iterations: sums, sums of costs, the right-hand side, and the last product.
     const int64_t most = fixed ? 0 : 2 * (kMaxCgIterations + 4);
     run_controls(context, work, shape.problems, most, [&](Queue& queue) {
-      queue_sweep<true>(queue, sweep, work.plans[0].points, grid);
+      queue_sweep<true>(queue, work.orders, work.plans[0].points);
     });
   });
   sum_sides(context, sides, static_cast<T>(kLog2E / eps));

@@ -40,7 +40,7 @@ struct ImplicitArguments {
   double eps;
   Objective objective;
   bool fixed;  // the gradient at fixed potentials
-  Orders<T, double> orders;
+  Sweeps<T, double> orders;
   double* vectors;  // (problems, ImplicitVectors::kCount, orders.length)
 };
 

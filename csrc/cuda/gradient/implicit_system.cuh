@@ -20,7 +20,7 @@ constexpr int kMaxCgIterations = 2000;
 template <typename T, class Block>
 class Implicit {
  public:
-  using Team = cuda::Team<Block, kControlThreads>;
+  using Team = ControlTeam<Block>;
 
   OTLOSS_DEVICE Implicit(Block& block, const ImplicitArguments<T>& arguments, Team& team,
                          const ImplicitGroup<T>& p, int64_t batch, ImplicitState& state)

@@ -37,13 +37,46 @@ struct SweepOrder {
   }
 };
 
-template <typename T, typename S>
-struct SweepArguments {
-  const SweepOrder<T, S>* orders;  // (problems,)
-  SweepCut cuts[2];                // by side
-  int64_t blocks;                  // of a problem
-  int64_t length;                  // out: (parts, length)
-  int64_t room;                    // see RowTiles
+// What the problems of a call ask for, and get.
+template <typename T, typename S = T>
+struct Sweeps {
+  SweepOrder<T, S>* of;  // (problems,)
+  SweepCut cuts[2];      // by side
+  int64_t problems;
+  int64_t blocks;  // of a problem
+  int64_t length;  // at least every n and m
+  int64_t room;    // see RowTiles
+  S* out;          // (problems, parts, length)
+
+  static Sweeps of_plan(const Context& context, const Shape& shape, const SolvePlan& plan) {
+    const SweepCut &x = plan.cuts[0], &y = plan.cuts[1];
+    const int64_t sums = shape.problems * std::max(x.parts, y.parts) * plan.vector_length;
+    return {context.scratch<SweepOrder<T, S>>(shape.problems),
+            {x, y},
+            shape.problems,
+            std::max(x.blocks(shape.n), y.blocks(shape.m)),
+            plan.vector_length,
+            plan.room,
+            context.scratch<S>(sums)};
+  }
+  Grid grid() const { return {problems * blocks, static_cast<size_t>(kArgumentBytes + room)}; }
+
+  // What stays of an order; by one thread.
+  OTLOSS_DEVICE void place(int64_t problem, const RowTiles<T>& tiles, T* F, T* G) const {
+    SweepOrder<T, S>& order = of[problem];
+    const int most = cuts[0].parts > cuts[1].parts ? cuts[0].parts : cuts[1].parts;
+    order.out = out + problem * most * length;
+    order.tiles = tiles, order.tiles.F = F, order.tiles.G = G;
+  }
+
+  // Sum i of those that the problem asked for.
+  OTLOSS_DEVICE double sum(int64_t problem, int i, RowSum what = RowSum::kPlan) const {
+    const SweepOrder<T, S>& order = of[problem];
+    double total = static_cast<double>(order.out[i]);
+    for (int part = 1; part < cuts[order.side].parts; ++part)
+      total = join_sums(what, total, static_cast<double>(order.out[part * length + i]));
+    return total;
+  }
 };
 
 // By all threads of a block, a word each.
@@ -64,15 +97,15 @@ template <typename T, typename S, bool kProducts, class Tiles>
 struct SweepKernel {
   static constexpr int kThreads = kSolveThreads;
 
-  SweepArguments<T, S> arguments;
+  Sweeps<T, S> sweeps;
 
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const {
-    const SweepOrder<T, S>& order = arguments.orders[block.x() / arguments.blocks];
+    const SweepOrder<T, S>& order = sweeps.of[block.x() / sweeps.blocks];
     if (order.what == RowSum::kNone) return;
     RowSums<T, S>& own = *block.template shared<RowSums<T, S>>();
     static_assert(sizeof(own) <= kArgumentBytes, "raise kArgumentBytes");
-    if (block.thread() == 0) place(block.x() % arguments.blocks, order, own);
+    if (block.thread() == 0) place(block.x() % sweeps.blocks, order, own);
     block.sync();
     if (own.tiles.first == own.tiles.last) return;
     if constexpr (!std::is_same_v<Tiles, StoredTiles>)
@@ -96,7 +129,7 @@ struct SweepKernel {
 
   OTLOSS_DEVICE void place(int64_t number, const SweepOrder<T, S>& order,
                            RowSums<T, S>& own) const {
-    const SweepCut& cut = arguments.cuts[order.side];
+    const SweepCut& cut = sweeps.cuts[order.side];
     const RowTiles<T>& whole = order.tiles;
     RowTiles<T>& tiles = own.tiles = whole;
     if (order.side == 1) {
@@ -105,65 +138,24 @@ struct SweepKernel {
       tiles.last = whole.end, tiles.end = whole.last;
     }
     if (order.exponents != nullptr) tiles.F = order.exponents;
-    tiles.room = arguments.room;
+    tiles.room = sweeps.room;
     tiles.cut(number, cut.rows, cut.parts);
     own.what = order.what, own.x = order.x;
-    own.out = order.out + number % cut.parts * arguments.length;
+    own.out = order.out + number % cut.parts * sweeps.length;
   }
 };
 
 // Of costs that are stored, or made by multiply-adds.
 template <bool kProducts, typename T, typename S>
-void queue_sweep(Queue& queue, const SweepArguments<T, S>& arguments, const PackedPair<T>& points,
-                 const Grid& grid) {
-  if (points.C != nullptr) return queue(SweepKernel<T, S, kProducts, StoredTiles>{arguments}, grid);
+void queue_sweep(Queue& queue, const Sweeps<T, S>& sweeps, const PackedPair<T>& points) {
+  if (points.C != nullptr)
+    return queue(SweepKernel<T, S, kProducts, StoredTiles>{sweeps}, sweeps.grid());
   dispatch_tiles(points.kind, points.d, [&](auto tiles) {
-    queue(SweepKernel<T, S, kProducts, decltype(tiles)>{arguments}, grid);
+    queue(SweepKernel<T, S, kProducts, decltype(tiles)>{sweeps}, sweeps.grid());
   });
 }
 
 // ------------------------------------------------------------------------------------- control
-
-// What problems ask for, and get.
-template <typename T, typename S = T>
-struct Orders {
-  SweepOrder<T, S>* of;  // (problems,)
-  int parts[2];          // of the columns, by side
-  int64_t length;        // at least every n and m
-  S* out;                // (problems, parts, length)
-
-  // What stays of an order; by one thread.
-  OTLOSS_DEVICE void place(int64_t problem, const RowTiles<T>& tiles, T* F, T* G) const {
-    SweepOrder<T, S>& order = of[problem];
-    const int most = parts[0] > parts[1] ? parts[0] : parts[1];
-    order.out = out + problem * most * length;
-    order.tiles = tiles, order.tiles.F = F, order.tiles.G = G;
-  }
-
-  // Sum i of those that the problem asked for.
-  OTLOSS_DEVICE double sum(int64_t problem, int i, RowSum what = RowSum::kPlan) const {
-    const SweepOrder<T, S>& order = of[problem];
-    double total = static_cast<double>(order.out[i]);
-    for (int part = 1; part < parts[order.side]; ++part)
-      total = join_sums(what, total, static_cast<double>(order.out[part * length + i]));
-    return total;
-  }
-};
-
-// The sweeps of a plan.
-template <typename T, typename S>
-Grid plan_sweeps(const Context& context, const Shape& shape, const SolvePlan& plan,
-                 Orders<T, S>* orders, SweepArguments<T, S>* sweep) {
-  const int64_t blocks = std::max(plan.cuts[0].blocks(shape.n), plan.cuts[1].blocks(shape.m));
-  const int parts[2] = {plan.cuts[0].parts, plan.cuts[1].parts};
-  const int64_t sums = shape.problems * std::max(parts[0], parts[1]) * plan.vector_length;
-  *orders = {context.scratch<SweepOrder<T, S>>(shape.problems),
-             {parts[0], parts[1]},
-             plan.vector_length,
-             context.scratch<S>(sums)};
-  *sweep = {orders->of, {plan.cuts[0], plan.cuts[1]}, blocks, plan.vector_length, plan.room};
-  return {shape.problems * blocks, static_cast<size_t>(kArgumentBytes + plan.room)};
-}
 
 // The plan of products with the groups' plans. They take multiply-adds: with tensor cores P_ij
 // would depend on which side is first.
@@ -171,6 +163,9 @@ inline SolvePlan products_plan(const Context& context, const Shape& shape, int64
   return choose_launched_plan(shape, d, limits(context.device),
                               stored ? TileKind::kStored : TileKind::kFma);
 }
+
+template <class Block>
+using ControlTeam = Team<Block, kControlThreads>;
 
 // Work is what all problems of a call share: groups(), orders; State what is kept of one.
 // work.advance(block, team, state, group, batch, first) asks for a sweep, or returns true: the
@@ -189,7 +184,7 @@ struct ControlKernel {
 
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const {
-    typename Work::template Team<Block> team(block, TeamArguments{1, nullptr});
+    ControlTeam<Block> team(block, TeamArguments{1, nullptr});
     auto& order = work.orders.of[team.index()];
     bool done = false;
     if (first || order.what != RowSum::kNone) {

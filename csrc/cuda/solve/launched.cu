@@ -22,14 +22,12 @@ struct LaunchedSolve : LaunchedArguments<T> {
     SolverState<T> solver;
     LaunchedState<T> launched;
   };
-  template <class Block>
-  using Team = typename LaunchedCosts<T, Block>::Team;
 
   OTLOSS_DEVICE const Pack<SolveGroup<T>>& groups() const { return this->solve.groups; }
 
   template <class Block>
-  OTLOSS_DEVICE bool advance(Block& block, Team<Block>& team, State& state, const SolveGroup<T>& p,
-                             int64_t batch, bool first) const {
+  OTLOSS_DEVICE bool advance(Block& block, ControlTeam<Block>& team, State& state,
+                             const SolveGroup<T>& p, int64_t batch, bool first) const {
     using Costs = LaunchedCosts<T, Block>;
     Costs costs(block, *this, team, state.solver, state.launched);
     Solver<T, Block, Costs> solver(block, this->solve, costs, team, state.solver);
@@ -134,17 +132,16 @@ void solve_launched(const Context& context, const Pack<SolveGroup<T>>& pack,
     std::copy(work.points, work.points + pack.count, sampled.points);
     launch(context, sampled, Grid{problems * SampleKernel<T>::kBlocks});
   }
-  SweepArguments<T, T> sweep;
-  const Grid grid = plan_sweeps(context, shape, plan, &work.orders, &sweep);
+  work.orders = Sweeps<T>::of_plan(context, shape, plan);
   // Each pass may make the sums of both sides three times; and one for the value.
   const int64_t most = 6 * (options.n_iters < 0 ? options.max_iters : options.n_iters) + 1;
   run_controls(context, work, problems, most, [&](Queue& queue) {
     if constexpr (sizeof(T) == 4)
       if (plan.tiles == TileKind::kTensor || plan.tiles == TileKind::kTensorHigh)
         return dispatch_tensor_tiles(work.points[0].kind, plan.tiles, [&](auto tiles) {
-          queue(SweepKernel<T, T, false, decltype(tiles)>{sweep}, grid);
+          queue(SweepKernel<T, T, false, decltype(tiles)>{work.orders}, work.orders.grid());
         });
-    queue_sweep<false>(queue, sweep, work.points[0], grid);
+    queue_sweep<false>(queue, work.orders, work.points[0]);
   });
 }
 

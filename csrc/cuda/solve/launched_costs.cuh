@@ -17,7 +17,7 @@ namespace otloss::cuda {
 template <typename T>
 struct LaunchedArguments {
   SolveArguments<T> solve;
-  Orders<T> orders;
+  Sweeps<T> orders;
   PackedPair<T> points[kMaxGroups];  // of the groups
   const T* samples;                  // (problems, kSample, kSample) costs
   T* largest;                        // (problems, vector_length) of rows, if costs are stored
@@ -40,7 +40,7 @@ struct LaunchedState {
 template <typename T, class Block>
 class LaunchedCosts {
  public:
-  using Team = cuda::Team<Block, kControlThreads>;
+  using Team = ControlTeam<Block>;
   static constexpr bool kUpdatesColumns = true;
   static constexpr bool kProves = false;
 
