@@ -34,7 +34,7 @@ template <int kD, class Block>
 class ListedCosts {
  public:
   using Team = cuda::Team<Block, kControlThreads>;
-  static constexpr bool kUpdatesColumns = true, kProves = true;
+  static constexpr bool kUpdatesColumns = true;
 
   OTLOSS_DEVICE ListedCosts(Block& block, const ListedArguments& arguments, Team& team,
                             SolverState<double>& state, ListedState& listed)
@@ -118,14 +118,12 @@ class ListedCosts {
     }
     team_.sum(square);
     team_.for_rows([&](int i) {
-      const double a = s_.a[i], sum = args_.problem.sides[0].sum[i], u = a * sum;
-      if (!(u > 0)) return;
       double far = square[0];
       for (int c = 0; c < kD; ++c) {
         const double delta = x.X[offset<kD>(i, c)] - mean[c];
         far += delta * delta;
       }
-      result += u * (far - s_.to_cost * s_.F[i]) + s_.eps * u * log(sum);
+      result += sent(s_.a[i], args_.problem.sides[0].sum[i], far - f_of(s_, i), s_.eps);
     });
     return result;
   }

@@ -9,8 +9,8 @@
 // Costs (resident_costs.cuh, launched_costs.cuh) tells where costs are: place() by one thread,
 // load(), pass() from G and F, columns() and guard() for the update of the columns, transport(),
 // entry() of two samples; and left_out(), a bound of the part of the plan that the pass left out,
-// and rounding(), by how much that of its sums typically changes marginals beside roundoff. Where
-// it kProves, sent_and_far() adds up what of a duality gap takes sums over the plan, after these.
+// and rounding(), by how much that of its sums typically changes marginals beside roundoff; and
+// sent_and_far(), a part of what of a duality gap takes sums over the plan.
 #pragma once
 
 #include <limits>

@@ -42,7 +42,6 @@ class LaunchedCosts {
  public:
   using Team = ControlTeam<Block>;
   static constexpr bool kUpdatesColumns = true;
-  static constexpr bool kProves = false;
 
   OTLOSS_DEVICE LaunchedCosts(Block& block, const LaunchedArguments<T>& arguments, Team& team,
                               SolverState<T>& state, LaunchedState<T>& launched)
@@ -84,6 +83,28 @@ class LaunchedCosts {
     largest[1] = norms[2];
   }
 
+  // Sums of rows over what columns have too much, of the point; then, see complete(), of costs
+  // times what they lack: what sent_and_far() takes.
+  OTLOSS_DEVICE void ask_proof() {
+    team_.for_columns([&](int j) {
+      const T w = s_.w[j], q = s_.q[j];
+      s_.G[j] = s_.k * s_.g[j] + log2_weight(w > T(0) && q > T(1) ? w - w / q : T(0));
+      state_.U[j] = w > T(0) && q < T(1) ? w * (T(1) - q) : T(0);
+    });
+    ask(0, RowSum::kPlan);
+  }
+
+  // See Solver::gap.
+  OTLOSS_DEVICE double sent_and_far(double lacking) const {
+    double result = 0;
+    team_.for_rows([&](int i) {
+      const double sum = static_cast<double>(state_.guess[i]);
+      const double far = joined(RowSum::kCost, i) / lacking;
+      result += sent(static_cast<double>(s_.a[i]), sum, far - f_of(s_, i), s_.eps);
+    });
+    return result;
+  }
+
   // The next sweep: sums of a side (0: rows) at its potentials.
   OTLOSS_DEVICE void ask(int side, RowSum what) {
     for_side(side, [&](int i) { state_.guess[i] = potentials(side)[i]; });
@@ -95,6 +116,16 @@ class LaunchedCosts {
   // asked for.
   OTLOSS_DEVICE bool complete() {
     const int side = order().side;
+    if (s_.proving) {
+      if (order().what == RowSum::kCost) return true;
+      team_.for_rows([&](int i) {
+        state_.guess[i] = static_cast<T>(joined(RowSum::kPlan, i)), state_.A[i] = T(0);
+      });
+      team_.for_columns([&](int j) { s_.G[j] = T(0); });
+      block_.sync();
+      if (block_.thread() == 0) order().ask(0, RowSum::kCost, state_.U), order().tiles.k = T(0);
+      return false;
+    }
     if (!update(side)) return false;
     if (side == 0 && !s_.symmetric) {
       const T damping = static_cast<T>(s_.damping), k = s_.k;

@@ -22,7 +22,6 @@ class ResidentCosts {
  public:
   using Team = cuda::Team<Block, kThreads>;
   static constexpr bool kUpdatesColumns = false;  // by pass()
-  static constexpr bool kProves = false;
 
   OTLOSS_DEVICE ResidentCosts(Block& block, const SolveArguments<T>& arguments, Team& team,
                               SolverState<T>& state)
@@ -107,6 +106,33 @@ class ResidentCosts {
       const T t = k * (s_.trial_g[j] - s_.trial_gt[j]);
       s_.q[j] = fast_exp2(t < static_cast<T>(kExp2Limit) ? t : static_cast<T>(kExp2Limit));
     });
+  }
+
+  // See Solver::gap: a warp for each row, whose sums are over what columns have too much, and of
+  // costs times what they lack.
+  OTLOSS_NOINLINE double sent_and_far(double lacking) {
+    T *const G = s_.G, *const lack = part(1, 0);
+    team_.for_columns([&](int j) {
+      const T w = s_.w[j], q = s_.q[j];
+      const T excess = w > T(0) && q > T(1) ? w - w / q : T(0);
+      team_.store(G + j, s_.k * s_.g[j] + log2_weight(excess));
+      team_.store(lack + j, w > T(0) && q < T(1) ? w * (T(1) - q) : T(0));
+    });
+    team_.sync();
+    const int m = team_.m(), lane = block_.thread() % kWarp;
+    double result = 0;
+    for (int i = block_.thread() / kWarp; i < team_.rows(); i += Team::kWarps) {
+      double sum = 0, far = 0;
+      for (int j = lane; j < m; j += kWarp) {
+        const T c = s_.tile[i * m + j], t = s_.F[i] + team_.load(G + j) - s_.k * c;
+        const T lacks = team_.load(lack + j);
+        if (t > static_cast<T>(-kExp2Limit)) sum += static_cast<double>(fast_exp2(t));
+        if (lacks > T(0)) far += static_cast<double>(lacks * c);
+      }
+      sum = warp_join<Sum>(block_, sum), far = warp_join<Sum>(block_, far) / lacking;
+      if (lane == 0) result += sent(static_cast<double>(s_.a[i]), sum, far - f_of(s_, i), s_.eps);
+    }
+    return result;
   }
 
   OTLOSS_DEVICE double left_out() const { return 0; }

@@ -126,6 +126,20 @@ struct SolverState {
 static_assert(sizeof(SolverState<double>) <= kSolverBytes, "raise kSolverBytes");
 
 template <typename T>
+OTLOSS_DEVICE double f_of(const SolverState<T>& state, int i) {
+  return static_cast<double>(state.to_cost * state.F[i]);
+}
+
+// x log(x / y), 0 for x = 0.
+OTLOSS_DEVICE double x_log_ratio(double x, double y) { return x > 0 ? x * log(x / y) : 0; }
+
+// What a duality gap has of a row that sends a part of its weight, which costs `more` of each.
+OTLOSS_DEVICE double sent(double weight, double part, double more, double eps) {
+  const double u = weight * part;
+  return u > 0 ? u * more + eps * x_log_ratio(u, weight) : 0;
+}
+
+template <typename T>
 OTLOSS_DEVICE double roundoff() {
   return static_cast<double>(std::numeric_limits<T>::epsilon());
 }
