@@ -33,7 +33,7 @@ struct ListedState {
 template <int kD, class Block>
 class ListedCosts {
  public:
-  using Team = cuda::Team<Block, kControlThreads>;
+  using Team = ControlTeam<Block>;
   static constexpr bool kUpdatesColumns = true;
 
   OTLOSS_DEVICE ListedCosts(Block& block, const ListedArguments& arguments, Team& team,
@@ -261,9 +261,6 @@ struct ListedSolve : ListedArguments {
     SolverState<double> solver;
     ListedState listed;
   };
-  template <class Block>
-  using Team = cuda::Team<Block, kControlThreads>;
-
   struct {
     ListedOrder* of;  // (1,)
   } orders;
@@ -272,7 +269,7 @@ struct ListedSolve : ListedArguments {
   OTLOSS_DEVICE const Pack<SolveGroup<double>>& groups() const { return solve.groups; }
 
   template <class Block>
-  OTLOSS_DEVICE bool advance(Block& block, Team<Block>& team, State& state,
+  OTLOSS_DEVICE bool advance(Block& block, ControlTeam<Block>& team, State& state,
                              const SolveGroup<double>& p, int64_t batch, bool first) const {
     using Costs = ListedCosts<kD, Block>;
     Costs costs(block, *this, team, state.solver, state.listed);

@@ -1,28 +1,22 @@
 // Tiles of costs by tensor cores: many coordinates in float32.
 //
-// Points come as halves (SplitCloud): z = high + low with 11 bits each, so that
+// Points come as halves (SplitCloud), z = high + low with 11 bits each, and
 //
 //     <x, y> = <x_high, y_high> + <x_high, y_low> + <x_low, y_high>
 //
-// is off by 2^-22 |x| |y| at most; the fourth product would be smaller than that. Halves are exact
-// in the products, and sums are float32. A cloud is scaled by one power of two that brings its
-// longest point to almost 2^15. That is as far from overflow (65504) as needed, and so far from the
-// smallest half, 2^-24, that the low part of a coordinate has all of its bits down to 2^-17 of the
-// longest point, and an error of 2^-40 of it below: the low parts need no scale of their own, and
-// the three products one sum. What truncation in the tensor cores adds up to is kept small by
-// emptying their sums into registers after every stage of at most 64 coordinates.
+// is off by 2^-22 |x| |y| at most. A cloud is scaled by one power of two that brings its longest
+// point to almost 2^15: low parts keep all bits down to 2^-17 of the longest point and need no
+// scale of their own. The tensor cores truncate, so their sums go to registers after every stage.
 //
-// A warp has 16 rows and all kTensorColumns columns of a tile, kN products of 16 x 8. 16 x 32
-// entries at a time, so that their sums stay in registers beside those of all chunks, take 6 loads
-// of four matrices for 12 products of depth 16, which keeps shared memory (24 clocks of 128 bytes)
-// as busy as the tensor cores. Lane l has the entries
+// A warp has 16 rows and all kTensorColumns columns of a tile, 16 x 32 entries at a time: 6 loads
+// of four matrices for 12 products of depth 16, which keeps shared memory as busy as the tensor
+// cores. Lane l has the entries
 //
 //     rows     first + 8 h + l / 4,               h < 2
 //     columns  first + 8 n + 2 (l % 4) + c,       n < kN, c < 2
 //
-// Points lie in shared memory as they do in global memory, 16 bytes of each point side by side, so
-// that a row of an 8 x 8 matrix is one of 8 neighbouring groups of banks and copies are contiguous.
-// They come in kTensorStages stages; all coordinates of the block's rows stay if there is room.
+// In shared memory as in global memory 16 bytes of neighbouring points are side by side, so that
+// matrices have no conflicts of banks and copies are contiguous.
 #pragma once
 
 #include "cuda/pass/tiles.cuh"

@@ -1,21 +1,16 @@
-// Tiles of a cost matrix, which is made from the points on the way and never stored, or read: what
-// those who make them (fma_tiles.cuh, tensor_tiles.cuh, stored_tiles.cuh) and those who use them
-// (row_sums.cuh, gradient/side_sums.cu) have in common.
+// Tiles of a cost matrix, made from the points on the way or read: what makers (fma_tiles.cuh,
+// tensor_tiles.cuh, stored_tiles.cuh) and users (row_sums.cuh, gradient/side_sums.cu) share.
 //
-// A block has a few rows, kRows of its maker, and passes over some columns, tile by tile. A maker
-// gives the entries of a tile to the threads, up to 64 to each, as TileEntries; a thread has the
-// same rows in every tile, and keeps in registers what it knows of them. Which rows and columns a
-// thread has is the maker's layout:
+// A block has kRows rows of its maker and passes over some columns, tile by tile: maker.run(use)
+// calls use(entries), TileEntries, for all tiles that have rows, a whole warp at a time. A thread
+// has the same rows in every tile. Which rows and columns it has is the maker's layout:
 //
 //     kRows, kColumns          entries of a thread
 //     row(r), column(c)        from its first row and column
 //     kLanes                   neighbouring lanes that have the same rows
 //
-// maker.run(use) calls use(entries) for all tiles that have rows, a whole warp at a time.
-//
 // Costs up to kDirectDims coordinates come from differences, beyond from inner products, with
-// entries that lost more than half of their digits computed again from the difference, as in
-// csrc/cpu/cost/points.cpp.
+// entries that lost more than half of their digits made again, as in csrc/cpu/cost/points.cpp.
 #pragma once
 
 #include <cmath>

@@ -1,16 +1,15 @@
 // What a solve measures of a problem and of a point: weights, the scalars of an evaluated point,
 // the value of the potentials. All threads of the team call together, and see the results.
 //
-// After a pass each block makes its columns' update, and the scalars of the step (error, value) are
-// one reduction over the team. Soft marginals take two more: the least potentials, so that no
-// exponential overflows, and the soft means. Vectors are cut by columns: a thread only ever touches
-// its own entries, but for G, which everybody reads.
+// After a pass each block makes its columns' update, and the scalars of the step are one reduction
+// over the team; soft marginals take two more. Vectors are cut by columns: a thread only ever
+// touches its own entries, but for G, which everybody reads.
 //
 // Costs (resident_costs.cuh, launched_costs.cuh) tells where costs are: place() by one thread,
 // load(), pass() from G and F, columns() and guard() for the update of the columns, transport(),
-// entry() of two samples; and left_out(), a bound of the part of the plan that the pass left out,
-// and rounding(), by how much that of its sums typically changes marginals beside roundoff; and
-// sent_and_far(), a part of what of a duality gap takes sums over the plan.
+// entry() of two samples; left_out(), a bound of the part of the plan that the pass left out, and
+// rounding(), by how much that of its sums changes marginals beside roundoff; and sent_and_far(),
+// what of a duality gap takes sums over the plan.
 #pragma once
 
 #include <limits>

@@ -1,11 +1,9 @@
-// A solve whose costs are in global memory, or made from points and never stored, in memory
-// O((n + m) d): sweeps (sweeps.cuh) over the rows and then over the columns in place of the pass
-// over a tile, and between them a block for each problem, which takes the sums, updates the
+// A solve by launches (launched.cu): sweeps over the rows and then over the columns in place of the
+// pass over a tile, and between them a block for each problem, which takes the sums, updates the
 // potentials and says which sums it needs next.
 //
-// As in the resident pass no maximum is subtracted: the last potential is the guess that keeps the
-// exponents near 0. Points whose sums leave the trusted range get their maximum from a second
-// sweep and their sum from a third.
+// As in the resident pass no maximum is subtracted. Points whose sums leave the trusted range get
+// their maximum from a second sweep and their sum from a third.
 #pragma once
 
 #include "cuda/pass/pack.cuh"

@@ -76,6 +76,7 @@ class QuasiNewton {
     const unsigned used = s_.gram.in_use() | (paired ? LbfgsGram::bits_of(slot) : 0u);
     unsigned fresh = s_.soft ? used : 1u << LbfgsGram::kResidual;
     if (paired) fresh |= LbfgsGram::bits_of(slot);
+    fresh |= 1u << LbfgsGram::kGradient;
     const bool alone = team_.size() == 1, first_lane = block_.thread() % kWarp == 0;
     block_.sync();  // the vectors are there
     for_products(used, fresh, [&](int left, int right) {
@@ -110,12 +111,11 @@ class QuasiNewton {
     int number = 0;
 #pragma unroll 1
     for (int left = 0; left < LbfgsGram::kVectors; ++left) {
-      const bool gradient = left == LbfgsGram::kGradient;
-      if (!gradient && (fresh >> left & 1u) == 0) continue;
+      if ((fresh >> left & 1u) == 0) continue;
 #pragma unroll 1
       for (int right = 0; right < kBasis; ++right) {
         if ((used >> right & 1u) == 0) continue;
-        if (!gradient && right > left && (fresh >> right & 1u) != 0) continue;
+        if (right > left && (fresh >> right & 1u) != 0) continue;
         if (number++ % kWarps == block_.thread() / kWarp) function(left, right);
       }
     }

@@ -1,9 +1,7 @@
 // The start of a solve: the entropic potential between the Gaussians that have the moments of the
-// clouds (gaussian_potential.h), for the squared cost. A block for each problem, in double as on
-// the CPU: a thread has one entry of the moments over some of the points, neighbouring threads have
-// neighbouring entries; then the matrix, a chain of small steps, three barriers for each of some 6
-// d rounds of rotations; then the potential, up to a warp per point, whose lanes have the
-// coordinates. plan.cpp decides where this pays.
+// clouds (gaussian_potential.h), for the squared cost. A block for each problem, in double: a
+// thread has one entry of the moments over some of the points; then the matrix, a chain of small
+// steps; then the potential, up to a warp per point. plan.cpp decides where this pays.
 #include "core/gaussian_potential.h"
 #include "cuda/solve/state.cuh"
 
