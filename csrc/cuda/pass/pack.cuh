@@ -96,7 +96,7 @@ struct PackKernel {
 template <typename T>
 TileKind tiles_of(const Context& context, const PointPair<T>& points, const T* C = nullptr) {
   if (C != nullptr) return TileKind::kStored;
-  return choose_tiles(sizeof(T), points.d, limits(context.device), wanted_tiles(points.tf32));
+  return choose_tiles(sizeof(T), points.d, limits(context.device), points.tf32);
 }
 
 // Packs each cloud of a call once.

@@ -1,6 +1,6 @@
 // Tiles of costs by tensor cores: many coordinates in float32.
 //
-// Points come as halves (SplitCloud), z = high + low with 11 bits each, and
+// Points come as halves (PackedCloud), z = high + low with 11 bits each, and
 //
 //     <x, y> = <x_high, y_high> + <x_high, y_low> + <x_low, y_high>
 //
@@ -45,7 +45,7 @@ class TensorTileMaker {
         chunks_((padded_ + stages_.depth - 1) / stages_.depth),
         row_(block.thread() / kWarp * 16),
         lane_(block.thread() % kWarp),
-        unscale_(1 / tiles.rows.split.scale * (1 / tiles.columns.split.scale)),
+        unscale_(1 / tiles.rows.scale * (1 / tiles.columns.scale)),
         e_(rows_of(block, tiles)),
         norms_(tiles, e_) {}
 
@@ -74,7 +74,7 @@ class TensorTileMaker {
   OTLOSS_DEVICE void run_chunks(Use&& use) {
     const int chunks = kOneChunk ? 1 : chunks_;
     if (stages_.resident && p_.begin < p_.end)
-      copy_points<kTensorRows>(p_.rows.split, p_.rows.stride, p_.first, 0, padded_, rows_of({0}));
+      copy_points<kTensorRows>(p_.rows, p_.first, 0, padded_, rows_of({0}));
     float sums[kN][4];
     const auto work = [&](const TileStage& step) {
       if (p_.first + row_ >= p_.last) return;  // the same for the whole warp
@@ -122,26 +122,23 @@ class TensorTileMaker {
   // Starts copying a stage.
   OTLOSS_DEVICE void load(const TileStage& step) const {
     const int begin = step.chunk * stages_.depth, depth = depth_of(step.chunk);
-    copy_points<kTensorColumns>(p_.columns.split, p_.columns.stride, step.column, begin, depth,
-                                columns_of(step));
-    if (!stages_.resident)
-      copy_points<kTensorRows>(p_.rows.split, p_.rows.stride, p_.first, begin, depth,
-                               rows_of(step));
+    copy_points<kTensorColumns>(p_.columns, step.column, begin, depth, columns_of(step));
+    if (!stages_.resident) copy_points<kTensorRows>(p_.rows, p_.first, begin, depth, rows_of(step));
     if (step.chunk == chunks_ - 1) copy_extra(step.column, extra_of(step));
   }
 
   // Coordinates [begin, begin + depth) of kPoints points; a thread has one of them.
   template <int kPoints>
-  OTLOSS_DEVICE void copy_points(const SplitCloud& cloud, int64_t stride, int64_t first, int begin,
+  OTLOSS_DEVICE void copy_points(const PackedCloud<float>& cloud, int64_t first, int begin,
                                  int depth, uint16_t* to) const {
     constexpr int kPieces = kSolveThreads / kPoints;  // at once
     static_assert(kSolveThreads % kPoints == 0, "whole pieces");
     const int local = block_.thread() % kPoints;
-    const uint16_t* const from = cloud.z + begin * 2 * stride + (first + local) * kPiece;
+    const uint16_t* const from = cloud.halves + begin * 2 * cloud.stride + (first + local) * kPiece;
     const int pieces = depth / kPiece * kPlanes;
     for (int p = block_.thread() / kPoints; p < pieces; p += kPieces)
       block_.copy_async(to + (p * kPoints + local) * kPiece,
-                        from + (p / kPlanes * 2 + p % kPlanes) * stride * kPiece);
+                        from + (p / kPlanes * 2 + p % kPlanes) * cloud.stride * kPiece);
   }
 
   OTLOSS_DEVICE void copy_extra(int64_t first, float* to) const {

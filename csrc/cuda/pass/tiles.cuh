@@ -32,21 +32,17 @@ struct alignas(16) Vector {
   T at[kVector<T>];
 };
 
-// For tensor cores a cloud is also scaled by a power of two and split into halves, z = high + low.
-struct SplitCloud {
-  const uint16_t*
-      z;  // (split_depth(d) / 8, 2, stride, 8): 8 coordinates of a point, high, then low
-  float scale;
-};
-
-// A prepared cloud (see CloudGroup) coordinate by coordinate.
+// A prepared cloud (see CloudGroup) coordinate by coordinate. For tensor cores it is also scaled by
+// a power of two and split into halves, z = high + low.
 template <typename T>
 struct PackedCloud {
   const T* z;      // (d, stride) points, 0 from `count` on
   const T* norm;   // (stride,) see CloudGroup, 0 from `count` on
   int64_t count;   // points
   int64_t stride;  // packed_stride(count)
-  SplitCloud split;
+  // (split_depth(d) / 8, 2, stride, 8): 8 coordinates of a point, high, then low
+  const uint16_t* halves;
+  float scale;
 };
 
 // Clouds of one shape, (B, ...) of the above.
@@ -59,9 +55,9 @@ struct PackedClouds {
   OTLOSS_HOST_DEVICE PackedCloud<T> cloud(int64_t batch, int64_t d, int64_t count) const {
     const int64_t stride = packed_stride(count);
     const T* const z = points + batch * (d + 1) * stride;
-    if (halves == nullptr) return {z, z + d * stride, count, stride, {nullptr, 1.0f}};
+    if (halves == nullptr) return {z, z + d * stride, count, stride, nullptr, 1.0f};
     const uint16_t* const split = halves + batch * split_depth(d) * 2 * stride;
-    return {z, z + d * stride, count, stride, {split, scale[batch]}};
+    return {z, z + d * stride, count, stride, split, scale[batch]};
   }
 };
 

@@ -59,32 +59,22 @@ struct TeamScratch {
   TeamState state;
 };
 
-// Where a pass has its sums on their way, in bytes of shared memory after the TeamScratch;
-// `element` of a sum.
-struct SweepShape {
-  int64_t exchange, sums, end;
-
-  OTLOSS_HOST_DEVICE explicit constexpr SweepShape(int64_t element)
-      : exchange((sizeof(TeamScratch) + 15) / 16 * 16),
-        sums(exchange + 2 * (kSolveThreads / kWarp) * kPanelRows * element),
-        end(sums + int64_t{kSolveThreads} * kMostColumns * element) {}
-};
-
 // Of the solver's state, see state.cuh.
 constexpr int64_t kSolverBytes = sizeof(LbfgsGram) + 2048;
 
 // Vectors of the solver, each of one entry per column, see Solver::place.
 constexpr int kVectors = 10 + 2 * LbfgsGram::kSlots;
 
-// Where things are in shared memory, in bytes, after those of a pass. Made on the host, see
+// Where things are in shared memory, in bytes, after the TeamScratch. Made on the host, see
 // plan.cpp.
 struct SharedLayout {
-  int64_t state;    // kSolverBytes
-  int64_t F;        // (rows,)
-  int64_t a;        // (rows,)
-  int64_t s;        // (rows,)
-  int64_t vectors;  // (kVectors, m), or -1: in global memory
-  int64_t tile;     // (rows, m)
+  int64_t exchange, sums;  // of a pass, see PassWork
+  int64_t state;           // kSolverBytes
+  int64_t F;               // (rows,)
+  int64_t a;               // (rows,)
+  int64_t s;               // (rows,)
+  int64_t vectors;         // (kVectors, m), or -1: in global memory
+  int64_t tile;            // (rows, m)
   int64_t bytes;
 };
 
@@ -200,11 +190,9 @@ SolvePlan choose_launched_plan(const Shape& shape, int64_t d, const Limits& limi
 // passes it saves.
 bool start_pays(const SolvePlan& plan, const Shape& shape, int d, const Limits& limits);
 
-// OTLOSS_CUDA_TILES: auto, fma, tensor or high (without low halves; auto if tf32 will do).
-TileKind wanted_tiles(bool tf32);
-
-// How costs of points of d coordinates are made: as wanted where tensor cores serve, which is for
-// float32 beyond kDirectDims coordinates, if a stage has room.
-TileKind choose_tiles(int64_t element, int64_t d, const Limits& limits, TileKind wanted);
+// How costs of points of d coordinates are made: by tensor cores where they serve, which is for
+// float32 beyond kDirectDims coordinates, if a stage has room; without low halves if tf32 will do.
+// OTLOSS_CUDA_TILES: auto, fma, tensor or high (without low halves).
+TileKind choose_tiles(int64_t element, int64_t d, const Limits& limits, bool tf32);
 
 }  // namespace otloss::cuda

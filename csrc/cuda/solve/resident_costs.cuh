@@ -51,9 +51,10 @@ class ResidentCosts {
 
   OTLOSS_DEVICE void pass() {
     run_pass<Team::kThreads>(
-        block_, PassWork<T>{s_.tile, s_.G, s_.a, s_.F, s_.s, s_.k, s_.tilt, team_.rows(), team_.m(),
-                            team_.size() == 1, !s_.symmetric, team_.template at<T>(kShape.exchange),
-                            team_.template at<T>(kShape.sums), column_part(team_.rank())});
+        block_,
+        PassWork<T>{s_.tile, s_.G, s_.a, s_.F, s_.s, s_.k, s_.tilt, team_.rows(), team_.m(),
+                    team_.size() == 1, !s_.symmetric, team_.template at<T>(args_.shared.exchange),
+                    team_.template at<T>(args_.shared.sums), column_part(team_.rank())});
   }
 
   // gt and q of the evaluated point from the column sums of all blocks; -1 where they are not to be
@@ -160,8 +161,6 @@ class ResidentCosts {
   }
 
  private:
-  static constexpr SweepShape kShape{sizeof(T)};
-
   // (m,) of a block: column sums; largest exponents, and their sums.
   OTLOSS_DEVICE T* column_part(int rank) const { return part(0, rank); }
   OTLOSS_DEVICE T* part(int which, int rank) const {
