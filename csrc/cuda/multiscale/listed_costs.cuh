@@ -34,7 +34,6 @@ template <int kD, class Block>
 class ListedCosts {
  public:
   using Team = ControlTeam<Block>;
-  static constexpr bool kUpdatesColumns = true;
 
   OTLOSS_DEVICE ListedCosts(Block& block, const ListedArguments& arguments, Team& team,
                             SolverState<double>& state, ListedState& listed)

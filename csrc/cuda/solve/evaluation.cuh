@@ -171,7 +171,7 @@ class Evaluation {
   OTLOSS_DEVICE void update_columns() {
     if (s_.soft)
       find_least(s_.F, s_.trial_g);  // after a pass its reduction is the barrier, too
-    else if (!Costs::kUpdatesColumns)
+    else
       team_.sync();
     costs_.columns();
     s_.soft ? soft_scalars() : hard_scalars();

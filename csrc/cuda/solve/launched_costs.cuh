@@ -39,7 +39,6 @@ template <typename T, class Block>
 class LaunchedCosts {
  public:
   using Team = ControlTeam<Block>;
-  static constexpr bool kUpdatesColumns = true;
 
   OTLOSS_DEVICE LaunchedCosts(Block& block, const LaunchedArguments<T>& arguments, Team& team,
                               SolverState<T>& state, LaunchedState<T>& launched)

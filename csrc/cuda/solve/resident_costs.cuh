@@ -21,7 +21,6 @@ template <typename T, class Block, int kThreads>
 class ResidentCosts {
  public:
   using Team = cuda::Team<Block, kThreads>;
-  static constexpr bool kUpdatesColumns = false;  // by pass()
 
   OTLOSS_DEVICE ResidentCosts(Block& block, const SolveArguments<T>& arguments, Team& team,
                               SolverState<T>& state)
