@@ -109,7 +109,10 @@ struct RowTeam {
     for (int w = other + P::kLanes; w < warps; w += P::kLanes)
       value = Join::join(value, at[(team * warps + w) * P::kRows + own]);
     // With fewer warps than lanes some lanes have the same values.
-    return warp_join<Join>(block, value, warps < P::kLanes ? warps : P::kLanes);
+    const int width = warps < P::kLanes ? warps : P::kLanes;
+    for (int mask = width / 2; mask > 0; mask /= 2)
+      value = Join::join(value, block.shuffle_xor(value, mask));
+    return value;
   }
 };
 
@@ -172,7 +175,8 @@ OTLOSS_NOINLINE void panel_pass(Block block, PassWork<T> work) {
 #pragma unroll
         for (int v = 1; v < kColumns; ++v)
           largest = Max::join(largest, column[v] - work.k * costs[at[v]]);
-        largest = warp_join<Max>(block, largest);
+        for (int mask = kWarp / 2; mask > 0; mask /= 2)
+          largest = Max::join(largest, block.shuffle_xor(largest, mask));
         if (own == r) most = largest;
       }
       most = over_team.template join<Max>(most);
