@@ -88,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     def loss_of(real: Tensor) -> Tensor:
         with options.autocast(args):
             fake = generator(generator.draw(len(real))).float()
-            x, y = encoder(real).float(), encoder(fake).float()
+            # In one batch: the statistics of each alone would hide how far apart the two are.
+            x, y = encoder(torch.cat([real, fake])).float().chunk(2)
         unit = (x - y.mean(0)).square().sum(1).mean().detach().sqrt() / args.scale
         return training.timed(distance, args, x / unit, y / unit)
 
