@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <string>
 #include <vector>
 
 #include "core/costs.h"
@@ -147,7 +148,7 @@ struct PointSums {
 template <typename T>
 struct MadeCost {
   PointPair<T> points;
-  bool symmetric;  // a cloud against itself: x takes both sides' sums, y is null
+  bool symmetric;  // a cloud against itself: on a CPU x takes both sides' sums, y is null
   PointSums<T> x;
   PointSums<T> y;  // (B, m) (B, m, d)
 };
@@ -381,6 +382,11 @@ void combine_terms(const Context& context, int64_t count, int64_t batch, const d
 template <typename T>
 void solve(const Context& context, const std::vector<SolveGroup<T>>& groups,
            const SolveOptions& options);
+// How this number of solves would be laid out, in words; d: coordinates of the points that costs
+// are made from, or 0: costs are stored.
+template <typename T>
+std::string describe_plan(const Context& context, int64_t problems, int64_t n, int64_t m,
+                          int64_t d);
 template <typename T>
 void envelope_backward(const Context& context, const std::vector<EnvelopeGroup<T>>& groups,
                        double eps, Objective objective);

@@ -89,7 +89,8 @@ PointSums<T> Gradients<T>::side(int64_t c, SolvedSide<T> solved) {
 template <typename T>
 MadeCost<T> Gradients<T>::made(int64_t p) {
   const int64_t i = problem_.x(p), j = problem_.y(p);
-  const PointSums<T> x = side(i), y = i == j ? PointSums<T>{} : side(j);
+  const bool once = i == j && !device_.is_cuda();
+  const PointSums<T> x = side(i), y = once ? PointSums<T>{} : side(j);
   return {clouds_.pair(i, j, false, false), i == j, x, y};
 }
 

@@ -5,7 +5,7 @@
 #include "bindings/operations.h"
 #include "bindings/points.h"
 #include "cpu/simd/simd.h"
-#include "cuda/solve/describe.h"
+#include "kernels.h"
 #if defined(OTLOSS_WITH_CUDA)
 #include <torch/csrc/stable/accelerator.h>
 #endif

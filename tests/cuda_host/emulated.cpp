@@ -7,7 +7,7 @@
 #include "bindings/host.h"
 #include "bindings/operations.h"
 #include "cuda/device/block.cuh"
-#include "cuda/solve/describe.h"
+#include "kernels.h"
 
 using torch::stable::detail::StableLibrary;
 

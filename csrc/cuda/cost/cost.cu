@@ -16,6 +16,7 @@
 #include "core/costs.h"
 #include "cuda/device/reduce.cuh"
 #include "cuda/device/team.cuh"
+#include "cuda/pass/tiles.cuh"
 
 namespace otloss::cuda {
 namespace {
@@ -80,22 +81,22 @@ struct PrepareKernel {
       T* z = cloud.z + row * cloud.d;
       // Of padding nothing is kept, whatever is there.
       const bool counts = !cloud.weight || cloud.weight[row] > T(0);
-      T norm2[1], by = 1;
+      T norm2, by = 1;
       const auto prepare = [&] {
-        norm2[0] = 0;
+        norm2 = 0;
         for (int64_t k = lane; k < cloud.d; k += kWarp) {
           const T value = counts ? x[k] - (centre ? centre[batch * cloud.d + k] : T(0)) : T(0);
           z[k] = value * by;
-          norm2[0] += z[k] * z[k];
+          norm2 += z[k] * z[k];
         }
-        warp_sum(block, norm2);
+        norm2 = warp_join<Sum>(block, norm2);
       };
       prepare();
-      if (!centre) by = magnification(norm2[0]);
+      if (!centre) by = magnification(norm2);
       if (by > T(1)) prepare();
-      if (!centre && norm2[0] > T(0))
-        for (int64_t k = lane; k < cloud.d; k += kWarp) z[k] *= T(1) / sqrt(norm2[0]);
-      if (lane == 0) cloud.norm[row] = centre ? norm2[0] : norm_of(norm2[0], by);
+      if (!centre && norm2 > T(0))
+        for (int64_t k = lane; k < cloud.d; k += kWarp) z[k] *= T(1) / sqrt(norm2);
+      if (lane == 0) cloud.norm[row] = centre ? norm2 : norm_of(norm2, by);
     });
   }
 };
@@ -119,8 +120,7 @@ struct EpilogueKernel {
         T& c = group.C[row * group.m + j];
         // Up to kDirectDims there is nothing in C yet.
         c = entry(group, row, batch * group.m + j, group.d > kDirectDims ? c : T(0));
-        // A point is at distance 0 from itself; one of zero norm has no direction and costs 1.
-        if (group.symmetric && i == j && !(Cost::kUnitNorm && !(group.hx[row] > T(0)))) c = T(0);
+        if (costs_nothing<Cost>(group.symmetric, i, j, group.hx[row])) c = T(0);
       }
     });
   }
@@ -128,22 +128,10 @@ struct EpilogueKernel {
  private:
   // `xy`: the inner product, if there are more than kDirectDims coordinates.
   OTLOSS_DEVICE static T entry(const CostGroup<T>& group, int64_t i, int64_t j, T xy) {
-    const T *x = group.zx + i * group.d, *y = group.zy + j * group.d;
-    if constexpr (Cost::kUnitNorm) {
-      if (group.d > kDirectDims) return Cost::from_product(T(0), T(0), xy);
-      T sum = T(0);
-      for (int64_t k = 0; k < group.d; ++k) sum += x[k] * y[k];
-      return Cost::from_product(T(0), T(0), sum);
-    } else {
-      if (group.d > kDirectDims) {
-        const T squares = group.hx[i] + group.hy[j], d2 = squares - T(2) * xy;
-        if (!(d2 <= cancellation_limit<T>() * squares))
-          return Cost::from_product(group.hx[i], group.hy[j], xy);
-      }
-      T sum = T(0);
-      for (int64_t k = 0; k < group.d; ++k) sum += (x[k] - y[k]) * (x[k] - y[k]);
-      return Cost::from_difference(sum);
-    }
+    const T squares = group.hx[i] + group.hy[j], d2 = squares - T(2) * xy;
+    const bool good = Cost::kUnitNorm || !(d2 <= cancellation_limit<T>() * squares);
+    if (group.d > kDirectDims && good) return Cost::from_product(group.hx[i], group.hy[j], xy);
+    return pair_cost<Cost>(group.d, group.zx + i * group.d, 1, group.zy + j * group.d, 1);
   }
 };
 
@@ -186,10 +174,10 @@ struct GradientKernel {
     // d(1 - <x, y> / |x| |y|)/dx = (<xhat, yhat> xhat - yhat) / |x|; 0 for a point of zero norm.
     const T norm = group.norm[i];
     if (!(norm > T(0))) return;
-    T along[1] = {T(0)};
-    for (int64_t k = lane; k < d; k += kWarp) along[0] += z[k] * Vy[k];
-    warp_sum(block, along);
-    for (int64_t k = lane; k < d; k += kWarp) grad[k] += (along[0] * z[k] - Vy[k]) / norm;
+    T along = T(0);
+    for (int64_t k = lane; k < d; k += kWarp) along += z[k] * Vy[k];
+    along = warp_join<Sum>(block, along);
+    for (int64_t k = lane; k < d; k += kWarp) grad[k] += (along * z[k] - Vy[k]) / norm;
   }
 };
 

@@ -2,23 +2,17 @@
 //
 // A kernel is a plain struct with its arguments and `template <class Block> void operator()(Block&)
 // const`, the work of one thread. The same struct runs on a GPU, and on the host under
-// tests/cuda_host/emulation.h, where each thread is a fiber and barriers switch between them; the
-// whole of csrc/cuda then compiles with g++ alone and is tested without a GPU.
+// tests/cuda_host/emulation.h, where each thread is a fiber and barriers switch between them.
 //
-// A Block gives: thread() and x() (block index); sync() (block barrier), sync_some(group,
-// threads) (of some of its warps), warp_sync(), cluster_sync(); shuffle_xor(value, mask),
-// shuffle(value, lane), any(flag) and ballot(flag) within a warp; shared<T>() (dynamic shared
-// memory); load, store (global memory that other blocks write, past L1); load_constant (16 bytes
-// that nobody writes during the launch); copy_async(to, from) (16 bytes from global to shared
-// memory, past L1), commit_copies() and wait_for_copies<pending>() (those of this thread, but for
-// the last `pending` commits); count_off(loop, done) (see Loop).
+// A Block gives barriers: sync(), sync_some(group, threads), warp_sync(), cluster_sync(); within a
+// warp shuffles and votes; shared<T>(), the dynamic shared memory; load and store of what other
+// blocks write, past L1; load_constant of 16 bytes that nobody writes; copy_async of 16 bytes to
+// shared memory, commit_copies() and wait_for_copies<pending>(); count_off(loop, done), see Loop.
 //
 // And for tensor cores, on half precision numbers as their 16 bits, two in a word, where lane l is
-// in row l / 4 with the neighbouring columns 2 (l % 4) and the next one of each 8 x 8 matrix:
-// load_matrices(row, words) (ldmatrix: lane l gives row l % 8, 16 bytes of shared
-// memory, of matrix l / 8), multiply_add(c, a, b0, b1) (mma: c (16, 8) += a (16, 16) b (16, 8); a:
-// matrices (0, 0), (1, 0), (0, 1), (1, 1), b: transposed matrices (0, 0), (1, 0), c: rows 0 to 7, 8
-// to 15).
+// in row l / 4, columns 2 (l % 4) and the next, of each 8 x 8 matrix: load_matrices(row, words)
+// (lane l gives row l % 8 of matrix l / 8 in shared memory), multiply_add(c, a, b0, b1) (c (16, 8)
+// += a (16, 16) b (16, 8); a: matrices (0, 0), (1, 0), (0, 1), (1, 1), b: transposed matrices).
 #pragma once
 
 #include <cstddef>

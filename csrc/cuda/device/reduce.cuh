@@ -2,6 +2,7 @@
 // the groups of a call travel to a kernel.
 #pragma once
 
+#include <limits>
 #include <vector>
 
 #include "cuda/device/block.cuh"
@@ -56,13 +57,45 @@ int64_t problems_of(const Pack<Group>& pack) {
 
 // --------------------------------------------------------------------------------------- sums
 
-// Each of the kCount values of a lane summed over `width` neighbouring lanes (a power of two); all
-// of them get the sums.
-template <int kCount, class Block, typename T>
-OTLOSS_DEVICE void warp_sum(Block& block, T (&values)[kCount], int width = kWarp) {
+struct Sum {
+  static OTLOSS_HOST_DEVICE double identity() { return 0; }
+  template <typename T>
+  static OTLOSS_HOST_DEVICE T join(T x, T y) {
+    return x + y;
+  }
+};
+
+struct Max {
+  static OTLOSS_HOST_DEVICE double identity() { return -std::numeric_limits<double>::infinity(); }
+  template <typename T>
+  static OTLOSS_HOST_DEVICE T join(T x, T y) {
+    return x > y ? x : y;
+  }
+};
+
+// Over `width` neighbouring lanes (a power of two), all of which get the result.
+template <class Join, class Block, typename T>
+OTLOSS_DEVICE T warp_join(Block& block, T value, int width = kWarp) {
   for (int mask = width / 2; mask > 0; mask /= 2)
+    value = Join::join(value, block.shuffle_xor(value, mask));
+  return value;
+}
+
+// Joins function(k) over first, first + step, ... < count, with several of its loads on their way.
+template <class Join, typename S, typename F>
+OTLOSS_DEVICE S join_over(int first, int step, int count, S start, F&& function) {
+  constexpr int kAhead = 8;
+  S total = start;
+  int k = first;
+  for (; k + (kAhead - 1) * step < count; k += kAhead * step) {
+    S part[kAhead];
 #pragma unroll
-    for (int v = 0; v < kCount; ++v) values[v] += block.shuffle_xor(values[v], mask);
+    for (int u = 0; u < kAhead; ++u) part[u] = function(k + u * step);
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) total = Join::join(total, part[u]);
+  }
+  for (; k < count; k += step) total = Join::join(total, function(k));
+  return total;
 }
 
 // kCount values of each lane, joined over kLanes neighbouring lanes with few shuffles: at each step
@@ -87,30 +120,6 @@ OTLOSS_DEVICE T scatter_reduce(Block& block, T (&values)[kCount]) {
   T result = values[0];
   for (; mask > 0; mask /= 2) result = Join::join(result, block.shuffle_xor(result, mask));
   return result;
-}
-
-template <int kThreads>
-constexpr size_t block_sum_bytes(int count) {
-  return sizeof(double) * count * (kThreads / kWarp);
-}
-
-// Sums over the block. `scratch` holds block_sum_bytes<kThreads>(kCount) and is free again
-// when the function returns.
-template <int kThreads, int kCount, class Block>
-OTLOSS_DEVICE void block_sum(Block& block, double (&values)[kCount], double* scratch) {
-  constexpr int kWarps = kThreads / kWarp;
-  warp_sum(block, values);
-  const int lane = block.thread() % kWarp, warp = block.thread() / kWarp;
-  if (lane == 0)
-#pragma unroll
-    for (int v = 0; v < kCount; ++v) scratch[v * kWarps + warp] = values[v];
-  block.sync();
-#pragma unroll
-  for (int v = 0; v < kCount; ++v) {
-    values[v] = 0;
-    for (int w = 0; w < kWarps; ++w) values[v] += scratch[v * kWarps + w];
-  }
-  block.sync();
 }
 
 }  // namespace otloss::cuda

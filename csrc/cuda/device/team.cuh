@@ -7,53 +7,12 @@
 #pragma once
 
 #include <algorithm>
-#include <limits>
 
 #include "cuda/device/block.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/solve/plan.h"
 
 namespace otloss::cuda {
-
-struct Sum {
-  static OTLOSS_HOST_DEVICE double identity() { return 0; }
-  template <typename T>
-  static OTLOSS_HOST_DEVICE T join(T x, T y) {
-    return x + y;
-  }
-};
-
-struct Max {
-  static OTLOSS_HOST_DEVICE double identity() { return -std::numeric_limits<double>::infinity(); }
-  template <typename T>
-  static OTLOSS_HOST_DEVICE T join(T x, T y) {
-    return x > y ? x : y;
-  }
-};
-
-template <class Join, class Block>
-OTLOSS_DEVICE double warp_join(Block& block, double value, int width) {
-  for (int mask = width / 2; mask > 0; mask /= 2)
-    value = Join::join(value, block.shuffle_xor(value, mask));
-  return value;
-}
-
-// Adds function(k) over first, first + step, ... < count, with several of its loads on their way.
-template <class Join, typename S, typename F>
-OTLOSS_DEVICE S join_over(int first, int step, int count, S start, F&& function) {
-  constexpr int kAhead = 8;
-  S total = start;
-  int k = first;
-  for (; k + (kAhead - 1) * step < count; k += kAhead * step) {
-    S part[kAhead];
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) part[u] = function(k + u * step);
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) total = Join::join(total, part[u]);
-  }
-  for (; k < count; k += step) total = Join::join(total, function(k));
-  return total;
-}
 
 template <class Block>
 OTLOSS_DEVICE void team_sync(Block& block, const TeamState& team) {
@@ -90,7 +49,7 @@ OTLOSS_NOINLINE void team_reduce(Block block, TeamState& team, int count) {
       double total = Join::identity();
       for (int r = lane; r < team.size; r += kWarp)
         total = Join::join(total, block.load(all + r * kTeamValues + v));
-      total = warp_join<Join>(block, total, kWarp);
+      total = warp_join<Join>(block, total);
       if (lane == 0) result[v] = total;
     }
   }
@@ -190,7 +149,7 @@ class Team {
     static_assert(kCount <= kReduced, "raise kReduced");
 #pragma unroll
     for (int v = 0; v < kCount; ++v) {
-      const double part = warp_join<Join>(block_, values[v], kWarp);
+      const double part = warp_join<Join>(block_, values[v]);
       if (block_.thread() % kWarp == 0) state_.scratch[v * kWarps + block_.thread() / kWarp] = part;
     }
     team_reduce<Join, kThreads>(block_, state_, kCount);
@@ -214,7 +173,7 @@ class Team {
     double sum = 0;
     for (int r = block_.thread() % kWarp; r < size(); r += kWarp)
       sum += load(all + r * kTeamValues);
-    return warp_join<Sum>(block_, sum, kWarp);
+    return warp_join<Sum>(block_, sum);
   }
   OTLOSS_DEVICE void flip() {
     if (block_.thread() == 0) state_.parity ^= 1;

@@ -10,21 +10,22 @@
 //
 // The entries of P are made again in every product, the same bits for both sides. Then comes C_bar,
 // or what the points receive, by the potentials and the solution (alpha, beta).
+//
+// At fixed potentials (envelope) there is no system, alpha = beta = 0, and one control alone.
 #include "cuda/gradient/implicit_system.cuh"
+#include "cuda/gradient/side_sums.h"
 
 namespace otloss::cuda {
 namespace {
 
 template <typename T>
 struct ImplicitWork : ImplicitArguments<T> {
-  using State = ImplicitState<T>;
-  template <class Block>
-  using Team = typename Implicit<T, Block>::Team;
+  using State = ImplicitState;
 
   OTLOSS_DEVICE const Pack<ImplicitGroup<T>>& groups() const { return this->pack; }
 
   template <class Block>
-  OTLOSS_DEVICE bool advance(Block& block, Team<Block>& team, State& state,
+  OTLOSS_DEVICE bool advance(Block& block, ControlTeam<Block>& team, State& state,
                              const ImplicitGroup<T>& p, int64_t batch, bool first) const {
     Implicit<T, Block> system(block, *this, team, p, batch, state);
     return first ? system.open() : system.advance();
@@ -32,38 +33,40 @@ struct ImplicitWork : ImplicitArguments<T> {
 };
 
 template <typename T>
-void backward(const Context& context, const Pack<ImplicitGroup<T>>& pack, double eps,
-              Objective objective, Packer<T>& packer) {
-  const Shape shape = shape_of<T>(pack);
-  if (shape.problems == 0) return;
-  const SolvePlan plan = products_plan(context, shape, pack.items[0]);
-  ImplicitWork<T> work{};
-  work.pack = pack;
-  work.eps = eps, work.objective = objective;
-  SweepArguments<T, double> sweep;
-  const Grid grid = plan_sweeps(context, shape, plan, &work.orders, &sweep);
-  work.vectors =
-      context.scratch<double>(shape.problems * ImplicitVectors::kCount * plan.vector_length);
-  for (int i = 0; i < pack.count; ++i) {
-    const ImplicitGroup<T>& p = pack.items[i];
-    work.plans[i] = {packer(p.batch, p.n, p.m, p.made.points, p.C),
-                     context.scratch<T>(p.batch * packed_stride(p.n)),
-                     context.scratch<T>(p.batch * packed_stride(p.m)),
-                     context.scratch<T>(p.batch * p.n), context.scratch<T>(p.batch * p.m)};
-  }
-  // Beside the iterations: sums, sums of costs, the right-hand side, and the last product.
-  const int64_t most = 2 * (kMaxCgIterations + 4);
-  run_controls(context, work, shape.problems, most,
-               [&](Queue& queue) { queue_sweep<true>(queue, sweep, work.plans[0].points, grid); });
+void backward(const Context& context, const std::vector<ImplicitGroup<T>>& groups, double eps,
+              Objective objective, bool fixed) {
+  Packer<T> packer(context);
   std::vector<SideItem<T, SolvedPlan<T>>> sides;
-  for (int i = 0; i < pack.count; ++i) {
-    const ImplicitGroup<T>& p = pack.items[i];
-    const PlanOfPoints<T>& of = work.plans[i];
-    const T of_C = of_cost<T>(objective, eps), both = p.made.symmetric ? T(2) : T(1);
-    const SolvedPlan<T> of_x{of.alpha, of.beta, p.grad, p.coefficient, of_C, both, p.n, p.m};
-    const SolvedPlan<T> of_y{of.beta, of.alpha, p.grad, p.coefficient, of_C, both, p.m, p.n};
-    add_sides<T>(p, of.points, of.F, of.G, of_x, of_y, &sides);
-  }
+  for_each_pack(groups, [&](const Pack<ImplicitGroup<T>>& pack) {
+    const Shape shape = shape_of<T>(pack);
+    if (shape.problems == 0) return;
+    const SolvePlan plan =
+        products_plan(context, shape, pack.items[0].made.points.d, pack.items[0].C != nullptr);
+    ImplicitWork<T> work{};
+    work.pack = pack;
+    work.eps = eps, work.objective = objective, work.fixed = fixed;
+    work.orders = Sweeps<T, double>::of_plan(context, shape, plan);
+    work.vectors =
+        context.scratch<double>(shape.problems * ImplicitVectors::kCount * plan.vector_length);
+    for (int i = 0; i < pack.count; ++i) {
+      const ImplicitGroup<T>& p = pack.items[i];
+      PlanOfPoints<T>& of = work.plans[i];
+      of = {packer(p.batch, p.n, p.m, p.made.points, p.C),
+            context.scratch<T>(p.batch * packed_stride(p.n)),
+            context.scratch<T>(p.batch * packed_stride(p.m)), nullptr, nullptr};
+      if (!fixed)
+        of.alpha = context.scratch<T>(p.batch * p.n), of.beta = context.scratch<T>(p.batch * p.m);
+      const T of_C = fixed ? T(0) : of_cost<T>(objective, eps);
+      const SolvedPlan<T> of_x{of.alpha, of.beta, p.grad, p.coefficient, of_C, p.n, p.m};
+      const SolvedPlan<T> of_y{of.beta, of.alpha, p.grad, p.coefficient, of_C, p.m, p.n};
+      add_sides<T>(p, of.points, of.F, of.G, of_x, of_y, &sides);
+    }
+    // Beside the iterations: sums, sums of costs, the right-hand side, and the last product.
+    const int64_t most = fixed ? 0 : 2 * (kMaxCgIterations + 4);
+    run_controls(context, work, shape.problems, most, [&](Queue& queue) {
+      queue_sweep<true>(queue, work.orders, work.plans[0].points);
+    });
+  });
   sum_sides(context, sides, static_cast<T>(kLog2E / eps));
 }
 
@@ -72,16 +75,37 @@ void backward(const Context& context, const Pack<ImplicitGroup<T>>& pack, double
 template <typename T>
 void implicit_backward(const Context& context, const std::vector<ImplicitGroup<T>>& groups,
                        double eps, Objective objective) {
-  if (groups.empty()) return;
-  Packer<T> packer(context);
-  for_each_pack(groups, [&](const Pack<ImplicitGroup<T>>& pack) {
-    backward(context, pack, eps, objective, packer);
-  });
+  backward(context, groups, eps, objective, false);
 }
 
-template void implicit_backward(const Context&, const std::vector<ImplicitGroup<float>>&, double,
-                                Objective);
-template void implicit_backward(const Context&, const std::vector<ImplicitGroup<double>>&, double,
-                                Objective);
+template <typename T>
+void envelope_backward(const Context& context, const std::vector<EnvelopeGroup<T>>& groups,
+                       double eps, Objective objective) {
+  std::vector<ImplicitGroup<T>> fixed(groups.size());
+  for (size_t i = 0; i < groups.size(); ++i) static_cast<EnvelopeGroup<T>&>(fixed[i]) = groups[i];
+  backward(context, fixed, eps, objective, true);
+}
+
+template <typename T>
+void point_gradient_sums(const Context& context, const std::vector<PointGradientGroup<T>>& groups,
+                         double eps) {
+  std::vector<ImplicitGroup<T>> fixed(groups.size());
+  for (size_t i = 0; i < groups.size(); ++i) {
+    static_cast<SolvedGroup<T>&>(fixed[i]) = groups[i];
+    fixed[i].made = {groups[i].points, groups[i].symmetric, {groups[i].sum, groups[i].product}, {}};
+  }
+  backward(context, fixed, eps, Objective::kRegularized, true);
+}
+
+#define OTLOSS_INSTANTIATE(T)                                                                   \
+  template void implicit_backward(const Context&, const std::vector<ImplicitGroup<T>>&, double, \
+                                  Objective);                                                   \
+  template void envelope_backward(const Context&, const std::vector<EnvelopeGroup<T>>&, double, \
+                                  Objective);                                                   \
+  template void point_gradient_sums(const Context&, const std::vector<PointGradientGroup<T>>&,  \
+                                    double);
+OTLOSS_INSTANTIATE(float)
+OTLOSS_INSTANTIATE(double)
+#undef OTLOSS_INSTANTIATE
 
 }  // namespace otloss::cuda

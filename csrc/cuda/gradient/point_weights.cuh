@@ -23,7 +23,6 @@ struct SolvedPlan {
   const T* grad;   // (B,) of the loss
   T coefficient;   // s = coefficient grad
   T of_cost;       // t / s
-  T sides;         // of the cloud that receive the same: 2 for a cloud against itself
   int64_t n, m;
 
   template <class Entries>
@@ -48,7 +47,7 @@ struct SolvedPlan {
       // for padding.
       const T nothing = F <= none || G <= none ? T(0) : T(0) * (F + G);
       const T P = plan_of(F, G, e.k * e.cost[r][c]) + nothing;
-      V[r][c] = P != T(0) ? sides * P * (row[r] + t * e.cost[r][c] + column[c]) : T(0);
+      V[r][c] = P != T(0) ? P * (row[r] + t * e.cost[r][c] + column[c]) : T(0);
     });
   }
 };
@@ -57,13 +56,12 @@ struct SolvedPlan {
 // which a side has a factor of each.
 template <typename T>
 struct IterationSide {
-  const T* plan;    // (B, stride) exponents of the last plan, with the weights
   const T* trace;   // (B, L, length) f, or g
   const T* weight;  // (B, count)
   const T* g_bar;   // (B, L, count), or null: the weight
   const T* R;       // (B, L, count), or null: 1
   const T* H;       // (B, L, count), or null: to_other times the trace
-  int64_t count, stride;
+  int64_t count;
   T to_base, to_other;
 
   struct Value {
@@ -85,51 +83,25 @@ template <typename T>
 struct Iterations {
   using Side = IterationSide<T>;
   Side rows, columns;
-  int64_t L, length;  // iterations, n + m
-  const T* grad;      // (B,) of the loss
-  T coefficient;
-  T of_cost;        // t / s of the last plan
-  bool transport;   // the last plan counts
-  bool both_sides;  // a cloud against itself: V + V^T
+  int64_t L, length;   // iterations, n + m
+  SolvedPlan<T> last;  // the plan after them
+  bool transport;      // it counts
 
   template <class Entries>
   OTLOSS_DEVICE void operator()(const Entries& e, int64_t batch,
                                 typename Entries::Values& V) const {
-    for_entries<typename Entries::Layout>([&](int r, int c) { V[r][c] = T(0); });
+    if (transport)
+      last(e, batch, V);
+    else
+      for_entries<typename Entries::Layout>([&](int r, int c) { V[r][c] = T(0); });
 #pragma unroll 1
-    for (int turn = 0; turn < (both_sides ? 2 : 1); ++turn) {
-      const Side &x = turn == 0 ? rows : columns, &y = turn == 0 ? columns : rows;
-      if (transport) add_plan(e, batch, x, y, V);
-#pragma unroll 1
-      for (int64_t l = 0; l < L; ++l) add(e, batch, l, x, y, V);
-    }
+    for (int64_t l = 0; l < L; ++l) add(e, batch, l, rows, columns, V);
   }
 
  private:
+  // Sides by value: their pointers stay in registers.
   template <class Entries>
-  OTLOSS_DEVICE void add_plan(const Entries& e, int64_t batch, const Side& x, const Side& y,
-                              typename Entries::Values& V) const {
-    using Layout = typename Entries::Layout;
-    const T s = coefficient * grad[batch], t = of_cost * s, none = static_cast<T>(kLog2Zero);
-    T column[Layout::kColumns];
-#pragma unroll
-    for (int c = 0; c < Layout::kColumns; ++c) {
-      const int64_t j = e.column + Layout::column(c);
-      column[c] = j < y.count ? y.plan[batch * y.stride + j] : none;
-    }
-#pragma unroll
-    for (int r = 0; r < Layout::kRows; ++r) {
-      const T own = e.counts(r) ? x.plan[batch * x.stride + e.row + Layout::row(r)] : none;
-#pragma unroll
-      for (int c = 0; c < Layout::kColumns; ++c) {
-        const T P = plan_of(own, column[c], e.k * e.cost[r][c]);
-        V[r][c] += P != T(0) ? P * (s + t * e.cost[r][c]) : T(0);
-      }
-    }
-  }
-
-  template <class Entries>
-  OTLOSS_DEVICE void add(const Entries& e, int64_t batch, int64_t l, const Side& x, const Side& y,
+  OTLOSS_DEVICE void add(const Entries& e, int64_t batch, int64_t l, const Side x, const Side y,
                          typename Entries::Values& V) const {
     using Layout = typename Entries::Layout;
     const int64_t at = batch * L + l;

@@ -18,23 +18,23 @@ struct SideItem {
   bool symmetric;  // a cloud against itself
   PackedPair<T> points;
   const T* y;            // (B, m, d) points of the other side
-  const T* F;            // (B, packed_stride(n)) exponents of the rows, kLog2Zero past the end
-  const T* G;            // (B, packed_stride(m)) of the columns
+  T* F;                  // (B, packed_stride(n)) exponents of the rows, kLog2Zero past the end
+  T* G;                  // (B, packed_stride(m)) of the columns
   Weights weights;       // what W is made by
   PointSums<T> out;      // (B, n) (B, n, d)
   T* grad_C;             // (B, n, m) out, where costs are stored
   T* partial = nullptr;  // (B, splits, n, d + 1) V y and V 1 of each split of the columns
 };
 
-// k: log2(e) / eps. In files of their own, see side_sums.cuh.
+// k: log2(e) / eps.
 template <typename T, class Weights>
 void sum_sides(const Context& context, const std::vector<SideItem<T, Weights>>& sides, T k);
 
 // The sides of a group that want something; of_x, of_y: with the rows' points as rows, and the
 // columns'.
 template <typename T, class Weights, class Group>
-void add_sides(const Group& p, const PackedPair<T>& points, const T* F, const T* G,
-               const Weights& of_x, const Weights& of_y, std::vector<SideItem<T, Weights>>* sides) {
+void add_sides(const Group& p, const PackedPair<T>& points, T* F, T* G, const Weights& of_x,
+               const Weights& of_y, std::vector<SideItem<T, Weights>>* sides) {
   const MadeCost<T>& made = p.made;
   if (made.x.sum || p.grad_C)
     sides->push_back(

@@ -16,16 +16,6 @@
 namespace otloss::cuda {
 namespace {
 
-// The totals of the weights a, and of the weights b that the iterations ran with: if balanced,
-// those given, scaled to the total of a.
-struct Masses {
-  double a, b, ratio;
-
-  Masses() = default;
-  OTLOSS_HOST_DEVICE Masses(double of_a, double given_b, bool balanced)
-      : a(of_a), b(balanced ? of_a : given_b), ratio(balanced ? of_a / given_b : 1.0) {}
-};
-
 // The vectors of all iterations of a group.
 template <typename T>
 struct IterationsOfPoints {
@@ -41,23 +31,23 @@ template <typename T>
 struct AdjointWork {
   struct State {
     int64_t l;  // iteration, or -1: P C
-    Masses masses;
+    // The totals of the weights a, and of the weights b that the iterations ran with: if balanced,
+    // those given, scaled by the ratio to the total of a.
+    double mass_a, mass_b, ratio;
   };
-  template <class Block>
-  using Team = cuda::Team<Block, kControlThreads>;
 
   Pack<UnrolledGroup<T>> pack;
   IterationsOfPoints<T> all[kMaxGroups];
   double eps;
   Objective objective;
-  Orders<T> orders;
+  Sweeps<T> orders;
   T* vectors;     // (problems, 3, orders.length) exponents of an iteration; f_bar
   double* grads;  // (problems, 2, orders.length) of the weights, summed over all iterations
 
   OTLOSS_DEVICE const Pack<UnrolledGroup<T>>& groups() const { return pack; }
 
   template <class Block>
-  OTLOSS_DEVICE bool advance(Block& block, Team<Block>& team, State& state,
+  OTLOSS_DEVICE bool advance(Block& block, ControlTeam<Block>& team, State& state,
                              const UnrolledGroup<T>& p, int64_t batch, bool first) const;
 };
 
@@ -66,7 +56,7 @@ template <typename T, class Block>
 class Adjoint {
  public:
   using Work = AdjointWork<T>;
-  using Team = typename Work::template Team<Block>;
+  using Team = ControlTeam<Block>;
 
   OTLOSS_DEVICE Adjoint(Block& block, const Work& work, Team& team, typename Work::State& state,
                         const UnrolledGroup<T>& p, int64_t batch)
@@ -94,9 +84,11 @@ class Adjoint {
     team_.for_columns([&](int j) { sums[1] += static_cast<double>(b_[j]); });
     team_.sum(sums);
     if (block_.thread() == 0) {
-      state_.masses = Masses(sums[0], sums[1], p_.penalties.balanced);
-      work_.orders.place(team_.index(), all_.points, p_, batch_, p_.made.symmetric,
-                         kLog2E / work_.eps, nullptr, nullptr);
+      const bool balanced = p_.penalties.balanced;
+      state_.mass_a = sums[0], state_.mass_b = balanced ? sums[0] : sums[1];
+      state_.ratio = balanced ? sums[0] / sums[1] : 1.0;
+      const auto tiles = all_.points.tiles(batch_, p_.n, p_.m, p_.made.symmetric, k_);
+      work_.orders.place(team_.index(), tiles, nullptr, nullptr);
     }
     block_.sync();
     make_H(p_.L - 1);
@@ -135,11 +127,11 @@ class Adjoint {
     block_.sync();
     if (block_.thread() == 0) {
       state_.l = l;
-      order.sides[0].exponents = of.F, order.sides[1].exponents = of.G;
+      order.tiles.F = of.F, order.tiles.G = of.G;
       order.ask(side, what, x);
     }
     block_.sync();
-    order.sides[0].pad(block_), order.sides[1].pad(block_);
+    order.pad(block_);
     return false;
   }
 
@@ -147,7 +139,7 @@ class Adjoint {
     return static_cast<double>(p_.coefficient * p_.grad[batch_]);
   }
   OTLOSS_DEVICE T used(int j) const {  // the weight b_j that the iterations ran with
-    return static_cast<T>(static_cast<double>(b_[j]) * state_.masses.ratio);
+    return static_cast<T>(static_cast<double>(b_[j]) * state_.ratio);
   }
   // f of iteration l, and g.
   OTLOSS_DEVICE const T* trace_f(int64_t l) const {
@@ -197,12 +189,12 @@ class Adjoint {
     team_.for_rows([&](int i) {
       const double v = static_cast<double>(last_f()[i]);
       put_row(i, scale() * x_.share(v) * static_cast<double>(a_[i]),
-              scale() * (x_.dual(v) + eps * state_.masses.b));
+              scale() * (x_.dual(v) + eps * state_.mass_b));
     });
     team_.for_columns([&](int j) {
       const double v = static_cast<double>(last_g()[j]), share = y_.share(v);
       put_column(j, scale() * share / damping * static_cast<double>(used(j)),
-                 scale() * (y_.dual(v) + eps * (state_.masses.a - share)));
+                 scale() * (y_.dual(v) + eps * (state_.mass_a - share)));
     });
   }
 
@@ -287,7 +279,7 @@ class Adjoint {
 
 template <typename T>
 template <class Block>
-OTLOSS_DEVICE bool AdjointWork<T>::advance(Block& block, Team<Block>& team, State& state,
+OTLOSS_DEVICE bool AdjointWork<T>::advance(Block& block, ControlTeam<Block>& team, State& state,
                                            const UnrolledGroup<T>& p, int64_t batch,
                                            bool first) const {
   Adjoint<T, Block> adjoint(block, *this, team, state, p, batch);
@@ -306,24 +298,16 @@ void sum_iterations(const Context& context, const Pack<UnrolledGroup<T>>& pack,
     const IterationsOfPoints<T>& all = iterations[i];
     const Penalty x{1 / p.penalties.rho_x}, y{1 / p.penalties.rho_y};
     IterationSide<T> rows{}, columns{};
-    rows.plan = all.F, rows.trace = p.trace, rows.weight = p.a, rows.R = all.R;
-    rows.count = p.n, rows.stride = packed_stride(p.n);
+    rows.trace = p.trace, rows.weight = p.a, rows.R = all.R, rows.count = p.n;
     rows.to_base = static_cast<T>(k), rows.to_other = static_cast<T>(k / x.damping(eps));
-    columns.plan = all.G, columns.trace = p.trace + p.n, columns.weight = p.b;
-    columns.g_bar = all.g_bar, columns.H = all.H;
-    columns.count = p.m, columns.stride = packed_stride(p.m);
+    columns.trace = p.trace + p.n, columns.weight = p.b, columns.g_bar = all.g_bar;
+    columns.H = all.H, columns.count = p.m;
     columns.to_base = static_cast<T>(k / y.damping(eps));
-    Iterations<T> of_x{rows,
-                       columns,
-                       p.L,
-                       p.n + p.m,
-                       p.grad,
-                       p.coefficient,
-                       of_cost<T>(objective, eps),
-                       objective == Objective::kTransport,
-                       p.made.symmetric};
-    Iterations<T> of_y = of_x;
-    std::swap(of_y.rows, of_y.columns);
+    const T of_C = of_cost<T>(objective, eps);
+    const SolvedPlan<T> last{nullptr, nullptr, p.grad, p.coefficient, of_C, p.n, p.m};
+    const bool transport = objective == Objective::kTransport;
+    const Iterations<T> of_x{rows, columns, p.L, p.n + p.m, last, transport};
+    const Iterations<T> of_y{columns, rows, p.L, p.n + p.m, last, transport};
     add_sides<T>(p, all.points, all.F, all.G, of_x, of_y, &sides);
   }
   sum_sides(context, sides, static_cast<T>(k));
@@ -334,11 +318,11 @@ void backward(const Context& context, const Pack<UnrolledGroup<T>>& pack, double
               Objective objective, Packer<T>& packer) {
   const Shape shape = shape_of<T>(pack);
   if (shape.problems == 0) return;
-  const SolvePlan plan = products_plan(context, shape, pack.items[0]);
+  const SolvePlan plan =
+      products_plan(context, shape, pack.items[0].made.points.d, pack.items[0].C != nullptr);
   AdjointWork<T> work{};
   work.pack = pack, work.eps = eps, work.objective = objective;
-  SweepArguments<T, T> sweep;
-  const Grid grid = plan_sweeps(context, shape, plan, &work.orders, &sweep);
+  work.orders = Sweeps<T>::of_plan(context, shape, plan);
   work.vectors = context.scratch<T>(shape.problems * 3 * plan.vector_length);
   work.grads = context.scratch<double>(shape.problems * 2 * plan.vector_length);
   int64_t most = 0;
@@ -360,7 +344,7 @@ void backward(const Context& context, const Pack<UnrolledGroup<T>>& pack, double
     clear(context, all.G, G * static_cast<int64_t>(sizeof(T)));
   }
   run_controls(context, work, shape.problems, most,
-               [&](Queue& queue) { queue_sweep<true>(queue, sweep, work.all[0].points, grid); });
+               [&](Queue& queue) { queue_sweep<true>(queue, work.orders, work.all[0].points); });
   sum_iterations(context, pack, work.all, eps, objective);
 }
 

@@ -255,9 +255,10 @@ struct TotalKernel {
 
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const {
+    Team<Block, kThreads> team(block, TeamArguments{1, nullptr});
     double sum[1] = {0};
     for (int64_t i = block.thread(); i < count; i += kThreads) sum[0] += values[i];
-    block_sum<kThreads>(block, sum, block.template shared<double>());
+    team.sum(sum);
     if (block.thread() == 0) *out = sum[0];
   }
 };

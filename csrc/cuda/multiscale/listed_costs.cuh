@@ -1,6 +1,6 @@
 // A solve between two clouds in few dimensions, of the pairs of leaves that hold something of the
 // plan: sums.cuh makes the sums, and a control after each takes them and says which are next, as in
-// launched.cuh. Potentials are in double.
+// launched.cu. Potentials are in double.
 #pragma once
 
 #include "cuda/multiscale/sums.cuh"
@@ -33,8 +33,7 @@ struct ListedState {
 template <int kD, class Block>
 class ListedCosts {
  public:
-  using Team = cuda::Team<Block, kControlThreads>;
-  static constexpr bool kUpdatesColumns = true, kProves = true;
+  using Team = ControlTeam<Block>;
 
   OTLOSS_DEVICE ListedCosts(Block& block, const ListedArguments& arguments, Team& team,
                             SolverState<double>& state, ListedState& listed)
@@ -118,14 +117,12 @@ class ListedCosts {
     }
     team_.sum(square);
     team_.for_rows([&](int i) {
-      const double a = s_.a[i], sum = args_.problem.sides[0].sum[i], u = a * sum;
-      if (!(u > 0)) return;
       double far = square[0];
       for (int c = 0; c < kD; ++c) {
         const double delta = x.X[offset<kD>(i, c)] - mean[c];
         far += delta * delta;
       }
-      result += u * (far - s_.to_cost * s_.F[i]) + s_.eps * u * log(sum);
+      result += sent(s_.a[i], args_.problem.sides[0].sum[i], far - f_of(s_, i), s_.eps);
     });
     return result;
   }
@@ -263,9 +260,6 @@ struct ListedSolve : ListedArguments {
     SolverState<double> solver;
     ListedState listed;
   };
-  template <class Block>
-  using Team = cuda::Team<Block, kControlThreads>;
-
   struct {
     ListedOrder* of;  // (1,)
   } orders;
@@ -274,7 +268,7 @@ struct ListedSolve : ListedArguments {
   OTLOSS_DEVICE const Pack<SolveGroup<double>>& groups() const { return solve.groups; }
 
   template <class Block>
-  OTLOSS_DEVICE bool advance(Block& block, Team<Block>& team, State& state,
+  OTLOSS_DEVICE bool advance(Block& block, ControlTeam<Block>& team, State& state,
                              const SolveGroup<double>& p, int64_t batch, bool first) const {
     using Costs = ListedCosts<kD, Block>;
     Costs costs(block, *this, team, state.solver, state.listed);

@@ -199,10 +199,11 @@ struct MassKernel {
 
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const {
+    Team<Block, kThreads> team(block, TeamArguments{1, nullptr});
     double sum[1] = {0};
     for (int64_t i = block.thread(); i < n; i += kThreads)
       sum[0] += static_cast<double>(weights[i]);
-    block_sum<kThreads>(block, sum, block.template shared<double>());
+    team.sum(sum);
     if (block.thread() != 0) return;
     *total = sum[0];
     if (mass) *mass = snapped_total(sum[0], static_cast<double>(std::numeric_limits<T>::epsilon()));
@@ -245,7 +246,7 @@ Ordered ordered_cloud(const Context& context, CostKind kind, int64_t n, int64_t 
   }
   double* const total = context.scratch<double>(1);
   grid = Grid{};
-  grid.shared = block_sum_bytes<MassKernel<T>::kThreads>(1);
+  grid.shared = sizeof(TeamScratch);
   launch(context, MassKernel<T>{n, weights, total, mass ? nullptr : out}, grid);
   Ordered result{make_cloud<kD>(context, n), next};
   using Leaves = LeafKernel<kD, T>;

@@ -55,13 +55,14 @@ struct ReturnKernel {
 
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const {
+    Team<Block, kThreads> team(block, TeamArguments{1, nullptr});
     double sums[3] = {0, 0, 0};  // means of f and g; the mass
     for (int s = 0; s < 2; ++s)
       for_points(block, s, [&](double w, double v, int32_t) {
         sums[s] += w * v;
         if (s == 0) sums[2] += w;
       });
-    block_sum<kThreads>(block, sums, block.template shared<double>());
+    team.sum(sums);
     // Of (f + t, g - t), all solutions, the one of equal means: here, where they have all digits.
     const double shift = balanced ? 0.5 * (sums[1] - sums[0]) / sums[2] : 0.0;
     const bool failed = !(solved[kStatusMaxCost] <= std::numeric_limits<double>::max());
@@ -75,7 +76,7 @@ struct ReturnKernel {
         if (sizeof(T) < sizeof(double) && w > 0)
           rounded[0] += w * (fabs(exact - static_cast<double>(value)) + 0.5 * kUnit * fabs(exact));
       });
-    block_sum<kThreads>(block, rounded, block.template shared<double>());
+    team.sum(rounded);
     if (block.thread() != 0) return;
     for (int field = 0; field < kStatusFields; ++field) status[field] = solved[field];
     const double error = status[kStatusError] += per_cost * rounded[0] / sums[2];
@@ -149,7 +150,7 @@ class ProblemSolve {
       using Kernel = CoarserKernel<kD>;
       launch(context_, Kernel{fine, coarse, parts}, Grid{ceil_div(coarse.n, Kernel::kThreads)});
       Grid grid;
-      grid.shared = block_sum_bytes<TotalKernel::kThreads>(1);
+      grid.shared = sizeof(TeamScratch);
       launch(context_, TotalKernel{parts, coarse.n, found + result.size()}, grid);
       launch(context_, NodesKernel<kD>{coarse}, Grid{coarse.supers});
       result.push_back(coarse);
@@ -317,7 +318,7 @@ class ProblemSolve {
     kernel.solved = status_, kernel.doubtful = work_.doubtful;
     kernel.status = group_.status + p_ * kStatusFields;
     Grid grid;
-    grid.shared = block_sum_bytes<ReturnKernel<T>::kThreads>(3);
+    grid.shared = sizeof(TeamScratch);
     launch(context_, kernel, grid);
   }
 

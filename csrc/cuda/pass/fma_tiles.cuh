@@ -43,26 +43,18 @@ class TileMaker {
   template <class Use>
   OTLOSS_DEVICE void run(Use&& use) {
     const int chunks = kDifference ? 1 : chunks_;  // known where it can be
-    Step step{p_.begin}, next{p_.begin};
-    const auto load_next = [&] {
-      if (next.column >= p_.end) return;
-      load(next);
-      next.advance(chunks);
-    };
-    load_next();
-    for (; step.column < p_.end; step.advance(chunks)) {
-      block_.wait_for_copies();
-      block_.sync();  // the stage is there, and nobody reads the other one any more
-      load_next();
-      if (e_.row >= p_.last) continue;  // the same for the whole warp
+    const auto work = [&](const TileStage& step) {
+      if (e_.row >= p_.last) return;  // the same for the whole warp
       if (step.chunk == 0) for_entries<Layout>([&](int r, int c) { e_.cost[r][c] = T(0); });
       const T* stage = stage_of(step) + lane_ * kColumns;
       accumulate(step.chunk, stage);
-      if (step.chunk < chunks - 1) continue;
+      if (step.chunk < chunks - 1) return;
       e_.column = step.column + lane_ * kColumns;
       finish(stage + kChunk * kWidth);
       use(e_);
-    }
+    };
+    for_stages<2, kWidth>(
+        block_, p_.begin, p_.end, chunks, [&](const TileStage& s) { load(s); }, work);
   }
 
  private:
@@ -72,24 +64,13 @@ class TileMaker {
   static_assert(kPackedAlign % kWidth == 0 && kPackedAlign % kTileRows == 0, "they are there");
   static_assert(2 * (kChunk + 2) * kWidth * sizeof(T) == kFmaRoom);
 
-  // A stage: some coordinates of a tile.
-  struct Step {
-    int64_t column;           // the first of the tile
-    int chunk = 0, slot = 0;  // of coordinates; in shared memory
-
-    OTLOSS_DEVICE void advance(int chunks) {
-      slot ^= 1;
-      if (++chunk == chunks) chunk = 0, column += kWidth;
-    }
-  };
-
   OTLOSS_DEVICE static Entries rows_of(Block& block, const RowTiles<T>& p) {
     Entries e;
     e.set_rows(p, p.first + block.thread() / kWarp * kTileRows);
     return e;
   }
   // (kChunk, kWidth) coordinates, (kWidth,) G, (kWidth,) norms.
-  OTLOSS_DEVICE T* stage_of(const Step& step) const {
+  OTLOSS_DEVICE T* stage_of(const TileStage& step) const {
     return stages_ + step.slot * ((kChunk + 2) * kWidth);
   }
   // Coordinates of chunk `chunk`.
@@ -99,7 +80,7 @@ class TileMaker {
   }
 
   // Starts copying a stage: some coordinates of a tile of columns, their G and norms.
-  OTLOSS_DEVICE void load(const Step& step) const {
+  OTLOSS_DEVICE void load(const TileStage& step) const {
     const int count = coordinates(step.chunk), warp = block_.thread() / kWarp;
     const int64_t j = step.column + lane_ * kColumns, stride = p_.columns.stride;
     const T* z = p_.columns.z + static_cast<int64_t>(step.chunk) * kChunk * stride + j;
@@ -108,7 +89,6 @@ class TileMaker {
     if (warp == 0) block_.copy_async(to + kChunk * kWidth, p_.G + j);
     if (kNorms && warp == kWarps - 1)
       block_.copy_async(to + (kChunk + 1) * kWidth, p_.columns.norm + j);
-    block_.commit_copies();
   }
 
   // Adds x_rk y_ck, or the squared differences, over the coordinates k of a stage.

@@ -12,15 +12,6 @@
 
 namespace otloss::cuda {
 
-// Where the costs of a group are: stored, or made from points.
-template <typename T>
-struct PackedPair {
-  CostKind kind;
-  int64_t d;   // coordinates
-  const T* C;  // (B, n, m), or null
-  PackedClouds<T> x, y;
-};
-
 // The largest power of two that keeps a point within 2^15, from the largest squared norm; 1 / it is
 // a normal number, as is 1 / (its square).
 OTLOSS_HOST_DEVICE float split_scale(float largest) {
@@ -80,8 +71,7 @@ struct PackKernel {
       // A cloud that is not finite is not solved.
       if (h > most && h <= std::numeric_limits<T>::max()) most = h;
     }
-    for (int mask = kWarp / 2; mask > 0; mask /= 2)
-      most = Max::join(most, block.shuffle_xor(most, mask));
+    most = warp_join<Max>(block, most);
     if (block.thread() % kWarp == 0) parts[block.thread() / kWarp] = most;
     block.sync();
     for (int w = 0; w < kWarps; ++w) most = Max::join(most, parts[w]);
@@ -106,7 +96,7 @@ struct PackKernel {
 template <typename T>
 TileKind tiles_of(const Context& context, const PointPair<T>& points, const T* C = nullptr) {
   if (C != nullptr) return TileKind::kStored;
-  return choose_tiles(sizeof(T), points.d, limits(context.device), wanted_tiles(points.tf32));
+  return choose_tiles(sizeof(T), points.d, limits(context.device), points.tf32);
 }
 
 // Packs each cloud of a call once.
@@ -119,7 +109,7 @@ class Packer {
 
   PackedPair<T> operator()(int64_t batch, int64_t n, int64_t m, const PointPair<T>& points,
                            const T* C = nullptr) {
-    if (C != nullptr) return {points.kind, points.d, C, {}, {}};
+    if (C != nullptr || points.zx == nullptr) return {points.kind, points.d, C, {}, {}};
     return {points.kind, points.d, nullptr, packed(batch, n, points, points.zx, points.hx),
             packed(batch, m, points, points.zy, points.hy)};
   }

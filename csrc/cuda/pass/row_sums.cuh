@@ -72,7 +72,7 @@ template <typename T, typename S = T>
 struct RowSums {
   RowTiles<T> tiles;
   RowSum what;
-  const S* x;  // (columns,) factors (kProducts), or null: 1
+  const S* x;  // (columns,) factors, or null: 1
   S* out;      // (rows,)
 };
 
@@ -96,14 +96,13 @@ struct Total {
   }
 };
 
-// What is added up of a tile's entries, in kernels or loops of their own: what a pass of the solver
-// wants, whatever else it wants, and the sums over a plan times the factors x of its columns, for
-// gradients.
+// What is added up of a tile's entries, in loops of their own: what a pass of the solver wants;
+// sums over a plan times the factors x of its columns; or these and the largest exponents.
 //
 // Of products F_i + G_j is added first and costs do not depend on which side is first, so that both
 // sides get the same P_ij, bit for bit, as if it was kept: the linear system of the implicit
-// gradient stays symmetric. Tensor cores would not do that, nor are they used.
-enum class Terms { kPass, kOther, kProducts };
+// gradient stays symmetric. Tensor cores would not do that, nor are they used for it.
+enum class Terms { kPass, kProducts, kAny };
 
 template <Terms kTerms, typename T, typename S, class Layout>
 class RowTerms {
@@ -116,16 +115,26 @@ class RowTerms {
   }
 
   OTLOSS_DEVICE void add(const TileEntries<T, Layout>& e) {
-    const auto exponent = [&](int r, int c) { return e.F[r] + (e.G[c] - e.k * e.cost[r][c]); };
     if constexpr (kTerms == Terms::kPass)
-      add_terms([&](int r, int c) { return fast_exp2_unclamped(exponent(r, c)); });
-    else if constexpr (kTerms == Terms::kProducts)
-      add_products(e);
-    else if (what_ == RowSum::kCost)
-      add_terms([&](int r, int c) { return of_plan(exponent(r, c)) * e.cost[r][c]; });
-    else
-      for_entries<Layout>(
-          [&](int r, int c) { totals_[r].sum = Max::join(totals_[r].sum, exponent(r, c)); });
+      return add_terms([&](int r, int c) {
+        return fast_exp2_unclamped(e.F[r] + (e.G[c] - e.k * e.cost[r][c]));
+      });
+    const auto exponent = [&](int r, int c) { return (e.F[r] + e.G[c]) - e.k * e.cost[r][c]; };
+    if (kTerms == Terms::kAny && what_ == RowSum::kLargest)
+      return for_entries<Layout>([&](int r, int c) {
+        totals_[r].sum = Max::join(totals_[r].sum, static_cast<S>(exponent(r, c)));
+      });
+    S x[Layout::kColumns];
+#pragma unroll
+    for (int c = 0; c < Layout::kColumns; ++c) {
+      const int64_t j = e.column + Layout::column(c);
+      x[c] = j < p_.tiles.end ? p_.x != nullptr ? p_.x[j] : S(1) : S(0);
+    }
+    add_terms([&](int r, int c) {
+      // A clamped exponential stands for 0, so that padding gets exactly 0.
+      const T t = exponent(r, c), p = t > static_cast<T>(-kExp2Limit) ? fast_exp2(t) : T(0);
+      return static_cast<S>(what_ == RowSum::kCost && p != T(0) ? p * e.cost[r][c] : p) * x[c];
+    });
   }
 
   OTLOSS_DEVICE S join(S x, S y) const {
@@ -142,10 +151,6 @@ class RowTerms {
   }
 
  private:
-  // A clamped exponential stands for 0, so that padding gets exactly 0.
-  OTLOSS_DEVICE static T of_plan(T t) {
-    return t > static_cast<T>(-kExp2Limit) ? fast_exp2(t) : T(0);
-  }
   template <typename F>
   OTLOSS_DEVICE void add_terms(F&& term) {
 #pragma unroll
@@ -155,18 +160,6 @@ class RowTerms {
       for (int c = 0; c < Layout::kColumns; ++c) sum += term(r, c);
       totals_[r].add(sum);
     }
-  }
-  OTLOSS_DEVICE void add_products(const TileEntries<T, Layout>& e) {
-    S x[Layout::kColumns];
-#pragma unroll
-    for (int c = 0; c < Layout::kColumns; ++c) {
-      const int64_t j = e.column + Layout::column(c);
-      x[c] = j < p_.tiles.end ? p_.x != nullptr ? p_.x[j] : S(1) : S(0);
-    }
-    add_terms([&](int r, int c) {
-      const T p = of_plan((e.F[r] + e.G[c]) - e.k * e.cost[r][c]);
-      return static_cast<S>(what_ == RowSum::kCost && p != T(0) ? p * e.cost[r][c] : p) * x[c];
-    });
   }
 
   const RowSums<T, S>& p_;

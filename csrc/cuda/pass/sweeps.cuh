@@ -12,45 +12,71 @@
 
 namespace otloss::cuda {
 
-// A side of a problem in a sweep: all of its points.
-template <typename T>
-struct SweepSide {
-  PackedCloud<T> cloud;
-  T* exponents;  // (cloud.stride,) padded
-
-  // By all threads of a control.
-  template <class Block>
-  OTLOSS_DEVICE void pad(Block& block) const {
-    for (int64_t i = cloud.count + block.thread(); i < cloud.stride; i += kControlThreads)
-      exponents[i] = static_cast<T>(kLog2Zero);
-  }
-};
-
 // The sums that a problem waits for.
 template <typename T, typename S = T>
 struct SweepOrder {
   RowSum what;
-  int side;            // whose points are the rows; 0: the problem's rows
-  const S* x;          // factors of the other side's points, or null
-  const T* exponents;  // of the rows in place of the side's, or null
-  // What stays.
-  SweepSide<T> sides[2];
-  RowTiles<T> tiles;  // but for rows and columns
+  int side;           // whose points are the rows; 0: the problem's rows
+  const S* x;         // factors of the other side's points, or null
+  T* exponents;       // of the rows in place of the side's, or null
+  RowTiles<T> tiles;  // with the problem's rows as rows
   S* out;             // (parts, length)
 
   OTLOSS_DEVICE void ask(int of_side, RowSum of_what, const S* factors = nullptr,
-                         const T* of_rows = nullptr) {
+                         T* of_rows = nullptr) {
     side = of_side, what = of_what, x = factors, exponents = of_rows;
+  }
+  // Exponents past the ends, by all threads of a control.
+  template <class Block>
+  OTLOSS_DEVICE void pad(Block& block) const {
+    const auto fill = [&](T* F, const PackedCloud<T>& cloud) {
+      for (int64_t i = cloud.count + block.thread(); i < cloud.stride; i += kControlThreads)
+        F[i] = static_cast<T>(kLog2Zero);
+    };
+    fill(tiles.F, tiles.rows), fill(tiles.G, tiles.columns);
   }
 };
 
-template <typename T, typename S>
-struct SweepArguments {
-  const SweepOrder<T, S>* orders;  // (problems,)
-  SweepCut cuts[2];                // by side
-  int64_t blocks;                  // of a problem
-  int64_t length;                  // out: (parts, length)
-  int64_t room;                    // see RowTiles
+// What the problems of a call ask for, and get.
+template <typename T, typename S = T>
+struct Sweeps {
+  SweepOrder<T, S>* of;  // (problems,)
+  SweepCut cuts[2];      // by side
+  int64_t problems;
+  int64_t blocks;  // of a problem
+  int64_t length;  // at least every n and m
+  int64_t room;    // see RowTiles
+  S* out;          // (problems, parts, length)
+
+  static Sweeps of_plan(const Context& context, const Shape& shape, const SolvePlan& plan) {
+    const SweepCut &x = plan.cuts[0], &y = plan.cuts[1];
+    const int64_t sums = shape.problems * std::max(x.parts, y.parts) * plan.vector_length;
+    return {context.scratch<SweepOrder<T, S>>(shape.problems),
+            {x, y},
+            shape.problems,
+            std::max(x.blocks(shape.n), y.blocks(shape.m)),
+            plan.vector_length,
+            plan.room,
+            context.scratch<S>(sums)};
+  }
+  Grid grid() const { return {problems * blocks, static_cast<size_t>(kArgumentBytes + room)}; }
+
+  // What stays of an order; by one thread.
+  OTLOSS_DEVICE void place(int64_t problem, const RowTiles<T>& tiles, T* F, T* G) const {
+    SweepOrder<T, S>& order = of[problem];
+    const int most = cuts[0].parts > cuts[1].parts ? cuts[0].parts : cuts[1].parts;
+    order.out = out + problem * most * length;
+    order.tiles = tiles, order.tiles.F = F, order.tiles.G = G;
+  }
+
+  // Sum i of those that the problem asked for.
+  OTLOSS_DEVICE double sum(int64_t problem, int i, RowSum what = RowSum::kPlan) const {
+    const SweepOrder<T, S>& order = of[problem];
+    double total = static_cast<double>(order.out[i]);
+    for (int part = 1; part < cuts[order.side].parts; ++part)
+      total = join_sums(what, total, static_cast<double>(order.out[part * length + i]));
+    return total;
+  }
 };
 
 // By all threads of a block, a word each.
@@ -71,15 +97,15 @@ template <typename T, typename S, bool kProducts, class Tiles>
 struct SweepKernel {
   static constexpr int kThreads = kSolveThreads;
 
-  SweepArguments<T, S> arguments;
+  Sweeps<T, S> sweeps;
 
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const {
-    const SweepOrder<T, S>& order = arguments.orders[block.x() / arguments.blocks];
+    const SweepOrder<T, S>& order = sweeps.of[block.x() / sweeps.blocks];
     if (order.what == RowSum::kNone) return;
     RowSums<T, S>& own = *block.template shared<RowSums<T, S>>();
     static_assert(sizeof(own) <= kArgumentBytes, "raise kArgumentBytes");
-    if (block.thread() == 0) place(block.x() % arguments.blocks, order, own);
+    if (block.thread() == 0) place(block.x() % sweeps.blocks, order, own);
     block.sync();
     if (own.tiles.first == own.tiles.last) return;
     if constexpr (!std::is_same_v<Tiles, StoredTiles>)
@@ -98,96 +124,48 @@ struct SweepKernel {
     else if (sums.what == RowSum::kPlan)
       add_rows<Maker, Terms::kPass>(block, sums);
     else
-      add_rows<Maker, Terms::kOther>(block, sums);
+      add_rows<Maker, Terms::kAny>(block, sums);
   }
 
   OTLOSS_DEVICE void place(int64_t number, const SweepOrder<T, S>& order,
                            RowSums<T, S>& own) const {
-    const SweepSide<T>&rows = order.sides[order.side], &columns = order.sides[1 - order.side];
-    const SweepCut& cut = arguments.cuts[order.side];
-    RowTiles<T>& tiles = own.tiles = order.tiles;
-    tiles.rows = rows.cloud, tiles.columns = columns.cloud;
-    tiles.last = rows.cloud.count, tiles.end = columns.cloud.count;
-    tiles.F = order.exponents != nullptr ? order.exponents : rows.exponents;
-    tiles.G = columns.exponents;
-    tiles.room = arguments.room;
+    const SweepCut& cut = sweeps.cuts[order.side];
+    const RowTiles<T>& whole = order.tiles;
+    RowTiles<T>& tiles = own.tiles = whole;
+    if (order.side == 1) {
+      tiles.rows = whole.columns, tiles.columns = whole.rows;
+      tiles.F = whole.G, tiles.G = whole.F;
+      tiles.last = whole.end, tiles.end = whole.last;
+    }
+    if (order.exponents != nullptr) tiles.F = order.exponents;
+    tiles.room = sweeps.room;
     tiles.cut(number, cut.rows, cut.parts);
     own.what = order.what, own.x = order.x;
-    own.out = order.out + number % cut.parts * arguments.length;
+    own.out = order.out + number % cut.parts * sweeps.length;
   }
 };
 
 // Of costs that are stored, or made by multiply-adds.
 template <bool kProducts, typename T, typename S>
-void queue_sweep(Queue& queue, const SweepArguments<T, S>& arguments, const PackedPair<T>& points,
-                 const Grid& grid) {
-  if (points.C != nullptr) return queue(SweepKernel<T, S, kProducts, StoredTiles>{arguments}, grid);
+void queue_sweep(Queue& queue, const Sweeps<T, S>& sweeps, const PackedPair<T>& points) {
+  if (points.C != nullptr)
+    return queue(SweepKernel<T, S, kProducts, StoredTiles>{sweeps}, sweeps.grid());
   dispatch_tiles(points.kind, points.d, [&](auto tiles) {
-    queue(SweepKernel<T, S, kProducts, decltype(tiles)>{arguments}, grid);
+    queue(SweepKernel<T, S, kProducts, decltype(tiles)>{sweeps}, sweeps.grid());
   });
 }
 
-// Of a solve, in a file of its own: both together take minutes to compile.
-void queue_tensor_sweep(Queue& queue, const SweepArguments<float, float>& arguments, CostKind kind,
-                        TileKind made_by, const Grid& grid);
-
 // ------------------------------------------------------------------------------------- control
-
-// What problems ask for, and get.
-template <typename T, typename S = T>
-struct Orders {
-  SweepOrder<T, S>* of;  // (problems,)
-  int parts[2];          // of the columns, by side
-  int64_t length;        // at least every n and m
-  S* out;                // (problems, parts, length)
-
-  // What stays of an order, p: the group of the problem; by one thread.
-  template <class Group>
-  OTLOSS_DEVICE void place(int64_t problem, const PackedPair<T>& points, const Group& p,
-                           int64_t batch, bool symmetric, double k, T* F, T* G) const {
-    SweepOrder<T, S>& order = of[problem];
-    const int most = parts[0] > parts[1] ? parts[0] : parts[1];
-    order.out = out + problem * most * length;
-    order.sides[0] = {points.x.cloud(batch, points.d, p.n), F};
-    order.sides[1] = {points.y.cloud(batch, points.d, p.m), G};
-    RowTiles<T>& tiles = order.tiles;
-    tiles.d = points.d, tiles.symmetric = symmetric, tiles.repair = true;
-    tiles.k = static_cast<T>(k);
-    tiles.C = points.C + batch * p.n * p.m, tiles.width = p.m;
-  }
-
-  // Sum i of those that the problem asked for.
-  OTLOSS_DEVICE double sum(int64_t problem, int i, RowSum what = RowSum::kPlan) const {
-    const SweepOrder<T, S>& order = of[problem];
-    double total = static_cast<double>(order.out[i]);
-    for (int part = 1; part < parts[order.side]; ++part)
-      total = join_sums(what, total, static_cast<double>(order.out[part * length + i]));
-    return total;
-  }
-};
-
-// The sweeps of a plan.
-template <typename T, typename S>
-Grid plan_sweeps(const Context& context, const Shape& shape, const SolvePlan& plan,
-                 Orders<T, S>* orders, SweepArguments<T, S>* sweep) {
-  const int64_t blocks = std::max(plan.cuts[0].blocks(shape.n), plan.cuts[1].blocks(shape.m));
-  const int parts[2] = {plan.cuts[0].parts, plan.cuts[1].parts};
-  const int64_t sums = shape.problems * std::max(parts[0], parts[1]) * plan.vector_length;
-  *orders = {context.scratch<SweepOrder<T, S>>(shape.problems),
-             {parts[0], parts[1]},
-             plan.vector_length,
-             context.scratch<S>(sums)};
-  *sweep = {orders->of, {plan.cuts[0], plan.cuts[1]}, blocks, plan.vector_length, plan.room};
-  return {shape.problems * blocks, static_cast<size_t>(kArgumentBytes + plan.room)};
-}
 
 // The plan of products with the groups' plans. They take multiply-adds: with tensor cores P_ij
 // would depend on which side is first.
-template <typename Group>
-SolvePlan products_plan(const Context& context, const Shape& shape, const Group& group) {
-  return choose_launched_plan(shape, group.made.points.d, limits(context.device),
-                              group.C ? TileKind::kStored : TileKind::kFma);
+inline SolvePlan products_plan(const Context& context, const Shape& shape, int64_t d, bool stored) {
+  return choose_launched_plan(shape, d, limits(context.device),
+                              stored ? TileKind::kStored : TileKind::kFma);
 }
+
+template <class Block>
+using ControlTeam = Team<Block, kControlThreads>;
 
 // Work is what all problems of a call share: groups(), orders; State what is kept of one.
 // work.advance(block, team, state, group, batch, first) asks for a sweep, or returns true: the
@@ -206,7 +184,7 @@ struct ControlKernel {
 
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const {
-    typename Work::template Team<Block> team(block, TeamArguments{1, nullptr});
+    ControlTeam<Block> team(block, TeamArguments{1, nullptr});
     auto& order = work.orders.of[team.index()];
     bool done = false;
     if (first || order.what != RowSum::kNone) {
@@ -224,7 +202,7 @@ struct ControlKernel {
 };
 
 // Runs controls and sweeps, sweep(queue), in turn until all problems are done, which takes `most`
-// sweeps at most.
+// sweeps at most; 0: a control alone.
 template <class Work, class Sweep>
 void run_controls(const Context& context, const Work& work, int64_t problems, int64_t most,
                   Sweep&& sweep) {
@@ -235,6 +213,7 @@ void run_controls(const Context& context, const Work& work, int64_t problems, in
   Kernel control{work, context.scratch<typename Work::State>(problems), true, loop};
   launch(context, control, grid);
   control.first = false;
+  if (most == 0) return;
   repeat(context, loop, most, [&](const Loop& turn, Queue& queue) {
     sweep(queue);
     control.loop = turn;

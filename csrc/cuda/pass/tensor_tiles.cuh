@@ -1,28 +1,22 @@
 // Tiles of costs by tensor cores: many coordinates in float32.
 //
-// Points come as halves (SplitCloud): z = high + low with 11 bits each, so that
+// Points come as halves (PackedCloud), z = high + low with 11 bits each, and
 //
 //     <x, y> = <x_high, y_high> + <x_high, y_low> + <x_low, y_high>
 //
-// is off by 2^-22 |x| |y| at most; the fourth product would be smaller than that. Halves are exact
-// in the products, and sums are float32. A cloud is scaled by one power of two that brings its
-// longest point to almost 2^15. That is as far from overflow (65504) as needed, and so far from the
-// smallest half, 2^-24, that the low part of a coordinate has all of its bits down to 2^-17 of the
-// longest point, and an error of 2^-40 of it below: the low parts need no scale of their own, and
-// the three products one sum. What truncation in the tensor cores adds up to is kept small by
-// emptying their sums into registers after every stage of at most 64 coordinates.
+// is off by 2^-22 |x| |y| at most. A cloud is scaled by one power of two that brings its longest
+// point to almost 2^15: low parts keep all bits down to 2^-17 of the longest point and need no
+// scale of their own. The tensor cores truncate, so their sums go to registers after every stage.
 //
-// A warp has 16 rows and all kTensorColumns columns of a tile, kN products of 16 x 8. 16 x 32
-// entries at a time, so that their sums stay in registers beside those of all chunks, take 6 loads
-// of four matrices for 12 products of depth 16, which keeps shared memory (24 clocks of 128 bytes)
-// as busy as the tensor cores. Lane l has the entries
+// A warp has 16 rows and all kTensorColumns columns of a tile, 16 x 32 entries at a time: 6 loads
+// of four matrices for 12 products of depth 16, which keeps shared memory as busy as the tensor
+// cores. Lane l has the entries
 //
 //     rows     first + 8 h + l / 4,               h < 2
 //     columns  first + 8 n + 2 (l % 4) + c,       n < kN, c < 2
 //
-// Points lie in shared memory as they do in global memory, 16 bytes of each point side by side, so
-// that a row of an 8 x 8 matrix is one of 8 neighbouring groups of banks and copies are contiguous.
-// They come in kTensorStages stages; all coordinates of the block's rows stay if there is room.
+// In shared memory as in global memory 16 bytes of neighbouring points are side by side, so that
+// matrices have no conflicts of banks and copies are contiguous.
 #pragma once
 
 #include "cuda/pass/tiles.cuh"
@@ -51,7 +45,7 @@ class TensorTileMaker {
         chunks_((padded_ + stages_.depth - 1) / stages_.depth),
         row_(block.thread() / kWarp * 16),
         lane_(block.thread() % kWarp),
-        unscale_(1 / tiles.rows.split.scale * (1 / tiles.columns.split.scale)),
+        unscale_(1 / tiles.rows.scale * (1 / tiles.columns.scale)),
         e_(rows_of(block, tiles)),
         norms_(tiles, e_) {}
 
@@ -70,19 +64,6 @@ class TensorTileMaker {
   static constexpr int kAtOnce = 4;  // products whose sums are in registers
   static_assert(kN % kAtOnce == 0 && kAtOnce % 2 == 0, "a load is of the matrices of two");
 
-  // A stage: some coordinates of a tile.
-  struct Step {
-    int64_t column;  // the first of the tile
-    int chunk = 0;   // of coordinates
-    int slot = 0;    // in shared memory
-
-    OTLOSS_DEVICE void advance(int chunks) {
-      if (++slot == kTensorStages) slot = 0;
-      if (++chunk < chunks) return;
-      chunk = 0, column += kTensorColumns;
-    }
-  };
-
   OTLOSS_DEVICE static Entries rows_of(Block& block, const RowTiles<float>& p) {
     Entries e;
     e.set_rows(p, p.first + block.thread() / kWarp * 16 + block.thread() % kWarp / 4);
@@ -92,29 +73,19 @@ class TensorTileMaker {
   template <bool kOneChunk, class Use>
   OTLOSS_DEVICE void run_chunks(Use&& use) {
     const int chunks = kOneChunk ? 1 : chunks_;
-    Step step{p_.begin}, next{p_.begin};
-    const auto load_next = [&] {
-      if (next.column < p_.end) {
-        load(next);
-        next.advance(chunks);
-      }
-      block_.commit_copies();
-    };
     if (stages_.resident && p_.begin < p_.end)
-      copy_points<kTensorRows>(p_.rows.split, p_.rows.stride, p_.first, 0, padded_, rows_of({0}));
-    for (int s = 0; s < kTensorStages - 1; ++s) load_next();
+      copy_points<kTensorRows>(p_.rows, p_.first, 0, padded_, rows_of({0}));
     float sums[kN][4];
-    for (; step.column < p_.end; step.advance(chunks)) {
-      block_.template wait_for_copies<kTensorStages - 2>();
-      block_.sync();  // the stage is there, and nobody reads the one before any more
-      load_next();
-      if (p_.first + row_ >= p_.last) continue;  // the same for the whole warp
+    const auto work = [&](const TileStage& step) {
+      if (p_.first + row_ >= p_.last) return;  // the same for the whole warp
       add_chunk(step, sums);
-      if (step.chunk + 1 < chunks) continue;
+      if (step.chunk + 1 < chunks) return;
       e_.column = step.column + 2 * (lane_ % 4);
       finish(step, sums);
       use(e_);
-    }
+    };
+    for_stages<kTensorStages, kTensorColumns>(
+        block_, p_.begin, p_.end, chunks, [&](const TileStage& s) { load(s); }, work);
   }
 
   // ------------------------------------------------------------------------- shared memory
@@ -124,21 +95,21 @@ class TensorTileMaker {
   }
   // (depth / kPiece, kPlanes, kTensorColumns, kPiece), then the rows' if they are not resident,
   // then G and norms of the columns, (2, kTensorColumns).
-  OTLOSS_DEVICE unsigned char* stage(const Step& step) const {
+  OTLOSS_DEVICE unsigned char* stage(const TileStage& step) const {
     const int resident = stages_.resident ? padded_ * kRowBytes : 0;
     return memory() + (resident + step.slot * stages_.bytes);
   }
-  OTLOSS_DEVICE uint16_t* columns_of(const Step& step) const {
+  OTLOSS_DEVICE uint16_t* columns_of(const TileStage& step) const {
     return reinterpret_cast<uint16_t*>(stage(step));
   }
   // (depth / kPiece, kPlanes, kTensorRows, kPiece); resident, all chunks lie at the beginning.
-  OTLOSS_DEVICE uint16_t* rows_of(const Step& step) const {
+  OTLOSS_DEVICE uint16_t* rows_of(const TileStage& step) const {
     const int coordinates = stages_.depth;
     return reinterpret_cast<uint16_t*>(stages_.resident
                                            ? memory() + step.chunk * coordinates * kRowBytes
                                            : stage(step) + coordinates * kColumnBytes);
   }
-  OTLOSS_DEVICE float* extra_of(const Step& step) const {
+  OTLOSS_DEVICE float* extra_of(const TileStage& step) const {
     return reinterpret_cast<float*>(stage(step) + stages_.bytes) - 2 * kTensorColumns;
   }
 
@@ -149,28 +120,25 @@ class TensorTileMaker {
   }
 
   // Starts copying a stage.
-  OTLOSS_DEVICE void load(const Step& step) const {
+  OTLOSS_DEVICE void load(const TileStage& step) const {
     const int begin = step.chunk * stages_.depth, depth = depth_of(step.chunk);
-    copy_points<kTensorColumns>(p_.columns.split, p_.columns.stride, step.column, begin, depth,
-                                columns_of(step));
-    if (!stages_.resident)
-      copy_points<kTensorRows>(p_.rows.split, p_.rows.stride, p_.first, begin, depth,
-                               rows_of(step));
+    copy_points<kTensorColumns>(p_.columns, step.column, begin, depth, columns_of(step));
+    if (!stages_.resident) copy_points<kTensorRows>(p_.rows, p_.first, begin, depth, rows_of(step));
     if (step.chunk == chunks_ - 1) copy_extra(step.column, extra_of(step));
   }
 
   // Coordinates [begin, begin + depth) of kPoints points; a thread has one of them.
   template <int kPoints>
-  OTLOSS_DEVICE void copy_points(const SplitCloud& cloud, int64_t stride, int64_t first, int begin,
+  OTLOSS_DEVICE void copy_points(const PackedCloud<float>& cloud, int64_t first, int begin,
                                  int depth, uint16_t* to) const {
     constexpr int kPieces = kSolveThreads / kPoints;  // at once
     static_assert(kSolveThreads % kPoints == 0, "whole pieces");
     const int local = block_.thread() % kPoints;
-    const uint16_t* const from = cloud.z + begin * 2 * stride + (first + local) * kPiece;
+    const uint16_t* const from = cloud.halves + begin * 2 * cloud.stride + (first + local) * kPiece;
     const int pieces = depth / kPiece * kPlanes;
     for (int p = block_.thread() / kPoints; p < pieces; p += kPieces)
       block_.copy_async(to + (p * kPoints + local) * kPiece,
-                        from + (p / kPlanes * 2 + p % kPlanes) * stride * kPiece);
+                        from + (p / kPlanes * 2 + p % kPlanes) * cloud.stride * kPiece);
   }
 
   OTLOSS_DEVICE void copy_extra(int64_t first, float* to) const {
@@ -183,7 +151,7 @@ class TensorTileMaker {
   // ------------------------------------------------------------------------------ products
 
   // Products of a stage with kAtOnce matrices of columns from number n0 on.
-  OTLOSS_DEVICE void multiply(const Step& step, int n0, float (&sum)[kAtOnce][4]) const {
+  OTLOSS_DEVICE void multiply(const TileStage& step, int n0, float (&sum)[kAtOnce][4]) const {
     constexpr int kX = kTensorRows * kPiece, kY = kTensorColumns * kPiece;  // halves of a piece
     // The row that this lane gives of the four matrices of a load: for x (0, 0), (8, 0), (0, 8),
     // (8, 8) in points and coordinates, for y (0, 0), (0, 8), (8, 0), (8, 8).
@@ -214,7 +182,7 @@ class TensorTileMaker {
   }
 
   // sums += products of a stage, or = for the first chunk.
-  OTLOSS_DEVICE void add_chunk(const Step& step, float (&sums)[kN][4]) const {
+  OTLOSS_DEVICE void add_chunk(const TileStage& step, float (&sums)[kN][4]) const {
 #pragma unroll
     for (int n0 = 0; n0 < kN; n0 += kAtOnce) {
       float part[kAtOnce][4];
@@ -241,7 +209,7 @@ class TensorTileMaker {
       block_.multiply_add(sum[n], x, y[n / 2][n % 2 * 2], y[n / 2][n % 2 * 2 + 1]);
   }
 
-  OTLOSS_DEVICE void finish(const Step& step, const float (&sums)[kN][4]) {
+  OTLOSS_DEVICE void finish(const TileStage& step, const float (&sums)[kN][4]) {
     const float* extra = extra_of(step) + 2 * (lane_ % 4);
     float hy[Layout::kColumns] = {};
 #pragma unroll

@@ -1,21 +1,16 @@
-// Tiles of a cost matrix, which is made from the points on the way and never stored, or read: what
-// those who make them (fma_tiles.cuh, tensor_tiles.cuh, stored_tiles.cuh) and those who use them
-// (row_sums.cuh, gradient/side_sums.cuh) have in common.
+// Tiles of a cost matrix, made from the points on the way or read: what makers (fma_tiles.cuh,
+// tensor_tiles.cuh, stored_tiles.cuh) and users (row_sums.cuh, gradient/side_sums.cu) share.
 //
-// A block has a few rows, kRows of its maker, and passes over some columns, tile by tile. A maker
-// gives the entries of a tile to the threads, up to 64 to each, as TileEntries; a thread has the
-// same rows in every tile, and keeps in registers what it knows of them. Which rows and columns a
-// thread has is the maker's layout:
+// A block has kRows rows of its maker and passes over some columns, tile by tile: maker.run(use)
+// calls use(entries), TileEntries, for all tiles that have rows, a whole warp at a time. A thread
+// has the same rows in every tile. Which rows and columns it has is the maker's layout:
 //
 //     kRows, kColumns          entries of a thread
 //     row(r), column(c)        from its first row and column
 //     kLanes                   neighbouring lanes that have the same rows
 //
-// maker.run(use) calls use(entries) for all tiles that have rows, a whole warp at a time.
-//
 // Costs up to kDirectDims coordinates come from differences, beyond from inner products, with
-// entries that lost more than half of their digits computed again from the difference, as in
-// csrc/cpu/cost/points.cpp.
+// entries that lost more than half of their digits made again, as in csrc/cpu/cost/points.cpp.
 #pragma once
 
 #include <cmath>
@@ -37,21 +32,17 @@ struct alignas(16) Vector {
   T at[kVector<T>];
 };
 
-// For tensor cores a cloud is also scaled by a power of two and split into halves, z = high + low.
-struct SplitCloud {
-  const uint16_t*
-      z;  // (split_depth(d) / 8, 2, stride, 8): 8 coordinates of a point, high, then low
-  float scale;
-};
-
-// A prepared cloud (see CloudGroup) coordinate by coordinate.
+// A prepared cloud (see CloudGroup) coordinate by coordinate. For tensor cores it is also scaled by
+// a power of two and split into halves, z = high + low.
 template <typename T>
 struct PackedCloud {
   const T* z;      // (d, stride) points, 0 from `count` on
   const T* norm;   // (stride,) see CloudGroup, 0 from `count` on
   int64_t count;   // points
   int64_t stride;  // packed_stride(count)
-  SplitCloud split;
+  // (split_depth(d) / 8, 2, stride, 8): 8 coordinates of a point, high, then low
+  const uint16_t* halves;
+  float scale;
 };
 
 // Clouds of one shape, (B, ...) of the above.
@@ -64,9 +55,9 @@ struct PackedClouds {
   OTLOSS_HOST_DEVICE PackedCloud<T> cloud(int64_t batch, int64_t d, int64_t count) const {
     const int64_t stride = packed_stride(count);
     const T* const z = points + batch * (d + 1) * stride;
-    if (halves == nullptr) return {z, z + d * stride, count, stride, {nullptr, 1.0f}};
+    if (halves == nullptr) return {z, z + d * stride, count, stride, nullptr, 1.0f};
     const uint16_t* const split = halves + batch * split_depth(d) * 2 * stride;
-    return {z, z + d * stride, count, stride, {split, scale[batch]}};
+    return {z, z + d * stride, count, stride, split, scale[batch]};
   }
 };
 
@@ -87,8 +78,8 @@ struct RowTiles {
   PackedCloud<T> rows, columns;
   int64_t first, last;  // rows; first a multiple of kTileRows
   int64_t begin, end;   // columns; begin a multiple of kPackedAlign
-  const T* F;           // (rows.stride,) potentials of the rows in base 2
-  const T* G;           // (columns.stride,) of the columns, with the logarithm of their weights
+  T* F;                 // (rows.stride,) exponents: potentials of the rows in base 2
+  T* G;                 // (columns.stride,) of the columns, with the logarithm of their weights
   int64_t room;         // bytes of shared memory for tensor cores
 
   // Block `number` of those that share the rows and columns, each with `share` rows and one of so
@@ -101,6 +92,25 @@ struct RowTiles {
   }
 };
 
+// Where the costs of a group are: stored, or made from points.
+template <typename T>
+struct PackedPair {
+  CostKind kind;
+  int64_t d;   // coordinates
+  const T* C;  // (B, n, m), or null
+  PackedClouds<T> x, y;
+
+  // All of a problem, but for the exponents. k: log2(e) / eps.
+  OTLOSS_DEVICE RowTiles<T> tiles(int64_t batch, int64_t n, int64_t m, bool symmetric, T k) const {
+    RowTiles<T> tiles{};
+    tiles.d = d, tiles.symmetric = symmetric, tiles.repair = true, tiles.k = k;
+    tiles.C = C + batch * n * m, tiles.width = m;
+    tiles.rows = x.cloud(batch, d, n), tiles.columns = y.cloud(batch, d, m);
+    tiles.last = n, tiles.end = m;
+    return tiles;
+  }
+};
+
 // Whether entries that lost digits by cancellation are worth making again, where nothing but their
 // exponentials is wanted: all entries are off by rounding of the largest norms, near pairs no more
 // than others, and what counts is that rounding over eps. A root makes more of it near 0.
@@ -109,26 +119,24 @@ OTLOSS_HOST_DEVICE bool needs_repair(CostKind kind, double k, double norm_x, dou
   return kind == CostKind::kEuclidean || !(k * kRounding * (norm_x + norm_y) < kSmall);
 }
 
-// One entry.
-template <typename T>
-OTLOSS_DEVICE T pair_cost(CostKind kind, int64_t d, bool symmetric, const PackedCloud<T>& x,
-                          int64_t i, const PackedCloud<T>& y, int64_t j) {
-  T result = T(0);
-  dispatch_cost(kind, [&](auto cost) {
-    using Cost = decltype(cost);
-    // A point is at distance 0 from itself; one of zero norm has no direction and costs 1.
-    if (symmetric && i == j && (!Cost::kUnitNorm || x.norm[i] > T(0))) return;
-    T sum = T(0);
-    for (int64_t k = 0; k < d; ++k) {
-      const T xk = x.z[k * x.stride + i], yk = y.z[k * y.stride + j];
-      sum += Cost::kUnitNorm ? xk * yk : (xk - yk) * (xk - yk);
-    }
-    if constexpr (Cost::kUnitNorm)
-      result = Cost::from_product(T(0), T(0), sum);
-    else
-      result = Cost::from_difference(sum);
-  });
-  return result;
+// The cost of two points whose coordinates are so far apart.
+template <class Cost, typename T>
+OTLOSS_DEVICE T pair_cost(int64_t d, const T* x, int64_t x_step, const T* y, int64_t y_step) {
+  T sum = T(0);
+  for (int64_t k = 0; k < d; ++k) {
+    const T xk = x[k * x_step], yk = y[k * y_step];
+    sum += Cost::kUnitNorm ? xk * yk : (xk - yk) * (xk - yk);
+  }
+  if constexpr (Cost::kUnitNorm)
+    return Cost::from_product(T(0), T(0), sum);
+  else
+    return Cost::from_difference(sum);
+}
+
+// A point is at distance 0 from itself; one of zero norm has no direction and costs 1.
+template <class Cost, typename T>
+OTLOSS_DEVICE bool costs_nothing(bool symmetric, int64_t i, int64_t j, T norm) {
+  return symmetric && i == j && (!Cost::kUnitNorm || norm > T(0));
 }
 
 // The entries of a thread in one tile.
@@ -172,6 +180,35 @@ struct RowNorms {
   }
 };
 
+// A stage on its way through shared memory: some coordinates of a tile of columns.
+struct TileStage {
+  int64_t column;  // the first of the tile
+  int chunk = 0;   // of coordinates
+  int slot = 0;    // in shared memory
+};
+
+// Calls load(step) for all stages of all tiles, kStages - 1 before work(step) of the same.
+template <int kStages, int kWidth, class Block, class Load, class Work>
+OTLOSS_DEVICE void for_stages(Block& block, int64_t begin, int64_t end, int chunks, Load&& load,
+                              Work&& work) {
+  const auto advance = [chunks](TileStage& step) {
+    if (++step.slot == kStages) step.slot = 0;
+    if (++step.chunk == chunks) step.chunk = 0, step.column += kWidth;
+  };
+  TileStage step{begin}, next{begin};
+  const auto load_next = [&] {
+    if (next.column < end) load(next), advance(next);
+    block.commit_copies();
+  };
+  for (int s = 0; s < kStages - 1; ++s) load_next();
+  for (; step.column < end; advance(step)) {
+    block.template wait_for_copies<kStages - 2>();
+    block.sync();  // the stage is there, and nobody reads the one before any more
+    load_next();
+    work(step);
+  }
+}
+
 // Calls function(r, c) for the entries of a thread.
 template <class Layout, class F>
 OTLOSS_DEVICE void for_entries(F&& function) {
@@ -194,7 +231,10 @@ OTLOSS_DEVICE void make_again(const RowTiles<T>& p, TileEntries<T, Layout>& e, F
     const int64_t i = e.row + Layout::row(entry / kColumns);
     const int64_t j = e.column + Layout::column(entry % kColumns);
     if ((entries & 1) == 0 || i >= p.last || j >= p.end) continue;
-    const T exact = pair_cost(Cost::kKind, p.d, p.symmetric, p.rows, i, p.columns, j);
+    const T exact =
+        costs_nothing<Cost>(p.symmetric, i, j, p.rows.norm[i])
+            ? T(0)
+            : pair_cost<Cost>(p.d, p.rows.z + i, p.rows.stride, p.columns.z + j, p.columns.stride);
     for_entries<Layout>([&](int r, int c) {
       if (entry == r * kColumns + c) e.cost[r][c] = exact;
     });

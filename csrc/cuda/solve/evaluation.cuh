@@ -1,16 +1,15 @@
 // What a solve measures of a problem and of a point: weights, the scalars of an evaluated point,
 // the value of the potentials. All threads of the team call together, and see the results.
 //
-// After a pass each block makes its columns' update, and the scalars of the step (error, value) are
-// one reduction over the team. Soft marginals take two more: the least potentials, so that no
-// exponential overflows, and the soft means. Vectors are cut by columns: a thread only ever touches
-// its own entries, but for G, which everybody reads.
+// After a pass each block makes its columns' update, and the scalars of the step are one reduction
+// over the team; soft marginals take two more. Vectors are cut by columns: a thread only ever
+// touches its own entries, but for G, which everybody reads.
 //
 // Costs (resident_costs.cuh, launched_costs.cuh) tells where costs are: place() by one thread,
 // load(), pass() from G and F, columns() and guard() for the update of the columns, transport(),
-// entry() of two samples; and left_out(), a bound of the part of the plan that the pass left out,
-// and rounding(), by how much that of its sums typically changes marginals beside roundoff. Where
-// it kProves, sent_and_far() adds up what of a duality gap takes sums over the plan, after these.
+// entry() of two samples; left_out(), a bound of the part of the plan that the pass left out, and
+// rounding(), by how much that of its sums changes marginals beside roundoff; and sent_and_far(),
+// what of a duality gap takes sums over the plan.
 #pragma once
 
 #include <limits>
@@ -172,7 +171,7 @@ class Evaluation {
   OTLOSS_DEVICE void update_columns() {
     if (s_.soft)
       find_least(s_.F, s_.trial_g);  // after a pass its reduction is the barrier, too
-    else if (!Costs::kUpdatesColumns)
+    else
       team_.sync();
     costs_.columns();
     s_.soft ? soft_scalars() : hard_scalars();
@@ -305,15 +304,15 @@ class Evaluation {
     double sums[6] = {};  // of C, C^2, squares of row sums, of column sums; rows, columns
     for (int i = rank * kWarps + warp; i < r; i += size * kWarps) {
       if (!(s_.weights[row(i)] > T(0))) continue;
-      double sum[2] = {0, 0};
+      double sum = 0, squares = 0;
       for (int j = lane; j < c; j += kWarp) {
         if (!(s_.b[column(j)] > T(0))) continue;
         const double value = static_cast<double>(costs_.entry(i, j));
-        sum[0] += value, sum[1] += value * value;
+        sum += value, squares += value * value;
       }
-      warp_sum(block_, sum);
+      sum = warp_join<Sum>(block_, sum), squares = warp_join<Sum>(block_, squares);
       if (lane != 0) continue;
-      sums[0] += sum[0], sums[1] += sum[1], sums[2] += sum[0] * sum[0], sums[4] += 1;
+      sums[0] += sum, sums[1] += squares, sums[2] += sum * sum, sums[4] += 1;
     }
     for (int j = rank * Team::kThreads + block_.thread(); j < c; j += size * Team::kThreads) {
       if (!(s_.b[column(j)] > T(0))) continue;

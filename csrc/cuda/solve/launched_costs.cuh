@@ -1,11 +1,9 @@
-// A solve whose costs are in global memory, or made from points and never stored, in memory
-// O((n + m) d): sweeps (sweeps.cuh) over the rows and then over the columns in place of the pass
-// over a tile, and between them a block for each problem, which takes the sums, updates the
+// A solve by launches (launched.cu): sweeps over the rows and then over the columns in place of the
+// pass over a tile, and between them a block for each problem, which takes the sums, updates the
 // potentials and says which sums it needs next.
 //
-// As in the resident pass no maximum is subtracted: the last potential is the guess that keeps the
-// exponents near 0. Points whose sums leave the trusted range get their maximum from a second
-// sweep and their sum from a third.
+// As in the resident pass no maximum is subtracted. Points whose sums leave the trusted range get
+// their maximum from a second sweep and their sum from a third.
 #pragma once
 
 #include "cuda/pass/pack.cuh"
@@ -17,7 +15,7 @@ namespace otloss::cuda {
 template <typename T>
 struct LaunchedArguments {
   SolveArguments<T> solve;
-  Orders<T> orders;
+  Sweeps<T> orders;
   PackedPair<T> points[kMaxGroups];  // of the groups
   const T* samples;                  // (problems, kSample, kSample) costs
   T* largest;                        // (problems, vector_length) of rows, if costs are stored
@@ -31,19 +29,16 @@ enum class Sums { kFirst, kLargest, kAgain };
 
 template <typename T>
 struct LaunchedState {
-  T *F, *a, *s;  // (n,)
-  T* A;          // (n,) F + log2 a, damped
-  T* U;          // (m,) k g, then k gt
-  T* guess;      // the potentials of a sweep
+  T* A;      // (n,) F + log2 a, damped
+  T* U;      // (m,) k g, then k gt
+  T* guess;  // the potentials of a sweep
   Sums sums;
 };
 
 template <typename T, class Block>
 class LaunchedCosts {
  public:
-  using Team = cuda::Team<Block, kControlThreads>;
-  static constexpr bool kUpdatesColumns = true;
-  static constexpr bool kProves = false;
+  using Team = ControlTeam<Block>;
 
   OTLOSS_DEVICE LaunchedCosts(Block& block, const LaunchedArguments<T>& arguments, Team& team,
                               SolverState<T>& state, LaunchedState<T>& launched)
@@ -53,11 +48,11 @@ class LaunchedCosts {
   OTLOSS_DEVICE void place(const SolveGroup<T>& p, int64_t batch) {
     const int64_t length = args_.solve.vector_length;
     T* vectors = args_.vectors + team_.index() * kLaunchedVectors * length;
-    for (T** const v : {&state_.F, &state_.a, &state_.s, &state_.A, &state_.U, &state_.guess})
+    for (T** const v : {&s_.F, &s_.a, &s_.s, &state_.A, &state_.U, &state_.guess})
       *v = vectors, vectors += length;
-    s_.F = state_.F, s_.a = state_.a, s_.s = state_.s;
     const PackedPair<T>& points = args_.points[&p - args_.solve.groups.items];
-    args_.orders.place(team_.index(), points, p, batch, p.symmetric, 0, state_.A, s_.G);
+    args_.orders.place(team_.index(), points.tiles(batch, p.n, p.m, p.symmetric, T(0)), state_.A,
+                       s_.G);
   }
 
   // max |C|, or a bound of it from the largest norms, in the first place; 1 in the second if one is
@@ -71,10 +66,10 @@ class LaunchedCosts {
     };
     const bool stored = args_.largest != nullptr;
     const T* const of_rows = args_.largest + team_.index() * args_.solve.vector_length;
-    const SweepSide<T>&x = order().sides[0], &y = order().sides[1];
-    team_.for_rows([&](int i) { look(s_.a[i], stored ? of_rows[i] : x.cloud.norm[i], norms[0]); });
-    if (!stored) team_.for_columns([&](int j) { look(s_.b[j], y.cloud.norm[j], norms[1]); });
-    x.pad(block_), y.pad(block_);
+    const T *const x = order().tiles.rows.norm, *const y = order().tiles.columns.norm;
+    team_.for_rows([&](int i) { look(s_.a[i], stored ? of_rows[i] : x[i], norms[0]); });
+    if (!stored) team_.for_columns([&](int j) { look(s_.b[j], y[j], norms[1]); });
+    order().pad(block_);
     team_.template reduce<Max>(norms);
     const CostKind kind = args_.points[s_.group - args_.solve.groups.items].kind;
     if (block_.thread() == 0) {
@@ -83,6 +78,28 @@ class LaunchedCosts {
     }
     largest[0] = stored ? norms[0] : cost_bound(kind, norms[0], norms[1]);
     largest[1] = norms[2];
+  }
+
+  // Sums of rows over what columns have too much, of the point; then, see complete(), of costs
+  // times what they lack: what sent_and_far() takes.
+  OTLOSS_DEVICE void ask_proof() {
+    team_.for_columns([&](int j) {
+      const T w = s_.w[j], q = s_.q[j];
+      s_.G[j] = s_.k * s_.g[j] + log2_weight(w > T(0) && q > T(1) ? w - w / q : T(0));
+      state_.U[j] = w > T(0) && q < T(1) ? w * (T(1) - q) : T(0);
+    });
+    ask(0, RowSum::kPlan);
+  }
+
+  // See Solver::gap.
+  OTLOSS_DEVICE double sent_and_far(double lacking) const {
+    double result = 0;
+    team_.for_rows([&](int i) {
+      const double sum = static_cast<double>(state_.guess[i]);
+      const double far = joined(RowSum::kCost, i) / lacking;
+      result += sent(static_cast<double>(s_.a[i]), sum, far - f_of(s_, i), s_.eps);
+    });
+    return result;
   }
 
   // The next sweep: sums of a side (0: rows) at its potentials.
@@ -96,6 +113,16 @@ class LaunchedCosts {
   // asked for.
   OTLOSS_DEVICE bool complete() {
     const int side = order().side;
+    if (s_.proving) {
+      if (order().what == RowSum::kCost) return true;
+      team_.for_rows([&](int i) {
+        state_.guess[i] = static_cast<T>(joined(RowSum::kPlan, i)), state_.A[i] = T(0);
+      });
+      team_.for_columns([&](int j) { s_.G[j] = T(0); });
+      block_.sync();
+      if (block_.thread() == 0) order().ask(0, RowSum::kCost, state_.U), order().tiles.k = T(0);
+      return false;
+    }
     if (!update(side)) return false;
     if (side == 0 && !s_.symmetric) {
       const T damping = static_cast<T>(s_.damping), k = s_.k;
@@ -129,7 +156,7 @@ class LaunchedCosts {
 
  private:
   OTLOSS_DEVICE SweepOrder<T>& order() const { return args_.orders.of[team_.index()]; }
-  OTLOSS_DEVICE T* potentials(int side) const { return side == 0 ? state_.F : state_.U; }
+  OTLOSS_DEVICE T* potentials(int side) const { return side == 0 ? s_.F : state_.U; }
 
   template <typename F>
   OTLOSS_DEVICE void for_side(int side, F&& function) const {

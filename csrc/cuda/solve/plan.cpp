@@ -57,12 +57,14 @@ int64_t ceil_to(int64_t value, int64_t multiple) { return ceil_div(value, multip
 // Lays a block's shared memory out; bytes says whether it fits.
 SharedLayout lay_out(const Shape& shape, int64_t rows, bool vectors) {
   SharedLayout layout{};
-  layout.bytes = SweepShape(shape.element).end;
+  layout.bytes = ceil_to(sizeof(TeamScratch), kAlign);
   const auto take = [&](int64_t bytes) {
     const int64_t offset = layout.bytes;
     layout.bytes = ceil_to(layout.bytes + bytes, kAlign);
     return offset;
   };
+  layout.exchange = take(2 * (kSolveThreads / kWarp) * kPanelRows * shape.element);
+  layout.sums = take(int64_t{kSolveThreads} * kMostColumns * shape.element);
   layout.state = take(kSolverBytes);
   layout.F = take(rows * shape.element);
   layout.a = take(rows * shape.element);
@@ -77,7 +79,7 @@ int64_t room_for(int64_t d, const Limits& limits, TileKind tiles) {
   if (tiles == TileKind::kStored) return kStoredRoom;
   if (tiles == TileKind::kFma) return kFmaRoom;
   const int64_t all = static_cast<int64_t>(limits.shared_per_block) / kAlign * kAlign;
-  return tensor_room(d, planes_of(tiles), all - kArgumentBytes);
+  return tensor_stages(d, tiles == TileKind::kTensor ? 2 : 1, all - kArgumentBytes).all;
 }
 
 double exponentials(const Shape& shape) {
@@ -217,19 +219,15 @@ bool start_pays(const SolvePlan& plan, const Shape& shape, int d, const Limits& 
   return kLaunch + static_cast<double>(turns) * cycles <= kStartPasses * plan.cycles;
 }
 
-TileKind wanted_tiles(bool tf32) {
+TileKind choose_tiles(int64_t element, int64_t d, const Limits& limits, bool tf32) {
   const char* text = std::getenv("OTLOSS_CUDA_TILES");
-  const std::string name = text == nullptr ? "" : text;
-  if (name.empty() || name == "auto") return tf32 ? TileKind::kTensorHigh : TileKind::kTensor;
-  if (name == "tensor") return TileKind::kTensor;
-  if (name == "fma") return TileKind::kFma;
-  if (name == "high") return TileKind::kTensorHigh;
-  throw std::runtime_error("otloss: OTLOSS_CUDA_TILES must be auto, fma, tensor or high, got " +
-                           name);
-}
-
-TileKind choose_tiles(int64_t element, int64_t d, const Limits& limits, TileKind wanted) {
-  if (element != 4 || d <= kDirectDims || wanted == TileKind::kFma) return TileKind::kFma;
+  const std::string name = text == nullptr || *text == '\0' ? "auto" : text;
+  if (name != "auto" && name != "fma" && name != "tensor" && name != "high")
+    throw std::runtime_error("otloss: OTLOSS_CUDA_TILES must be auto, fma, tensor or high, got " +
+                             name);
+  if (element != 4 || d <= kDirectDims || name == "fma") return TileKind::kFma;
+  const bool high = name == "auto" ? tf32 : name == "high";
+  const TileKind wanted = high ? TileKind::kTensorHigh : TileKind::kTensor;
   return room_for(d, limits, wanted) > 0 ? wanted : TileKind::kFma;
 }
 

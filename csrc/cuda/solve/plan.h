@@ -59,32 +59,22 @@ struct TeamScratch {
   TeamState state;
 };
 
-// Where a pass has its sums on their way, in bytes of shared memory after the TeamScratch;
-// `element` of a sum.
-struct SweepShape {
-  int64_t exchange, sums, end;
-
-  OTLOSS_HOST_DEVICE explicit constexpr SweepShape(int64_t element)
-      : exchange((sizeof(TeamScratch) + 15) / 16 * 16),
-        sums(exchange + 2 * (kSolveThreads / kWarp) * kPanelRows * element),
-        end(sums + int64_t{kSolveThreads} * kMostColumns * element) {}
-};
-
 // Of the solver's state, see state.cuh.
 constexpr int64_t kSolverBytes = sizeof(LbfgsGram) + 2048;
 
 // Vectors of the solver, each of one entry per column, see Solver::place.
 constexpr int kVectors = 10 + 2 * LbfgsGram::kSlots;
 
-// Where things are in shared memory, in bytes, after those of a pass. Made on the host, see
+// Where things are in shared memory, in bytes, after the TeamScratch. Made on the host, see
 // plan.cpp.
 struct SharedLayout {
-  int64_t state;    // kSolverBytes
-  int64_t F;        // (rows,)
-  int64_t a;        // (rows,)
-  int64_t s;        // (rows,)
-  int64_t vectors;  // (kVectors, m), or -1: in global memory
-  int64_t tile;     // (rows, m)
+  int64_t exchange, sums;  // of a pass, see PassWork
+  int64_t state;           // kSolverBytes
+  int64_t F;               // (rows,)
+  int64_t a;               // (rows,)
+  int64_t s;               // (rows,)
+  int64_t vectors;         // (kVectors, m), or -1: in global memory
+  int64_t tile;            // (rows, m)
   int64_t bytes;
 };
 
@@ -152,6 +142,7 @@ struct TensorStages {
   int depth;      // coordinates of a stage; 0: there is no room
   bool resident;  // all coordinates of the rows stay, the stages are for columns alone
   int bytes;      // of a stage
+  int64_t all;    // bytes of all stages and the rows
 };
 
 // planes: 2 with low halves, else 1; room: bytes of shared memory.
@@ -162,26 +153,16 @@ OTLOSS_HOST_DEVICE TensorStages tensor_stages(int64_t d, int planes, int64_t roo
   const int64_t padded = split_depth(d);
   const int most = padded < kMost ? static_cast<int>(padded) : kMost;
   const int least = most < kLeast ? most : kLeast, coordinate = 2 * planes;  // bytes
-  for (int depth = most; depth >= least; depth -= kStep) {
-    const int bytes = depth * coordinate * kTensorColumns + kExtra;
-    if (padded * coordinate * kTensorRows + kTensorStages * bytes <= room)
-      return {depth, true, bytes};
-  }
-  for (int depth = most; depth > 0; depth -= kStep) {
-    const int bytes = depth * coordinate * (kTensorRows + kTensorColumns) + kExtra;
-    if (kTensorStages * bytes <= room) return {depth, false, bytes};
-  }
-  return {0, false, 0};
+  for (const bool resident : {true, false})
+    for (int depth = most; depth >= (resident ? least : kStep); depth -= kStep) {
+      const int points = kTensorColumns + (resident ? 0 : kTensorRows);
+      const int bytes = depth * coordinate * points + kExtra;
+      const int64_t rows = resident ? padded * coordinate * kTensorRows : 0;
+      const int64_t all = rows + kTensorStages * bytes;
+      if (all <= room) return {depth, resident, bytes, all};
+    }
+  return {0, false, 0, 0};
 }
-
-// As much of the room as the stages take.
-inline int64_t tensor_room(int64_t d, int planes, int64_t room) {
-  const TensorStages stages = tensor_stages(d, planes, room);
-  const int64_t resident = stages.resident ? 2 * planes * split_depth(d) * kTensorRows : 0;
-  return resident + kTensorStages * stages.bytes;
-}
-
-constexpr int planes_of(TileKind tiles) { return tiles == TileKind::kTensor ? 2 : 1; }
 
 // Of what a sweep is told, in shared memory: threads would keep it in local memory.
 constexpr int64_t kArgumentBytes = 512;
@@ -209,11 +190,9 @@ SolvePlan choose_launched_plan(const Shape& shape, int64_t d, const Limits& limi
 // passes it saves.
 bool start_pays(const SolvePlan& plan, const Shape& shape, int d, const Limits& limits);
 
-// OTLOSS_CUDA_TILES: auto, fma, tensor or high (without low halves; auto if tf32 will do).
-TileKind wanted_tiles(bool tf32);
-
-// How costs of points of d coordinates are made: as wanted where tensor cores serve, which is for
-// float32 beyond kDirectDims coordinates, if a stage has room.
-TileKind choose_tiles(int64_t element, int64_t d, const Limits& limits, TileKind wanted);
+// How costs of points of d coordinates are made: by tensor cores where they serve, which is for
+// float32 beyond kDirectDims coordinates, if a stage has room; without low halves if tf32 will do.
+// OTLOSS_CUDA_TILES: auto, fma, tensor or high (without low halves).
+TileKind choose_tiles(int64_t element, int64_t d, const Limits& limits, bool tf32);
 
 }  // namespace otloss::cuda

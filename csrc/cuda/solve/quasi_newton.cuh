@@ -76,6 +76,7 @@ class QuasiNewton {
     const unsigned used = s_.gram.in_use() | (paired ? LbfgsGram::bits_of(slot) : 0u);
     unsigned fresh = s_.soft ? used : 1u << LbfgsGram::kResidual;
     if (paired) fresh |= LbfgsGram::bits_of(slot);
+    fresh |= 1u << LbfgsGram::kGradient;
     const bool alone = team_.size() == 1, first_lane = block_.thread() % kWarp == 0;
     block_.sync();  // the vectors are there
     for_products(used, fresh, [&](int left, int right) {
@@ -86,7 +87,7 @@ class QuasiNewton {
         return static_cast<double>(target[j]) * static_cast<double>(u[j]) *
                static_cast<double>(v[j]);
       });
-      sum = warp_join<Sum>(block_, sum, kWarp);
+      sum = warp_join<Sum>(block_, sum);
       if (!first_lane) return;
       if (alone)
         s_.gram.set(left, right, sum);
@@ -110,12 +111,11 @@ class QuasiNewton {
     int number = 0;
 #pragma unroll 1
     for (int left = 0; left < LbfgsGram::kVectors; ++left) {
-      const bool gradient = left == LbfgsGram::kGradient;
-      if (!gradient && (fresh >> left & 1u) == 0) continue;
+      if ((fresh >> left & 1u) == 0) continue;
 #pragma unroll 1
       for (int right = 0; right < kBasis; ++right) {
         if ((used >> right & 1u) == 0) continue;
-        if (!gradient && right > left && (fresh >> right & 1u) != 0) continue;
+        if (right > left && (fresh >> right & 1u) != 0) continue;
         if (number++ % kWarps == block_.thread() / kWarp) function(left, right);
       }
     }
@@ -154,7 +154,7 @@ class QuasiNewton {
     const auto along = [&](double factor, int number) {
       // Products with vectors that are not in use are whatever is there.
       const double term = factor != 0 ? factor * gram.product[number][lane] : 0.0;
-      return warp_join<Sum>(block_, term, kWarp);
+      return warp_join<Sum>(block_, term);
     };
     const auto change = [&](int i) { return LbfgsGram::change(gram.order[i]); };
     // Lane i: 1 / <s_i, y_i>.
@@ -192,8 +192,8 @@ class QuasiNewton {
       squared *= step.on[lane];
       slope = step.on[lane] * gram.product[LbfgsGram::kGradient][lane];
     }
-    slope = warp_join<Sum>(block_, slope, kWarp);
-    squared = warp_join<Sum>(block_, squared, kWarp);
+    slope = warp_join<Sum>(block_, slope);
+    squared = warp_join<Sum>(block_, squared);
     if (lane != 0) return;
     if (!(slope > 0)) {
       s_.gram.count = 0;

@@ -21,8 +21,6 @@ template <typename T, class Block, int kThreads>
 class ResidentCosts {
  public:
   using Team = cuda::Team<Block, kThreads>;
-  static constexpr bool kUpdatesColumns = false;  // by pass()
-  static constexpr bool kProves = false;
 
   OTLOSS_DEVICE ResidentCosts(Block& block, const SolveArguments<T>& arguments, Team& team,
                               SolverState<T>& state)
@@ -52,9 +50,10 @@ class ResidentCosts {
 
   OTLOSS_DEVICE void pass() {
     run_pass<Team::kThreads>(
-        block_, PassWork<T>{s_.tile, s_.G, s_.a, s_.F, s_.s, s_.k, s_.tilt, team_.rows(), team_.m(),
-                            team_.size() == 1, !s_.symmetric, team_.template at<T>(kShape.exchange),
-                            team_.template at<T>(kShape.sums), column_part(team_.rank())});
+        block_,
+        PassWork<T>{s_.tile, s_.G, s_.a, s_.F, s_.s, s_.k, s_.tilt, team_.rows(), team_.m(),
+                    team_.size() == 1, !s_.symmetric, team_.template at<T>(args_.shared.exchange),
+                    team_.template at<T>(args_.shared.sums), column_part(team_.rank())});
   }
 
   // gt and q of the evaluated point from the column sums of all blocks; -1 where they are not to be
@@ -67,7 +66,10 @@ class ResidentCosts {
       least *= largest > kExp2Limit ? std::numeric_limits<double>::infinity()
                                     : fast_exp2(largest > 0 ? largest : 0.0);
     }
-    join([&](int j, T c) {
+    const int size = team_.size();
+    team_.for_columns([&](int j) {
+      const T c = join_over<Sum>(0, 1, size, T(0),
+                                 [&](int rank) { return team_.load(column_part(rank) + j); });
       const T b = s_.w[j], q = b > T(0) ? c / b : T(1);
       const bool good = !(b > T(0)) || (trusted(q) && static_cast<double>(c) > least);
       s_.q[j] = good ? q : static_cast<T>(-1);
@@ -106,6 +108,33 @@ class ResidentCosts {
     });
   }
 
+  // See Solver::gap: a warp for each row, whose sums are over what columns have too much, and of
+  // costs times what they lack.
+  OTLOSS_NOINLINE double sent_and_far(double lacking) {
+    T *const G = s_.G, *const lack = part(1, 0);
+    team_.for_columns([&](int j) {
+      const T w = s_.w[j], q = s_.q[j];
+      const T excess = w > T(0) && q > T(1) ? w - w / q : T(0);
+      team_.store(G + j, s_.k * s_.g[j] + log2_weight(excess));
+      team_.store(lack + j, w > T(0) && q < T(1) ? w * (T(1) - q) : T(0));
+    });
+    team_.sync();
+    const int m = team_.m(), lane = block_.thread() % kWarp;
+    double result = 0;
+    for (int i = block_.thread() / kWarp; i < team_.rows(); i += Team::kWarps) {
+      double sum = 0, far = 0;
+      for (int j = lane; j < m; j += kWarp) {
+        const T c = s_.tile[i * m + j], t = s_.F[i] + team_.load(G + j) - s_.k * c;
+        const T lacks = team_.load(lack + j);
+        if (t > static_cast<T>(-kExp2Limit)) sum += static_cast<double>(fast_exp2(t));
+        if (lacks > T(0)) far += static_cast<double>(lacks * c);
+      }
+      sum = warp_join<Sum>(block_, sum), far = warp_join<Sum>(block_, far) / lacking;
+      if (lane == 0) result += sent(static_cast<double>(s_.a[i]), sum, far - f_of(s_, i), s_.eps);
+    }
+    return result;
+  }
+
   OTLOSS_DEVICE double left_out() const { return 0; }
   OTLOSS_DEVICE double rounding() const { return 0; }
 
@@ -131,39 +160,10 @@ class ResidentCosts {
   }
 
  private:
-  static constexpr SweepShape kShape{sizeof(T)};
-
   // (m,) of a block: column sums; largest exponents, and their sums.
   OTLOSS_DEVICE T* column_part(int rank) const { return part(0, rank); }
   OTLOSS_DEVICE T* part(int which, int rank) const {
     return args_.parts + ((team_.index() * 2 + which) * team_.size() + rank) * args_.vector_length;
-  }
-
-  // After a pass and a sync: set(j, y_j) for the columns of this block, each by one thread, whose
-  // writes the block may read when this returns.
-  template <typename F>
-  OTLOSS_DEVICE void join(F&& set) {
-    // With fewer columns than threads, several threads share the blocks' parts.
-    constexpr int kBlockThreads = Team::kThreads;
-    const int thread = block_.thread(), most = team_.most_columns();
-    T* const sums = team_.template at<T>(kShape.sums);
-    int width = kBlockThreads;
-    while (width > kWarp && width / 2 >= most) width /= 2;
-    const int groups = kBlockThreads / width, group = thread / width;
-    for (int begin = 0; begin < most; begin += width) {
-      const int local = begin + thread % width, j = team_.first_column() + local;
-      const bool mine = local < team_.columns();
-      T total = T(0);
-      for (int rank = group; mine && rank < team_.size(); rank += groups)
-        total += team_.load(column_part(rank) + j);
-      sums[thread] = total;
-      block_.sync();
-      if (mine && group == 0) {
-        for (int other = 1; other < groups; ++other) total += sums[other * width + thread];
-        set(j, total);
-      }
-      block_.sync();
-    }
   }
 
   Block& block_;

@@ -5,7 +5,6 @@
 
 #include "cuda/multiscale/multiscale.h"
 #include "cuda/pass/pack.cuh"
-#include "cuda/solve/describe.h"
 #include "cuda/solve/resident_costs.cuh"
 #include "cuda/solve/solver.cuh"
 

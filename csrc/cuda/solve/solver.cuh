@@ -1,6 +1,6 @@
 // The solve of a problem by a team of blocks: the solver of csrc/cpu/solve/solver.cpp as a state
 // machine. Passes over the cost are made between its turns, by the blocks themselves (run) or by
-// other launches (launched.cuh). Each turn takes an evaluated point, and StepControl decides
+// other launches (launched.cu). Each turn takes an evaluated point, and StepControl decides
 // which is next, by one thread of each block on equal numbers, so that all blocks agree.
 #pragma once
 
@@ -24,9 +24,9 @@ class Solver : Evaluation<T, Block, Costs> {
 
   OTLOSS_DEVICE void run() {
     team_.with_problem(args_.groups, [&](const SolveGroup<T>& p, int64_t batch) {
-      if (open(p, batch)) do
-          costs_.pass();
-        while (turn());
+      if (open(p, batch)) do {
+          if (!is_proving()) costs_.pass();
+        } while (turn());
       write_potentials();
       write_status();
     });
@@ -108,8 +108,7 @@ class Solver : Evaluation<T, Block, Costs> {
   OTLOSS_DEVICE void begin_stage(int64_t passes) { s_.far = FarMassRule(), s_.begun = passes; }
 
   OTLOSS_DEVICE bool judge() {
-    if constexpr (Costs::kProves)
-      if (s_.proving) return conclude();
+    if (s_.proving) return conclude();
     one([&] { s_.control.count_passes(1); });
     if (s_.phase == Phase::kSymmetricFirst) {
       centre_start();
@@ -233,11 +232,9 @@ class Solver : Evaluation<T, Block, Costs> {
     s_.doubtful = s_.next == Next::kDone &&
                   FarMassRule::suspicious(s_.trial.bound, s_.trial.error, options().tol, value);
     if (!s_.doubtful) return;
-    if constexpr (Costs::kProves) {
-      const int64_t sweeps = s_.control.passes() - s_.begun;
-      s_.proving = s_.control.stop().reached() && s_.control.may_pass(0) &&
-                   s_.far.examines(s_.control.stop(), sweeps);
-    }
+    const int64_t sweeps = s_.control.passes() - s_.begun;
+    s_.proving = s_.control.stop().reached() && s_.control.may_pass(0) &&
+                 s_.far.examines(s_.control.stop(), sweeps);
     if (!s_.proving) s_.next = s_.control.go_on();
   }
 
@@ -253,9 +250,6 @@ class Solver : Evaluation<T, Block, Costs> {
     });
     return settle();
   }
-
-  // x log(x / y), 0 for x = 0.
-  OTLOSS_DEVICE static double x_log_ratio(double x, double y) { return x > 0 ? x * log(x / y) : 0; }
 
   // A bound of the duality gap, as FarMass::gap of the CPU: of the plan with columns that have too
   // much scaled down, and a plan of rank 1 for what rows and columns lack then.

@@ -1,14 +1,9 @@
 // The start of a solve: the entropic potential between the Gaussians that have the moments of the
-// clouds (gaussian_potential.h), for the squared cost. A block for each problem, in double as on
-// the CPU: a thread has one entry of the moments over some of the points, neighbouring threads have
-// neighbouring entries; then the matrix, a chain of small steps, three barriers for each of some 6
-// d rounds of rotations; then the potential, up to a warp per point, whose lanes have the
-// coordinates. plan.cpp decides where this pays.
-#include "cuda/solve/solve.h"
-
-#include <algorithm>
-
+// clouds (gaussian_potential.h), for the squared cost. A block for each problem, in double: a
+// thread has one entry of the moments over some of the points; then the matrix, a chain of small
+// steps; then the potential, up to a warp per point. plan.cpp decides where this pays.
 #include "core/gaussian_potential.h"
+#include "cuda/solve/state.cuh"
 
 namespace otloss::cuda {
 namespace {
@@ -64,14 +59,14 @@ struct StartKernel {
       const int lane = block.thread() % width, points = kThreads / width;
       for (int64_t first = 0; first < p.m; first += points) {
         const int64_t j = first + block.thread() / width;
-        double sum[1] = {0};
+        double sum = 0;
         if (j < p.m && b[j] > T(0))
           for (int l = lane; l < d; l += width)
-            sum[0] += gaussian_term(d, work.B, x + 1, l, [&](int k) {
+            sum += gaussian_term(d, work.B, x + 1, l, [&](int k) {
               return static_cast<double>(zy[j * d + k]) - y[1 + k];
             });
-        warp_sum(block, sum, width);
-        if (lane == 0 && j < p.m) g[batch * p.m + j] = static_cast<T>(sum[0]);
+        sum = warp_join<Sum>(block, sum, width);
+        if (lane == 0 && j < p.m) g[batch * p.m + j] = static_cast<T>(sum);
       }
     });
   }

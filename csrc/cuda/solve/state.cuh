@@ -10,8 +10,9 @@
 #include "core/rounding.h"
 #include "core/step_control.h"
 #include "cuda/device/team.cuh"
+#include "cuda/pass/pack.cuh"
 #include "cuda/solve/plan.h"
-#include "cuda/solve/solve.h"
+#include "kernels.h"
 
 namespace otloss::cuda {
 
@@ -125,9 +126,35 @@ struct SolverState {
 static_assert(sizeof(SolverState<double>) <= kSolverBytes, "raise kSolverBytes");
 
 template <typename T>
+OTLOSS_DEVICE double f_of(const SolverState<T>& state, int i) {
+  return static_cast<double>(state.to_cost * state.F[i]);
+}
+
+// x log(x / y), 0 for x = 0.
+OTLOSS_DEVICE double x_log_ratio(double x, double y) { return x > 0 ? x * log(x / y) : 0; }
+
+// What a duality gap has of a row that sends a part of its weight, which costs `more` of each.
+OTLOSS_DEVICE double sent(double weight, double part, double more, double eps) {
+  const double u = weight * part;
+  return u > 0 ? u * more + eps * x_log_ratio(u, weight) : 0;
+}
+
+template <typename T>
 OTLOSS_DEVICE double roundoff() {
   return static_cast<double>(std::numeric_limits<T>::epsilon());
 }
+
+// A solve in many launches, see launched.cu; the plan is of the pack's largest problem.
+template <typename T>
+void solve_launched(const Context& context, const Pack<SolveGroup<T>>& pack,
+                    const SolveOptions& options, const SolvePlan& plan, Packer<T>& packer);
+
+// Where a solve may start from in place of 0, see start.cu. starts[i] (B, m): potentials of the
+// columns of group i, or null: there is no formula, or it takes longer than it saves.
+template <typename T>
+void propose_starts(const Context& context, const Pack<SolveGroup<T>>& pack,
+                    const SolveOptions& options, const SolvePlan& plan,
+                    const T* (&starts)[kMaxGroups]);
 
 // The arguments of a launch but for where costs are: workspace and layout by the plan.
 template <typename T>

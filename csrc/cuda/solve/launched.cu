@@ -7,18 +7,14 @@
 // Kernel boundaries take the place of barriers between blocks, and a sweep has all registers to
 // itself; at these sizes a sweep takes far longer than a launch. A pass takes two turns, more where
 // sums have to be made again. A problem that is solved asks for nothing.
-//
-// A file for each type includes this.
-#pragma once
-
 #include <algorithm>
 #include <limits>
 
 #include "cuda/solve/launched_costs.cuh"
-#include "cuda/solve/solve.h"
 #include "cuda/solve/solver.cuh"
 
 namespace otloss::cuda {
+namespace {
 
 template <typename T>
 struct LaunchedSolve : LaunchedArguments<T> {
@@ -26,22 +22,24 @@ struct LaunchedSolve : LaunchedArguments<T> {
     SolverState<T> solver;
     LaunchedState<T> launched;
   };
-  template <class Block>
-  using Team = typename LaunchedCosts<T, Block>::Team;
 
   OTLOSS_DEVICE const Pack<SolveGroup<T>>& groups() const { return this->solve.groups; }
 
   template <class Block>
-  OTLOSS_DEVICE bool advance(Block& block, Team<Block>& team, State& state, const SolveGroup<T>& p,
-                             int64_t batch, bool first) const {
+  OTLOSS_DEVICE bool advance(Block& block, ControlTeam<Block>& team, State& state,
+                             const SolveGroup<T>& p, int64_t batch, bool first) const {
     using Costs = LaunchedCosts<T, Block>;
     Costs costs(block, *this, team, state.solver, state.launched);
     Solver<T, Block, Costs> solver(block, this->solve, costs, team, state.solver);
-    if (first || this->orders.of[team.index()].what != RowSum::kCost) {
+    const bool proving = !first && state.solver.proving;
+    if (first || proving || this->orders.of[team.index()].what != RowSum::kCost) {
       if (block.thread() == 0) state.solver.group = &p;  // another address in every launch
       block.sync();
       if (!first && !costs.complete()) return false;
-      if (first ? solver.open(p, batch) : solver.turn()) return costs.ask(0, RowSum::kPlan), false;
+      if (first ? solver.open(p, batch) : solver.turn()) {
+        solver.is_proving() ? costs.ask_proof() : costs.ask(0, RowSum::kPlan);
+        return false;
+      }
       solver.write_potentials();
       if (solver.is_transport()) {
         solver.publish_result();
@@ -76,8 +74,7 @@ struct LargestKernel {
                : c <= std::numeric_limits<T>::max() ? c
                                                     : std::numeric_limits<T>::infinity();
       });
-      for (int mask = kWarp / 2; mask > 0; mask /= 2)
-        most = Max::join(most, block.shuffle_xor(most, mask));
+      most = warp_join<Max>(block, most);
       if (lane == 0) largest[block.x() / blocks * length + i] = most;
     });
   }
@@ -104,11 +101,15 @@ struct SampleKernel {
       if (p.C != nullptr)
         out = p.C[(batch * p.n + row) * p.m + column];
       else
-        out = pair_cost(pair.kind, pair.d, false, pair.x.cloud(batch, pair.d, p.n), row,
-                        pair.y.cloud(batch, pair.d, p.m), column);
+        dispatch_cost(pair.kind, [&](auto cost) {
+          const auto x = pair.x.cloud(batch, pair.d, p.n), y = pair.y.cloud(batch, pair.d, p.m);
+          out = pair_cost<decltype(cost)>(pair.d, x.z + row, x.stride, y.z + column, y.stride);
+        });
     });
   }
 };
+
+}  // namespace
 
 template <typename T>
 void solve_launched(const Context& context, const Pack<SolveGroup<T>>& pack,
@@ -135,16 +136,22 @@ void solve_launched(const Context& context, const Pack<SolveGroup<T>>& pack,
     std::copy(work.points, work.points + pack.count, sampled.points);
     launch(context, sampled, Grid{problems * SampleKernel<T>::kBlocks});
   }
-  SweepArguments<T, T> sweep;
-  const Grid grid = plan_sweeps(context, shape, plan, &work.orders, &sweep);
+  work.orders = Sweeps<T>::of_plan(context, shape, plan);
   // Each pass may make the sums of both sides three times; and one for the value.
   const int64_t most = 6 * (options.n_iters < 0 ? options.max_iters : options.n_iters) + 1;
   run_controls(context, work, problems, most, [&](Queue& queue) {
     if constexpr (sizeof(T) == 4)
       if (plan.tiles == TileKind::kTensor || plan.tiles == TileKind::kTensorHigh)
-        return queue_tensor_sweep(queue, sweep, work.points[0].kind, plan.tiles, grid);
-    queue_sweep<false>(queue, sweep, work.points[0], grid);
+        return dispatch_tensor_tiles(work.points[0].kind, plan.tiles, [&](auto tiles) {
+          queue(SweepKernel<T, T, false, decltype(tiles)>{work.orders}, work.orders.grid());
+        });
+    queue_sweep<false>(queue, work.orders, work.points[0]);
   });
 }
+
+template void solve_launched(const Context&, const Pack<SolveGroup<float>>&, const SolveOptions&,
+                             const SolvePlan&, Packer<float>&);
+template void solve_launched(const Context&, const Pack<SolveGroup<double>>&, const SolveOptions&,
+                             const SolvePlan&, Packer<double>&);
 
 }  // namespace otloss::cuda

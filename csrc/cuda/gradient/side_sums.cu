@@ -5,16 +5,12 @@
 //     JoinKernel     those of all columns                            thread: an entry
 //
 // By multiply-adds whoever makes the costs of a solve: this is one pass, and a solve takes many.
-//
-// A file for each type includes this: together they take minutes to compile.
-#pragma once
-
-#include <algorithm>
-
 #include "cuda/gradient/side_sums.h"
-#include "cuda/pass/row_sums.cuh"
+
+#include "cuda/pass/sweeps.cuh"
 
 namespace otloss::cuda {
+namespace {
 
 constexpr int kSideRows = kSolveThreads / kWarp * kTileRows;  // of a block
 
@@ -33,25 +29,16 @@ struct SideSums {
     with_problem(block, items, blocks, [&](const auto& p, int64_t batch, int64_t number) {
       RowTiles<T>& tiles = *block.template shared<RowTiles<T>>();
       static_assert(sizeof(tiles) <= kArgumentBytes, "raise kArgumentBytes");
-      if (block.thread() == 0) set(tiles, p, batch, number);
+      if (block.thread() == 0) {
+        tiles = p.points.tiles(batch, p.n, p.m, p.symmetric, k);
+        tiles.F = p.F + batch * tiles.rows.stride, tiles.G = p.G + batch * tiles.columns.stride;
+        tiles.cut(number, kSideRows, splits);
+      }
       block.sync();
       if (tiles.first == tiles.last) return;
       function(tiles, p, batch,
                p.partial + (batch * splits + number % splits) * p.n * (p.points.d + 1));
     });
-  }
-
- private:
-  OTLOSS_DEVICE void set(RowTiles<T>& tiles, const SideItem<T, Weights>& p, int64_t batch,
-                         int64_t number) const {
-    const PackedPair<T>& points = p.points;
-    tiles.d = points.d, tiles.symmetric = p.symmetric, tiles.repair = true, tiles.k = k;
-    tiles.C = points.C + batch * p.n * p.m, tiles.width = p.m;
-    tiles.rows = points.x.cloud(batch, points.d, p.n);
-    tiles.columns = points.y.cloud(batch, points.d, p.m);
-    tiles.F = p.F + batch * tiles.rows.stride, tiles.G = p.G + batch * tiles.columns.stride;
-    tiles.last = p.n, tiles.end = p.m;
-    tiles.cut(number, kSideRows, splits);
   }
 };
 
@@ -206,20 +193,16 @@ struct JoinKernel {
   }
 };
 
+}  // namespace
+
 template <typename T, class Weights>
 void sum_sides(const Context& context, const std::vector<SideItem<T, Weights>>& sides, T k) {
-  const Limits device = limits(context.device);
   for_each_pack(sides, [&](const Pack<SideItem<T, Weights>>& pack) {
     const PackedPair<T>& points = pack.items[0].points;
     const Shape shape = shape_of<T>(pack);
-    const int64_t rows = ceil_div(shape.n, kSideRows), d = points.d;
-    // Columns are split until a few rounds of blocks fill the device.
-    constexpr int64_t kRounds = 4;
-    const int64_t wanted =
-        kRounds * device.multiprocessors / std::max<int64_t>(1, shape.problems * rows);
-    SideSums<T, Weights> sums{pack, k, 1, 0};
-    sums.splits = std::min(std::max<int64_t>(1, wanted), ceil_div(shape.m, kPackedAlign));
-    sums.blocks = rows * sums.splits;
+    const int64_t d = points.d;
+    const SweepCut cut = products_plan(context, shape, d, points.C != nullptr).cuts[0];
+    SideSums<T, Weights> sums{pack, k, cut.parts, ceil_div(shape.n, kSideRows) * cut.parts};
     const auto launch_all = [&](const auto& kernel, int64_t shared) {
       launch(context, kernel,
              Grid{shape.problems * kernel.sums.blocks, static_cast<size_t>(shared)});
@@ -237,5 +220,13 @@ void sum_sides(const Context& context, const std::vector<SideItem<T, Weights>>& 
     launch_all(JoinKernel<T, Weights>{sums}, 0);
   });
 }
+
+#define OTLOSS_INSTANTIATE(T, Weights) \
+  template void sum_sides(const Context&, const std::vector<SideItem<T, Weights<T>>>&, T);
+OTLOSS_INSTANTIATE(float, SolvedPlan)
+OTLOSS_INSTANTIATE(float, Iterations)
+OTLOSS_INSTANTIATE(double, SolvedPlan)
+OTLOSS_INSTANTIATE(double, Iterations)
+#undef OTLOSS_INSTANTIATE
 
 }  // namespace otloss::cuda
