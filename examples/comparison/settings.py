@@ -62,7 +62,7 @@ SHORT: dict[str, str] = {
     "ellipses-1000": "fit_ellipses.py --samples 1000 --losses mmd 'eps 1' 'eps 0.1' 'eps 0.03'",
 }
 GEIST_EPOCHS = {"fashion": 40, "mnist": 20}
-LEARNED = "train_learned_cost.py --data cifar10 --width 0.25 --epochs 4"
+LEARNED = "train_learned_cost.py --data cifar10 --width 0.25 --batch 64 --epochs 5"
 EXPERIMENTS: dict[str, dict[str, str]] = {
     # Of the metrics of the others.
     "classifiers": {
