@@ -129,7 +129,7 @@ class FarMass:
             return Found(True, readings)
         massive = group >= 0
         B, lacking = (w.new_zeros(k).index_add(0, group[massive], v[massive]) for v in (w, w - c))
-        t = best_shifts(self._between(point, group, B))
+        t = best_shifts(self._between(point, group, B, lacking))
         readings, much = readings + 1, self._much(point)
         # Where rounding hides all progress only a gain is one.
         is_shift = float(t.abs().max()) > self.eps / 2 and not stop.stuck
@@ -181,7 +181,7 @@ class FarMass:
             least *= FEWER
         return group, readings
 
-    def _between(self, point: Point, group: Tensor, B: Tensor) -> Groups:
+    def _between(self, point: Point, group: Tensor, B: Tensor, lacking: Tensor) -> Groups:
         """What rows send to groups of columns."""
         k = len(B)
 
@@ -193,8 +193,8 @@ class FarMass:
         log_r, to = self.engine.each_row(B.new_zeros(k + 1), part).split([1, k], 1)
         held = log_r[:, 0] > -math.inf
         rho_x, rho_y, _ = self.engine.marginals
-        M = self.eps * (log_r - to)[held]
-        return Groups(M, log_r[held, 0].exp(), B, self.eps, rho_x, rho_y)
+        M, A = self.eps * (log_r - to)[held], log_r[held, 0].exp()
+        return Groups(M, A, B, float(lacking.clamp(min=0).sum()), self.eps, rho_x, rho_y)
 
 
 def _relative_entropy(p: Tensor, q: Tensor) -> Tensor:

@@ -20,12 +20,14 @@ TOLERANCE = 0.05  # of the log residual, and of a step over the temperature
 NO_GAIN = 1e-6  # of a longer step, over the temperature and the mass
 SUFFICIENT_GAIN, ROUNDING, RIDGE = 1e-4, 1e-14, 1e-13
 RATIO = 0.25  # of one temperature to the one before
+SLACK = 2  # as much as columns lack may leave a group
 
 
 class Groups(NamedTuple):
     M: Tensor  # (n, k) -eps log of the part of A that the plan sends to each group of columns
     A: Tensor  # (n,) what rows hold, positive
     B: Tensor  # (k,) what groups of columns want, positive
+    lacking: float  # what the plan lacks of B, in all
     eps: float
     rho_x: float
     rho_y: float
@@ -51,11 +53,35 @@ def best_shifts(groups: Groups) -> Tensor:
 
     By Newton's method, or, where that leads nowhere, at temperatures that fall from the largest M.
     """
-    zero = torch.zeros_like(groups.B)
+    groups, zero = _lump_rows(groups), torch.zeros_like(groups.B)
     reached, t = _ascend(groups, groups.eps, zero)
     if not reached:
         t = _anneal(groups, zero)
     return _centred(groups.B, t) if groups.hard else t
+
+
+def _lump_rows(groups: Groups) -> Groups:
+    """The rows lumped together that stay in their group, the one they send most to.
+
+    Of a group no more leaves than columns lack in all, those first that have the shortest way.
+    """
+    home = groups.M.argmin(1)
+    stays, lumps = torch.ones_like(groups.A, dtype=torch.bool), []
+    for group in range(len(groups.B)):
+        rows = (home == group).nonzero()[:, 0]
+        order = (groups.M[rows] - groups.M[rows, group, None]).argsort(0)
+        held = groups.A[rows][order]
+        leaves = held.cumsum(0) - held <= SLACK * groups.lacking
+        leaves[:, group] = False
+        stays[rows[order[leaves]]] = False
+        left = rows[stays[rows]]
+        if len(left):
+            sent = groups.A[left].log()[:, None] - groups.M[left] / groups.eps
+            A = groups.A[left].sum()
+            lumps.append((A, groups.eps * (A.log() - sent.logsumexp(0))))
+    A = torch.cat([groups.A[~stays], *(A[None] for A, _ in lumps)])
+    M = torch.cat([groups.M[~stays], *(M[None] for _, M in lumps)])
+    return groups._replace(A=A, M=M)
 
 
 def _anneal(groups: Groups, t: Tensor) -> Tensor:

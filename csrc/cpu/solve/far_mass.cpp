@@ -219,13 +219,14 @@ typename FarMass<T, E>::Shift FarMass<T, E>::shift(double eps, const T* F,
     k = find_groups(eps, F, least);
   }
   if (k < 2) return result;
-  GroupProblem groups{k, {}, plan_.row, Vector(k), x_, y_, eps};
+  GroupProblem groups{k, {}, plan_.row, Vector(k), 0, x_, y_, eps};
   Vector lacking(k);
   for (int64_t j = 0; j < m; ++j) {
     if (group_[j] < 0) continue;
     groups.B[group_[j]] += static_cast<double>(point.target[j]);
     lacking[group_[j]] += static_cast<double>(point.target[j]) - plan_.column[j];
   }
+  for (const double mass : lacking) groups.lacking += std::max(mass, 0.0);
   ++result.readings;
   groups.M = between_groups(eps, F, k);
   const Vector t = best_shifts(groups);
