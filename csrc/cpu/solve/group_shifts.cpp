@@ -218,8 +218,7 @@ GroupProblem lump_rows(const GroupProblem& p) {
     if (p.A[i] > 0) at[std::min_element(row, row + p.k) - row].push_back(i);
   }
   std::vector<uint8_t> leaving(n);
-  GroupProblem lumped = p;
-  lumped.A.clear(), lumped.M.clear();
+  GroupProblem lumped{p.k, {}, {}, p.B, p.lacking, p.x, p.y, p.eps};
   for (int64_t I = 0; I < p.k; ++I) {
     mark_leaving(p, I, at[I], kSlack * p.lacking, leaving);
     double held = 0;
