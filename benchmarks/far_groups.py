@@ -1,7 +1,7 @@
 """Thirty groups far apart, most points in three of them: ``python -m benchmarks.far_groups``.
 
-Small mass goes from group to group, and the plan falls apart. Up to 10 000 points the multiscale
-engine looks for shifts of whole groups on its last level as well, beyond that on coarser ones.
+Small mass goes from group to group, and the plan falls apart: the multiscale engine shifts whole
+groups against each other.
 """
 
 from __future__ import annotations

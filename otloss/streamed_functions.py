@@ -78,10 +78,15 @@ class RowEngine(RowSweep):
         return self._sweep(eps, g)[0]
 
     def over_rows(self, zero: Tensor, function: Callable[[slice, Tensor], Tensor]) -> Tensor:
-        parts = [
+        return torch.stack(self._parts(function)).to(zero)
+
+    def each_row(self, zero: Tensor, function: Callable[[slice, Tensor], Tensor]) -> Tensor:
+        return torch.cat(self._parts(function)).to(zero)
+
+    def _parts(self, function: Callable[[slice, Tensor], Tensor]) -> list[Tensor]:
+        return [
             function(rows, counted(self.costs(rows), self.a[rows], self.b)) for rows in self.blocks
         ]
-        return torch.stack(parts).to(zero)
 
     def sigma(self) -> float:
         return spread(self.costs(sample(self.a))[:, sample(self.b)])

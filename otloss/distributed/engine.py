@@ -77,6 +77,14 @@ class ShardedEngine(RowSweep):
 
         return ranks.sum(zero.new_zeros(ranks.count, *zero.shape), fill)
 
+    def each_row(self, zero: Tensor, function: Callable[[slice, Tensor], Tensor]) -> Tensor:
+        rows = slice(self.rows.first, self.rows.first + self.rows.size)
+
+        def fill(whole: Tensor) -> None:
+            whole[rows] = function(rows, counted(self.C, self.own_a, self.b))
+
+        return self.rows.ranks.sum(zero.new_zeros(len(self.a), *zero.shape), fill)
+
     def sigma(self) -> float:
         rows, columns = sample(self.a), sample(self.b)
 

@@ -46,6 +46,9 @@ class Engine(Protocol):
     def over_rows(self, zero: Tensor, function: Callable[[slice, Tensor], Tensor]) -> Tensor:
         """``function(rows, C[rows])``, like ``zero``, of every part of the rows, stacked."""
 
+    def each_row(self, zero: Tensor, function: Callable[[slice, Tensor], Tensor]) -> Tensor:
+        """``function(rows, C[rows])``, an entry like ``zero`` for each row, of all rows."""
+
     @property
     def cost_range(self) -> tuple[float, float]:
         """An interval with all costs, and 0."""
@@ -105,6 +108,9 @@ class DenseEngine:
 
     def over_rows(self, zero: Tensor, function: Callable[[slice, Tensor], Tensor]) -> Tensor:
         return function(slice(None), self.C)[None]
+
+    def each_row(self, zero: Tensor, function: Callable[[slice, Tensor], Tensor]) -> Tensor:
+        return function(slice(None), self.C)
 
     @functools.cached_property
     def cost_range(self) -> tuple[float, float]:

@@ -129,7 +129,7 @@ class FarMass:
             return Found(True, readings)
         massive = group >= 0
         B, lacking = (w.new_zeros(k).index_add(0, group[massive], v[massive]) for v in (w, w - c))
-        t = best_shifts(self._between(point, group, k)._replace(B=B))
+        t = best_shifts(self._between(point, group, B, lacking))
         readings, much = readings + 1, self._much(point)
         # Where rounding hides all progress only a gain is one.
         is_shift = float(t.abs().max()) > self.eps / 2 and not stop.stuck
@@ -181,21 +181,20 @@ class FarMass:
             least *= FEWER
         return group, readings
 
-    def _between(self, point: Point, group: Tensor, k: int) -> Groups:
-        """What groups of rows send to groups of columns. A row is in the one it sends most to."""
+    def _between(self, point: Point, group: Tensor, B: Tensor, lacking: Tensor) -> Groups:
+        """What rows send to groups of columns."""
+        k = len(B)
 
         def part(rows: slice, C: Tensor) -> Tensor:
             L, log_r = self._log_plan(point, rows, C)
-            to = torch.stack([torch.logsumexp(L[:, group == K], 1) for K in range(k)], 1)
-            home = torch.where(log_r > -math.inf, to.argmax(1), k)
-            sent = [torch.logsumexp(to[home == own], 0) for own in range(k)]
-            held = to.new_zeros(k + 1).index_add(0, home, log_r.exp())
-            return torch.stack([*sent, held[:k]])
+            to = [torch.logsumexp(L[:, group == K], 1) for K in range(k)]
+            return torch.stack([log_r, *to], 1)
 
-        parts = self.engine.over_rows(point.g.double().new_zeros(k + 1, k), part)
-        A, sent = parts[:, k].sum(0), torch.logsumexp(parts[:, :k], 0)
-        M, (rho_x, rho_y, _) = self.eps * (A.log()[:, None] - sent), self.engine.marginals
-        return Groups(M[A > 0], A[A > 0], A, self.eps, rho_x, rho_y)
+        log_r, to = self.engine.each_row(B.new_zeros(k + 1), part).split([1, k], 1)
+        held = log_r[:, 0] > -math.inf
+        rho_x, rho_y, _ = self.engine.marginals
+        M, A = self.eps * (log_r - to)[held], log_r[held, 0].exp()
+        return Groups(M, A, B, float(lacking.clamp(min=0).sum()), self.eps, rho_x, rho_y)
 
 
 def _relative_entropy(p: Tensor, q: Tensor) -> Tensor:

@@ -233,16 +233,19 @@ class GridEngine:
         return -eps * self.means([C.contiguous() for C in axes], eps_, v[None], none)[0][0]
 
     def over_rows(self, zero: Tensor, function: Callable[[slice, Tensor], Tensor]) -> Tensor:
+        return torch.stack(self._parts(function))
+
+    def each_row(self, zero: Tensor, function: Callable[[slice, Tensor], Tensor]) -> Tensor:
+        return torch.cat(self._parts(function))
+
+    def _parts(self, function: Callable[[slice, Tensor], Tensor]) -> list[Tensor]:
         N = len(self.a)
         step = max(1, AT_ONCE // N)
-        blocks = torch.arange(N, device=zero.device).split(step)
-        starts = range(0, N, step)
-        return torch.stack(
-            [
-                function(slice(first, first + len(rows)), grid_costs(self.axes, rows))
-                for first, rows in zip(starts, blocks, strict=True)
-            ]
-        )
+        blocks = torch.arange(N, device=self.a.device).split(step)
+        return [
+            function(slice(first, first + len(rows)), grid_costs(self.axes, rows))
+            for first, rows in zip(range(0, N, step), blocks, strict=True)
+        ]
 
     @functools.cached_property
     def cost_range(self) -> tuple[float, float]:

@@ -2,8 +2,7 @@
 
 Where the plan falls apart into groups that exchange next to nothing, the semidual is nearly flat
 along potentials that are constant on each group, until one is shifted so far that mass moves to
-another. Lumped together, the groups are the points of a small transport problem, whose potentials
-are the shifts.
+another. The shifts are the potentials of a small transport problem, of the rows and these groups.
 """
 
 from __future__ import annotations
@@ -18,14 +17,17 @@ from otloss.reference.marginals import damping, dual, share
 
 STEPS, TRIES, SHRINK = 30, 30, 0.3
 TOLERANCE = 0.05  # of the log residual, and of a step over the temperature
+NO_GAIN = 1e-6  # of a longer step, over the temperature and the mass
 SUFFICIENT_GAIN, ROUNDING, RIDGE = 1e-4, 1e-14, 1e-13
 RATIO = 0.25  # of one temperature to the one before
+SLACK = 2  # as much as columns lack may leave a group
 
 
 class Groups(NamedTuple):
-    M: Tensor  # (k', k) -eps log of the part of A that the plan sends to each group of columns
-    A: Tensor  # (k',) what groups of rows hold, positive
+    M: Tensor  # (n, k) -eps log of the part of A that the plan sends to each group of columns
+    A: Tensor  # (n,) what rows hold, positive
     B: Tensor  # (k,) what groups of columns want, positive
+    lacking: float  # what the plan lacks of B, in all
     eps: float
     rho_x: float
     rho_y: float
@@ -40,8 +42,8 @@ class Point(NamedTuple):
 
     t: Tensor  # (k,)
     value: float
-    Q: Tensor  # (k', k) the plan
-    r: Tensor  # (k',) its row sums
+    Q: Tensor  # (n, k) the plan
+    r: Tensor  # (n,) its row sums
     c: Tensor  # (k,) its column sums
     w: Tensor  # (k,) those that are wanted
 
@@ -49,15 +51,46 @@ class Point(NamedTuple):
 def best_shifts(groups: Groups) -> Tensor:
     """(k,) what to add to the potentials of each group of columns.
 
-    By Newton's method at a temperature that falls from the largest M to eps.
+    By Newton's method, or, where that leads nowhere, at temperatures that fall from the largest M.
     """
-    M = groups.M
-    h = max(groups.eps, float((M.amax(1) - M.amin(1)).max()))
-    t = _ascend(groups, h, torch.zeros_like(groups.B))
+    groups, zero = _lump_rows(groups), torch.zeros_like(groups.B)
+    reached, t = _ascend(groups, groups.eps, zero)
+    if not reached:
+        t = _anneal(groups, zero)
+    return _centred(groups.B, t) if groups.hard else t
+
+
+def _lump_rows(groups: Groups) -> Groups:
+    """The rows lumped together that stay in their group, the one they send most to.
+
+    Of a group no more leaves than columns lack in all, those first that have the shortest way.
+    """
+    home = groups.M.argmin(1)
+    stays, lumps = torch.ones_like(groups.A, dtype=torch.bool), []
+    for group in range(len(groups.B)):
+        rows = (home == group).nonzero()[:, 0]
+        order = (groups.M[rows] - groups.M[rows, group, None]).argsort(0)
+        held = groups.A[rows][order]
+        leaves = held.cumsum(0) - held <= SLACK * groups.lacking
+        leaves[:, group] = False
+        stays[rows[order[leaves]]] = False
+        left = rows[stays[rows]]
+        if len(left):
+            sent = groups.A[left].log()[:, None] - groups.M[left] / groups.eps
+            A = groups.A[left].sum()
+            lumps.append((A, groups.eps * (A.log() - sent.logsumexp(0))))
+    A = torch.cat([groups.A[~stays], *(A[None] for A, _ in lumps)])
+    M = torch.cat([groups.M[~stays], *(M[None] for _, M in lumps)])
+    return groups._replace(A=A, M=M)
+
+
+def _anneal(groups: Groups, t: Tensor) -> Tensor:
+    h = max(groups.eps, float((groups.M.amax(1) - groups.M.amin(1)).max()))
+    _, t = _ascend(groups, h, t)
     while h > groups.eps:
         h = max(groups.eps, RATIO * h)
-        t = _ascend(groups, h, t)
-    return _centred(groups.B, t) if groups.hard else t
+        _, t = _ascend(groups, h, t)
+    return t
 
 
 def _at(groups: Groups, h: float, t: Tensor) -> Point:
@@ -71,26 +104,33 @@ def _at(groups: Groups, h: float, t: Tensor) -> Point:
     return Point(t, float(value), Q, r, Q.sum(0), w)
 
 
-def _ascend(groups: Groups, h: float, t: Tensor) -> Tensor:
+def _ascend(groups: Groups, h: float, t: Tensor) -> tuple[bool, Tensor]:
+    """Whether the top is reached, and the shifts."""
     at = _at(groups, h, t)
     for _ in range(STEPS):
         log_residual = (at.w / at.c.clamp(min=1e-300)).log()
         p = _newton_step(groups, h, at, log_residual)
-        if log_residual.abs().max() <= TOLERANCE and p.abs().max() <= TOLERANCE * h:
+        near = p.abs().max() <= TOLERANCE * h
+        near = near or abs((at.w - at.c) @ p) <= NO_GAIN * h * groups.B.sum()
+        if near and log_residual.abs().max() <= TOLERANCE:
+            return True, at.t
+        found = _rise(groups, h, p, at) or _rise(groups, h, h * log_residual, at)
+        if found is None:
             break
-        if not (at.w - at.c) @ p > 0:
-            p = h * log_residual
-        slope, length = float((at.w - at.c) @ p), 1.0
-        for _ in range(TRIES):
-            trial = _at(groups, h, at.t + length * p)
-            rounding = ROUNDING * (abs(at.value) + h)
-            if trial.value >= at.value + SUFFICIENT_GAIN * length * slope - rounding:
-                break
-            length *= SHRINK
-        else:
-            break
-        at = trial
-    return at.t
+        at = found
+    return False, at.t
+
+
+def _rise(groups: Groups, h: float, p: Tensor, at: Point) -> Point | None:
+    """A higher point along a direction."""
+    slope, length = float((at.w - at.c) @ p), 1.0
+    for _ in range(TRIES if slope > 0 else 0):
+        trial = _at(groups, h, at.t + length * p)
+        rounding = ROUNDING * (abs(at.value) + h)
+        if trial.value >= at.value + SUFFICIENT_GAIN * length * slope - rounding:
+            return trial
+        length *= SHRINK
+    return None
 
 
 def _newton_step(groups: Groups, h: float, at: Point, log_residual: Tensor) -> Tensor:

@@ -172,12 +172,12 @@ bool Engine::repeats() {
 
 // A shift reads all pairs a few times, each of them in about the time of one that is kept.
 int64_t Engine::shift_passes() const {
-  constexpr double kReadings = 2, kMost = 50;
+  constexpr double kReadings = 2;
   double tiles = 1;
   for (const double kept : tiles_) tiles += kept;
   const double entries = tiles * static_cast<double>(X.L * X.L);
   const double pairs = static_cast<double>(X.n) * static_cast<double>(Y.n);
-  return static_cast<int64_t>(std::min(kMost, kReadings * pairs / entries));
+  return static_cast<int64_t>(kReadings * pairs / entries);
 }
 
 void Engine::expect(double rate) {

@@ -12,7 +12,7 @@
 namespace otloss::cpu::multiscale {
 namespace {
 
-constexpr int64_t kWidePasses = 50;  // with leaves of moments, see solve_narrow
+constexpr int64_t kWidePasses = 50;  // of the last stage, with leaves of moments: see solve_narrow
 constexpr double kMostEffort = 0.4;  // see Engine::effort; otherwise all pairs take less time
 
 // Clouds from fine to coarse; spread: mean squared distance of the points to those of a level.
@@ -138,19 +138,28 @@ struct Finer {
   }
 };
 
-// A level's solve at one eps after the other, from `at` to `target`, which `at` is then.
+// A level's solve at one eps after the other, from `at` to `target`, which `at` is then. On the
+// finest one all passes count: a stage takes half of those that are left at most.
 Outcome run_stages(Engine& engine, const SolveOptions& options, double target, bool finest,
                    double tol, double& at, std::vector<double>& F, std::vector<double>& g) {
   const int stages = std::max(1, static_cast<int>(std::ceil(std::log2(at / target) / kLog2Ratio)));
   const double from = at;
+  const int64_t last = engine.X.L >= kLeastMoments ? kWidePasses : options.max_iters;
   Outcome outcome;
+  int64_t passes = 0;
   for (int s = 1; s <= stages; ++s) {
+    const int64_t left = options.max_iters - passes;
+    if (finest && left < 4) s = stages;
     const double next = s == stages ? target : from * std::pow(target / from, double(s) / stages);
     F = times(std::move(F), at / next);
     at = next;
-    outcome =
-        cpu::solve_pair(engine, stage(options, at, finest && s == stages, tol), F.data(), g.data());
+    SolveOptions one = stage(options, at, finest && s == stages, tol);
+    if (finest)
+      one.max_iters = s == stages ? std::min(left, last) : std::min(kStagePasses, left / 2);
+    outcome = cpu::solve_pair(engine, one, F.data(), g.data());
+    passes += outcome.iterations;
   }
+  if (finest) outcome.iterations = passes;
   return outcome;
 }
 
@@ -280,9 +289,7 @@ Solution solve_pair(Clouds clouds, const Penalties& penalties, const SolveOption
     if (finest && rounding <= tol / 2 &&
         engine->effort(target, times(F, at / target).data(), g.data()) > kMostEffort)
       return unfinished(*engine, at, F, std::move(g));
-    SolveOptions first_passes = options;
-    if (X.L >= kLeastMoments) first_passes.max_iters = std::min(options.max_iters, kWidePasses);
-    Outcome outcome = run_stages(*engine, first_passes, target, finest, tol, at, F, g);
+    Outcome outcome = run_stages(*engine, options, target, finest, tol, at, F, g);
     if (finest) {
       solve_narrow(X, Y, penalties, options, wanted, tol, engine, outcome, F, g);
       polish(*engine, options, tol, outcome, F, g);

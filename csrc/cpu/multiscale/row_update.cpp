@@ -9,11 +9,6 @@
 
 namespace otloss::cpu::multiscale {
 
-bool is_good_sum(double sum) {
-  constexpr double kLeast = 1e-3, kMost = 1e18;
-  return sum > kLeast && sum < kMost;
-}
-
 void Worker::update(const Pass& pass, int64_t begin, int64_t end) {
   if (pass.columns) column.assign(pass.y.cloud->size, 0.0);
   groups.clear(), groups.per = pass.group ? pass.x.cloud->L / pass.group : 0;

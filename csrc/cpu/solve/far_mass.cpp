@@ -191,14 +191,10 @@ FarMass<double, grid::Engine>::Shift FarMass<double, grid::Engine>::shift(
   return {};
 }
 
-// By readings of all pairs, while these are few: of 1e8 one takes half a second, and a shift three;
-// of 100 000 points, whose whole solve is a matter of seconds, it would be a minute. There groups
-// are shifted on the levels that have less points.
+// By readings of all pairs, which the solver only asks for where passes took as long.
 template <>
 FarMass<double, multiscale::Engine>::Shift FarMass<double, multiscale::Engine>::shift(
     double eps, const double* F, const SemidualPoint<double>& point, int64_t most_readings) {
-  constexpr double kMostPairs = 1e8;
-  if (static_cast<double>(x_.count) * static_cast<double>(y_.count) > kMostPairs) return {};
   const Penalties penalties = {1 / x_.rate, 1 / y_.rate, x_.hard() && y_.hard()};
   const multiscale::AllPairs pairs(engine_.X, engine_.Y, x_.count, y_.count, penalties);
   Engine<double> engine(pairs.x, pairs.y, pairs.group, 0, eps, false);
@@ -223,15 +219,16 @@ typename FarMass<T, E>::Shift FarMass<T, E>::shift(double eps, const T* F,
     k = find_groups(eps, F, least);
   }
   if (k < 2) return result;
-  GroupProblem groups{k, {}, Vector(k), Vector(k), x_, y_, eps};
+  GroupProblem groups{k, {}, plan_.row, Vector(k), 0, x_, y_, eps};
   Vector lacking(k);
   for (int64_t j = 0; j < m; ++j) {
     if (group_[j] < 0) continue;
     groups.B[group_[j]] += static_cast<double>(point.target[j]);
     lacking[group_[j]] += static_cast<double>(point.target[j]) - plan_.column[j];
   }
+  for (const double mass : lacking) groups.lacking += std::max(mass, 0.0);
   ++result.readings;
-  groups.M = between_groups(eps, F, k, groups.A);
+  groups.M = between_groups(eps, F, k);
   const Vector t = best_shifts(groups);
   for (int64_t K = 0; K < k; ++K) {
     if (!std::isfinite(t[K])) return result;
@@ -274,10 +271,9 @@ int64_t FarMass<T, E>::find_groups(double eps, const T* F, double least) {
   return k;
 }
 
-// M (k, k) and A (k,) of GroupProblem. A row belongs to the group that it sends most to.
+// M (n, k) of GroupProblem.
 template <typename T, typename E>
-std::vector<double> FarMass<T, E>::between_groups(double eps, const T* F, int64_t k, Vector& A) {
-  using Lse = OnlineLse<double>;
+std::vector<double> FarMass<T, E>::between_groups(double eps, const T* F, int64_t k) {
   // The columns with mass in the order of their groups, and where each group ends.
   std::vector<int64_t> end(k + 1);
   for (const int32_t K : group_)
@@ -292,31 +288,17 @@ std::vector<double> FarMass<T, E>::between_groups(double eps, const T* F, int64_
       column[e] = j, G[e] = plan_.G[j];
     }
   CostBlocks<T>& costs = engine_.costs();
-  std::vector<std::vector<Lse>> parts(costs.parts().count(), std::vector<Lse>(k * k));
-  std::vector<Vector> held(costs.parts().count(), Vector(k));
-  costs.for_each([&](int64_t part, const T* C, int64_t first, int64_t rows) {
+  Vector M(x_.count * k);
+  costs.for_each([&](int64_t, const T* C, int64_t first, int64_t rows) {
     std::vector<T> entry(count), sent(k);
     for (int64_t i = first; i < first + rows; ++i, C += costs.source().stride()) {
       if (!(plan_.row[i] > 0)) continue;
       entries_of_row(count, F[i], factor<T>(eps), G.data(), column.data(), C, entry.data());
       for (int64_t K = 0, begin = 0; K < k; begin = end[K++])
         sent[K] = log2_sum(end[K] - begin, entry.data() + begin);
-      const int64_t home = std::max_element(sent.begin(), sent.end()) - sent.begin();
-      const double own = std::log2(plan_.row[i]);
-      for (int64_t K = 0; K < k; ++K)
-        parts[part][home * k + K].add(own + static_cast<double>(sent[K]));
-      held[part][home] += plan_.row[i];
+      for (int64_t K = 0; K < k; ++K) M[i * k + K] = -eps / kLog2E * static_cast<double>(sent[K]);
     }
   });
-  Vector M(k * k);
-  for (size_t part = 0; part < parts.size(); ++part)
-    for (int64_t I = 0; I < k; ++I) {
-      A[I] += held[part][I];
-      for (int64_t K = 0; K < k && part > 0; ++K) parts[0][I * k + K].merge(parts[part][I * k + K]);
-    }
-  for (int64_t I = 0; I < k; ++I)
-    for (int64_t K = 0; K < k && A[I] > 0; ++K)
-      M[I * k + K] = eps / kLog2E * (std::log2(A[I]) - parts[0][I * k + K].value());
   return M;
 }
 

@@ -43,7 +43,7 @@ class FarMass {
  private:
   double own_gap(const SemidualPoint<T>& point) const;
   int64_t find_groups(double eps, const T* F, double least);
-  std::vector<double> between_groups(double eps, const T* F, int64_t k, std::vector<double>& A);
+  std::vector<double> between_groups(double eps, const T* F, int64_t k);
 
   E& engine_;
   const Side<T>&x_ = engine_.x, &y_ = engine_.y;

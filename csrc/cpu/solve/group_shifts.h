@@ -2,10 +2,12 @@
 //
 // Where the plan falls apart into groups that exchange next to nothing, the semidual is nearly flat
 // along potentials that are constant on each group, until one is shifted so far that mass moves to
-// another. Lumped together, the groups are the points of a small transport problem: group I of the
-// rows holds A_I, group K of the columns wants B_K, and M_IK = -eps log of the part of A_I that the
-// plan sends to K. The shifts t are its potentials, by Newton's method at a temperature that falls
-// from the largest M to eps.
+// another. Of such shifts t it is the dual of a small transport problem: row i holds A_i, group K
+// of the columns wants B_K, and M_iK = -eps log of the part of A_i that the plan sends to K. Rows
+// that may leave their group are not lumped together: where groups are far apart it is a few points
+// of each that send to another one, each alone, and what all of them would send says little of how
+// many go next. The shifts are found by Newton's method, and where that leads nowhere, at
+// temperatures that fall from the largest M to eps.
 #pragma once
 
 #include <cstdint>
@@ -16,10 +18,11 @@
 namespace otloss::cpu {
 
 struct GroupProblem {
-  int64_t k;              // groups
-  std::vector<double> M;  // (k, k) in units of cost
-  std::vector<double> A;  // (k,) of rows; those of an A of 0 are left out
-  std::vector<double> B;  // (k,) of columns, positive
+  int64_t k;              // groups of columns
+  std::vector<double> M;  // (rows, k) in units of cost
+  std::vector<double> A;  // (rows,) those of an A of 0 are left out
+  std::vector<double> B;  // (k,) positive
+  double lacking;         // what the plan lacks of B, in all
   Penalty x, y;
   double eps;
 };

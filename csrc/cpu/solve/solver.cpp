@@ -101,7 +101,7 @@ class PairSolver {
     newton_.reset();
     length_ = StepLength();
     far_rule_ = FarMassRule();
-    next_shift_ = 0;
+    last_shift_ = 0, shift_wait_ = 1;
   }
 
   bool near_enough(const SemidualPoint<T>& point) const {
@@ -182,7 +182,8 @@ class PairSolver {
         doubtful_ = !FarMassRule::proves(far_.gap(eps_, F_, point_), tol, value);
         if (!doubtful_) return false;
       }
-      if ((sweeps >= next_shift_ || stop.stuck()) && shift(value, sweeps)) return true;
+      if (sweeps >= last_shift_ + shift_wait_ * engine_.shift_passes() && shift(value, sweeps))
+        return true;
     }
     next_ = control_.go_on();
     return false;
@@ -190,7 +191,7 @@ class PairSolver {
 
   // Whether shifting the groups of the plan makes a better point, the trial.
   bool shift(double value, int64_t sweeps) {
-    next_shift_ = sweeps + engine_.shift_passes();
+    last_shift_ = sweeps, shift_wait_ = std::max<int64_t>(1, 2 * shift_wait_);
     const auto found = far_.shift(eps_, F_, point_, control_.passes_left() - 1);
     control_.count_passes(found.readings);
     const double tol = options_.tol;
@@ -207,7 +208,7 @@ class PairSolver {
       std::copy(F.begin(), F.end(), F_);
       return false;
     }
-    if (much) next_shift_ = 0;
+    if (much) shift_wait_ = 0;
     far_rule_.shifted(much, sweeps);
     control_.restart();
     memory_.clear();
@@ -301,9 +302,11 @@ class PairSolver {
   typename E::Newton newton_{engine_};
   typename E::Far far_{engine_};
   FarMassRule far_rule_;
-  bool doubtful_ = false;   // whether small mass may have to go far
-  int64_t begun_ = 0;       // passes before the stage
-  int64_t next_shift_ = 0;  // in sweeps: not sooner where a shift takes as long as many of them
+  bool doubtful_ = false;  // whether small mass may have to go far
+  int64_t begun_ = 0;      // passes before the stage
+  // In sweeps; the next shift waits until these took so many times as long as a shift, more often
+  // after each that gained little.
+  int64_t last_shift_ = 0, shift_wait_ = 1;
 };
 
 }  // namespace
