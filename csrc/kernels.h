@@ -297,6 +297,7 @@ struct GradientTerm {
   bool transposed;  // V is (B, m, n)
   const T* V;       // (B, n, m)
   const T* z;       // (B, m, d) the other cloud, prepared
+  const T* norm;    // (B, m)
   const T* sum;     // (B, n) sums of V over the other cloud
   SolvedSide<T> side;
 };

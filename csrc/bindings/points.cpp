@@ -195,7 +195,7 @@ void PointGradients<T>::add_product(int64_t c, int64_t other, const Tensor& V, b
     return;
   }
 #endif
-  terms_[c].push_back({far.n, transposed, data<T>(V), far.z, sum, side});
+  terms_[c].push_back({far.n, transposed, data<T>(V), far.z, far.norm, sum, side});
   kept_.push_back(V);
 }
 

@@ -110,15 +110,15 @@ struct RowBlock {
   int64_t first, rows;
 };
 
-// Calls function for all `rows` of each matrix. Where all together are enough `work`, counted in
-// multiply-adds, several threads take a block each when they are free.
-void for_each_block(const std::vector<int64_t>& rows, int64_t work,
+// Calls function for all `rows` of each matrix, at most `most` at a time. Where all together are
+// enough `work`, counted in multiply-adds, several threads take a block each when they are free.
+void for_each_block(const std::vector<int64_t>& rows, int64_t most, int64_t work,
                     FunctionRef<void(const RowBlock& block)> function) {
   constexpr int64_t kWorthThreads = 1 << 22;
   const int64_t threads = work < kWorthThreads ? 1 : thread_count();
   std::vector<RowBlock> blocks;
   for (size_t k = 0; k < rows.size(); ++k) {
-    const int64_t count = groups_of(rows[k], std::min(kProductRows, groups_of(rows[k], threads)));
+    const int64_t count = groups_of(rows[k], std::min(most, groups_of(rows[k], threads)));
     const int64_t size = groups_of(groups_of(rows[k], count), kTileRows) * kTileRows;
     for (int64_t first = 0; first < rows[k]; first += size)
       blocks.push_back({k, first, std::min(size, rows[k] - first)});
@@ -150,7 +150,7 @@ void costs_of_problem(const std::vector<CostGroup<T>>& groups, int64_t p, CostKi
   const auto half = [](const CostGroup<T>& group) {
     return group.symmetric && group.d > kDirectDims;
   };
-  for_each_block(rows, work, [&](const RowBlock& block) {
+  for_each_block(rows, kProductRows, work, [&](const RowBlock& block) {
     const CostGroup<T>& group = groups[block.matrix];
     const int64_t n = group.n, m = group.m, d = group.d;
     const CloudRows<T> from{n, d, group.zx + p * n * d, group.hx + p * n};
@@ -322,21 +322,21 @@ void gradients_of_problem(const std::vector<CloudGradientGroup<T>>& clouds, int6
     return std::find_if(others.begin(), others.end(), [z](const Cloud& c) { return c.z == z; });
   };
   std::vector<int64_t> rows;
-  int64_t work = 0;
+  int64_t work = 0, longest = 1;  // of inner indices
   for (const CloudGradientGroup<T>& cloud : clouds) {
     const int64_t d = cloud.d;
     rows.push_back(cloud.n);
     for (const GradientTerm<T>& term : cloud.terms) {
       const T* z = term.z + p * term.m * d;
-      work += cloud.n * term.m * d;
+      work += cloud.n * term.m * d, longest = std::max(longest, term.m);
       if (cloud_at(z) != others.end()) continue;
       const bool near = term.m <= kNear && d % kBlock<T> == 0;
-      others.push_back({z, evenness(term.m, d, z),
+      others.push_back({z, evenness(unit, term.m, term.norm + p * term.m),
                         BlockBuffer<T>(near ? 0 : strips_of<T>(d) * term.m * kStrip<T>)});
       if (!near) pack(Packing<T>{d, term.m, z, d, true, others.back().strips.data()});
     }
   }
-  for_each_block(rows, work, [&](const RowBlock& block) {
+  for_each_block(rows, product_rows(longest), work, [&](const RowBlock& block) {
     const CloudGradientGroup<T>& cloud = clouds[block.matrix];
     const int64_t n = cloud.n, d = cloud.d, begin = p * n + block.first;
     T* grad = cloud.grad + begin * d;

@@ -173,8 +173,8 @@ OTLOSS_SIMD void apply_products(const ApplyRows<T>& p) {
     for (int64_t j = 0; j < m; ++j) total += p.V[r * p.stride + j];
     p.sum[r] = total;
   }
-  multiply_rows(RowsProduct<T>{p.rows, m, p.to->d, p.V, p.stride, 1, p.sum, p.to->even,
-                               p.coordinates, true, p.product, false});
+  multiply_rows(RowsProduct<T>{p.rows, m, p.to->d, p.V, p.stride, 1, p.sum, p.even, p.coordinates,
+                               true, p.product, false});
 }
 
 }  // namespace
@@ -183,8 +183,7 @@ template <typename T>
 PackedCloud<T>::PackedCloud(const CloudRows<T>& cloud)
     : CloudRows<T>(cloud),
       strips(strips_of<T>(cloud.m) * cloud.d * kStrip<T>),
-      h(strips_of<T>(cloud.m) * kStrip<T>),
-      even(evenness(cloud.m, cloud.d, cloud.z)) {
+      h(strips_of<T>(cloud.m) * kStrip<T>) {
   std::copy_n(cloud.norm, cloud.m, h.begin());
   pack(Packing<T>{cloud.m, cloud.d, cloud.z, cloud.d, false, strips.data()});
 }

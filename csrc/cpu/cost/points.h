@@ -33,7 +33,6 @@ template <typename T>
 struct PackedCloud : CloudRows<T> {
   BlockBuffer<T> strips;  // (strips_of(m), d, kStrip)
   BlockVector<T> h;       // (strips_of(m) * kStrip,) norms, padded with zeros
-  T even;                 // evenness of z
 
   explicit PackedCloud(const CloudRows<T>& cloud);
 };
@@ -64,7 +63,8 @@ struct ApplyRows {
   const T* V;  // (rows, stride)
   int64_t stride;
   const PackedCloud<T>* to;  // m columns
-  const T* coordinates;      // the strips of z^T, (strips_of(d), m, kStrip); for d > kLaneDims
+  const T* coordinates;      // the strips of z^T, (strips_of(d), m, kStrip); for d > kLaneDims,
+  T even;                    // and the evenness of z
   T* sum;                    // (rows,) out: V 1
   T* product;                // (rows, d) out: V z
 };

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "core/math.h"
+#include "cpu/simd/rows_product.h"
 #include "cpu/simd/sweep.h"
 #include "cpu/solve/marginal.h"
 
@@ -14,6 +15,7 @@ void point_sums(const RowSource<T>& source, const RowParts& parts, int64_t at_on
   const PackedCloud<T>& to = source.to();
   const int64_t m = to.m, d = to.d, stride = padded<T>(m);
   BlockVector<T> coordinates;
+  const T even = evenness(traits_of(source.kind()).unit_norm, m, to.norm);
   if (d > kLaneDims) {
     coordinates.resize(strips_of<T>(d) * m * kStrip<T>);
     pack(Packing<T>{d, m, to.z, d, true, coordinates.data()});
@@ -25,7 +27,7 @@ void point_sums(const RowSource<T>& source, const RowParts& parts, int64_t at_on
       source.make(i, count, 0, m, C.data(), stride);
       gradient(C.data(), i, count, stride, V.data());
       weight_rows(source.kind(), count * stride, C.data(), V.data());
-      apply_rows(ApplyRows<T>{count, V.data(), stride, &to, coordinates.data(), out.sum + i,
+      apply_rows(ApplyRows<T>{count, V.data(), stride, &to, coordinates.data(), even, out.sum + i,
                               out.product + i * d});
     }
   });

@@ -29,8 +29,7 @@
 namespace otloss::cpu {
 namespace {
 
-// Inner indices of a chunk for tiles, and for lists: a pass of strips by them takes 28 KiB.
-constexpr int64_t kTileChunk = 512;
+// Inner indices of a chunk for lists: a pass of strips by them takes 28 KiB.
 constexpr int64_t kListChunk = 112;
 constexpr int64_t kPass = 2;        // strips
 constexpr double kFewEntries = .5;  // of a tile: at .55 to .6 lists take as long
@@ -309,14 +308,13 @@ void multiply_tiles(const RowsProduct<T>& p, const std::vector<int64_t>& rows) {
 }  // namespace
 
 template <typename T>
-OTLOSS_SIMD T evenness(int64_t m, int64_t d, const T* z) {
+T evenness(bool unit, int64_t m, const T* norm) {
   T shortest = std::numeric_limits<T>::infinity(), longest = 0;
-  for (int64_t j = 0; j < m; ++j, z += d) {
-    T square = 0;
-#pragma omp simd reduction(+ : square)
-    for (int64_t k = 0; k < d; ++k) square += z[k] * z[k];
+  for (int64_t j = 0; j < m; ++j) {
+    if (norm[j] == T(0)) continue;
+    const T square = unit ? norm[j] / norm[j] : norm[j];
     if (std::isnan(square)) return square;  // then all entries count
-    if (square > T(0)) shortest = std::min(shortest, square);
+    shortest = std::min(shortest, square);
     longest = std::max(longest, square);
   }
   return longest > T(0) ? std::sqrt(shortest / longest) : T(1);
@@ -324,17 +322,18 @@ OTLOSS_SIMD T evenness(int64_t m, int64_t d, const T* z) {
 
 template <typename T>
 void multiply_rows(const RowsProduct<T>& p) {
-  for (int64_t i = 0; i < p.rows; i += kProductRows) {
+  const int64_t most = product_rows(p.inner) / kTileRows * kTileRows;
+  for (int64_t i = 0; i < p.rows; i += most) {
     std::vector<int64_t> few, many;  // tiles, by their first rows
-    for (int64_t row = i; row < std::min(p.rows, i + kProductRows); row += kTileRows)
+    for (int64_t row = i; row < std::min(p.rows, i + most); row += kTileRows)
       (TileOfRows<T>(p, row).few() ? few : many).push_back(row);
     if (!few.empty()) multiply_lists(p, few);
     multiply_tiles(p, many);
   }
 }
 
-#define OTLOSS_INSTANTIATE(T)                      \
-  template T evenness(int64_t, int64_t, const T*); \
+#define OTLOSS_INSTANTIATE(T)                   \
+  template T evenness(bool, int64_t, const T*); \
   template void multiply_rows(const RowsProduct<T>&);
 OTLOSS_INSTANTIATE(float)
 OTLOSS_INSTANTIATE(double)

@@ -11,9 +11,16 @@ namespace otloss::cpu {
 // once it is in the L2 cache.
 constexpr int64_t kProductRows = 8 * kTileRows;
 
-// The length of the shortest point z (m, d) over that of the longest; points at 0 apart.
+// Inner indices of a chunk, and rows of V of which a chunk leaves room in the L2 cache.
+constexpr int64_t kTileChunk = 512;
+constexpr int64_t product_rows(int64_t inner) {
+  return inner < kTileChunk ? kProductRows * kTileChunk / inner : kProductRows;
+}
+
+// The length of the shortest point of a prepared cloud over that of the longest, from their norms
+// (m,) as in CloudGroup; points at 0 apart.
 template <typename T>
-T evenness(int64_t m, int64_t d, const T* z);
+T evenness(bool unit, int64_t m, const T* norm);
 
 // out (+)= V z.
 template <typename T>
