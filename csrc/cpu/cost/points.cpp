@@ -103,28 +103,31 @@ void difference_rows(CostKind kind, const CostRows<T>& p, int64_t row) {
 }
 
 // The part of a tile of half a symmetric matrix that no tile makes below the diagonal: those do up
-// to the last one that begins within the strip of the row's own point.
+// to the last one that begins within the block of the row's own point.
 template <typename T>
 void mirror_tile(const CostRows<T>& p, int64_t row, int64_t rows, int64_t column, int64_t columns) {
   for (int64_t i = row, next; i < row + rows; i = next) {
-    const int64_t strip_end = (i / kStrip<T> + 1) * kStrip<T>;
-    next = std::min(row + rows, strip_end);
-    const int64_t j = std::max(column, groups_of(strip_end, kTileRows) * kTileRows);
+    const int64_t block_end = (i / kBlock<T> + 1) * kBlock<T>;
+    next = std::min(row + rows, block_end);
+    const int64_t j = std::max(column, groups_of(block_end, kTileRows) * kTileRows);
     if (j < column + columns)
       transpose(next - i, column + columns - j, p.at(i, j), p.stride, p.at(j, i), p.stride);
   }
 }
 
-// A tile from products, from `row` on by the strip from `column` on.
+// A tile from products, from `row` on by the strip from `column` on, which begins on the diagonal
+// with one of its two blocks.
 template <typename T>
 void product_tile(CostKind kind, const CostRows<T>& p, int64_t row, int64_t column) {
   const int64_t d = p.to->d, rows = std::min(kTileRows, p.first + p.rows - row);
-  const int64_t columns = std::min(kStrip<T>, p.end - column);
+  const T* strip = p.to->strips.data() + column * d;
+  if (p.half && row >= column + kBlock<T>) column += kBlock<T>, strip += kBlock<T>;
+  const int64_t columns = std::min(groups_of(column + 1, kStrip<T>) * kStrip<T>, p.end) - column;
   for (int64_t i = row; i < row + rows; ++i)  // comes to the cache during the product
     for (int64_t j = 0; j < columns; j += kBlock<T>) __builtin_prefetch(p.at(i, column + j), 1);
   alignas(64) T sum[kTileRows * kStrip<T>];
-  add_products(TileProduct<T>{rows, padded<T>(columns), d, p.from->z + row * d, d, 1,
-                              p.to->strips.data() + column * d, kStrip<T>, sum, kStrip<T>, false});
+  add_products(TileProduct<T>{rows, padded<T>(columns), d, p.from->z + row * d, d, 1, strip,
+                              kStrip<T>, sum, kStrip<T>, false});
   const int64_t itself =  // distances of points to themselves
       p.symmetric ? std::min(row + rows, column + columns) - std::max(row, column) : 0;
   dispatch_cost(kind, [&](auto cost) {
