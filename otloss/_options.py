@@ -5,6 +5,7 @@ They are checked when a loss or a module is made, before any tensor is looked at
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from typing import Any, Final, Literal, NamedTuple, TypedDict, TypeVar, get_args
@@ -122,6 +123,23 @@ def check_options(
     symmetric: Any = None,
 ) -> Options:
     """Checks everything that a solve takes besides tensors."""
+    given = (
+        eps, cost, objective, unbalanced, tol, max_iters, n_iters, backward, method, precision,
+        symmetric,
+    )  # fmt: skip
+    plain = isinstance(eps, float) and isinstance(cost, str)
+    if plain and not torch.compiler.is_compiling():
+        try:
+            return _checked_before(*given)
+        except TypeError:  # of what cannot be kept, or is wrong: then the check says it
+            pass
+    return _checked(*given)
+
+
+def _checked(
+    eps: Any, cost: Any, objective: Any, unbalanced: Any, tol: Any, max_iters: Any, n_iters: Any,
+    backward: Any, method: Any, precision: Any, symmetric: Any,
+) -> Options:  # fmt: skip
     rho_x, rho_y = _penalties(unbalanced)
     checked = Options(
         eps=check_eps(eps),
@@ -143,6 +161,10 @@ def check_options(
             "which was None"
         )
     return checked
+
+
+# Checks take some percent of a small call.
+_checked_before = functools.lru_cache(maxsize=64, typed=True)(_checked)
 
 
 def check_eps(value: Any) -> float | Tensor:

@@ -14,11 +14,12 @@ from otloss._options import Options
 from otloss.cost_matrices import build_costs, ready_for_blocks, see_empty_bins
 from otloss.eps import check_shape
 from otloss.forbidden import solve_allowed
+from otloss.known_calls import keep, kind_of_call, known_call
 from otloss.method import choose
 from otloss.problem import Problem, check_clouds
 from otloss.reference.arguments import as_pairs
 from otloss.reference.engine import is_symmetric
-from otloss.run import Solved, report, run
+from otloss.run import Solved, evaluated, report, run
 from otloss.target import SelfProblem, Target
 from otloss.totals import at_given_totals, at_unit_totals
 from otloss.transforms import inside
@@ -95,10 +96,15 @@ def combine(
             lambda clouds, weights, o: (combine(clouds, weights, combination, o, memory),),
             clouds, weights, options, combination.pairs,
         )[0]  # fmt: skip
-    problem = check_clouds(clouds, weights, balanced=options.balanced())
-    check_shape(options.eps, problem)
-    pairs = combination.pairs
-    problem, costs, options, dense = prepare(problem, pairs, options)
+    kind = kind_of_call(clouds, weights, combination, options) if memory is None else None
+    pairs, known = combination.pairs, known_call(kind)
+    if known:
+        problem, costs = known.problem(clouds), None
+        options, dense = known.settings.options, known.settings.dense
+    else:
+        problem = check_clouds(clouds, weights, balanced=options.balanced())
+        check_shape(options.eps, problem)
+        problem, costs, options, dense = prepare(problem, pairs, options)
     of_target = None
     if target is not None and _stays(clouds["y"], weights, options):
         of_target = target.self_problem(
@@ -106,12 +112,22 @@ def combine(
             options, dense, problem.weights[0].dtype, len(problem.weights[0]),
             torch.get_num_threads(),
         )  # fmt: skip
+    if known:
+        sizes = [0, len(problem.points), len(problem.weights), 0]
+        solved = evaluated(
+            known.settings._replace(target=of_target) if of_target else known.settings,
+            sizes, problem.points + problem.weights,
+        )  # fmt: skip
+        report(problem, (), options, solved)
+        return solved.loss
     _, solved = solve_pairs(
         problem, costs, combination, options, memory.start(problem, pairs) if memory else [],
         potentials=memory is not None, dense=dense, target=of_target,
     )  # fmt: skip
     if memory is not None:
         memory.keep(solved)
+    if kind is not None and solved.settings:
+        keep(kind, problem, solved.settings)
     return solved.loss
 
 

@@ -21,7 +21,7 @@ from otloss.problem import Problem
 from otloss.streamed_functions import solve_by_rows
 from otloss.target import SelfProblem
 
-__all__ = ["Solved", "report", "run"]
+__all__ = ["Solved", "evaluated", "report", "run"]
 
 
 @dataclass
@@ -84,6 +84,7 @@ def run(
         single=_are_single(problem, points, options),
         eps=ops.number(options.eps),
         rho=ops.penalties(options.rho_x, options.rho_y),
+        tol=ops.number(options.tol),
         live=live,
         target=target,
         system=system,
@@ -95,15 +96,20 @@ def run(
         return scale.up(solved, given, pairs, coefficients) if scale else solved
     tensors = (*costs, *points, *problem.weights, *init)
     sizes = [len(costs), len(points), len(problem.weights), len(init)]
+    solved = evaluated(settings, sizes, tensors)
+    return scale.up(solved, given, pairs, coefficients) if scale else solved
+
+
+def evaluated(settings: Settings, sizes: list[int], tensors: Sequence[Tensor]) -> Solved:
+    """What ``Solve`` gives, with a node where a gradient flows."""
     # Forward-mode derivatives are not available, which only a node says.
-    if live or forward_ad._current_level >= 0:
+    if settings.live or forward_ad._current_level >= 0:
         outputs = Solve.apply(settings, sizes, *tensors)
     else:
         outputs, *_ = evaluate(settings, sizes, tensors)
     loss, how, *rest = outputs
     half = len(rest) // 2
-    solved = Solved(loss, how, tuple(rest[:half]), tuple(rest[half:]), settings)
-    return scale.up(solved, given, pairs, coefficients) if scale else solved
+    return Solved(loss, how, tuple(rest[:half]), tuple(rest[half:]), settings)
 
 
 def _live_pairs(

@@ -71,7 +71,8 @@ def worst(rows: list[list[float]]) -> Status:
 
 def max_cost(rows: list[list[float]]) -> float:
     """The largest cost of a call, infinite where one is not finite."""
-    return max([_or_infinite(row[ops.MAX_COST]) for row in rows])
+    costs = [row[ops.MAX_COST] for row in rows]
+    return max([cost if cost >= 0 else math.inf for cost in costs])
 
 
 def warn_not_converged(options: Options, rows: list[list[float]], dtype: torch.dtype) -> None:

@@ -149,7 +149,7 @@ def evaluate(
     loss, status, f, g, traces, made, prepared = implementation(o.method).solve(
         *s.arguments(inputs),
         inputs.init,
-        ops.number(o.tol),
+        s.tol,
         o.max_iters,
         o.n_iters,
         s.trace,
@@ -178,12 +178,12 @@ def _inputs(tensors: Sequence[Tensor], sizes: list[int], *, single: bool) -> Inp
     """As the operations take them."""
     points, weights = sizes[0], sizes[0] + sizes[1]
     init = weights + sizes[2]
-    return Inputs(
-        [C.contiguous() for C in tensors[:points]],
-        [x if single else batched(x) for x in tensors[points:weights]],
-        [w.contiguous() for w in tensors[weights:init]],
-        [v.contiguous() for v in tensors[init:]],
-    )
+    clouds = tensors[points:weights]
+    others = [
+        [t.contiguous() for t in some] if some else []  # an empty comprehension takes time, too
+        for some in (tensors[:points], tensors[weights:init], tensors[init:])
+    ]
+    return Inputs(others[0], list(clouds) if single else [batched(x) for x in clouds], *others[1:])
 
 
 def _seeds(

@@ -46,6 +46,7 @@ class Settings(NamedTuple):
     single: bool  # operations get single clouds (n, d) as they are: no view takes time
     eps: Tensor  # made once for both passes, like rho, from the options
     rho: Tensor | None
+    tol: Tensor
     live: Sequence[int] = ()  # the pairs that a gradient flows through
     target: SelfProblem | None = None  # the last pair, where its solution is kept
     system: list[Tensor] | None = None  # receives the status of the implicit gradient's system
