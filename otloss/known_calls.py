@@ -51,14 +51,11 @@ def kind_of_call(
     Clouds of up to ``LARGEST_KEPT`` points are too small for the engine that a look at the points
     decides on, unless it is asked for by name.
     """
-    for w in weights.values():
-        if w is not None:
-            return None
+    if not ops.makes_plain_tensors() or any(w is not None for w in weights.values()):
+        return None
     if not (isinstance(options.eps, float) and isinstance(options.cost, str)):
         return None
     if options.method == "multiscale" or forward_ad._current_level >= 0:
-        return None
-    if not ops.makes_plain_tensors():
         return None
     kind = [options, torch.is_grad_enabled(), method.dense_budget]
     kind += [*combination.pairs, *combination.coefficients]
@@ -77,7 +74,7 @@ def kind_of_call(
 
 
 def known_call(kind: Any) -> KnownCall | None:
-    return _calls.get(kind)
+    return None if kind is None else _calls.get(kind)
 
 
 def keep(kind: Any, problem: Problem, settings: Settings) -> None:
