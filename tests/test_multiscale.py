@@ -321,7 +321,7 @@ def test_unbalanced(strength, rng):
         assert float((one - other).norm()) <= 10 * TOL * float(other.norm())
 
 
-@pytest.mark.parametrize(("shift", "eps"), [(4.0, 0.1), (8.0, 0.1), (14.0, 20.0)])
+@pytest.mark.parametrize(("shift", "eps"), [(4.0, 0.1), (14.0, 20.0)])
 def test_little_of_an_unbalanced_plan(shift, eps, rng):
     """Of all of it, or of the rows of a part that is far: what is left out is little of these."""
     x, y = randn(rng, N, 2), randn(rng, M, 2)
@@ -337,10 +337,11 @@ def test_little_of_an_unbalanced_plan(shift, eps, rng):
             P = got.plan  # all of it
             for mean, part, to in zip(means, (P, P.T), (c.y, c.x), strict=True):
                 assert float((mean - part @ to / part.sum(1)[:, None]).norm(dim=1).max()) < 0.01
-        ways = [
-            c.grads(c.loss(eps, debiased=False, method=method, tol=tol, **options))
-            for method, tol in (("multiscale", TOL / 10), ("dense", 1e-9))
-        ]
+        ways = []
+        for method, tol in (("multiscale", TOL / 10), ("dense", 1e-9)):
+            of = {**options, "method": method, "tol": tol}
+            (f, g), loss = c.solve(eps, **of).potentials, c.loss(eps, debiased=False, **of)
+            ways.append([*c.grads(loss), *c.grads(f.square().mean() + g.square().mean())])
         for one, other in zip(*ways, strict=True):
             assert float((one - other).norm()) <= 10 * TOL * float(other.norm())
 

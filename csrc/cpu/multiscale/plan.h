@@ -23,7 +23,7 @@ struct Fixed {
 
   template <typename T>
   Fixed(const PointPair<T>& points, int64_t p, int64_t n, const T* a, const T* f, int64_t m,
-        const T* b, const T* v, bool one, double eps, bool split, const Penalties& penalties = {})
+        const T* b, const T* v, bool one, double eps, bool split, const Penalties& penalties)
       : clouds(points, p, n, a + p * n, m, b + p * m, one, split),
         x(clouds.x),
         y(one ? clouds.x : clouds.y),
