@@ -1,5 +1,5 @@
 // What the blocks of a solve know, once per block in shared memory: threads hold nothing of it
-// between passes. One thread writes, between two barriers (Solver::one), all read.
+// between passes. One thread writes, between two barriers (Team::one), all read.
 #pragma once
 
 #include <limits>
