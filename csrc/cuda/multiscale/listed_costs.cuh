@@ -16,6 +16,8 @@ struct ListedArguments {
   float* log_w;     // (vector_length,)
   bool exact;       // all sums are over all pairs, in double
   double left_out;  // bound of the part of the plan that sums of a side may leave out
+  int64_t* passes;  // of the finest level's stages before, in and out, or null
+  bool last;        // stage
 };
 
 constexpr int kListedVectors = 5;
@@ -41,6 +43,10 @@ class ListedCosts {
 
   // By one thread.
   OTLOSS_DEVICE void place(const SolveGroup<double>&, int64_t) {
+    if (args_.passes) {
+      s_.max_iters -= *args_.passes;
+      if (!args_.last) s_.max_iters = stage_passes(s_.max_iters);
+    }
     double* vectors = args_.vectors;
     for (double** const v : {&state_.F, &state_.a, &state_.s, &state_.U, &state_.guess})
       *v = vectors, vectors += args_.solve.vector_length;
@@ -273,6 +279,8 @@ struct ListedSolve : ListedArguments {
     using Costs = ListedCosts<kD, Block>;
     Costs costs(block, *this, team, state.solver, state.listed);
     Solver<double, Block, Costs> solver(block, solve, costs, team, state.solver);
+    if (first && passes && !last && stage_passes(solve.options.max_iters - *passes) == 0)
+      return true;
     if (block.thread() == 0) state.solver.group = &p;  // another address in every launch
     block.sync();
     if (!first && !costs.complete()) return false;
@@ -282,7 +290,10 @@ struct ListedSolve : ListedArguments {
     }
     solver.write_potentials();
     solver.write_status();
-    if (block.thread() == 0) *doubtful = state.solver.doubtful;
+    if (block.thread() != 0) return true;
+    *doubtful = state.solver.doubtful;
+    if (passes)
+      p.status[kStatusIterations] = static_cast<double>(*passes += state.solver.control.passes());
     return true;
   }
 };

@@ -39,6 +39,7 @@ class Evaluation {
     s_.x.rate = 1 / p.penalties.rho_x, s_.y.rate = 1 / p.penalties.rho_y;
     s_.soft = !(s_.x.hard() && s_.y.hard());
     s_.balanced = p.penalties.balanced;
+    s_.max_iters = options().max_iters;
     s_.symmetric = p.symmetric && options().n_iters < 0;
     s_.weights = p.a + batch * p.n, s_.b = p.b + batch * p.m;
     const T* const start = args_.starts[&p - args_.groups.items];
@@ -85,7 +86,7 @@ class Evaluation {
       const double points_y = equal_points(mass[1], mass[3]);
       s_.mass_x = snapped_total(mass[0], roundoff<T>());
       s_.mass_y = s_.balanced ? s_.mass_x : snapped_total(mass[1], roundoff<T>());
-      s_.control = StepControl(options().eps, options().tol, options().max_iters, s_.mass_y,
+      s_.control = StepControl(options().eps, options().tol, s_.max_iters, s_.mass_y,
                                points_x < points_y ? points_x : points_y);
       s_.set_eps(options().eps);
     });

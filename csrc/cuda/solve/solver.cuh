@@ -186,7 +186,7 @@ class Solver : Evaluation<T, Block, Costs> {
 
   OTLOSS_NOINLINE bool symmetric_turn() {
     this->observe_symmetric();
-    if (s_.control.stop().ends() || s_.control.passes() >= options().max_iters) return false;
+    if (s_.control.stop().ends() || s_.control.passes() >= s_.max_iters) return false;
     const T step = static_cast<T>(SymmetricRule(s_.damping).relaxation);
     const T to_cost = s_.to_cost * static_cast<T>(s_.damping);
     for_own([&](int i, T& f) {
