@@ -144,6 +144,10 @@ class Team {
     for (int j = begin + block_.thread(); j < end; j += kThreads) function(j);
   }
   template <typename F>
+  OTLOSS_DEVICE void for_side(int side, F&& function) const {  // 0: rows
+    side == 0 ? for_rows(function) : for_columns(function);
+  }
+  template <typename F>
   OTLOSS_DEVICE void for_entries(F&& function) const {
     const int rows = this->rows(), m = this->m();
     for (int i = block_.thread() / kWarp; i < rows; i += kWarps)

@@ -55,7 +55,7 @@ struct ImplicitWork {
     T* const G = plan.G + batch * packed_stride(p.m);
     ImplicitSystem<ControlTeam<Block>> system(team, state);
     if (!first) {
-      if (!complete(block, team, state, F, G)) return false;
+      if (!complete(team, state, F, G)) return false;
       system.advance();
     } else {
       load(team, state, p, batch);
@@ -139,9 +139,8 @@ struct ImplicitWork {
   }
 
   // After a sweep. Whether the order is done; else the other side's sums are asked for.
-  template <class Block, class Team>
-  OTLOSS_DEVICE bool complete(Block&, Team& team, const State& state, const T* F,
-                              const T* G) const {
+  template <class Team>
+  OTLOSS_DEVICE bool complete(Team& team, const State& state, const T* F, const T* G) const {
     const PlanOrder& order = state.order;
     const bool product = order.what == PlanOf::kProduct;
     const auto sum = [&](int i, const T* exponents) {
