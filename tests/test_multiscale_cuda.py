@@ -200,6 +200,20 @@ def test_small_mass_that_goes_far_is_not_missed(gpu, rng):
     assert proven > 0
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_COMPILER, reason="needs g++")
+@pytest.mark.filterwarnings("ignore::otloss.ConvergenceWarning")
+def test_passes_of_all_stages_of_the_finest_level_count(rng):
+    """An eps that takes stages there takes hardly more launches than one that does not."""
+    c = Clouds(rand(rng, N, 2), rand(rng, M, 2), None, None)
+    launches = []
+    for eps in (1e-2, 1e-4):
+        before = emulated().launches()
+        assert solved(c, eps, on_host, max_iters=6).n_iters == 6
+        launches.append(emulated().launches() - before)
+    assert launches[1] <= 1.4 * launches[0]
+
+
 @on_gpu
 def test_what_is_not_available_is_refused(gpu, rng):
     c = clouds(rng, 300, 280, 2)

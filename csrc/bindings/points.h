@@ -4,6 +4,7 @@
 #pragma once
 
 #include "bindings/problem.h"
+#include "cost_kernels.h"
 
 namespace otloss {
 

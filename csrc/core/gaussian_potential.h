@@ -16,11 +16,7 @@
 
 #include <cmath>
 
-#if defined(__CUDACC__)
-#define OTLOSS_COOPERATIVE __device__ __forceinline__
-#else
-#define OTLOSS_COOPERATIVE inline
-#endif
+#include "core/math.h"
 
 namespace otloss {
 

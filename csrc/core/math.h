@@ -11,8 +11,10 @@
 
 #if defined(__CUDACC__)
 #define OTLOSS_HOST_DEVICE __host__ __device__ __forceinline__
+#define OTLOSS_COOPERATIVE __device__ __forceinline__  // the work of a thread of several
 #else
 #define OTLOSS_HOST_DEVICE inline __attribute__((always_inline))
+#define OTLOSS_COOPERATIVE inline
 #endif
 
 namespace otloss {
@@ -200,6 +202,10 @@ template <typename T>
 OTLOSS_HOST_DEVICE bool trusted(T sum) {
   return sum > static_cast<T>(1.0 / kTrusted) && sum < static_cast<T>(kTrusted);
 }
+
+struct TwoSums {
+  double first, second;
+};
 
 // log2(sum_j 2^{t_j}) one term at a time: the running maximum and the sum relative to it.
 template <typename T>

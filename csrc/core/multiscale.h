@@ -22,6 +22,13 @@ constexpr double kLog2Ratio = 2.2;  // of one eps to the next within a level, at
 // clouds, of one against itself.
 constexpr double kPerSpread = 1.5, kSelfPerSpread = 6;
 
+// Of the finest level all passes count: what a stage before the last may take of those that are
+// left. 0: it is left out.
+OTLOSS_HOST_DEVICE int64_t stage_passes(int64_t left) {
+  const int64_t half = left / 2;
+  return half < 2 ? 0 : half < kStagePasses ? half : kStagePasses;
+}
+
 OTLOSS_HOST_DEVICE int64_t level_count(int64_t n) {
   int64_t count = 1;
   for (; n > kCoarsest; n = (n + kPoints - 1) / kPoints) ++count;

@@ -10,8 +10,8 @@
 #include <memory>
 #include <thread>
 
+#include "cost_kernels.h"
 #include "cpu/parallel.h"
-#include "kernels.h"
 
 namespace otloss::cpu {
 namespace {

@@ -16,13 +16,13 @@
 #include <vector>
 
 #include "core/costs.h"
+#include "cost_kernels.h"
 #include "cpu/cost/points.h"
 #include "cpu/parallel.h"
 #include "cpu/simd/rows_product.h"
 #include "cpu/simd/simd.h"
 #include "cpu/simd/sweep.h"
 #include "cpu/solve/marginal.h"
-#include "kernels.h"
 
 namespace otloss::cpu {
 namespace {

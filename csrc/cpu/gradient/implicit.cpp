@@ -1,6 +1,7 @@
-// The gradient of the solution (implicit_system.h), of all pairs: the plan is kept where costs are
-// stored. Where they are made from points, a product makes the plan again, a few rows at a time,
-// and what the points receive from C_bar is one more pass for each side.
+// The gradient of the solution (core/implicit_system.h), of all pairs: the plan is kept where costs
+// are stored. Where they are made from points, a product makes the plan again, a few rows at a
+// time, and what the points receive from C_bar is one more pass for each side.
+#include <algorithm>
 #include <vector>
 
 #include "core/math.h"
@@ -24,52 +25,49 @@ class ImplicitProblem final : public PlanProducts {
   ImplicitProblem(const ImplicitGroup<T>& group, int64_t p, double eps, Objective objective,
                   bool split)
       : group_(group), problem_(p), eps_(eps), objective_(objective), split_(split) {
-    const std::vector<T> g(system_.y.v.begin(), system_.y.v.end());
+    const std::vector<T> g(system_.y.v, system_.y.v + m_);
     for (int64_t i = 0; i < n_; ++i) F_[i] = static_cast<T>(kLog2E / eps * system_.x.v[i]);
     absorb_weights(m_, factor<T>(eps), g.data(), b_, G_.data());
   }
 
   // Gradients of scale * value + <grad_f, f> + <grad_g, g>.
   void run() {
-    SystemSide &x = system_.x, &y = system_.y;
-    x.v_bar = x.of_mass(group_.grad_f ? group_.grad_f + problem_ * n_ : nullptr);
-    y.v_bar = y.of_mass(group_.grad_g ? group_.grad_g + problem_ * m_ : nullptr);
-    const CgReport report = system_.solve(*this, objective_, scale_, kTolerance<T>);
-    put_status(report, group_.status + problem_ * kImplicitStatusFields);
+    const SystemSide &x = system_.x, &y = system_.y;
+    take(x, group_.grad_f ? group_.grad_f + problem_ * n_ : nullptr, x.v_bar);
+    take(y, group_.grad_g ? group_.grad_g + problem_ * m_ : nullptr, y.v_bar);
+    system_.solve(*this, objective_, scale_, kTolerance<T>,
+                  group_.status + problem_ * kImplicitStatusFields);
     if (group_.grad_C) cost_gradient(group_.grad_C + problem_ * n_ * m_);
     const MadeCost<T>& made = group_.made;
     if (made.x.sum && !interrupted()) side_sums(made.points, x, a_, y, b_, made.x);
     if (made.y.sum && !interrupted()) side_sums(exchanged(made.points), y, b_, x, a_, made.y);
     if (!group_.grad_a) return;
-    const double shift = system_.weight_shift();
-    x.weight_gradient_to(shift, group_.grad_a + problem_ * n_);
-    y.weight_gradient_to(-shift, group_.grad_b + problem_ * m_);
+    system_.rules().put_weights(group_.grad_a + problem_ * n_, group_.grad_b + problem_ * m_);
   }
 
-  void sums(bool of_costs, Vector& rows, Vector& columns) override {
+  void sums(bool of_costs, double* rows, double* columns) override {
     columns_.clear();
     for_each_block([&](int64_t part, const T* P, const T* C, int64_t i, int64_t count) {
-      plan_sums(
-          PlanSums<T>{count, m_, P, of_costs ? C : nullptr, rows.data() + i, columns_.part(part)});
+      plan_sums(PlanSums<T>{count, m_, P, of_costs ? C : nullptr, rows + i, columns_.part(part)});
     });
     plan_is_kept_ = kept_P_ != nullptr;
-    columns.assign(columns_.total(), columns_.total() + m_);
+    std::copy_n(columns_.total(), m_, columns);
   }
 
-  void product(const double* x, const double* base, const double* factor, Vector& w,
-               Vector* y) override {
+  void product(const double* x, const double* base, const double* factor, double* w,
+               double* y) override {
     columns_.clear();
     for_each_block([&](int64_t part, const T* P, const T*, int64_t i, int64_t rows) {
-      plan_product(PlanProduct<T>{rows, m_, P, x, base ? base + i : nullptr, factor + i,
-                                  w.data() + i, y ? columns_.part(part) : nullptr});
+      plan_product(PlanProduct<T>{rows, m_, P, x, base ? base + i : nullptr, factor + i, w + i,
+                                  y ? columns_.part(part) : nullptr});
     });
-    if (y) y->assign(columns_.total(), columns_.total() + m_);
+    if (y) std::copy_n(columns_.total(), m_, y);
   }
 
  private:
   void cost_gradient(T* grad_C) {
-    const std::vector<T> alpha(system_.x.solution.begin(), system_.x.solution.end());
-    const std::vector<T> beta(system_.y.solution.begin(), system_.y.solution.end());
+    const std::vector<T> alpha(system_.x.solution, system_.x.solution + n_);
+    const std::vector<T> beta(system_.y.solution, system_.y.solution + m_);
     const T s = static_cast<T>(scale_), t = static_cast<T>(of_cost_);
     for_each_block([&](int64_t, const T* P, const T* C, int64_t i, int64_t rows) {
       weigh_plan(
@@ -86,7 +84,7 @@ class ImplicitProblem final : public PlanProducts {
     for (int64_t i = 0; i < rows.count; ++i) alpha[i] = static_cast<T>(sides * rows.solution[i]);
     for (int64_t j = 0; j < columns.count; ++j)
       beta[j] = static_cast<T>(sides * columns.solution[j]);
-    const std::vector<T> f(rows.v.begin(), rows.v.end()), g(columns.v.begin(), columns.v.end());
+    const std::vector<T> f(rows.v, rows.v + rows.count), g(columns.v, columns.v + columns.count);
     point_sums(
         points, rows.count - group_.dummies, columns.count - group_.dummies, problem_, symmetric_,
         split_,
@@ -120,13 +118,13 @@ class ImplicitProblem final : public PlanProducts {
   const int64_t n_ = group_.n, m_ = group_.m;
   const T* const a_ = group_.a + problem_ * n_;  // (n,)
   const T* const b_ = group_.b + problem_ * m_;  // (m,)
-  ImplicitSystem system_{Side<T>(n_, a_, group_.penalties.rho_x),
-                         group_.f + problem_ * n_,
-                         Side<T>(m_, b_, group_.penalties.rho_y),
-                         group_.g + problem_ * m_,
-                         eps_,
-                         group_.penalties.balanced,
-                         symmetric_};
+  ProblemSystem system_{Side<T>(n_, a_, group_.penalties.rho_x),
+                        group_.f + problem_ * n_,
+                        Side<T>(m_, b_, group_.penalties.rho_y),
+                        group_.g + problem_ * m_,
+                        eps_,
+                        group_.penalties.balanced,
+                        symmetric_};
   T* const kept_P_ = group_.P ? group_.P + problem_ * n_ * m_ : nullptr;  // (n, m) or null
   bool plan_is_kept_ = false;
   CostBlocks<T> costs_{

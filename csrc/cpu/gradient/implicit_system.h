@@ -1,154 +1,121 @@
-// The derivative of the solution: the optimality conditions, differentiated and solved.
-//
-// At the solution the plan P = a b exp((f + g - C) / eps) has marginals r = a and c = b, so that
-//     [diag(r)  P     ] (df)   (sum_j P_ij (dC_ij - eps db_j / b_j))
-//     [P^T      diag(c)] (dg) = (sum_i P_ij (dC_ij - eps da_i / a_i)).
-// Gradients f_bar, g_bar of f and g therefore go back through the same symmetric matrix,
-//     M (alpha, beta) = (f_bar, g_bar),  C_bar_ij += P_ij (alpha_i + beta_j),
-//     a_bar_i -= eps sum_j P_ij beta_j / a_i,  b_bar_j -= eps sum_i P_ij alpha_i / b_j.
-// M has the null vector (1, -1): only f_i + g_j is determined. f and g stand for the solution with
-// <a, f> = <b, g>, which moves f_bar, g_bar into the range of M.
-//
-// Where a marginal is soft, r_i = a_i exp(-f_i / rho) at the solution. That divides r in M by the
-// damping rho / (rho + eps), likewise c, and changes nothing else: M is then regular.
-//
-// Eliminating alpha leaves S beta = g_bar - P^T (f_bar / r) with S = diag(c) - P^T diag(1/r) P, a
-// weighted graph's Laplacian, solved by conjugate gradients preconditioned by diag(c). Eliminating
-// beta instead would have the same spectrum; this way a product with S is one reading of P, row by
-// row: w_i = sum_j P_ij x_j / r_i, then y_j += P_ij w_i. All vectors and sums are double; r and c
-// are P's own sums, so that S 1 = 0 to rounding even when P is float.
-//
-// A cloud against itself has one potential, and the system is (diag(r) + P) alpha = h with
-// h = (f_bar + g_bar) / 2: well conditioned whatever eps, while S vanishes as eps does.
+// The linear system of the implicit gradient (core/implicit_system.h) on a CPU.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
-#include "cpu/solve/conjugate_gradients.h"
+#include "core/implicit_system.h"
+#include "cpu/parallel.h"
 #include "cpu/solve/marginal.h"
 #include "kernels.h"
 
 namespace otloss::cpu {
+
+using Vector = std::vector<double>;
 
 // The plan, as the system reads it.
 class PlanProducts {
  public:
   virtual ~PlanProducts() = default;
   // Row and column sums of P, or of P C.
-  virtual void sums(bool of_costs, Vector& rows, Vector& columns) = 0;
+  virtual void sums(bool of_costs, double* rows, double* columns) = 0;
   // w = base + factor P x and, unless it is null, y = P^T w. x and base may be null.
-  virtual void product(const double* x, const double* base, const double* factor, Vector& w,
-                       Vector* y) = 0;
+  virtual void product(const double* x, const double* base, const double* factor, double* w,
+                       double* y) = 0;
 };
 
-inline double quotient(double value, double weight) { return weight > 0 ? value / weight : 0.0; }
+// The team of one thread. In vector lanes.
+struct OneThread {
+  int n, m;
 
-// The rows or the columns of the system.
-struct SystemSide : Penalty {
-  int64_t count;
-  double mass;
-  Vector weight;
-  Vector v;                  // the potential, with <a, f> = <b, g> if balanced
-  Vector v_bar, weight_bar;  // gradients: of the potential from outside, of the weights
-  Vector sum, inverse;       // sums of P over the damping, and 1 over them, 0 for padding
-  Vector solution;           // alpha or beta
-
-  template <typename T>
-  SystemSide(const Side<T>& side, const T* potential)
-      : Penalty(side),
-        count(side.count),
-        mass(side.mass),
-        weight(side.weight, side.weight + count),
-        v(of_mass(potential)),
-        v_bar(count),
-        weight_bar(count),
-        sum(count),
-        inverse(count),
-        solution(count) {}
-
-  // 0 in place of what may be anything, where there is no weight, or null.
-  template <typename T>
-  Vector of_mass(const T* values) const {
-    Vector result(count);
-    for (int64_t i = 0; i < count; ++i)
-      if (values && weight[i] > 0) result[i] = static_cast<double>(values[i]);
-    return result;
+  template <typename F>
+  void for_rows(F&& function) const {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) function(i);
   }
-  double dot(const Vector& x) const {
-    double total = 0;
-    for (int64_t i = 0; i < count; ++i) total += weight[i] * x[i];
-    return total;
+  template <typename F>
+  void for_columns(F&& function) const {
+#pragma omp simd
+    for (int j = 0; j < m; ++j) function(j);
   }
-  void shift_potential(double shift) {
-    for (int64_t i = 0; i < count; ++i) v[i] += weight[i] > 0 ? shift : 0.0;
+  template <typename F, typename G>
+  TwoSums sums(F&& of_row, G&& of_column) const {
+    double rows = 0, columns = 0;
+#pragma omp simd reduction(+ : rows)
+    for (int i = 0; i < n; ++i) rows += of_row(i);
+#pragma omp simd reduction(+ : columns)
+    for (int j = 0; j < m; ++j) columns += of_column(j);
+    return {rows, columns};
   }
-  // sums: of P.
-  void set_sums(double eps, const double* sums) {
-    for (int64_t i = 0; i < count; ++i) {
-      sum[i] = sums[i] / damping(eps);
-      inverse[i] = sum[i] > 0 ? 1.0 / sum[i] : 0.0;
+  template <typename F>
+  TwoSums column_sums(F&& function) const {
+    double first = 0, second = 0;
+#pragma omp simd reduction(+ : first, second)
+    for (int j = 0; j < m; ++j) {
+      const TwoSums terms = function(j);
+      first += terms.first, second += terms.second;
     }
+    return {first, second};
   }
-  // The objective's derivatives at fixed potentials: regularized, all there are at the solution.
-  void seed_value(double scale, double eps, bool balanced, double other_mass) {
-    for (int64_t i = 0; i < count; ++i)
-      weight_bar[i] = scale * (balanced ? v[i] : weight_gradient(eps, other_mass, v[i]));
-  }
-  // Those of <P, C>, from the sums of P C, and what it puts on the potential.
-  void seed_transport(double scale, double eps, const double* sums) {
-    for (int64_t i = 0; i < count; ++i) {
-      v_bar[i] += scale * sums[i] / eps;
-      weight_bar[i] = quotient(scale * sums[i], weight[i]);
-    }
-  }
-  // Moves a gradient of the potential along a constant to the weights.
-  void fix_gauge(double excess) {
-    for (int64_t i = 0; i < count; ++i) {
-      v_bar[i] -= excess * weight[i];
-      weight_bar[i] -= excess * v[i];
-    }
-  }
-  template <typename T>
-  void weight_gradient_to(double shift, T* grad) const {
-    for (int64_t i = 0; i < count; ++i)
-      grad[i] = weight[i] > 0 ? static_cast<T>(weight_bar[i] + shift) : T(0);
+  template <typename F>
+  void one(F&& function) const {
+    function();
   }
 };
 
-class ImplicitSystem {
+// 0 where there is no weight, and in place of null.
+template <typename T>
+void take(const SystemSide& side, const T* values, double* to) {
+  for (int64_t i = 0; i < side.count; ++i)
+    to[i] = values && side.weight[i] > 0 ? static_cast<double>(values[i]) : 0.0;
+}
+
+// Of one problem.
+class ProblemSystem : public ImplicitState {
  public:
-  SystemSide x, y;  // v_bar is set before `solve`
-
   template <typename T>
-  ImplicitSystem(const Side<T>& x, const T* f, const Side<T>& y, const T* g, double eps,
-                 bool balanced, bool symmetric)
-      : x(x, f), y(y, g), eps_(eps), balanced_(balanced), symmetric_(symmetric) {
-    fix_potentials();
+  ProblemSystem(const Side<T>& rows, const T* f, const Side<T>& columns, const T* g, double eps,
+                bool balanced, bool symmetric)
+      : ImplicitState{},
+        team_{static_cast<int>(rows.count), static_cast<int>(columns.count)},
+        memory_(kVectors * std::max(rows.count, columns.count)) {
+    place(memory_.data(), std::max(rows.count, columns.count));
+    this->eps = eps, this->balanced = balanced, this->symmetric = symmetric;
+    const auto load = [](SystemSide& to, const Side<T>& from, const T* potential) {
+      static_cast<Penalty&>(to) = from;
+      to.count = from.count, to.mass = from.mass;
+      std::copy_n(from.weight, from.count, to.weight);
+      take(to, potential, to.v);
+    };
+    load(x, rows, f), load(y, columns, g);
+    rules().fix_potentials();
   }
+  ProblemSystem(const ProblemSystem&) = delete;
 
-  // Gradients of scale * value + <f_bar, f> + <g_bar, g>: alpha and beta, and those of the weights.
-  // Iterations stop at a residual of `tol`.
-  CgReport solve(PlanProducts& plan, Objective objective, double scale, double tol);
+  ImplicitSystem<OneThread> rules() { return {team_, *this}; }
 
-  // What to add to the gradients of a, and take from those of b: of (a_bar + t, b_bar - t), all
-  // gradients on weights of equal total, that with <a, a_bar> = <b, b_bar>.
-  double weight_shift() const {
-    return balanced_ ? (y.dot(y.weight_bar) - x.dot(x.weight_bar)) / (x.mass + y.mass) : 0.0;
+  // Gradients of scale * value + <f_bar, f> + <g_bar, g>, by iterations to a residual of `tol`.
+  // v_bar of both sides is set before.
+  void solve(PlanProducts& plan, Objective objective, double scale, double tol, double* status) {
+    this->scale = scale, this->tol = tol;
+    transport = objective == Objective::kTransport;
+    ImplicitSystem<OneThread> system = rules();
+    Vector unwanted(symmetric ? y.count : 0);
+    for (system.open(); order.what != PlanOf::kNothing && !interrupted(); system.advance()) {
+      const PlanOrder now = order;
+      if (now.what == PlanOf::kProduct)
+        plan.product(now.x, now.base, now.factor, now.w, now.y);
+      else
+        plan.sums(now.what == PlanOf::kCostSums, now.w, now.y ? now.y : unwanted.data());
+    }
+    status[kImplicitIterations] = static_cast<double>(iterations);
+    status[kImplicitResidual] = residual();
   }
 
  private:
-  void fix_potentials();
-  CgReport solve_pair(PlanProducts& plan, double tol);
-  CgReport solve_symmetric(PlanProducts& plan, double tol);
-
-  double eps_;
-  bool balanced_, symmetric_;
+  OneThread team_;
+  Vector memory_;
 };
-
-inline void put_status(const CgReport& report, double* status) {
-  status[kImplicitIterations] = static_cast<double>(report.iterations);
-  status[kImplicitResidual] = report.residual;
-}
 
 }  // namespace otloss::cpu

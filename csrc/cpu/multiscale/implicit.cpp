@@ -22,26 +22,28 @@ class ListedPlan final : public PlanProducts {
         f_(scaled(fixed.F, eps / kLog2E)),
         G_(scaled(fixed.g, kLog2E / eps)) {}
 
-  void sums(bool of_costs, Vector& rows, Vector& columns) override {
+  void sums(bool of_costs, double* rows, double* columns) override {
     if (of_costs) {
-      rows = rows_.cost_sums(eps_, fixed_.F.data(), fixed_.g.data());
-      columns = columns_.cost_sums(eps_, G_.data(), f_.data());
+      const auto put = [](const Vector& sums, double* to) {
+        std::copy(sums.begin(), sums.end(), to);
+      };
+      put(rows_.cost_sums(eps_, fixed_.F.data(), fixed_.g.data()), rows);
+      put(columns_.cost_sums(eps_, G_.data(), f_.data()), columns);
     } else {
-      const Vector row_ones(rows.size(), 1.0), column_ones(columns.size(), 1.0);
-      Vector same(rows.size());
+      const Vector row_ones(f_.size(), 1.0), column_ones(G_.size(), 1.0);
+      Vector same(f_.size());
       product(column_ones.data(), nullptr, row_ones.data(), rows, nullptr);
-      product(nullptr, row_ones.data(), row_ones.data(), same, &columns);
+      product(nullptr, row_ones.data(), row_ones.data(), same.data(), columns);
     }
   }
 
-  void product(const double* x, const double* base, const double* factor, Vector& w,
-               Vector* y) override {
-    rows_.product(eps_, fixed_.F.data(), fixed_.g.data(), x, base, factor, w.data(),
-                  y ? y->data() : nullptr);
+  void product(const double* x, const double* base, const double* factor, double* w,
+               double* y) override {
+    rows_.product(eps_, fixed_.F.data(), fixed_.g.data(), x, base, factor, w, y);
   }
 
   // Of x_i the sum of P_ij (scale + alpha_i + beta_j) (y_j - x_i), (n, d), and of y_j likewise.
-  void displacements(double scale, const ImplicitSystem& system, Vector& of_x, Vector& of_y) {
+  void displacements(double scale, const ProblemSystem& system, Vector& of_x, Vector& of_y) {
     const Cloud &x = fixed_.x, &y = fixed_.y;
     Vector of_rows(x.size * x.d), of_columns(y.size * x.d);
     of_x.resize(of_rows.size()), of_y.resize(of_columns.size());
@@ -82,18 +84,19 @@ class ImplicitProblem {
       : group_(group), problem_(p), eps_(eps), objective_(objective), split_(split) {}
 
   void run() {
-    SystemSide &x = system_.x, &y = system_.y;
-    x.v_bar = in_order(group_.grad_f, x_), y.v_bar = in_order(group_.grad_g, y_);
+    const SystemSide &x = system_.x, &y = system_.y;
+    take(x, in_order(group_.grad_f, x_).data(), x.v_bar);
+    take(y, in_order(group_.grad_g, y_).data(), y.v_bar);
     ListedPlan plan(fixed_, eps_, split_);
-    const CgReport report = system_.solve(plan, objective_, scale_, kTolerance);
-    put_status(report, group_.status + problem_ * kImplicitStatusFields);
+    system_.solve(plan, objective_, scale_, kTolerance,
+                  group_.status + problem_ * kImplicitStatusFields);
     if (interrupted()) return;
     if (objective_ == Objective::kRegularized)
       point_gradients(plan);
     else
       transport_gradients();
     if (!group_.grad_a) return;
-    const double shift = system_.weight_shift();
+    const double shift = system_.rules().weight_shift();
     weights_to(x, shift, x_, group_.grad_a), weights_to(y, -shift, y_, group_.grad_b);
   }
 
@@ -135,7 +138,7 @@ class ImplicitProblem {
   void transport_gradients() {
     const MadeCost<T>& made = group_.made;
     const double sides = group_.symmetric ? 2 : 1;
-    const auto as_given = [&](const Vector& values, const Order& order, double factor) {
+    const auto as_given = [&](const double* values, const Order& order, double factor) {
       std::vector<T> result(order.count);
       for (size_t i = 0; i < order.in.size(); ++i)
         result[order.in[i]] = static_cast<T>(factor * values[i]);
@@ -166,7 +169,7 @@ class ImplicitProblem {
                      group_.f,         group_.m, group_.b, group_.g,
                      group_.symmetric, eps_,     split_,   group_.penalties};
   const Order x_{fixed_.in_x, fixed_.x.size, group_.n}, y_{fixed_.in_y, fixed_.y.size, group_.m};
-  ImplicitSystem system_{
+  ProblemSystem system_{
       Side<double>(x_.size, in_order(group_.a, x_).data(), group_.penalties.rho_x),
       in_order(group_.f, x_).data(),
       Side<double>(y_.size, in_order(group_.b, y_).data(), group_.penalties.rho_y),

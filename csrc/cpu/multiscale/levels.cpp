@@ -138,8 +138,7 @@ struct Finer {
   }
 };
 
-// A level's solve at one eps after the other, from `at` to `target`, which `at` is then. On the
-// finest one all passes count: a stage takes half of those that are left at most.
+// A level's solve at one eps after the other, from `at` to `target`, which `at` is then.
 Outcome run_stages(Engine& engine, const SolveOptions& options, double target, bool finest,
                    double tol, double& at, std::vector<double>& F, std::vector<double>& g) {
   const int stages = std::max(1, static_cast<int>(std::ceil(std::log2(at / target) / kLog2Ratio)));
@@ -149,13 +148,12 @@ Outcome run_stages(Engine& engine, const SolveOptions& options, double target, b
   int64_t passes = 0;
   for (int s = 1; s <= stages; ++s) {
     const int64_t left = options.max_iters - passes;
-    if (finest && left < 4) s = stages;
+    if (finest && stage_passes(left) == 0) s = stages;
     const double next = s == stages ? target : from * std::pow(target / from, double(s) / stages);
     F = times(std::move(F), at / next);
     at = next;
     SolveOptions one = stage(options, at, finest && s == stages, tol);
-    if (finest)
-      one.max_iters = s == stages ? std::min(left, last) : std::min(kStagePasses, left / 2);
+    if (finest) one.max_iters = s == stages ? std::min(left, last) : stage_passes(left);
     outcome = cpu::solve_pair(engine, one, F.data(), g.data());
     passes += outcome.iterations;
   }

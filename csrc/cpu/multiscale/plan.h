@@ -70,7 +70,7 @@ void put(const PointSums<T>& out, int64_t p, int64_t count, int64_t d, double sc
       products[in[i] * d + c] = static_cast<T>(scale * displacement[i * d + c]);
 }
 
-// Of implicit_backward (gradient/implicit_system.h): every product from the lists of the first.
+// Of implicit_backward (core/implicit_system.h): every product from the lists of the first.
 template <typename T>
 void implicit_backward(const std::vector<ImplicitGroup<T>>& groups, double eps,
                        Objective objective);

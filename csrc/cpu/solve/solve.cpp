@@ -8,6 +8,7 @@
 
 #include "core/math.h"
 #include "core/rounding.h"
+#include "cost_kernels.h"
 #include "cpu/multiscale/levels.h"
 #include "cpu/simd/vectors.h"
 #include "cpu/solve/last_update.h"

@@ -14,6 +14,7 @@
 #include <string>
 
 #include "core/costs.h"
+#include "cost_kernels.h"
 #include "cuda/device/reduce.cuh"
 #include "cuda/device/team.cuh"
 #include "cuda/pass/tiles.cuh"

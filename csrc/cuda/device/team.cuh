@@ -123,6 +123,14 @@ class Team {
       block_.store(p, value);
   }
 
+  // By one thread of each block; all see what it writes, and none reads what is there before.
+  template <typename F>
+  OTLOSS_DEVICE void one(F&& function) const {
+    block_.sync();
+    if (block_.thread() == 0) function();
+    block_.sync();
+  }
+
   // Rows i < rows of the block, each by one thread, the block's columns, each by one thread, and
   // all entries of its rows: a warp per row, neighbouring lanes at neighbouring columns.
   template <typename F>
@@ -134,6 +142,10 @@ class Team {
   OTLOSS_DEVICE void for_columns(F&& function) const {
     const int begin = first_column(), end = begin + columns();
     for (int j = begin + block_.thread(); j < end; j += kThreads) function(j);
+  }
+  template <typename F>
+  OTLOSS_DEVICE void for_side(int side, F&& function) const {  // 0: rows
+    side == 0 ? for_rows(function) : for_columns(function);
   }
   template <typename F>
   OTLOSS_DEVICE void for_entries(F&& function) const {
@@ -159,6 +171,26 @@ class Team {
   template <int kCount>
   OTLOSS_DEVICE void sum(double (&values)[kCount]) {
     reduce<Sum>(values);
+  }
+
+  // Over the rows, and over the columns; or a pair over the columns.
+  template <typename F, typename G>
+  OTLOSS_DEVICE TwoSums sums(F&& of_row, G&& of_column) {
+    double sums[2] = {0, 0};
+    for_rows([&](int i) { sums[0] += of_row(i); });
+    for_columns([&](int j) { sums[1] += of_column(j); });
+    sum(sums);
+    return {sums[0], sums[1]};
+  }
+  template <typename F>
+  OTLOSS_DEVICE TwoSums column_sums(F&& function) {
+    double sums[2] = {0, 0};
+    for_columns([&](int j) {
+      const TwoSums terms = function(j);
+      sums[0] += terms.first, sums[1] += terms.second;
+    });
+    sum(sums);
+    return {sums[0], sums[1]};
   }
 
   // Up to kTeamValues values of which each block has a part: each is summed by one warp, that of

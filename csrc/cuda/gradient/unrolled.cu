@@ -79,18 +79,15 @@ class Adjoint {
 
   // Asks for the first sums.
   OTLOSS_DEVICE bool open() {
-    double sums[2] = {0, 0};
-    team_.for_rows([&](int i) { sums[0] += static_cast<double>(a_[i]); });
-    team_.for_columns([&](int j) { sums[1] += static_cast<double>(b_[j]); });
-    team_.sum(sums);
-    if (block_.thread() == 0) {
+    const TwoSums mass = team_.sums([&](int i) { return static_cast<double>(a_[i]); },
+                                    [&](int j) { return static_cast<double>(b_[j]); });
+    team_.one([&] {
       const bool balanced = p_.penalties.balanced;
-      state_.mass_a = sums[0], state_.mass_b = balanced ? sums[0] : sums[1];
-      state_.ratio = balanced ? sums[0] / sums[1] : 1.0;
+      state_.mass_a = mass.first, state_.mass_b = balanced ? mass.first : mass.second;
+      state_.ratio = balanced ? mass.first / mass.second : 1.0;
       const auto tiles = all_.points.tiles(batch_, p_.n, p_.m, p_.made.symmetric, k_);
       work_.orders.place(team_.index(), tiles, nullptr, nullptr);
-    }
-    block_.sync();
+    });
     make_H(p_.L - 1);
     if (work_.objective != Objective::kTransport) {
       seed_dual();
@@ -124,13 +121,11 @@ class Adjoint {
   OTLOSS_DEVICE bool ask(int64_t l, int side, RowSum what, const T* x) {
     const Exponents of = exponents(l);
     SweepOrder<T>& order = work_.orders.of[team_.index()];
-    block_.sync();
-    if (block_.thread() == 0) {
+    team_.one([&] {
       state_.l = l;
       order.tiles.F = of.F, order.tiles.G = of.G;
       order.ask(side, what, x);
-    }
-    block_.sync();
+    });
     order.pad(block_);
     return false;
   }

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "cuda/multiscale/sums.cuh"
-#include "cuda/pass/sweeps.cuh"
+#include "cuda/solve/launched_costs.cuh"
 #include "cuda/solve/solver.cuh"
 
 namespace otloss::cuda::multiscale {
@@ -16,14 +16,15 @@ struct ListedArguments {
   float* log_w;     // (vector_length,)
   bool exact;       // all sums are over all pairs, in double
   double left_out;  // bound of the part of the plan that sums of a side may leave out
+  int64_t* passes;  // of the finest level's stages before, in and out, or null
+  bool last;        // stage
 };
 
 constexpr int kListedVectors = 5;
 
 struct ListedState {
-  double *F, *a, *s;  // (n,)
-  double* U;          // (m,) k g, then k gt
-  double* guess;      // the potentials of a sum
+  double* U;      // (m,) k g, then k gt
+  double* guess;  // the potentials of a sum
   float threshold;
   int attempts;        // of better guesses
   double left_out[2];  // of the last sums of either side, over the total mass
@@ -41,10 +42,13 @@ class ListedCosts {
 
   // By one thread.
   OTLOSS_DEVICE void place(const SolveGroup<double>&, int64_t) {
+    if (args_.passes) {
+      s_.max_iters -= *args_.passes;
+      if (!args_.last) s_.max_iters = stage_passes(s_.max_iters);
+    }
     double* vectors = args_.vectors;
-    for (double** const v : {&state_.F, &state_.a, &state_.s, &state_.U, &state_.guess})
+    for (double** const v : {&s_.F, &s_.a, &s_.s, &state_.U, &state_.guess})
       *v = vectors, vectors += args_.solve.vector_length;
-    s_.F = state_.F, s_.a = state_.a, s_.s = state_.s;
     state_.threshold = static_cast<float>(fast_log2(kFirst * args_.left_out));
     state_.left_out[0] = state_.left_out[1] = state_.rounding = 0;
   }
@@ -73,7 +77,7 @@ class ListedCosts {
 
   // The next sums, of a side (0: rows) at its potentials.
   OTLOSS_DEVICE void ask(int side, RowSum what) {
-    for_side(side, [&](int i) { state_.guess[i] = potentials(side)[i]; });
+    team_.for_side(side, [&](int i) { state_.guess[i] = potentials(side)[i]; });
     block_.sync();  // nobody reads the order before any more
     if (block_.thread() != 0) return;
     ListedOrder& order = *args_.problem.order;
@@ -127,24 +131,11 @@ class ListedCosts {
     return result;
   }
 
-  // After sums, see LaunchedCosts.
-  OTLOSS_DEVICE bool complete() {
-    if (s_.proving) return true;
-    const int side = order().side;
-    if (!update(side)) return false;
-    if (side == 0 && !s_.symmetric) {
-      const double k = kLog2E / s_.eps;
-      team_.for_columns([&](int j) { state_.U[j] = k * s_.trial_g[j]; });
-      ask(1, RowSum::kPlan);
-      return false;
-    }
-    if (side == 1) team_.for_columns([&](int j) { s_.trial_gt[j] = s_.to_cost * state_.U[j]; });
-    return true;
-  }
-
-  // By complete().
+  // By completes_pass().
   OTLOSS_DEVICE void columns() {}
   OTLOSS_DEVICE void guard() {}
+  OTLOSS_DEVICE bool proven() const { return true; }
+  OTLOSS_DEVICE void rows_are_exact() {}
 
   OTLOSS_DEVICE double left_out() const { return state_.left_out[0] + state_.left_out[1]; }
   OTLOSS_DEVICE double rounding() const { return state_.rounding; }
@@ -163,27 +154,8 @@ class ListedCosts {
     return square;
   }
 
- private:
-  // What one pair of leaves may hold of a row at first, over what a side may leave out: as on the
-  // CPU, where both sides' sums leave out the same.
-  static constexpr double kFirst = 8 * kShare;
-  static constexpr float kLeastLog2 = -40;  // of kLeastThreshold
-
   OTLOSS_DEVICE ListedOrder& order() const { return *args_.problem.order; }
-  OTLOSS_DEVICE double* potentials(int side) const { return side == 0 ? state_.F : state_.U; }
-
-  template <typename F>
-  OTLOSS_DEVICE void for_side(int side, F&& function) const {
-    side == 0 ? team_.for_rows(function) : team_.for_columns(function);
-  }
-
-  // The same sums once more; set(order) by one thread.
-  template <typename F>
-  OTLOSS_DEVICE bool repeat(F&& set) {
-    block_.sync();
-    if (block_.thread() == 0) set(order());
-    return false;
-  }
+  OTLOSS_DEVICE double* potentials(int side) const { return side == 0 ? s_.F : state_.U; }
 
   // Exact potentials from the guess, F_i -= log2 of the sum, and the sums at the potentials before,
   // s. False: other sums are needed first.
@@ -197,7 +169,7 @@ class ListedCosts {
         if (I * kLeaf >= own.cloud.n) break;
         lost[0] += own.left_out[I], lost[1] += own.rounding[I];
       }
-      for_side(side, [&](int i) {
+      team_.for_side(side, [&](int i) {
         if (!poor(weight[i], own.sum[i])) return;
         found[0] = 1;
         if (tells(own.sum[i])) found[1] = 1;
@@ -215,7 +187,7 @@ class ListedCosts {
       if (found[0] > 0) {
         constexpr int kAttempts = 2;
         const bool better = found[1] > 0 && state_.attempts < kAttempts;
-        for_side(side, [&](int i) {
+        team_.for_side(side, [&](int i) {
           if (better && poor(weight[i], own.sum[i]) && tells(own.sum[i]))
             state_.guess[i] -= fast_log2(own.sum[i]);
         });
@@ -225,7 +197,7 @@ class ListedCosts {
       }
     }
     double* const s = side == 0 ? s_.s : s_.q;
-    for_side(side, [&](int i) {
+    team_.for_side(side, [&](int i) {
       double& F = potentials(side)[i];
       if (!(weight[i] > 0)) {
         F = 0, s[i] = 1;
@@ -238,6 +210,20 @@ class ListedCosts {
     });
     block_.sync();
     return true;
+  }
+
+ private:
+  // What one pair of leaves may hold of a row at first, over what a side may leave out: as on the
+  // CPU, where both sides' sums leave out the same.
+  static constexpr double kFirst = 8 * kShare;
+  static constexpr float kLeastLog2 = -40;  // of kLeastThreshold
+
+  // The same sums once more; set(order) by one thread.
+  template <typename F>
+  OTLOSS_DEVICE bool repeat(F&& set) {
+    block_.sync();
+    if (block_.thread() == 0) set(order());
+    return false;
   }
 
   // Whether a sum that is not good tells a better guess.
@@ -273,16 +259,13 @@ struct ListedSolve : ListedArguments {
     using Costs = ListedCosts<kD, Block>;
     Costs costs(block, *this, team, state.solver, state.listed);
     Solver<double, Block, Costs> solver(block, solve, costs, team, state.solver);
-    if (block.thread() == 0) state.solver.group = &p;  // another address in every launch
-    block.sync();
-    if (!first && !costs.complete()) return false;
-    if (first ? solver.open(p, batch) : solver.turn()) {
-      solver.is_proving() ? costs.ask_proof() : costs.ask(0, RowSum::kPlan);
-      return false;
-    }
-    solver.write_potentials();
-    solver.write_status();
-    if (block.thread() == 0) *doubtful = state.solver.doubtful;
+    if (first && passes && !last && stage_passes(solve.options.max_iters - *passes) == 0)
+      return true;
+    if (!launched_turn(costs, solver, state.solver, team, p, batch, first)) return false;
+    if (block.thread() != 0) return true;
+    *doubtful = state.solver.doubtful;
+    if (passes)
+      p.status[kStatusIterations] = static_cast<double>(*passes += state.solver.control.passes());
     return true;
   }
 };

@@ -127,6 +127,7 @@ class ProblemSolve {
     double eps, tol;
     int64_t passes;
     bool exact = false, warm = true;
+    bool counts = false, last = false;  // a stage of the finest level, the last one
   };
 
   bool balanced() const { return group_.penalties.balanced; }
@@ -184,6 +185,8 @@ class ProblemSolve {
     work_.log_w = context_.scratch<float>(length);
     work_.problem.order = work_.orders.of = context_.scratch<ListedOrder>(1);
     work_.doubtful = context_.scratch<bool>(1);
+    passes_ = context_.scratch<int64_t>(1);
+    clear(context_, passes_, sizeof(int64_t));
     status_ = context_.scratch<double>(kStatusFields);
   }
 
@@ -203,7 +206,9 @@ class ProblemSolve {
     work_.solve.groups = {1, {group}};
     SolveOptions& options = work_.solve.options = options_;
     options.eps = told.eps, options.tol = told.tol;
-    options.max_iters = told.passes, options.warm_start = told.warm;
+    options.warm_start = told.warm;
+    if (!told.counts) options.max_iters = told.passes;
+    work_.passes = told.counts ? passes_ : nullptr, work_.last = told.last;
     work_.exact = told.exact;
     work_.left_out = told.tol / 8;
     const Grid planes{x.supers + y.supers};
@@ -276,9 +281,10 @@ class ProblemSolve {
       const int stages =
           std::max(1, static_cast<int>(std::ceil(std::log2(from / target) / kLog2Ratio)));
       for (int s = 1; s <= stages; ++s) {
-        const bool last = s == stages, finest = last && level == 0;
+        const bool last = s == stages, counts = level == 0, finest = last && counts;
         at = last ? target : from * std::pow(target / from, double(s) / stages);
-        solve_at({at, finest ? tol : stage_tol(), finest ? options_.max_iters : kStagePasses});
+        solve_at({at, finest ? tol : stage_tol(), finest ? options_.max_iters : kStagePasses, false,
+                  true, counts, last});
       }
     }
   }
@@ -289,7 +295,8 @@ class ProblemSolve {
     int64_t level = static_cast<int64_t>(levels.size()) - 1;
     while (kSelfPerSpread * spread_[level] > eps) --level;
     const auto told = [&](bool exact, bool warm) {
-      return Told{eps, level > 0 ? stage_tol() : finest_tol(), options_.max_iters, exact, warm};
+      const int64_t passes = exact || level == 0 ? options_.max_iters : kStagePasses;
+      return Told{eps, level > 0 ? stage_tol() : finest_tol(), passes, exact, warm};
     };
     const Cloud& first = levels[level];
     const bool small = first.n <= kCoarsest && !options_.warm_start;
@@ -331,6 +338,7 @@ class ProblemSolve {
   std::vector<double> spread_;
   double *f_ = nullptr, *g_ = nullptr;  // of the level's points
   double* status_ = nullptr;
+  int64_t* passes_ = nullptr;  // of the finest level's stages
   ListedSolve<kD> work_{};
 };
 

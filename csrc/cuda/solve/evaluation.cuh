@@ -28,14 +28,6 @@ class Evaluation {
       : block_(block), args_(arguments), team_(team), costs_(costs), s_(state) {}
 
  protected:
-  // By one thread; all see what it writes, and none reads what is there before.
-  template <typename F>
-  OTLOSS_DEVICE void one(F&& function) const {
-    block_.sync();
-    if (block_.thread() == 0) function();
-    block_.sync();
-  }
-
   OTLOSS_DEVICE int64_t row_offset() const {  // of the first row, in (B, n)
     return s_.batch * s_.group->n + team_.first_row();
   }
@@ -47,6 +39,7 @@ class Evaluation {
     s_.x.rate = 1 / p.penalties.rho_x, s_.y.rate = 1 / p.penalties.rho_y;
     s_.soft = !(s_.x.hard() && s_.y.hard());
     s_.balanced = p.penalties.balanced;
+    s_.max_iters = options().max_iters;
     s_.symmetric = p.symmetric && options().n_iters < 0;
     s_.weights = p.a + batch * p.n, s_.b = p.b + batch * p.m;
     const T* const start = args_.starts[&p - args_.groups.items];
@@ -88,12 +81,12 @@ class Evaluation {
     const double ratio = s_.balanced ? mass[0] / mass[1] : 1.0;
     team_.for_columns(
         [&](int j) { s_.w[j] = static_cast<T>(static_cast<double>(s_.b[j]) * ratio); });
-    one([&] {
+    team_.one([&] {
       const double points_x = equal_points(mass[0], mass[2]);
       const double points_y = equal_points(mass[1], mass[3]);
       s_.mass_x = snapped_total(mass[0], roundoff<T>());
       s_.mass_y = s_.balanced ? s_.mass_x : snapped_total(mass[1], roundoff<T>());
-      s_.control = StepControl(options().eps, options().tol, options().max_iters, s_.mass_y,
+      s_.control = StepControl(options().eps, options().tol, s_.max_iters, s_.mass_y,
                                points_x < points_y ? points_x : points_y);
       s_.set_eps(options().eps);
     });
@@ -124,10 +117,10 @@ class Evaluation {
       soft_means(f, 1, g, &mean_f, &mean_g);
       return soft_value(s_.x, s_.y, s_.mass_x, s_.mass_y, s_.eps, mean_f.mean, mean_g.mean);
     } else {
-      team_.for_rows(
-          [&](int i) { sums[0] += static_cast<double>(s_.a[i]) * static_cast<double>(f[i]); });
-      team_.for_columns(
-          [&](int j) { sums[0] += static_cast<double>(s_.w[j]) * static_cast<double>(g[j]); });
+      const TwoSums terms = team_.sums(
+          [&](int i) { return static_cast<double>(s_.a[i]) * static_cast<double>(f[i]); },
+          [&](int j) { return static_cast<double>(s_.w[j]) * static_cast<double>(g[j]); });
+      return terms.first + terms.second;
     }
     team_.sum(sums);
     return sums[0];
@@ -145,7 +138,7 @@ class Evaluation {
       if (s_.w[j] > T(0)) least[1] = Max::join(least[1], -static_cast<double>(g[j]));
     });
     team_.template reduce<Max>(least);
-    one([&] { s_.least_f = -least[0], s_.least_g = -least[1]; });
+    team_.one([&] { s_.least_f = -least[0], s_.least_g = -least[1]; });
   }
 
   // The soft means of unit * f and of g; also sums up `count`.
@@ -209,7 +202,7 @@ class Evaluation {
     // out of nothing. Costs that are given may be negative.
     const double lacking = sums[5] - 4 * roundoff<T>() * s_.mass_y;
     const double range = (s_.group->points.zx ? 1 : 2) * s_.max_cost;
-    one([&] {
+    team_.one([&] {
       measure(sums[1], 4 * roundoff<T>() * sums[2], sums[0], sums[3]);
       s_.trial.bound = (lacking > 0 ? lacking : 0.0) * range - sums[6];
     });
@@ -246,7 +239,7 @@ class Evaluation {
       sums[1] += w * static_cast<double>(s_.trial_gt[j] - v);
     });
     team_.sum(sums);
-    one([&] { measure(best.value, best.noise, sums[0], sums[1]); });
+    team_.one([&] { measure(best.value, best.noise, sums[0], sums[1]); });
   }
 
   // The scalars of the evaluated point, from sums over the columns; by one thread.
@@ -285,7 +278,7 @@ class Evaluation {
       sums[1] += static_cast<double>(w) * static_cast<double>(f < T(0) ? -f : f);
     });
     team_.sum(sums);
-    one([&] {
+    team_.one([&] {
       s_.control.observe({0, 8 * roundoff<T>() * sums[1], sums[0] / s_.mass_x + costs_.left_out(),
                           costs_.rounding()});
     });

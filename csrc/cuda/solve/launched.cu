@@ -31,23 +31,7 @@ struct LaunchedSolve : LaunchedArguments<T> {
     using Costs = LaunchedCosts<T, Block>;
     Costs costs(block, *this, team, state.solver, state.launched);
     Solver<T, Block, Costs> solver(block, this->solve, costs, team, state.solver);
-    const bool proving = !first && state.solver.proving;
-    if (first || proving || this->orders.of[team.index()].what != RowSum::kCost) {
-      if (block.thread() == 0) state.solver.group = &p;  // another address in every launch
-      block.sync();
-      if (!first && !costs.complete()) return false;
-      if (first ? solver.open(p, batch) : solver.turn()) {
-        solver.is_proving() ? costs.ask_proof() : costs.ask(0, RowSum::kPlan);
-        return false;
-      }
-      solver.write_potentials();
-      if (solver.is_transport()) {
-        solver.publish_result();
-        return costs.ask(0, RowSum::kCost), false;
-      }
-    }
-    solver.write_status();
-    return true;
+    return launched_turn(costs, solver, state.solver, team, p, batch, first);
   }
 };
 

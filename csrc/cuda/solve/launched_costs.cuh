@@ -12,6 +12,47 @@
 
 namespace otloss::cuda {
 
+// Whether the sums that were made complete the pass: F is exact for G, s has the row sums before,
+// gt and q the column sums over b, of the plan of F, damped where rows are. Else others are asked
+// for.
+template <typename T, class Costs>
+OTLOSS_DEVICE bool completes_pass(Costs& costs, SolverState<T>& s, typename Costs::Team& team) {
+  if (s.proving) return costs.proven();
+  const int side = costs.order().side;
+  if (!costs.update(side)) return false;
+  T* const U = costs.potentials(1);
+  if (side == 1) team.for_columns([&](int j) { s.trial_gt[j] = s.to_cost * U[j]; });
+  if (side == 1 || s.symmetric) return true;
+  costs.rows_are_exact();
+  const T k = s.k;
+  team.for_columns([&](int j) { U[j] = k * s.trial_g[j]; });
+  return costs.ask(1, RowSum::kPlan), false;
+}
+
+// A turn of a solve whose sums are made by launches, here and in ../multiscale. True: done. Costs
+// has order(), what was asked for last; ask(side, what), the sums of a side (0: rows) at its
+// potentials(side); update(side), whether they suffice for exact ones; rows_are_exact(), before the
+// columns; and for a proof ask_proof() and proven(), whether its sums are there.
+template <typename T, class Costs, class Solver>
+OTLOSS_DEVICE bool launched_turn(Costs& costs, Solver& solver, SolverState<T>& s,
+                                 typename Costs::Team& team, const SolveGroup<T>& p, int64_t batch,
+                                 bool first) {
+  const bool of_value = !first && !s.proving && costs.order().what == RowSum::kCost;
+  team.one([&] { s.group = &p; });  // another address in every launch
+  if (!of_value) {
+    if (!first && !completes_pass(costs, s, team)) return false;
+    if (first ? solver.open(p, batch) : solver.turn())
+      return solver.is_proving() ? costs.ask_proof() : costs.ask(0, RowSum::kPlan), false;
+    solver.write_potentials();
+    if (solver.is_transport()) {
+      solver.publish_result();
+      return costs.ask(0, RowSum::kCost), false;
+    }
+  }
+  solver.write_status();
+  return true;
+}
+
 template <typename T>
 struct LaunchedArguments {
   SolveArguments<T> solve;
@@ -104,38 +145,26 @@ class LaunchedCosts {
 
   // The next sweep: sums of a side (0: rows) at its potentials.
   OTLOSS_DEVICE void ask(int side, RowSum what) {
-    for_side(side, [&](int i) { state_.guess[i] = potentials(side)[i]; });
+    team_.for_side(side, [&](int i) { state_.guess[i] = potentials(side)[i]; });
     ask(side, what, Sums::kFirst);
   }
 
-  // After a sweep. Whether it completes the pass: F is exact for G, s has the row sums before, gt
-  // and q the column sums over b, of the plan of F, damped where rows are. Else another one is
-  // asked for.
-  OTLOSS_DEVICE bool complete() {
-    const int side = order().side;
-    if (s_.proving) {
-      if (order().what == RowSum::kCost) return true;
-      team_.for_rows([&](int i) {
-        state_.guess[i] = static_cast<T>(joined(RowSum::kPlan, i)), state_.A[i] = T(0);
-      });
-      team_.for_columns([&](int j) { s_.G[j] = T(0); });
-      block_.sync();
-      if (block_.thread() == 0) order().ask(0, RowSum::kCost, state_.U), order().tiles.k = T(0);
-      return false;
-    }
-    if (!update(side)) return false;
-    if (side == 0 && !s_.symmetric) {
-      const T damping = static_cast<T>(s_.damping), k = s_.k;
-      team_.for_rows([&](int i) { state_.A[i] = damping * s_.F[i] + log2_weight(s_.a[i]); });
-      team_.for_columns([&](int j) { state_.U[j] = k * s_.trial_g[j]; });
-      ask(1, RowSum::kPlan);
-      return false;
-    }
-    if (side == 1) team_.for_columns([&](int j) { s_.trial_gt[j] = s_.to_cost * state_.U[j]; });
-    return true;
+  OTLOSS_DEVICE bool proven() {
+    if (order().what == RowSum::kCost) return true;
+    team_.for_rows([&](int i) {
+      state_.guess[i] = static_cast<T>(joined(RowSum::kPlan, i)), state_.A[i] = T(0);
+    });
+    team_.for_columns([&](int j) { s_.G[j] = T(0); });
+    team_.one([&] { order().ask(0, RowSum::kCost, state_.U), order().tiles.k = T(0); });
+    return false;
   }
 
-  // By complete().
+  OTLOSS_DEVICE void rows_are_exact() {
+    const T damping = static_cast<T>(s_.damping);
+    team_.for_rows([&](int i) { state_.A[i] = damping * s_.F[i] + log2_weight(s_.a[i]); });
+  }
+
+  // By completes_pass().
   OTLOSS_DEVICE void columns() {}
   OTLOSS_DEVICE void guard() {}
 
@@ -154,26 +183,8 @@ class LaunchedCosts {
     return args_.samples[(team_.index() * kSample + i) * kSample + j];
   }
 
- private:
   OTLOSS_DEVICE SweepOrder<T>& order() const { return args_.orders.of[team_.index()]; }
   OTLOSS_DEVICE T* potentials(int side) const { return side == 0 ? s_.F : state_.U; }
-
-  template <typename F>
-  OTLOSS_DEVICE void for_side(int side, F&& function) const {
-    side == 0 ? team_.for_rows(function) : team_.for_columns(function);
-  }
-
-  OTLOSS_DEVICE void ask(int side, RowSum what, Sums sums) {
-    block_.sync();  // nobody reads the order before any more
-    if (block_.thread() != 0) return;
-    state_.sums = sums;
-    order().ask(side, what, nullptr, state_.guess);
-    order().tiles.k = s_.k;
-  }
-
-  OTLOSS_DEVICE double joined(RowSum what, int i) const {
-    return args_.orders.sum(team_.index(), i, what);
-  }
 
   // Exact potentials from the guess, F_i -= log2 sum_j exp2(F_i + G_j - k C_ij), and those sums, s.
   // Points of weight 0 get F = 0, s = 1. False: other sums are needed first.
@@ -183,19 +194,19 @@ class LaunchedCosts {
     const auto untrusted = [&](int i) { return weight[i] > T(0) && !trusted(s[i]); };
     if (state_.sums == Sums::kFirst) {
       double again[1] = {0};
-      for_side(side, [&](int i) {
+      team_.for_side(side, [&](int i) {
         s[i] = static_cast<T>(joined(RowSum::kPlan, i));
         if (untrusted(i)) again[0] = 1;
       });
       team_.template reduce<Max>(again);
       if (again[0] > 0) return ask(side, RowSum::kLargest, Sums::kLargest), false;
     } else if (state_.sums == Sums::kLargest) {
-      for_side(side, [&](int i) {
+      team_.for_side(side, [&](int i) {
         if (untrusted(i)) state_.guess[i] -= static_cast<T>(joined(RowSum::kLargest, i));
       });
       return ask(side, RowSum::kPlan, Sums::kAgain), false;
     }
-    for_side(side, [&](int i) {
+    team_.for_side(side, [&](int i) {
       T& F = potentials(side)[i];
       if (!(weight[i] > T(0))) {
         F = T(0), s[i] = T(1);
@@ -209,6 +220,19 @@ class LaunchedCosts {
       }
     });
     return true;
+  }
+
+ private:
+  OTLOSS_DEVICE void ask(int side, RowSum what, Sums sums) {
+    team_.one([&] {
+      state_.sums = sums;
+      order().ask(side, what, nullptr, state_.guess);
+      order().tiles.k = s_.k;
+    });
+  }
+
+  OTLOSS_DEVICE double joined(RowSum what, int i) const {
+    return args_.orders.sum(team_.index(), i, what);
   }
 
   Block& block_;

@@ -34,9 +34,9 @@ class Solver : Evaluation<T, Block, Costs> {
 
   // Before the first pass. False: there is none.
   OTLOSS_DEVICE bool open(const SolveGroup<T>& p, int64_t batch) {
-    one([&] { this->place(p, batch); });
+    team_.one([&] { this->place(p, batch); });
     const double max_cost = this->load();
-    one([&] { s_.max_cost = max_cost; });
+    team_.one([&] { s_.max_cost = max_cost; });
     if (s_.finite()) start();
     if (!s_.finite() || options().n_iters == 0) return false;
     publish(s_.evaluated);
@@ -92,7 +92,7 @@ class Solver : Evaluation<T, Block, Costs> {
     } else {
       team_.for_columns([&](int j) { s_.trial_g[j] = from ? from[j] : T(0); });
     }
-    one([&] {
+    team_.one([&] {
       s_.next = Next::kStage;
       s_.doubtful = s_.proving = false;
       begin_stage(0);
@@ -109,7 +109,7 @@ class Solver : Evaluation<T, Block, Costs> {
 
   OTLOSS_DEVICE bool judge() {
     if (s_.proving) return conclude();
-    one([&] { s_.control.count_passes(1); });
+    team_.one([&] { s_.control.count_passes(1); });
     if (s_.phase == Phase::kSymmetricFirst) {
       centre_start();
       return true;
@@ -123,7 +123,7 @@ class Solver : Evaluation<T, Block, Costs> {
   OTLOSS_NOINLINE void finish() {
     const SolveGroup<T>& p = *s_.group;
     T *const f = p.f + row_offset(), *const g = p.g + s_.batch * p.m;
-    one([&] { s_.set_eps(options().eps); });
+    team_.one([&] { s_.set_eps(options().eps); });
     const T damping = static_cast<T>(s_.damping), k = s_.k;
     if (s_.symmetric) {  // a further step, which makes the value exact to second order
       const T last = static_cast<T>(SymmetricRule(s_.damping).last);
@@ -163,7 +163,7 @@ class Solver : Evaluation<T, Block, Costs> {
       team_.for_rows([&](int i) { trace[team_.first_row() + i] = to_cost * s_.F[i]; });
       team_.for_columns([&](int j) { trace[p.n + j] = s_.trial_gt[j]; });
     }
-    one([&] {
+    team_.one([&] {
       s_.control.observe(s_.trial);
       s_.swap_points();  // the result is read from gt
       s_.evaluated = s_.trial_g;
@@ -180,13 +180,13 @@ class Solver : Evaluation<T, Block, Costs> {
     const T part = static_cast<T>(SymmetricRule(s_.damping).centre * mean[0] / s_.mass_x);
     const T to_cost = s_.to_cost * static_cast<T>(s_.damping);
     for_own([&](int i, T& f) { f = s_.a[i] > T(0) ? to_cost * (s_.F[i] - part) : T(0); });
-    one([&] { s_.phase = Phase::kSymmetric; });
+    team_.one([&] { s_.phase = Phase::kSymmetric; });
     for_own([&](int i, T& f) { s_.F[i] = s_.k * f; });
   }
 
   OTLOSS_NOINLINE bool symmetric_turn() {
     this->observe_symmetric();
-    if (s_.control.stop().ends() || s_.control.passes() >= options().max_iters) return false;
+    if (s_.control.stop().ends() || s_.control.passes() >= s_.max_iters) return false;
     const T step = static_cast<T>(SymmetricRule(s_.damping).relaxation);
     const T to_cost = s_.to_cost * static_cast<T>(s_.damping);
     for_own([&](int i, T& f) {
@@ -201,11 +201,11 @@ class Solver : Evaluation<T, Block, Costs> {
     if (s_.phase != Phase::kPair) {
       if (!begin()) return true;
     } else if (s_.next == Next::kStep && !s_.control.accepts(s_.trial)) {
-      one([&] { s_.next = s_.control.shorten(); });
+      team_.one([&] { s_.next = s_.control.shorten(); });
       return evaluate_next();
     }
     quasi_newton_.move();
-    one([&] {
+    team_.one([&] {
       s_.next = s_.control.move_to(s_.trial);
       doubt();
     });
@@ -219,7 +219,7 @@ class Solver : Evaluation<T, Block, Costs> {
     if (s_.next == Next::kDone && stop.returns_kept()) return_kept();
     if (s_.next != Next::kDone && s_.control.may_begin_stages(false)) stray();
     if (s_.next == Next::kStep) {
-      one([&] { s_.control.aim(s_.step.slope, s_.step.first); });
+      team_.one([&] { s_.control.aim(s_.step.slope, s_.step.first); });
       quasi_newton_.set_direction();
     }
     return evaluate_next();
@@ -241,7 +241,7 @@ class Solver : Evaluation<T, Block, Costs> {
   // After the sums of a proof.
   OTLOSS_DEVICE bool conclude() {
     const double bound = gap();
-    one([&] {
+    team_.one([&] {
       const double value = s_.trial.value < 0 ? -s_.trial.value : s_.trial.value;
       s_.control.count_passes(1);
       s_.proving = false;
@@ -277,7 +277,7 @@ class Solver : Evaluation<T, Block, Costs> {
   OTLOSS_NOINLINE void stray() {
     if (is_near_at(s_.g, s_.gt)) return;
     const double varied = this->sigma();
-    one([&] { s_.next = s_.control.begin_stages(false, varied) ? Next::kStage : s_.next; });
+    team_.one([&] { s_.next = s_.control.begin_stages(false, varied) ? Next::kStage : s_.next; });
   }
 
   // Of the point that was evaluated last, whose scalars are in trial.
@@ -305,7 +305,7 @@ class Solver : Evaluation<T, Block, Costs> {
       team_.for_columns([&](int j) { trial[j] = gt[j]; });
     }
     if (next == Next::kStage) scale_rows();
-    one([&] {
+    team_.one([&] {
       if (next != Next::kStep) s_.gram.count = 0;
       if (next == Next::kStage) begin_stage(s_.control.passes());
       s_.set_eps(s_.control.eps());
@@ -340,7 +340,7 @@ class Solver : Evaluation<T, Block, Costs> {
     T* const kept_F = s_.group->f + row_offset();  // (rows,) where f will be
     if (s_.start != nullptr && s_.phase == Phase::kStart && s_.control.wants_other_start(near)) {
       team_.for_rows([&](int i) { kept_F[i] = s_.F[i], s_.F[i] = T(0); });
-      one([&] {
+      team_.one([&] {
         s_.kept = s_.trial;
         s_.swap_starts();
         s_.phase = Phase::kSecondStart;
@@ -352,19 +352,19 @@ class Solver : Evaluation<T, Block, Costs> {
     if (s_.phase == Phase::kSecondStart && !(s_.trial.value > s_.kept.value)) {
       near = false;
       team_.for_rows([&](int i) { s_.F[i] = kept_F[i]; });
-      one([&] {
+      team_.one([&] {
         s_.trial = s_.kept;
         s_.swap_starts();
       });
     }
     const double varied = near ? 0.0 : this->sigma();
-    one([&] {
+    team_.one([&] {
       s_.phase = Phase::kPair;
       s_.next = s_.control.begin_stages(near, varied) ? Next::kStage : s_.next;
     });
     if (s_.control.eps() == s_.eps) return true;
     scale_rows();
-    one([&] {
+    team_.one([&] {
       s_.set_eps(s_.control.eps());
       s_.evaluated = s_.trial_g;
     });
@@ -372,7 +372,7 @@ class Solver : Evaluation<T, Block, Costs> {
   }
 
   using Base::args_, Base::block_, Base::costs_, Base::s_, Base::team_;
-  using Base::for_own, Base::one, Base::options, Base::publish, Base::row_offset;
+  using Base::for_own, Base::options, Base::publish, Base::row_offset;
 
   QuasiNewton<T, Block, Team> quasi_newton_;
 };

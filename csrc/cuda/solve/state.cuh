@@ -1,5 +1,5 @@
 // What the blocks of a solve know, once per block in shared memory: threads hold nothing of it
-// between passes. One thread writes, between two barriers (Solver::one), all read.
+// between passes. One thread writes, between two barriers (Team::one), all read.
 #pragma once
 
 #include <limits>
@@ -87,6 +87,7 @@ struct SolverState {
   double least_f, least_g;  // of the last find_least
   double eps, damping;      // damping of the rows
   T k, to_cost, tilt;       // tilt: damping - 1
+  int64_t max_iters;        // of this solve
   StepControl control;
   Phase phase;
   Next next;      // what the point under evaluation is
