@@ -94,7 +94,8 @@ class Engine {
 
  private:
   Pass begin(double eps, const double* g, double* F, double* s);
-  void choose_lists(double eps, const double* F);
+  // half: each pair of a symmetric plan's leaves once.
+  void choose_lists(double eps, const double* F, bool half, Pass& pass);
   void share_out();
   template <typename F>
   void for_each_part(F&& function);
@@ -118,6 +119,7 @@ class Engine {
   // Lists: potentials and threshold that they were made at; how much densities have risen since.
   struct {
     double eps = 0, threshold = 0;
+    bool half = false;
     std::vector<double> F, G;
   } lists_;
   bool listed_ = false;
