@@ -209,6 +209,24 @@ struct PlanProductGroup : SolvedGroup<T> {
   T* out;      // (B, n, columns)
 };
 
+// What a duality gap takes of the plan, by two multiscale passes in double.
+struct PlanGapGroup : SolvedGroup<double> {
+  PointPair<double> points;
+  const double* A;  // (B, n) marginals of a plan that is feasible, of one total
+  const double* B;  // (B, m)
+  double* rows;     // (B, n) out: sums of the plan, of what is kept
+  double* columns;  // (B, m) out
+  double*
+      numbers;  // (B, 2) out: KL of the feasible plan; mass of the plan that is not kept, at most
+};
+
+// f, not damped, at points x that no solve has seen, by a multiscale pass; f of the base is not
+// read.
+struct ExtendGroup : SolvedGroup<double> {
+  PointPair<double> points;
+  double* out;  // (B, n)
+};
+
 // -------------------------------------------------------------------------------- cost matrices
 
 // One cloud, made ready for the matrix product: centred or normalised copy and its norms.
@@ -348,6 +366,8 @@ template <typename T>
 void plan_sums(const std::vector<PlanSumsGroup<T>>& groups, double eps);
 template <typename T>
 void plan_products(const std::vector<PlanProductGroup<T>>& groups, double eps);
+void plan_gaps(const std::vector<PlanGapGroup>& groups, double eps);
+void extend(const std::vector<ExtendGroup>& groups, double eps);
 
 }  // namespace cpu
 

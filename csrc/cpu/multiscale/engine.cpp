@@ -96,13 +96,6 @@ void Engine::share_out() {
   begin_.back() = X.super.count;
 }
 
-template <typename F>
-void Engine::for_each_part(F&& function) {
-  const int64_t parts = static_cast<int64_t>(workers_.size());
-  if (parts == 1) return function(workers_[0], begin_[0], begin_[1]);
-  parallel_tasks(parts, [&](int64_t p) { function(workers_[p], begin_[p], begin_[p + 1]); });
-}
-
 Pass Engine::begin(double eps, const double* g, double* F, double* s) {
   const double k = kLog2E / eps;
   for (int64_t j = 0; j < Y.size; ++j) G_[j] = k * g[j];

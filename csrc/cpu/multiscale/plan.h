@@ -13,6 +13,7 @@ namespace otloss::cpu::multiscale {
 
 // A problem's two clouds with their leaves, and potentials in order.
 struct Fixed {
+  const double left_out;
   Clouds clouds;
   Cloud &x, &y;
   const std::vector<int32_t>&in_x, &in_y;
@@ -20,13 +21,14 @@ struct Fixed {
 
   template <typename T>
   Fixed(const PointPair<T>& points, int64_t p, int64_t n, const T* a, const T* f, int64_t m,
-        const T* b, const T* v, bool one, double eps, bool split)
-      : clouds(points, p, n, a + p * n, m, b + p * m, one, split),
+        const T* b, const T* v, bool one, double eps, bool split, double left_out = kLeftOut)
+      : left_out(left_out),
+        clouds(points, p, n, a + p * n, m, b + p * m, one, split),
         x(clouds.x),
         y(one ? clouds.x : clouds.y),
         in_x(clouds.in_x),
         in_y(one ? clouds.in_x : clouds.in_y) {
-    const int64_t L = leaf_size(x, y, eps, {kLeftOut, one, split});
+    const int64_t L = leaf_size(x, y, eps, {left_out, one, split});
     x.build(L, split);
     if (!one) y.build(L, split);
     F.resize(x.size), g.resize(y.size);
@@ -39,9 +41,9 @@ struct Fixed {
   Engine exchanged(double eps, bool split) const { return between(y, x, eps, false, split); }
 
  private:
-  static Engine between(const Cloud& x, const Cloud& y, double eps, bool one, bool split) {
+  Engine between(const Cloud& x, const Cloud& y, double eps, bool one, bool split) const {
     constexpr double kHard = std::numeric_limits<double>::infinity();
-    return {x, y, kHard, kHard, eps, {kLeftOut, one, split}};
+    return {x, y, kHard, kHard, eps, {left_out, one, split}};
   }
 };
 
