@@ -81,63 +81,76 @@ struct Moments {
   }
 };
 
-// All that is read of one side.
-struct ExactSide {
-  std::vector<double> V;       // (n,) k times the potential, and log2 of the weight
-  std::vector<double> points;  // (leaves, d, L)
+// (n,) factor times the potential, and log2 of the weight.
+std::vector<double> with_weights(const Cloud& cloud, double factor, const double* potential) {
+  std::vector<double> V(cloud.size);
+  for (int64_t i = 0; i < cloud.n; ++i) V[i] = factor * potential[i] + std::log2(cloud.w[i]);
+  return V;
+}
 
-  ExactSide(const Cloud& cloud, double factor, const double* potential)
-      : V(cloud.size), points(cloud.size * cloud.d) {
-    for (int64_t i = 0; i < cloud.n; ++i) V[i] = factor * potential[i] + std::log2(cloud.w[i]);
-    for (int64_t i = 0; i < cloud.size; ++i)
-      for (int64_t c = 0; c < cloud.d; ++c)
-        points[(i / cloud.L * cloud.d + c) * cloud.L + i % cloud.L] = cloud.X[i * cloud.d + c];
+// A row on all tiles that are kept of it.
+struct ExactRow {
+  int64_t part, L, columns;  // worker; points of a leaf; of y
+  const Tile* tile;          // (count,)
+  int64_t count;
+  const double *z, *P;  // (count, L), as in LeafRow
+  double missing;       // of the row's sum, at most, relative to 2^V
+
+  // Calls entry(j, P_ij).
+  template <typename F>
+  OTLOSS_INLINE void for_each(F&& entry) const {
+    for (int64_t q = 0; q < count; ++q)
+      for (int64_t j = tile[q].leaf * L, h = 0; h < std::min(L, columns - j); ++h)
+        entry(j + h, P[q * L + h]);
   }
 };
 
 }  // namespace
 
+// Calls row(i, ExactRow) for all rows: of V (n,) and g (m,) in base 2, with log2 of the weights.
+template <typename F>
+void Engine::for_each_exact_row(const Pass& pass, const double* V, const double* g, F&& row) {
+  const int64_t d = X.d, L = X.L, m = Y.n;
+  std::vector<double> points(Y.size * d);  // (leaves, d, L)
+  for (int64_t j = 0; j < Y.size; ++j)
+    for (int64_t c = 0; c < d; ++c) points[(j / L * d + c) * L + j % L] = Y.X[j * d + c];
+  for_each_part([&](Worker& worker, int64_t begin, int64_t end) {
+    std::vector<double> z, P;
+    worker.pairs(pass, begin, end, [&](int64_t I, const Tile* tile, int64_t count) {
+      z.resize(count * L), P.resize(count * L);
+      const ExactRow made{&worker - workers_.data(), L, m, tile, count, z.data(), P.data(),
+                          worker.missing()};
+      for (int64_t i = I * L; i < std::min(X.n, (I + 1) * L) && !interrupted(); ++i) {
+        for (int64_t q = 0; q < count; ++q) {
+          const int64_t j = tile[q].leaf * L;
+          const LeafRow task{std::min(L, m - j), L,     pass.k,    V[i],     &X.X[i * d],
+                             &points[j * d],     &g[j], &z[q * L], &P[q * L]};
+          run_in_dimension<MakeRow>(d, task);
+        }
+        row(i, made);
+      }
+    });
+  });
+}
+
 double Engine::divergence(double eps, const double* F, const double* g, const double* A,
                           const double* B, double* rows, double* columns) {
   const int64_t d = X.d, L = X.L, n = X.n, m = Y.n;
-  const ExactSide of_x(X, 1, F), of_y(Y, kLog2E / eps, g);
+  const std::vector<double> V_x = with_weights(X, 1, F), V_y = with_weights(Y, kLog2E / eps, g);
   std::vector<double> fixed(F, F + X.size), s(n), u(n), t(m), v(m), log2_v(m);
   const Pass pass = begin(eps, g, fixed.data(), nullptr);
   struct Part {
-    std::vector<double> z, P, column, shrunk;
+    std::vector<double> column, shrunk;
     double divergence = 0;
   };
   std::vector<Part> parts(workers_.size());
-  // Calls row(part, i, tiles, count) once z and P of row i are made for all tiles.
-  const auto for_each_row = [&](auto&& row) {
-    for_each_part([&](Worker& worker, int64_t begin, int64_t end) {
-      Part& part = parts[&worker - workers_.data()];
-      worker.pairs(pass, begin, end, [&](int64_t I, const Tile* tile, int64_t count) {
-        part.z.resize(count * L), part.P.resize(count * L);
-        for (int64_t i = I * L; i < std::min(n, (I + 1) * L) && !interrupted(); ++i) {
-          for (int64_t q = 0; q < count; ++q) {
-            const int64_t j = tile[q].leaf * L;
-            const LeafRow task{
-                std::min(L, m - j),  L,          pass.k,         of_x.V[i],     &X.X[i * d],
-                &of_y.points[j * d], &of_y.V[j], &part.z[q * L], &part.P[q * L]};
-            run_in_dimension<MakeRow>(d, task);
-          }
-          row(part, i, tile, count);
-        }
-      });
-    });
-  };
   for (Part& part : parts) part.column.assign(m, 0), part.shrunk.assign(m, 0);
-  for_each_row([&](Part& part, int64_t i, const Tile* tile, int64_t count) {
-    const auto for_each_entry = [&](auto&& entry) {
-      for (int64_t q = 0; q < count; ++q)
-        for (int64_t j = tile[q].leaf * L, h = 0; h < std::min(L, m - j); ++h)
-          entry(j + h, part.P[q * L + h]);
-    };
+  for_each_exact_row(pass, V_x.data(), V_y.data(), [&](int64_t i, const ExactRow& row) {
+    Part& part = parts[row.part];
     rows[i] = 0;
-    for_each_entry([&](int64_t, double P) { rows[i] += P; });
+    row.for_each([&](int64_t, double P) { rows[i] += P; });
     s[i] = shrink(A[i], rows[i]);
-    for_each_entry([&](int64_t j, double P) { part.column[j] += P, part.shrunk[j] += s[i] * P; });
+    row.for_each([&](int64_t j, double P) { part.column[j] += P, part.shrunk[j] += s[i] * P; });
   });
   finish(false);
   double missing = 0;
@@ -147,23 +160,21 @@ double Engine::divergence(double eps, const double* F, const double* g, const do
     t[j] = shrink(B[j], shrunk), v[j] = std::max(0.0, B[j] - shrunk), missing += v[j];
   }
   for (int64_t j = 0; j < m; ++j) v[j] /= std::max(missing, kTiny), log2_v[j] = log2_of(v[j]);
-  for_each_row([&](Part& part, int64_t i, const Tile* tile, int64_t count) {
+  for_each_exact_row(pass, V_x.data(), V_y.data(), [&](int64_t i, const ExactRow& row) {
     double held = 0;
-    for (int64_t q = 0; q < count; ++q)
-      for (int64_t j = tile[q].leaf * L, h = 0; h < std::min(L, m - j); ++h)
-        held += t[j + h] * part.P[q * L + h];
+    row.for_each([&](int64_t j, double P) { held += t[j] * P; });
     u[i] = std::max(0.0, A[i] - s[i] * held);
-    for (int64_t q = 0; q < count; ++q) {
-      const int64_t j = tile[q].leaf * L;
-      part.divergence += row_divergence(std::min(L, m - j), &part.z[q * L], &part.P[q * L], s[i],
-                                        u[i], &t[j], &v[j], &log2_v[j]);
+    for (int64_t q = 0; q < row.count; ++q) {
+      const int64_t j = row.tile[q].leaf * L;
+      parts[row.part].divergence += row_divergence(std::min(L, m - j), row.z + q * L, row.P + q * L,
+                                                   s[i], u[i], &t[j], &v[j], &log2_v[j]);
     }
   });
   double sum = left_out() * y.mass;
   for (const Part& part : parts) sum += part.divergence;
   std::vector<double> along_x(n), along_y(m);
-  for (int64_t i = 0; i < n; ++i) along_x[i] = log2_of(u[i]) - of_x.V[i];
-  for (int64_t j = 0; j < m; ++j) along_y[j] = log2_v[j] - of_y.V[j];
+  for (int64_t i = 0; i < n; ++i) along_x[i] = log2_of(u[i]) - V_x[i];
+  for (int64_t j = 0; j < m; ++j) along_y[j] = log2_v[j] - V_y[j];
   const double* centre = X.super.centre.data();
   const Moments x_side(X, u.data(), along_x.data(), centre);
   const Moments y_side(Y, v.data(), along_y.data(), centre);
@@ -225,14 +236,22 @@ void Engine::guess_rows(double k, double* F) const {
     guess_some(0, X.leaf.count);
 }
 
+// A pass in single precision makes the guess a potential, of which one in double is good.
 void Engine::extend(double eps, const double* g, double most, double* F) {
+  const double k = kLog2E / eps;
   std::vector<double> sums(X.size);
   begin(eps, g, F, nullptr);
-  guess_rows(kLog2E / eps, F);
-  Pass pass = begin(eps, g, F, sums.data());
-  pass.most_missing = most;
-  for_each_part(
-      [&](Worker& worker, int64_t begin, int64_t end) { worker.update(pass, begin, end); });
+  guess_rows(k, F);
+  update_rows(eps, g, F, sums.data());
+  const std::vector<double> at(F, F + X.size), V_y = with_weights(Y, k, g);
+  std::vector<std::vector<double>> parts(workers_.size());
+  const Pass pass = begin(eps, g, F, nullptr);
+  for_each_exact_row(pass, at.data(), V_y.data(), [&](int64_t i, const ExactRow& row) {
+    double sum = 0;
+    row.for_each([&](int64_t, double P) { sum += P; });
+    F[i] = row.missing <= most * sum ? at[i] - std::log2(sum)
+                                     : -log2_sum_of_all(X, i, Y, k, 1, G_.data(), parts[row.part]);
+  });
 }
 
 }  // namespace otloss::cpu::multiscale
@@ -272,7 +291,7 @@ void plan_gaps(const std::vector<PlanGapGroup>& groups, double eps) {
 }
 
 void extend(const std::vector<ExtendGroup>& groups, double eps) {
-  constexpr double kMissing = 1e-6;  // of a sum
+  constexpr double kMissing = 1e-7, kMost = 1e-6;  // of all sums, of one
   multiscale::for_each_problem(groups, [&](const ExtendGroup& group, int64_t p, bool split) {
     const int64_t n = group.n;
     const std::vector<double> none(group.batch * n);
@@ -280,7 +299,7 @@ void extend(const std::vector<ExtendGroup>& groups, double eps) {
                                   group.g, false, eps, split, kMissing);
     multiscale::Engine engine = fixed.engine(eps, false, split);
     std::vector<double> F = fixed.F;
-    engine.extend(eps, fixed.g.data(), kMissing, F.data());
+    engine.extend(eps, fixed.g.data(), kMost, F.data());
     for (double& value : F) value *= eps / kLog2E;
     put_back(F, fixed.in_x, n, group.out + p * n);
   });

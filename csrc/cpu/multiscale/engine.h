@@ -91,7 +91,7 @@ class Engine {
   // otloss/duality_gap.py). left_out() is then the mass of the pairs that are not.
   double divergence(double eps, const double* F, const double* g, const double* A, const double* B,
                     double* rows, double* columns);
-  // F at points x that no solve has seen, to a part `most` of each row's sum.
+  // F at points x that no solve has seen, in double, to a part `most` of each row's sum.
   void extend(double eps, const double* g, double most, double* F);
 
   // For Newton's step. Sums over groups are made while iterations pass.
@@ -112,6 +112,8 @@ class Engine {
     parallel_tasks(parts, [&](int64_t p) { function(workers_[p], begin_[p], begin_[p + 1]); });
   }
   void guess_rows(double k, double* F) const;
+  template <typename F>
+  void for_each_exact_row(const Pass& pass, const double* V, const double* g, F&& row);
   void finish(bool symmetric_mass);
   void sweep(double eps, const double* g, double* F, double* s, bool columns);
   bool sweep_mirrored(double eps, const double* g, double* F, double* s);

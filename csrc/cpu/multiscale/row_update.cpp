@@ -95,7 +95,7 @@ void Worker::take(int64_t I, int64_t first, const float* sum, const double* gues
     double& F = pass_->F[i];
     if (!(a > 0)) {
       F = 0, pass_->s[i] = 1;
-    } else if (is_good_sum(total) && missing_ <= pass_->most_missing * total) {
+    } else if (is_good_sum(total)) {
       pass_->s[i] = F == guess[r] ? total : total * fast_exp2(guess[r] - F);
       F -= change[r];
       const double weight = pass_->tilt == 0 ? a : a * fast_exp2(pass_->tilt * F);

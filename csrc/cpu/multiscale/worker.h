@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
 #include <vector>
 
 #include "cpu/multiscale/moments.h"
@@ -30,8 +29,6 @@ struct Pass {
   bool listed, record;   // whether lists are used, are made
   const float* rise;     // (leaves of x,) by which densities have risen, log2, at most
   const uint8_t* risen;  // (supers of y,) that are searched anew
-  // Rows of whose sum a larger part may be left out are done in full.
-  double most_missing = std::numeric_limits<double>::infinity();
 };
 
 // The plan summed over groups of rows and of columns, in runs of a leaf's column groups.
@@ -72,6 +69,7 @@ class Worker {
   // At fixed potentials the pairs of leaves that are kept: each(leaf of x, tiles, their number).
   void pairs(const Pass& pass, int64_t begin, int64_t end,
              FunctionRef<void(int64_t, const Tile*, int64_t)> each);
+  double missing() const { return missing_; }
   // At fixed potentials rows' sum e v: values (count, leaves, L), out (count, n).
   void values(const Pass& pass, int64_t begin, int64_t end, int64_t count, const float* values,
               double* out);
