@@ -103,7 +103,11 @@ def gap_of(
     gap = gap + (dual.rho_x * _kl(A0, A).sum(-1) if soft_x else 0.0)
     gap = gap + (dual.rho_y * _kl(B0, B).sum(-1) if soft_y else 0.0)
     if soft_x and soft_y:  # then the plan itself is feasible
-        own = dual.eps * missing + dual.rho_x * _kl(r, A).sum(-1) + dual.rho_y * _kl(columns, B).sum(-1)
+        own = (
+            dual.eps * missing
+            + dual.rho_x * _kl(r, A).sum(-1)
+            + dual.rho_y * _kl(columns, B).sum(-1)
+        )
         gap = torch.minimum(gap, own)
     if value is None:
         return gap

@@ -385,7 +385,9 @@ def _(*arguments: Any) -> list[Tensor]:
 @torch.library.register_fake("otloss::plan_gap", lib=_library)
 def _(*arguments: Any) -> tuple[list[Tensor], ...]:
     _, (f, g, _, _) = read(arguments)
-    return *([torch.empty_like(v) for v in vs] for vs in (f, g)), [v.new_empty(len(v), 2) for v in f]
+    return *([torch.empty_like(v) for v in vs] for vs in (f, g)), [
+        v.new_empty(len(v), 2) for v in f
+    ]
 
 
 @torch.library.register_fake("otloss::extend", lib=_library)
