@@ -357,6 +357,17 @@ def test_chunked_gradient_with_random_layers():
     assert_close(*found, rtol=1e-12, atol=1e-8)
 
 
+def test_edges_are_compared_beside_pixels():
+    x, y = torch.randn(2, 5, 3, 8, 8, dtype=torch.float64)
+    compared = train_sinkhorn.compared
+    plain, both = (compared(x, edges) - compared(y, edges) for edges in (0.0, 2.0))
+    off = (x - y).numpy()
+    squares = [(np.diff(off, axis=axis) ** 2).sum((1, 2, 3)) for axis in (2, 3)]
+    pixels = (off**2).sum((1, 2, 3))
+    np.testing.assert_allclose(plain.square().sum(1), pixels)
+    np.testing.assert_allclose(both.square().sum(1), pixels + 4 * sum(squares))
+
+
 def test_upsampling_convolution_is_the_plain_one():
     layer = models.UpConv(3, 4).double()
     x = torch.randn(2, 3, 5, 7, dtype=torch.float64)

@@ -20,7 +20,7 @@ FIGURES: dict[str, list[Tile]] = {
         ("med-40", "last", "MED, 2 x 500"),
         ("otgan", "last", "OT-GAN"),
         ("conv", "last", "MED, convolutions"),
-        ("conv-15", "last", "MED, convolutions"),
+        ("conv-15", "last", "MED, convolutions, edges"),
     ],
     "latent_grids": [
         *((f"geist-{eps}-fashion", "manifold.png", f"Sinkhorn, eps {eps}") for eps in (1, 10, 100)),
