@@ -196,6 +196,7 @@ struct PointGradientGroup : SolvedGroup<T> {
 template <typename T>
 struct PlanSumsGroup : SolvedGroup<T> {
   MadeCost<T> made;  // multiscale
+  Penalties penalties = {};
 };
 
 // ------------------------------------------------------------------------------------- the plan
@@ -207,6 +208,7 @@ struct PlanProductGroup : SolvedGroup<T> {
   PointPair<T> points;
   const T* v;  // (B, m, columns)
   T* out;      // (B, n, columns)
+  Penalties penalties = {};
 };
 
 // What a duality gap takes of the plan, by two multiscale passes in double.

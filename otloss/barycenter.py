@@ -17,7 +17,7 @@ from otloss.batching import pad
 from otloss.costs import Cost
 from otloss.grid import axes_of
 from otloss.losses import sinkhorn_divergence
-from otloss.reference.lbfgs import MEMORY, InnerProduct, two_loop_recursion
+from otloss.reference.lbfgs import MAX_GROWTH, MEMORY, InnerProduct, two_loop_recursion
 
 __all__ = ["BarycenterInfo", "barycenter", "barycenter_grid"]
 
@@ -61,13 +61,14 @@ def barycenter(
         weights: w (K,), non-negative, divided by their total.
         eps: regularisation, in units of cost, absolute.
         n: number of points; default that of ``init``, or of the first cloud.
-        init: the points to start from (n, d); default points of the cloud of the largest weight,
-            evenly spaced by their number, moved to the mean of all.
+        init: the points to start from (n, d), of which equal ones stay equal; default points of the
+            cloud of the largest weight, evenly spaced by their number, moved to the mean of all.
         b: weights of the points of every cloud, (m_k,) each, divided by their total; default
             uniform.
         cost: as in :func:`otloss.sinkhorn_divergence`.
         tol: ends when the next step would move the points by at most this share of their distance
-            from their mean, both in the root mean square.
+            from their mean, both in the root mean square; where that is 0, as of a single point, of
+            the distance of the clouds from them.
         max_iters: upper bound on the steps; reaching it, or a line search that gains no more, gives
             a :class:`ConvergenceWarning`.
 
@@ -104,8 +105,10 @@ def barycenter(
         of_y = _point_weights(clouds, b)
     y, of_y, w = y.double(), of_y.double(), w.double() / w.sum()
     x = _start(y, of_y, w, n if init is None or n is not None else len(init), init, clouds)
-    objective = _Objective(y, of_y / of_y.sum(-1, True), w, eps, cost, INNER * tol)
-    x, info = _minimise(objective, x, tol, max_iters)
+    with torch.inference_mode(False):  # copies, since gradients are taken
+        y, of_y, w, x = (t.detach().clone() for t in (y, of_y, w, x))
+        objective = _Objective(y, of_y / of_y.sum(-1, True), w, eps, cost, INNER * tol)
+        x, info = _minimise(objective, x, tol, max_iters)
     if not info.converged:
         warnings.warn(
             f"the barycenter would still move by {info.step:.1e} of its spread after "
@@ -181,28 +184,36 @@ class _Objective:
         (gradient,) = torch.autograd.grad(value, x)
         return value.item(), -0.5 * len(x) * gradient
 
+    def distance(self, x: Tensor) -> float:
+        """Of the clouds' points from x (d,), in the root mean square."""
+        squares = (self.y - x).square().sum(-1)
+        return math.sqrt(float((self.w.unsqueeze(-1) * self.of_y * squares).sum()))
+
 
 def _minimise(
     objective: _Objective, x: Tensor, tol: float, max_iters: int
 ) -> tuple[Tensor, BarycenterInfo]:
     inner = InnerProduct(torch.full_like(x, 1 / len(x)))
     memory: list[tuple[Tensor, Tensor]] = []
+    longest = math.inf
     value, r = objective(x)
     values = [value]
     while True:
         from_mean = x - x.mean(0)
-        spread = math.sqrt(inner(from_mean, from_mean))
+        spread = math.sqrt(inner(from_mean, from_mean)) or objective.distance(x.mean(0))
         step = math.sqrt(inner(r, r)) / spread if spread > 0 else 0.0
         if step <= tol or len(values) > max_iters:
             break
         found = None
         while found is None:
             p = two_loop_recursion(r, memory, inner)
+            p = p * min(1.0, longest / math.sqrt(inner(p, p)))
             found = _line_search(objective, x, value, p, 2 * inner(r, p))
             if found is None and not memory:
                 return x, BarycenterInfo(values, step, False)
             memory = memory if found else []
         there, value, after = found
+        longest = MAX_GROWTH * math.sqrt(inner(there - x, there - x))
         if inner.curved(there - x, r - after):
             memory = [*memory[1 - MEMORY :], (there - x, r - after)]
         x, r = there, after

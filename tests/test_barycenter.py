@@ -114,6 +114,39 @@ def test_of_one_cloud_is_that_cloud(rng):
     assert float(torch.cdist(y, x).amin(1).median()) < 0.02
 
 
+def test_of_one_point(rng):
+    """Which has no spread, and moves all the same."""
+    y, far = rand(rng, 41, 2), torch.full((1, 2), 50.0)
+    x, info = otloss.barycenter([y, y + 1], [0.25, 0.75], 0.1, init=far)
+    assert info.converged
+    torch.testing.assert_close(x, (y + 0.75).mean(0, True), rtol=0, atol=1e-6)
+    x, _ = otloss.barycenter([y[:1]], [1.0], 0.1, init=far)
+    torch.testing.assert_close(x, y[:1])
+
+    corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0]])
+    x, info = otloss.barycenter([corners], [1.0], 0.1, n=1, cost="euclidean", tol=1e-3)
+    pull = torch.nn.functional.normalize(corners - x)  # 0 in the mean at Fermat's point
+    assert info.converged
+    assert len(info.values) > 2
+    assert float(pull.mean(0).norm()) < 0.01
+
+
+@pytest.mark.filterwarnings("ignore::otloss.ConvergenceWarning")
+def test_of_one_point_on_a_line():
+    """Where the sum is of straight pieces: steps that its slopes suggest go anywhere."""
+    y = torch.tensor([[0.0], [0.0], [1.0], [10.0], [0.1]])
+    x, _ = otloss.barycenter([y, y + 1], [0.5, 0.5], 0.01, n=1, cost="euclidean")
+    assert float(x) == pytest.approx(1.0, abs=0.01)
+
+
+def test_inference_mode_changes_nothing(rng):
+    y = rand(rng, 20, 2)
+    x, _ = otloss.barycenter([y, y + 1], [0.5, 0.5], 0.1)
+    with torch.inference_mode():
+        found, _ = otloss.barycenter([y.clone(), y + 1], torch.tensor([0.5, 0.5]), 0.1)
+    assert torch.equal(found, x)
+
+
 def test_steps_fall_and_repeat(rng):
     clouds, b = [rand(rng, m, 3) for m in (30, 50, 41)], [rand(rng, m) for m in (30, 50, 41)]
     w = torch.tensor([1.0, 2.0, 0.5])

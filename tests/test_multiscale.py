@@ -380,6 +380,31 @@ def test_unbalanced(strength, rng):
         assert float((one - other).norm()) <= 10 * TOL * float(other.norm())
 
 
+@pytest.mark.parametrize(("shift", "eps"), [(4.0, 0.1), (14.0, 20.0)])
+def test_little_of_an_unbalanced_plan(shift, eps, rng):
+    """Of all of it, or of the rows of a part that is far: what is left out is little of these."""
+    x, y = randn(rng, N, 2), randn(rng, M, 2)
+    options = {"unbalanced": 2.0}
+    for to_y in (y + shift, torch.cat([y[300:], y[:300] + shift])):
+        c = Clouds(x.clone(), to_y, None, None).require_grad()
+        with torch.no_grad():
+            got = c.solve(eps, method="multiscale", tol=TOL, **options)
+            means = [
+                got.apply(to, axis) / got.marginals[1 - axis][:, None]
+                for axis, to in ((1, c.y), (0, c.x))
+            ]
+            P = got.plan  # all of it
+            for mean, part, to in zip(means, (P, P.T), (c.y, c.x), strict=True):
+                assert float((mean - part @ to / part.sum(1)[:, None]).norm(dim=1).max()) < 0.01
+        ways = []
+        for method, tol in (("multiscale", TOL / 10), ("dense", 1e-9)):
+            of = {**options, "method": method, "tol": tol}
+            (f, g), loss = c.solve(eps, **of).potentials, c.loss(eps, debiased=False, **of)
+            ways.append([*c.grads(loss), *c.grads(f.square().mean() + g.square().mean())])
+        for one, other in zip(*ways, strict=True):
+            assert float((one - other).norm()) <= 10 * TOL * float(other.norm())
+
+
 def test_a_batch_is_its_problems(rng):
     c = clouds(rng, 1200, 1100, 3, batch=3, weights="random", dtype=torch.float32).require_grad()
     value = c.loss(0.05, method="multiscale")

@@ -110,7 +110,9 @@ PlanSumsGroup<T> Gradients<T>::plan_sides(int64_t p, const Tensor& f, const Tens
   const SolvedGroup<T> group = solved(p, i, j, data<T>(f), data<T>(g));
   const PointSums<T> x = side(i, {group.a, group.f});
   const PointSums<T> y = i == j ? PointSums<T>{} : side(j, {group.b, group.g});
-  return {group, {as_given<T>(problem_.clouds).pair(i, j, false, true), i == j, x, y}};
+  return {group,
+          {as_given<T>(problem_.clouds).pair(i, j, false, true), i == j, x, y},
+          problem_.penalties(p)};
 }
 
 template <typename T>

@@ -21,7 +21,8 @@ void plan_product_as(StableIValue* stack, const Problem& problem, const Tensors&
          columns,
          clouds.pair(problem.x(p), problem.y(p), false, true),
          data<T>(v[p]),
-         data<T>(products.back())});
+         data<T>(products.back()),
+         problem.penalties(p)});
   }
   OTLOSS_LAUNCH_ON_CPU(plan_products, groups, problem.eps.all);
   give_back(stack, products);

@@ -278,7 +278,7 @@ void plan_gaps(const std::vector<PlanGapGroup>& groups, double eps) {
   multiscale::for_each_problem(groups, [&](const PlanGapGroup& group, int64_t p, bool split) {
     const int64_t n = group.n, m = group.m;
     const multiscale::Fixed fixed(group.points, p, n, group.a, group.f, m, group.b, group.g, false,
-                                  eps, split, kMissing);
+                                  eps, split, Penalties{}, kMissing);
     multiscale::Engine engine = fixed.engine(eps, false, split);
     std::vector<double> rows(fixed.x.size), columns(fixed.y.size);
     group.numbers[2 * p] = engine.divergence(
@@ -296,7 +296,7 @@ void extend(const std::vector<ExtendGroup>& groups, double eps) {
     const int64_t n = group.n;
     const std::vector<double> none(group.batch * n);
     const multiscale::Fixed fixed(group.points, p, n, group.a, none.data(), group.m, group.b,
-                                  group.g, false, eps, split, kMissing);
+                                  group.g, false, eps, split, Penalties{}, kMissing);
     multiscale::Engine engine = fixed.engine(eps, false, split);
     std::vector<double> F = fixed.F;
     engine.extend(eps, fixed.g.data(), kMost, F.data());

@@ -45,10 +45,10 @@ class ListedPlan final : public PlanProducts {
     const Cloud &x = fixed_.x, &y = fixed_.y;
     Vector of_rows(x.size * x.d), of_columns(y.size * x.d);
     of_x.resize(of_rows.size()), of_y.resize(of_columns.size());
-    rows_.displacements(eps_, fixed_.F.data(), fixed_.g.data(), weighted(system.x).data(),
+    rows_.displacements(eps_, fixed_.F.data(), fixed_.g.data(), weighted(x, system.x).data(),
                         of_rows.data(), of_y.data());
-    columns_.displacements(eps_, G_.data(), f_.data(), weighted(system.y).data(), of_columns.data(),
-                           of_x.data());
+    columns_.displacements(eps_, G_.data(), f_.data(), weighted(y, system.y).data(),
+                           of_columns.data(), of_x.data());
     const auto add = [&](const SystemSide& side, const Vector& displacement, Vector& to) {
       for (size_t e = 0; e < to.size(); ++e)
         to[e] += (scale + side.solution[e / x.d]) * displacement[e];
@@ -61,8 +61,8 @@ class ListedPlan final : public PlanProducts {
     for (double& value : v) value *= factor;
     return v;
   }
-  static Vector weighted(const SystemSide& side) {
-    Vector result = side.weight;
+  static Vector weighted(const Cloud& cloud, const SystemSide& side) {
+    Vector result = cloud.w;  // the plan's, not the weights given
     for (int64_t i = 0; i < side.count; ++i) result[i] *= side.solution[i];
     return result;
   }
@@ -162,16 +162,18 @@ class ImplicitProblem {
   const Objective objective_;
   const bool split_;
   const double scale_ = static_cast<double>(group_.coefficient * group_.grad[problem_]);
-  const Fixed fixed_{*group_.given, problem_, group_.n,         group_.a, group_.f, group_.m,
-                     group_.b,      group_.g, group_.symmetric, eps_,     split_};
+  const Fixed fixed_{*group_.given,    problem_, group_.n, group_.a,
+                     group_.f,         group_.m, group_.b, group_.g,
+                     group_.symmetric, eps_,     split_,   group_.penalties};
   const Order x_{fixed_.in_x, fixed_.x.size, group_.n}, y_{fixed_.in_y, fixed_.y.size, group_.m};
-  ImplicitSystem system_{Side<double>(x_.size, fixed_.x.w.data(), group_.penalties.rho_x),
-                         in_order(group_.f, x_).data(),
-                         Side<double>(y_.size, fixed_.y.w.data(), group_.penalties.rho_y),
-                         in_order(group_.g, y_).data(),
-                         eps_,
-                         group_.penalties.balanced,
-                         group_.symmetric};
+  ImplicitSystem system_{
+      Side<double>(x_.size, in_order(group_.a, x_).data(), group_.penalties.rho_x),
+      in_order(group_.f, x_).data(),
+      Side<double>(y_.size, in_order(group_.b, y_).data(), group_.penalties.rho_y),
+      in_order(group_.g, y_).data(),
+      eps_,
+      group_.penalties.balanced,
+      group_.symmetric};
 };
 
 }  // namespace

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <vector>
 
@@ -11,7 +12,9 @@
 
 namespace otloss::cpu::multiscale {
 
-// A problem's two clouds with their leaves, and potentials in order.
+// A problem's two clouds with their leaves, and potentials in order. An unbalanced plan is given as
+// the balanced one of its marginals, a exp(-f / rho_x) for a, (1 + eps / rho_x) f for f: what is
+// left out is then little of these, however little is transported.
 struct Fixed {
   const double left_out;
   Clouds clouds;
@@ -21,19 +24,23 @@ struct Fixed {
 
   template <typename T>
   Fixed(const PointPair<T>& points, int64_t p, int64_t n, const T* a, const T* f, int64_t m,
-        const T* b, const T* v, bool one, double eps, bool split, double left_out = kLeftOut)
+        const T* b, const T* v, bool one, double eps, bool split, const Penalties& penalties,
+        double left_out = kLeftOut)
       : left_out(left_out),
         clouds(points, p, n, a + p * n, m, b + p * m, one, split),
         x(clouds.x),
         y(one ? clouds.x : clouds.y),
         in_x(clouds.in_x),
         in_y(one ? clouds.in_x : clouds.in_y) {
+    set_marginal(x, in_x, f + p * n, penalties.rho_x);
+    if (!one) set_marginal(y, in_y, v + p * m, penalties.rho_y);
     const int64_t L = leaf_size(x, y, eps, {left_out, one, split});
     x.build(L, split);
     if (!one) y.build(L, split);
     F.resize(x.size), g.resize(y.size);
-    for (int64_t i = 0; i < x.n; ++i) F[i] = kLog2E / eps * static_cast<double>(f[p * n + in_x[i]]);
-    for (int64_t j = 0; j < y.n; ++j) g[j] = static_cast<double>(v[p * m + in_y[j]]);
+    const double k = kLog2E * (1 / eps + 1 / penalties.rho_x), along = 1 + eps / penalties.rho_y;
+    for (int64_t i = 0; i < x.n; ++i) F[i] = k * static_cast<double>(f[p * n + in_x[i]]);
+    for (int64_t j = 0; j < y.n; ++j) g[j] = along * static_cast<double>(v[p * m + in_y[j]]);
   }
 
   Engine engine(double eps, bool one, bool split) const { return between(x, y, eps, one, split); }
@@ -41,6 +48,12 @@ struct Fixed {
   Engine exchanged(double eps, bool split) const { return between(y, x, eps, false, split); }
 
  private:
+  template <typename T>
+  static void set_marginal(Cloud& cloud, const std::vector<int32_t>& in, const T* f, double rho) {
+    constexpr double kLeast = std::numeric_limits<double>::min();  // points without weight are none
+    for (int64_t i = 0; i < cloud.n; ++i)
+      cloud.w[i] = std::max(kLeast, cloud.w[i] * std::exp(-static_cast<double>(f[in[i]]) / rho));
+  }
   Engine between(const Cloud& x, const Cloud& y, double eps, bool one, bool split) const {
     constexpr double kHard = std::numeric_limits<double>::infinity();
     return {x, y, kHard, kHard, eps, {left_out, one, split}};

@@ -14,7 +14,7 @@ void plan_sums(const std::vector<PlanSumsGroup<T>>& groups, double eps) {
     const bool one = group.made.symmetric;
     const int64_t d = points.d;
     const multiscale::Fixed fixed(points, p, group.n, group.a, group.f, group.m, group.b, group.g,
-                                  one, eps, split);
+                                  one, eps, split, group.penalties);
     multiscale::Engine engine = fixed.engine(eps, one, split);
     std::vector<double> of_rows(fixed.x.size * d), of_columns;
     if (group.made.y.sum) of_columns.resize(fixed.y.size * d);
@@ -35,7 +35,7 @@ void plan_products(const std::vector<PlanProductGroup<T>>& groups, double eps) {
       groups, [&](const PlanProductGroup<T>& group, int64_t p, bool split) {
         const int64_t n = group.n, m = group.m, count = group.columns;
         const multiscale::Fixed fixed(group.points, p, n, group.a, group.f, m, group.b, group.g,
-                                      false, eps, split);
+                                      false, eps, split, group.penalties);
         multiscale::Engine engine = fixed.engine(eps, false, split);
         const int64_t rows = fixed.x.size, columns = fixed.y.size;
         std::vector<double> v(count * columns), out(count * rows);
