@@ -211,6 +211,23 @@ struct PlanProductGroup : SolvedGroup<T> {
   Penalties penalties = {};
 };
 
+// What a duality gap takes of the plan, by two multiscale passes in double.
+struct PlanGapGroup : SolvedGroup<double> {
+  PointPair<double> points;
+  const double* A;  // (B, n) marginals of a plan that is feasible, of one total
+  const double* B;  // (B, m)
+  double* rows;     // (B, n) out: sums of the plan, of what is kept
+  double* columns;  // (B, m) out
+  double* numbers;  // (B, 2) out: KL of the feasible plan, and at most the plan's mass not kept
+};
+
+// f, not damped, at points x that no solve has seen, by a multiscale pass; f of the base is not
+// read.
+struct ExtendGroup : SolvedGroup<double> {
+  PointPair<double> points;
+  double* out;  // (B, n)
+};
+
 // ------------------------------------------------------------------------------------ launchers
 
 namespace cpu {
@@ -235,6 +252,8 @@ template <typename T>
 void plan_sums(const std::vector<PlanSumsGroup<T>>& groups, double eps);
 template <typename T>
 void plan_products(const std::vector<PlanProductGroup<T>>& groups, double eps);
+void plan_gaps(const std::vector<PlanGapGroup>& groups, double eps);
+void extend(const std::vector<ExtendGroup>& groups, double eps);
 
 }  // namespace cpu
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from otloss.reference import marginals
 
-__all__ = ["Dual", "duality_gap"]
+__all__ = ["Dual", "duality_gap", "gap_of"]
 
 
 class Dual(NamedTuple):
@@ -40,6 +40,23 @@ class Dual(NamedTuple):
         full = self.a.sum(-1) if hard else self.a.sum(-1) * self.b.sum(-1)
         return of_a.sum(-1) + of_b.sum(-1) - self.eps * (mass - full)
 
+    def targets(self) -> tuple[Tensor, Tensor]:
+        """The target marginals."""
+        of_a = marginals.share(self.f, self.rho_x)
+        return self.a * of_a, self.b * marginals.share(self.g, self.rho_y)
+
+    def feasible(self) -> tuple[Tensor, Tensor]:
+        """The target marginals scaled to one total: that of a constraint, else the geometric
+        mean."""
+        A, B = self.targets()
+        x, y = A.sum(-1, keepdim=True), B.sum(-1, keepdim=True)
+        if math.isinf(self.rho_x):
+            return A, B * (x / y)
+        if math.isinf(self.rho_y):
+            return A * (y / x), B
+        total = (x * y).sqrt()
+        return A * (total / x), B * (total / y)
+
 
 def duality_gap(
     dual: Dual,
@@ -51,9 +68,7 @@ def duality_gap(
     ``blocks(function)`` yields ``function(rows, C)`` of all rows in turn; it is called twice.
     ``value``, if given, is what the bound is for: it widens where rounding put the value outside.
     """
-    A = dual.a * marginals.share(dual.f, dual.rho_x)  # the target marginals
-    B = dual.b * marginals.share(dual.g, dual.rho_y)
-    A0, B0 = _with_one_total(dual, A, B)
+    A0, B0 = dual.feasible()
 
     def sums(rows: slice, C: Tensor) -> tuple[Tensor, ...]:
         P = dual.log_plan(rows, C).exp()
@@ -73,28 +88,32 @@ def duality_gap(
         lost = (rows_wanted - Q.sum(-1)).clamp(min=0)
         return (_kl(Q + lost.unsqueeze(-1) * share.unsqueeze(-2), P, L).sum((-2, -1)),)
 
-    gap = dual.eps * torch.stack([part for (part,) in blocks(divergence)]).sum(0)
+    KL = torch.stack([part for (part,) in blocks(divergence)]).sum(0)
+    return gap_of(dual, value, KL, r, columns, torch.zeros_like(KL))
+
+
+def gap_of(
+    dual: Dual, value: Tensor | None, KL: Tensor, r: Tensor, columns: Tensor, missing: Tensor
+) -> Tensor:
+    """The gap (B,), from KL(P'|P), the plan's sums, and the mass that these lack at most."""
+    A, B = dual.targets()
+    A0, B0 = dual.feasible()
+    gap = dual.eps * KL
     soft_x, soft_y = math.isfinite(dual.rho_x), math.isfinite(dual.rho_y)
     gap = gap + (dual.rho_x * _kl(A0, A).sum(-1) if soft_x else 0.0)
     gap = gap + (dual.rho_y * _kl(B0, B).sum(-1) if soft_y else 0.0)
     if soft_x and soft_y:  # then the plan itself is feasible
-        own = dual.rho_x * _kl(r, A).sum(-1) + dual.rho_y * _kl(columns, B).sum(-1)
+        own = (
+            dual.eps * missing
+            + dual.rho_x * _kl(r, A).sum(-1)
+            + dual.rho_y * _kl(columns, B).sum(-1)
+        )
         gap = torch.minimum(gap, own)
     if value is None:
         return gap
-    above = value.double() - dual.value(r.sum(-1))
-    return torch.maximum(gap, above) - above.clamp(max=0)
-
-
-def _with_one_total(dual: Dual, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B scaled to one total: that of a constraint, else the geometric mean."""
-    x, y = A.sum(-1, keepdim=True), B.sum(-1, keepdim=True)
-    if math.isinf(dual.rho_x):
-        return A, B * (x / y)
-    if math.isinf(dual.rho_y):
-        return A * (y / x), B
-    total = (x * y).sqrt()
-    return A * (total / x), B * (total / y)
+    mass = r.sum(-1)
+    below = (value.double() - dual.value(mass)).clamp(max=0)
+    return torch.maximum(gap, value.double() - dual.value(mass + missing)) - below
 
 
 def _shrink(wanted: Tensor, has: Tensor) -> Tensor:

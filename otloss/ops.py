@@ -15,6 +15,9 @@ against itself. All tensors carry a batch dimension. The native kernels also tak
     implicit_backward  gradients of the loss, f, g            -> gradients, status (P, B, 2):
                        iterations and relative residual of the linear system
     plan_product       f, g and v (B, m, c) per pair          -> P v (B, n, c), of multiscale
+    plan_gap           f, g and marginals, of multiscale      -> sums of the plan, and how far it
+                                                                 is from one of the marginals
+    extend             g                                      -> f at other points, of multiscale
     grid_means         log-weights and channels on a grid     -> log-sum-exps, means with weights
     grid_solve         densities on a grid                    -> status (P, B, 5), f and g per pair
     grid_adjoint       gradients of f and g on a grid         -> of the densities, status (B, 2)
@@ -73,6 +76,7 @@ __all__ = [
     "cost_backward",
     "describe_plan",
     "envelope_backward",
+    "extend",
     "grid_adjoint",
     "grid_means",
     "grid_solve",
@@ -80,6 +84,7 @@ __all__ = [
     "makes_plain_tensors",
     "number",
     "places_of_costs",
+    "plan_gap",
     "plan_product",
     "problems",
     "serve_in_plain_torch",
@@ -111,6 +116,9 @@ unrolled_backward({_SEEDS}, {_PROBLEM}, Tensor[] init, Tensor[] traces, {_WANTED
 implicit_backward({_SEEDS}, {_PROBLEM}, Tensor[] f, Tensor[] g, {_WANTED}) \
 -> ({_GRADIENTS}, Tensor status)
 plan_product({_PROBLEM}, Tensor[] f, Tensor[] g, Tensor[] v) -> Tensor[]
+plan_gap({_PROBLEM}, Tensor[] f, Tensor[] g, Tensor[] to_a, Tensor[] to_b) \
+-> (Tensor[] rows, Tensor[] columns, Tensor[] numbers)
+extend({_PROBLEM}, Tensor[] g) -> Tensor[]
 grid_means(Tensor[] axes, Tensor eps, Tensor v, Tensor u) -> (Tensor, Tensor)
 grid_solve(Tensor[] axes, float[] spacing, Tensor[] weights, int[] pairs, Tensor eps, Tensor? rho, \
 Tensor[] init, Tensor tol, int max_iters) -> (Tensor status, Tensor[] f, Tensor[] g)
@@ -239,6 +247,8 @@ envelope_backward = torch.ops.otloss.envelope_backward.default
 unrolled_backward = torch.ops.otloss.unrolled_backward.default
 implicit_backward = torch.ops.otloss.implicit_backward.default
 plan_product = torch.ops.otloss.plan_product.default
+plan_gap = torch.ops.otloss.plan_gap.default
+extend = torch.ops.otloss.extend.default
 grid_adjoint = torch.ops.otloss.grid_adjoint.default
 grid_means = torch.ops.otloss.grid_means.default
 grid_solve = torch.ops.otloss.grid_solve.default
@@ -370,6 +380,20 @@ def _(*arguments: Any) -> list[Tensor]:
     problem, (_, _, v) = read(arguments)
     rows = [problem.weights[i] for i in problem.pairs[::2]]
     return [x.new_empty(*a.shape, x.shape[2]) for a, x in zip(rows, v, strict=True)]
+
+
+@torch.library.register_fake("otloss::plan_gap", lib=_library)
+def _(*arguments: Any) -> tuple[list[Tensor], ...]:
+    _, (f, g, _, _) = read(arguments)
+    return *([torch.empty_like(v) for v in vs] for vs in (f, g)), [
+        v.new_empty(len(v), 2) for v in f
+    ]
+
+
+@torch.library.register_fake("otloss::extend", lib=_library)
+def _(*arguments: Any) -> list[Tensor]:
+    problem, _ = read(arguments)
+    return [torch.empty_like(problem.weights[i]) for i in problem.pairs[::2]]
 
 
 @torch.library.register_fake("otloss::grid_means", lib=_library)

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from otloss import _check
 from otloss._options import Options
-from otloss.autograd import extended, plan_product
+from otloss.autograd import extend, extended, plan_gap, plan_product
 from otloss.cost_matrices import build_costs, seen_costs, with_empty_bins
+from otloss.duality_gap import Dual, gap_of
 from otloss.eps import of_rows
 from otloss.method import in_blocks
-from otloss.problem import Problem
+from otloss.problem import Problem, as_weights
 from otloss.reference.marginals import of_entries, plan
 from otloss.run import Solved
 
@@ -150,6 +152,30 @@ class Plan:
         problem, potentials = self._problem, (self._f, self._g)
         assert self._settings is not None  # of a solve of points
         return plan_product(self._settings, problem.points, problem.weights, potentials, v, axis)
+
+    def _pruned_gap(self, dual: Dual, value: Tensor | None, points: tuple[Tensor, ...]) -> Tensor:
+        """The duality gap by the multiscale engine."""
+        assert self._settings is not None
+        rows, columns, numbers = plan_gap(
+            self._settings, points, (dual.a, dual.b), (dual.f, dual.g), dual.feasible()
+        )
+        KL, missing = numbers.unbind(-1)
+        return gap_of(dual, value, KL, rows, columns, missing)
+
+    def _finds(self, x_new: Tensor) -> bool:
+        """Whether the multiscale engine can find new points: it has no place for others."""
+        if not _check.readable(x_new):
+            return False
+        size = x_new.abs().amax(-1)
+        least = 0.0 if self._options.cost == "cosine" else -1.0
+        return bool((size.isfinite() & (size > least)).all())
+
+    def _extended_to(self, x_new: Tensor) -> Tensor:
+        """f, not damped, at new points by the multiscale engine, (B, k) in float64."""
+        assert self._settings is not None
+        new, y = (x.detach().double() for x in (x_new, self._problem.points[1]))
+        weights = as_weights(None, new, new.shape[-2], new.dtype), self._b.detach().double()
+        return extend(self._settings, (new, y), weights, self._g.detach().double())
 
     def _sums(self) -> tuple[Tensor, Tensor]:
         """Row and column sums of the plan, (B, n) and (B, m)."""

@@ -284,6 +284,8 @@ def sample_arguments() -> dict[str, tuple[Any, ...]]:
         "solve:multiscale": (*multiscale, [], *limits, False, False, None),
         "solve:dense": (*made, [], *limits, True, False, None),
         "solve:packed": (*made, [], *limits, True, True, None),
+        "plan_gap:multiscale": (*multiscale, f, g, [a, a], [b, a]),
+        "extend:multiscale": (*multiscale, g),
         "plan_product:multiscale": (*multiscale, f, g, [b.unsqueeze(-1), a.unsqueeze(-1)]),
         "grid_means": (axes, half, f[0], f[0].unsqueeze(1)),
         "grid_adjoint": (axes, half, penalties, *densities, f[0], f[1], f[0], f[1]),

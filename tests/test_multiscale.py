@@ -11,6 +11,7 @@ import torch
 from helpers import Clouds, clouds, make_weights, rand, randn
 from test_interruption import ended
 from torch import Tensor
+from torch.testing import assert_close
 
 import otloss
 from otloss import method as methods
@@ -256,6 +257,64 @@ def test_what_a_result_offers(hardness, rng):
     extended = fresh.extend(c.x)[there]
     assert float(c.a[there] @ (extended - f[there]).abs()) <= 2 * TOL * eps
     assert P.plan.shape == (N, M)
+
+
+def _other_points(c: Clouds, rng: torch.Generator) -> Tensor:
+    """Points of either cloud, some of them twice, between them and far from both."""
+    near, size = torch.cat([c.x, c.x[:5], c.y]), 1 + float(c.x.abs().amax())
+    apart = near[:50] + size * randn(rng, len(near[:50]), c.x.shape[1]).to(c.x.dtype)
+    return torch.cat([near, apart, 40 * apart])
+
+
+@pytest.mark.filterwarnings("ignore::otloss.ConvergenceWarning")  # they hold all the same
+@pytest.mark.parametrize(
+    ("hardness", "strength", "cost", "dtype"),
+    [
+        (1.0, None, "sqeuclidean", torch.float32),
+        (0.02, None, "sqeuclidean", torch.float64),
+        (0.02, None, "cosine", torch.float32),
+        (0.02, 0.7, "sqeuclidean", torch.float32),
+        (0.005, (None, 2.0), "sqeuclidean", torch.float64),
+    ],
+)
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("one", "line")])
+def test_gap_and_new_points_without_all_pairs(
+    kind, hardness, strength, cost, dtype, rng, monkeypatch
+):
+    """The gap is that of all pairs, but that its plan lacks what is left out."""
+    c, eps = made(kind, rng, dtype, hardness)
+    eps = hardness if cost == "cosine" else eps
+    options = {"method": "multiscale", "cost": cost, "unbalanced": strength, "tol": TOL}
+    new = _other_points(c, rng)
+    with torch.no_grad():
+        result = c.solve(eps, max_iters=30, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr("otloss.result.build_costs", None)  # nothing else reads pairs
+            patch.setattr("otloss.result.in_blocks", None)
+            gap, extended = result.duality_gap, result.extend(new)
+        monkeypatch.setattr(type(result), "_prunes", lambda *_: False)
+        right = result.duality_gap
+        g, b = (v.double() for v in (result.potentials[1], c.weights()[1]))
+        C = otloss.cost_matrix(new.double(), c.y.double(), cost)
+        f = -eps * torch.where(b > 0, b.log() + (g - C) / eps, -torch.inf).logsumexp(1)
+        if strength == 0.7:
+            f *= strength / (strength + eps)
+    rounding = 1e-12 * float(f.abs().mean() + g.abs().mean())
+    assert abs(gap - right) <= 1e-4 * right + 2e-7 * eps + rounding
+    allowed = 1e-6 * eps + rounding + 2 * torch.finfo(dtype).eps * f.abs()
+    assert ((extended.double() - f).abs() <= allowed).all()
+
+
+def test_points_without_a_place_are_extended_by_all_pairs(rng):
+    """Those of no direction, and those that are not finite."""
+    c = _shapes(rng).to(torch.float32)
+    with torch.no_grad():
+        result = c.solve(0.1, method="multiscale", cost="cosine", tol=TOL)
+        found = result.extend(torch.stack([torch.zeros(3), c.x[0]]))
+        assert_close(found[1:], result.extend(c.x[:1]))
+        direct = -0.1 * ((result.potentials[1].double() - 1) / 0.1).exp().mean().log()
+        assert_close(found[0].double(), direct, rtol=1e-5, atol=1e-6)
+        assert result.extend(torch.full((1, 3), torch.nan)).isnan().all()
 
 
 def test_derivatives_of_a_result_are_those_of_all_pairs(rng):

@@ -12,7 +12,7 @@ namespace otloss {
 using Operation = void(StableIValue* stack, uint64_t arguments, uint64_t results);
 
 Operation cost, cost_backward, solve, envelope_backward, unrolled_backward, implicit_backward,
-    plan_product, grid_means, grid_solve;
+    plan_product, plan_gap, extend, grid_means, grid_solve;
 
 // Bytes of prepared clouds that a solve on a CPU gives back, for its gradient.
 constexpr int64_t kMostKept = 16 << 20;
@@ -32,6 +32,8 @@ inline void register_operations(torch::stable::detail::StableLibrary& library) {
   library.impl("unrolled_backward", call<unrolled_backward>);
   library.impl("implicit_backward", call<implicit_backward>);
   library.impl("plan_product", call<plan_product>);
+  library.impl("plan_gap", call<plan_gap>);
+  library.impl("extend", call<extend>);
   library.impl("grid_means", call<grid_means>);
 }
 

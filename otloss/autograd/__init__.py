@@ -7,7 +7,7 @@ graph of a gradient is being made, it is computed in plain torch (``second_order
 
 from otloss.autograd.cost_matrices import CostMatrices
 from otloss.autograd.empty_bins import FirstOrder, extended
-from otloss.autograd.first_order import plan_product
+from otloss.autograd.first_order import extend, plan_gap, plan_product
 from otloss.autograd.nodes import Solve, evaluate
 from otloss.autograd.second_order import refuse_higher_order
 from otloss.autograd.settings import Places, Settings
@@ -21,7 +21,9 @@ __all__ = [
     "Settings",
     "Solve",
     "evaluate",
+    "extend",
     "extended",
+    "plan_gap",
     "plan_product",
     "refuse_higher_order",
     "through",

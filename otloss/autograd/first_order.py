@@ -21,7 +21,7 @@ from otloss.autograd.settings import (
     mode,
 )
 
-__all__ = ["gradients", "of_clouds", "plan_product", "report_system"]
+__all__ = ["extend", "gradients", "of_clouds", "plan_gap", "plan_product", "report_system"]
 
 
 def gradients(
@@ -63,6 +63,28 @@ def plan_product(
     if axis == 0:
         problem, f, g = problem._replace(pairs=s.pairs[::-1]), g, f
     return ops.plan_product(*problem, [f], [g], [v.contiguous()])[0]
+
+
+def plan_gap(
+    s: Settings,
+    points: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    potentials: tuple[Tensor, Tensor],
+    marginals: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row and column sums of the plan, (B, n) and (B, m), and (B, 2): KL of a plan of these
+    marginals, and the mass that the sums lack at most; of a multiscale solve, in float64."""
+    inputs = Inputs([], [batched(x) for x in points], [w.contiguous() for w in weights], [])
+    vectors = ([v.contiguous()] for v in (*potentials, *marginals))
+    rows, columns, numbers = ops.plan_gap(*s.arguments(inputs), *vectors)
+    return rows[0], columns[0], numbers[0]
+
+
+def extend(s: Settings, points: Sequence[Tensor], weights: Sequence[Tensor], g: Tensor) -> Tensor:
+    """f, not damped, at the first of two clouds, (B, k), from g at the second; of a multiscale
+    solve, in float64."""
+    inputs = Inputs([], [batched(x) for x in points], [w.contiguous() for w in weights], [])
+    return ops.extend(*s.arguments(inputs), [g.contiguous()])[0]
 
 
 def of_clouds(

@@ -28,6 +28,7 @@ from otloss.reference.marginals import (
     damping,
     plan,
     semidual,
+    softmin,
     total,
     value,
 )
@@ -40,10 +41,13 @@ OPERATIONS = (
     "envelope_backward",
     "unrolled_backward",
     "implicit_backward",
+    "extend",
+    "plan_gap",
     "plan_product",
 )
 
 
+TINY = 1e-300  # what is smaller counts as 0
 # Terms of a loss that is smaller, over their size, are made again in double.
 CANCELLED = 1e-3
 DIVERGENCE = [0, 1, 0, 0, 1, 1]  # pairs
@@ -310,6 +314,33 @@ def implicit_backward(
     # A direct solve: no iterations, no residual.
     status = grad_loss.new_zeros(len(costs), grad_loss.shape[-1], 2, dtype=torch.float64)
     return *_gradients(problem, costs, of_pair, *wanted), status
+
+
+def plan_gap(*arguments: Any) -> tuple[list[Tensor], ...]:
+    """Row and column sums of the plan P, and (KL(P'|P), 0), P' as in ``otloss/duality_gap.py``."""
+    problem, given = read(arguments)
+    found = []
+    for (i, j), C, f, g, A, B in zip(
+        as_pairs(problem.pairs), _matrices(problem), *given, strict=True
+    ):
+        P = plan(problem.eps.item(), C, f, g, problem.weights[i], problem.weights[j])
+        r, c = P.sum(-1), P.sum(-2)
+        Q = P * (A / r.clamp(min=TINY)).clamp(max=1).unsqueeze(-1)
+        missing = (B - Q.sum(-2)).clamp(min=0)
+        Q = Q * (B / Q.sum(-2).clamp(min=TINY)).clamp(max=1).unsqueeze(-2)
+        share = missing / missing.sum(-1, keepdim=True).clamp(min=TINY)
+        Q = Q + (A - Q.sum(-1)).clamp(min=0).unsqueeze(-1) * share.unsqueeze(-2)
+        entries = torch.where(Q > 0, Q * (Q.clamp(min=TINY) / P.clamp(min=TINY)).log(), 0.0)
+        kl = (entries - Q + P).sum((-2, -1))
+        found.append((r, c, torch.stack([kl, torch.zeros_like(kl)], -1)))
+    return tuple(map(list, zip(*found, strict=True)))
+
+
+def extend(*arguments: Any) -> list[Tensor]:
+    """softmin over y of the costs less g, at every x."""
+    problem, (g,) = read(arguments)
+    parts = zip(as_pairs(problem.pairs), _matrices(problem), g, strict=True)
+    return [softmin(problem.eps.item(), C, v, problem.weights[j]) for (_, j), C, v in parts]
 
 
 def plan_product(*arguments: Any) -> list[Tensor]:

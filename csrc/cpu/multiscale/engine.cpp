@@ -5,11 +5,12 @@
 
 #include "core/math.h"
 #include "cpu/parallel.h"
+#include "cpu/simd/simd.h"
 
 namespace otloss::cpu::multiscale {
 namespace {
 
-constexpr float kSlack = 3;  // log2 by which densities may rise before a list is of no use
+constexpr float kSlack = 9;  // log2 by which densities may rise before a list is of no use
 
 // The share of pairs of runs of this number of points of which 2 R R' / eps, which bounds
 // 2 <u, v> / eps, is at most this.
@@ -19,6 +20,19 @@ double share_within(const Cloud& X, const Cloud& Y, double eps, int64_t points, 
   for (const double r : x)
     for (const double s : y) within += 2 / eps * std::sqrt(r * s) <= most;
   return static_cast<double>(within) / static_cast<double>(x.size() * y.size());
+}
+
+// From the sums of columns of weights w; whether all are good.
+OTLOSS_SIMD bool update_columns(int64_t count, const double* w, const double* sum, const double* g,
+                                double to_cost, double* gt, double* q) {
+  int64_t poor = 0;
+#pragma omp simd reduction(+ : poor)
+  for (int64_t j = 0; j < count; ++j) {
+    const double ratio = w[j] > 0 ? sum[j] / w[j] : 1.0;
+    poor += is_good_sum(ratio) ? 0 : 1;
+    q[j] = ratio, gt[j] = w[j] > 0 ? g[j] - to_cost * fast_log2(ratio) : 0.0;
+  }
+  return poor == 0;
 }
 
 }  // namespace
@@ -82,13 +96,6 @@ void Engine::share_out() {
   begin_.back() = X.super.count;
 }
 
-template <typename F>
-void Engine::for_each_part(F&& function) {
-  const int64_t parts = static_cast<int64_t>(workers_.size());
-  if (parts == 1) return function(workers_[0], begin_[0], begin_[1]);
-  parallel_tasks(parts, [&](int64_t p) { function(workers_[p], begin_[p], begin_[p + 1]); });
-}
-
 Pass Engine::begin(double eps, const double* g, double* F, double* s) {
   const double k = kLog2E / eps;
   for (int64_t j = 0; j < Y.size; ++j) G_[j] = k * g[j];
@@ -117,10 +124,10 @@ Pass Engine::begin(double eps, const double* g, double* F, double* s) {
 
 // Lists serve leaves of x whose densities have risen little; where those of few supers of y have
 // risen more than most, these are searched anew.
-void Engine::choose_lists(double eps, const double* F) {
-  constexpr double kMore = 1;  // than the mean rise
+void Engine::choose_lists(double eps, const double* F, bool half, Pass& pass) {
+  constexpr double kMore = 6;  // than the mean rise
   constexpr int64_t kFew = 8;  // an eighth
-  listed_ = lists_.eps == eps && lists_.threshold == threshold_;
+  listed_ = lists_.eps == eps && lists_.threshold == threshold_ && lists_.half == half;
   if (listed_) {
     std::vector<double> of_super(Y.super.count, -1e300);
     double mean = 0, base = -1e300;
@@ -146,9 +153,10 @@ void Engine::choose_lists(double eps, const double* F) {
     }
     listed_ = poor * kFew < X.leaf.count && searched * kFew <= Y.super.count;
   }
+  pass.listed = listed_, pass.record = !listed_, pass.slack = kSlack;
   if (listed_) return;
   share_out();
-  lists_.eps = eps, lists_.threshold = threshold_;
+  lists_.eps = eps, lists_.threshold = threshold_, lists_.half = half;
   lists_.F.assign(F, F + X.size), lists_.G = G_;
 }
 
@@ -188,10 +196,9 @@ void Engine::expect(double rate) {
 
 void Engine::sweep(double eps, const double* g, double* F, double* s, bool columns) {
   Pass pass = begin(eps, g, F, s);
-  choose_lists(eps, F);
+  choose_lists(eps, F, false, pass);
   pass.tilt = columns ? x.tilt(eps) : 0;
   pass.columns = columns, pass.group = columns && wants_groups_ ? group_ : 0;
-  pass.listed = listed_, pass.record = !listed_, pass.slack = kSlack;
   for_each_part(
       [&](Worker& worker, int64_t begin, int64_t end) { worker.update(pass, begin, end); });
   finish(columns);
@@ -217,17 +224,15 @@ void Engine::iterate(double eps, const double* g, double* F, double* gt, double*
   if (interrupted()) return;
   const double to_cost = eps / kLog2E;
   const auto update = [&](int64_t begin, int64_t end) {
+    if (update_columns(end - begin, &Y.w[begin], &column_[begin], g + begin, to_cost, gt + begin,
+                       q + begin))
+      return;
     std::vector<double> parts;
-    for (int64_t j = begin; j < end && !interrupted(); ++j) {
-      const double b = Y.w[j], ratio = column_[j] / b;
-      if (!(b > 0)) {
-        gt[j] = 0, q[j] = 1;
-      } else if (is_good_sum(ratio)) {
-        q[j] = ratio, gt[j] = g[j] - to_cost * fast_log2(ratio);
-      } else {
-        gt[j] = -to_cost * log2_sum_of_all(Y, j, X, 1 / to_cost, x.damping(eps), F, parts);
-        q[j] = fast_exp2((g[j] - gt[j]) / to_cost);
-      }
+    for (int64_t j = begin; j < end; ++j) {
+      if (is_good_sum(q[j])) continue;
+      if (interrupted()) return;
+      gt[j] = -to_cost * log2_sum_of_all(Y, j, X, 1 / to_cost, x.damping(eps), F, parts);
+      q[j] = fast_exp2((g[j] - gt[j]) / to_cost);
     }
   };
   constexpr int64_t kGrain = 4096;
@@ -248,6 +253,7 @@ void Engine::update_rows(double eps, const double* g, double* F, double* s) {
 bool Engine::sweep_mirrored(double eps, const double* g, double* F, double* s) {
   Pass pass = begin(eps, g, F, s);
   pass.y.planes = &px_;
+  choose_lists(eps, F, true, pass);
   for_each_part(
       [&](Worker& worker, int64_t begin, int64_t end) { worker.mirror(pass, begin, end); });
   finish(true);

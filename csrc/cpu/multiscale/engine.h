@@ -86,6 +86,14 @@ class Engine {
   // (n,) row sums of P C.
   std::vector<double> cost_sums(double eps, const double* F, const double* g);
 
+  // Of the same plan P, in double: rows' and columns' sums over the pairs that are kept, and
+  // KL(P'|P), at most, of the plan P' with marginals A (n,) and B (m,) that rounding gives (see
+  // otloss/duality_gap.py). left_out() is then the mass of the pairs that are not.
+  double divergence(double eps, const double* F, const double* g, const double* A, const double* B,
+                    double* rows, double* columns);
+  // F at points x that no solve has seen, in double, to a part `most` of each row's sum.
+  void extend(double eps, const double* g, double most, double* F);
+
   // For Newton's step. Sums over groups are made while iterations pass.
   int64_t group() const { return group_; }
   void want_groups() { wants_groups_ = true; }
@@ -94,10 +102,18 @@ class Engine {
 
  private:
   Pass begin(double eps, const double* g, double* F, double* s);
-  void choose_lists(double eps, const double* F);
+  // half: each pair of a symmetric plan's leaves once.
+  void choose_lists(double eps, const double* F, bool half, Pass& pass);
   void share_out();
   template <typename F>
-  void for_each_part(F&& function);
+  void for_each_part(F&& function) {
+    const int64_t parts = static_cast<int64_t>(workers_.size());
+    if (parts == 1) return function(workers_[0], begin_[0], begin_[1]);
+    parallel_tasks(parts, [&](int64_t p) { function(workers_[p], begin_[p], begin_[p + 1]); });
+  }
+  void guess_rows(double k, double* F) const;
+  template <typename F>
+  void for_each_exact_row(const Pass& pass, const double* V, const double* g, F&& row);
   void finish(bool symmetric_mass);
   void sweep(double eps, const double* g, double* F, double* s, bool columns);
   bool sweep_mirrored(double eps, const double* g, double* F, double* s);
@@ -118,6 +134,7 @@ class Engine {
   // Lists: potentials and threshold that they were made at; how much densities have risen since.
   struct {
     double eps = 0, threshold = 0;
+    bool half = false;
     std::vector<double> F, G;
   } lists_;
   bool listed_ = false;

@@ -84,6 +84,14 @@ void Worker::product(const Pass& pass, int64_t begin, int64_t end, const float* 
   });
 }
 
+void Worker::pairs(const Pass& pass, int64_t begin, int64_t end,
+                   FunctionRef<void(int64_t, const Tile*, int64_t)> each) {
+  for_each_leaf(pass, begin, end, [&](int64_t I) {
+    find(I, false, 0);
+    each(I, tiles_.data(), found_.kept);
+  });
+}
+
 void Worker::values(const Pass& pass, int64_t begin, int64_t end, int64_t count,
                     const float* values, double* out) {
   const int64_t n = pass.x.cloud->size, m = pass.y.cloud->size;

@@ -46,10 +46,23 @@ struct Lanes {
     reinterpret_cast<Memory*>(p)->vector = value;
   }
   static OTLOSS_INLINE float sum(const Float& value) {
-    float lane[kCount], total = 0;
+    return reduce(value, [](const auto& s, const auto& t) OTLOSS_ALWAYS_INLINE { return s + t; });
+  }
+  static OTLOSS_INLINE float max(const Float& value) {
+    return reduce(value,
+                  [](const auto& s, const auto& t) OTLOSS_ALWAYS_INLINE { return s > t ? s : t; });
+  }
+  // By halves.
+  template <typename F>
+  static OTLOSS_INLINE float reduce(const Float& value, F&& both) {
+    float lane[kCount];
     store(lane, value);
-    for (int64_t i = 0; i < kCount; ++i) total += lane[i];
-    return total;
+    if constexpr (kBytes == 16) {
+      return both(both(lane[0], lane[1]), both(lane[2], lane[3]));
+    } else {
+      using Half = Lanes<kBytes / 2>;
+      return Half::reduce(both(Half::load(lane), Half::load(lane + kCount / 2)), both);
+    }
   }
   // As fast_exp2.
   static OTLOSS_INLINE Float exp2(const Float& from) {

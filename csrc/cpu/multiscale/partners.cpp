@@ -66,41 +66,62 @@ struct BoundSupers {
   }
 };
 
-// The pair with leaf J, alpha and beta to their next place; kept if it can hold enough.
+// What pairs read of the leaf of x.
 template <int kD>
-OTLOSS_INLINE void add_pair(const Search& search, int64_t J, Found& found) {
-  const Cloud &x = *search.x.cloud, &y = *search.y.cloud;
-  const Planes &p = *search.x.planes, &q = *search.y.planes;
-  const int64_t I = search.I, L = x.L;
-  const float k = static_cast<float>(search.k);
+struct RowLeaf {
+  double base, centre[kD], slope[kD];
+  float half[kD], radius;
+  const float *u, *rest;  // (d, L), (L,)
+
+  OTLOSS_INLINE explicit RowLeaf(const Search& search) {
+    const Cloud& x = *search.x.cloud;
+    const Planes& p = *search.x.planes;
+    const int64_t I = search.I;
+    base = p.base[I], radius = x.leaf.radius[I];
+    u = &x.u[I * kD * x.L], rest = &p.rest[I * x.L];
+    for (int c = 0; c < kD; ++c) {
+      centre[c] = x.leaf.centre[I * kD + c], half[c] = x.leaf.half[c * x.leaf.stride + I];
+      slope[c] = static_cast<double>(p.slope[c * x.leaf.stride + I]);
+    }
+  }
+};
+
+// The pair with leaf J, alpha and beta to their next place; kept if it can hold enough.
+template <int kD, int kBytes>
+OTLOSS_INLINE void add_pair(const Search& search, const RowLeaf<kD>& row, int64_t J, Found& found) {
+  using Vector = Lanes<kBytes>;
+  const Cloud& y = *search.y.cloud;
+  const Planes& q = *search.y.planes;
+  const int64_t L = y.L;
   double distance = 0;
   float tilt_x[kD], tilt_y[kD], halves = 0, ball_x = 0, ball_y = 0;
   for (int c = 0; c < kD; ++c) {
-    const int64_t at_x = c * x.leaf.stride + I, at_y = c * y.leaf.stride + J;
-    const double delta = x.leaf.centre[I * kD + c] - y.leaf.centre[J * kD + c];
+    const int64_t at = c * y.leaf.stride + J;
+    const double delta = row.centre[c] - y.leaf.centre[J * kD + c], tilt = 2 * search.k * delta;
     distance += delta * delta;
-    tilt_x[c] = static_cast<float>(static_cast<double>(p.slope[at_x]) - 2 * search.k * delta);
-    tilt_y[c] = static_cast<float>(static_cast<double>(q.slope[at_y]) + 2 * search.k * delta);
-    halves += x.leaf.half[at_x] * y.leaf.half[at_y];
+    tilt_x[c] = static_cast<float>(row.slope[c] - tilt);
+    tilt_y[c] = static_cast<float>(static_cast<double>(q.slope[at]) + tilt);
+    halves += row.half[c] * y.leaf.half[at];
     ball_x += tilt_x[c] * tilt_x[c], ball_y += tilt_y[c] * tilt_y[c];
   }
-  const float shift = static_cast<float>(p.base[I] + q.base[J] - search.k * distance);
-  const float inner = 2 * k * std::min(halves, x.leaf.radius[I] * y.leaf.radius[J]);
+  const float shift = static_cast<float>(row.base + q.base[J] - search.k * distance);
+  const float radius = y.leaf.radius[J];
   float *alpha = found.alpha + found.kept * L, *beta = found.beta + found.kept * L;
-  const float *u = &x.u[I * kD * L], *v = &y.u[J * kD * L];
-  const float *rest_x = &p.rest[I * L], *rest_y = &q.rest[J * L], *log_w = &y.log_w[J * L];
-  float most_x = kNone, most_y = kNone;
-#pragma omp simd reduction(max : most_x, most_y)
-  for (int64_t h = 0; h < L; ++h) {
-    float s = rest_x[h], r = rest_y[h];
-    for (int c = 0; c < kD; ++c) s += tilt_x[c] * u[c * L + h], r += tilt_y[c] * v[c * L + h];
-    alpha[h] = s, beta[h] = r + shift + log_w[h];
-    most_x = s > most_x ? s : most_x, most_y = r > most_y ? r : most_y;
+  const float *v = &y.u[J * kD * L], *rest = &q.rest[J * L], *log_w = &y.log_w[J * L];
+  auto most_alpha = typename Vector::Float{} + kNone, most_beta = most_alpha;
+  for (int64_t h = 0; h < L; h += Vector::kCount) {
+    auto s = Vector::load(row.rest + h), r = Vector::load(rest + h);
+    for (int c = 0; c < kD; ++c) {
+      s += tilt_x[c] * Vector::load(row.u + c * L + h);
+      r += tilt_y[c] * Vector::load(v + c * L + h);
+    }
+    Vector::store(alpha + h, s), Vector::store(beta + h, r + (shift + Vector::load(log_w + h)));
+    most_alpha = s > most_alpha ? s : most_alpha, most_beta = r > most_beta ? r : most_beta;
   }
+  const float most_x = Vector::max(most_alpha), most_y = Vector::max(most_beta);
   constexpr float kApart = 60;  // log2 that the powers of either side alone may reach
-  const float in_x = std::sqrt(ball_x) * x.leaf.radius[I];
-  const float in_y = std::sqrt(ball_y) * y.leaf.radius[J];
-  const float terms = std::max({inner, in_x, in_y});
+  const float inner = 2 * static_cast<float>(search.k) * std::min(halves, row.radius * radius);
+  const float terms = std::max({inner, std::sqrt(ball_x) * row.radius, std::sqrt(ball_y) * radius});
   const float bound = pair_bound(shift, most_x, most_y, inner, terms);
   const float held = bound + std::max(search.reach, y.leaf.log_mass[J]);
   const bool listed = held >= search.threshold - search.slack;
@@ -121,9 +142,10 @@ struct FindPartners {
   template <int kBytes>
   static OTLOSS_INLINE void run(const Search& search, Found* const& result) {
     Found found = *result;
+    const RowLeaf<kD> row(search);
     for (int64_t i = 0; i < search.list_count; ++i)
       if (!search.risen || !search.risen[search.list[i] / kSuper])
-        add_pair<kD>(search, search.list[i], found);
+        add_pair<kD, kBytes>(search, row, search.list[i], found);
     const Bounded x = leaves(search.x), y = leaves(search.y);
     const float least = search.threshold - search.slack;
     float bound[kSuper];
@@ -147,7 +169,8 @@ struct FindPartners {
         left_out += counts > is_near ? fast_exp2(bound[j]) * mass[j] : 0.0f;
       }
       found.left_out += static_cast<double>(left_out);
-      for (; near; near &= near - 1) add_pair<kD>(search, first + __builtin_ctz(near), found);
+      for (; near; near &= near - 1)
+        add_pair<kD, kBytes>(search, row, first + __builtin_ctz(near), found);
     }
     *result = found;
   }

@@ -16,6 +16,7 @@ namespace otloss::cpu::multiscale {
 // the balanced one of its marginals, a exp(-f / rho_x) for a, (1 + eps / rho_x) f for f: what is
 // left out is then little of these, however little is transported.
 struct Fixed {
+  const double left_out;
   Clouds clouds;
   Cloud &x, &y;
   const std::vector<int32_t>&in_x, &in_y;
@@ -23,15 +24,17 @@ struct Fixed {
 
   template <typename T>
   Fixed(const PointPair<T>& points, int64_t p, int64_t n, const T* a, const T* f, int64_t m,
-        const T* b, const T* v, bool one, double eps, bool split, const Penalties& penalties)
-      : clouds(points, p, n, a + p * n, m, b + p * m, one, split),
+        const T* b, const T* v, bool one, double eps, bool split, const Penalties& penalties,
+        double left_out = kLeftOut)
+      : left_out(left_out),
+        clouds(points, p, n, a + p * n, m, b + p * m, one, split),
         x(clouds.x),
         y(one ? clouds.x : clouds.y),
         in_x(clouds.in_x),
         in_y(one ? clouds.in_x : clouds.in_y) {
     set_marginal(x, in_x, f + p * n, penalties.rho_x);
     if (!one) set_marginal(y, in_y, v + p * m, penalties.rho_y);
-    const int64_t L = leaf_size(x, y, eps, {kLeftOut, one, split});
+    const int64_t L = leaf_size(x, y, eps, {left_out, one, split});
     x.build(L, split);
     if (!one) y.build(L, split);
     F.resize(x.size), g.resize(y.size);
@@ -51,9 +54,9 @@ struct Fixed {
     for (int64_t i = 0; i < cloud.n; ++i)
       cloud.w[i] = std::max(kLeast, cloud.w[i] * std::exp(-static_cast<double>(f[in[i]]) / rho));
   }
-  static Engine between(const Cloud& x, const Cloud& y, double eps, bool one, bool split) {
+  Engine between(const Cloud& x, const Cloud& y, double eps, bool one, bool split) const {
     constexpr double kHard = std::numeric_limits<double>::infinity();
-    return {x, y, kHard, kHard, eps, {kLeftOut, one, split}};
+    return {x, y, kHard, kHard, eps, {left_out, one, split}};
   }
 };
 

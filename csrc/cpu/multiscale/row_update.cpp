@@ -6,8 +6,30 @@
 #include "core/math.h"
 #include "cpu/multiscale/worker.h"
 #include "cpu/parallel.h"
+#include "cpu/simd/simd.h"
 
 namespace otloss::cpu::multiscale {
+namespace {
+
+// of_rows (kTileRows,): log2 of positive sums.
+OTLOSS_SIMD void log2_of_sums(const float* sum, double* of_rows) {
+#pragma omp simd
+  for (int64_t r = 0; r < kTileRows; ++r) of_rows[r] = fast_log2(static_cast<double>(sum[r]));
+}
+
+// Of columns (leaves, L), those of the tiles, but for the leaf `skipped`, += sums (tiles, L).
+OTLOSS_SIMD void add_to_columns(int64_t L, int64_t tiles, const Tile* tile, const float* sums,
+                                int64_t skipped, double* columns) {
+  for (int64_t q = 0; q < tiles; ++q) {
+    if (tile[q].leaf == skipped) continue;
+    const float* from = sums + q * L;
+    double* to = columns + tile[q].leaf * L;
+#pragma omp simd
+    for (int64_t h = 0; h < L; ++h) to[h] += static_cast<double>(from[h]);
+  }
+}
+
+}  // namespace
 
 void Worker::update(const Pass& pass, int64_t begin, int64_t end) {
   if (pass.columns) column.assign(pass.y.cloud->size, 0.0);
@@ -65,6 +87,8 @@ bool Worker::correct(int64_t I, int64_t first, const float* sum) {
 }
 
 void Worker::take(int64_t I, int64_t first, const float* sum, const double* guess) {
+  double change[kTileRows];
+  log2_of_sums(sum, change);
   for (int64_t r = 0; r < kTileRows; ++r) {
     const int64_t i = I * L_ + first + r;
     const double a = pass_->x.cloud->w[i], total = static_cast<double>(sum[r]);
@@ -72,8 +96,8 @@ void Worker::take(int64_t I, int64_t first, const float* sum, const double* gues
     if (!(a > 0)) {
       F = 0, pass_->s[i] = 1;
     } else if (is_good_sum(total)) {
-      F -= fast_log2(total);
-      pass_->s[i] = fast_exp2(guess[r] - F);
+      pass_->s[i] = F == guess[r] ? total : total * fast_exp2(guess[r] - F);
+      F -= change[r];
       const double weight = pass_->tilt == 0 ? a : a * fast_exp2(pass_->tilt * F);
       w_[first + r] = static_cast<float>(weight / total);
       mass_ += weight;
@@ -104,30 +128,19 @@ void Worker::flush(int64_t I) {
 }
 
 void Worker::add_columns(int64_t skipped) {
-  for (int64_t q = 0; q < found_.kept; ++q) {
-    if (tiles_[q].leaf == skipped) continue;
-    const float* from = sums_.data() + q * L_;
-    double* to = column.data() + tiles_[q].leaf * L_;
-    for (int64_t h = 0; h < L_; ++h) to[h] += static_cast<double>(from[h]);
-  }
+  add_to_columns(L_, found_.kept, tiles_.data(), sums_.data(), skipped, column.data());
 }
 
 // The row group in sums_, but for what is next to nothing of it.
 void Worker::add_groups() {
   constexpr double kLeast = 1e-5;
-  const int64_t per = groups.per, size = L_ / per;
-  for (int64_t q = 0; q < found_.kept; ++q) {
-    float value[kMostLeaf / kTileRows], most = 0;
-    for (int64_t p = 0; p < per; ++p) {
-      value[p] = 0;
-      for (int64_t h = p * size; h < (p + 1) * size; ++h) value[p] += sums_[q * L_ + h];
-      most = std::max(most, value[p]);
-    }
-    if (static_cast<double>(most) < kLeast * mass_) continue;
-    groups.leaf.push_back(tiles_[q].leaf);
-    groups.value.insert(groups.value.end(), value, value + per);
-  }
-  groups.end.push_back(static_cast<int64_t>(groups.leaf.size())), groups.row.push_back(mass_);
+  const int64_t per = groups.per, used = static_cast<int64_t>(groups.leaf.size());
+  groups.leaf.resize(used + found_.kept), groups.value.resize((used + found_.kept) * per);
+  const int64_t added = sum_groups({L_, L_ / per, found_.kept, tiles_.data(), sums_.data(),
+                                    static_cast<float>(kLeast * mass_), &groups.leaf[used],
+                                    &groups.value[used * per]});
+  groups.leaf.resize(used + added), groups.value.resize((used + added) * per);
+  groups.end.push_back(used + added), groups.row.push_back(mass_);
 }
 
 void Worker::mirror(const Pass& pass, int64_t begin, int64_t end) {

@@ -129,6 +129,27 @@ struct Values {
   }
 };
 
+struct Groups {
+  template <int kBytes>
+  static OTLOSS_INLINE void run(const TileGroups& t, int64_t* const& count) {
+    using Vector = Lanes < kBytes<4 * kTileRows ? kBytes : 4 * kTileRows>;  // of least groups
+    const int64_t per = t.L / t.size;
+    const float* from = t.sums;
+    for (int64_t q = 0; q < t.tiles; ++q) {
+      float *value = t.value + *count * per, most = 0;
+      for (int64_t p = 0; p < per; ++p) {
+        typename Vector::Float sum{};
+        for (int64_t h = 0; h < t.size; h += Vector::kCount, from += Vector::kCount)
+          sum += Vector::load(from);
+        value[p] = Vector::sum(sum);
+        most = most < value[p] ? value[p] : most;
+      }
+      if (most < t.least) continue;
+      t.leaf[(*count)++] = t.tile[q].leaf;
+    }
+  }
+};
+
 // Few rows at once, so that their sums stay in registers.
 template <int kD>
 struct Products {
@@ -191,6 +212,11 @@ void sum_rows(const TileRows& rows) { run_in_dimension<Rows>(rows.d, rows); }
 void sum_columns(const TileRows& rows) { run_at_level<Columns>(rows); }
 void sum_both(const TileRows& rows) { run_in_dimension<Both>(rows.d, rows); }
 void sum_values(const TileRows& rows, const float* values) { run_at_level<Values>(rows, values); }
+int64_t sum_groups(const TileGroups& groups) {
+  int64_t count = 0, *const to = &count;
+  run_at_level<Groups>(groups, to);
+  return count;
+}
 void sum_products(const TileProducts& rows) { run_in_dimension<Products>(rows.d, rows); }
 
 }  // namespace otloss::cpu::multiscale

@@ -39,6 +39,19 @@ void sum_both(const TileRows& rows);
 // Of rows, of e times values (leaves, L).
 void sum_values(const TileRows& rows, const float* values);
 
+// Column sums of runs of `size` columns, where one of a leaf's is at least `least`.
+struct TileGroups {
+  int64_t L, size;
+  int64_t tiles;
+  const Tile* tile;   // (tiles,)
+  const float* sums;  // (tiles, L)
+  float least;
+  int32_t* leaf;  // (tiles,) out: of y
+  float* value;   // (tiles, L / size) out
+};
+// How many leaves are out.
+int64_t sum_groups(const TileGroups& groups);
+
 // Both with coordinates, relative to the centre c of the row leaf: of rows e and e (y - c), of
 // columns w e and w e u.
 struct TileProducts : TileRows {

@@ -108,7 +108,8 @@ void Worker::find(int64_t I, bool anew, int64_t least) {
   } else if (listed) {
     missing += list_left_out_[I - first_] * std::exp2(static_cast<double>(pass_->rise[I]));
   }
-  left_out += (missing + found_.left_out_listed) * std::exp2(static_cast<double>(search_.reach));
+  missing_ = missing + found_.left_out_listed;
+  left_out += missing_ * std::exp2(static_cast<double>(search_.reach));
   const double mass = static_cast<double>(x.leaf.mass[I]);
   rounding += mass * (kSumRounding + kTermRounding * static_cast<double>(found_.terms));
   pass_->tiles[I / kSuper] += static_cast<double>(found_.kept);

@@ -66,6 +66,10 @@ class Worker {
   // (leaves, L), or null: 0, base (n,) likewise.
   void product(const Pass& pass, int64_t begin, int64_t end, const float* x, const double* base,
                const double* factor, double* w);
+  // At fixed potentials the pairs of leaves that are kept: each(leaf of x, tiles, their number).
+  void pairs(const Pass& pass, int64_t begin, int64_t end,
+             FunctionRef<void(int64_t, const Tile*, int64_t)> each);
+  double missing() const { return missing_; }
   // At fixed potentials rows' sum e v: values (count, leaves, L), out (count, n).
   void values(const Pass& pass, int64_t begin, int64_t end, int64_t count, const float* values,
               double* out);
@@ -102,7 +106,8 @@ class Worker {
   BlockVector<float> w_, row_, row_product_;  // (L,), (L,), (d, L) of the leaf
   BlockVector<float> sums_, products_;        // (tiles, L), (tiles, d, L) of its columns
   std::vector<double> dense_;
-  double mass_ = 0;  // of the rows in sums_
+  double mass_ = 0;     // of the rows in sums_
+  double missing_ = 0;  // bound of what sums of the leaf's rows lack
   // Lists of the leaves from first_ on, and what was left out of them.
   int64_t first_ = 0;
   std::vector<int64_t> list_begin_;
