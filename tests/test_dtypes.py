@@ -143,7 +143,7 @@ def test_autocast_around_a_network(rng):
 
 def careful(x, y, a, b):
     """Potentials that differ by less than the allowed error wherever a solve stops."""
-    return otloss.solve_sample(x, y, 0.5, a=a, b=b, tol=1e-5)
+    return otloss.solve_sample(x, y, 1.0, a=a, b=b, tol=1e-5)
 
 
 MIXED = {

@@ -123,6 +123,20 @@ def test_gradients_are_within_a_thousandth(gpu, rng):
 
 
 @on_gpu
+@pytest.mark.parametrize(("shift", "eps"), [(4.0, 0.1), (14.0, 20.0)])
+def test_gradients_of_a_little_that_is_transported(shift, eps, gpu, rng):
+    """What is left out is little of an unbalanced plan, too, not only of the weights."""
+    c = clouds(rng, 600, 520, 2)
+    c = Clouds(c.x, c.y + shift, None, None).require_grad()
+    options = {"unbalanced": 2.0, "debiased": False}
+    _, got = differentiated(c, eps, gpu, tol=TOL / 10, **options)
+    fine = c.double().require_grad()
+    right = fine.grads(fine.loss(eps, method="dense", tol=1e-9, max_iters=5000, **options))
+    for one, other in zip(got, right, strict=True):
+        assert float((one.double() - other).norm()) <= 10 * TOL * float(other.norm())
+
+
+@on_gpu
 @pytest.mark.parametrize("options", [{}, {"cost": "cosine"}, {"unbalanced": 1.0}], ids=str)
 @pytest.mark.parametrize("eps", [0.5, 0.02])
 def test_divergence(eps, options, gpu, rng):

@@ -294,7 +294,9 @@ class Run {
     group.W = W.data();
     cpu::cost_weights(group, c_.kind);
     CloudGradientGroup<T> cloud{B(), c_.n, c_.d, x_.z.data(), x_.norm.data(), x_.grad.data(), {}};
-    cloud.terms.push_back({m(), false, V_.data(), other().z.data(), row_sum_.data(), {}});
+    const auto& to = other();
+    cloud.terms.push_back(
+        {m(), false, V_.data(), to.z.data(), to.norm.data(), row_sum_.data(), {}});
     cpu::cloud_gradients<T>({cloud}, c_.kind);
     tell(x_.grad, "gradient of points");
   }

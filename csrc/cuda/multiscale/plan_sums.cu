@@ -1,5 +1,6 @@
 // The plan of a multiscale solve at fixed potentials, times the points of the other side: what the
 // gradient of the points needs.
+#include <limits>
 #include <type_traits>
 
 #include "cuda/multiscale/multiscale.h"
@@ -9,7 +10,9 @@ namespace otloss::cuda {
 namespace multiscale {
 namespace {
 
-// A potential of the caller's points, in order.
+// A potential of the caller's points, in order. An unbalanced plan is taken as the balanced one of
+// its marginals, w exp(-v / rho) for w, (1 + eps / rho) v for v: what is left out is then little of
+// these, however little is transported.
 template <typename T>
 struct GatherKernel {
   static constexpr int kThreads = 256;
@@ -17,12 +20,17 @@ struct GatherKernel {
   int64_t n;
   const int32_t* index;
   const T* given;
-  double* v;
+  double eps, rho;
+  double *v, *w;
 
   template <class Block>
   OTLOSS_DEVICE void operator()(Block& block) const {
+    constexpr double kLeast = std::numeric_limits<double>::min();  // points without weight are none
     const int64_t i = block.x() * kThreads + block.thread();
-    if (i < n) v[i] = static_cast<double>(given[index[i]]);
+    if (i >= n) return;
+    const double value = w[i] > 0 ? static_cast<double>(given[index[i]]) : 0.0;
+    v[i] = (1 + eps / rho) * value;
+    if (w[i] > 0) w[i] = Max::join(w[i] * exp(-value / rho), kLeast);
   }
 };
 
@@ -72,29 +80,30 @@ class PlanSums {
   void run() {
     const MadeCost<T>& made = group_.made;
     double* const masses = context_.scratch<double>(2);
-    const auto side = [&](int s, int64_t n, const T* points, const T* weights, const T* v) {
+    const auto side = [&](int s, int64_t n, const T* points, const T* weights, const T* v,
+                          double rho) {
       ordered_[s] =
           ordered_cloud<kD>(context_, made.points.kind, n, made.points.d,
                             points + p_ * n * made.points.d, weights + p_ * n, nullptr, masses + s);
-      prepare(s, v + p_ * n);
+      prepare(s, v + p_ * n, rho);
     };
-    side(0, group_.n, made.points.zx, group_.a, group_.f);
-    side(1, group_.m, made.points.zy, group_.b, group_.g);
+    side(0, group_.n, made.points.zx, group_.a, group_.f, group_.penalties.rho_x);
+    side(1, group_.m, made.points.zy, group_.b, group_.g, group_.penalties.rho_y);
     problem_.order = context_.scratch<ListedOrder>(1);
     if (made.x.sum) sum(0, made.x);
     if (made.y.sum) sum(1, made.y);
   }
 
  private:
-  void prepare(int s, const T* given) {
+  void prepare(int s, const T* given, double rho) {
     const Ordered& own = ordered_[s];
     const Cloud& cloud = own.cloud;
     const int64_t leaves = cloud.leaves(), size = leaves * kLeaf;
-    launch(context_, NodesKernel<kD>{cloud}, Grid{cloud.supers});
     double* const v = context_.scratch<double>(cloud.n);
     using Kernel = GatherKernel<T>;
-    launch(context_, Kernel{cloud.n, own.index, given, v},
+    launch(context_, Kernel{cloud.n, own.index, given, eps_, rho, v, cloud.w},
            Grid{ceil_div(cloud.n, Kernel::kThreads)});
+    launch(context_, NodesKernel<kD>{cloud}, Grid{cloud.supers});
     const double k = kLog2E / eps_;
     const Planes planes = make_planes<kD>(context_, cloud);
     potentials_[s] = {v, k};
