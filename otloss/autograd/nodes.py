@@ -24,6 +24,7 @@ from otloss.autograd.settings import (
 )
 from otloss.reference.arguments import as_pairs
 from otloss.reference.marginals import centred
+from otloss.shapes import places_of_costs
 
 __all__ = ["Solve", "evaluate"]
 
@@ -131,7 +132,7 @@ def _unpacked(
 ) -> tuple[Tensor, ...]:
     """(*f, *g, *made) of the pairs that a gradient flows through."""
     sides = [inputs.weights[c] for c in s.pairs]
-    places = ops.places_of_costs(inputs.points, inputs.weights, s.pairs)
+    places = places_of_costs(inputs.points, inputs.weights, s.pairs)
     parts = potentials.split([w.numel() for w in sides])
     each = [v.view_as(w) for v, w in zip(parts, sides, strict=True)]
     rows = [prepared[places[p] : places[p + 1]].view(*sides[2 * p].shape, -1) for p in s.live]
