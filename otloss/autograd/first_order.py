@@ -20,6 +20,7 @@ from otloss.autograd.settings import (
     implementation,
     mode,
 )
+from otloss.reference.arguments import Arguments
 
 __all__ = ["extend", "gradients", "of_clouds", "plan_gap", "plan_product", "report_system"]
 
@@ -48,6 +49,13 @@ def gradients(
     return Gradients(costs, points, of_weights)
 
 
+def _pair(s: Settings, points: Sequence[Tensor], weights: Sequence[Tensor]) -> Arguments:
+    """The one pair of a multiscale solve, as operations take it."""
+    return s.arguments(
+        Inputs([], [batched(x) for x in points], [w.contiguous() for w in weights], [])
+    )
+
+
 def plan_product(
     s: Settings,
     points: Sequence[Tensor],
@@ -58,8 +66,7 @@ def plan_product(
 ) -> Tensor:
     """P v, or with ``axis=0`` P^T v, (B, n, c), of the one pair of a multiscale solve."""
     f, g = (t.contiguous() for t in potentials)
-    inputs = Inputs([], [batched(x) for x in points], [w.contiguous() for w in weights], [])
-    problem = s.arguments(inputs)
+    problem = _pair(s, points, weights)
     if axis == 0:
         problem, f, g = problem._replace(pairs=s.pairs[::-1]), g, f
     return ops.plan_product(*problem, [f], [g], [v.contiguous()])[0]
@@ -74,17 +81,15 @@ def plan_gap(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row and column sums of the plan, (B, n) and (B, m), and (B, 2): KL of a plan of these
     marginals, and the mass that the sums lack at most; of a multiscale solve, in float64."""
-    inputs = Inputs([], [batched(x) for x in points], [w.contiguous() for w in weights], [])
     vectors = ([v.contiguous()] for v in (*potentials, *marginals))
-    rows, columns, numbers = ops.plan_gap(*s.arguments(inputs), *vectors)
+    rows, columns, numbers = ops.plan_gap(*_pair(s, points, weights), *vectors)
     return rows[0], columns[0], numbers[0]
 
 
 def extend(s: Settings, points: Sequence[Tensor], weights: Sequence[Tensor], g: Tensor) -> Tensor:
     """f, not damped, at the first of two clouds, (B, k), from g at the second; of a multiscale
     solve, in float64."""
-    inputs = Inputs([], [batched(x) for x in points], [w.contiguous() for w in weights], [])
-    return ops.extend(*s.arguments(inputs), [g.contiguous()])[0]
+    return ops.extend(*_pair(s, points, weights), [g.contiguous()])[0]
 
 
 def of_clouds(
