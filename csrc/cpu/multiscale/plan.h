@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/math.h"
+#include "core/penalty.h"
 #include "cpu/multiscale/levels.h"
 #include "kernels.h"
 
@@ -32,13 +33,14 @@ struct Fixed {
         y(one ? clouds.x : clouds.y),
         in_x(clouds.in_x),
         in_y(one ? clouds.in_x : clouds.in_y) {
-    set_marginal(x, in_x, f + p * n, penalties.rho_x);
-    if (!one) set_marginal(y, in_y, v + p * m, penalties.rho_y);
+    const Penalty on_x{1 / penalties.rho_x}, on_y{1 / penalties.rho_y};
+    set_marginal(x, in_x, f + p * n, on_x);
+    if (!one) set_marginal(y, in_y, v + p * m, on_y);
     const int64_t L = leaf_size(x, y, eps, {left_out, one, split});
     x.build(L, split);
     if (!one) y.build(L, split);
     F.resize(x.size), g.resize(y.size);
-    const double k = kLog2E * (1 / eps + 1 / penalties.rho_x), along = 1 + eps / penalties.rho_y;
+    const double k = kLog2E / eps / on_x.damping(eps), along = 1 / on_y.damping(eps);
     for (int64_t i = 0; i < x.n; ++i) F[i] = k * static_cast<double>(f[p * n + in_x[i]]);
     for (int64_t j = 0; j < y.n; ++j) g[j] = along * static_cast<double>(v[p * m + in_y[j]]);
   }
@@ -49,10 +51,11 @@ struct Fixed {
 
  private:
   template <typename T>
-  static void set_marginal(Cloud& cloud, const std::vector<int32_t>& in, const T* f, double rho) {
+  static void set_marginal(Cloud& cloud, const std::vector<int32_t>& in, const T* f,
+                           const Penalty& penalty) {
     constexpr double kLeast = std::numeric_limits<double>::min();  // points without weight are none
     for (int64_t i = 0; i < cloud.n; ++i)
-      cloud.w[i] = std::max(kLeast, cloud.w[i] * std::exp(-static_cast<double>(f[in[i]]) / rho));
+      cloud.w[i] = std::max(kLeast, cloud.w[i] * penalty.share(static_cast<double>(f[in[i]])));
   }
   Engine between(const Cloud& x, const Cloud& y, double eps, bool one, bool split) const {
     constexpr double kHard = std::numeric_limits<double>::infinity();

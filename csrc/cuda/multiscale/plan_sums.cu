@@ -3,6 +3,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "core/penalty.h"
 #include "cuda/multiscale/multiscale.h"
 #include "cuda/multiscale/sums.cuh"
 
@@ -20,7 +21,8 @@ struct GatherKernel {
   int64_t n;
   const int32_t* index;
   const T* given;
-  double eps, rho;
+  double eps;
+  Penalty penalty;
   double *v, *w;
 
   template <class Block>
@@ -29,8 +31,8 @@ struct GatherKernel {
     const int64_t i = block.x() * kThreads + block.thread();
     if (i >= n) return;
     const double value = w[i] > 0 ? static_cast<double>(given[index[i]]) : 0.0;
-    v[i] = (1 + eps / rho) * value;
-    if (w[i] > 0) w[i] = Max::join(w[i] * exp(-value / rho), kLeast);
+    v[i] = value / penalty.damping(eps);
+    if (w[i] > 0) w[i] = Max::join(w[i] * penalty.share(value), kLeast);
   }
 };
 
@@ -101,7 +103,7 @@ class PlanSums {
     const int64_t leaves = cloud.leaves(), size = leaves * kLeaf;
     double* const v = context_.scratch<double>(cloud.n);
     using Kernel = GatherKernel<T>;
-    launch(context_, Kernel{cloud.n, own.index, given, eps_, rho, v, cloud.w},
+    launch(context_, Kernel{cloud.n, own.index, given, eps_, Penalty{1 / rho}, v, cloud.w},
            Grid{ceil_div(cloud.n, Kernel::kThreads)});
     launch(context_, NodesKernel<kD>{cloud}, Grid{cloud.supers});
     const double k = kLog2E / eps_;
