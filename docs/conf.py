@@ -100,7 +100,8 @@ SPACING = (
 
 
 def styled(match):  # type: ignore[no-untyped-def]
-    """A bold, script or monospace character has a code of its own; browsers ignore mathvariant."""
+    """A bold, script or monospace character has a code of its own; of mathvariant browsers
+    know "normal" alone."""
     kind = re.sub("LATIN (CAPITAL|SMALL) LETTER", r"\1", unicodedata.name(match[2]))
     return f">{unicodedata.lookup(f'MATHEMATICAL {match[1].upper()} {kind}')}<"
 
@@ -112,7 +113,7 @@ def mathml(node, display):  # type: ignore[no-untyped-def]
         raise ValueError(f"latex2mathml does not know all of this formula: {node.astext()}")
     for found, better in SPACING:
         formula = re.sub(found, better, formula)
-    return re.sub(r' mathvariant="(\w+)">(\w)<', styled, formula)
+    return re.sub(r' mathvariant="(?!normal)(\w+)">(\w)<', styled, formula)
 
 
 def math_font(app):  # type: ignore[no-untyped-def]
