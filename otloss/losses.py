@@ -107,7 +107,7 @@ def sinkhorn_divergence(
             the regularized objective and its envelope gradient. ``"reference"`` is plain torch.
             ``"auto"`` streams if the matrices exceed the memory budget
             ``otloss.method.dense_budget`` or would be slower, and takes "multiscale" where a sample
-            of the points says that it pays, on a CPU; see docs/large-point-clouds.md.
+            of the points says that it pays; see docs/large-point-clouds.md.
         precision: ``"tf32"`` allows inner products from 11 bits of each coordinate. It applies to
             streamed solves on CUDA, float32 or half inputs, in more than 16 dimensions, and changes
             nothing elsewhere. Default ``"float32"``: full accuracy.

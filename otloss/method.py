@@ -55,6 +55,10 @@ MULTISCALE_DIMS, MULTISCALE_TOL = 8, 1e-5
 # the distance, from the first of NEIGHBOURS to the second.
 MULTISCALE_FROM, MULTISCALE_LOCAL = 2.5e7, 3.4
 NEIGHBOURS, SAMPLED = (16, 128), 64
+# On a GPU, predicted and not measured (docs/cuda-multiscale.md): from this many pairs, where a
+# sweep over all of them takes some 10 ms, and if at most CUDA_NEAR of them are near. Those are
+# within sqrt(REACH eps), where an entry of the plan is not below what is left out, and some leaves.
+MULTISCALE_FROM_CUDA, CUDA_NEAR, REACH, LEAVES = 1e10, 0.1, 20.0, 4
 # Nothing else pays on a CPU between clouds of up to this number of points.
 SMALL = 256
 
@@ -77,7 +81,7 @@ def choose(
     if options.method == "multiscale" and lacks:
         needed, given = lacks
         raise NotImplementedError(f'method="multiscale" needs {needed}, got {given!r}')
-    if options.method == "auto" and not lacks and _multiscale_pays(points, weights, options):
+    if options.method == "auto" and not lacks and _multiscale_pays(points, weights, pairs, options):
         options = options._replace(method="multiscale")
     if options.method == "multiscale":
         return options, False
@@ -132,18 +136,36 @@ def _multiscale_lacks(
     return None
 
 
-def _multiscale_pays(points: Sequence[Tensor], weights: Sequence[Tensor], options: Options) -> bool:
-    """Whether the clouds are large, and locally of few dimensions: then few pairs of leaves hold
-    the plan. On a GPU that is not known: there the engine is asked for by name."""
-    sizes = [w.shape[1] for w in weights]
+def _multiscale_pays(
+    points: Sequence[Tensor], weights: Sequence[Tensor], pairs: list[int], options: Options
+) -> bool:
+    """Whether the clouds are large, and few pairs of leaves hold the plan: on a CPU where they are
+    locally of few dimensions."""
+    sizes, on_gpu = [w.shape[1] for w in weights], points[0].is_cuda
     wanted = options.balanced() and options.objective == "regularized"
-    if not wanted or min(sizes) * max(sizes) < MULTISCALE_FROM or not _check.readable(points[0]):
+    least = MULTISCALE_FROM_CUDA if on_gpu else MULTISCALE_FROM
+    if not wanted or min(sizes) * max(sizes) < least or min(sizes) <= max(NEIGHBOURS):
         return False
-    if _without_direction(points, weights, options):
-        return False
-    if min(sizes) <= max(NEIGHBOURS):
+    if on_gpu:
+        return _pays_on_gpu(points, weights, pairs, options)
+    if not _check.readable(points[0]) or _without_direction(points, weights, options):
         return False
     return max(map(local_dimension, points)) <= MULTISCALE_LOCAL
+
+
+def _pays_on_gpu(
+    points: Sequence[Tensor], weights: Sequence[Tensor], pairs: list[int], options: Options
+) -> bool:
+    """Whether the engine's CUDA kernels have what is asked for, and few pairs are near. They wait
+    for the device once per problem, and so does this: not while a graph is recorded."""
+    if options.cost != "sqeuclidean" or options.learns_eps() or _check.traced(points[0]):
+        return False
+    if points[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (*points, *weights))
+    if learns and len(pairs) == 2 and options.backward != "envelope":
+        return False  # potentials may be given back, whose gradient is implicit
+    return max(near_share(x, options.eps) for x in points) <= CUDA_NEAR
 
 
 def _without_direction(
@@ -156,20 +178,35 @@ def _without_direction(
     return any(bool(((x == 0).all(-1) & (w > 0)).any()) for x, w in pairs)
 
 
+def _sampled_distances(x: Tensor) -> Iterable[Tensor]:
+    """(n,) from each of a sample of points of the first problem to all of its points."""
+    x = (x if x.dim() == 2 else x[0]).detach().float()
+    chosen = torch.randint(len(x), (SAMPLED,), generator=torch.Generator().manual_seed(0))
+    return (torch.linalg.vector_norm(x - x[i], dim=-1) for i in chosen.tolist())
+
+
 @torch.no_grad()
 def local_dimension(x: Tensor) -> float:
-    """The dimension of a cloud (of the first problem) near its points: the exponent with which the
-    number of neighbours grows with the distance, in the mean of a sample."""
-    x = (x if x.dim() == 2 else x[0]).detach().float()
+    """The dimension of a cloud near its points: the exponent with which the number of neighbours
+    grows with the distance, in the mean of a sample."""
     near, far = NEIGHBOURS
-    sample = x[torch.randint(len(x), (SAMPLED,), generator=torch.Generator().manual_seed(0))]
     found = []
-    for point in sample:
-        distance = torch.linalg.vector_norm(x - point, dim=-1)
+    for distance in _sampled_distances(x):
         first, last = distance.topk(far + 1, largest=False).values[[near, far]].tolist()
         growth = math.log(last / first) if 0 < first < last < math.inf else 0.0
         found.append(min(math.log(far / near) / growth, x.shape[-1]) if growth else 0.0)
     return statistics.fmean(found)
+
+
+@torch.no_grad()
+def near_share(x: Tensor, eps: float | Tensor) -> float:
+    """The part of a cloud that a plan with itself at ``eps``, and leaves of points, bring near to a
+    point, in the mean of a sample."""
+    found = []
+    for distance in _sampled_distances(x):
+        leaf = distance.topk(NEIGHBOURS[0] + 1, largest=False).values[-1]
+        found.append((distance <= (REACH * eps) ** 0.5 + LEAVES * leaf).float().mean())
+    return float(torch.stack(found).mean())
 
 
 def _streams(

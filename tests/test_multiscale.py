@@ -16,6 +16,7 @@ from torch.testing import assert_close
 import otloss
 from otloss import method as methods
 from otloss import ops
+from otloss._options import check_options
 
 pytestmark = pytest.mark.skipif(not ops.NATIVE, reason="needs the native library")
 
@@ -609,3 +610,25 @@ def test_auto_takes_it_where_neighbours_have_few_dimensions(rng, monkeypatch):
     assert not chosen(x, y, 1e-3, cost="euclidean")
     monkeypatch.undo()
     assert not chosen(x, y, 1e-3)
+
+
+def test_auto_takes_it_on_a_gpu_where_few_pairs_are_near(rng):
+    """The rule alone, on tensors that are not there."""
+    options, cloud = check_options(1e-3), _sphere(rng, 20_000).float()
+
+    def chosen(x: Tensor, pairs: list[int], **changes) -> bool:
+        weights = [torch.full((1, len(x)), 1 / len(x))] * 2
+        return methods._pays_on_gpu([x, x], weights, pairs, options._replace(**changes))
+
+    pair, three = [0, 1], [0, 1, 0, 0, 1, 1]
+    assert chosen(cloud, pair)
+    assert not chosen(cloud, pair, eps=1.0)
+    assert not chosen(cloud, pair, cost="cosine")
+    assert not chosen(randn(rng, N, 7).float(), pair)
+    learned = cloud.clone().requires_grad_()
+    assert chosen(learned, three)
+    assert not chosen(learned, pair)  # whose potentials may be asked for a gradient
+    assert chosen(learned, pair, backward="envelope")
+    with torch.no_grad():
+        assert chosen(learned, pair)
+    assert not chosen(cloud, three, eps=torch.tensor(1e-3, requires_grad=True))
