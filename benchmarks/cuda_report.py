@@ -34,7 +34,7 @@ RESULTS = Path(__file__).parent / "results"
 ARCH = "90a"
 # Functions that go over all pairs of points, at least once per pass or gradient.
 HOT = "panel_pass|SweepKernel|SideSumKernel|CostKernel|LargestKernel|EpilogueKernel"
-HOT += "|ListedSumsKernel"
+HOT += "|ListedSumsKernel|RowsKernel"
 LEAST_EXPONENTIALS, LEAST_MULTIPLY_ADDS = 4, 16  # of a hot loop
 LOADS = ("LDG", "LDS", "LD", "LDSM", "LDGSTS")
 FLOATS = ("FFMA", "FMUL", "FADD", "DFMA", "DADD", "DMUL", "MUFU", "HMMA")

@@ -14,10 +14,21 @@ OTLOSS_HOST_DEVICE double snapped_total(double total, double roundoff) {
   return apart <= kRounding * roundoff ? 1.0 : total;
 }
 
-// A loss, 0 where it is negative by less than the rounding of its terms. size: their absolute sum;
-// roundoff: of what they were made from.
-OTLOSS_HOST_DEVICE double clamped_loss(double loss, double size, double roundoff) {
-  return loss < 0 && loss >= -kRounding * roundoff * size ? 0.0 : loss;
-}
+// An entry of a loss: the sum of its terms, those of its problems, and of their sizes.
+struct LossTerms {
+  double sum = 0, size = 0;
+
+  OTLOSS_HOST_DEVICE void add(double term) { sum += term, size += term < 0 ? -term : term; }
+  // 0 where it is negative by less than the rounding of its terms. roundoff: of what they were made
+  // from.
+  OTLOSS_HOST_DEVICE double clamped(double roundoff) const {
+    return sum < 0 && sum >= -kRounding * roundoff * size ? 0.0 : sum;
+  }
+  // Whether little is left of the digits of terms in single precision.
+  OTLOSS_HOST_DEVICE bool cancel() const {
+    constexpr double kCancelled = 1e-3;
+    return (sum < 0 ? -sum : sum) < kCancelled * size;
+  }
+};
 
 }  // namespace otloss

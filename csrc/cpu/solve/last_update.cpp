@@ -3,6 +3,7 @@
 #include <cmath>
 #include <vector>
 
+#include "core/last_update.h"
 #include "cpu/engines/engine.h"
 #include "cpu/simd/vectors.h"
 
@@ -67,10 +68,7 @@ double value_in_double(const SolveGroup<T>& p, int64_t problem, double eps, bool
   const Vector g(p.g + problem * m, p.g + (problem + 1) * m);
   engine.update_rows(eps, g.data(), F.data(), s.data());
   const SoftMean f = x.soft_mean(F.data(), damping * to_cost), by_g = y.soft_mean(g.data(), 1);
-  if (p.penalties.balanced) return x.mass * f.mean + y.mass * by_g.mean;
-  if (x.hard() && y.hard()) return soft_value(x, y, x.mass, y.mass, eps, f.mean, by_g.mean);
-  const Translation best(x, y, x.mass, y.mass, eps, 0, f, by_g);
-  return soft_value(x, y, x.mass, y.mass, eps, best.mean_f, best.mean_g);
+  return updated_value(p.penalties.balanced, x, y, x.mass, y.mass, eps, f, by_g);
 }
 
 template double value_in_double(const SolveGroup<float>&, int64_t, double, bool);

@@ -1,8 +1,4 @@
-// The value of a solved problem from a last row update in double.
-//
-// A loss whose terms cancel, as in the divergence of clouds that are close, has no digits left of
-// values made from potentials in single precision. With the row update of g in double, from costs
-// in double, the value is that of the semidual at g, which g's rounding enters to second order.
+// The value of a solved problem from a last row update in double, core/last_update.h.
 #pragma once
 
 #include "kernels.h"

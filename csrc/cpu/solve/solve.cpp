@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/last_update.h"
 #include "core/math.h"
 #include "core/rounding.h"
 #include "cost_kernels.h"
@@ -166,31 +167,19 @@ void solve_streamed(const SolveGroup<T>& group, int64_t p, SolveOptions options,
   solve_problem(one, 0, options, split);
 }
 
-// Entry k of a loss, from the terms of its problems.
-struct Loss {
-  double sum = 0, size = 0;
-
-  void add(double term) { sum += term, size += std::abs(term); }
-};
-
 template <typename T>
-Loss loss_of(const std::vector<SolveGroup<T>>& groups, int64_t k) {
-  Loss loss;
+LossTerms loss_of(const std::vector<SolveGroup<T>>& groups, int64_t k) {
+  LossTerms loss;
   for (const auto& group : groups) loss.add(group.status[k * kStatusFields + kStatusTerm]);
   return loss;
 }
 
-// Terms that nearly cancel are made again in double, where costs are made from points. Iterations
-// of a given number have the value of what they end at.
+// Terms that nearly cancel are made again in double.
 void refine(const std::vector<SolveGroup<float>>& groups, const SolveOptions& options) {
-  constexpr double kCancelled = 1e-3;  // of the terms' size
-  if (!groups[0].points.zx || options.n_iters >= 0) return;
-  if (options.objective != Objective::kRegularized || groups[0].dummies > 0) return;
+  if (!has_last_update(groups, options)) return;
   std::vector<int64_t> chosen;
-  for (int64_t k = 0; k < groups[0].batch; ++k) {
-    const Loss loss = loss_of(groups, k);
-    if (std::abs(loss.sum) < kCancelled * loss.size) chosen.push_back(k);
-  }
+  for (int64_t k = 0; k < groups[0].batch; ++k)
+    if (loss_of(groups, k).cancel()) chosen.push_back(k);
   const int64_t count = static_cast<int64_t>(groups.size());
   const auto again = count * static_cast<int64_t>(chosen.size());
   parallel_problems(again, groups[0].n * groups[0].m, [&](int64_t i, bool split) {
@@ -215,8 +204,7 @@ std::vector<int64_t> solve_negative_again(const std::vector<SolveGroup<T>>& grou
   const SolveGroup<T>& pair = groups[0];
   std::vector<int64_t> chosen;
   for (int64_t k = 0; k < pair.batch; ++k) {
-    const Loss loss = loss_of(groups, k);
-    if (clamped_loss(loss.sum, loss.size, kUnit) < 0 &&
+    if (loss_of(groups, k).clamped(kUnit) < 0 &&
         pair.status[k * kStatusFields + kStatusConverged] > 0)
       chosen.push_back(k);
   }
@@ -273,11 +261,10 @@ void solve(const std::vector<SolveGroup<T>>& groups, const SolveOptions& options
 template <typename T>
 void combine_terms(int64_t count, int64_t batch, const double* status, T* loss) {
   for (int64_t k = 0; k < batch; ++k) {
-    Loss entry;
+    LossTerms entry;
     for (int64_t p = 0; p < count; ++p)
       entry.add(status[(p * batch + k) * kStatusFields + kStatusTerm]);
-    loss[k] =
-        static_cast<T>(clamped_loss(entry.sum, entry.size, std::numeric_limits<T>::epsilon()));
+    loss[k] = static_cast<T>(entry.clamped(std::numeric_limits<T>::epsilon()));
   }
 }
 

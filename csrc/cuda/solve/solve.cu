@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "core/last_update.h"
 #include "cuda/multiscale/multiscale.h"
 #include "cuda/pass/pack.cuh"
 #include "cuda/solve/resident_costs.cuh"
@@ -42,13 +43,10 @@ struct CombineKernel {
   OTLOSS_DEVICE void operator()(Block& block) const {
     const int64_t k = block.x() * kThreads + block.thread();
     if (k >= batch) return;
-    double sum = 0, size = 0;
-    for (int64_t p = 0; p < count; ++p) {
-      const double term = status[(p * batch + k) * kStatusFields + kStatusTerm];
-      sum += term, size += fabs(term);
-    }
-    loss[k] = static_cast<T>(
-        clamped_loss(sum, size, static_cast<double>(std::numeric_limits<T>::epsilon())));
+    LossTerms entry;
+    for (int64_t p = 0; p < count; ++p)
+      entry.add(status[(p * batch + k) * kStatusFields + kStatusTerm]);
+    loss[k] = static_cast<T>(entry.clamped(roundoff<T>()));
   }
 };
 
@@ -98,6 +96,8 @@ void solve(const Context& context, const std::vector<SolveGroup<T>>& groups,
     else
       solve_resident(context, pack, options, plan);
   });
+  if constexpr (sizeof(T) == 4)
+    if (has_last_update(groups, options)) update_in_double(context, groups, options.eps);
 }
 
 template <typename T>

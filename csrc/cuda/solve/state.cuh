@@ -157,6 +157,10 @@ void propose_starts(const Context& context, const Pack<SolveGroup<T>>& pack,
                     const SolveOptions& options, const SolvePlan& plan,
                     const T* (&starts)[kMaxGroups]);
 
+// After the solves of a loss, see last_update.cu.
+void update_in_double(const Context& context, const std::vector<SolveGroup<float>>& groups,
+                      double eps);
+
 // The arguments of a launch but for where costs are: workspace and layout by the plan.
 template <typename T>
 SolveArguments<T> solve_arguments(const Context& context, const Pack<SolveGroup<T>>& pack,
