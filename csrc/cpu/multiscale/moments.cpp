@@ -233,12 +233,12 @@ struct MomentValueSums {
   static OTLOSS_INLINE void run(const MomentRows& t, const Expansion<kD>& expansion,
                                 const float* values) {
     const Tiles<kD, kBytes> tiles{t, expansion};
-    for_each_tile<kD>(t, [&](int64_t q, const float* v, const float* alpha,
-                             const float* beta) OTLOSS_ALWAYS_INLINE {
-      float of_sum[Expansion<kD>::kTerms];
-      tiles.expand(v, beta, values + t.tile[q].leaf * t.L, of_sum, nullptr);
-      tiles.add(t.u, alpha, of_sum, t.row);
-    });
+    for_each_tile<kD>(t, [&](int64_t q, const float* v, const float* alpha, const float* beta)
+                             OTLOSS_ALWAYS_INLINE {
+                               float of_sum[Expansion<kD>::kTerms];
+                               tiles.expand(v, beta, values + q * t.L, of_sum, nullptr);
+                               tiles.add(t.u, alpha, of_sum, t.row);
+                             });
   }
 };
 
