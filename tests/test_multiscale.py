@@ -3,6 +3,7 @@ pairs can be looked at."""
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 
@@ -260,6 +261,16 @@ def test_what_a_result_offers(hardness, rng):
     assert P.plan.shape == (N, M)
 
 
+def test_products_where_eps_is_large(rng):
+    """Polynomials in place of exponentials, which are right where these are near 1."""
+    c = Clouds(rand(rng, 2200, 3), rand(rng, 2100, 3), None, None)
+    with torch.no_grad():
+        result = c.solve(10.0, method="multiscale", tol=1e-5)
+        f, g = result.potentials
+        P = ((f[:, None] + g - (c.x[:, None] - c.y).square().sum(-1)) / 10).exp() / (2200 * 2100)
+        assert float((result.apply(torch.ones_like(g)) - P.sum(1)).abs().sum()) <= 2e-6
+
+
 def _other_points(c: Clouds, rng: torch.Generator) -> Tensor:
     """Points of either cloud, some of them twice, between them and far from both."""
     near, size = torch.cat([c.x, c.x[:5], c.y]), 1 + float(c.x.abs().amax())
@@ -404,6 +415,43 @@ def test_little_of_an_unbalanced_plan(shift, eps, rng):
             ways.append([*c.grads(loss), *c.grads(f.square().mean() + g.square().mean())])
         for one, other in zip(*ways, strict=True):
             assert float((one - other).norm()) <= 10 * TOL * float(other.norm())
+
+
+@pytest.mark.parametrize("method", ["multiscale", "dense", "streamed"])
+@pytest.mark.parametrize(("spread", "rho"), [(1.0, 1.0), (1.0, 0.5), (0.3, 0.5), (0.3, 0.2)])
+def test_points_that_hold_nearly_nothing_hide_no_others(spread, rho, method, rng):
+    """Marginals span up to 50 orders, or all are below 1e-30; a gradient of potentials is that of
+    the linear system in the masses that they move, which is well conditioned."""
+    eps, n = 0.1, 600
+    x, y = spread * randn(rng, n, 3), spread * randn(rng, n, 3)
+    c = Clouds(x, y + torch.tensor([8.0, 0, 0]), None, None).require_grad()
+    with torch.no_grad():
+        f, g = c.solve(eps, unbalanced=rho, method="dense", tol=1e-11, max_iters=5000).potentials
+        log_P = (f[:, None] + g - (c.x[:, None] - c.y).square().sum(-1)) / eps - 2 * math.log(n)
+        of_row, of_column = log_P.softmax(1), log_P.softmax(0)
+        damping, f_bar, g_bar = rho / (rho + eps), randn(rng, n), randn(rng, n)
+        matrix = torch.eye(n).double() / damping - damping * of_row.T @ of_column
+        moved_y = torch.linalg.solve(matrix, g_bar - damping * of_row.T @ f_bar)
+        moved_x = damping * (f_bar - of_column @ moved_y)
+        both = of_row * moved_x[:, None] + of_column * moved_y
+        right = 2 * (both.sum(1)[:, None] * c.x - both @ c.y)
+        right = right, 2 * (both.sum(0)[:, None] * c.y - both.T @ c.x)
+    tol, allowed = (1e-5, 1e-4) if method == "multiscale" else (1e-11, 1e-8)
+    f, g = c.solve(eps, unbalanced=rho, method=method, tol=tol, max_iters=5000).potentials
+    found = torch.autograd.grad(f @ f_bar + g @ g_bar, (c.x, c.y))
+    for one, other in zip(found, right, strict=True):
+        assert float((one - other).norm()) <= allowed * float(other.norm())
+
+
+@pytest.mark.filterwarnings("ignore::otloss.ConvergenceWarning")  # of rounded potentials
+@pytest.mark.parametrize("rho", [2.0, 0.5])
+def test_transport_of_little(rho, rng):
+    """<P, C> is of what is transported, not of the weights."""
+    x, y = 0.4 * randn(rng, N, 3), 0.4 * randn(rng, M, 3) + torch.tensor([8.0, 0, 0])
+    c, options = Clouds(x, y, None, None), {"unbalanced": rho, "objective": "transport"}
+    right = c.solve(0.1, method="dense", tol=1e-9, **options).value
+    got = c.to(torch.float32).solve(0.1, method="multiscale", tol=1e-5, **options).value
+    assert abs(float(got / right) - 1) <= 10 * TOL
 
 
 def test_a_batch_is_its_problems(rng):

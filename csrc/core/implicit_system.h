@@ -19,6 +19,10 @@
 // row: w_i = sum_j P_ij x_j / r_i, then y_j += P_ij w_i. All vectors and sums are double; r and c
 // are P's own sums, so that S 1 = 0 to rounding even when P is float.
 //
+// What gradients are made of is c beta, the mass that each point's potential moves, and a residual
+// counts by its sum of sizes. In the iterations' own norm, that of 1/c, points that hold next to
+// nothing of a plan with penalties would hide all others.
+//
 // A cloud against itself has one potential, and the system is (diag(r) + P) alpha = h with
 // h = (f_bar + g_bar) / 2: well conditioned whatever eps, while S vanishes as eps does.
 //
@@ -82,11 +86,12 @@ struct ImplicitState {
   double* sums;       // (m,) of an order
   double* direction;  // (m,)
   double eps, scale;  // scale: gradient of the value
-  double tol;         // of the residual over its initial norm
+  double tol;         // of the residual over its initial size
   bool balanced, symmetric, transport;
   PlanOrder order;
   enum class Stage : int { kSums, kCosts, kRight, kStep, kBack } stage;
-  double mass, floor, first, rz;  // of c; rounding of the right-hand side; squared residuals
+  double mass, floor, first, size;  // of c; rounding of the right-hand side; residuals' sizes
+  double rz;                        // squared norm
   int64_t iterations;
 
   static constexpr int kVectors = 2 * SystemSide::kVectors + 3;
@@ -95,7 +100,7 @@ struct ImplicitState {
     base = y.place(x.place(memory, length), length);
     sums = base + length, direction = sums + length;
   }
-  OTLOSS_HOST_DEVICE double residual() const { return rz <= floor ? 0.0 : std::sqrt(rz / first); }
+  OTLOSS_HOST_DEVICE double residual() const { return size <= floor ? 0.0 : size / first; }
 };
 
 // Gradients of scale * value + <f_bar, f> + <g_bar, g>: alpha and beta, and those of the weights.
@@ -221,7 +226,7 @@ class ImplicitSystem {
     });
     start(team_.column_sums([&](int j) {
       const double h = y_.v_bar[j];
-      return TwoSums{y_.inverse[j] * h * h, y_.sum[j]};
+      return TwoSums{std::abs(h), y_.sum[j]};
     }));
   }
 
@@ -229,7 +234,7 @@ class ImplicitSystem {
     start(team_.column_sums([&](int j) {
       const double g = y_.v_bar[j], q = s_.sums[j];
       y_.v_bar[j] = g - q;
-      return TwoSums{y_.inverse[j] * (g * g + q * q), y_.sum[j]};
+      return TwoSums{std::abs(g) + std::abs(q), y_.sum[j]};
     }));
   }
 
@@ -245,30 +250,28 @@ class ImplicitSystem {
   OTLOSS_COOPERATIVE bool projects() const { return s_.balanced && !s_.symmetric; }
 
   // Conjugate gradients for A beta = v_bar of y, which holds the residual, preconditioned by c.
-  // sizes: of the squares of the terms of the right-hand side over c, and of c.
+  // sizes: of the terms of the right-hand side, and of c.
   OTLOSS_COOPERATIVE void start(const TwoSums& sizes) {
     constexpr double kUnit = 4 * std::numeric_limits<double>::epsilon();
     double* const rest = y_.v_bar;
     double mean = 0;
     if (projects())
       mean = team_.column_sums([&](int j) { return TwoSums{rest[j], 0}; }).first / sizes.second;
-    const double norm = team_
-                            .column_sums([&](int j) {
-                              rest[j] -= mean * y_.sum[j];
-                              y_.solution[j] = 0;
-                              s_.direction[j] = y_.inverse[j] * rest[j];
-                              return TwoSums{s_.direction[j] * rest[j], 0};
-                            })
-                            .first;
+    const TwoSums norms = team_.column_sums([&](int j) {
+      rest[j] -= mean * y_.sum[j];
+      y_.solution[j] = 0;
+      s_.direction[j] = y_.inverse[j] * rest[j];
+      return TwoSums{s_.direction[j] * rest[j], std::abs(rest[j])};
+    });
     team_.one([&] {
-      s_.mass = sizes.second, s_.floor = kUnit * kUnit * sizes.first;
-      s_.first = s_.rz = norm, s_.iterations = 0;
+      s_.mass = sizes.second, s_.floor = kUnit * sizes.first;
+      s_.rz = norms.first, s_.first = s_.size = norms.second, s_.iterations = 0;
     });
     go_on();
   }
 
   OTLOSS_COOPERATIVE void go_on() {
-    const bool more = s_.rz > s_.tol * s_.tol * s_.first && s_.rz > s_.floor;
+    const bool more = s_.size > s_.tol * s_.first && s_.size > s_.floor;
     if (more && s_.iterations < kMaxCgIterations)
       return ask_product(Stage::kStep, s_.direction, nullptr);
     end();
@@ -292,11 +295,14 @@ class ImplicitSystem {
     });
     const double mean = projects() ? sizes.first / s_.mass : 0.0;
     const double rz = sizes.second - sizes.first * mean, turn = rz / s_.rz;
-    team_.for_columns([&](int j) {
-      rest[j] -= mean * y_.sum[j];
-      s_.direction[j] = y_.inverse[j] * rest[j] + turn * s_.direction[j];
-    });
-    team_.one([&] { s_.rz = rz, ++s_.iterations; });
+    const double size = team_
+                            .column_sums([&](int j) {
+                              rest[j] -= mean * y_.sum[j];
+                              s_.direction[j] = y_.inverse[j] * rest[j] + turn * s_.direction[j];
+                              return TwoSums{std::abs(rest[j]), 0};
+                            })
+                            .first;
+    team_.one([&] { s_.rz = rz, s_.size = size, ++s_.iterations; });
     go_on();
   }
 

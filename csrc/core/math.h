@@ -26,8 +26,11 @@ constexpr double kLn2 = 0.6931471805599453094;    // ln(2)
 constexpr double kLog2Zero = -1e30;
 
 // exp2 clamps its argument to [-kExp2Limit, kExp2Limit]; both ends are normal numbers in float32,
-// far outside the range that the kernels trust (kTrusted), so a clamped value is never used.
+// far outside the range that the kernels trust (kTrusted), so a clamped value is never used. In
+// double the lower end is further off: a plan with penalties may hold next to nothing.
 constexpr double kExp2Limit = 126.0;
+template <typename T>
+constexpr T kExp2Least = sizeof(T) == sizeof(double) ? T(-512) : T(-126);
 
 // Row and column sums outside [1/kTrusted, kTrusted] are recomputed with a max-shifted
 // log-sum-exp. At the lower end, a million clamped terms still change the sum by less than 1e-12.
@@ -79,10 +82,10 @@ OTLOSS_HOST_DEVICE double exp2m1_polynomial(double z) {
 
 OTLOSS_HOST_DEVICE double exp2_polynomial(double z) { return exp2m1_polynomial(z) + 1.0; }
 
-// t clamped to [-kExp2Limit, kExp2Limit] by its bits: two integer operations, where a comparison
-// that is right for NaN takes two or three for each end. As signed integers positive floats are
-// ordered and above all negative ones; as unsigned integers negative ones are ordered by size and
-// above all positive ones. NaN becomes one of the two ends, by its sign.
+// t clamped by its bits: two integer operations, where a comparison that is right for NaN takes two
+// or three for each end. As signed integers positive floats are ordered and above all negative
+// ones; as unsigned integers negative ones are ordered by size and above all positive ones. NaN
+// becomes one of the two ends, by its sign.
 OTLOSS_HOST_DEVICE float clamp_exponent(float t) {
   constexpr int32_t kUpper = 0x42fc0000;    // 126
   constexpr uint32_t kLower = 0xc2fc0000u;  // -126
@@ -92,8 +95,8 @@ OTLOSS_HOST_DEVICE float clamp_exponent(float t) {
 }
 
 OTLOSS_HOST_DEVICE double clamp_exponent(double t) {
-  constexpr int64_t kUpper = 0x405f800000000000;
-  constexpr uint64_t kLower = 0xc05f800000000000u;
+  constexpr int64_t kUpper = 0x405f800000000000;    // 126
+  constexpr uint64_t kLower = 0xc080000000000000u;  // -512
   const int64_t below = bit_cast<int64_t>(t) < kUpper ? bit_cast<int64_t>(t) : kUpper;
   const uint64_t bits = static_cast<uint64_t>(below);
   return bit_cast<double>(bits < kLower ? bits : kLower);

@@ -271,12 +271,15 @@ bool Engine::sweep_mirrored(double eps, const double* g, double* F, double* s) {
 
 void Engine::apply(double eps, const double* F, const double* g, int64_t count, const double* v,
                    double* out) {
+  constexpr int64_t kColumns = 8;  // at once: each has a copy of what it is for a leaf of x
   std::vector<double> fixed(F, F + X.size);
-  const Pass pass = begin(eps, g, fixed.data(), nullptr);
-  const BlockVector<float> values(v, v + count * Y.size);
-  for_each_part([&](Worker& worker, int64_t begin, int64_t end) {
-    worker.values(pass, begin, end, count, values.data(), out);
-  });
+  Pass pass = begin(eps, g, fixed.data(), nullptr);
+  pass.scaled = true;
+  for (int64_t c = 0; c < count; c += kColumns)
+    for_each_part([&](Worker& worker, int64_t begin, int64_t end) {
+      worker.values(pass, begin, end, std::min(kColumns, count - c), v + c * Y.size,
+                    out + c * X.size);
+    });
   finish(false);
 }
 
@@ -284,12 +287,10 @@ void Engine::product(double eps, const double* F, const double* g, const double*
                      const double* base, const double* factor, double* w, double* y) {
   std::vector<double> fixed(F, F + X.size);
   Pass pass = begin(eps, g, fixed.data(), nullptr);
-  pass.columns = y, pass.listed = listed_, pass.record = !listed_;
+  pass.columns = y, pass.listed = listed_, pass.record = !listed_, pass.scaled = true;
   listed_ = true;
-  BlockVector<float> values;
-  if (x) values.assign(x, x + Y.size);
   for_each_part([&](Worker& worker, int64_t begin, int64_t end) {
-    worker.product(pass, begin, end, x ? values.data() : nullptr, base, factor, w);
+    worker.product(pass, begin, end, x, base, factor, w);
   });
   finish(y);
   if (y) std::copy(column_.begin(), column_.end(), y);

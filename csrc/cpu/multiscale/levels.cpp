@@ -196,6 +196,20 @@ void polish(Engine& engine, const SolveOptions& options, double tol, Outcome& ou
   F.swap(next_F), g.swap(next_g);
 }
 
+double transport(const Engine& engine, const Penalties& penalties, const SolveOptions& options,
+                 const Solution& solved) {
+  constexpr double kHard = std::numeric_limits<double>::infinity();
+  const double eps = options.eps;
+  Cloud X = engine.X, Y = engine.Y;
+  const Penalty on_x{1 / penalties.rho_x}, on_y{1 / penalties.rho_y};
+  set_marginal(X, on_x, solved.f), set_marginal(Y, on_y, solved.g);
+  const bool split = engine.workers().size() > 1;
+  X.build(X.L, split), Y.build(Y.L, split);
+  Engine fixed(X, Y, kHard, kHard, eps, precision(options.tol, false, split));
+  return fixed.transport(eps, times(solved.f, kLog2E / eps / on_x.damping(eps)).data(),
+                         times(solved.g, 1 / on_y.damping(eps)).data());
+}
+
 Solution finished(Engine& engine, const SolveOptions& options, const Penalties& penalties,
                   const Outcome& outcome, const std::vector<double>& F,
                   const std::vector<double>& g) {
@@ -203,7 +217,10 @@ Solution finished(Engine& engine, const SolveOptions& options, const Penalties& 
   result.outcome = outcome;
   result.f = times(F, engine.x.damping(options.eps) * options.eps / kLog2E);
   result.g = g;
-  result.value = value_of(engine, options, penalties.balanced, result.f.data(), result.g.data());
+  result.value =
+      options.objective == Objective::kTransport
+          ? transport(engine, penalties, options, result)
+          : value_of(engine, options, penalties.balanced, result.f.data(), result.g.data());
   result.f.resize(engine.X.n), result.g.resize(engine.Y.n);
   if (penalties.balanced) centre(engine.X, result.f, engine.Y, result.g);
   return result;
@@ -221,6 +238,12 @@ Solution unfinished(const Engine& engine, double eps, const std::vector<double>&
 }
 
 }  // namespace
+
+void set_marginal(Cloud& cloud, const Penalty& penalty, const std::vector<double>& v) {
+  constexpr double kLeast = std::numeric_limits<double>::min();  // points without weight are none
+  for (int64_t i = 0; i < cloud.n; ++i)
+    cloud.w[i] = std::max(kLeast, cloud.w[i] * penalty.share(v[i]));
+}
 
 template <typename T>
 Clouds::Clouds(const PointPair<T>& points, int64_t problem, int64_t n, const T* a, int64_t m,

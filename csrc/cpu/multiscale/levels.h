@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/penalty.h"
 #include "cpu/multiscale/engine.h"
 #include "cpu/parallel.h"
 #include "cpu/solve/solver.h"
@@ -25,6 +26,11 @@ struct Clouds {
   // The largest cost, at most.
   double max_cost() const { return largest_square(x, y.n ? y : x); }
 };
+
+// A plan with penalties is the balanced one of its marginals, a exp(-v / rho) for weights a and
+// (1 + eps / rho) v for the potential v of the points: what is left out is then little of these,
+// however little is transported. Sets these weights.
+void set_marginal(Cloud& cloud, const Penalty& penalty, const std::vector<double>& v);
 
 struct Solution {
   Outcome outcome;

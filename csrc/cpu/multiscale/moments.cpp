@@ -57,7 +57,7 @@ void list_powers(int first, int degree, Powers<kD> power, std::vector<Powers<kD>
 
 // Coefficients of z^n, of e^z interpolated at Chebyshev's points of [-kMomentReach, kMomentReach].
 std::vector<double> exponential(int degree) {
-  constexpr int kNodes = 64;
+  const int nodes = degree + 1;  // the middle one of degree 4 is 0: exact where eps is large
   constexpr double kPi = 3.14159265358979323846;
   std::vector<std::vector<double>> T(degree + 1, std::vector<double>(degree + 1));
   T[0][0] = T[1][1] = 1;
@@ -66,10 +66,9 @@ std::vector<double> exponential(int degree) {
   std::vector<double> result(degree + 1);
   for (int n = 0; n <= degree; ++n) {
     double along = 0;
-    for (int q = 0; q < kNodes; ++q) {
-      const double angle = kPi * (q + 0.5) / kNodes;
-      along +=
-          std::exp(kMomentReach * std::cos(angle)) * std::cos(n * angle) * (n ? 2 : 1) / kNodes;
+    for (int q = 0; q < nodes; ++q) {
+      const double angle = kPi * (q + 0.5) / nodes;
+      along += std::exp(kMomentReach * std::cos(angle)) * std::cos(n * angle) * (n ? 2 : 1) / nodes;
     }
     for (int q = 0; q <= n; ++q) result[q] += along * T[n][q] / std::pow(kMomentReach, q);
   }
@@ -233,12 +232,12 @@ struct MomentValueSums {
   static OTLOSS_INLINE void run(const MomentRows& t, const Expansion<kD>& expansion,
                                 const float* values) {
     const Tiles<kD, kBytes> tiles{t, expansion};
-    for_each_tile<kD>(t, [&](int64_t q, const float* v, const float* alpha,
-                             const float* beta) OTLOSS_ALWAYS_INLINE {
-      float of_sum[Expansion<kD>::kTerms];
-      tiles.expand(v, beta, values + t.tile[q].leaf * t.L, of_sum, nullptr);
-      tiles.add(t.u, alpha, of_sum, t.row);
-    });
+    for_each_tile<kD>(t, [&](int64_t q, const float* v, const float* alpha, const float* beta)
+                             OTLOSS_ALWAYS_INLINE {
+                               float of_sum[Expansion<kD>::kTerms];
+                               tiles.expand(v, beta, values + q * t.L, of_sum, nullptr);
+                               tiles.add(t.u, alpha, of_sum, t.row);
+                             });
   }
 };
 

@@ -36,7 +36,7 @@ struct MomentRows {
 void sum_moment_rows(const MomentRows& rows);
 // After the rows.
 void sum_moment_columns(const MomentRows& rows);
-// Rows again, of e times values (leaves, L), into `row`.
+// Rows again, of e times values (tiles, L), into `row`.
 void sum_moment_values(const MomentRows& rows, const float* values);
 
 }  // namespace otloss::cpu::multiscale

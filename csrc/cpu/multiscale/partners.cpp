@@ -86,6 +86,23 @@ struct RowLeaf {
   }
 };
 
+// log2 of a pair's largest entry.
+template <int kD, int kBytes>
+OTLOSS_INLINE float largest(const Search& search, const RowLeaf<kD>& row, const float* v,
+                            const float* alpha, const float* beta) {
+  using Vector = Lanes<kBytes>;
+  const int64_t L = search.y.cloud->L;
+  const float twice = static_cast<float>(2 * search.k);
+  auto most = typename Vector::Float{} + kNone;
+  for (int64_t i = 0; i < L; ++i)
+    for (int64_t h = 0; h < L; h += Vector::kCount) {
+      auto z = Vector::load(beta + h) + alpha[i];
+      for (int c = 0; c < kD; ++c) z += twice * row.u[c * L + i] * Vector::load(v + c * L + h);
+      most = z > most ? z : most;
+    }
+  return Vector::max(most);
+}
+
 // The pair with leaf J, alpha and beta to their next place; kept if it can hold enough.
 template <int kD, int kBytes>
 OTLOSS_INLINE void add_pair(const Search& search, const RowLeaf<kD>& row, int64_t J, Found& found) {
@@ -120,6 +137,7 @@ OTLOSS_INLINE void add_pair(const Search& search, const RowLeaf<kD>& row, int64_
   }
   const float most_x = Vector::max(most_alpha), most_y = Vector::max(most_beta);
   constexpr float kApart = 60;  // log2 that the powers of either side alone may reach
+  constexpr float kLoose = 16;  // log2 by which a bound may be above the largest entry
   const float inner = 2 * static_cast<float>(search.k) * std::min(halves, row.radius * radius);
   const float terms = std::max({inner, std::sqrt(ball_x) * row.radius, std::sqrt(ball_y) * radius});
   const float bound = pair_bound(shift, most_x, most_y, inner, terms);
@@ -130,10 +148,16 @@ OTLOSS_INLINE void add_pair(const Search& search, const RowLeaf<kD>& row, int64_
     const bool wide = terms > search.single;
     const bool moments = !wide && inner < search.moments && std::max(most_x, most_y) < kApart;
     if (!wide) found.terms = std::max(found.terms, terms);
-    found.tiles[found.kept++] = {static_cast<int32_t>(J), moments, wide};
+    float exponent = 0;
+    if (search.scaled) {
+      exponent = std::ceil(inner > kLoose ? largest<kD, kBytes>(search, row, v, alpha, beta)
+                                          : bound + y.leaf.log_mass[J]);
+      for (int64_t h = 0; h < L; ++h) beta[h] -= exponent;
+    }
+    found.tiles[found.kept++] = {static_cast<int32_t>(J), moments, wide, exponent};
     return;
   }
-  const float part = fast_exp2(bound) * y.leaf.mass[J];
+  const float part = fast_exp2(bound + y.leaf.log_mass[J]);
   (listed ? found.left_out_listed : found.left_out) += static_cast<double>(part);
 }
 
@@ -156,7 +180,6 @@ struct FindPartners {
       // Leaves that only fill a vector are none, even where potentials are infinite.
       const int32_t past = static_cast<int32_t>(std::min(kSuper, y.nodes->count - first));
       bound_nodes<kD>(static_cast<float>(search.k), x, search.I, y, first, bound);
-      const float* mass = &y.nodes->mass[first];
       const float* log_mass = &y.nodes->log_mass[first];
       uint32_t near = 0;  // bits of the leaves
       float left_out = 0;
@@ -166,7 +189,7 @@ struct FindPartners {
         const uint32_t counts = j >= skip && j < past ? 1u : 0u;
         const uint32_t is_near = held >= least ? counts : 0u;
         near |= is_near << j;
-        left_out += counts > is_near ? fast_exp2(bound[j]) * mass[j] : 0.0f;
+        left_out += counts > is_near ? fast_exp2(bound[j] + log_mass[j]) : 0.0f;
       }
       found.left_out += static_cast<double>(left_out);
       for (; near; near &= near - 1)

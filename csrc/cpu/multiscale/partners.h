@@ -24,9 +24,10 @@ struct View {
 
 // A pair of leaves that is kept.
 struct Tile {
-  int32_t leaf;  // of y
-  bool moments;  // exp(2k <u, v>) is near enough to a polynomial
-  bool wide;     // terms of an exponent are so large that they are added up in double
+  int32_t leaf;    // of y
+  bool moments;    // exp(2k <u, v>) is near enough to a polynomial
+  bool wide;       // terms of an exponent are so large that they are added up in double
+  float exponent;  // entries that are made are 2^-exponent of what they stand for
 };
 
 // In numbers of base 2: `reach` is of the mass of a leaf, or a super, of x as columns see it, at
@@ -38,6 +39,7 @@ struct Search {
   float threshold, slack;  // pairs down to threshold - slack are listed
   float moments;           // largest 2k <u, v> for moments
   float single;            // largest term of exponents in single precision
+  bool scaled;             // tiles get exponents, so that none is out of single precision
 
   int64_t I;  // leaf of x
   float reach;

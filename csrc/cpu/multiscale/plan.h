@@ -13,9 +13,7 @@
 
 namespace otloss::cpu::multiscale {
 
-// A problem's two clouds with their leaves, and potentials in order. An unbalanced plan is given as
-// the balanced one of its marginals, a exp(-f / rho_x) for a, (1 + eps / rho_x) f for f: what is
-// left out is then little of these, however little is transported.
+// A problem's two clouds with their leaves, and potentials in order, as a balanced one.
 struct Fixed {
   const double left_out;
   Clouds clouds;
@@ -34,15 +32,15 @@ struct Fixed {
         in_x(clouds.in_x),
         in_y(one ? clouds.in_x : clouds.in_y) {
     const Penalty on_x{1 / penalties.rho_x}, on_y{1 / penalties.rho_y};
-    set_marginal(x, in_x, f + p * n, on_x);
-    if (!one) set_marginal(y, in_y, v + p * m, on_y);
+    F = in_order(f + p * n, in_x), g = in_order(v + p * m, in_y);
+    set_marginal(x, on_x, F);
+    if (!one) set_marginal(y, on_y, g);
+    for (double& value : F) value *= kLog2E / eps / on_x.damping(eps);
+    for (double& value : g) value /= on_y.damping(eps);
     const int64_t L = leaf_size(x, y, eps, {left_out, one, split});
     x.build(L, split);
     if (!one) y.build(L, split);
     F.resize(x.size), g.resize(y.size);
-    const double k = kLog2E / eps / on_x.damping(eps), along = 1 / on_y.damping(eps);
-    for (int64_t i = 0; i < x.n; ++i) F[i] = k * static_cast<double>(f[p * n + in_x[i]]);
-    for (int64_t j = 0; j < y.n; ++j) g[j] = along * static_cast<double>(v[p * m + in_y[j]]);
   }
 
   Engine engine(double eps, bool one, bool split) const { return between(x, y, eps, one, split); }
@@ -51,11 +49,10 @@ struct Fixed {
 
  private:
   template <typename T>
-  static void set_marginal(Cloud& cloud, const std::vector<int32_t>& in, const T* f,
-                           const Penalty& penalty) {
-    constexpr double kLeast = std::numeric_limits<double>::min();  // points without weight are none
-    for (int64_t i = 0; i < cloud.n; ++i)
-      cloud.w[i] = std::max(kLeast, cloud.w[i] * penalty.share(static_cast<double>(f[in[i]])));
+  static std::vector<double> in_order(const T* values, const std::vector<int32_t>& in) {
+    std::vector<double> result;
+    for (const int32_t i : in) result.push_back(static_cast<double>(values[i]));
+    return result;
   }
   Engine between(const Cloud& x, const Cloud& y, double eps, bool one, bool split) const {
     constexpr double kHard = std::numeric_limits<double>::infinity();

@@ -17,15 +17,17 @@ OTLOSS_SIMD void log2_of_sums(const float* sum, double* of_rows) {
   for (int64_t r = 0; r < kTileRows; ++r) of_rows[r] = fast_log2(static_cast<double>(sum[r]));
 }
 
-// Of columns (leaves, L), those of the tiles, but for the leaf `skipped`, += sums (tiles, L).
+// Of columns (leaves, L), those of the tiles, but for the leaf `skipped`, += unit times sums
+// (tiles, L).
 OTLOSS_SIMD void add_to_columns(int64_t L, int64_t tiles, const Tile* tile, const float* sums,
-                                int64_t skipped, double* columns) {
+                                int64_t skipped, double unit, double* columns) {
   for (int64_t q = 0; q < tiles; ++q) {
     if (tile[q].leaf == skipped) continue;
     const float* from = sums + q * L;
     double* to = columns + tile[q].leaf * L;
+    const double scale = tile[q].exponent == 0 ? unit : unit * std::exp2(tile[q].exponent);
 #pragma omp simd
-    for (int64_t h = 0; h < L; ++h) to[h] += static_cast<double>(from[h]);
+    for (int64_t h = 0; h < L; ++h) to[h] += scale * static_cast<double>(from[h]);
   }
 }
 
@@ -54,7 +56,7 @@ void Worker::update_leaf(int64_t I) {
     sum_rows(rows);
     if (attempts < kAttempts && correct(I, first, sum)) {
       ++attempts;
-      if (pass_->columns) flush(I);
+      if (pass_->columns) flush(I, 1);
       pass_->planes->fit_leaf(*pass_->x.cloud, pass_->k, pass_->F, I);
       pass_->planes->fit_super(*pass_->x.cloud, pass_->k, I / kSuper);
       super_ = -1;
@@ -64,9 +66,9 @@ void Worker::update_leaf(int64_t I) {
     take(I, first, sum, guess + first);
     if (pass_->columns) sum_columns(rows);
     first += kTileRows;
-    if (pass_->group && pass_->group < L_ && first % pass_->group == 0) flush(I);
+    if (pass_->group && pass_->group < L_ && first % pass_->group == 0) flush(I, 1);
   }
-  if (pass_->columns) flush(I);
+  if (pass_->columns) flush(I, 1);
 }
 
 // Whether a row's guess was poor and its sum tells a better one.
@@ -117,18 +119,18 @@ void Worker::dense_row(int64_t i, double guess) {
   for (int64_t j = 0; pass_->columns && j < y.n; ++j) column[j] += weight * dense_[j];
 }
 
-// Rows whose weights are set go to the columns, once.
-void Worker::flush(int64_t I) {
+// Rows whose weights are set, over `unit`, go to the columns, once.
+void Worker::flush(int64_t I, double unit) {
   if (direct_ < found_.kept) sum_moment_columns(moment_rows(I, false));
   if (pass_->group) add_groups();
-  add_columns(-1);
+  add_columns(-1, unit);
   std::fill(sums_.begin(), sums_.end(), 0.0f);
   std::fill(w_.begin(), w_.end(), 0.0f);
   mass_ = 0;
 }
 
-void Worker::add_columns(int64_t skipped) {
-  add_to_columns(L_, found_.kept, tiles_.data(), sums_.data(), skipped, column.data());
+void Worker::add_columns(int64_t skipped, double unit) {
+  add_to_columns(L_, found_.kept, tiles_.data(), sums_.data(), skipped, unit, column.data());
 }
 
 // The row group in sums_, but for what is next to nothing of it.
@@ -156,7 +158,7 @@ void Worker::mirror(const Pass& pass, int64_t begin, int64_t end) {
     for (int64_t first = 0; first < L_; first += kTileRows)
       sum_both(tile_rows(I, first, row_.data() + first));
     for (int64_t i = 0; i < L_; ++i) pass.s[I * L_ + i] = static_cast<double>(row_[i]);
-    add_columns(I);
+    add_columns(I, 1);
   });
   left_out *= 2;
 }

@@ -23,6 +23,7 @@ OTLOSS_INLINE void make_exponents(const TileRows& t) {
   for_each_block<kBytes>(t, [&](int64_t q, int64_t h, float* e) OTLOSS_ALWAYS_INLINE {
     if (!t.tile[q].wide) return;
     const int64_t j = t.tile[q].leaf * t.L + h;
+    const double exponent = static_cast<double>(t.tile[q].exponent);
     for (int64_t r = 0; r < kTileRows; ++r)
 #pragma omp simd
       for (int64_t l = 0; l < kLanes; ++l) {
@@ -32,7 +33,7 @@ OTLOSS_INLINE void make_exponents(const TileRows& t) {
           square += delta * delta;
         }
         const double z = t.F[r] + t.G[j + l] - t.k * square;
-        e[r * kLanes + l] = static_cast<float>(z) + t.log_w[j + l];
+        e[r * kLanes + l] = static_cast<float>(z - exponent) + t.log_w[j + l];
       }
   });
 }
@@ -121,7 +122,7 @@ struct Values {
     using Vector = Lanes<kBytes>;
     typename Vector::Float sum[kTileRows] = {};
     for_each_block<kBytes>(t, [&](int64_t q, int64_t h, const float* e) OTLOSS_ALWAYS_INLINE {
-      const auto value = Vector::load(values + t.tile[q].leaf * t.L + h);
+      const auto value = Vector::load(values + q * t.L + h);
 #pragma GCC unroll 8
       for (int r = 0; r < kTileRows; ++r) sum[r] += value * Vector::load(e + r * Vector::kCount);
     });

@@ -36,7 +36,7 @@ void sum_rows(const TileRows& rows);
 void sum_columns(const TileRows& rows);
 // Both at once; e is used.
 void sum_both(const TileRows& rows);
-// Of rows, of e times values (leaves, L).
+// Of rows, of e times values (tiles, L).
 void sum_values(const TileRows& rows, const float* values);
 
 // Column sums of runs of `size` columns, where one of a leaf's is at least `least`.

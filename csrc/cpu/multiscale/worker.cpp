@@ -18,9 +18,9 @@ void Worker::for_each_leaf(const Pass& pass, int64_t begin, int64_t end,
                            FunctionRef<void(int64_t)> leaf) {
   const Cloud &x = *pass.x.cloud, &y = *pass.y.cloud;
   pass_ = &pass, L_ = x.L, d_ = x.d;
-  search_ =
-      Search{pass.k, pass.x,  pass.y, pass.threshold, pass.slack, pass.moments, pass.single, 0, 0,
-             0,      nullptr, 0,      nullptr,        0,          nullptr};
+  search_ = Search{
+      pass.k, pass.x, pass.y, pass.threshold, pass.slack, pass.moments, pass.single, pass.scaled,
+      0,      0,      0,      nullptr,        0,          nullptr,      0,           nullptr};
   left_out = rounding = 0, super_ = -1;
   bound_.resize(y.super.stride), U_.resize(d_ * L_);
   if (pass.record) {
@@ -60,7 +60,7 @@ void Worker::find_supers(int64_t S, bool all) {
   for (int64_t T = 0; T < y.count; ++T) {
     if (!all && !pass_->risen[T]) continue;
     if (bound_[T] + std::max(reach, y.log_mass[T]) < least)
-      supers_left_out_ += static_cast<double>(fast_exp2(bound_[T]) * y.mass[T]);
+      supers_left_out_ += static_cast<double>(fast_exp2(bound_[T] + y.log_mass[T]));
     else
       supers_.push_back(static_cast<int32_t>(T));
   }

@@ -29,6 +29,7 @@ struct Pass {
   bool listed, record;   // whether lists are used, are made
   const float* rise;     // (leaves of x,) by which densities have risen, log2, at most
   const uint8_t* risen;  // (supers of y,) that are searched anew
+  bool scaled = false;   // see Search
 };
 
 // The plan summed over groups of rows and of columns, in runs of a leaf's column groups.
@@ -63,15 +64,15 @@ class Worker {
   void products(const Pass& pass, int64_t begin, int64_t end, bool symmetric, const double* weight,
                 double* sum, double* product);
   // At fixed potentials w = base + factor sum a e x, and in `column` sum a w e, if wanted: x
-  // (leaves, L), or null: 0, base (n,) likewise.
-  void product(const Pass& pass, int64_t begin, int64_t end, const float* x, const double* base,
+  // (m,), or null: 0, base (n,) likewise.
+  void product(const Pass& pass, int64_t begin, int64_t end, const double* x, const double* base,
                const double* factor, double* w);
   // At fixed potentials the pairs of leaves that are kept: each(leaf of x, tiles, their number).
   void pairs(const Pass& pass, int64_t begin, int64_t end,
              FunctionRef<void(int64_t, const Tile*, int64_t)> each);
   double missing() const { return missing_; }
-  // At fixed potentials rows' sum e v: values (count, leaves, L), out (count, n).
-  void values(const Pass& pass, int64_t begin, int64_t end, int64_t count, const float* values,
+  // At fixed potentials rows' sum e v: v (count, m), out (count, n).
+  void values(const Pass& pass, int64_t begin, int64_t end, int64_t count, const double* v,
               double* out);
 
  private:
@@ -86,9 +87,10 @@ class Worker {
   bool correct(int64_t I, int64_t first, const float* sum);
   void take(int64_t I, int64_t first, const float* sum, const double* guess);
   void dense_row(int64_t i, double guess);
-  void flush(int64_t I);
+  void flush(int64_t I, double unit);
   void add_groups();
-  void add_columns(int64_t skipped);
+  void add_columns(int64_t skipped, double unit);
+  double gather(const double* v, float* values) const;
   void products_leaf(int64_t I, bool symmetric, const double* weight, double* sum, double* product);
 
   const Pass* pass_ = nullptr;
@@ -105,6 +107,7 @@ class Worker {
   BlockVector<float> alpha_, beta_, U_, e_, bound_;
   BlockVector<float> w_, row_, row_product_;  // (L,), (L,), (d, L) of the leaf
   BlockVector<float> sums_, products_;        // (tiles, L), (tiles, d, L) of its columns
+  BlockVector<float> values_;                 // (., tiles, L) that e are multiplied with
   std::vector<double> dense_;
   double mass_ = 0;     // of the rows in sums_
   double missing_ = 0;  // bound of what sums of the leaf's rows lack

@@ -123,7 +123,7 @@ OTLOSS_INLINE T checked_sum(const RowSweep<T>& p, const Blocks<T>& blocks, int64
 // A clamped exponential stands for 0 in the plan, so that padding gets exactly 0.
 template <typename T>
 OTLOSS_INLINE T plan_entry(T t) {
-  return t > static_cast<T>(-kExp2Limit) ? fast_exp2(t) : T(0);
+  return t > kExp2Least<T> ? fast_exp2(t) : T(0);
 }
 
 // Functions of one row: the compiler does not vectorise such loops inside a loop over the rows.

@@ -13,7 +13,7 @@ template <typename T>
 OTLOSS_DEVICE T plan_of(T F, T G, T kC) {
   const T t = F + G - kC;
   // A clamped exponential stands for 0, so that padding gets exactly 0.
-  return t > static_cast<T>(-kExp2Limit) ? fast_exp2(t) : T(0);
+  return t > kExp2Least<T> ? fast_exp2(t) : T(0);
 }
 
 template <typename T>

@@ -132,7 +132,7 @@ class RowTerms {
     }
     add_terms([&](int r, int c) {
       // A clamped exponential stands for 0, so that padding gets exactly 0.
-      const T t = exponent(r, c), p = t > static_cast<T>(-kExp2Limit) ? fast_exp2(t) : T(0);
+      const T t = exponent(r, c), p = t > kExp2Least<T> ? fast_exp2(t) : T(0);
       return static_cast<S>(what_ == RowSum::kCost && p != T(0) ? p * e.cost[r][c] : p) * x[c];
     });
   }
