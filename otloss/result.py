@@ -13,7 +13,7 @@ from torch import Tensor
 from otloss import _check, ops
 from otloss._options import Options
 from otloss.cost_matrices import build_costs
-from otloss.costs import full_precision
+from otloss.costs import product
 from otloss.duality_gap import Dual, duality_gap
 from otloss.method import in_blocks
 from otloss.plan import total_of
@@ -231,8 +231,7 @@ class OTResult(PlanPairs):
             return out.squeeze(-1) if vector else out
 
         def block(rows: slice, P: Tensor, _: Tensor) -> tuple[Tensor, ...]:
-            with full_precision(P):
-                return (P @ right if axis == 1 else P.mT @ right[:, rows],)
+            return (product(P, right) if axis == 1 else product(P.mT, right[:, rows]),)
 
         parts = [part for (part,) in self._over_rows(block)]
         out = self._out(torch.cat(parts, -2) if axis == 1 else total_of(parts))

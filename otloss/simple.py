@@ -9,7 +9,7 @@ from torch import Tensor
 
 from otloss import _check, _options
 from otloss.cost_matrices import cost_matrix
-from otloss.costs import full_precision
+from otloss.costs import product
 from otloss.energy import energy
 from otloss.problem import Problem, check_clouds
 
@@ -201,8 +201,7 @@ def _mean_over_lines(problem: Problem, p: float, directions: Tensor | None) -> T
         (x, a), _ = (tuple(t.detach() for t in side) for side in sides)
         # Products have the rounding of the coordinates: of those from a centre among them.
         centre = (a * x).sum(-2, True) / a.sum(-2, True)
-        with full_precision(x):
-            sides = [((z - centre) @ directions, w) for z, w in sides]
+        sides = [(product(z - centre, directions), w) for z, w in sides]
     sides = [(z.mT, w.mT) for z, w in sides]
     value = _transport_on_lines(*sides[0], *sides[1], p).mean(-1)
     named = zip(problem.names, problem.points, strict=True)
