@@ -20,6 +20,7 @@ __all__ = [
     "NamedCost",
     "degree",
     "full_precision",
+    "product",
     "subtracted",
     "without_padding",
 ]
@@ -120,8 +121,7 @@ class Cosine(NamedCost):
     name, number, degree, subtracted = "cosine", 2, 0, 1.0
 
     def between(self, x: Tensor, y: Tensor) -> Tensor:
-        with full_precision(x):
-            return 1 - _unit(x) @ _unit(y).mT
+        return 1 - product(_unit(x), _unit(y).mT)
 
     def gradient(self, W: Tensor, C: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return self._tangent(W, x, y), self._tangent(W.mT, y, x)
@@ -135,7 +135,7 @@ class Cosine(NamedCost):
     @staticmethod
     def _tangent(W: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """The gradient in x: (<Wy, x^> x^ - Wy) / |x| with y and x^ of norm 1."""
-        unit, image, norm = _unit(x), W @ _unit(y), _norm(x)
+        unit, image, norm = _unit(x), product(W, _unit(y)), _norm(x)
         tangent = (image * unit).sum(-1, keepdim=True) * unit - image
         return torch.where(norm > 0, tangent / torch.where(norm > 0, norm, 1.0), 0.0)
 
@@ -159,6 +159,29 @@ def full_precision(t: Tensor) -> AbstractContextManager[Any]:
     # which torch 2.10 cannot be asked while it traces
     has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
     return torch.autocast(kind, enabled=False) if has_autocast else nullcontext()
+
+
+def product(A: Tensor, B: Tensor) -> Tensor:
+    """A @ B of matrices or batches of them, in their own dtype under autocast too, and likewise its
+    derivatives, which may be taken there."""
+    found: Tensor = _Product.apply(A, B)
+    return found
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, B: Tensor) -> Tensor:
+        ctx.save_for_backward(A, B)
+        with full_precision(A):
+            return A @ B
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (A, B), (of_A, of_B) = ctx.saved_tensors, ctx.needs_input_grad
+        return (
+            product(grad, B.mT).sum_to_size(A.shape) if of_A else None,
+            product(A.mT, grad).sum_to_size(B.shape) if of_B else None,
+        )
 
 
 def without_padding(points: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
@@ -197,8 +220,8 @@ def _difference_gradient(V: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
     with torch.no_grad():
         centre = torch.cat([x, y], dim=1).mean(dim=1, keepdim=True)
     x, y = x - centre, y - centre
-    grad_x = x * V.sum(-1).unsqueeze(-1) - V @ y
-    grad_y = y * V.sum(-2).unsqueeze(-1) - V.mT @ x
+    grad_x = x * V.sum(-1).unsqueeze(-1) - product(V, y)
+    grad_y = y * V.sum(-2).unsqueeze(-1) - product(V.mT, x)
     return grad_x, grad_y
 
 

@@ -26,6 +26,13 @@ __all__ = ["solve_allowed"]
 
 # How far above the other costs, tried in turn, in units of (eps + rho) * UNDERFLOW.
 HEIGHTS = (2.0, 16.0, 256.0)
+# Of iterations of a given number, above the first of these heights, in ranges of the other costs.
+RANGES = (2.0, 8.0, 32.0, 128.0)
+
+_NO_PLAN = (
+    "no plan avoids the forbidden pairs, those of infinite cost: some mass has no way but through "
+    "them. Allow more pairs, at a high cost, or let mass stay with unbalanced="
+)
 
 Solve = Callable[[Sequence[Tensor], bool], Solved]
 
@@ -46,13 +53,17 @@ def solve_allowed(
     rho = sum(r for r in (options.rho_x, options.rho_y) if math.isfinite(r))
     unit, eps = UNDERFLOW[weights[0].dtype], of_rows(detached(options).eps, weights[0])
     margin = unit * of_entries(eps)
+    if _check.readable(costs[0]):
+        for mask, (i, j), (a, b) in zip(forbidden, as_pairs(pairs), sides, strict=True):
+            _check_ways(problem, mask, a, b, options.rho_y if i else options.rho_x, "row", i)
+            _check_ways(problem, mask.mT, b, a, options.rho_y if j else options.rho_x, "column", j)
+    if options.n_iters >= 0:
+        height = HEIGHTS[0] * (margin + unit * rho)
+        return _iterated(costs, forbidden, sides, height, eps, solve)
     if not _check.readable(costs[0]):
         finite = _lifted(costs, forbidden, HEIGHTS[1] * (margin + unit * rho))
         solved = solve(finite, True)
         return finite, _failed_where(_used(solved, finite, forbidden, margin), solved)
-    for mask, (i, j), (a, b) in zip(forbidden, as_pairs(pairs), sides, strict=True):
-        _check_ways(problem, mask, a, b, options.rho_y if i else options.rho_x, "row", i)
-        _check_ways(problem, mask.mT, b, a, options.rho_y if j else options.rho_x, "column", j)
     share = None
     for height in HEIGHTS:
         finite = _lifted(costs, forbidden, height * (margin + unit * rho))
@@ -70,19 +81,69 @@ def solve_allowed(
     else:
         if not bool(lost.any()):  # what is left there is below the tolerance
             return finite, solved
-    raise ValueError(
-        "no plan avoids the forbidden pairs, those of infinite cost: some mass has no way but "
-        "through them. Allow more pairs, at a high cost, or let mass stay with unbalanced="
-    )
+    raise ValueError(_NO_PLAN)
 
 
-def _lifted(costs: Sequence[Tensor], forbidden: list[Tensor], height: Eps) -> list[Tensor]:
-    """The costs with forbidden ones ``height`` above the largest of the others."""
+def _iterated(
+    costs: Sequence[Tensor],
+    forbidden: list[Tensor],
+    sides: list[tuple[Tensor, Tensor]],
+    height: Eps,
+    eps: Eps,
+    solve: Solve,
+) -> tuple[Sequence[Tensor], Solved]:
+    """The same of a given number of iterations. The first ones may use a pair that the last one
+    does not: their costs are right if higher ones change nothing."""
+    last, readable = None, _check.readable(costs[0])
+    for ranges in RANGES if readable else RANGES[1:3]:
+        finite = _lifted(costs, forbidden, height, ranges)
+        solved = solve(finite, True)
+        if last is not None:
+            moved = _moved(last, solved, forbidden, sides, eps)
+            if not readable:
+                return finite, _failed_where(moved, solved)
+            if not bool(moved.any()):
+                return finite, solved
+        last = solved
+    raise ValueError(_NO_PLAN)
+
+
+def _moved(
+    one: Solved,
+    other: Solved,
+    forbidden: list[Tensor],
+    sides: list[tuple[Tensor, Tensor]],
+    eps: Eps,
+) -> Tensor:
+    """In which problems potentials differ by more than rounding, (P, B), at points that have an
+    allowed pair."""
+    moved = []
+    for p, (mask, (a, b)) in enumerate(zip(forbidden, sides, strict=True)):
+        ways = ~mask & (a > 0).unsqueeze(-1) & (b > 0).unsqueeze(-2)
+        differ = torch.zeros_like(a[:, 0], dtype=torch.bool)
+        for u, v, there in (
+            (one.f[p], other.f[p], ways.any(-1)),
+            (one.g[p], other.g[p], ways.any(-2)),
+        ):
+            apart, size = (torch.where(there, t.detach().abs(), 0.0) for t in (u - v, u))
+            rounding = 64 * torch.finfo(a.dtype).eps * (size.amax(-1, True) + eps)
+            differ = differ | (apart > rounding).any(-1)
+        moved.append(differ)
+    return torch.stack(moved)
+
+
+def _lifted(
+    costs: Sequence[Tensor], forbidden: list[Tensor], height: Eps, ranges: float = 0.0
+) -> list[Tensor]:
+    """The costs with forbidden ones ``height``, and ``ranges`` of theirs, above the largest of the
+    others."""
     lifted = []
     for C, mask in zip(costs, forbidden, strict=True):
         top = torch.where(mask, -math.inf, C.detach()).amax((-2, -1), keepdim=True)
-        top = torch.where(top == -math.inf, 0.0, top)  # all are forbidden
-        lifted.append(torch.where(mask, top.abs() + height, C))
+        least = torch.where(mask, math.inf, C.detach()).amin((-2, -1), keepdim=True)
+        span = torch.where(least <= top, top - least, 0.0)
+        top = torch.where(least <= top, top, 0.0)  # else all are forbidden
+        lifted.append(torch.where(mask, top.abs() + height + ranges * span, C))
     return lifted
 
 

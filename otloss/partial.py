@@ -230,7 +230,8 @@ def _least(problem: Problem, cost: Cost, C: Tensor | None = None) -> float | Ten
 
 def _staying(a: Tensor, f: Tensor, b: Tensor, g: Tensor, eps: Eps) -> Tensor:
     """The plan at cost 0, between points and a dummy."""
-    return torch.where((a > 0) & (b > 0), a * b * ((f + g) / eps).exp(), 0.0)
+    root = (0.5 * (f + g) / eps).exp()
+    return torch.where((a > 0) & (b > 0), (a * root) * (b * root), 0.0)
 
 
 class WithDummies:
@@ -315,9 +316,6 @@ class PartialResult(OTResult):
                 sums = torch.cat([total + stays, of_dummy.sum(-1, True)], -1)
                 errors.append((sums - w).abs().sum(-1) / _moved_mass((a, b)))
         return self._number(torch.maximum(*errors))
-
-    def _moved(self) -> Tensor:
-        return self._sums()[0]
 
     def extend(self, x_new: Tensor) -> Tensor:
         """f on new points, of which a part stays too."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,7 +18,7 @@ from otloss.duality_gap import Dual, gap_of
 from otloss.eps import of_rows
 from otloss.method import in_blocks
 from otloss.problem import Problem, as_weights
-from otloss.reference.marginals import of_entries, plan
+from otloss.reference.marginals import of_entries, plan, weighted
 from otloss.run import Solved
 
 __all__ = ["Plan", "total_of"]
@@ -104,8 +105,8 @@ class Plan:
         C = with_empty_bins(C, seen, a, b)
         exponent = (f.unsqueeze(-1) + g.unsqueeze(-2) - C) / of_entries(eps)
         exponent = torch.where((x & y) | ((x ^ y) & seen.isfinite()), exponent, -torch.inf)
-        density = exponent.exp().clamp(max=torch.finfo(C.dtype).max)  # 0 times infinity is NaN
-        return a.unsqueeze(-1) * b.unsqueeze(-2) * density, C
+        largest = math.log(torch.finfo(C.dtype).max)  # 0 times infinity is NaN
+        return weighted(exponent.clamp(max=largest), a, b), C
 
     @property
     def _extended(self) -> list[Tensor] | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from otloss import _check, ops
 from otloss._options import Options
 from otloss.cost_matrices import build_costs
-from otloss.costs import full_precision
+from otloss.costs import product
 from otloss.duality_gap import Dual, duality_gap
 from otloss.method import in_blocks
 from otloss.plan import total_of
@@ -231,28 +231,23 @@ class OTResult(PlanPairs):
             return out.squeeze(-1) if vector else out
 
         def block(rows: slice, P: Tensor, _: Tensor) -> tuple[Tensor, ...]:
-            with full_precision(P):
-                return (P @ right if axis == 1 else P.mT @ right[:, rows],)
+            return (product(P, right) if axis == 1 else product(P.mT, right[:, rows]),)
 
         parts = [part for (part,) in self._over_rows(block)]
         out = self._out(torch.cat(parts, -2) if axis == 1 else total_of(parts))
         return out.squeeze(-1) if vector else out
 
     def barycentric_map(self) -> Tensor:
-        """Mean of the points that x_i is transported to, rows of ``P y / a``, (n, d); 0 for points
-        of weight 0.
-
-        With ``unbalanced`` or ``mass`` the mean over the mass transported, ``P y / P 1``.
-        """
+        """Mean of the points that x_i is transported to, rows of ``P y / P 1``, (n, d); 0 for
+        points of weight 0."""
         y = self._need_points("barycentric_map")[1]
         there = self._out(self._b > 0).unsqueeze(-1) | y.isfinite().all(-1, keepdim=True)
-        image = self.apply(torch.where(there, y, 0.0))
-        mass = self._out(self._moved()).unsqueeze(-1)
+        y = torch.where(there, y, 0.0).to(self._a.dtype)
+        # Not over a, from which P 1 differs by up to tol: that is a share of how far away 0 is.
+        image, mass = self.apply(torch.cat([y, torch.ones_like(y[..., :1])], -1)).tensor_split(
+            [-1], -1
+        )
         return torch.where(mass > 0, image / torch.where(mass > 0, mass, 1.0), 0.0)
-
-    def _moved(self) -> Tensor:
-        """How much of every x_i the plan transports."""
-        return self._a if self._options.balanced() else self._sums()[0]
 
     def extend(self, x_new: Tensor) -> Tensor:
         """f on new points, (k,): ``-eps log sum_j b_j exp((g_j - c(x_new, y_j)) / eps)``.

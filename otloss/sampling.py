@@ -13,6 +13,8 @@ from otloss.plan import Plan
 
 __all__ = ["PlanPairs"]
 
+LITTLE = 1 << 20  # entries
+
 # From a slice of the rows of a plan (B, n, m), these rows.
 PlanRows = Callable[[slice], Tensor]
 
@@ -83,7 +85,8 @@ def _sampled(
     def draw(rows: slice) -> tuple[Tensor, ...]:
         P = plan(rows)
         here = ((i >= rows.start) & (i < rows.stop)).nonzero()
-        for each in here.split(P.shape[0] * P.shape[1]):  # rows that take no more memory than P
+        # as many rows of a draw each as take no more memory than P, or little
+        for each in here.split(max(P.shape[0] * P.shape[1], 1 + LITTLE // P.shape[2])):
             problem, place = each.unbind(-1)
             of_pairs = P[problem, i[problem, place] - rows.start]
             j[problem, place] = _drawn(of_pairs, v[problem, place].unsqueeze(-1)).squeeze(-1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from otloss import _check, _options
 from otloss.cost_matrices import cost_matrix
-from otloss.costs import full_precision
+from otloss.costs import product
 from otloss.energy import energy
 from otloss.problem import Problem, check_clouds
 
@@ -196,9 +196,13 @@ def _mean_over_lines(problem: Problem, p: float, directions: Tensor | None) -> T
         if problem.padded:  # padding has no coordinates, and its weight no gradient
             there = z.isfinite().all(-1) | (w > 0)
             z, w = torch.where(there.unsqueeze(-1), z, 0.0), torch.where(there, w, 0.0)
-        with full_precision(w):
-            z = z if directions is None else z @ directions
-        sides.append((z.mT, w.unsqueeze(-2)))
+        sides.append((z, w.unsqueeze(-1)))
+    if directions is not None:
+        (x, a), _ = (tuple(t.detach() for t in side) for side in sides)
+        # Products have the rounding of the coordinates: of those from a centre among them.
+        centre = (a * x).sum(-2, True) / a.sum(-2, True)
+        sides = [(product(z - centre, directions), w) for z, w in sides]
+    sides = [(z.mT, w.mT) for z, w in sides]
     value = _transport_on_lines(*sides[0], *sides[1], p).mean(-1)
     named = zip(problem.names, problem.points, strict=True)
     _check.finite_value("a mean of transport costs", value, named)
@@ -212,7 +216,8 @@ def _transport_on_lines(x: Tensor, a: Tensor, y: Tensor, b: Tensor, p: float) ->
     Mass moves in the order of the points: each interval between two cumulated weights of either
     side goes from one x to one y.
     """
-    total = (a.sum(-1) * b.sum(-1)).sqrt()  # they are equal: so each gets half of its gradient
+    # They are equal: so each gets half of its gradient. Their product may underflow.
+    total = a.sum(-1).sqrt() * b.sum(-1).sqrt()
     (x, upto_x), (y, upto_y) = _in_order(x, a), _in_order(y, b)
     ends, order = torch.cat([upto_x, upto_y], -1).sort(dim=-1, stable=True)
     widths = ends.diff(dim=-1, prepend=torch.zeros_like(ends[..., :1])).to(a.dtype)

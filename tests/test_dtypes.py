@@ -105,8 +105,8 @@ def test_the_default_dtype_does_not_matter(rng):
 @pytest.mark.parametrize("d", [3, 40])
 def test_autocast_changes_nothing(d, cost, method, rng):
     """Matrix products stay in float32 inside otloss, whatever autocast says."""
-    x, y = randn(rng, 9, d).float().requires_grad_(), randn(rng, 7, d).float()
-    v = randn(rng, 7, 2).float()
+    x, y = (randn(rng, n, d).float() / d**0.5 for n in (9, 7))
+    x, v = x.requires_grad_(), randn(rng, 7, 2).float()
 
     def everything() -> list[Tensor]:
         result = otloss.solve_sample(x, y, 1.0, cost=cost, method=method)
@@ -116,9 +116,13 @@ def test_autocast_changes_nothing(d, cost, method, rng):
             otloss.minibatch_energy_distance(x, x + 1, y, y + 1, 1.0, cost=cost, method=method),
             result.value,
         ]
-        (grad,) = torch.autograd.grad(sum(losses), x)
+        (grad,) = torch.autograd.grad(sum(losses), x, create_graph=True)
+        drawn = torch.Generator().manual_seed(0)
         more = [result.plan, result.apply(v), result.barycentric_map(), result.extend(y)]
-        return [*losses, grad, *more]
+        more.append(otloss.sliced_wasserstein(x, y, generator=drawn))
+        sums = [grad.square().sum(), *(t.square().sum() for t in more)]
+        grads = [torch.autograd.grad(t, x, retain_graph=True)[0] for t in sums]
+        return [*losses, grad, *more, *grads]
 
     expected = everything()
     with torch.autocast("cpu", dtype=torch.bfloat16):

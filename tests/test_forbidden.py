@@ -43,6 +43,32 @@ def sinkhorn(C: Tensor, a: Tensor, b: Tensor, eps: float, rho: float = INF) -> T
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("strength", [None, 1.0, (None, 1.0)])
+@pytest.mark.parametrize("n_iters", [1, 5])
+def test_iterations_at_a_small_eps(n_iters, strength, method, rng):
+    """The first iterations are far from the solution: none may use a forbidden pair, such as the
+    first row's second, which is nearly the second column's cheapest there."""
+    C, a, b = masked(rng)
+    C[:2, :2] = torch.tensor([[1.0, INF], [0.0, 1.0]])
+    C[0, 2:] = C[2:, 1] = INF
+    C, eps, g = (10 * C).requires_grad_(), 1e-3, torch.zeros_like(b)
+    if strength is None:
+        dampings = 1.0, 1.0
+    else:
+        soft = 1 / (1 + eps)
+        dampings = (1.0, soft) if isinstance(strength, tuple) else (soft, soft)
+    for _ in range(n_iters):
+        f = -dampings[0] * eps * ((g - C) / eps + b.log()).logsumexp(1)
+        g = -dampings[1] * eps * ((f[:, None] - C) / eps + a.log()[:, None]).logsumexp(0)
+    result = otloss.solve(C, eps, a=a, b=b, n_iters=n_iters, unbalanced=strength, method=method)
+    assert_close(result.potentials, (f, g))
+    v = randn(rng, len(b))
+    (expected,) = torch.autograd.grad(g @ v, C)
+    (grad,) = torch.autograd.grad(result.potentials[1] @ v, C)
+    close(grad, torch.where(C.isinf(), 0.0, expected), 1e-6, scale=v.norm())
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("eps", [0.02, 0.1, 0.5])
 def test_plan(eps, dtype, method, rng):
@@ -164,6 +190,10 @@ def test_infeasible():
         otloss.solve(C.mT, 0.1, unbalanced=(1.0, None))
 
 
+def iterated(C):
+    return otloss.solve(C, 0.001, n_iters=3).potentials
+
+
 def test_compiled_and_infeasible():
     """Where data is not read, as on a GPU, the value is NaN and the solve has not converged."""
     torch.compiler.reset()
@@ -172,10 +202,12 @@ def test_compiled_and_infeasible():
         result = otloss.solve(C, 0.1)
         return result.value, result.plan, result.converged
 
+    iterations = torch.compile(iterated, fullgraph=True, backend="aot_eager")
     compiled = torch.compile(solved, fullgraph=True, backend="aot_eager")
     good = torch.tensor([[0.0, INF], [0.3, 0.1]])
     bad = torch.tensor([[0.0, INF], [0.3, INF]])
     assert_close(compiled(good)[0], solved(good)[0], rtol=1e-3, atol=1e-4)
+    assert_close(iterations(good), iterated(good))
     assert compiled(good)[1][0, 1] == 0
     assert bool(compiled(bad)[0].isnan())
     assert not compiled(bad)[2]

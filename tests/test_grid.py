@@ -284,3 +284,13 @@ def test_linear_system_is_reported(monkeypatch):
     result = otloss.solve_grid(a, b, 2.0)
     with pytest.warns(otloss.ConvergenceWarning, match="linear system"):
         result.value_linear.sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2, 1, 1)])
+def test_one_point(shape):
+    """Nothing moves, in no direction."""
+    a = torch.rand(shape, dtype=torch.float64) + 1
+    result = otloss.solve_grid(a, 2 * a, 0.5, unbalanced=1.0, objective="transport")
+    assert not result.value.any()
+    assert not result.value_linear.any()
+    assert not result.barycentric_map().any()

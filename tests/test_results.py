@@ -154,6 +154,35 @@ def test_barycentric_map(c):
     assert_close(grad, 2 * c.a[:, None] * (c.x - image), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_barycentric_map_far_from_the_origin(method, rng):
+    """It moves with the clouds: an error of the marginals is none of where the origin is."""
+    x, y = randn(rng, 20, 2), randn(rng, 15, 2)
+    near, far = (
+        otloss.solve_sample(x + t, y + t, 0.1, tol=1e-2, method=method).barycentric_map() - t
+        for t in (0.0, 1e4)
+    )
+    assert_close(far, near, rtol=0, atol=1e-6)
+    assert bool(((y.amin(0) <= near) & (near <= y.amax(0))).all())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_plan_of_small_weights(method):
+    """Of points whose weights have a product that underflows, alone or since all weights are
+    small."""
+    x = torch.tensor([[0.0], [5.0], [10.0]])
+    w = torch.tensor([1.0, 1e-30, 1e-15])
+    every = torch.full((3,), 1e-25)
+    for a, mass in ((w, None), (every, None), (every, 2.9e-25)):
+        result = otloss.solve_sample(x, x + 0.1, 0.1, a=a, b=a, mass=mass, method=method)
+        assert_close(result.plan.diagonal() / a, torch.ones(3), rtol=0.2, atol=0)
+        assert_close(result.marginals[0] / a, torch.ones(3), rtol=0.2, atol=0)
+        assert result.argmax().tolist() == [0, 1, 2]
+        assert_close(result.barycentric_map(), x + 0.1)
+        assert_close(result.value_linear / result.plan.sum(), torch.tensor(0.01), rtol=1e-3, atol=0)
+        assert result.marginal_error <= 1e-3
+
+
 def test_barycentric_map_of_padding_is_zero(c):
     c.a[2] = 0
     c.a /= c.a.sum()

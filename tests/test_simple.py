@@ -43,6 +43,36 @@ def test_on_the_line_gradients(rng):
         assert_close((w * grad).sum(-1), value / 2)
 
 
+def test_on_the_line_at_any_total(rng):
+    """The value and its gradients grow with the totals, whose product underflows or overflows."""
+    c = clouds(rng, 6, 5, 1, dtype=torch.float32, weights="random")
+    x, y = c.x[:, 0], c.y[:, 0]
+    value = otloss.wasserstein_1d(x, y, a=c.a, b=c.b)
+    for total in (1e-25, 1e25):
+        a, b = (total * w for w in c.weights())
+        got = otloss.wasserstein_1d(x, y, a=a.requires_grad_(), b=b)
+        close(got.detach() / total, value, 1e-5)
+        (grad,) = torch.autograd.grad(got, a)
+        close((a * grad).sum(), got / 2, 1e-5)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_slices_far_from_the_origin(weights, rng):
+    """Projections have the rounding of the distances, not of the coordinates."""
+    c = clouds(rng, 30, 20, 8, dtype=torch.float32, weights=weights)
+    x, y = ((z + 1e6).requires_grad_() for z in (c.x, c.y))
+
+    def value(x, y):
+        drawn = torch.Generator().manual_seed(0)
+        return otloss.sliced_wasserstein(x, y, a=c.a, b=c.b, generator=drawn)
+
+    centre = x.detach()[0]
+    expected = value(x - centre, y - centre)
+    close(value(x, y), expected, 1e-5)
+    grads = (torch.autograd.grad(v, x)[0] for v in (value(x, y), expected))
+    close(*grads, 1e-4)
+
+
 def test_on_the_line_weights_of_zero(rng):
     """An empty bin has the derivative for more mass, padding has none."""
     x, y, b = randn(rng, 6), randn(rng, 7), make_weights(rng, (7,), "random")

@@ -111,19 +111,20 @@ def axis_means(
 
     By M = U S V^T every M takes as many channels as its rank, 3 for a squared distance.
     """
-    sizes, sums, channels, factors = [len(C) for C in grid.axes], [], [], []
+    sizes, sums = [len(C) for C in grid.axes], []
+    channels, factors = ([g.new_zeros(0, g.shape[1])] for _ in "uv")  # of one point there are none
     for k, M in enumerate(matrices):
         U, S, Vh = torch.linalg.svd(M)
         rank = len(S) if _check.traced(S) else int((1e-14 * S[0] < S).sum())
         along = [1] * len(sizes)
         along[k] = -1
         for r in range(rank):
-            channels.append(Vh[r].reshape(along).expand(sizes).flatten())
-            factors.append((S[r] * U[:, r]).reshape(along).expand(sizes).flatten())
+            channels.append(Vh[r].reshape(along).expand(sizes).reshape(1, -1))
+            factors.append((S[r] * U[:, r]).reshape(along).expand(sizes).reshape(1, -1))
         sums.append(rank)
-    u = torch.stack(channels).expand(len(g), -1, -1)
+    u = torch.cat(channels).expand(len(g), -1, -1)
     T, found = means(grid, g, b, u)
-    products = (torch.stack(factors) * found).split(sums, 1)
+    products = (torch.cat(factors) * found).split(sums, 1)
     return T, [each.sum(1) for each in products]
 
 

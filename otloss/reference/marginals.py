@@ -151,8 +151,14 @@ def softmin(eps: Eps, C: Tensor, g: Tensor, b: Tensor) -> Tensor:
 def plan(eps: Eps, C: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps); 0 where a weight is 0, with derivative 0."""
     exponent = (f.unsqueeze(-1) + g.unsqueeze(-2) - C) / of_entries(eps)
-    weight = a.unsqueeze(-1) * b.unsqueeze(-2)
-    return weight * torch.where(weight > 0, exponent, -torch.inf).exp()
+    counts = (a.unsqueeze(-1) > 0) & (b.unsqueeze(-2) > 0)
+    return weighted(torch.where(counts, exponent, -torch.inf), a, b)
+
+
+def weighted(exponent: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """a_i b_j exp(exponent_ij), also where the product of the weights alone would underflow."""
+    root = (0.5 * exponent).exp()
+    return (a.unsqueeze(-1) * root) * (b.unsqueeze(-2) * root)
 
 
 def counted(C: Tensor, a: Tensor, b: Tensor) -> Tensor:

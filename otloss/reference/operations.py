@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from otloss.costs import NAMED, full_precision, without_padding
+from otloss.costs import NAMED, without_padding
 from otloss.reference.arguments import Arguments, as_pairs, each_problem, read
 from otloss.reference.engine import Clouds
 from otloss.reference.gradients import (
@@ -81,11 +81,10 @@ def cost_backward(
     """By matrix products; differentiable."""
     points = without_padding(points, weights)
     totals = [torch.zeros_like(x) for x in points]
-    with full_precision(points[0]):
-        for (i, j), C, W in zip(as_pairs(pairs), costs, grad_costs, strict=True):
-            of_x, of_y = NAMED[kind].gradient(W, C, points[i], points[j])
-            totals[i] = totals[i] + of_x
-            totals[j] = totals[j] + of_y
+    for (i, j), C, W in zip(as_pairs(pairs), costs, grad_costs, strict=True):
+        of_x, of_y = NAMED[kind].gradient(W, C, points[i], points[j])
+        totals[i] = totals[i] + of_x
+        totals[j] = totals[j] + of_y
     return [totals[c] for c in wanted]
 
 
