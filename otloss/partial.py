@@ -317,6 +317,9 @@ class PartialResult(OTResult):
                 errors.append((sums - w).abs().sum(-1) / _moved_mass((a, b)))
         return self._number(torch.maximum(*errors))
 
+    def _moved(self) -> Tensor:
+        return self._sums()[0]
+
     def extend(self, x_new: Tensor) -> Tensor:
         """f on new points, of which a part stays too."""
         _, b, _, g = self._whole

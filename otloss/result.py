@@ -238,16 +238,22 @@ class OTResult(PlanPairs):
         return out.squeeze(-1) if vector else out
 
     def barycentric_map(self) -> Tensor:
-        """Mean of the points that x_i is transported to, rows of ``P y / P 1``, (n, d); 0 for
-        points of weight 0."""
+        """Mean of the points that x_i is transported to, rows of ``P y / a``, (n, d); 0 for points
+        of weight 0.
+
+        With ``unbalanced`` or ``mass`` the mean over the mass transported, ``P y / P 1``. P 1
+        differs from a by the marginal error, and the map by that share of the distance from y to
+        0: of clouds far from 0 solve to a small ``tol``, or take their mean off.
+        """
         y = self._need_points("barycentric_map")[1]
         there = self._out(self._b > 0).unsqueeze(-1) | y.isfinite().all(-1, keepdim=True)
-        y = torch.where(there, y, 0.0).to(self._a.dtype)
-        # Not over a, from which P 1 differs by up to tol: that is a share of how far away 0 is.
-        image, mass = self.apply(torch.cat([y, torch.ones_like(y[..., :1])], -1)).tensor_split(
-            [-1], -1
-        )
+        image = self.apply(torch.where(there, y, 0.0))
+        mass = self._out(self._moved()).unsqueeze(-1)
         return torch.where(mass > 0, image / torch.where(mass > 0, mass, 1.0), 0.0)
+
+    def _moved(self) -> Tensor:
+        """How much of every x_i the plan transports."""
+        return self._a if self._options.balanced() else self._sums()[0]
 
     def extend(self, x_new: Tensor) -> Tensor:
         """f on new points, (k,): ``-eps log sum_j b_j exp((g_j - c(x_new, y_j)) / eps)``.

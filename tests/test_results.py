@@ -155,18 +155,6 @@ def test_barycentric_map(c):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_barycentric_map_far_from_the_origin(method, rng):
-    """It moves with the clouds: an error of the marginals is none of where the origin is."""
-    x, y = randn(rng, 20, 2), randn(rng, 15, 2)
-    near, far = (
-        otloss.solve_sample(x + t, y + t, 0.1, tol=1e-2, method=method).barycentric_map() - t
-        for t in (0.0, 1e4)
-    )
-    assert_close(far, near, rtol=0, atol=1e-6)
-    assert bool(((y.amin(0) <= near) & (near <= y.amax(0))).all())
-
-
-@pytest.mark.parametrize("method", METHODS)
 def test_plan_of_small_weights(method):
     """Of points whose weights have a product that underflows, alone or since all weights are
     small."""
