@@ -128,7 +128,8 @@ bool SharedLoop::help(int64_t first) {
 // The threads of some problems, by the range that each was given.
 class Team {
  public:
-  explicit Team(int64_t threads) : busy_(threads), loops_(threads) {}
+  // shares: whether a problem may have parts.
+  Team(int64_t threads, bool shares) : shares_(shares), busy_(threads), loops_(threads) {}
 
   // Calls solve(), then helps others until all are done. The first thread, which makes the call,
   // has to ask for signals all the time: problems of others may take hours when its own take none.
@@ -138,6 +139,7 @@ class Team {
       const Owning own(&loops_[begin]);
       solve();
     }
+    if (begin > 0 && !shares_) return;
     for (Wait wait; busy_ > 0 && !interrupted();) {
       bool helped = false;
       for (SharedLoop& loop : loops_) helped |= loop.help(begin % kMostParts);
@@ -157,6 +159,7 @@ class Team {
   };
   struct alignas(64) Line : SharedLoop {};
 
+  const bool shares_;
   std::atomic<int64_t> busy_;
   std::vector<Line> loops_;
 };
@@ -193,7 +196,7 @@ void parallel_problems(int64_t count, int64_t entries,
     for (int64_t i = 0; i < count && !interrupted(); ++i) function(i, most > 1);
     return;
   }
-  Team team(threads);
+  Team team(threads, entries >= 2 * kHelpGrain);
   std::atomic<int64_t> next{0};
   parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     team.work(begin, end, [&] {
