@@ -41,7 +41,7 @@ class Wait {
 
  public:
   void operator()() {
-    constexpr int kPauses = 1000;  // some 20 us
+    constexpr int kPauses = 10'000;  // some 0.2 ms: more than the solver needs between two loops
     if (count_ < kPauses) return pause();
     if (count_ == kPauses) start_ = Clock::now(), ++count_;
     const Clock::duration waited = Clock::now() - start_;
