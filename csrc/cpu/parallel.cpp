@@ -35,10 +35,10 @@ class FlushDenormals {
   FlushDenormals& operator=(const FlushDenormals&) = delete;
 };
 
+using Clock = std::chrono::steady_clock;
+
 // Waits a little, each time longer: what is overslept is small against what was waited.
 class Wait {
-  using Clock = std::chrono::steady_clock;
-
  public:
   void operator()() {
     constexpr int kPauses = 10'000;  // some 0.2 ms: more than the solver needs between two loops
@@ -65,19 +65,41 @@ class Wait {
   Clock::time_point start_;
 };
 
+class SharedLoop;
+thread_local SharedLoop* own_loop = nullptr;  // of a problem that others may help with
+
+class Owning {
+ public:
+  explicit Owning(SharedLoop* loop) : before_(std::exchange(own_loop, loop)) {}
+  ~Owning() { own_loop = before_; }
+  Owning(const Owning&) = delete;
+  Owning& operator=(const Owning&) = delete;
+
+ private:
+  SharedLoop* const before_;
+};
+
 // A loop within a problem, laid out for threads that have none: a bit is set for each part that
 // nobody has taken. Who solves the problem takes parts as well and waits only for those that
 // others have begun, so it never waits for a thread that does not run.
 class SharedLoop {
  public:
   void run(int64_t count, FunctionRef<void(int64_t part)> function) {
+    if (alone_) {
+      const Owning none(nullptr);
+      for (int64_t part = 0; part < count; ++part) function(part);
+      return;
+    }
     function_ = &function;
     left_.store(count, std::memory_order_relaxed);
     const uint64_t loops = (open_.load(std::memory_order_relaxed) >> kMostParts) + 1;
     open_.store(loops << kMostParts | ((uint64_t{1} << count) - 1), std::memory_order_release);
+    const Clock::time_point start = Clock::now();
     while (help(0)) {
     }
+    const Clock::time_point done = Clock::now();
     for (Wait wait; left_.load(std::memory_order_acquire) > 0;) wait();
+    alone_ = Clock::now() - done > 4 * (done - start) + std::chrono::microseconds(200);
     if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
   }
 
@@ -91,19 +113,7 @@ class SharedLoop {
   const FunctionRef<void(int64_t part)>* function_ = nullptr;
   std::atomic_flag failed_ = ATOMIC_FLAG_INIT;
   std::exception_ptr error_;
-};
-
-thread_local SharedLoop* own_loop = nullptr;  // of a problem that others may help with
-
-class Owning {
- public:
-  explicit Owning(SharedLoop* loop) : before_(std::exchange(own_loop, loop)) {}
-  ~Owning() { own_loop = before_; }
-  Owning(const Owning&) = delete;
-  Owning& operator=(const Owning&) = delete;
-
- private:
-  SharedLoop* const before_;
+  bool alone_ = false;  // since somebody was waited for longer than a part takes: it may not run
 };
 
 bool SharedLoop::help(int64_t first) {
@@ -190,7 +200,9 @@ void parallel_problems(int64_t count, int64_t entries,
                        FunctionRef<void(int64_t i, bool split)> function) {
   if (count == 0) return;
   const int64_t most = thread_count(), sharing = std::min(most, entries / kSplitGrain);
-  const int64_t threads = std::min(most, std::max(count, entries / kHelpGrain));
+  // Helpers alone are worth a parallel region from four parts on.
+  const int64_t parts = entries < 4 * kHelpGrain ? 1 : entries / kHelpGrain;
+  const int64_t threads = std::min(most, std::max(count, parts));
   if (threads <= 1 || count < sharing) {
     const FlushDenormals flush;
     for (int64_t i = 0; i < count && !interrupted(); ++i) function(i, most > 1);
