@@ -1,5 +1,6 @@
-// Loops over threads, and how a set of problems is spread over them: problems first, and where more
-// threads can share the rows of one than there are problems, the rows of each.
+// Loops over threads, and how a set of problems is spread over them: problems first, threads that
+// have none left help with the rows of others, and where more threads can share the rows of one
+// than there are problems, the rows of each.
 #pragma once
 
 #include <algorithm>
@@ -59,19 +60,25 @@ class FunctionRef<Result(Arguments...)> {
 void parallel_for(int64_t begin, int64_t end, int64_t grain,
                   FunctionRef<void(int64_t begin, int64_t end)> function);
 
-// Calls function(i) for each i in [0, count), on a thread each as far as there are threads.
+// Calls function(i) for each i in [0, count), on a thread each as far as there are threads. Within
+// a problem that others may help with, these take some of up to kMostParts.
 void parallel_tasks(int64_t count, FunctionRef<void(int64_t i)> function);
 
 // Rows given to one thread of a split problem hold at least this number of entries: 50 us of work,
 // some ten times what starting a parallel region costs.
 constexpr int64_t kSplitGrain = 1 << 18;
+// The same of a problem that others help with: some ten times what it takes until they do.
+constexpr int64_t kHelpGrain = 1 << 14;
+constexpr int64_t kMostParts = 32;
+// Whether this thread's problem is one.
+bool may_be_helped();
 // Entries of a problem that is worth all threads.
 constexpr int64_t kEndless = std::numeric_limits<int64_t>::max();
 
 // Calls function(i, split) for each of some problems of up to `entries` entries, until interrupted:
-// in parallel, one thread each from start to end, each thread taking the next one when it is free;
-// when they are fewer than the threads that can share one of them, one after the other, each to be
-// split.
+// in parallel, one thread each from start to end, each thread taking the next one when it is free
+// and helping with others when there is none; when they are fewer than the threads that can share
+// one of them, one after the other, each to be split.
 void parallel_problems(int64_t count, int64_t entries,
                        FunctionRef<void(int64_t i, bool split)> function);
 
@@ -96,10 +103,13 @@ void for_each_problem(const std::vector<Group>& groups, F&& function) {
 // The rows of one problem in parts, one thread each.
 class RowParts {
  public:
-  RowParts(int64_t n, int64_t m, bool split)
-      : rows_(n),
-        count_(split ? std::clamp<int64_t>(n * m / kSplitGrain, 1, std::min(thread_count(), n))
-                     : 1) {}
+  RowParts(int64_t n, int64_t m, bool split) : rows_(n), count_(1) {
+    const bool helped = may_be_helped();
+    const int64_t most = helped ? std::min(kMostParts, thread_count()) : thread_count();
+    if (helped || split)
+      count_ =
+          std::clamp<int64_t>(n * m / (helped ? kHelpGrain : kSplitGrain), 1, std::min(most, n));
+  }
 
   int64_t count() const { return count_; }
 

@@ -311,7 +311,9 @@ void cost_gradient(const CostGradientGroup<T>& group, CostKind kind) {
 // a block of rows at a time, which is finished while it is in the cache.
 template <typename T>
 void gradients_of_problem(const std::vector<CloudGradientGroup<T>>& clouds, int64_t p, bool unit) {
-  constexpr int64_t kNear = 256;  // rows that are as well read where they are
+  // Rows that are as well read where they are: few, and not a multiple of 2 KiB apart, where all
+  // would share two sets of the L1 cache.
+  constexpr int64_t kNear = 256, kApart = 2048 / sizeof(T);
   struct Cloud {
     const T* z;
     T even;
@@ -330,7 +332,7 @@ void gradients_of_problem(const std::vector<CloudGradientGroup<T>>& clouds, int6
       const T* z = term.z + p * term.m * d;
       work += cloud.n * term.m * d, longest = std::max(longest, term.m);
       if (cloud_at(z) != others.end()) continue;
-      const bool near = term.m <= kNear && d % kBlock<T> == 0;
+      const bool near = term.m <= kNear && d % kBlock<T> == 0 && d % kApart != 0;
       others.push_back({z, evenness(unit, term.m, term.norm + p * term.m),
                         BlockBuffer<T>(near ? 0 : strips_of<T>(d) * term.m * kStrip<T>)});
       if (!near) pack(Packing<T>{d, term.m, z, d, true, others.back().strips.data()});

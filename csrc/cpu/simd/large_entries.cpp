@@ -18,18 +18,28 @@ OTLOSS_INLINE T largest_share(T entry, T R, T S) {
 }
 
 template <typename T>
-OTLOSS_SIMD LargeCount count_row(int64_t m, T F, T R, T k, T least, const T* C, const T* G,
-                                 const T* S) {
-  int32_t count = 0;
-  T held = 0;
-#pragma omp simd reduction(+ : count, held)
+struct RowCounts {
+  int32_t n0, n1, n2, n3;
+  T h0, h1, h2, h3;
+};
+
+// One reading and one exponential for all limits.
+template <typename T>
+OTLOSS_SIMD RowCounts<T> count_row(int64_t m, T F, T R, T k, T least, T step, const T* C,
+                                   const T* G, const T* S) {
+  static_assert(kLimits == 4, "four limits are unrolled");
+  int32_t n0 = 0, n1 = 0, n2 = 0, n3 = 0;
+  T h0 = 0, h1 = 0, h2 = 0, h3 = 0;
+#pragma omp simd reduction(+ : n0, n1, n2, n3, h0, h1, h2, h3)
   for (int64_t j = 0; j < m; ++j) {
     const T entry = F + G[j] - k * C[j], value = fast_exp2(entry);
-    const bool large = largest_share(entry, R, S[j]) > least;
-    count += static_cast<int32_t>(large);
-    held += large ? value : T(0);
+    const T above = largest_share(entry, R, S[j]) - least;
+    n0 += above > T(0), h0 += above > T(0) ? value : T(0);
+    n1 += above > step, h1 += above > step ? value : T(0);
+    n2 += above > 2 * step, h2 += above > 2 * step ? value : T(0);
+    n3 += above > 3 * step, h3 += above > 3 * step ? value : T(0);
   }
-  return {count, static_cast<double>(held)};
+  return {n0, n1, n2, n3, h0, h1, h2, h3};
 }
 
 template <typename T>
@@ -50,9 +60,14 @@ OTLOSS_SIMD void values_of_row(int64_t count, T F, T k, const T* G, const int32_
 }  // namespace
 
 template <typename T>
-LargeCount count_large(const LargeEntries<T>& p) {
-  if (!(p.R > static_cast<T>(kLog2Zero))) return {0, 0};
-  return count_row(p.m, p.F, p.R, p.k, p.least, p.C, p.G, p.S);
+void count_large(const LargeEntries<T>& p, double step, LargeCounts& counts) {
+  if (!(p.R > static_cast<T>(kLog2Zero))) return;
+  const RowCounts<T> row =
+      count_row(p.m, p.F, p.R, p.k, p.least, static_cast<T>(step), p.C, p.G, p.S);
+  const int32_t entries[] = {row.n0, row.n1, row.n2, row.n3};
+  const T held[] = {row.h0, row.h1, row.h2, row.h3};
+  for (int k = 0; k < kLimits; ++k)
+    counts.entries[k] += entries[k], counts.held[k] += static_cast<double>(held[k]);
 }
 
 // Most marks are 0, so they are read many at a time.
@@ -87,7 +102,7 @@ void entry_values(const EntryValues<T>& p) {
 }
 
 #define OTLOSS_INSTANTIATE(T)                                                  \
-  template LargeCount count_large(const LargeEntries<T>&);                     \
+  template void count_large(const LargeEntries<T>&, double, LargeCounts&);     \
   template int64_t list_large(const LargeEntries<T>&, uint8_t*, int32_t*, T*); \
   template void entry_values(const EntryValues<T>&);
 OTLOSS_INSTANTIATE(float)

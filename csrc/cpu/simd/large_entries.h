@@ -19,14 +19,17 @@ struct LargeEntries {
   const T* S;  // (m,) log2 of the column sums, -kLog2Zero where the weight is 0
 };
 
-// How many there are, and the part of their rows that they hold.
-struct LargeCount {
-  int64_t entries;
-  double held;
+// How many there are, and the part of their rows that they hold, by limits that are each `step`
+// above the one before.
+constexpr int kLimits = 4;
+struct LargeCounts {
+  int64_t entries[kLimits];
+  double held[kLimits];
 };
 
+// Adds those of a row.
 template <typename T>
-LargeCount count_large(const LargeEntries<T>& row);
+void count_large(const LargeEntries<T>& row, double step, LargeCounts& counts);
 
 // Lists them in order; returns how many. `column` and `cost` have room for all columns and
 // kEntriesAtOnce more, `marks` (m + kEntriesAtOnce,) is 0 from m on.

@@ -17,7 +17,6 @@ constexpr double kTolerance = 0.2;  // of a step: more exact ones save no sweeps
 constexpr int64_t kMaxIterations = 50;
 // Entries are looked for again when what they miss has grown to more than this.
 constexpr double kMissingGrowth = 2, kMissingSlack = 2e-3;
-constexpr size_t kParallelEntries = 1 << 16;
 
 // A test compares the steps of L-BFGS alone with those of a GPU.
 bool is_off(const char* setting) { return setting && std::string_view(setting) == "0"; }
@@ -89,21 +88,19 @@ void SparseNewton<T>::step(double error, std::vector<T>& p) {
 // too little.
 template <typename T>
 bool SparseNewton<T>::find(double eps, const T* F, int64_t sweeps) {
-  constexpr double kLeast = -10, kMost = -4, kStep = 2, kLeastHeld = 0.9;
+  constexpr double kLeast = -10, kStep = 2, kLeastHeld = 0.9;
   constexpr int64_t kCountedRows = 64;
   const std::vector<int64_t> rows = x_.sample(kCountedRows);
   const double most = most_large(sweeps), sampled = static_cast<double>(rows.size());
   if (rows.empty()) return false;
-  for (double least = kLeast; least <= kMost; least += kStep) {
-    LargeCount all{0, 0};
-    for (const int64_t i : rows) {
-      const LargeCount one = count_large(plan_.large(eps, F, least, costs_.row(i), i));
-      all.entries += one.entries, all.held += one.held;
-    }
-    if (all.held < kLeastHeld * sampled) return false;
-    const double share = static_cast<double>(all.entries) / (sampled * y_.count);
+  LargeCounts all{};
+  for (const int64_t i : rows)
+    count_large(plan_.large(eps, F, kLeast, costs_.row(i), i), kStep, all);
+  for (int k = 0; k < kLimits; ++k) {
+    if (all.held[k] < kLeastHeld * sampled) return false;
+    const double share = static_cast<double>(all.entries[k]) / (sampled * y_.count);
     if (share > most) continue;
-    list(eps, F, least, share);
+    list(eps, F, kLeast + kStep * k, share);
     return true;
   }
   return false;
@@ -160,31 +157,34 @@ void SparseNewton<T>::list(double eps, const T* F, double least, double share) {
 template <typename T>
 void SparseNewton<T>::take_values(double eps, const T* F) {
   constexpr double kLeastDiagonal = 1e-3;
+  sums_.clear();
   costs_.parts().for_each([&](int64_t index, int64_t begin, int64_t end) {
     SparseRows& part = parts_[index];
     entry_values(EntryValues<T>{end - begin, factor<T>(eps), F + begin, plan_.G.data(),
                                 part.end.data(), part.column.data(), part.cost.data(),
                                 part.value.data()});
-  });
-  const Vector& c = plan_.column;
-  diagonal_ = c;
-  double kept = 0, all = 0;
-  for (const SparseRows& part : parts_) {
+    double* squares = sums_.part(index);
     int64_t e = 0;
+    part.kept = 0;
     for (size_t i = 0; i < part.end.size(); ++i) {
-      const double r = plan_.row[part.begin + i];
+      const double r = plan_.row[begin + i];
       double sum = 0;
       for (; e < part.end[i]; ++e) {
         const double value = static_cast<double>(part.value[e]);
-        diagonal_[part.column[e]] -= coupling_ * r * value * value;
+        squares[part.column[e]] += r * value * value;
         sum += value;
       }
-      kept += r * sum, all += r;
+      part.kept += r * sum;
     }
-  }
+  });
+  double kept = 0, all = 0;
+  for (const SparseRows& part : parts_) kept += part.kept;
+  for (const double r : plan_.row) all += r;
   missing_ = 1 - kept / all;
+  const Vector& c = plan_.column;
+  const double* squares = sums_.total();
   for (size_t j = 0; j < c.size(); ++j)
-    diagonal_[j] = std::max(diagonal_[j], kLeastDiagonal * c[j]);
+    diagonal_[j] = std::max(c[j] - coupling_ * squares[j], kLeastDiagonal * c[j]);
 }
 
 // In the weights of the columns.
@@ -217,7 +217,8 @@ void SparseNewton<T>::product(const Vector& v, Vector& out) {
     }
   };
   const int64_t parts = static_cast<int64_t>(parts_.size());
-  if (parts_[0].value.size() * parts_.size() < kParallelEntries)
+  const size_t worth = may_be_helped() ? 1 << 11 : 1 << 16;  // entries
+  if (parts_[0].value.size() * parts_.size() < worth)
     for (int64_t part = 0; part < parts; ++part) of_part(part);
   else
     parallel_tasks(parts, of_part);

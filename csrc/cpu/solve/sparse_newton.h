@@ -54,6 +54,7 @@ class SparseNewton {
     std::vector<int32_t> column;  // (entries,) and room for more
     std::vector<T> cost;          // as column
     std::vector<T> value;         // (entries,) over the row's sum
+    double kept = 0;              // the part of the plan that they hold
 
     void reserve(int64_t entries);
   };
@@ -75,7 +76,7 @@ class SparseNewton {
   double coupling_ = 1;  // of rows and columns: less than 1 where marginals are soft
   double missing_ = 0, missing_at_first_ = 0;
   PlanMarginals<T> plan_{x_.count, y_.count};                               // of the point
-  Vector diagonal_;                                                         // (m,)
+  Vector diagonal_ = Vector(y_.count);                                      // (m,)
   Vector right_ = Vector(y_.count), inverse_ = right_, solution_ = right_;  // (m,) scratch
   PartSums<double> sums_{costs_.parts(), y_.count};
   std::vector<SparseRows> parts_;
