@@ -259,12 +259,7 @@ void Engine::extend(double eps, const double* g, double most, double* F) {
 namespace otloss::cpu {
 namespace {
 
-// Of values that are given for all points, those of the ones in order, and back; others get 0.
-std::vector<double> in_order(const double* values, const std::vector<int32_t>& in) {
-  std::vector<double> result;
-  for (const int32_t i : in) result.push_back(values[i]);
-  return result;
-}
+// Values of the points in order go back to all points; others get 0.
 void put_back(const std::vector<double>& values, const std::vector<int32_t>& in, int64_t count,
               double* out) {
   std::fill_n(out, count, 0.0);
@@ -282,8 +277,9 @@ void plan_gaps(const std::vector<PlanGapGroup>& groups, double eps) {
     multiscale::Engine engine = fixed.engine(eps, false, split);
     std::vector<double> rows(fixed.x.size), columns(fixed.y.size);
     group.numbers[2 * p] = engine.divergence(
-        eps, fixed.F.data(), fixed.g.data(), in_order(group.A + p * n, fixed.in_x).data(),
-        in_order(group.B + p * m, fixed.in_y).data(), rows.data(), columns.data());
+        eps, fixed.F.data(), fixed.g.data(),
+        multiscale::in_order(group.A + p * n, fixed.in_x).data(),
+        multiscale::in_order(group.B + p * m, fixed.in_y).data(), rows.data(), columns.data());
     group.numbers[2 * p + 1] = engine.left_out() * engine.y.mass;
     put_back(rows, fixed.in_x, n, group.rows + p * n);
     put_back(columns, fixed.in_y, m, group.columns + p * m);

@@ -13,6 +13,14 @@
 
 namespace otloss::cpu::multiscale {
 
+// Of values that are given for all points, those of the ones in order.
+template <typename T>
+std::vector<double> in_order(const T* values, const std::vector<int32_t>& in) {
+  std::vector<double> result;
+  for (const int32_t i : in) result.push_back(static_cast<double>(values[i]));
+  return result;
+}
+
 // A problem's two clouds with their leaves, and potentials in order, as a balanced one.
 struct Fixed {
   const double left_out;
@@ -48,12 +56,6 @@ struct Fixed {
   Engine exchanged(double eps, bool split) const { return between(y, x, eps, false, split); }
 
  private:
-  template <typename T>
-  static std::vector<double> in_order(const T* values, const std::vector<int32_t>& in) {
-    std::vector<double> result;
-    for (const int32_t i : in) result.push_back(static_cast<double>(values[i]));
-    return result;
-  }
   Engine between(const Cloud& x, const Cloud& y, double eps, bool one, bool split) const {
     constexpr double kHard = std::numeric_limits<double>::infinity();
     return {x, y, kHard, kHard, eps, {left_out, one, split}};
