@@ -55,6 +55,25 @@ def test_of_points_far_apart_at_a_small_eps():
 
 
 @pytest.mark.filterwarnings("ignore::otloss.ConvergenceWarning")
+def test_iterations_that_rest_above_the_minimum_say_by_how_much():
+    """Parts many eps apart hardly exchange mass: an iteration changes next to nothing."""
+    eps = 0.1
+    a = torch.rand(3, 40, dtype=torch.float64, generator=torch.manual_seed(5))
+    a = a * (a > 0.6)
+    w = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+
+    def total(p):
+        sides = a / a.sum(1, keepdim=True), p.expand_as(a)
+        return float(w @ otloss.sinkhorn_divergence_grid(*sides, eps, tol=1e-6))
+
+    better = otloss.barycenter_grid(a, w, 10 * eps)
+    with pytest.warns(otloss.ConvergenceWarning, match="came to rest") as warned:
+        p = otloss.barycenter_grid(a, w, eps)
+    bound = float(str(warned[0].message).split("up to ")[1].split()[0])
+    assert eps < total(p) - total(better) <= bound
+
+
+@pytest.mark.filterwarnings("ignore::otloss.ConvergenceWarning")
 def test_gradients():
     a = torch.rand(2, 4, 3, dtype=torch.float64, generator=torch.manual_seed(0)) + 0.1
     w = torch.tensor([0.4, 0.6], dtype=torch.float64, requires_grad=True)
