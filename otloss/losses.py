@@ -86,7 +86,8 @@ def sinkhorn_divergence(
             constraint. Mass moves over costs up to a few rho; the rest stays. Default None:
             balanced.
         tol: stop when the L1 marginal error over the total mass is at most this. The relative error
-            of the gradient is about one to five times ``tol``.
+            of the gradient is about one to five times ``tol`` between clouds about their own size
+            apart, and larger the closer they are, see docs/solver.md.
         max_iters: upper bound on the sweeps; a solve that reaches it warns with a
             :class:`ConvergenceWarning`. On CUDA and in compiled code, where a warning would wait
             for the device, :func:`last_status` tells.
