@@ -36,7 +36,7 @@ def energy(problem: Problem, cost: Cost, method: str) -> Tensor:
     else:
         costs = _costs_of_means(problem, DEBIASED.pairs, cost, method)
         terms = [_mean_cost(C, w[i], w[j]) for C, (i, j) in zip(costs, pairs, strict=True)]
-    loss = terms[0] - 0.5 * terms[1] - 0.5 * terms[2]
+    loss = (terms[0] - 0.5 * terms[1] - 0.5 * terms[2]).to(w[0].dtype)
     _check.finite_value("an energy distance", loss, zip(problem.names, problem.points, strict=True))
     _check.distances(problem, degree(cost), terms[0])
     return loss if problem.batched else loss[0]
@@ -80,5 +80,6 @@ def _costs_of_means(problem: Problem, pairs: list[int], cost: Cost, method: str)
 
 
 def _mean_cost(C: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    # Sums instead of a matrix product, which autocast would run in half precision.
-    return (a * (C * b.unsqueeze(-2)).sum(-1)).sum(-1)
+    # Sums instead of a matrix product, which autocast would run in half precision. Over the rows in
+    # double: means of close clouds cancel, and of what is left the rounding of one sum is much.
+    return (a.double() * (C * b.unsqueeze(-2)).sum(-1).double()).sum(-1)

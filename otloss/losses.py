@@ -274,7 +274,8 @@ def energy_distance(
             memory O((n + m) d)) or ``"auto"``: dense unless these exceed the memory budget.
 
     Returns:
-        () or (B,); differentiable, also twice.
+        () or (B,); differentiable, also twice. In float32 it is off by some 1e-8 of the mean cost
+        from x to y, of which little is left between clouds that are close.
 
     Raises:
         ValueError, TypeError: as :func:`sinkhorn_divergence`.

@@ -131,6 +131,21 @@ def test_small_eps_with_weights(rng):
         assert exact - 1e-6 <= float(result.value_linear) <= float(result.value) + 1e-6
 
 
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "cosine"])
+@pytest.mark.parametrize("method", ["dense", "streamed"])
+def test_energy_distance_of_close_clouds(cost, method, rng):
+    """Its terms cancel: their rounding is a small part of a float32's."""
+    errors = []
+    for _ in range(8):
+        x = randn(rng, 300, 5, dtype=torch.float32)
+        x, y = x + 2, x + 2 + 1e-3 * randn(rng, 300, 5, dtype=torch.float32)
+        got = otloss.energy_distance(x, y, cost=cost, method=method)
+        exact = otloss.energy_distance(x.double(), y.double(), cost=cost)
+        mean = otloss.cost_matrix(x, y, cost).mean()
+        errors.append(float((got.double() - exact).abs() / mean))
+    assert sum(errors) / len(errors) < 1.5e-8
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("cost", COSTS)
 def test_large_eps_is_energy_distance(cost, method, rng):
