@@ -462,14 +462,15 @@ def test_hard_problems_in_float32(machine, regime, kind, rng):
 
 @some("regime, gap", LAUNCHED, [1e-3, 3e-3])
 def test_small_mass_that_goes_far(machine, regime, gap):
-    """No more than the tolerance in the marginal error, but most of the value: a GPU does not move
-    it at once, and says so where it does not."""
+    """No more than the tolerance in the marginal error, but most of the value. Whether rounding of
+    such costs leaves a proof is another matter."""
     c = two_clusters(gap)
     clouds = [[c.x[None], c.y[None]], [c.a[None], c.b[None]]]
     p = Problem(*moved(clouds, SINGLE), pairs=(0, 1), eps=1.0)
     found = machine.solve(p, tol=1e-3, max_iters=60)
     value = {1e-3: 5.69803, 3e-3: 15.6276}[gap]
-    assert not found.converged() or float(found.loss) == pytest.approx(value, rel=0.02)
+    assert float(found.passes()) < 30
+    assert float(found.loss) == pytest.approx(value, rel=1e-3)
 
 
 @some("regime, dtype", LAUNCHED, DTYPES)

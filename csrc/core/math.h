@@ -11,9 +11,11 @@
 
 #if defined(__CUDACC__)
 #define OTLOSS_HOST_DEVICE __host__ __device__ __forceinline__
-#define OTLOSS_COOPERATIVE __device__ __forceinline__  // the work of a thread of several
+#define OTLOSS_HOST_DEVICE_CALL __host__ __device__ __noinline__  // large and rare
+#define OTLOSS_COOPERATIVE __device__ __forceinline__             // the work of a thread of several
 #else
 #define OTLOSS_HOST_DEVICE inline __attribute__((always_inline))
+#define OTLOSS_HOST_DEVICE_CALL inline
 #define OTLOSS_COOPERATIVE inline
 #endif
 

@@ -261,6 +261,11 @@ class EmulatedBlock {
   void store(T* p, T value) const {
     *p = value;
   }
+  int compare_and_swap(int* p, int expected, int value) {
+    const int found = *p;
+    if (found == expected) *p = value;
+    return found;
+  }
   template <typename V>
   V load_constant(const V* p) const {
     return *p;

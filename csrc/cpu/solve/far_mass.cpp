@@ -219,7 +219,7 @@ typename FarMass<T, E>::Shift FarMass<T, E>::shift(double eps, const T* F,
     k = find_groups(eps, F, least);
   }
   if (k < 2) return result;
-  GroupProblem groups{k, {}, plan_.row, Vector(k), 0, x_, y_, eps};
+  RowsAndGroups groups{k, {}, plan_.row, Vector(k), 0, x_, y_, eps};
   Vector lacking(k);
   for (int64_t j = 0; j < m; ++j) {
     if (group_[j] < 0) continue;
@@ -271,7 +271,7 @@ int64_t FarMass<T, E>::find_groups(double eps, const T* F, double least) {
   return k;
 }
 
-// M (n, k) of GroupProblem.
+// M (n, k) of RowsAndGroups.
 template <typename T, typename E>
 std::vector<double> FarMass<T, E>::between_groups(double eps, const T* F, int64_t k) {
   // The columns with mass in the order of their groups, and where each group ends.

@@ -6,8 +6,9 @@
 //
 // A Block gives barriers: sync(), sync_some(group, threads), warp_sync(), cluster_sync(); within a
 // warp shuffles and votes; shared<T>(), the dynamic shared memory; load and store of what other
-// blocks write, past L1; load_constant of 16 bytes that nobody writes; copy_async of 16 bytes to
-// shared memory, commit_copies() and wait_for_copies<pending>(); count_off(loop, done), see Loop.
+// blocks write, past L1; compare_and_swap of such an int; load_constant of 16 bytes that nobody
+// writes; copy_async of 16 bytes to shared memory, commit_copies() and wait_for_copies<pending>();
+// count_off(loop, done), see Loop.
 //
 // And for tensor cores, on half precision numbers as their 16 bits, two in a word, where lane l is
 // in row l / 4, columns 2 (l % 4) and the next, of each 8 x 8 matrix: load_matrices(row, words)
@@ -113,6 +114,11 @@ class GpuBlock {
   template <typename T>
   __device__ void store(T* p, T value) const {
     __stcg(p, value);
+  }
+
+  // What was there, where the value now is if that was the one expected.
+  __device__ int compare_and_swap(int* p, int expected, int value) const {
+    return atomicCAS(p, expected, value);
   }
 
   template <typename V>

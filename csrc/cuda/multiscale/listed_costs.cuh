@@ -75,6 +75,8 @@ class ListedCosts {
     }
   }
 
+  OTLOSS_DEVICE void join(const LargeEntries<double>&) {}  // nobody asks for it
+
   // The next sums, of a side (0: rows) at its potentials.
   OTLOSS_DEVICE void ask(int side, RowSum what) {
     team_.for_side(side, [&](int i) { state_.guess[i] = potentials(side)[i]; });

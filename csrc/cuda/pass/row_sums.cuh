@@ -27,13 +27,16 @@ struct FmaTiles {
   template <typename T, class Block>
   using Maker = TileMaker<Cost, kDifference, T, Block>;
 };
-template <class Cost, bool kLow>
+template <class CostOf, bool kLow>
 struct TensorTiles {
+  using Cost = CostOf;
   template <typename T, class Block>
   using Maker = TensorTileMaker<Cost, kLow, Block>;
 };
 
-struct StoredTiles {};  // a maker for each side
+struct StoredTiles {  // a maker for each side
+  using Cost = void;
+};
 
 // Calls function(FmaTiles) for costs of d coordinates.
 template <class F>
@@ -64,7 +67,8 @@ enum class RowSum {
   kNone,     // nothing
   kPlan,     // exp2(t_ij)
   kLargest,  // the largest t_ij
-  kCost      // exp2(t_ij) C_ij
+  kCost,     // exp2(t_ij) C_ij
+  kJoin      // nothing: entries join components, see join_entries
 };
 
 // S: the type of sums and factors.

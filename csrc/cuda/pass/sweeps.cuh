@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "cuda/device/components.cuh"
 #include "cuda/device/loop.cuh"
 #include "cuda/device/team.cuh"
 #include "cuda/pass/pack.cuh"
@@ -16,11 +17,13 @@ namespace otloss::cuda {
 template <typename T, typename S = T>
 struct SweepOrder {
   RowSum what;
-  int side;           // whose points are the rows; 0: the problem's rows
-  const S* x;         // factors of the other side's points, or null
-  T* exponents;       // of the rows in place of the side's, or null
-  RowTiles<T> tiles;  // with the problem's rows as rows
-  S* out;             // (parts, length)
+  int side;               // whose points are the rows; 0: the problem's rows
+  const S* x;             // factors of the other side's points, or null
+  T* exponents;           // of the rows in place of the side's, or null
+  RowTiles<T> tiles;      // with the problem's rows as rows
+  S* out;                 // (parts, length)
+  LargeEntries<T> large;  // for kJoin; x has the column sums then, and the row sums are
+  const T* weights;
 
   OTLOSS_DEVICE void ask(int of_side, RowSum of_what, const S* factors = nullptr,
                          T* of_rows = nullptr) {
@@ -93,6 +96,28 @@ OTLOSS_DEVICE void copy_words(Block& block, const Object* from, Object* to) {
   block.sync();
 }
 
+// For kJoin: a block has every so many rows from `first` on, a thread a column at a time. Not
+// inlined: costs can be made in many ways, but not here.
+template <class Cost, int kThreads, typename T, class Block>
+OTLOSS_NOINLINE void join_entries(Block block, const SweepOrder<T>& order, int64_t first,
+                                  int64_t blocks) {
+  const RowTiles<T>& p = order.tiles;
+  for (int64_t i = first; i < p.last; i += blocks) {
+    const T F = order.exponents[i], weight = order.weights[i];
+    if (!(weight > T(0))) continue;
+#pragma unroll 1
+    for (int64_t j = block.thread(); j < p.end; j += kThreads) {
+      T cost;
+      if constexpr (std::is_void_v<Cost>)
+        cost = p.C[i * p.width + j];
+      else
+        cost = pair_cost<Cost>(p.d, p.rows.z + i, p.rows.stride, p.columns.z + j, p.columns.stride);
+      order.large.see(block, static_cast<int>(i), static_cast<int>(j), F + p.G[j] - p.k * cost,
+                      weight, order.x[j]);
+    }
+  }
+}
+
 template <typename T, typename S, bool kProducts, class Tiles>
 struct SweepKernel {
   static constexpr int kThreads = kSolveThreads;
@@ -103,6 +128,10 @@ struct SweepKernel {
   OTLOSS_DEVICE void operator()(Block& block) const {
     const SweepOrder<T, S>& order = sweeps.of[block.x() / sweeps.blocks];
     if (order.what == RowSum::kNone) return;
+    if constexpr (!kProducts)
+      if (order.what == RowSum::kJoin)
+        return join_entries<typename Tiles::Cost, kThreads>(block, order, block.x() % sweeps.blocks,
+                                                            sweeps.blocks);
     RowSums<T, S>& own = *block.template shared<RowSums<T, S>>();
     static_assert(sizeof(own) <= kArgumentBytes, "raise kArgumentBytes");
     if (block.thread() == 0) place(block.x() % sweeps.blocks, order, own);

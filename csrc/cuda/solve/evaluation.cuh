@@ -8,8 +8,8 @@
 // Costs (resident_costs.cuh, launched_costs.cuh) tells where costs are: place() by one thread,
 // load(), pass() from G and F, columns() and guard() for the update of the columns, transport(),
 // entry() of two samples; left_out(), a bound of the part of the plan that the pass left out, and
-// rounding(), by how much that of its sums changes marginals beside roundoff; and sent_and_far(),
-// what of a duality gap takes sums over the plan.
+// rounding(), by how much that of its sums changes marginals beside roundoff; sent_and_far(), what
+// of a duality gap takes sums over the plan; and join() of the components of the plan.
 #pragma once
 
 #include <limits>
@@ -94,7 +94,7 @@ class Evaluation {
   }
 
   // G_j = k g_j + log2 b_j for the potential to be evaluated, for all blocks to see.
-  OTLOSS_DEVICE void publish(const T* potential) {
+  OTLOSS_NOINLINE void publish(const T* potential) {
     const T* const weights = s_.w;
     T* const G = s_.G;
     const T k = s_.k;

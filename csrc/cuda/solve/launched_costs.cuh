@@ -17,12 +17,13 @@ namespace otloss::cuda {
 // for.
 template <typename T, class Costs>
 OTLOSS_DEVICE bool completes_pass(Costs& costs, SolverState<T>& s, typename Costs::Team& team) {
-  if (s.proving) return costs.proven();
+  if (s.work == FarWork::kProof) return costs.proven();
+  if (s.work == FarWork::kJoin) return true;
   const int side = costs.order().side;
   if (!costs.update(side)) return false;
   T* const U = costs.potentials(1);
   if (side == 1) team.for_columns([&](int j) { s.trial_gt[j] = s.to_cost * U[j]; });
-  if (side == 1 || s.symmetric) return true;
+  if (side == 1 || s.symmetric || s.work == FarWork::kGroup) return true;
   costs.rows_are_exact();
   const T k = s.k;
   team.for_columns([&](int j) { U[j] = k * s.trial_g[j]; });
@@ -37,12 +38,19 @@ template <typename T, class Costs, class Solver>
 OTLOSS_DEVICE bool launched_turn(Costs& costs, Solver& solver, SolverState<T>& s,
                                  typename Costs::Team& team, const SolveGroup<T>& p, int64_t batch,
                                  bool first) {
-  const bool of_value = !first && !s.proving && costs.order().what == RowSum::kCost;
+  const bool of_value = !first && s.work == FarWork::kNone && costs.order().what == RowSum::kCost;
   team.one([&] { s.group = &p; });  // another address in every launch
   if (!of_value) {
     if (!first && !completes_pass(costs, s, team)) return false;
-    if (first ? solver.open(p, batch) : solver.turn())
-      return solver.is_proving() ? costs.ask_proof() : costs.ask(0, RowSum::kPlan), false;
+    if (first ? solver.open(p, batch) : solver.turn()) {
+      if (s.work == FarWork::kProof)
+        costs.ask_proof();
+      else if (s.work == FarWork::kJoin)
+        costs.join(solver.large_entries());
+      else
+        costs.ask(0, RowSum::kPlan);
+      return false;
+    }
     solver.write_potentials();
     if (solver.is_transport()) {
       solver.publish_result();
@@ -132,7 +140,16 @@ class LaunchedCosts {
     ask(0, RowSum::kPlan);
   }
 
-  // See Solver::gap.
+  // Asks for the components of the plan of the published G.
+  OTLOSS_DEVICE void join(const LargeEntries<T>& large) {
+    team_.for_columns([&](int j) { state_.U[j] = s_.w[j] * s_.q[j]; });
+    team_.one([&] {
+      order().ask(0, RowSum::kJoin, state_.U, s_.F);
+      order().large = large, order().weights = s_.a, order().tiles.k = s_.k;
+    });
+  }
+
+  // See FarMass::gap.
   OTLOSS_DEVICE double sent_and_far(double lacking) const {
     double result = 0;
     team_.for_rows([&](int i) {

@@ -108,7 +108,21 @@ class ResidentCosts {
     });
   }
 
-  // See Solver::gap: a warp for each row, whose sums are over what columns have too much, and of
+  // Joins the components of the plan of the published G.
+  OTLOSS_NOINLINE void join(const LargeEntries<T>& large) {
+    T *const G = s_.G, *const sums = part(1, 0);
+    team_.for_columns([&](int j) { team_.store(sums + j, s_.w[j] * s_.q[j]); });
+    team_.sync();
+    const int m = team_.m(), first = static_cast<int>(team_.first_row());
+    team_.for_entries([&](int i, int j) {
+      if (s_.a[i] > T(0))
+        large.see(block_, first + i, j, s_.F[i] + team_.load(G + j) - s_.k * s_.tile[i * m + j],
+                  s_.a[i], team_.load(sums + j));
+    });
+    team_.sync();
+  }
+
+  // See FarMass::gap: a warp for each row, whose sums are over what columns have too much, and of
   // costs times what they lack.
   OTLOSS_NOINLINE double sent_and_far(double lacking) {
     T *const G = s_.G, *const lack = part(1, 0);

@@ -6,15 +6,15 @@
 
 #include <limits>
 
-#include "cuda/solve/evaluation.cuh"
+#include "cuda/solve/far_mass.cuh"
 #include "cuda/solve/quasi_newton.cuh"
 
 namespace otloss::cuda {
 
 template <typename T, class Block, class Costs>
-class Solver : Evaluation<T, Block, Costs> {
+class Solver : FarMass<T, Block, Costs> {
  public:
-  using Base = Evaluation<T, Block, Costs>;
+  using Base = FarMass<T, Block, Costs>;
   using Team = typename Costs::Team;
 
   OTLOSS_DEVICE Solver(Block& block, const SolveArguments<T>& arguments, const Costs& costs,
@@ -25,7 +25,10 @@ class Solver : Evaluation<T, Block, Costs> {
   OTLOSS_DEVICE void run() {
     team_.with_problem(args_.groups, [&](const SolveGroup<T>& p, int64_t batch) {
       if (open(p, batch)) do {
-          if (!is_proving()) costs_.pass();
+          if (s_.work == FarWork::kJoin)
+            costs_.join(this->large_entries());
+          else if (s_.work != FarWork::kProof)
+            costs_.pass();
         } while (turn());
       write_potentials();
       write_status();
@@ -46,7 +49,7 @@ class Solver : Evaluation<T, Block, Costs> {
   // After the pass over the evaluated point: chooses the next. False: done.
   OTLOSS_DEVICE bool turn() {
     if (!judge()) return false;
-    publish(s_.evaluated);
+    s_.work == FarWork::kGroup ? this->publish_group() : publish(s_.evaluated);
     return true;
   }
 
@@ -63,8 +66,7 @@ class Solver : Evaluation<T, Block, Costs> {
     return s_.finite() && options().objective == Objective::kTransport;
   }
   OTLOSS_DEVICE void publish_result() { publish(s_.group->g + s_.batch * s_.group->m); }
-  // Whether turn() waits for the sums of a proof in place of a pass.
-  OTLOSS_DEVICE bool is_proving() const { return s_.proving; }
+  using Base::large_entries;
 
   OTLOSS_DEVICE void write_status() {
     const SolveGroup<T>& p = *s_.group;
@@ -94,7 +96,7 @@ class Solver : Evaluation<T, Block, Costs> {
     }
     team_.one([&] {
       s_.next = Next::kStage;
-      s_.doubtful = s_.proving = false;
+      s_.doubtful = false, s_.work = FarWork::kNone;
       begin_stage(0);
       s_.gram.count = 0, s_.step.slot = 0;
       s_.phase = s_.symmetric             ? warm ? Phase::kSymmetric : Phase::kSymmetricFirst
@@ -108,8 +110,8 @@ class Solver : Evaluation<T, Block, Costs> {
   OTLOSS_DEVICE void begin_stage(int64_t passes) { s_.far = FarMassRule(), s_.begun = passes; }
 
   OTLOSS_DEVICE bool judge() {
-    if (s_.proving) return conclude();
     team_.one([&] { s_.control.count_passes(1); });
+    if (s_.work != FarWork::kNone) return this->examine() || settle();
     if (s_.phase == Phase::kSymmetricFirst) {
       centre_start();
       return true;
@@ -203,18 +205,19 @@ class Solver : Evaluation<T, Block, Costs> {
     } else if (s_.next == Next::kStep && !s_.control.accepts(s_.trial)) {
       team_.one([&] { s_.next = s_.control.shorten(); });
       return evaluate_next();
+    } else if (s_.next == Next::kShift && !this->keeps_shift()) {
+      return settle();
     }
     quasi_newton_.move();
-    team_.one([&] {
-      s_.next = s_.control.move_to(s_.trial);
-      doubt();
-    });
-    return s_.proving || settle();
+    team_.one([&] { s_.next = s_.control.move_to(s_.trial); });
+    this->doubt();
+    return s_.work != FarWork::kNone || settle();
   }
 
   // The point is judged, and next says what follows.
-  OTLOSS_DEVICE bool settle() {
+  OTLOSS_NOINLINE bool settle() {
     const StopRule& stop = s_.control.stop();
+    if (s_.doubtful) team_.one([&] { s_.next = s_.control.go_on(); });
     if (stop.keeps()) keep();
     if (s_.next == Next::kDone && stop.returns_kept()) return_kept();
     if (s_.next != Next::kDone && s_.control.may_begin_stages(false)) stray();
@@ -223,53 +226,6 @@ class Solver : Evaluation<T, Block, Costs> {
       quasi_newton_.set_direction();
     }
     return evaluate_next();
-  }
-
-  // A point within the tolerance whose value may be off goes on until that is no longer so, or as
-  // far as it can: then it has not converged. By one thread.
-  OTLOSS_DEVICE void doubt() {
-    const double value = s_.trial.value < 0 ? -s_.trial.value : s_.trial.value;
-    s_.doubtful = s_.next == Next::kDone &&
-                  FarMassRule::suspicious(s_.trial.bound, s_.trial.error, options().tol, value);
-    if (!s_.doubtful) return;
-    const int64_t sweeps = s_.control.passes() - s_.begun;
-    s_.proving = s_.control.stop().reached() && s_.control.may_pass(0) &&
-                 s_.far.examines(s_.control.stop(), sweeps);
-    if (!s_.proving) s_.next = s_.control.go_on();
-  }
-
-  // After the sums of a proof.
-  OTLOSS_DEVICE bool conclude() {
-    const double bound = gap();
-    team_.one([&] {
-      const double value = s_.trial.value < 0 ? -s_.trial.value : s_.trial.value;
-      s_.control.count_passes(1);
-      s_.proving = false;
-      s_.doubtful = !FarMassRule::proves(bound, options().tol, value);
-      if (s_.doubtful) s_.next = s_.control.go_on();
-    });
-    return settle();
-  }
-
-  // A bound of the duality gap, as FarMass::gap of the CPU: of the plan with columns that have too
-  // much scaled down, and a plan of rank 1 for what rows and columns lack then.
-  OTLOSS_NOINLINE double gap() {
-    double sums[4] = {0, 0, 0, 0};  // what columns lack, have, keep; the value of what they lack
-    team_.for_columns([&](int j) {
-      const double w = static_cast<double>(s_.w[j]), c = w * static_cast<double>(s_.q[j]);
-      if (!(w > 0)) return;
-      sums[1] += c, sums[2] += x_log_ratio(w < c ? w : c, c);
-      if (!(w > c)) return;
-      sums[0] += w - c;
-      sums[3] += s_.eps * x_log_ratio(w - c, w) - (w - c) * static_cast<double>(s_.g[j]);
-    });
-    team_.sum(sums);
-    const double s = sums[0], total = sums[1];
-    if (!(s > 0)) return 0;
-    double rows[1] = {costs_.sent_and_far(s)};
-    team_.sum(rows);
-    return sums[3] + rows[0] +
-           s_.eps * (sums[2] - x_log_ratio(total - s, total) - x_log_ratio(s, total) - s * log(s));
   }
 
   // Iterations that began near the solution, as it seemed, go to the first stage after all if they
@@ -292,7 +248,7 @@ class Solver : Evaluation<T, Block, Costs> {
   }
 
   // Sets the point that next asks for. False: done.
-  OTLOSS_DEVICE bool evaluate_next() {
+  OTLOSS_NOINLINE bool evaluate_next() {
     const Next next = s_.next;
     if (next == Next::kDone) return false;
     T* const trial = s_.trial_g;

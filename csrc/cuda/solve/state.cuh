@@ -4,17 +4,43 @@
 
 #include <limits>
 
+#include "core/group_shifts.h"
 #include "core/lbfgs.h"
 #include "core/math.h"
 #include "core/penalty.h"
 #include "core/rounding.h"
 #include "core/step_control.h"
+#include "cuda/device/components.cuh"
 #include "cuda/device/team.cuh"
 #include "cuda/pass/pack.cuh"
 #include "cuda/solve/plan.h"
 #include "kernels.h"
 
 namespace otloss::cuda {
+
+// Sums that are no pass over a point: see FarMass. kProof: what a duality gap takes; kJoin: the
+// components of the plan; kGroup: row updates for the columns of a group alone.
+enum class FarWork { kNone, kProof, kJoin, kGroup };
+
+constexpr int kGroups = 16;  // at most
+
+// What is known of the groups of a problem; by one thread, but for the shifts, which all read.
+struct GroupTable {
+  double M[kGroups * kGroups], A[kGroups], B[kGroups];  // see GroupProblem
+  double lacking[kGroups];                              // what the plan lacks of B
+  double t[kGroups], largest, gain;                     // the best shifts, and what they promise
+  double numbers[GroupShifts<>::numbers(kGroups, kGroups)];
+  int32_t indices[GroupShifts<>::indices(kGroups, kGroups)];
+};
+
+// Memory for groups, or null: they are not looked for.
+template <typename T>
+struct FarMemory {
+  int64_t count;       // of nodes
+  int* nodes;          // (problems, count) columns, from vector_length on rows
+  T* rows;             // (problems, count) F of the point
+  GroupTable* groups;  // (problems,)
+};
 
 template <typename T>
 struct SolveArguments {
@@ -26,6 +52,7 @@ struct SolveArguments {
   const T* starts[kMaxGroups];  // (B, m) to begin at, or null
   T* vectors;                   // (problems, kVectors, vector_length), where not in shared memory
   T* parts;                     // (problems, 2, team_size, vector_length), resident
+  FarMemory<T> far;
 };
 
 // What is iterated: starts first, then Next says what the evaluated point is.
@@ -92,11 +119,13 @@ struct SolverState {
   Phase phase;
   Next next;      // what the point under evaluation is
   bool doubtful;  // mass that is small but has to go far may be hidden from the error
-  bool proving;   // sums are made next that may prove that there is none
+  FarWork work;   // what is made next, where that is no pass
+  double least;   // log2 of the entries that join groups
+  int groups, current, roots[kGroups + 1];  // how many, the one that is read, their lowest columns
   FarMassRule far;
   int64_t begun;  // passes before the stage
   Scalars trial;
-  Scalars kept;  // of a start put aside
+  Scalars kept;  // of a start put aside, or of the point that a shift is compared with
   Step step;
   LbfgsGram gram;
   const T* C;     // (rows, m) of this block, global, where costs are stored
@@ -174,6 +203,11 @@ SolveArguments<T> solve_arguments(const Context& context, const Pack<SolveGroup<
   if (plan.shared.vectors < 0)
     arguments.vectors = context.scratch<T>(problems * kVectors * plan.vector_length);
   propose_starts(context, pack, options, plan, arguments.starts);
+  if (options.n_iters < 0 && pack.items[0].penalties.balanced) {
+    const int64_t count = plan.vector_length + shape_of<T>(pack).n;
+    arguments.far = {count, context.scratch<int>(problems * count),
+                     context.scratch<T>(problems * count), context.scratch<GroupTable>(problems)};
+  }
   const int64_t parts = problems * 2 * plan.team_size;
   arguments.team.size = plan.team_size;
   if (plan.team_size > 1) arguments.team.parts = context.scratch<double>(parts * kTeamValues);
