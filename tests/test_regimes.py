@@ -964,8 +964,8 @@ def test_coordinates_in_chunks(emulator):
       [True, False], [1, 2, 3], [False, True], [HARD, (5.0, 8.0), (math.inf, 3.0)])  # fmt: skip
 def test_starts_as_the_cpu(long_memory, monkeypatch, dense, d, same_spread, penalty):
     """At the potential between Gaussians: near at large eps, given up or not at small eps. Clouds
-    large enough for the CPU to try the start first, x in a plane if d > 2. In a long solve the CPU
-    looks for small mass that has to go far, which counts as sweeps."""
+    large enough for the CPU to try the start first, x in a plane if d > 2. In a long solve small
+    mass that has to go far is looked for, which counts as sweeps."""
     monkeypatch.setenv("OTLOSS_NEWTON", "0")
     p = problem(DOUBLE, 175, 165, d, batch=1, pairs=(0, 1))
     if d > 2:
@@ -978,9 +978,7 @@ def test_starts_as_the_cpu(long_memory, monkeypatch, dense, d, same_spread, pena
         expected, found = solve(p, **call), long_memory.solve(p, **call)
         passes = float(expected.passes())
         more = float(found.passes()) - passes
-        # Doubted solves go on, where the CPU reads the costs once more for a proof.
-        doubted = float(found.status[..., ops.ERROR].max()) < call["tol"] / 4
-        assert abs(more) <= 1 + (0.15 if passes < 50 else 0.4) * passes or (doubted and more > 0)
+        assert abs(more) <= 1 + (0.15 if passes < 50 else 0.4) * passes
         assert found.converged() == expected.converged()
         assert_close(found.loss, expected.loss, rtol=1e-2, atol=1e-2 * p.eps)
 
