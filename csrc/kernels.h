@@ -219,6 +219,7 @@ struct PlanGapGroup : SolvedGroup<double> {
   double* rows;     // (B, n) out: sums of the plan, of what is kept
   double* columns;  // (B, m) out
   double* numbers;  // (B, 2) out: KL of the feasible plan, and at most the plan's mass not kept
+  Penalties penalties = {};
 };
 
 // f, not damped, at points x that no solve has seen, by a multiscale pass; f of the base is not

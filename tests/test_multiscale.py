@@ -317,6 +317,23 @@ def test_gap_and_new_points_without_all_pairs(
     assert ((extended.double() - f).abs() <= allowed).all()
 
 
+@pytest.mark.parametrize("outlier", [0.0, 60.0])  # of which e^{-f / rho} is 0 in double
+@pytest.mark.parametrize("shift", [0.0, 8.0])
+def test_gap_of_little_that_is_transported(shift, outlier, rng, monkeypatch):
+    """What is left out of it is little of the plan, and points of none hide nothing."""
+    x, y = randn(rng, N, 2), randn(rng, M, 2) + shift
+    x[0] += outlier
+    with torch.no_grad():
+        result = Clouds(x, y, None, None).solve(
+            0.1, method="multiscale", unbalanced=2.0, tol=1e-4, max_iters=200
+        )
+        assert result.converged
+        gap, mass = result.duality_gap, float(result.marginals[0].sum())
+        monkeypatch.setattr(type(result), "_prunes", lambda *_: False)
+        right = result.duality_gap
+    assert abs(gap - right) <= 1e-4 * right + 2e-8 * mass + 1e-14
+
+
 def test_points_without_a_place_are_extended_by_all_pairs(rng):
     """Those of no direction, and those that are not finite."""
     c = _shapes(rng).to(torch.float32)

@@ -85,7 +85,8 @@ void plan_gap(StableIValue* stack, uint64_t, uint64_t) {
                       data<double>(B[p]),
                       data<double>(rows.back()),
                       data<double>(columns.back()),
-                      data<double>(numbers.back())});
+                      data<double>(numbers.back()),
+                      problem.penalties(p)});
   }
   OTLOSS_LAUNCH_ON_CPU(plan_gaps, groups, problem.eps.all);
   give_back(stack, rows, columns, numbers);
