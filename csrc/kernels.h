@@ -206,8 +206,8 @@ template <typename T>
 struct PlanProductGroup : SolvedGroup<T> {
   int64_t columns;  // of v
   PointPair<T> points;
-  const T* v;  // (B, m, columns)
-  T* out;      // (B, n, columns)
+  const double* v;  // (B, m, columns)
+  double* out;      // (B, n, columns)
   Penalties penalties = {};
 };
 
