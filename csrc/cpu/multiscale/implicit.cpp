@@ -1,3 +1,5 @@
+#include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "cpu/gradient/implicit_system.h"
@@ -17,7 +19,7 @@ class ListedPlan final : public PlanProducts {
   ListedPlan(const Fixed& fixed, double eps, bool balanced, bool split)
       : fixed_(fixed),
         eps_(eps),
-        balanced_(balanced),
+        wide_(!balanced && is_wide(fixed)),
         rows_(fixed.engine(eps, false, split)),
         columns_(fixed.exchanged(eps, split)),
         f_(scaled(fixed.F, eps / kLog2E)),
@@ -35,10 +37,10 @@ class ListedPlan final : public PlanProducts {
     const Vector ones(std::max(f_.size(), G_.size()), 1.0);
     Vector same(ones.size());
     rows_.product(eps_, F, g, ones.data(), nullptr, ones.data(), rows, nullptr);
-    if (balanced_)  // of the same entries as the rows'
-      rows_.product(eps_, F, g, nullptr, ones.data(), ones.data(), same.data(), columns);
-    else
+    if (wide_)
       columns_.product(eps_, G, f, ones.data(), nullptr, ones.data(), columns, nullptr);
+    else  // of the same entries as the rows'
+      rows_.product(eps_, F, g, nullptr, ones.data(), ones.data(), same.data(), columns);
   }
 
   // Where penalties leave next to nothing of some points, x_j is beyond single precision, and
@@ -47,7 +49,7 @@ class ListedPlan final : public PlanProducts {
   void product(const double* x, const double* base, const double* factor, double* w,
                double* y) override {
     const double *F = fixed_.F.data(), *g = fixed_.g.data();
-    if (balanced_ || !x) return rows_.product(eps_, F, g, x, base, factor, w, y);
+    if (!wide_ || !x) return rows_.product(eps_, F, g, x, base, factor, w, y);
     const Vector ones(std::max(f_.size(), G_.size()), 1.0);
     Vector same(ones.size()), sum(f_.size());
     columns_.product(eps_, G_.data(), f_.data(), nullptr, x, ones.data(), same.data(), sum.data());
@@ -75,6 +77,15 @@ class ListedPlan final : public PlanProducts {
   }
 
  private:
+  // Whether marginals are so far apart that single precision has no room for it.
+  static bool is_wide(const Fixed& fixed) {
+    constexpr double kRoom = 1e-30;
+    double least = std::numeric_limits<double>::infinity(), most = 0;
+    for (const Cloud* cloud : {&fixed.x, &fixed.y})
+      for (int64_t i = 0; i < cloud->n; ++i)
+        least = std::min(least, cloud->w[i]), most = std::max(most, cloud->w[i]);
+    return least < kRoom * most;
+  }
   static Vector scaled(Vector v, double factor) {
     for (double& value : v) value *= factor;
     return v;
@@ -87,7 +98,7 @@ class ListedPlan final : public PlanProducts {
 
   const Fixed& fixed_;
   const double eps_;
-  const bool balanced_;
+  const bool wide_;
   Engine rows_, columns_;
   const Vector f_, G_;
 };
