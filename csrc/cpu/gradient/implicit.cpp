@@ -3,7 +3,6 @@
 // time, and what the points receive from C_bar is one more pass for each side.
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <vector>
 
 #include "core/math.h"
@@ -69,19 +68,20 @@ class ImplicitProblem final : public PlanProducts {
   }
 
  private:
-  // The part of what comes in that is of points of which the plan holds less than T does: their
-  // part of the gradient is lost.
+  // The part of what comes in that is of points of whose plan exp2 leaves nothing, or not all:
+  // their part of the gradient is lost.
   double out_of_range() const {
+    const double least = std::exp2(static_cast<double>(kExp2Least<T>));
     double all = 0, lost = 0;
-    const auto add = [&](const SystemSide& side, const T* bar, int64_t entries) {
-      const double least = static_cast<double>(entries) * std::numeric_limits<T>::min();
+    const auto add = [&](const SystemSide& side, const T* bar, bool of_rows) {
       for (int64_t i = 0; bar && i < side.count; ++i) {
         if (!(side.weight[i] > 0)) continue;
         const double size = std::abs(static_cast<double>(bar[problem_ * side.count + i]));
-        all += size, lost += side.sum[i] < least ? size : 0.0;
+        const double weights = of_rows ? side.weight[i] * static_cast<double>(m_) : system_.x.mass;
+        all += size, lost += side.sum[i] < weights * least ? size : 0.0;
       }
     };
-    add(system_.x, group_.grad_f, m_), add(system_.y, group_.grad_g, n_);
+    add(system_.x, group_.grad_f, true), add(system_.y, group_.grad_g, false);
     return all > 0 ? lost / all : 0.0;
   }
 
