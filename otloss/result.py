@@ -246,9 +246,9 @@ class OTResult(PlanPairs):
         0: of clouds far from 0 solve to a small ``tol``, or take their mean off.
         """
         y = self._need_points("barycentric_map")[1]
-        y = y if self._problem.batched else y.unsqueeze(0)
+        y = (y if self._problem.batched else y.unsqueeze(0)).to(self._a.dtype)
         y = torch.where((self._b > 0).unsqueeze(-1) | y.isfinite().all(-1, keepdim=True), y, 0.0)
-        right = torch.cat([y, torch.ones_like(y[..., :1])], -1).to(self._a.dtype)
+        right = torch.cat([y, torch.ones_like(y[..., :1])], -1)
         if self._prunes(right):
             products, held = self._product(right, 1), self._a
         else:
