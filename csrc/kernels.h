@@ -206,8 +206,8 @@ template <typename T>
 struct PlanProductGroup : SolvedGroup<T> {
   int64_t columns;  // of v
   PointPair<T> points;
-  const T* v;  // (B, m, columns)
-  T* out;      // (B, n, columns)
+  const double* v;  // (B, m, columns)
+  double* out;      // (B, n, columns)
   Penalties penalties = {};
 };
 
@@ -219,6 +219,7 @@ struct PlanGapGroup : SolvedGroup<double> {
   double* rows;     // (B, n) out: sums of the plan, of what is kept
   double* columns;  // (B, m) out
   double* numbers;  // (B, 2) out: KL of the feasible plan, and at most the plan's mass not kept
+  Penalties penalties = {};
 };
 
 // f, not damped, at points x that no solve has seen, by a multiscale pass; f of the base is not

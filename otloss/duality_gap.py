@@ -105,8 +105,8 @@ def gap_of(
     if soft_x and soft_y:  # then the plan itself is feasible
         own = (
             dual.eps * missing
-            + dual.rho_x * _kl(r, A).sum(-1)
-            + dual.rho_y * _kl(columns, B).sum(-1)
+            + dual.rho_x * _kl(r, A, dual.a.log() - dual.f / dual.rho_x).sum(-1)
+            + dual.rho_y * _kl(columns, B, dual.b.log() - dual.g / dual.rho_y).sum(-1)
         )
         gap = torch.minimum(gap, own)
     if value is None:

@@ -14,7 +14,8 @@ against itself. All tensors carry a batch dimension. The native kernels also tak
     unrolled_backward  gradients of the loss, f, g; traces    -> gradients
     implicit_backward  gradients of the loss, f, g            -> gradients, status (P, B, 2):
                        iterations and relative residual of the linear system
-    plan_product       f, g and v (B, m, c) per pair          -> P v (B, n, c), of multiscale
+    plan_product       f, g and v (B, m, c) per pair          -> P v (B, n, c), of multiscale,
+                       v and it in float64
     plan_gap           f, g and marginals, of multiscale      -> sums of the plan, and how far it
                                                                  is from one of the marginals
     extend             g                                      -> f at other points, of multiscale

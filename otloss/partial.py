@@ -317,8 +317,8 @@ class PartialResult(OTResult):
                 errors.append((sums - w).abs().sum(-1) / _moved_mass((a, b)))
         return self._number(torch.maximum(*errors))
 
-    def _moved(self) -> Tensor:
-        return self._sums()[0]
+    def _moves_all(self) -> bool:
+        return False
 
     def extend(self, x_new: Tensor) -> Tensor:
         """f on new points, of which a part stays too."""

@@ -91,11 +91,34 @@ class Plan:
 
     def _plan_rows(self, rows: slice, C: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of the plan and of its cost."""
-        eps, a, b = self._eps, self._a[:, rows], self._b
+        f, g = self._extended or (self._f, self._g)
+        return self._entries(rows, C, f[:, rows], g, self._a[:, rows])
+
+    def _relative_rows(self, rows: slice, C: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of the plan over their weights, or where these need not move as a whole, multiples
+        of rows that are not out of range, however little moves; and of its cost."""
+        (f, g), there = self._extended or (self._f, self._g), self._a[:, rows] > 0
+        f = f[:, rows]
+        if not self._moves_all():
+            with torch.no_grad():
+                z = (g.unsqueeze(-2) - C) / of_entries(self._eps) + self._b.log().unsqueeze(-2)
+                z = torch.where(there.unsqueeze(-1) & (self._b > 0).unsqueeze(-2), z, -torch.inf)
+                lift = f + self._eps * z.amax(-1)
+            f = f - torch.where(lift.isfinite(), lift, 0.0)
+        return self._entries(rows, C, f, g, there.to(f.dtype))
+
+    def _moves_all(self) -> bool:
+        """Whether x_i transports its weight, up to the marginal error."""
+        return self._options.balanced()
+
+    def _entries(
+        self, rows: slice, C: Tensor, f: Tensor, g: Tensor, a: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The plan of f and a of some rows, and its cost."""
+        eps, b = self._eps, self._b
         if self._extended is None:
-            return plan(eps, C, self._f[:, rows], self._g, a, b), C
+            return plan(eps, C, f, g, a, b), C
         # At empty bins the plan is 0, but not its derivative in their weights.
-        f, g = self._extended[0][:, rows], self._extended[1]
         if self._given_cost is None:
             o, block = self._options, self._problem.of_rows(rows)
             (seen,) = seen_costs(block, [0, 1], o.cost, o.method)
@@ -118,16 +141,22 @@ class Plan:
                 self._kept_extended = extended(settings, settings.places, weights, self._f, self._g)
         return self._kept_extended
 
-    def _over_rows(self, function: Callable[..., tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    def _over_rows(
+        self, function: Callable[..., tuple[Tensor, ...]], relative: bool = False
+    ) -> list[tuple[Tensor, ...]]:
         """``function(rows, P, C)``, once if matrices are stored; after a streamed solve once per
-        block of rows, computed from the points and recomputed for the gradient."""
+        block of rows, computed from the points and recomputed for the gradient. relative: see
+        ``_relative_rows``."""
         self._check_unchanged()
-        if self._dense or self._kept_plan is not None:
+        if relative and self._dense:
+            return [function(slice(None), *self._relative_rows(slice(None), self._cost))]
+        if not relative and (self._dense or self._kept_plan is not None):
             return [function(slice(None), self._plan, self._cost)]
         _ = self._extended  # once, not in every block
+        made = self._relative_rows if relative else self._plan_rows
 
         def of_block(rows: slice) -> tuple[Tensor, ...]:
-            return function(rows, *self._made_rows(rows))
+            return function(rows, *made(rows, self._cost_rows(self._problem, rows)))
 
         return in_blocks(of_block, self._a.shape[1], self._b, [t for _, t, _ in self._versions])
 
@@ -148,7 +177,7 @@ class Plan:
         return not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
 
     def _product(self, v: Tensor, axis: int) -> Tensor:
-        """P v or P^T v by the multiscale engine."""
+        """P v or P^T v in float64 by the multiscale engine."""
         self._check_unchanged()
         problem, potentials = self._problem, (self._f, self._g)
         assert self._settings is not None  # of a solve of points
@@ -183,7 +212,7 @@ class Plan:
         if self._prunes():
             ones = (torch.ones_like(w).unsqueeze(-1) for w in (self._b, self._a))
             rows, columns = (self._product(v, axis) for v, axis in zip(ones, (1, 0), strict=True))
-            return rows.squeeze(-1), columns.squeeze(-1)
+            return rows.squeeze(-1).to(self._a.dtype), columns.squeeze(-1).to(self._a.dtype)
         parts = self._over_rows(lambda _, P, __: (P.sum(-1), P.sum(-2)))
         return torch.cat([rows for rows, _ in parts], -1), total_of(columns for _, columns in parts)
 

@@ -227,7 +227,7 @@ class OTResult(PlanPairs):
         right = (v if batched else v.unsqueeze(0)).to(self._a.dtype)
         right = right.unsqueeze(-1) if vector else right
         if self._prunes(right):
-            out = self._out(self._product(right, axis))
+            out = self._out(self._product(right, axis).to(right.dtype))
             return out.squeeze(-1) if vector else out
 
         def block(rows: slice, P: Tensor, _: Tensor) -> tuple[Tensor, ...]:
@@ -246,14 +246,17 @@ class OTResult(PlanPairs):
         0: of clouds far from 0 solve to a small ``tol``, or take their mean off.
         """
         y = self._need_points("barycentric_map")[1]
-        there = self._out(self._b > 0).unsqueeze(-1) | y.isfinite().all(-1, keepdim=True)
-        image = self.apply(torch.where(there, y, 0.0))
-        mass = self._out(self._moved()).unsqueeze(-1)
-        return torch.where(mass > 0, image / torch.where(mass > 0, mass, 1.0), 0.0)
-
-    def _moved(self) -> Tensor:
-        """How much of every x_i the plan transports."""
-        return self._a if self._options.balanced() else self._sums()[0]
+        y = (y if self._problem.batched else y.unsqueeze(0)).to(self._a.dtype)
+        y = torch.where((self._b > 0).unsqueeze(-1) | y.isfinite().all(-1, keepdim=True), y, 0.0)
+        right = torch.cat([y, torch.ones_like(y[..., :1])], -1)
+        if self._prunes(right):
+            products, held = self._product(right, 1), self._a
+        else:
+            parts = self._over_rows(lambda _, P, __: (product(P, right),), relative=True)
+            products, held = torch.cat([part for (part,) in parts], -2), self._a > 0
+        mass = held.unsqueeze(-1) if self._moves_all() else products[..., -1:]
+        image = products[..., :-1] / torch.where(mass > 0, mass, 1.0)
+        return self._out(torch.where(mass > 0, image, 0.0).to(self._a.dtype))
 
     def extend(self, x_new: Tensor) -> Tensor:
         """f on new points, (k,): ``-eps log sum_j b_j exp((g_j - c(x_new, y_j)) / eps)``.

@@ -2,8 +2,11 @@
 
     python -m tests.multiscale_fuzz --out results.jsonl --count 300     resumes where the file ends
     python -m tests.multiscale_fuzz --seed 1234 --count 1               one problem again, in full
-    python -m tests.multiscale_fuzz --large 10 --out large.jsonl       n = 20 000 against "streamed"
+    python -m tests.multiscale_fuzz --large 10 --out large.jsonl       n = 20 000, minutes each
     python -m tests.multiscale_fuzz --report results.jsonl              the table
+
+Those of 20 000 points are compared with "streamed" solves, and run in up to three dimensions:
+above, both ways often come to the same passes over all pairs, hundreds of them at a small eps.
 
 Every seed is one problem of 1500 to 3000 points: clusters, outliers, lines, planes, surfaces, far
 clouds, repeated points, weights over six orders or 0, eps over six decades of the spread. OT lies
@@ -47,8 +50,9 @@ from tests.fuzz.command import arguments, report, run
 Rng = np.random.Generator
 KINDS = ("clusters", "outliers", "line", "plane", "surface", "far", "cube", "normal", "repeated")
 LARGE = 20_000
+LARGE_DIMENSIONS = 3
 PROVEN = 1e-6  # of the dense solve's gap over its value
-BLOCK = 512  # rows of all pairs at a time
+BLOCK = 32  # rows of all pairs at a time
 
 
 def cloud(rng: Rng, kind: str, n: int, d: int) -> np.ndarray:
@@ -146,15 +150,17 @@ class Answer:
 def sums(case: Case, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor, float]:
     """Row and column sums of the plan from all pairs in float64, and the largest cost."""
     x, y, a, b = case.double()
-    f, g, rows, columns, largest = f.double(), g.double(), [], torch.zeros_like(b), 0.0
+    F, G = (v.double() / case.eps + w.log() for v, w in ((f, a), (g, b)))
+    rows, columns, largest = [], torch.zeros_like(b), 0.0
     for i in range(0, len(x), BLOCK):
         part = slice(i, i + BLOCK)
-        C = (x[part, None] - y).square().sum(-1)
-        P = a[part, None] * b
-        P = torch.where(P > 0, P * ((f[part, None] + g - C) / case.eps).exp(), 0.0)
+        C = torch.zeros(len(x[part]), len(y)).double()
+        for u, v in zip(x[part].T, y.T, strict=True):
+            C += (u[:, None] - v).square_()
+        largest = max(largest, float(C.max()))
+        P = C.div_(-case.eps).add_(F[part, None]).add_(G).exp_()
         rows.append(P.sum(1))
         columns += P.sum(0)
-        largest = max(largest, float(C.max()))
     return torch.cat(rows), columns, largest
 
 
@@ -169,6 +175,8 @@ def examine(seed: int, large: bool = False) -> dict[str, Any]:
         "proven": True,
     }
     x, y, _, _ = case.double()
+    if large and x.shape[1] > LARGE_DIMENSIONS:
+        return line | {"outcome": f"not run: over {LARGE_DIMENSIONS} dimensions", "failed": []}
     most = float((torch.cat([x, y]).amax(0) - torch.cat([x, y]).amin(0)).square().sum())
     try:
         given = [case.x, case.y, case.a, case.b]

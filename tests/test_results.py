@@ -171,6 +171,30 @@ def test_plan_of_small_weights(method):
         assert result.marginal_error <= 1e-3
 
 
+@pytest.mark.parametrize("how", [{"unbalanced": 0.5}, {"unbalanced": (0.5, None)}, {"mass": 0.5}])
+@pytest.mark.parametrize("method", [*METHODS, "multiscale"])
+def test_barycentric_map_of_points_that_move_next_to_nothing(method, how, rng):
+    """Less than single precision holds, in part or all of it."""
+    if "mass" in how and method == "multiscale":
+        pytest.skip("not of partial transport")
+    x, y = torch.rand(40, 2, generator=rng), torch.rand(30, 2, generator=rng)
+    size, eps = (4, 0.05) if "mass" in how else (12, 0.2)
+    for far in (1.0, torch.linspace(0, 1, 40)[:, None]):
+        c = Clouds(x + size * far, y, None, None).require_grad()
+        result = c.solve(eps, method=method, **how)
+        f, g = (v.double() for v in result.potentials)
+        fine = c.double()
+        C = oracle.cost(fine.x, fine.y, "sqeuclidean")
+        shares = ((f[:, None] + g - C) / eps).softmax(1)
+        with torch.no_grad():
+            assert_close(result.barycentric_map().double(), shares @ fine.y, rtol=0, atol=1e-4)
+    (got,) = torch.autograd.grad(result.barycentric_map().square().sum(), c.x)
+    fine.require_grad()
+    right = fine.solve(eps, method="dense", tol=1e-8, **how).barycentric_map()
+    (right,) = torch.autograd.grad(right.square().sum(), fine.x)
+    assert float((got - right).norm()) <= 0.03 * float(right.norm())
+
+
 def test_barycentric_map_of_padding_is_zero(c):
     c.a[2] = 0
     c.a /= c.a.sum()

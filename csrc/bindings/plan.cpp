@@ -15,13 +15,13 @@ void plan_product_as(StableIValue* stack, const Problem& problem, const Tensors&
   for (int64_t p = 0; p < problem.count(); ++p) {
     const Tensor &a = problem.a(p), &b = problem.b(p);
     const int64_t B = problem.batch(), n = a.size(1), m = b.size(1), columns = v[p].size(2);
-    products.push_back(empty(a, {B, n, columns}));
+    products.push_back(empty(a, {B, n, columns}, aoti_torch_dtype_float64()));
     groups.push_back(
         {{B, n, m, data<T>(a), data<T>(b), data<T>(f[p]), data<T>(g[p]), nullptr, T(1)},
          columns,
          clouds.pair(problem.x(p), problem.y(p), false, true),
-         data<T>(v[p]),
-         data<T>(products.back()),
+         data<double>(v[p]),
+         data<double>(products.back()),
          problem.penalties(p)});
   }
   OTLOSS_LAUNCH_ON_CPU(plan_products, groups, problem.eps.all);
@@ -55,7 +55,7 @@ void plan_product(StableIValue* stack, uint64_t, uint64_t) {
   check_count(v.size(), problem.count(), "v");
   for (int64_t p = 0; p < problem.count(); ++p) {
     check_dims(v[p], 3, "v");
-    check(v[p], {problem.batch(), problem.b(p).size(1), v[p].size(2)}, problem.dtype(), "v");
+    check(v[p], {problem.batch(), problem.b(p).size(1), v[p].size(2)}, ScalarType::Double, "v");
   }
   const Device device(problem.clouds.weights[0],
                       {&problem.clouds.points, &problem.clouds.weights, &f, &g, &v});
@@ -85,7 +85,8 @@ void plan_gap(StableIValue* stack, uint64_t, uint64_t) {
                       data<double>(B[p]),
                       data<double>(rows.back()),
                       data<double>(columns.back()),
-                      data<double>(numbers.back())});
+                      data<double>(numbers.back()),
+                      problem.penalties(p)});
   }
   OTLOSS_LAUNCH_ON_CPU(plan_gaps, groups, problem.eps.all);
   give_back(stack, rows, columns, numbers);

@@ -64,12 +64,13 @@ def plan_product(
     v: Tensor,
     axis: int,
 ) -> Tensor:
-    """P v, or with ``axis=0`` P^T v, (B, n, c), of the one pair of a multiscale solve."""
+    """P v, or with ``axis=0`` P^T v, (B, n, c) in float64, of the one pair of a multiscale
+    solve."""
     f, g = (t.contiguous() for t in potentials)
     problem = _pair(s, points, weights)
     if axis == 0:
         problem, f, g = problem._replace(pairs=s.pairs[::-1]), g, f
-    return ops.plan_product(*problem, [f], [g], [v.contiguous()])[0]
+    return ops.plan_product(*problem, [f], [g], [v.double().contiguous()])[0]
 
 
 def plan_gap(

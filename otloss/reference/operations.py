@@ -346,6 +346,6 @@ def plan_product(*arguments: Any) -> list[Tensor]:
     problem, potentials_and_v = read(arguments)
     parts = zip(as_pairs(problem.pairs), _matrices(problem), *potentials_and_v, strict=True)
     return [
-        plan(problem.eps.item(), C, f, g, problem.weights[i], problem.weights[j]) @ v
+        plan(problem.eps.item(), C, f, g, problem.weights[i], problem.weights[j]).to(v) @ v
         for (i, j), C, f, g, v in parts
     ]

@@ -2,6 +2,7 @@
 // are stored. Where they are made from points, a product makes the plan again, a few rows at a
 // time, and what the points receive from C_bar is one more pass for each side.
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "core/math.h"
@@ -37,6 +38,8 @@ class ImplicitProblem final : public PlanProducts {
     take(y, group_.grad_g ? group_.grad_g + problem_ * m_ : nullptr, y.v_bar);
     system_.solve(*this, objective_, scale_, kTolerance<T>,
                   group_.status + problem_ * kImplicitStatusFields);
+    double& residual = group_.status[problem_ * kImplicitStatusFields + kImplicitResidual];
+    residual = std::max(residual, out_of_range());
     if (group_.grad_C) cost_gradient(group_.grad_C + problem_ * n_ * m_);
     const MadeCost<T>& made = group_.made;
     if (made.x.sum && !interrupted()) side_sums(made.points, x, a_, y, b_, made.x);
@@ -65,6 +68,23 @@ class ImplicitProblem final : public PlanProducts {
   }
 
  private:
+  // The part of what comes in that is of points of whose plan exp2 leaves nothing, or not all:
+  // their part of the gradient is lost.
+  double out_of_range() const {
+    const double least = std::exp2(static_cast<double>(kExp2Least<T>));
+    double all = 0, lost = 0;
+    const auto add = [&](const SystemSide& side, const T* bar, bool of_rows) {
+      for (int64_t i = 0; bar && i < side.count; ++i) {
+        if (!(side.weight[i] > 0)) continue;
+        const double size = std::abs(static_cast<double>(bar[problem_ * side.count + i]));
+        const double weights = of_rows ? side.weight[i] * static_cast<double>(m_) : system_.x.mass;
+        all += size, lost += side.sum[i] < weights * least ? size : 0.0;
+      }
+    };
+    add(system_.x, group_.grad_f, true), add(system_.y, group_.grad_g, false);
+    return all > 0 ? lost / all : 0.0;
+  }
+
   void cost_gradient(T* grad_C) {
     const std::vector<T> alpha(system_.x.solution, system_.x.solution + n_);
     const std::vector<T> beta(system_.y.solution, system_.y.solution + m_);

@@ -273,7 +273,7 @@ void plan_gaps(const std::vector<PlanGapGroup>& groups, double eps) {
   multiscale::for_each_problem(groups, [&](const PlanGapGroup& group, int64_t p, bool split) {
     const int64_t n = group.n, m = group.m;
     const multiscale::Fixed fixed(group.points, p, n, group.a, group.f, m, group.b, group.g, false,
-                                  eps, split, Penalties{}, kMissing);
+                                  eps, split, group.penalties, kMissing);
     multiscale::Engine engine = fixed.engine(eps, false, split);
     std::vector<double> rows(fixed.x.size), columns(fixed.y.size);
     group.numbers[2 * p] = engine.divergence(

@@ -1,3 +1,5 @@
+#include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "cpu/gradient/implicit_system.h"
@@ -14,32 +16,48 @@ constexpr double kTolerance = 1e-7;
 // A plan from both sides. The columns' own engine is there for sums that only rows have.
 class ListedPlan final : public PlanProducts {
  public:
-  ListedPlan(const Fixed& fixed, double eps, bool split)
+  ListedPlan(const Fixed& fixed, double eps, bool balanced, bool split)
       : fixed_(fixed),
         eps_(eps),
+        wide_(!balanced && is_wide(fixed)),
         rows_(fixed.engine(eps, false, split)),
         columns_(fixed.exchanged(eps, split)),
         f_(scaled(fixed.F, eps / kLog2E)),
         G_(scaled(fixed.g, kLog2E / eps)) {}
 
   void sums(bool of_costs, double* rows, double* columns) override {
+    const auto put = [](const Vector& sums, double* to) {
+      std::copy(sums.begin(), sums.end(), to);
+    };
+    const double *F = fixed_.F.data(), *g = fixed_.g.data(), *f = f_.data(), *G = G_.data();
     if (of_costs) {
-      const auto put = [](const Vector& sums, double* to) {
-        std::copy(sums.begin(), sums.end(), to);
-      };
-      put(rows_.cost_sums(eps_, fixed_.F.data(), fixed_.g.data()), rows);
-      put(columns_.cost_sums(eps_, G_.data(), f_.data()), columns);
-    } else {
-      const Vector row_ones(f_.size(), 1.0), column_ones(G_.size(), 1.0);
-      Vector same(f_.size());
-      product(column_ones.data(), nullptr, row_ones.data(), rows, nullptr);
-      product(nullptr, row_ones.data(), row_ones.data(), same.data(), columns);
+      put(rows_.cost_sums(eps_, F, g), rows);
+      return put(columns_.cost_sums(eps_, G, f), columns);
     }
+    const Vector ones(std::max(f_.size(), G_.size()), 1.0);
+    Vector same(ones.size());
+    rows_.product(eps_, F, g, ones.data(), nullptr, ones.data(), rows, nullptr);
+    if (wide_)
+      columns_.product(eps_, G, f, ones.data(), nullptr, ones.data(), columns, nullptr);
+    else  // of the same entries as the rows'
+      rows_.product(eps_, F, g, nullptr, ones.data(), ones.data(), same.data(), columns);
   }
 
+  // Where penalties leave next to nothing of some points, x_j is beyond single precision, and
+  // P_ij over the row's marginal as far below it. In range is P_ij over the column's, times what
+  // x_j is of the column's mass: P x are sums over the rows of the other engine.
   void product(const double* x, const double* base, const double* factor, double* w,
                double* y) override {
-    rows_.product(eps_, fixed_.F.data(), fixed_.g.data(), x, base, factor, w, y);
+    const double *F = fixed_.F.data(), *g = fixed_.g.data();
+    if (!wide_ || !x) return rows_.product(eps_, F, g, x, base, factor, w, y);
+    const Vector ones(std::max(f_.size(), G_.size()), 1.0);
+    Vector same(ones.size()), sum(f_.size());
+    columns_.product(eps_, G_.data(), f_.data(), nullptr, x, ones.data(), same.data(), sum.data());
+    for (size_t i = 0; i < sum.size(); ++i) sum[i] = (base ? base[i] : 0.0) + factor[i] * sum[i];
+    if (y)
+      rows_.product(eps_, F, g, nullptr, sum.data(), ones.data(), w, y);
+    else
+      std::copy(sum.begin(), sum.end(), w);
   }
 
   // Of x_i the sum of P_ij (scale + alpha_i + beta_j) (y_j - x_i), (n, d), and of y_j likewise.
@@ -59,6 +77,15 @@ class ListedPlan final : public PlanProducts {
   }
 
  private:
+  // Whether marginals are so far apart that single precision has no room for it.
+  static bool is_wide(const Fixed& fixed) {
+    constexpr double kRoom = 1e-30;
+    double least = std::numeric_limits<double>::infinity(), most = 0;
+    for (const Cloud* cloud : {&fixed.x, &fixed.y})
+      for (int64_t i = 0; i < cloud->n; ++i)
+        least = std::min(least, cloud->w[i]), most = std::max(most, cloud->w[i]);
+    return least < kRoom * most;
+  }
   static Vector scaled(Vector v, double factor) {
     for (double& value : v) value *= factor;
     return v;
@@ -71,6 +98,7 @@ class ListedPlan final : public PlanProducts {
 
   const Fixed& fixed_;
   const double eps_;
+  const bool wide_;
   Engine rows_, columns_;
   const Vector f_, G_;
 };
@@ -87,7 +115,7 @@ class ImplicitProblem {
     const SystemSide &x = system_.x, &y = system_.y;
     take(x, in_order(group_.grad_f, x_).data(), x.v_bar);
     take(y, in_order(group_.grad_g, y_).data(), y.v_bar);
-    ListedPlan plan(fixed_, eps_, split_);
+    ListedPlan plan(fixed_, eps_, group_.penalties.balanced, split_);
     system_.solve(plan, objective_, scale_, kTolerance,
                   group_.status + problem_ * kImplicitStatusFields);
     if (interrupted()) return;

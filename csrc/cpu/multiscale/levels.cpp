@@ -240,7 +240,7 @@ Solution unfinished(const Engine& engine, double eps, const std::vector<double>&
 }  // namespace
 
 void set_marginal(Cloud& cloud, const Penalty& penalty, const std::vector<double>& v) {
-  constexpr double kLeast = std::numeric_limits<double>::min();  // points without weight are none
+  constexpr double kLeast = 1e-290;  // points without weight are none; their sums are in range
   for (int64_t i = 0; i < cloud.n; ++i)
     cloud.w[i] = std::max(kLeast, cloud.w[i] * penalty.share(v[i]));
 }

@@ -41,13 +41,13 @@ void plan_products(const std::vector<PlanProductGroup<T>>& groups, double eps) {
         std::vector<double> v(count * columns), out(count * rows);
         for (int64_t c = 0; c < count; ++c)
           for (size_t j = 0; j < fixed.in_y.size(); ++j)
-            v[c * columns + j] = static_cast<double>(group.v[(p * m + fixed.in_y[j]) * count + c]);
+            v[c * columns + j] = group.v[(p * m + fixed.in_y[j]) * count + c];
         engine.apply(eps, fixed.F.data(), fixed.g.data(), count, v.data(), out.data());
-        T* to = group.out + p * n * count;
-        std::fill(to, to + n * count, T(0));
+        double* to = group.out + p * n * count;
+        std::fill(to, to + n * count, 0.0);
         for (size_t i = 0; i < fixed.in_x.size(); ++i)
           for (int64_t c = 0; c < count; ++c)
-            to[fixed.in_x[i] * count + c] = static_cast<T>(fixed.x.w[i] * out[c * rows + i]);
+            to[fixed.in_x[i] * count + c] = fixed.x.w[i] * out[c * rows + i];
       });
 }
 
