@@ -1,7 +1,7 @@
 // Launches the solve of costs that are stored in global memory, or made from points. In turn, until
 // all problems of a call are solved:
 //
-//     SweepKernel     the sums that each problem waits for      ../pass/sweeps.cuh
+//     SweepKernel     the sums that each problem waits for      solve_sweeps.cu, ../pass/sweeps.cuh
 //     ControlKernel   the next step of each solve
 //
 // Kernel boundaries take the place of barriers between blocks, and a sweep has all registers to
@@ -124,12 +124,7 @@ void solve_launched(const Context& context, const Pack<SolveGroup<T>>& pack,
   // Each pass may make the sums of both sides three times; and one for the value.
   const int64_t most = 6 * (options.n_iters < 0 ? options.max_iters : options.n_iters) + 1;
   run_controls(context, work, problems, most, [&](Queue& queue) {
-    if constexpr (sizeof(T) == 4)
-      if (plan.tiles == TileKind::kTensor || plan.tiles == TileKind::kTensorHigh)
-        return dispatch_tensor_tiles(work.points[0].kind, plan.tiles, [&](auto tiles) {
-          queue(SweepKernel<T, T, false, decltype(tiles)>{work.orders}, work.orders.grid());
-        });
-    queue_sweep<false>(queue, work.orders, work.points[0]);
+    queue_solve_sweep(queue, work.orders, work.points[0], plan.tiles);
   });
 }
 

@@ -259,4 +259,9 @@ class LaunchedCosts {
   LaunchedState<T>& state_;
 };
 
+// Queues a sweep of all problems, see solve_sweeps.cu; tiles: who makes their costs.
+template <typename T>
+void queue_solve_sweep(Queue& queue, const Sweeps<T>& sweeps, const PackedPair<T>& points,
+                       TileKind tiles);
+
 }  // namespace otloss::cuda
