@@ -100,7 +100,6 @@ class Team {
   OTLOSS_DEVICE int first_column() const { return state_.first_column; }
   OTLOSS_DEVICE int rows() const { return state_.rows; }
   OTLOSS_DEVICE int columns() const { return state_.columns; }
-  OTLOSS_DEVICE int most_columns() const { return state_.most_columns; }
 
   // What is in shared memory at an offset of the layout.
   template <typename U>
@@ -214,16 +213,16 @@ class Team {
  private:
   OTLOSS_DEVICE void place(int64_t n, int64_t m) {
     TeamState& s = state_;
-    const auto cut = [&s](int64_t count, int64_t* share, int64_t* first) {
-      *share = ceil_div(count, s.size);
-      *first = *share * s.rank < count ? *share * s.rank : count;
-      return static_cast<int>((*first + *share < count ? *first + *share : count) - *first);
+    const auto cut = [&s](int64_t count, int64_t* first) {
+      const int64_t share = ceil_div(count, s.size);
+      *first = share * s.rank < count ? share * s.rank : count;
+      return static_cast<int>((*first + share < count ? *first + share : count) - *first);
     };
-    int64_t share, first;
+    int64_t first;
     s.m = static_cast<int>(m);
-    s.rows = cut(n, &share, &s.first_row);
-    s.columns = cut(m, &share, &first);
-    s.most_columns = static_cast<int>(share), s.first_column = static_cast<int>(first);
+    s.rows = cut(n, &s.first_row);
+    s.columns = cut(m, &first);
+    s.first_column = static_cast<int>(first);
   }
 
   Block& block_;

@@ -75,7 +75,8 @@ class ListedCosts {
     }
   }
 
-  OTLOSS_DEVICE void join(const LargeEntries<double>&) {}  // nobody asks for it
+  static constexpr bool kJoins = false;
+  OTLOSS_DEVICE void join(const LargeEntries<double>&) {}
 
   // The next sums, of a side (0: rows) at its potentials.
   OTLOSS_DEVICE void ask(int side, RowSum what) {

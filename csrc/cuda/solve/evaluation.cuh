@@ -9,7 +9,8 @@
 // load(), pass() from G and F, columns() and guard() for the update of the columns, transport(),
 // entry() of two samples; left_out(), a bound of the part of the plan that the pass left out, and
 // rounding(), by how much that of its sums changes marginals beside roundoff; sent_and_far(), what
-// of a duality gap takes sums over the plan; and join() of the components of the plan.
+// of a duality gap takes sums over the plan; and join() of the components of the plan,
+// where there is one (kJoins).
 #pragma once
 
 #include <limits>

@@ -65,6 +65,7 @@ class FarMass : public Evaluation<T, Block, Costs> {
 
   // After what was to be made in place of a pass. True: more, or a shifted point, the trial.
   OTLOSS_NOINLINE bool examine() {
+    if constexpr (!Costs::kJoins) return conclude(), false;
     if (s_.work == FarWork::kGroup) return take_group();
     s_.work == FarWork::kProof ? conclude() : take_groups();
     if (s_.work == FarWork::kJoin) separate();
@@ -139,7 +140,7 @@ class FarMass : public Evaluation<T, Block, Costs> {
   // By one thread: the components of entries of more than 2^least follow, if passes are left for
   // them, for two groups, and for a shift.
   OTLOSS_DEVICE void look_for_groups(double least) {
-    const bool may = args_.far.nodes && s_.balanced && s_.control.may_pass(3);
+    const bool may = Costs::kJoins && args_.far.nodes && s_.balanced && s_.control.may_pass(3);
     s_.work = may ? FarWork::kJoin : FarWork::kNone;
     s_.least = least;
     s_.evaluated = s_.g;

@@ -141,6 +141,7 @@ class LaunchedCosts {
   }
 
   // Asks for the components of the plan of the published G.
+  static constexpr bool kJoins = true;
   OTLOSS_DEVICE void join(const LargeEntries<T>& large) {
     team_.for_columns([&](int j) { state_.U[j] = s_.w[j] * s_.q[j]; });
     team_.one([&] {

@@ -154,7 +154,8 @@ SolvePlan resident_plan(const Shape& shape, const Limits& limits, int team_size,
   plan.cycles = static_cast<double>(ceil_div(shape.problems, at_once)) *
                 (entries / exponentials(shape) + kVectorCycles + sync);
   const bool clusters = team_size == 1 || limits.compute_capability >= 90;
-  if (plan.shared.bytes > limit || shape.m > columns || !clusters) plan.cycles = -1;
+  const bool compiled = !small || shape.element == 4;
+  if (plan.shared.bytes > limit || shape.m > columns || !clusters || !compiled) plan.cycles = -1;
   return plan;
 }
 

@@ -25,8 +25,8 @@ static_assert(kReduced <= kTeamValues, "they share the buffers between blocks");
 #endif
 constexpr int kSolveThreads = OTLOSS_SOLVE_THREADS;
 
-// Of the instance for small problems, of which several run on a multiprocessor at once, with the
-// narrowest panel only.
+// Of the instance for small problems in single precision, of which several run on a multiprocessor
+// at once, with the narrowest panel only.
 constexpr int kSmallThreads = kSolveThreads / 2, kSmallBlocks = 3;
 
 // Of the block that goes over all vectors of a streamed problem between its sweeps.
@@ -45,7 +45,7 @@ constexpr int kMostColumns = 8;
 struct TeamState {
   int64_t index;  // of the team
   int64_t first_row;
-  int m, rows, first_column, columns, most_columns;
+  int m, rows, first_column, columns;
   int rank;         // of this block in the team
   int size;         // blocks of the team
   int parity;       // of the buffer for the next reduction

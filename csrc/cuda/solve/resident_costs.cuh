@@ -109,6 +109,7 @@ class ResidentCosts {
   }
 
   // Joins the components of the plan of the published G.
+  static constexpr bool kJoins = true;
   OTLOSS_NOINLINE void join(const LargeEntries<T>& large) {
     T *const G = s_.G, *const sums = part(1, 0);
     team_.for_columns([&](int j) { team_.store(sums + j, s_.w[j] * s_.q[j]); });

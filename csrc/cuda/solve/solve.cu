@@ -73,10 +73,9 @@ void solve_resident(const Context& context, const Pack<SolveGroup<T>>& pack,
   grid.x = blocks;
   grid.shared = static_cast<size_t>(plan.shared.bytes);
   grid.cluster = plan.team_size;
-  if (plan.small)
-    launch(context, SolveKernel<T, kSmallThreads>{arguments}, grid);
-  else
-    launch(context, SolveKernel<T, kSolveThreads>{arguments}, grid);
+  if constexpr (sizeof(T) == 4)
+    if (plan.small) return launch(context, SolveKernel<T, kSmallThreads>{arguments}, grid);
+  launch(context, SolveKernel<T, kSolveThreads>{arguments}, grid);
 }
 
 }  // namespace
