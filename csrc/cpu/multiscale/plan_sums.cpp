@@ -31,11 +31,12 @@ void plan_sums(const std::vector<PlanSumsGroup<T>>& groups, double eps) {
 
 template <typename T>
 void plan_products(const std::vector<PlanProductGroup<T>>& groups, double eps) {
+  constexpr double kMissing = 1e-6;  // of the mass, whatever tolerance was asked for
   multiscale::for_each_problem(
       groups, [&](const PlanProductGroup<T>& group, int64_t p, bool split) {
         const int64_t n = group.n, m = group.m, count = group.columns;
         const multiscale::Fixed fixed(group.points, p, n, group.a, group.f, m, group.b, group.g,
-                                      false, eps, split, group.penalties);
+                                      false, eps, split, group.penalties, kMissing);
         multiscale::Engine engine = fixed.engine(eps, false, split);
         const int64_t rows = fixed.x.size, columns = fixed.y.size;
         std::vector<double> v(count * columns), out(count * rows);
