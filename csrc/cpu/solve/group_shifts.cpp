@@ -4,12 +4,10 @@
 #include <cmath>
 #include <functional>
 #include <limits>
-#include <numeric>
 #include <utility>
 
 #include "core/math.h"
 #include "cpu/simd/simd.h"
-#include "cpu/simd/vectors.h"
 
 namespace otloss::cpu {
 namespace {
